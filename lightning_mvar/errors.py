@@ -1,0 +1,9 @@
+"""The one exception that means: the user can repair this."""
+
+
+class InputError(ValueError):
+    """A mistake in what the user handed in: a path, a value, a file or a combination of them.
+
+    The message is one line that names the file or value and the remedy. The command line prints it without a
+    traceback and exits with 1; every other exception is a bug of ours and keeps its traceback.
+    """

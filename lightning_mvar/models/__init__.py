@@ -1,0 +1,5 @@
+"""The networks: token mixers and the scale-by-scale model built from them."""
+
+from lightning_mvar.models.mvar import MVAR, BlockState, MVARConfig, MVARState
+
+__all__ = ["MVAR", "BlockState", "MVARConfig", "MVARState"]

@@ -1,0 +1,138 @@
+"""Drawing images from a network, scale by scale (VAR, arXiv 2404.02905, section 3.2; guidance as in its code).
+
+The network's state is carried from scale to scale: no prefix is ever run again. Every token of an image takes one
+uniform number from that image's generator, so with a generator per image the result does not depend on the batch.
+
+Shapes: b images, n tokens of the scale, v vocabulary, c code dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.models.mvar import MVAR
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
+
+
+@torch.inference_mode()
+def generate(
+    model: MVAR,
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    *,
+    guidance: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    smooth: bool = False,
+    generator: Generator | Sequence[Generator] | None = None,
+    return_tokens: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Sample an image for each label. The defaults are those of the papers' scores.
+
+    Args:
+        model: in eval mode, on the device to sample on.
+        tokenizer: in eval mode, on the same device.
+        labels: (b,) int64 classes in [0, num_classes]; `num_classes` means unconditional.
+        guidance: classifier-free guidance at the finest scale, growing from 0 at the coarsest; 0 for none.
+        top_k: draw among the k most likely tokens; 0 for all.
+        top_p: then among the fewest whose probability reaches p; 1 for all.
+        smooth: mix the codebook by a Gumbel-softmax instead of drawing one code: for looking at, never for scores.
+        generator: source of randomness on the CPU, one for all images or one for each; None for torch's own.
+        return_tokens: also return the drawn tokens.
+
+    Returns:
+        Images (b, 3, H, W) in [0, 1], and with `return_tokens` the tokens (b, l) int64.
+
+    Raises:
+        InputError: if the model and the tokenizer do not belong together, or an argument is out of range.
+    """
+    check_arguments(model, tokenizer, labels, guidance, top_k, top_p, generator)
+    schedule, quantizer, device = model.config.schedule, tokenizer.quantizer, labels.device
+    guided = guidance > 0
+    both = torch.cat([labels, torch.full_like(labels, model.config.num_classes)]) if guided else labels
+    state = model.init_state(both)
+    scale_inputs, f_hat, drawn = None, quantizer.empty(len(labels)), []
+    for k, n in enumerate(schedule.lengths):
+        logits, state = model.step(scale_inputs, state)
+        if guided:
+            conditional, unconditional = logits.chunk(2)
+            strength = guidance * schedule.ratio(k)
+            logits = (1 + strength) * conditional - strength * unconditional
+        tokens = draw(logits, uniform((len(labels), n), generator, device), top_k, top_p)
+        codes = quantizer.codebook(tokens)
+        if smooth:
+            noise = uniform((len(labels), n, logits.shape[-1]), generator, device)
+            codes = gumbel_mixture(logits, noise, schedule.ratio(k), top_k, top_p) @ quantizer.codebook.weight
+        f_hat = quantizer.accumulate(f_hat, codes, k)
+        drawn.append(tokens)
+        if k + 1 < schedule.num_scales:
+            scale_inputs = quantizer.downsample(f_hat, k + 1).repeat(2 if guided else 1, 1, 1)
+    images = (tokenizer.decode_features(f_hat).clamp(-1, 1) + 1) / 2
+    return (images, torch.cat(drawn, dim=1)) if return_tokens else images
+
+
+def image_generators(seed: int, first: int, count: int) -> list[Generator]:
+    """A generator for each of the images `first` ... `first + count - 1` of a seed: image i is the same in any batch."""
+    return [Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2**63) for index in range(first, first + count)]
+
+
+def uniform(shape: tuple[int, ...], generator: Generator | Sequence[Generator] | None, device: torch.device) -> Tensor:
+    """(b, ...) float32 in [0, 1), row i from generator i."""
+    if generator is None or isinstance(generator, Generator):
+        return torch.rand(shape, generator=generator).to(device)
+    return torch.stack([torch.rand(shape[1:], generator=g) for g in generator]).to(device)
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Probabilities (b, n, k) and tokens (b, n, k), most likely first, after top-k and then top-p; the rest are 0."""
+    size = logits.shape[-1]
+    logits, tokens = logits.topk(min(top_k, size) if top_k else size, dim=-1)
+    probabilities = logits.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    outside = before >= top_p
+    outside[..., 0] = False
+    return probabilities.masked_fill(outside, 0), tokens
+
+
+def draw(logits: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (b, n, v) and uniform numbers (b, n) in [0, 1) -> tokens (b, n) int64, by inverting the distribution."""
+    probabilities, tokens = truncate(logits, top_k, top_p)
+    cumulative = probabilities.cumsum(dim=-1)
+    target = uniforms[..., None] * cumulative[..., -1:]
+    choice = torch.searchsorted(cumulative, target)  # the first token to reach the target, so never one of weight 0
+    return tokens.gather(-1, choice)[..., 0]
+
+
+def gumbel_mixture(logits: Tensor, uniforms: Tensor, ratio: float, top_k: int, top_p: float) -> Tensor:
+    """Weights (b, n, v) of a soft draw: Gumbel noise from `uniforms` (b, n, v), temperature falling with the scale."""
+    probabilities, tokens = truncate(logits, top_k, top_p)
+    kept = torch.zeros_like(logits).scatter(-1, tokens, probabilities) > 0
+    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    gumbel = -torch.log(-torch.log(uniforms.clamp(1e-9, 1 - 1e-7)))
+    noisy = (logits * (1 + ratio)).masked_fill(~kept, -torch.inf) + gumbel
+    return (noisy / temperature).softmax(dim=-1)
+
+
+def check_arguments(
+    model: MVAR,
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    generator: Generator | Sequence[Generator] | None,
+) -> None:
+    for name in ("schedule", "vocab_size", "code_dim"):
+        ours, theirs = getattr(model.config, name), getattr(tokenizer.config, name)
+        if ours != theirs:
+            raise InputError(f"model and tokenizer do not belong together: {name} is {ours} in one, {theirs} in the other")
+    if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() > model.config.num_classes:
+        raise InputError(f"labels must be (b,) classes in [0, {model.config.num_classes}], got {labels.tolist()}")
+    if guidance < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise InputError(f"guidance and top_k must not be negative, top_p in (0, 1]: got {guidance}, {top_k}, {top_p}")
+    if isinstance(generator, Sequence) and len(generator) != len(labels):
+        raise InputError(f"{len(generator)} generators for {len(labels)} labels")

@@ -1,0 +1,139 @@
+"""Convolutional encoder and decoder of the tokenizer (VQGAN, arXiv 2012.09841, as VAR uses it).
+
+Shapes: b batch, c channels, H W image, h w one level's map. `multipliers` gives the channels of each level over
+`channels`; every level but the last halves the side, so m levels downsample by 2 ** (m - 1).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, fewer where the channels are not a multiple of 32."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, around a skip (1 x 1 where the channels change)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(in_channels), conv3x3(in_channels, out_channels)
+        self.norm2, self.conv2 = group_norm(out_channels), conv3x3(out_channels, out_channels)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention among all positions of a map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)  # (b, h w, c) each
+        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj(y.transpose(1, 2).view_as(x))
+
+
+class Downsample(nn.Conv2d):
+    """Halve the side: pad right and bottom by one, 3 x 3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Double the side: nearest neighbour, then a 3 x 3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where asked, then a change of resolution."""
+
+    def __init__(self, channels: list[int], attention: bool, resample: nn.Module) -> None:
+        super().__init__()
+        pairs = list(zip(channels, channels[1:], strict=False))
+        self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in pairs)
+        self.attentions = nn.ModuleList(SpatialAttention(b) if attention else nn.Identity() for _, b in pairs)
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            x = attention(block(x))
+        return self.resample(x)
+
+
+def middle(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(channels, channels), SpatialAttention(channels), ResidualBlock(channels, channels)
+    )
+
+
+class Encoder(nn.Module):
+    """Images (b, 3, H, W) -> features (b, code_dim, h, w); `blocks` residual blocks a level."""
+
+    def __init__(self, channels: int, multipliers: tuple[int, ...], blocks: int, code_dim: int) -> None:
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        last = len(widths) - 1
+        self.conv_in = conv3x3(3, channels)
+        self.levels = nn.ModuleList(
+            Level([before, *[width] * blocks], attention=i == last, resample=nn.Identity() if i == last else Downsample(width))
+            for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
+        )
+        self.middle = middle(widths[-1])
+        self.norm_out, self.conv_out = group_norm(widths[-1]), conv3x3(widths[-1], code_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """Features (b, code_dim, h, w) -> images (b, 3, H, W); one residual block a level more than the encoder.
+
+    `levels` is ordered as in the encoder, finest first, and run from the last to the first.
+    """
+
+    def __init__(self, channels: int, multipliers: tuple[int, ...], blocks: int, code_dim: int) -> None:
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        last = len(widths) - 1
+        self.conv_in = conv3x3(code_dim, widths[-1])
+        self.middle = middle(widths[-1])
+        self.levels = nn.ModuleList(
+            Level([before, *[width] * (blocks + 1)], attention=i == last, resample=nn.Identity() if i == 0 else Upsample(width))
+            for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
+        )
+        self.norm_out, self.conv_out = group_norm(widths[0]), conv3x3(widths[0], 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(features))
+        for level in reversed(self.levels):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))

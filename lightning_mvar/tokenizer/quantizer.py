@@ -1,0 +1,133 @@
+"""Residual quantization over a pyramid of scales (VAR, arXiv 2404.02905, section 3.1, algorithms 1 and 2).
+
+| paper / published code      | here                | meaning                                                           |
+|-----------------------------|---------------------|-------------------------------------------------------------------|
+| Z, embedding                | codebook            | (v, c) code vectors, shared by all scales                         |
+| f, f_BChw                   | features            | (b, c, s, s) what the encoder gives, s the last side length       |
+| f_hat                       | f_hat               | (b, c, s, s) sum of what the scales so far contribute             |
+| f_rest                      | residual            | features - f_hat                                                  |
+| phi_k, quant_resi           | phi                 | convolutions after upsampling, shared by neighbouring scales      |
+| r_k, idx_Bl                 | tokens              | (b, l) indices into the codebook, all scales packed               |
+
+Everything that walks the pyramid does so by `accumulate`, one residual step "upsample the code map, phi, add":
+tokenizing, teacher forcing, decoding and sampling agree because they share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_mvar.scales import ScaleSchedule
+
+PHI_RATIO = 0.5
+
+
+class PyramidStep(NamedTuple):
+    """One scale of quantizing an image, n = side_k ** 2."""
+
+    queries: Tensor  # (b, n, c) the residual at this scale
+    tokens: Tensor  # (b, n) int64 nearest code of each query
+    f_hat: Tensor  # (b, c, s, s) including this scale
+
+
+class Phi(nn.Conv2d):
+    """Half of the map, half of a 3 x 3 convolution of it."""
+
+    def __init__(self, code_dim: int) -> None:
+        super().__init__(code_dim, code_dim, kernel_size=3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (1 - PHI_RATIO) * h + PHI_RATIO * super().forward(h)
+
+
+class ResidualQuantizer(nn.Module):
+    """Codebook, phi, and the pyramid between them.
+
+    Args:
+        schedule: the scales.
+        vocab_size: v, entries of the codebook.
+        code_dim: c, channels of a code.
+        num_phi: number of phi; scale k uses the one whose place is nearest to k / (K - 1).
+    """
+
+    def __init__(self, schedule: ScaleSchedule, vocab_size: int, code_dim: int, num_phi: int) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.codebook = nn.Embedding(vocab_size, code_dim)
+        nn.init.uniform_(self.codebook.weight, -1 / vocab_size, 1 / vocab_size)
+        self.phi = nn.ModuleList(Phi(code_dim) for _ in range(num_phi))
+        places = np.linspace(1 / (2 * num_phi), 1 - 1 / (2 * num_phi), num_phi)
+        self.phi_of_scale = [int(np.abs(places - schedule.ratio(k)).argmin()) for k in range(schedule.num_scales)]
+
+    @property
+    def side(self) -> int:
+        """Side length of features and f_hat."""
+        return self.schedule.side_lengths[-1]
+
+    def empty(self, batch_size: int) -> Tensor:
+        """(b, c, s, s) f_hat before the first scale: zeros."""
+        weight = self.codebook.weight
+        return weight.new_zeros(batch_size, weight.shape[1], self.side, self.side)
+
+    def accumulate(self, f_hat: Tensor, codes: Tensor, scale: int) -> Tensor:
+        """The residual step: f_hat (b, c, s, s) plus what `codes` (b, n, c) of `scale` contribute."""
+        side = self.schedule.side_lengths[scale]
+        code_map = codes.transpose(1, 2).unflatten(2, (side, side))  # (b, c, side, side)
+        if side != self.side:
+            code_map = F.interpolate(code_map, size=(self.side, self.side), mode="bicubic")
+        return f_hat + self.phi[self.phi_of_scale[scale]](code_map)
+
+    def downsample(self, f: Tensor, scale: int) -> Tensor:
+        """(b, c, s, s) -> (b, n, c): `f` averaged to the side of `scale`, in raster order."""
+        side = self.schedule.side_lengths[scale]
+        if side != self.side:
+            f = F.interpolate(f, size=(side, side), mode="area")
+        return f.flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def nearest(self, queries: Tensor) -> Tensor:
+        """(b, n, c) -> (b, n) int64: the nearest code in L2, in float32."""
+        flat, codes = queries.flatten(0, 1).float(), self.codebook.weight.float()
+        distances = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
+        return distances.argmin(dim=1).view(queries.shape[:2])
+
+    def pyramid(self, features: Tensor) -> Iterator[PyramidStep]:
+        """Quantize `features` (b, c, s, s) scale by scale, each time what the scales before left over."""
+        f_hat = self.empty(len(features))
+        for k in range(self.schedule.num_scales):
+            queries = self.downsample(features.detach() - f_hat.detach(), k)
+            tokens = self.nearest(queries)
+            f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
+            yield PyramidStep(queries, tokens, f_hat)
+
+    def encode(self, features: Tensor) -> Tensor:
+        """(b, c, s, s) -> tokens (b, l) int64."""
+        return torch.cat([step.tokens for step in self.pyramid(features)], dim=1)
+
+    def f_hats(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Tokens (b, l) -> f_hat (b, c, s, s) after each scale, coarse to fine."""
+        f_hat = self.empty(len(tokens))
+        for k, scale_tokens in enumerate(tokens.split(self.schedule.lengths, dim=1)):
+            f_hat = self.accumulate(f_hat, self.codebook(scale_tokens), k)
+            yield f_hat
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, l) -> f_hat (b, c, s, s) of all scales."""
+        *_, f_hat = self.f_hats(tokens)
+        return f_hat
+
+    def scale_inputs(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, l) -> the network's teacher-forcing input (b, l - first, c).
+
+        The input of scale k + 1 is f_hat after scale k, averaged to the side of scale k + 1.
+        """
+        last = self.schedule.num_scales - 1
+        inputs = [self.downsample(f_hat, k + 1) for k, f_hat in enumerate(self.f_hats(tokens)) if k < last]
+        empty = self.codebook.weight.new_zeros(len(tokens), 0, self.codebook.embedding_dim)
+        return torch.cat([empty, *inputs], dim=1)

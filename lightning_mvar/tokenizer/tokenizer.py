@@ -1,0 +1,112 @@
+"""The tokenizer: encoder, residual quantizer, decoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.scales import ScaleSchedule
+from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
+from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What a tokenizer is made of; the defaults are the published one.
+
+    Args:
+        schedule: the scales; its last side length is the side of the encoder's features.
+        vocab_size: v, entries of the codebook.
+        code_dim: c, channels of a code.
+        channels: channels of the encoder's first level (upstream `ch`).
+        multipliers: channels of each level over `channels`; m levels downsample by 2 ** (m - 1).
+        blocks: residual blocks of an encoder level; the decoder has one more.
+        num_phi: number of phi convolutions that the scales share.
+    """
+
+    schedule: ScaleSchedule = field(default_factory=ScaleSchedule)
+    vocab_size: int = 4096
+    code_dim: int = 32
+    channels: int = 160
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    num_phi: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        for name in ("vocab_size", "code_dim", "channels", "blocks", "num_phi"):
+            if getattr(self, name) < 1:
+                raise InputError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise InputError(f"tokenizer.multipliers must be positive, got {self.multipliers}")
+        if self.vocab_size > 2**16:
+            raise InputError(f"tokenizer.vocab_size {self.vocab_size} does not fit the shards' uint16 tokens (65536)")
+
+    @property
+    def downsampling(self) -> int:
+        """Image side over feature side."""
+        return int(2 ** (len(self.multipliers) - 1))
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images, in pixels."""
+        return self.schedule.side_lengths[-1] * self.downsampling
+
+
+class Tokenizer(nn.Module):
+    """Images to packed tokens and back. Give it eval mode and no_grad for use; see `LitTokenizer` for training."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        autoencoder = (config.channels, config.multipliers, config.blocks, config.code_dim)
+        self.encoder, self.decoder = Encoder(*autoencoder), Decoder(*autoencoder)
+        self.quant_conv = conv3x3(config.code_dim, config.code_dim)
+        self.post_quant_conv = conv3x3(config.code_dim, config.code_dim)
+        self.quantizer = ResidualQuantizer(config.schedule, config.vocab_size, config.code_dim, config.num_phi)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(b, 3, H, W) in [-1, 1] -> (b, c, s, s), what is quantized.
+
+        Raises:
+            InputError: if the images do not have the resolution of the schedule.
+        """
+        resolution = self.config.resolution
+        if images.shape[1:] != (3, resolution, resolution):
+            raise InputError(f"the tokenizer takes images (b, 3, {resolution}, {resolution}), got {tuple(images.shape)}")
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (b, 3, H, W) in [-1, 1] -> tokens (b, l) int64 in [0, v)."""
+        return self.quantizer.encode(self.features(images))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, l) -> images (b, 3, H, W) in [-1, 1]."""
+        return self.decode_features(self.quantizer.decode(tokens)).clamp(-1, 1)
+
+    def decode_steps(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Tokens (b, l) -> images (b, 3, H, W) in [-1, 1] as they stand after each scale, coarse to fine."""
+        for f_hat in self.quantizer.f_hats(tokens):
+            yield self.decode_features(f_hat).clamp(-1, 1)
+
+    def decode_features(self, f_hat: Tensor) -> Tensor:
+        """(b, c, s, s) -> (b, 3, H, W), not clamped."""
+        return self.decoder(self.post_quant_conv(f_hat))
+
+    def scale_inputs(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, l) -> teacher-forcing input (b, l - first, c), from codebook and phi alone."""
+        return self.quantizer.scale_inputs(tokens)
+
+    def fingerprint(self) -> str:
+        """A hash of configuration and weights, the same on every machine; token shards carry it."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
