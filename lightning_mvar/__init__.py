@@ -4,7 +4,6 @@ from lightning_mvar.models import MVAR, MVARConfig
 from lightning_mvar.sampling import generate
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
+from lightning_mvar.version import __version__
 
-__version__ = "0.1.0"
-
-__all__ = ["MVAR", "MVARConfig", "ScaleSchedule", "Tokenizer", "TokenizerConfig", "generate"]
+__all__ = ["MVAR", "MVARConfig", "ScaleSchedule", "Tokenizer", "TokenizerConfig", "__version__", "generate"]

@@ -136,7 +136,7 @@ def read_config(folder: Path, part: str, remedy: str) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON ({error})") from error
     if part not in config:
         raise InputError(f"{path} describes no {part}; {remedy}")
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def read_weights(path: Path) -> StateDict:

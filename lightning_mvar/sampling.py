@@ -9,6 +9,7 @@ Shapes: b images, n tokens of the scale, v vocabulary, c code dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Generator, Tensor
@@ -18,8 +19,20 @@ from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 
-@torch.inference_mode()
+@overload
 def generate(
+    model: MVAR, tokenizer: Tokenizer, labels: Tensor, *, return_tokens: Literal[False] = False, **settings: Any
+) -> Tensor: ...
+
+
+@overload
+def generate(
+    model: MVAR, tokenizer: Tokenizer, labels: Tensor, *, return_tokens: Literal[True], **settings: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+@torch.inference_mode()
+def generate(  # type: ignore[misc]  # the overloads only say what return_tokens does to the result
     model: MVAR,
     tokenizer: Tokenizer,
     labels: Tensor,
@@ -76,8 +89,10 @@ def generate(
 
 
 def image_generators(seed: int, first: int, count: int) -> list[Generator]:
-    """A generator for each of the images `first` ... `first + count - 1` of a seed: image i is the same in any batch."""
-    return [Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2**63) for index in range(first, first + count)]
+    """A generator for each of the images `first`, ..., `first + count - 1`: image i is the same in any batch."""
+    return [
+        Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2**63) for index in range(first, first + count)
+    ]
 
 
 def uniform(shape: tuple[int, ...], generator: Generator | Sequence[Generator] | None, device: torch.device) -> Tensor:
@@ -129,7 +144,9 @@ def check_arguments(
     for name in ("schedule", "vocab_size", "code_dim"):
         ours, theirs = getattr(model.config, name), getattr(tokenizer.config, name)
         if ours != theirs:
-            raise InputError(f"model and tokenizer do not belong together: {name} is {ours} in one, {theirs} in the other")
+            raise InputError(
+                f"model and tokenizer do not belong together: {name} is {ours} in one, {theirs} in the other"
+            )
     if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() > model.config.num_classes:
         raise InputError(f"labels must be (b,) classes in [0, {model.config.num_classes}], got {labels.tolist()}")
     if guidance < 0 or top_k < 0 or not 0 < top_p <= 1:

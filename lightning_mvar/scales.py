@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -35,7 +36,7 @@ class ScaleSchedule:
 
     def __post_init__(self) -> None:
         sides = tuple(int(side) for side in self.side_lengths)
-        grows = all(fine > coarse for coarse, fine in zip(sides, sides[1:], strict=False))
+        grows = all(fine > coarse for coarse, fine in pairwise(sides))
         if not sides or sides[0] < 1 or not grows:
             raise InputError(f"side_lengths must be positive and strictly increasing, got {self.side_lengths}")
         object.__setattr__(self, "side_lengths", sides)

@@ -9,12 +9,13 @@ Every mixer is a module called as `y, state = mixer(x, lengths, state)`:
 One call over all scales equals a call for each scale with the state handed on, which is what lets the sampler take one
 scale at a time without running a prefix again.
 
-| source                        | paper                      | here                                                     |
-|-------------------------------|----------------------------|----------------------------------------------------------|
-| M-VAR 2411.10433, section 3.2 | intra-scale attention      | ScaleAttention                                           |
-| M-VAR 2411.10433, section 3.3 | inter-scale Mamba          | Mamba2                                                   |
-| VAR 2404.02905, section 3.2   | block-causal attention     | BlockCausalAttention                                     |
-| Mamba-2 2405.21060, section 7 | Mamba-2 block              | Mamba2: in_proj, conv1d, A_log, dt_bias, D, norm, out_proj |
+| paper                             | name there             | here                                       |
+|-----------------------------------|------------------------|--------------------------------------------|
+| M-VAR, arXiv 2411.10433, sec. 3.2 | intra-scale attention  | ScaleAttention                             |
+| M-VAR, arXiv 2411.10433, sec. 3.3 | inter-scale Mamba      | Mamba2                                     |
+| VAR, arXiv 2404.02905, sec. 3.2   | block-causal attention | BlockCausalAttention                       |
+| Mamba-2, arXiv 2405.21060, sec. 7 | Mamba-2 block          | Mamba2: in_proj, conv1d, A_log, ... as in  |
+|                                   |                        | the weights of `mamba_ssm.Mamba2`          |
 """
 
 from __future__ import annotations
@@ -71,27 +72,21 @@ class Attention(nn.Module, ABC):
         return self.proj(y.transpose(1, 2).flatten(2)), state
 
     @abstractmethod
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State
-    ) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
         """(b, h, l, p) queries, keys and values of the scales in `lengths` -> (b, h, l, p), and what to carry on."""
 
 
 class ScaleAttention(Attention):
     """Bidirectional attention inside each scale. Carries nothing."""
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State
-    ) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
         return attend_within_scales(q, k, v, lengths, self.softmax_scale), None
 
 
 class BlockCausalAttention(Attention):
     """Attention to the own scale and all coarser ones. Carries the keys and values seen so far, each (b, h, l, p)."""
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State
-    ) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
         if state is not None:
             k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
         return attend_block_causal(q, k, v, lengths, self.softmax_scale), (k, v)
@@ -152,8 +147,5 @@ class Mamba2(nn.Module):
         """Causal depthwise convolution of (b, l, channels), continuing after the inputs in `conv_state`."""
         xBC = xBC.transpose(1, 2)
         past = self.conv1d.kernel_size[0] - 1
-        if conv_state is None:
-            xBC = F.pad(xBC, (past, 0))
-        else:
-            xBC = torch.cat([conv_state, xBC], dim=2)
+        xBC = F.pad(xBC, (past, 0)) if conv_state is None else torch.cat([conv_state, xBC], dim=2)
         return self.conv1d(xBC).transpose(1, 2), xBC[:, :, -past:]

@@ -215,7 +215,7 @@ class MVAR(nn.Module):
         """State before the first scale, for images of `labels` (b,) int64 in [0, num_classes]."""
         cond = self.class_embed(labels)
         block_cond = self.block_cond(cond)
-        return MVARState(0, cond, [block.init_state(block_cond) for block in self.blocks])
+        return MVARState(0, cond, [block.init_state(block_cond) for block in self.blocks])  # type: ignore[operator]
 
     def step(self, scale_inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
         """One scale, continuing where `state` ends; the steps together equal `forward`.
@@ -288,7 +288,7 @@ class MVAR(nn.Module):
     def init_block(self, block: Block) -> None:
         """Scale down what writes to the residual stream, and nearly close the first two gates."""
         d, output_scale = self.config.width, 1 / math.sqrt(2 * self.config.depth)
-        block.mlp[2].weight.mul_(output_scale)  # type: ignore[operator, union-attr]
+        block.mlp[2].weight.mul_(output_scale)  # type: ignore[operator]
         for mixer in block.mixers:
             if isinstance(mixer, Attention):
                 mixer.proj.weight.mul_(output_scale)

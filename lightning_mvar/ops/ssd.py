@@ -70,7 +70,7 @@ def mamba_ssm_kernel() -> Callable[..., Any] | None:
         log.info("scan backend: torch (mamba-ssm is not usable here: %s)", error)
         return None
     log.info("scan backend: mamba-ssm")
-    return mamba_chunk_scan_combined  # type: ignore[no-any-return]
+    return mamba_chunk_scan_combined
 
 
 def ssd_recurrent(
@@ -99,12 +99,13 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence as matrix products over chunks of tokens (paper, section 6): linear in l, any l, autograd.
 
-    Arguments and results as in `ssd`; `chunk_size` trades the (q, q) products inside a chunk for the number of states
-    kept between chunks. Products run in the dtype of `x`, decays and states in float32.
+    Arguments and results as in `ssd`; `chunk_size`, the longest chunk, trades the (q, q) products inside a chunk for
+    the number of states kept between chunks. Products run in the dtype of `x`, decays and states in float32.
     """
     b, l, h, p = x.shape
-    q = min(chunk_size, l)
-    padding = -l % q  # padded tokens have dt = 0: they neither decay the state nor add to it
+    chunks = -(-l // chunk_size)
+    q = -(-l // chunks)  # chunks of equal length, so that at most one token a chunk is padding
+    padding = chunks * q - l  # padded tokens have dt = 0: they neither decay the state nor add to it
     inputs = (x.float() * dt[..., None]).to(x.dtype)
     inputs, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding)) for t in (inputs, B, C))
     log_decay = F.pad((dt * A).float(), (0, 0, 0, padding))

@@ -7,6 +7,7 @@ Shapes: b batch, c channels, H W image, h w one level's map. `multipliers` gives
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class Level(nn.Module):
 
     def __init__(self, channels: list[int], attention: bool, resample: nn.Module) -> None:
         super().__init__()
-        pairs = list(zip(channels, channels[1:], strict=False))
+        pairs = list(pairwise(channels))
         self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in pairs)
         self.attentions = nn.ModuleList(SpatialAttention(b) if attention else nn.Identity() for _, b in pairs)
         self.resample = resample
@@ -101,7 +102,11 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = conv3x3(3, channels)
         self.levels = nn.ModuleList(
-            Level([before, *[width] * blocks], attention=i == last, resample=nn.Identity() if i == last else Downsample(width))
+            Level(
+                [before, *[width] * blocks],
+                attention=i == last,
+                resample=nn.Identity() if i == last else Downsample(width),
+            )
             for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
         )
         self.middle = middle(widths[-1])
@@ -127,7 +132,11 @@ class Decoder(nn.Module):
         self.conv_in = conv3x3(code_dim, widths[-1])
         self.middle = middle(widths[-1])
         self.levels = nn.ModuleList(
-            Level([before, *[width] * (blocks + 1)], attention=i == last, resample=nn.Identity() if i == 0 else Upsample(width))
+            Level(
+                [before, *[width] * (blocks + 1)],
+                attention=i == last,
+                resample=nn.Identity() if i == 0 else Upsample(width),
+            )
             for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         self.norm_out, self.conv_out = group_norm(widths[0]), conv3x3(widths[0], 3)

@@ -1,13 +1,13 @@
 """Residual quantization over a pyramid of scales (VAR, arXiv 2404.02905, section 3.1, algorithms 1 and 2).
 
-| paper / published code      | here                | meaning                                                           |
-|-----------------------------|---------------------|-------------------------------------------------------------------|
-| Z, embedding                | codebook            | (v, c) code vectors, shared by all scales                         |
-| f, f_BChw                   | features            | (b, c, s, s) what the encoder gives, s the last side length       |
-| f_hat                       | f_hat               | (b, c, s, s) sum of what the scales so far contribute             |
-| f_rest                      | residual            | features - f_hat                                                  |
-| phi_k, quant_resi           | phi                 | convolutions after upsampling, shared by neighbouring scales      |
-| r_k, idx_Bl                 | tokens              | (b, l) indices into the codebook, all scales packed               |
+| paper / published code      | here         | meaning                                                       |
+|-----------------------------|--------------|---------------------------------------------------------------|
+| Z, embedding                | codebook     | (v, c) code vectors, shared by all scales                     |
+| f, f_BChw                   | features     | (b, c, s, s) what the encoder gives, s the last side length   |
+| f_hat                       | f_hat        | (b, c, s, s) sum of what the scales so far contribute         |
+| f_rest                      | residual     | features - f_hat                                              |
+| phi_k, quant_resi           | phi          | convolutions after upsampling, shared by neighbouring scales  |
+| r_k, idx_Bl                 | tokens       | (b, l) indices into the codebook, all scales packed           |
 
 Everything that walks the pyramid does so by `accumulate`, one residual step "upsample the code map, phi, add":
 tokenizing, teacher forcing, decoding and sampling agree because they share it.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
@@ -79,7 +78,9 @@ class Tokenizer(nn.Module):
         """
         resolution = self.config.resolution
         if images.shape[1:] != (3, resolution, resolution):
-            raise InputError(f"the tokenizer takes images (b, 3, {resolution}, {resolution}), got {tuple(images.shape)}")
+            raise InputError(
+                f"the tokenizer takes images (b, 3, {resolution}, {resolution}), got {tuple(images.shape)}"
+            )
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -105,8 +106,4 @@ class Tokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of configuration and weights, the same on every machine; token shards carry it."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self, json.dumps(asdict(self.config), sort_keys=True))

@@ -1,0 +1,38 @@
+# make demo   the whole path on the embedded digits, into outputs/demo
+# make test   the tests
+# Both create .venv first if it is absent. PYTHON=python3.12 chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo demo-clean test lint format clean
+
+install: .venv/installed
+
+# torch first and exactly: a range would fetch whatever is newest, gigabytes of CUDA packages included.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/lightning-mvar demo
+
+demo-clean:
+	rm -rf outputs/demo outputs/statistics
+
+test: .venv/installed
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,3 @@
+from lightning_mvar.cli import main
+
+main()

@@ -1,0 +1,7 @@
+"""Lightning callbacks: sampling, scoring and looking while a network trains."""
+
+from lightning_mvar.callbacks.fid import FIDCallback
+from lightning_mvar.callbacks.samples import ReconstructionsCallback, SamplesCallback
+from lightning_mvar.callbacks.throughput import ThroughputCallback
+
+__all__ = ["FIDCallback", "ReconstructionsCallback", "SamplesCallback", "ThroughputCallback"]

@@ -1,0 +1,97 @@
+"""Pictures in TensorBoard: samples class by class, images forming scale by scale, reconstructions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lightning_mvar.data.images import ImageBatch
+from lightning_mvar.module import LitMVAR
+from lightning_mvar.pictures import formation_strip, image_grid
+from lightning_mvar.sampling import generate, image_generators
+from lightning_mvar.tokenizer_module import LitTokenizer
+
+
+class SamplesCallback(L.Callback):
+    """After every validation: `samples`, a row for each class, and `strip`, what each scale adds to some images.
+
+    Args:
+        classes: number of classes to show, spread evenly over all of them.
+        per_class: images in each row of the grid.
+        guidance, top_k, top_p: of the sampling.
+        seed: of the sampling; the same from step to step, so that one sees the same image improve.
+    """
+
+    def __init__(
+        self,
+        classes: int = 10,
+        per_class: int = 8,
+        guidance: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        seed: int = 0,
+    ) -> None:
+        self.classes, self.per_class, self.seed = classes, per_class, seed
+        self.sampling: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
+
+    @torch.inference_mode()
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        assert isinstance(pl_module, LitMVAR)
+        total = pl_module.network_config.num_classes
+        shown = torch.linspace(0, total - 1, min(self.classes, total)).long()
+        labels = shown.repeat_interleave(self.per_class).to(pl_module.device)
+        generators = image_generators(self.seed, 0, len(labels))
+        # On every rank alike: a sharded network needs all of them for a forward.
+        with trainer.precision_plugin.forward_context():
+            images, tokens = generate(
+                pl_module.network,
+                pl_module.tokenizer,
+                labels,
+                generator=generators,
+                return_tokens=True,
+                **self.sampling,
+            )
+        log_image(trainer, "samples", image_grid(images, self.per_class))
+        log_image(trainer, "strip", formation_strip(pl_module.tokenizer, tokens[:: self.per_class]))
+
+
+class ReconstructionsCallback(L.Callback):
+    """After every validation: `reconstructions`, rows of originals above rows of what the tokenizer makes of them.
+
+    Args:
+        images: number of images, the first of the validation set.
+    """
+
+    def __init__(self, images: int = 16) -> None:
+        self.images = images
+
+    @torch.inference_mode()
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.sanity_checking or batch_idx > 0:
+            return
+        assert isinstance(pl_module, LitTokenizer)
+        originals = batch.images[: self.images]
+        decoded = pl_module.tokenizer.decode(pl_module.tokenizer.encode(originals))
+        pairs = torch.cat([originals, decoded]) / 2 + 0.5
+        log_image(trainer, "reconstructions", image_grid(pairs, len(originals)))
+
+
+def log_image(trainer: L.Trainer, tag: str, image: Tensor) -> None:
+    """Show a picture (3, H, W) in [0, 1] in TensorBoard, where that is one of the loggers."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, image.float().cpu(), trainer.global_step)

@@ -1,0 +1,91 @@
+"""The command line: `lightning-mvar COMMAND ...`, the same as `python -m lightning_mvar COMMAND ...`.
+
+Exit codes: 0 done; 1 a user's mistake or bad data, told in one message without a traceback; 130 interrupted by
+Ctrl-C; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lightning_mvar import __version__
+from lightning_mvar.errors import InputError
+
+COMMANDS = {  # command: (module that has `main(argv)`, help)
+    "fit": ("training", "train a network on token shards"),
+    "validate": ("training", "teacher-forced loss of a checkpoint on the validation shards"),
+    "test": ("training", "teacher-forced loss of a checkpoint on the test shards"),
+    "train-tokenizer": ("train_tokenizer", "train the tokenizer on images"),
+    "tokenize": ("tokenize", "turn images into token shards"),
+    "sample": ("sample", "draw images from a checkpoint or an exported folder"),
+    "evaluate": ("evaluate", "score sampled images"),
+    "export": ("export", "write a checkpoint as one self-contained folder"),
+    "demo": ("demo", "all of it on the embedded digits: train a tokenizer, tokenize, fit, sample, evaluate"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; its exit code."""
+    show_log()
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"lightning-mvar {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        return fail(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")
+    try:
+        command.main(argv)
+    except InputError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return interrupted()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
+            return interrupted()
+        return (
+            1 if stop.code == 2 else int(stop.code or 0)
+        )  # argument parsers end with 2; for us that is a user's mistake
+    return 0
+
+
+def show_log() -> None:
+    """Print what the package logs; Lightning's own messages have their own handler."""
+    logger = logging.getLogger("lightning_mvar")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+
+
+def usage() -> str:
+    lines = [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lightning-mvar COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`lightning-mvar COMMAND --help` lists the options.",
+        ]
+    )
+
+
+def fail(message: str) -> int:
+    print(f"lightning-mvar: error: {message}", file=sys.stderr)
+    return 1
+
+
+def interrupted() -> int:
+    print("lightning-mvar: interrupted; run the same command again to go on", file=sys.stderr)
+    return 130

@@ -1,0 +1,140 @@
+"""`sample`: images from a checkpoint or an exported folder, as npz or PNG files, with a grid and a strip to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from lightning_mvar.checkpoints import TrainedModel, load_trained
+from lightning_mvar.commands.device import choose_device
+from lightning_mvar.errors import InputError
+from lightning_mvar.files import atomic_path
+from lightning_mvar.pictures import formation_strip, image_grid, save_image, to_uint8
+from lightning_mvar.sampling import generate, image_generators
+
+GRID_COLUMNS = 10
+
+
+def sample(
+    ckpt_path: str,
+    out: str,
+    classes: str | None = None,
+    per_class: int = 1,
+    seed: int = 0,
+    guidance: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    smooth: bool = False,
+    grid: str | None = None,
+    strip: str | None = None,
+    tokenizer: str | None = None,
+    batch_size: int = 100,
+    device: str = "auto",
+) -> None:
+    """Draw images. The same seed gives the same images, whatever the batch size.
+
+    Args:
+        ckpt_path: a checkpoint of `fit`, or a folder of `export`.
+        out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png.
+        classes: comma-separated class names or numbers; all classes where not given.
+        per_class: images of each class.
+        seed: of the sampling.
+        guidance: classifier-free guidance, 0 for none.
+        top_k: draw among the k most likely tokens, 0 for all.
+        top_p: then among the fewest whose probability reaches p, 1 for all.
+        smooth: mix codes for smoother pictures; never for scores.
+        grid: PNG file for a picture with a row of up to 10 images for each class.
+        strip: PNG file for a picture of one image of each class forming scale by scale.
+        tokenizer: folder of the tokenizer, if it is no longer where the checkpoint remembers.
+        batch_size: images drawn at once.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if per_class < 1 or batch_size < 1:
+        raise InputError("--per_class and --batch_size must be at least 1")
+    target, where = Path(out), choose_device(device)
+    check_target(target)
+    model = load_trained(ckpt_path, tokenizer)
+    labels = torch.tensor(resolve_classes(classes, model)).repeat_interleave(per_class)
+    settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "smooth": smooth}
+    images, tokens = draw_all(model, labels, seed, batch_size, where, settings)
+    if target.suffix == ".npz":
+        with atomic_path(target) as path:
+            np.savez(path, arr_0=to_uint8(images), arr_1=labels.numpy())
+    else:
+        save_pngs(images, labels, target, model.class_names)
+    print(f"{len(labels)} images in {target}")
+    shown = torch.arange(len(labels)).view(-1, per_class)[:, :GRID_COLUMNS]
+    if grid is not None:
+        save_image(image_grid(images[shown.flatten()], shown.shape[1]), grid)
+        print(f"grid in {grid}")
+    if strip is not None:
+        with torch.inference_mode():
+            save_image(formation_strip(model.tokenizer, tokens[shown[:, 0]].to(where)), strip)
+        print(f"strip in {strip}")
+
+
+def check_target(target: Path) -> None:
+    """Raise InputError for an --out that images cannot go to, before anything is computed."""
+    if target.suffix not in ("", ".npz"):
+        raise InputError(f"--out {target} must be NAME.npz or a folder for PNG files")
+    if target.suffix == "" and target.is_file():
+        raise InputError(f"--out {target} is a file; name a folder, or NAME.npz")
+
+
+def resolve_classes(classes: str | None, model: TrainedModel) -> list[int]:
+    """Labels of comma-separated class names or numbers.
+
+    Raises:
+        InputError: naming the first that is unknown.
+    """
+    names, count = model.class_names, model.network.config.num_classes
+    if classes is None:
+        return list(range(count))
+    labels = []
+    for wanted in (part.strip() for part in classes.split(",")):
+        if wanted in names:
+            labels.append(names.index(wanted))
+        elif wanted.isdecimal() and int(wanted) < count:
+            labels.append(int(wanted))
+        else:
+            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise InputError(
+                f"--classes: there is no class {wanted!r}; use numbers 0 to {count - 1} or names ({known})"
+            )
+    return labels
+
+
+def draw_all(
+    model: TrainedModel, labels: Tensor, seed: int, batch_size: int, device: torch.device, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, H, W) in [0, 1] and tokens (n, l), on the CPU."""
+    network, tokenizer = model.network.to(device), model.tokenizer.to(device)
+    images, tokens = [], []
+    with tqdm(total=len(labels), unit="img", desc="sample") as bar:
+        for first in range(0, len(labels), batch_size):
+            part = labels[first : first + batch_size].to(device)
+            generators = image_generators(seed, first, len(part))
+            drawn = generate(network, tokenizer, part, generator=generators, return_tokens=True, **settings)
+            images.append(drawn[0].cpu())
+            tokens.append(drawn[1].cpu())
+            bar.update(len(part))
+    return torch.cat(images), torch.cat(tokens)
+
+
+def save_pngs(images: Tensor, labels: Tensor, folder: Path, class_names: list[str]) -> None:
+    """Write folder/CLASS/NUMBER.png, numbered by the position in the run; each file is whole or absent."""
+    for number, (image, label) in enumerate(zip(to_uint8(images), labels.tolist(), strict=True)):
+        name = class_names[label] if class_names else str(label)
+        with atomic_path(folder / name / f"{number:06d}.png") as path:
+            Image.fromarray(image).save(path)
+
+
+def main(argv: list[str]) -> None:
+    auto_cli(sample, args=argv[1:], as_positional=False, prog="lightning-mvar sample")

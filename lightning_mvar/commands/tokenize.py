@@ -1,0 +1,134 @@
+"""`tokenize`: images to token shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from lightning_mvar.checkpoints import load_tokenizer
+from lightning_mvar.commands.device import choose_device
+from lightning_mvar.data.images import Example, ImageBatch, ImageSource, OnCorrupt, collate, open_images
+from lightning_mvar.data.shards import MANIFEST, Manifest, checksum, shard_name, write_shard
+from lightning_mvar.errors import InputError
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
+
+ORDER_SEED = 0  # images go into the shards in one fixed random order, so that every shard has all classes
+
+
+def tokenize(
+    images: str,
+    tokenizer: str,
+    out: str,
+    shard_size: int = 10_000,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    on_corrupt: OnCorrupt = "raise",
+    device: str = "auto",
+) -> None:
+    """Turn images into token shards. Started again, it goes on where it stopped.
+
+    Args:
+        images: `digits:train`, `digits:test`, or a folder of class folders (CLASS/NAME.png|jpg|jpeg|webp).
+        tokenizer: folder that `train-tokenizer` or `export` wrote.
+        out: folder for the shards and their manifest.
+        shard_size: images in a shard.
+        batch_size: images encoded at once.
+        num_workers: processes that decode images; 0 decodes in the main process.
+        on_corrupt: what an image that cannot be decoded does: raise, or be skipped, named and counted.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if shard_size < 1 or batch_size < 1 or num_workers < 0:
+        raise InputError("--shard_size and --batch_size must be at least 1, --num_workers not negative")
+    where, folder = choose_device(device), Path(out)
+    model = load_tokenizer(tokenizer).to(where)
+    source = open_images(images, model.config.resolution, "center", on_corrupt)
+    manifest = resume(folder, new_manifest(model, source, images, shard_size))
+    order = np.random.default_rng(ORDER_SEED).permutation(len(source))
+    done = {shard.name for shard in manifest.shards}
+    with tqdm(total=len(source), initial=sum(s.samples for s in manifest.shards), unit="img", desc="tokenize") as bar:
+        for index in range(manifest.num_shards):
+            name = shard_name(index)
+            if name in done:
+                continue
+            chosen = order[index * shard_size : (index + 1) * shard_size].tolist()
+            loader = DataLoader[Example](
+                Subset(source, chosen),  # type: ignore[arg-type]
+                batch_size=batch_size,
+                num_workers=num_workers,
+                collate_fn=collate,
+            )
+            batches = list(encode(model, loader, where, bar.update))  # type: ignore[arg-type]
+            tokens, labels, keys, errors = zip(*batches, strict=True)
+            shard = write_shard(folder / name, np.concatenate(tokens), np.concatenate(labels), list(chain(*keys)))
+            manifest.shards = sorted([*manifest.shards, shard], key=lambda s: s.name)
+            manifest.skipped += chain(*errors)
+            manifest.save(folder)
+    report(manifest, folder)
+
+
+def new_manifest(model: Tokenizer, source: ImageSource, name: str, shard_size: int) -> Manifest:
+    return Manifest(
+        side_lengths=list(model.config.schedule.side_lengths),
+        vocab_size=model.config.vocab_size,
+        class_names=source.class_names,
+        tokenizer=model.fingerprint(),
+        source=name,
+        num_images=len(source),
+        shard_size=shard_size,
+    )
+
+
+def resume(folder: Path, planned: Manifest) -> Manifest:
+    """The manifest to go on with: an earlier run's, less the shards that are missing or damaged, or the planned one.
+
+    Raises:
+        InputError: if the folder holds shards of something else.
+    """
+    if not (folder / MANIFEST).is_file():
+        return planned
+    found = Manifest.load(folder)
+    if not found.same_run(planned):
+        raise InputError(
+            f"{folder} holds shards of other images, another tokenizer or another --shard_size: "
+            f"choose another --out, or remove that folder"
+        )
+    found.shards = [
+        shard
+        for shard in tqdm(found.shards, desc="verify finished shards", leave=False)
+        if (folder / shard.name).is_file() and checksum(folder / shard.name) == shard.sha256
+    ]
+    return found
+
+
+@torch.inference_mode()
+def encode(
+    model: Tokenizer, batches: DataLoader[ImageBatch], device: torch.device, advance: Callable[[int], object]
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[str], list[str]]]:
+    """Tokens (n, l) uint16, labels (n,), keys and error messages of each batch."""
+    num_tokens = model.config.schedule.num_tokens
+    for batch in batches:
+        tokens = np.empty((0, num_tokens), np.uint16)
+        if len(batch.images):
+            tokens = model.encode(batch.images.to(device)).cpu().numpy().astype(np.uint16)
+        for message in batch.errors:
+            tqdm.write(f"skipped: {message}")
+        advance(len(batch.keys) + len(batch.errors))
+        yield tokens, batch.labels.numpy(), batch.keys, batch.errors
+
+
+def report(manifest: Manifest, folder: Path) -> None:
+    skipped = f", {len(manifest.skipped)} images skipped" if manifest.skipped else ""
+    print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards in {folder}{skipped}")
+    if not manifest.num_samples:
+        raise InputError(f"not one image of {manifest.source} could be decoded; the manifest in {folder} names them")
+
+
+def main(argv: list[str]) -> None:
+    auto_cli(tokenize, args=argv[1:], as_positional=False, prog="lightning-mvar tokenize")

@@ -1,0 +1,27 @@
+"""`train-tokenizer`: LightningCLI over LitTokenizer; leaves the tokenizer's folder where the trainer's root is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_mvar.checkpoints import save_folder
+from lightning_mvar.commands.training import TrainingCLI, run_cli
+from lightning_mvar.data.datamodule import ImageDataModule
+from lightning_mvar.tokenizer_module import LitTokenizer
+
+
+class TokenizerCLI(TrainingCLI):
+    """A single command without subcommands."""
+
+    def add_arguments_to_parser(self, parser):  # type: ignore[no-untyped-def]
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
+
+
+def main(argv: list[str]) -> None:
+    cli = run_cli(TokenizerCLI, LitTokenizer, ImageDataModule, args=argv[1:], run=False)
+    trainer = cli.trainer
+    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config["ckpt_path"])
+    folder = Path(trainer.default_root_dir)
+    if trainer.is_global_zero:
+        save_folder(folder, cli.model.tokenizer)
+        print(f"tokenizer {cli.model.tokenizer.fingerprint()} in {folder}")

@@ -1,0 +1,44 @@
+"""`fit`, `validate` and `test`: LightningCLI over LitMVAR and the token datamodule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_mvar.data.datamodule import TokenDataModule
+from lightning_mvar.module import LitMVAR
+
+# Interpolation that sees every --config file and the overrides after them, with keys relative to the subcommand.
+PARSER = {"parser_mode": "omegaconf+"}
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI whose command line always wins over what a checkpoint remembers."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's hyperparameters override the command line, silently."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate", "test")}
+
+
+def main(argv: list[str]) -> None:
+    run_cli(TrainingCLI, LitMVAR, TokenDataModule, args=argv)
+
+
+def run_cli(cli: type[LightningCLI], model: type, data: type, **options: Any) -> LightningCLI:
+    """Parse, build and run; a class that refuses its arguments is told as the user's mistake it is."""
+    return cli(
+        model,
+        data,
+        parser_kwargs=PARSER,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        seed_everything_default=0,
+        **options,
+    )

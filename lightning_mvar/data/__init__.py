@@ -1,0 +1,1 @@
+"""Images in, token shards out and in again."""

@@ -1,0 +1,150 @@
+"""Lightning datamodules: token shards for the network, images for the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_mvar.data.images import Crop, Example, ImageBatch, ImageSource, OnCorrupt, collate, open_images
+from lightning_mvar.data.loader import TokenLoader, TokenStream
+from lightning_mvar.data.shards import Manifest
+from lightning_mvar.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning_mvar.module import LitMVAR
+
+
+class TokenDataModule(L.LightningDataModule):
+    """Streams tokenized images from the shards that `lightning-mvar tokenize` wrote.
+
+    Args:
+        train: folder of the training shards.
+        val: folder of the validation shards.
+        test: folder of the test shards; the validation shards where not given.
+        batch_size: images per rank and step.
+        num_workers: processes that read ahead; 0 reads in the training process, which suffices for local files.
+        block_size: samples that are shuffled together, in memory at once.
+        seed: of the shuffling, together with the epoch.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        test: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        block_size: int = 16_384,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("block_size", block_size), ("num_workers", num_workers + 1)):
+            if value < 1:
+                raise InputError(f"data.{name} is too small, got {value if name != 'num_workers' else num_workers}")
+        self.folders = {"train": Path(train), "val": Path(val), "test": Path(test or val)}
+        self.batch_size, self.num_workers, self.block_size, self.seed = batch_size, num_workers, block_size, seed
+        self.manifests: dict[str, Manifest] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read the manifests that `stage` needs and check them against the model, before the first batch.
+
+        Raises:
+            InputError: if shards are missing, unfinished or damaged, or do not fit the model.
+        """
+        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
+        for name in needed:
+            folder = self.folders[name]
+            manifest = Manifest.load(folder)
+            manifest.check_files(folder)
+            if self.trainer is not None:
+                model = cast("LitMVAR", self.trainer.lightning_module)
+                network = model.network_config
+                manifest.check_model(
+                    folder,
+                    network.schedule.side_lengths,
+                    network.vocab_size,
+                    network.num_classes,
+                    model.tokenizer_fingerprint,
+                )
+            self.manifests[name] = manifest
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in label order; available after `setup`."""
+        return next(iter(self.manifests.values())).class_names
+
+    def train_dataloader(self) -> TokenLoader:
+        return self.loader("train", self.seed)
+
+    def val_dataloader(self) -> TokenLoader:
+        return self.loader("val", None)
+
+    def test_dataloader(self) -> TokenLoader:
+        return self.loader("test", None)
+
+    def loader(self, name: str, seed: int | None) -> TokenLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        stream = TokenStream(
+            self.folders[name], self.manifests[name], self.batch_size, seed, self.block_size, rank, world_size
+        )
+        return TokenLoader(stream, self.num_workers, pin_memory=torch.cuda.is_available())
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Images for training a tokenizer.
+
+    Args:
+        train: `digits:train`, or a folder of class folders.
+        val: `digits:test`, or a folder of class folders.
+        resolution: side of the images in pixels.
+        batch_size: images per rank and step.
+        num_workers: processes that decode images; 0 decodes in the training process.
+        on_corrupt: raise on an image that cannot be decoded, or skip it (each is named in a warning).
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        resolution: int = 256,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        on_corrupt: OnCorrupt = "raise",
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise InputError(f"data.batch_size {batch_size} or data.num_workers {num_workers} is too small")
+        self.sources = {"train": train, "val": val}
+        self.resolution, self.batch_size, self.num_workers, self.on_corrupt = (
+            resolution,
+            batch_size,
+            num_workers,
+            on_corrupt,
+        )
+
+    def train_dataloader(self) -> DataLoader[ImageBatch]:
+        return self.loader("train", "random", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[ImageBatch]:
+        return self.loader("val", "center", shuffle=False)
+
+    def loader(self, name: str, crop: Crop, shuffle: bool) -> DataLoader[ImageBatch]:
+        images: ImageSource = open_images(self.sources[name], self.resolution, crop, self.on_corrupt)
+        if shuffle and len(images) < self.batch_size:
+            raise InputError(
+                f"{self.sources[name]} has {len(images)} images, fewer than a batch of {self.batch_size}: "
+                f"lower --data.batch_size"
+            )
+        return DataLoader[Example](  # type: ignore[return-value]
+            images,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )

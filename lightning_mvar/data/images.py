@@ -1,0 +1,159 @@
+"""Labelled images by index, from the embedded digits or from a folder of class folders.
+
+A source is named by one string everywhere (command line, YAML): `digits:train`, `digits:test`, or a folder path.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lightning_mvar.data.digits import RESOLUTION, DigitsSplit, load_digits
+from lightning_mvar.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+RESIZE_MARGIN = 1.125  # the shorter side is resized to this times the crop (VAR's preprocessing)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+OnCorrupt = Literal["raise", "skip"]
+Crop = Literal["center", "random"]
+
+
+class CorruptImageError(InputError):
+    """An image file that cannot be decoded."""
+
+
+@dataclass
+class Example:
+    """One image (3, H, W) float32 in [-1, 1]; `image` is None, and `error` says why, where it could not be read."""
+
+    image: Tensor | None
+    label: int
+    key: str
+    error: str | None = None
+
+
+@dataclass
+class ImageBatch:
+    """The readable examples of a batch, and a message for each of the others."""
+
+    images: Tensor  # (b, 3, H, W) float32 in [-1, 1]
+    labels: Tensor  # (b,) int64
+    keys: list[str]
+    errors: list[str]
+
+
+class ImageSource(Protocol):
+    """Labelled images by index."""
+
+    class_names: list[str]
+    resolution: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def open_images(source: str, resolution: int, crop: Crop = "center", on_corrupt: OnCorrupt = "raise") -> ImageSource:
+    """The images that `source` names, at `resolution` pixels a side.
+
+    Raises:
+        InputError: if there is no such source, it holds no images, or it has another resolution.
+    """
+    if source.startswith("digits:"):
+        if resolution != RESOLUTION:
+            raise InputError(f"{source} are {RESOLUTION} x {RESOLUTION}, but {resolution} px are asked for")
+        return Digits(cast(DigitsSplit, source.removeprefix("digits:")))
+    return ImageFolder(Path(source), resolution, crop, on_corrupt)
+
+
+class Digits:
+    """The embedded digits; see `load_digits`."""
+
+    def __init__(self, split: DigitsSplit) -> None:
+        self.class_names, self.resolution = [str(digit) for digit in range(10)], RESOLUTION
+        self.split = split
+        self.images, self.labels = load_digits(split)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self.images[index], int(self.labels[index]), f"digits/{self.split}/{index:04d}")
+
+
+class ImageFolder:
+    """`root/class/name.{png,jpg,jpeg,webp}`: classes are the folders in sorted order.
+
+    Args:
+        root: the folder of class folders.
+        resolution: side of the square crop; the shorter side is first resized to 1.125 times that (Lanczos).
+        crop: the centre, or a random place drawn from torch's generator.
+        on_corrupt: what a file that cannot be decoded does: raise, or come back as an `Example` with an error.
+    """
+
+    def __init__(self, root: Path, resolution: int, crop: Crop, on_corrupt: OnCorrupt) -> None:
+        if not root.is_dir():
+            raise InputError(f"image folder {root} does not exist (or is not a folder)")
+        self.root, self.resolution, self.crop, self.on_corrupt = root, resolution, crop, on_corrupt
+        self.class_names = sorted(path.name for path in root.iterdir() if path.is_dir())
+        self.files = [
+            (path, label)
+            for label, name in enumerate(self.class_names)
+            for path in sorted((root / name).rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+        ]
+        if not self.files:
+            raise InputError(f"no images under {root}: expected {root}/CLASS/NAME with {', '.join(SUFFIXES)}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        path, label = self.files[index]
+        key = str(path.relative_to(self.root))
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+        except UNREADABLE as error:
+            message = f"{path} cannot be decoded ({error})"
+            if self.on_corrupt == "skip":
+                return Example(None, label, key, message)
+            raise CorruptImageError(f"{message}: repair or remove it, or pass --on_corrupt skip") from error
+        return Example(to_tensor(self.cut(image)), label, key)
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """Resize the shorter side, crop a square."""
+        scale = round(RESIZE_MARGIN * self.resolution) / min(image.size)
+        width, height = (max(round(side * scale), self.resolution) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        room = (width - self.resolution, height - self.resolution)
+        if self.crop == "random":
+            left, top = (int(torch.randint(side + 1, ())) for side in room)
+        else:
+            left, top = (side // 2 for side in room)
+        return image.crop((left, top, left + self.resolution, top + self.resolution))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def collate(examples: list[Example]) -> ImageBatch:
+    """Stack the readable examples; keep the others' messages."""
+    good = [example for example in examples if example.image is not None]
+    images = [cast(Tensor, example.image) for example in good]
+    return ImageBatch(
+        torch.stack(images) if images else torch.empty(0),
+        torch.tensor([example.label for example in good], dtype=torch.int64),
+        [example.key for example in good],
+        [example.error for example in examples if example.error is not None],
+    )

@@ -1,0 +1,154 @@
+"""Batches of tokens from shards: exact length, and an order that depends on (seed, epoch) and nothing else.
+
+Every epoch has one global order: the shards shuffled, then the samples shuffled within blocks of consecutive shards.
+Global batch i is the i-th slice of it; each rank takes its part of every global batch and each worker its turn of the
+batches. So one process and many see the same batches, and a run that is resumed with other workers or devices goes on
+in the same order. The price is that every rank reads every shard; tokens are small (all of ImageNet at 256 px is
+1.7 GB an epoch), and a rank only slices arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lightning_mvar.data.shards import Manifest, read_shard
+from lightning_mvar.errors import InputError
+
+Block = tuple[NDArray[np.uint16], NDArray[np.int64]]  # tokens (n, l), labels (n,)
+
+
+class TokenBatch(NamedTuple):
+    """One rank's part of a global batch."""
+
+    tokens: Tensor  # (b, l) int64
+    labels: Tensor  # (b,) int64
+    valid: Tensor  # (b,) bool; False where the batch was filled up with repeated samples
+
+
+class TokenStream(IterableDataset[TokenBatch]):
+    """One pass over a folder of shards.
+
+    Args:
+        folder: of the shards.
+        manifest: its manifest.
+        batch_size: images per rank.
+        seed: shuffles, together with the epoch; None keeps the order of the shards.
+        block_size: samples shuffled together, in memory at once.
+        rank, world_size: which part of every global batch is this process's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        batch_size: int,
+        seed: int | None,
+        block_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.folder, self.manifest, self.seed, self.block_size = folder, manifest, seed, block_size
+        self.batch_size, self.rank, self.global_batch = batch_size, rank, batch_size * world_size
+        self.epoch, self.first_batch = 0, 0
+        if len(self) == 0:
+            raise InputError(
+                f"{folder} has {manifest.num_samples} samples, fewer than one global batch of {self.global_batch}: "
+                f"lower --data.batch_size"
+            )
+
+    def __len__(self) -> int:
+        """Batches of every rank: shuffled passes drop what does not fill a global batch, ordered ones fill it up."""
+        full, rest = divmod(self.manifest.num_samples, self.global_batch)
+        return full + (1 if rest and self.seed is None else 0)
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        worker = get_worker_info()
+        turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        begin = self.rank * self.batch_size
+        for i, (tokens, labels) in enumerate(self.global_batches()):
+            if i < self.first_batch or (i - self.first_batch) % workers != turn:
+                continue
+            positions = np.arange(begin, begin + self.batch_size)
+            rows = positions % len(labels)  # an unfilled last batch is filled up with its own samples
+            yield TokenBatch(
+                torch.from_numpy(tokens[rows].astype(np.int64)),
+                torch.from_numpy(labels[rows]),
+                torch.from_numpy(positions < len(labels)),
+            )
+
+    def global_batches(self) -> Iterator[Block]:
+        """The epoch cut into global batches, the last one of an ordered pass shorter."""
+        size, count = self.global_batch, 0
+        rest: Block | None = None
+        for tokens, labels in self.blocks():
+            if rest is not None:
+                tokens, labels = np.concatenate([rest[0], tokens]), np.concatenate([rest[1], labels])
+            whole = len(labels) - len(labels) % size
+            for begin in range(0, whole, size):
+                count += 1
+                yield tokens[begin : begin + size], labels[begin : begin + size]
+            rest = tokens[whole:], labels[whole:]
+        if count < len(self) and rest is not None:
+            yield rest
+
+    def blocks(self) -> Iterator[Block]:
+        """Samples in the epoch's order, about `block_size` at a time."""
+        shards = list(self.manifest.shards)
+        rng = None if self.seed is None else np.random.default_rng([self.seed, self.epoch])
+        if rng is not None:
+            shards = [shards[i] for i in rng.permutation(len(shards))]
+        held: list[Block] = []
+        for shard in shards:
+            for pack in read_shard(self.folder / shard.name):
+                held.append((pack.tokens, pack.labels))
+                if sum(len(labels) for _, labels in held) >= self.block_size:
+                    yield shuffled(held, rng)
+                    held = []
+        if held:
+            yield shuffled(held, rng)
+
+
+def shuffled(packs: list[Block], rng: np.random.Generator | None) -> Block:
+    tokens, labels = (np.concatenate(parts) for parts in zip(*packs, strict=True))
+    order = slice(None) if rng is None else rng.permutation(len(labels))
+    return tokens[order], labels[order]
+
+
+class TokenLoader:
+    """A `TokenStream` as Lightning's loops want it: sized, and with a position in the epoch that is checkpointed.
+
+    Every pass is a new epoch, except the first one after `load_state_dict`, which goes on at the saved position. The
+    state {epoch, position} is the same on every rank.
+    """
+
+    def __init__(self, stream: TokenStream, num_workers: int, pin_memory: bool) -> None:
+        self.stream, self.num_workers, self.pin_memory = stream, num_workers, pin_memory
+        self.epoch, self.position, self.resumed = -1, 0, False
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        if not self.resumed:
+            self.epoch, self.position = self.epoch + 1, 0
+        self.resumed = False
+        self.stream.epoch, self.stream.first_batch = self.epoch, self.position
+        loader = DataLoader(self.stream, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        for batch in loader:
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.resumed = 0 < self.position < len(self)

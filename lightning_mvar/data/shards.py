@@ -1,0 +1,191 @@
+"""Token shards: the format, the manifest, writing and reading.
+
+A folder of shards holds `manifest.json` and tar files in the WebDataset format, readable with plain `webdataset`. Each
+tar sample is a pack of up to `PACK_SIZE` images, which makes reading a slice of an array instead of Python per image:
+
+    KEY.tokens.npy   (n, l) uint16     all scales packed, coarse to fine
+    KEY.labels.npy   (n,) int64        class of each image
+    KEY.keys.json    n strings         where each image came from
+
+A shard appears under its name whole or not at all, and is listed in the manifest only then. The manifest carries what
+a network must agree with: schedule, vocabulary, classes, and the fingerprint of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import webdataset as wds
+from numpy.typing import NDArray
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.files import atomic_path
+
+FORMAT_VERSION = 1
+PACK_SIZE = 512  # images in one tar sample: 0.7 MB at 680 tokens
+MANIFEST = "manifest.json"
+
+
+class Pack(NamedTuple):
+    """Consecutive images of a shard."""
+
+    tokens: NDArray[np.uint16]  # (n, l)
+    labels: NDArray[np.int64]  # (n,)
+    keys: list[str]
+
+
+@dataclass
+class Shard:
+    """One finished shard, as the manifest lists it."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """What a folder of shards holds.
+
+    Args:
+        side_lengths: the schedule of the tokens.
+        vocab_size: tokens are in [0, vocab_size).
+        class_names: name of each class, in label order.
+        tokenizer: fingerprint of the tokenizer that made the tokens.
+        source: where the images came from.
+        num_images: images of the source.
+        shard_size: images of the source that each shard covers, the last one fewer.
+        views: token samples made of each image.
+        shards: the finished shards, in order.
+        skipped: a message for each image that could not be read.
+        format_version: of this format.
+    """
+
+    side_lengths: list[int]
+    vocab_size: int
+    class_names: list[str]
+    tokenizer: str
+    source: str
+    num_images: int
+    shard_size: int
+    views: int = 1
+    shards: list[Shard] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that a finished folder has."""
+        return -(-self.num_images // self.shard_size)
+
+    def same_run(self, other: Manifest) -> bool:
+        """Whether the other describes the same images, tokenizer and cut into shards."""
+        mine, theirs = asdict(self), asdict(other)
+        return all(mine[key] == theirs[key] for key in mine if key not in ("shards", "skipped"))
+
+    def save(self, folder: Path) -> None:
+        with atomic_path(folder / MANIFEST) as path:
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read the manifest of `folder`.
+
+        Raises:
+            InputError: if there is none, or it is not of this format.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise InputError(
+                f"no token shards in {folder}: {path} does not exist; write them with `lightning-mvar tokenize`"
+            )
+        try:
+            values = json.loads(path.read_text())
+            version = values["format_version"]
+            if version != FORMAT_VERSION:
+                raise InputError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}")
+            return cls(**(values | {"shards": [Shard(**shard) for shard in values["shards"]]}))
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error!r}); run `lightning-mvar tokenize` again") from error
+
+    def check_model(
+        self, folder: Path, side_lengths: tuple[int, ...], vocab_size: int, num_classes: int, tokenizer: str
+    ) -> None:
+        """Raise InputError unless a network of these properties can learn these tokens."""
+        for what, ours, theirs in (
+            ("side_lengths", list(self.side_lengths), list(side_lengths)),
+            ("vocab_size", self.vocab_size, vocab_size),
+            ("num_classes", len(self.class_names), num_classes),
+            ("tokenizer fingerprint", self.tokenizer, tokenizer),
+        ):
+            if ours != theirs:
+                raise InputError(
+                    f"{folder / MANIFEST} does not fit the model: {what} is {ours} in the shards and {theirs} in the "
+                    f"model; set the model's to match, or tokenize again with the model's tokenizer"
+                )
+
+    def check_files(self, folder: Path) -> None:
+        """Raise InputError unless every shard of a finished folder is there in its full size."""
+        if len(self.shards) < self.num_shards:
+            raise InputError(
+                f"{folder} is unfinished: {len(self.shards)} of {self.num_shards} shards; run the same "
+                f"`lightning-mvar tokenize` again, it continues where it stopped"
+            )
+        for shard in self.shards:
+            path = folder / shard.name
+            size = path.stat().st_size if path.is_file() else 0
+            if size != shard.bytes:
+                raise InputError(
+                    f"{path} is {'missing' if not size else f'truncated or altered: {size} bytes'}, the manifest says "
+                    f"{shard.bytes}; run the same `lightning-mvar tokenize` again, it rewrites that shard only"
+                )
+
+
+def shard_name(index: int) -> str:
+    return f"{index:06d}.tar"
+
+
+def write_shard(path: Path, tokens: NDArray[np.uint16], labels: NDArray[np.int64], keys: list[str]) -> Shard:
+    """Write one shard of tokens (n, l) atomically; the bytes depend on the content alone."""
+    with atomic_path(path) as temporary:
+        with wds.TarWriter(str(temporary), user="", group="", mtime=0.0) as writer:
+            for begin in range(0, len(labels), PACK_SIZE):
+                part = slice(begin, begin + PACK_SIZE)
+                name = f"{path.stem}-{begin:06d}"
+                arrays = {"tokens.npy": tokens[part], "labels.npy": labels[part], "keys.json": keys[part]}
+                writer.write({"__key__": name, **arrays})
+        return Shard(path.name, len(labels), temporary.stat().st_size, checksum(temporary))
+
+
+def checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_shard(path: Path) -> Iterator[Pack]:
+    """The packs of one shard.
+
+    Raises:
+        InputError: if the file is missing, truncated or not a token shard.
+    """
+    try:
+        for sample in wds.DataPipeline(wds.SimpleShardList([str(path)]), wds.tarfile_to_samples(), wds.decode()):
+            yield Pack(sample["tokens.npy"], sample["labels.npy"], sample["keys.json"])
+    except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, wds.autodecode.DecodingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path} is damaged or not a token shard ({reason}); run `lightning-mvar tokenize` again"
+        ) from error

@@ -1,0 +1,119 @@
+"""Training the tokenizer: reconstruction, commitment, and a codebook that stays alive (VAR, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_mvar.data.images import ImageBatch
+from lightning_mvar.errors import InputError
+from lightning_mvar.module import ScheduledModule
+from lightning_mvar.optim import OptimizerConfig
+from lightning_mvar.tokenizer.quantizer import PyramidStep
+from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
+
+CHECKPOINT_KEY = "lightning_mvar_tokenizer"
+
+
+class LitTokenizer(ScheduledModule):
+    """A tokenizer and its reconstruction loss; gradients pass the quantizer straight through.
+
+    Loss = mse(image) + l1_weight l1(image) + mean over scales of [mse(f_hat, sg(f)) + commitment mse(sg(f_hat), f)].
+
+    Args:
+        tokenizer: what the tokenizer is made of.
+        optimizer: AdamW and its schedules.
+        l1_weight: weight of the image's mean absolute error beside its mean squared error.
+        commitment: weight of pulling the encoder's features towards the codes.
+        revive_every: steps between revivals of the codes that nothing used since the last one; 0 for never.
+        revive_until: share of all steps after which no code is revived any more, so that the codebook settles.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        l1_weight: float = 0.5,
+        commitment: float = 0.25,
+        revive_every: int = 50,
+        revive_until: float = 0.8,
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.optimizer_config = Tokenizer(tokenizer), optimizer
+        self.l1_weight, self.commitment = l1_weight, commitment
+        self.revive_every, self.revive_until = revive_every, revive_until
+        usage = torch.zeros(tokenizer.schedule.num_scales, tokenizer.vocab_size, dtype=torch.int64)
+        self.train_usage: Tensor  # (k, v) times each code was chosen at each scale, since the last revival
+        self.val_usage: Tensor  # (k, v) the same over a validation epoch
+        self.register_buffer("train_usage", usage.clone(), persistent=False)
+        self.register_buffer("val_usage", usage.clone(), persistent=False)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        self.report_corrupt(batch)
+        steps, losses = self.reconstruct(batch.images)
+        self.count_usage(self.train_usage, steps)
+        if self.revive_every and (self.global_step + 1) % self.revive_every == 0:
+            self.revive(steps)
+        self.log("train/loss", losses["loss"], prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in losses.items() if name != "loss"})
+        return losses["loss"]
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        steps, losses = self.reconstruct(batch.images)
+        self.count_usage(self.val_usage, steps)
+        self.log_dict({f"val/{n}": v for n, v in losses.items()}, batch_size=len(batch.images), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        used = self.trainer.strategy.reduce(self.val_usage, reduce_op="sum") > 0
+        self.log("val/codebook_usage", used.any(dim=0).float().mean(), prog_bar=True)
+        sides = self.tokenizer.config.schedule.side_lengths
+        self.log_dict({f"codebook_usage/{side}": row.float().mean() for side, row in zip(sides, used, strict=True)})
+        self.val_usage.zero_()
+
+    def reconstruct(self, images: Tensor) -> tuple[list[PyramidStep], dict[str, Tensor]]:
+        """The quantizing of images (b, 3, H, W) in [-1, 1], and the terms of the loss."""
+        features = self.tokenizer.features(images)
+        steps = list(self.tokenizer.quantizer.pyramid(features))
+        codebook = torch.stack([F.mse_loss(step.f_hat, features.detach()) for step in steps]).mean()
+        commitment = torch.stack([F.mse_loss(step.f_hat.detach(), features) for step in steps]).mean()
+        straight_through = features + (steps[-1].f_hat - features).detach()
+        decoded = self.tokenizer.decode_features(straight_through)
+        l2, l1 = F.mse_loss(decoded, images), F.l1_loss(decoded, images)
+        loss = l2 + self.l1_weight * l1 + codebook + self.commitment * commitment
+        return steps, {"loss": loss, "l2": l2, "l1": l1, "codebook": codebook, "commitment": commitment}
+
+    def count_usage(self, usage: Tensor, steps: list[PyramidStep]) -> None:
+        for row, step in zip(usage, steps, strict=True):
+            row += torch.bincount(step.tokens.flatten(), minlength=usage.shape[1])
+
+    @torch.no_grad()
+    def revive(self, steps: list[PyramidStep]) -> None:
+        """Move every unused code onto a residual of this batch, from any scale, the same on all ranks."""
+        used = self.trainer.strategy.reduce(self.train_usage.sum(dim=0), reduce_op="sum")
+        self.train_usage.zero_()
+        if self.global_step > self.revive_until * self.total_steps:
+            return
+        unused = (used == 0).nonzero().flatten()
+        queries = torch.cat([step.queries.flatten(0, 1) for step in steps])  # (b l, c)
+        chosen = queries[torch.randint(len(queries), (len(unused),), device=queries.device)]
+        self.tokenizer.quantizer.codebook.weight[unused] = self.trainer.strategy.broadcast(chosen)
+        self.log("train/revived_codes", float(len(unused)))
+
+    def report_corrupt(self, batch: ImageBatch) -> None:
+        for message in batch.errors:
+            self.print(f"skipped: {message}")
+        if not len(batch.images):
+            raise InputError("a whole batch of images could not be decoded; see the messages above")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = asdict(self.tokenizer.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume a checkpoint of another tokenizer (InputError)."""
+        theirs, ours = checkpoint.get(CHECKPOINT_KEY), asdict(self.tokenizer.config)
+        if theirs != ours:
+            raise InputError(f"--ckpt_path is of another tokenizer: {theirs} in the checkpoint, {ours} in this run")
