@@ -31,8 +31,8 @@ def generate(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@torch.inference_mode()
-def generate(  # type: ignore[misc]  # the overloads only say what return_tokens does to the result
+@torch.inference_mode()  # type: ignore[misc]  # the overloads only say what return_tokens does to the result
+def generate(
     model: MVAR,
     tokenizer: Tokenizer,
     labels: Tensor,

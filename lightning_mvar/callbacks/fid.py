@@ -9,11 +9,16 @@ from typing import Any
 import lightning as L
 import torch
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lightning_mvar.data.images import open_images
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.frechet import Statistics, frechet_metric, reference_statistics
+from lightning_mvar.metrics.frechet import (
+    FeatureStatistics,
+    Statistics,
+    check_extractor,
+    frechet_distance,
+    reference_statistics,
+)
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.sampling import generate, image_generators
 
@@ -59,13 +64,14 @@ class FIDCallback(L.Callback):
         self.real: Statistics | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Statistics of the real images, before any training is spent: on one rank, then read by the others."""
+        """Statistics of the real images, before any training is spent."""
         assert isinstance(pl_module, LitMVAR)
         images = open_images(self.reference, pl_module.tokenizer.config.resolution)
         self.extractor.to(pl_module.device)
-        if trainer.is_global_zero:
-            self.real = reference_statistics(self.extractor, self.reference, images, self.cache)
+        if trainer.is_global_zero:  # the others wait, then read what this rank cached
+            reference_statistics(self.extractor, self.reference, images, self.cache)
         trainer.strategy.barrier()
+        self.real = reference_statistics(self.extractor, self.reference, images, self.cache)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -75,14 +81,15 @@ class FIDCallback(L.Callback):
             return
         assert isinstance(pl_module, LitMVAR)
         begin = time.perf_counter()
-        metric = frechet_metric(self.extractor, self.real).to(pl_module.device)
+        metric = FeatureStatistics(check_extractor(self.extractor)).to(pl_module.device)
         self.sample_into(metric, trainer, pl_module)
-        distance = metric.compute().float()
+        assert self.real is not None
+        distance = frechet_distance(self.real, metric.compute())
         name = f"val/frechet_{type(self.extractor).__name__}"
         pl_module.log_dict({"val/fid": distance, name: distance, "perf/fid_s": time.perf_counter() - begin})
 
     @torch.inference_mode()
-    def sample_into(self, metric: FrechetInceptionDistance, trainer: L.Trainer, pl_module: LitMVAR) -> None:
+    def sample_into(self, metric: FeatureStatistics, trainer: L.Trainer, pl_module: LitMVAR) -> None:
         """Update the metric with this rank's share of the samples."""
         classes = pl_module.network_config.num_classes
         stride = self.batch_size * trainer.world_size
@@ -94,4 +101,4 @@ class FIDCallback(L.Callback):
                 images = generate(pl_module.network, pl_module.tokenizer, labels, generator=generators, **self.sampling)
             wanted = max(min(self.num_samples - first, self.batch_size), 0)  # the rest fills up an equal last batch
             if wanted:
-                metric.update(images[:wanted].float(), real=False)
+                metric.update(self.extractor(images[:wanted].float()))

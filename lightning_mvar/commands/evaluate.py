@@ -60,7 +60,7 @@ def evaluate(
             raise InputError("--extractor is needed for other images than digits: name an nn.Module with num_features")
         extractor = DigitsClassifier(DIGITS_CLASSIFIER)
     statistics = reference_statistics(extractor, reference, real, Path(cache))
-    distance = frechet_distance(extractor, statistics, image_statistics(extractor, images, "features of the samples"))
+    distance = frechet_distance(statistics, image_statistics(extractor, images, "features of the samples"))
     record: Record = {
         "samples": samples,
         "reference": reference,
@@ -71,7 +71,7 @@ def evaluate(
     }
     if floor is not None:
         others = reference_statistics(extractor, floor, open_images(floor, images.shape[-1]), Path(cache))
-        record["floor_frechet_distance"] = frechet_distance(extractor, statistics, others)
+        record["floor_frechet_distance"] = frechet_distance(statistics, others)
         record["frechet_distance_over_floor"] = distance / record["floor_frechet_distance"]
     if digits:
         record |= judge_digits(images, labels)
@@ -125,7 +125,7 @@ def judge_reconstructions(
     batches = tqdm(originals.split(BATCH_SIZE), desc="reconstruct", leave=False)
     decoded = torch.cat([(tokenizer.decode(tokenizer.encode(batch * 2 - 1)) + 1) / 2 for batch in batches])
     found = image_statistics(extractor, decoded, "features of the reconstructions")
-    record: Record = {"reconstruction_frechet_distance": frechet_distance(extractor, statistics, found)}
+    record: Record = {"reconstruction_frechet_distance": frechet_distance(statistics, found)}
     if digits:
         labels = torch.tensor([real[i].label for i in range(len(real))])
         record["svm_accuracy_on_reconstructions"] = svm_accuracy(*real_digits("train"), decoded, labels)

@@ -1,7 +1,11 @@
-"""Frechet distance between the features of two sets of images (FID, arXiv 1706.08500), by torchmetrics.
+"""Frechet distance between the features of two sets of images (FID, arXiv 1706.08500).
+
+    |mu_1 - mu_2|^2 + tr(sigma_1) + tr(sigma_2) - 2 tr((sigma_1 sigma_2)^(1/2))
 
 The value depends on the extractor: only InceptionV3's, with the published preprocessing, is comparable to published
-FID. Statistics of real images are cached as npz with the keys `mu` and `sigma` that published files have.
+FID. The last trace is computed as the nuclear norm of sigma_1^(1/2) sigma_2^(1/2), which keeps a set against itself at
+0 to rounding, also where a covariance is singular. Statistics are cached as npz with the keys `mu` and `sigma` that
+published files have.
 """
 
 from __future__ import annotations
@@ -9,12 +13,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics import Metric
 from tqdm import tqdm
 
 from lightning_mvar.data.images import ImageSource, collate
@@ -27,73 +31,96 @@ BATCH_SIZE = 64
 
 @dataclass
 class Statistics:
-    """Mean (f,) and covariance (f, f) of n feature vectors, float64."""
+    """Mean (f,) and covariance (f, f) of n feature vectors, float64 on the CPU."""
 
-    mu: NDArray[np.float64]
-    sigma: NDArray[np.float64]
+    mu: Tensor
+    sigma: Tensor
     n: int
 
     def save(self, path: Path) -> None:
         with atomic_path(path) as temporary:
-            np.savez(temporary, mu=self.mu, sigma=self.sigma, n=self.n)
+            np.savez(temporary, mu=self.mu.numpy(), sigma=self.sigma.numpy(), n=self.n)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
-        with np.load(path) as values:
-            return cls(values["mu"], values["sigma"], int(values["n"]))
+        """Raises InputError if the file is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as values:
+                mu, sigma = (torch.from_numpy(values[key]).double() for key in ("mu", "sigma"))
+                return cls(mu, sigma, int(values["n"]))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise InputError(f"{path} is damaged ({error}); remove it, it is computed anew") from error
 
 
-def frechet_metric(extractor: nn.Module, real: Statistics | None = None) -> FrechetInceptionDistance:
-    """A torchmetrics FID on `extractor`, its real side filled from `real`.
+class FeatureStatistics(Metric):
+    """Accumulates features (b, f) into `Statistics`, exactly and over all ranks: the float64 sums add up."""
 
-    States add up over ranks, so in a distributed run only one rank may fill in `real`.
+    full_state_update = False
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.total: Tensor
+        self.outer: Tensor
+        self.n: Tensor
+        self.add_state("total", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("outer", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("n", torch.tensor(0), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        features = features.double()
+        self.total += features.sum(dim=0)
+        self.outer += features.T @ features
+        self.n += len(features)
+
+    def compute(self) -> Statistics:
+        """Needs at least two feature vectors."""
+        n = int(self.n)
+        mu = self.total / n
+        sigma = (self.outer - n * torch.outer(mu, mu)) / (n - 1)
+        return Statistics(mu.cpu(), sigma.cpu(), n)
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """The distance between two sets of features of the same extractor.
+
+    Raises:
+        InputError: if the numbers of features differ.
     """
-    if not hasattr(extractor, "num_features"):
-        raise InputError(f"{type(extractor).__name__} is no feature extractor: it has no attribute num_features")
-    metric = FrechetInceptionDistance(feature=extractor)
-    if real is not None:
-        if len(real.mu) != extractor.num_features:
-            raise InputError(
-                f"the reference has {len(real.mu)} features, {type(extractor).__name__} {extractor.num_features}"
-            )
-        fill(metric, "real", real)
-    return metric
+    if a.mu.shape != b.mu.shape:
+        raise InputError(f"statistics of {len(a.mu)} and of {len(b.mu)} features: not of the same extractor")
+    cross = torch.linalg.matrix_norm(square_root(a.sigma) @ square_root(b.sigma), ord="nuc")
+    return float((a.mu - b.mu).square().sum() + a.sigma.trace() + b.sigma.trace() - 2 * cross)
 
 
-def fill(metric: FrechetInceptionDistance, side: str, statistics: Statistics) -> None:
-    """Set the sums of one side ("real" or "fake") from its statistics."""
-    mu, sigma, n = torch.from_numpy(statistics.mu), torch.from_numpy(statistics.sigma), statistics.n
-    getattr(metric, f"{side}_features_sum").copy_(mu * n)
-    getattr(metric, f"{side}_features_cov_sum").copy_(sigma * (n - 1) + n * torch.outer(mu, mu))
-    getattr(metric, f"{side}_features_num_samples").fill_(n)
+def square_root(sigma: Tensor) -> Tensor:
+    """Of a positive semi-definite matrix; eigenvalues that rounding made negative count as 0."""
+    values, vectors = torch.linalg.eigh(sigma)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-@torch.inference_mode()
-def image_statistics(extractor: nn.Module, images: Tensor, progress: str = "features") -> Statistics:
-    """Statistics of images (n, 3, H, W) float32 in [0, 1], n at least 2."""
-    features = extract(extractor, images, progress).double().numpy()
-    return Statistics(features.mean(axis=0), np.cov(features, rowvar=False), len(features))
+def check_extractor(extractor: nn.Module) -> int:
+    """The extractor's `num_features`; InputError where it has none."""
+    features = getattr(extractor, "num_features", None)
+    if not isinstance(features, int):
+        raise InputError(f"{type(extractor).__name__} is no feature extractor: it has no int attribute num_features")
+    return features
 
 
 @torch.inference_mode()
-def extract(extractor: nn.Module, images: Tensor, progress: str) -> Tensor:
-    """Features (n, f) of images (n, 3, H, W) in [0, 1], batch by batch, on the extractor's device."""
+def image_statistics(extractor: nn.Module, images: Tensor, progress: str) -> Statistics:
+    """Statistics of images (n, 3, H, W) float32 in [0, 1], n at least 2, on the extractor's device."""
+    metric = FeatureStatistics(check_extractor(extractor))
     device = next(extractor.parameters()).device
-    batches = tqdm(images.split(BATCH_SIZE), desc=progress, leave=False)
-    return torch.cat([extractor(batch.to(device)).cpu() for batch in batches])
-
-
-def frechet_distance(extractor: nn.Module, real: Statistics, other: Statistics) -> float:
-    """The distance between two sets of statistics of the same extractor."""
-    metric = frechet_metric(extractor, real)
-    fill(metric, "fake", other)
-    return float(metric.compute())
+    for batch in tqdm(images.split(BATCH_SIZE), desc=progress, leave=False):
+        metric.update(extractor(batch.to(device)).cpu())
+    return metric.compute()
 
 
 def reference_statistics(extractor: nn.Module, source: str, images: ImageSource, cache: Path) -> Statistics:
     """Statistics of all images of a source, computed once for each extractor and kept in the folder `cache`."""
-    identity = f"{type(extractor).__name__} {source} {images.resolution} {len(images)}"
-    key = hashlib.sha256(f"{identity} {fingerprint(extractor)}".encode()).hexdigest()[:16]
+    identity = f"{source} {images.resolution} {len(images)} {fingerprint(extractor)}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = cache / f"{type(extractor).__name__}-{key}.npz"
     if not path.is_file():
         image_statistics(extractor, stack_images(images), f"features of {source}").save(path)

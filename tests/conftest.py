@@ -1,0 +1,72 @@
+"""A tiny network and tokenizer, and a folder of token shards, shared by the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
+from lightning_mvar.checkpoints import save_folder
+from lightning_mvar.data.shards import Manifest, shard_name, write_shard
+
+SCHEDULE = ScaleSchedule((1, 2, 3, 4))
+MIXERS = {"mvar": ("scale_attention", "mamba2"), "var": ("block_causal_attention",)}
+
+
+def tiny_network(**overrides: object) -> MVAR:
+    """Depth 2, width 64, weights large enough that every part matters to the output."""
+    torch.manual_seed(0)
+    config = {"depth": 2, "width": 64, "heads": 2, "vocab_size": 48, "code_dim": 8, "num_classes": 10}
+    network = MVAR(MVARConfig(SCHEDULE, **(config | {"mamba_head_dim": 32} | overrides)))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.5 / parameter.shape[-1] ** 0.25)
+    return network.eval()
+
+
+@pytest.fixture(params=MIXERS)
+def network(request: pytest.FixtureRequest) -> MVAR:
+    return tiny_network(mixers=MIXERS[request.param])
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """8 x 8 images, features 4 x 4."""
+    torch.manual_seed(1)
+    config = TokenizerConfig(SCHEDULE, 48, 8, channels=8, multipliers=(1, 2), blocks=1, num_phi=3)
+    tokenizer = Tokenizer(config).eval().requires_grad_(False)
+    tokenizer.quantizer.codebook.weight.copy_(torch.randn(48, 8))
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_folder(folder, tokenizer)
+    return folder
+
+
+def random_tokens(count: int, seed: int = 0, vocab_size: int = 48) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab_size, (count, SCHEDULE.num_tokens), generator=generator)
+
+
+def write_token_shards(folder: Path, fingerprint: str, sizes: list[int], classes: int = 10) -> Manifest:
+    """Shards of `sizes` samples; the first token of sample i is i, so that an order can be read off."""
+    manifest = Manifest(
+        list(SCHEDULE.side_lengths), 48, [str(c) for c in range(classes)], fingerprint, "test", sum(sizes), max(sizes)
+    )
+    begin = 0
+    for index, size in enumerate(sizes):
+        tokens = random_tokens(size, seed=index).numpy().astype(np.uint16)
+        ids = np.arange(begin, begin + size)
+        tokens[:, 0] = ids % 48
+        shard = write_shard(folder / shard_name(index), tokens, ids % classes, [f"image{i}" for i in ids])
+        manifest.shards.append(shard)
+        begin += size
+    manifest.save(folder)
+    return manifest

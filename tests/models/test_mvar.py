@@ -1,0 +1,170 @@
+import math
+
+import pytest
+import torch
+from conftest import MIXERS, SCHEDULE, tiny_network
+
+from lightning_mvar import MVAR, MVARConfig, ScaleSchedule
+from lightning_mvar.errors import InputError
+from lightning_mvar.models.mixers import Attention
+from lightning_mvar.models.mvar import SIZES, DropPath
+
+# Published counts in millions, vocabulary 4,096, code dim 32, 1,000 classes, QK-norm on.
+PARAMETERS = {
+    "mvar": {"d12": 198.4, "d16": 464.2, "d20": 900.5, "d24": 1550.1, "d30": 3017.1, "d32": 3658.7},
+    "var": {"d12": 133.2, "d16": 310.3, "d20": 600.9, "d24": 1033.4, "d30": 2010.0},
+}
+VARIANTS = [
+    {"mixers": MIXERS["mvar"]},
+    {"mixers": MIXERS["mvar"], "qk_norm": False},
+    {"mixers": MIXERS["var"]},
+    {"mixers": MIXERS["var"], "shared_adaln": True},
+    {"mixers": ("mamba2",)},
+]
+
+
+def network_inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.randint(0, 11, (batch,), generator=generator)
+    return labels, torch.randn(batch, SCHEDULE.num_tokens - 1, 8, generator=generator)
+
+
+def steps(network: MVAR, labels: torch.Tensor, scale_inputs: torch.Tensor) -> torch.Tensor:
+    """The logits of one call of `step` for each scale, packed."""
+    state, logits = network.init_state(labels), []
+    for k, (offset, length) in enumerate(zip(SCHEDULE.offsets, SCHEDULE.lengths, strict=True)):
+        part = None if k == 0 else scale_inputs[:, offset - 1 : offset - 1 + length]
+        scale_logits, state = network.step(part, state)
+        logits.append(scale_logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize(("mixer", "size"), [(m, s) for m, counts in PARAMETERS.items() for s in counts])
+def test_sizes_have_the_published_parameter_counts(mixer: str, size: str) -> None:
+    with torch.device("meta"):
+        network = MVAR(MVARConfig.for_size(size, mixers=MIXERS[mixer]))
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == PARAMETERS[mixer][size]
+
+
+def test_drop_path_follows_the_depth() -> None:
+    for name, depth in SIZES.items():
+        assert MVARConfig.for_size(name).drop_path == pytest.approx(0.1 * depth / 24)
+    with torch.device("meta"):
+        network = MVAR(MVARConfig.for_size("d12"))
+    rates = [block.drop_path.rate for block in network.blocks]
+    torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.05, 12))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_the_steps_together_equal_the_full_pass(variant: dict[str, object]) -> None:
+    network, inputs = tiny_network(**variant), network_inputs()
+    full = network(*inputs)
+    assert full.dtype == torch.float32
+    assert full.abs().max() > 1  # a comparison of zeros would prove nothing
+    assert (steps(network, *inputs) - full).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scale", range(SCHEDULE.num_scales - 1))
+@torch.no_grad()
+def test_tokens_of_a_scale_change_only_the_logits_of_finer_scales(variant: dict[str, object], scale: int) -> None:
+    """The tokens of scale k enter as the inputs of scale k + 1 and later, which is what is changed here."""
+    network, (labels, scale_inputs) = tiny_network(**variant), network_inputs()
+    begin = SCHEDULE.offsets[scale + 1]
+    changed = scale_inputs.clone()
+    changed[:, begin - 1 :] += 1.0
+    before, after = network(labels, scale_inputs), network(labels, changed)
+    assert torch.equal(before[:, :begin], after[:, :begin])
+    assert (before[:, begin:] - after[:, begin:]).abs().amax(dim=(0, 2)).min() > 0
+
+
+def test_the_class_reaches_every_token(network: MVAR) -> None:
+    labels, scale_inputs = network_inputs()
+    with torch.no_grad():
+        difference = network(labels, scale_inputs) - network((labels + 1) % 11, scale_inputs)
+    assert difference.abs().amax(dim=2).min() > 0
+
+
+def test_every_parameter_receives_a_gradient(network: MVAR) -> None:
+    network(*network_inputs()).square().mean().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_initial_weights_have_the_designed_spread() -> None:
+    torch.manual_seed(0)
+    config = MVARConfig(ScaleSchedule((1, 2, 3)), 4, 256, 4, 512, 32, 100, adaln_gate_init=1e-3)
+    network = MVAR(config)
+    std, output = math.sqrt(1 / (3 * 256)), 1 / math.sqrt(8)
+    block = network.blocks[1]
+    attention, mamba = block.mixers
+    expected = [
+        (network.class_embed.weight, std),
+        (network.pos_embed, std),
+        (network.head.weight, 0.02 * std),
+        (network.head_adaln.weight, 0.5 * std),
+        (block.adaln.weight[:512], 1e-3 * std),
+        (block.adaln.weight[512:], 0.5 * std),
+        (attention.qkv.weight, std),
+        (attention.proj.weight, std * output),
+        (block.mlp[0].weight, std),
+        (block.mlp[2].weight, std * output),
+        (mamba.in_proj.weight, std),
+        (mamba.out_proj.weight, std),
+        (mamba.conv1d.weight, 0.02),
+    ]
+    for weight, spread in expected:
+        assert float(weight.detach().std()) == pytest.approx(spread, rel=0.05)
+    for bias in (network.head.bias, block.adaln.bias, attention.q_bias, attention.proj.bias, mamba.conv1d.bias):
+        assert not bias.any()
+    assert attention.qk_scale_log.tolist() == pytest.approx([math.log(4)] * 4)
+    decay, dt = mamba.A_log.exp(), torch.nn.functional.softplus(mamba.dt_bias)
+    assert 1 <= decay.min() < decay.max() <= 16
+    assert 1e-3 <= dt.min() * 1.001
+    assert dt.max() <= 0.1001
+    assert (mamba.D == 1).all()
+
+
+def test_weights_of_a_network_built_on_the_meta_device_are_all_initialised() -> None:
+    """`to_empty` leaves garbage: init_weights must reach every parameter."""
+    with torch.device("meta"):
+        network = MVAR(MVARConfig(SCHEDULE, 2, 64, 2, 48, 8, 10))
+    network.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(torch.nan)
+    network.init_weights()
+    assert [name for name, p in network.named_parameters() if not p.isfinite().all()] == []
+
+
+def test_the_temperature_of_qk_norm_is_capped_at_100() -> None:
+    attention = tiny_network().blocks[0].mixers[0]
+    assert isinstance(attention, Attention)
+    x = torch.randn(1, 30, 64)
+    outputs = []
+    for value in (math.log(100.0), 50.0):
+        torch.nn.init.constant_(attention.qk_scale_log, value)
+        outputs.append(attention(x, SCHEDULE.lengths)[0])
+    torch.testing.assert_close(*outputs)
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
+    torch.manual_seed(0)
+    dropped = DropPath(0.25).train()(torch.ones(4000, 3, 2))
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.05)
+    assert (dropped == dropped[:, :1, :1]).all()
+    assert torch.equal(DropPath(0.25).eval()(dropped), dropped)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"heads": 3}, "not a multiple of network.heads"),
+        ({"mixers": ("attention",)}, "'attention'; there are scale_attention"),
+        ({"width": 48, "mamba_head_dim": 64}, "mamba_head_dim 64"),
+        ({"depth": 0}, "network.depth must be at least 1"),
+    ],
+)
+def test_impossible_configurations_are_refused(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_network(**overrides)

@@ -1,0 +1,108 @@
+"""The numbers of the published implementations, for weights that a recipe makes (tests/parity/README.md)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from parity.recipe import BUFFERS, image, tensor
+
+from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, generate
+from lightning_mvar.checkpoints import NETWORK_NAMES, load_official_mvar, load_official_tokenizer, rename
+
+FOLDER = Path(__file__).parent / "parity"
+CASES = sorted(path.stem for path in FOLDER.glob("*.json"))
+TOLERANCE = 1e-4  # of the largest magnitude
+GRADIENT_TOLERANCE = 1e-3
+
+
+@dataclass
+class Case:
+    about: dict[str, Any]
+    values: dict[str, torch.Tensor]
+    network: MVAR
+    tokenizer: Tokenizer
+
+
+def official_weights(shapes: dict[str, list[int]], schedule: ScaleSchedule) -> dict[str, torch.Tensor]:
+    weights = {}
+    for key, shape in shapes.items():
+        if key == "lvl_1L":
+            weights[key] = schedule.scale_ids[None]
+        elif key.rsplit(".", 1)[-1] in BUFFERS:
+            weights[key] = torch.zeros(shape)
+        else:
+            weights[key] = torch.from_numpy(tensor(key, tuple(shape)))
+    return weights
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    about = json.loads((FOLDER / f"{request.param}.json").read_text())
+    with np.load(FOLDER / f"{request.param}.npz") as arrays:
+        values = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    schedule = ScaleSchedule(tuple(about["config"]["patch_nums"]))
+    tokenizer_keys = json.loads((FOLDER / "mvar_small.json").read_text())["vqvae_keys"]
+    return Case(
+        about,
+        {name: value.long() if value.dtype == torch.int32 else value for name, value in values.items()},
+        load_official_mvar(official_weights(about["official_keys"], schedule)),
+        load_official_tokenizer(official_weights(tokenizer_keys, schedule), schedule),
+    )
+
+
+def assert_agrees(case: Case, name: str, actual: torch.Tensor) -> None:
+    expected = case.values[name]
+    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max(), name
+
+
+def test_the_configuration_is_read_off_the_weights(case: Case) -> None:
+    expected, config = case.about["config"], case.network.config
+    assert sum(p.numel() for p in case.network.parameters()) == case.about["parameters"]
+    assert (config.depth, config.width, config.heads) == (expected["depth"], expected["width"], expected["heads"])
+    assert (config.num_classes, config.vocab_size) == (expected["classes"], expected["vocab"])
+    assert config.qk_norm == expected["attn_l2_norm"]
+    assert config.schedule.side_lengths == tuple(expected["patch_nums"])
+
+
+@torch.no_grad()
+def test_tokenizer_agrees(case: Case) -> None:
+    config = case.about["config"]
+    if "encoder_features" not in case.values:
+        pytest.skip("this case holds no images")
+    images = torch.from_numpy(image(config["batch"], 16 * config["patch_nums"][-1], config["seed"]))
+    assert_agrees(case, "encoder_features", case.tokenizer.features(images))
+    tokens = case.tokenizer.encode(images)
+    assert torch.equal(tokens, case.values["tokens"])
+    assert_agrees(case, "f_hat", case.tokenizer.quantizer.decode(tokens))
+    assert_agrees(case, "reconstruction", case.tokenizer.decode(tokens))
+
+
+def test_loss_and_gradients_agree(case: Case) -> None:
+    tokens = case.values["tokens"]
+    scale_inputs = case.tokenizer.scale_inputs(tokens)
+    assert_agrees(case, "teacher_forcing_input", scale_inputs)
+    logits = case.network(case.values["labels"], scale_inputs)
+    assert_agrees(case, "logits", logits)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    assert_agrees(case, "loss", loss)
+    loss.backward()
+    parameters = dict(case.network.named_parameters())
+    for key, norm in case.about["grad_norms"].items():
+        (ours,) = rename({key: torch.empty(0)}, NETWORK_NAMES)
+        gradient = parameters[ours].grad
+        assert gradient is not None
+        assert float(gradient.norm()) == pytest.approx(norm, rel=GRADIENT_TOLERANCE), key
+
+
+def test_greedy_sampling_agrees(case: Case) -> None:
+    settings = {"guidance": case.about["config"]["cfg"], "top_k": 1, "top_p": 1.0}
+    images, tokens = generate(case.network, case.tokenizer, case.values["labels"], return_tokens=True, **settings)
+    assert torch.equal(tokens, case.values["greedy_tokens"])
+    if "greedy_image" in case.values:
+        assert_agrees(case, "greedy_image", images)

@@ -1,0 +1,128 @@
+import pytest
+import torch
+from conftest import SCHEDULE, tiny_network
+
+from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
+from lightning_mvar.errors import InputError
+from lightning_mvar.sampling import draw, gumbel_mixture, image_generators, truncate
+
+LABELS = torch.tensor([0, 3, 9, 3])
+
+
+def test_the_samplers_inputs_equal_the_teacher_forcing_inputs(
+    network: MVAR, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    step = type(network).step
+    monkeypatch.setattr(type(network), "step", lambda *args: (seen.append(args[1]), step(*args))[1])
+    _, tokens = generate(network, tokenizer, LABELS, guidance=0.0, return_tokens=True)
+    assert seen[0] is None
+    torch.testing.assert_close(torch.cat(seen[1:], dim=1), tokenizer.scale_inputs(tokens))
+
+
+def test_greedy_tokens_are_the_likeliest_of_the_full_pass(network: MVAR, tokenizer: Tokenizer) -> None:
+    _, tokens = generate(network, tokenizer, LABELS, guidance=0.0, top_k=1, return_tokens=True)
+    logits = network(LABELS, tokenizer.scale_inputs(tokens))
+    assert torch.equal(logits.argmax(dim=-1), tokens)
+
+
+def test_guided_greedy_tokens_follow_the_guided_logits_of_the_full_pass(network: MVAR, tokenizer: Tokenizer) -> None:
+    _, tokens = generate(network, tokenizer, LABELS, guidance=2.0, top_k=1, return_tokens=True)
+    scale_inputs = tokenizer.scale_inputs(tokens)
+    conditional, unconditional = network(LABELS, scale_inputs), network(torch.full_like(LABELS, 10), scale_inputs)
+    ratio = SCHEDULE.scale_ids[None, :, None] / (SCHEDULE.num_scales - 1)
+    logits = (1 + 2.0 * ratio) * conditional - 2.0 * ratio * unconditional
+    assert torch.equal(logits.argmax(dim=-1), tokens)
+
+
+def test_images_are_the_decoded_tokens_in_the_unit_range(network: MVAR, tokenizer: Tokenizer) -> None:
+    images, tokens = generate(network, tokenizer, LABELS, return_tokens=True)
+    torch.testing.assert_close(images, (tokenizer.decode(tokens) + 1) / 2)
+
+
+def test_an_image_does_not_depend_on_its_batch(network: MVAR, tokenizer: Tokenizer) -> None:
+    whole = generate(network, tokenizer, LABELS, generator=image_generators(5, 0, 4))
+    for i in range(4):
+        alone = generate(network, tokenizer, LABELS[i : i + 1], generator=image_generators(5, i, 1))
+        torch.testing.assert_close(alone[0], whole[i])
+    other = generate(network, tokenizer, LABELS, generator=image_generators(6, 0, 4))
+    assert (other - whole).abs().max() > 0.01
+
+
+def test_one_generator_serves_all_images(network: MVAR, tokenizer: Tokenizer) -> None:
+    images = [generate(network, tokenizer, LABELS, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*images)
+
+
+def test_smooth_sampling_mixes_codes(network: MVAR, tokenizer: Tokenizer) -> None:
+    settings = {"generator": image_generators(0, 0, 4)}
+    smooth = generate(network, tokenizer, LABELS, smooth=True, **settings)
+    assert smooth.shape == (4, 3, 8, 8)
+    assert smooth.isfinite().all()
+
+
+def test_top_k_and_top_p_keep_what_a_plain_loop_keeps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 20, generator=generator) * 2
+    for top_k, top_p in ((0, 1.0), (7, 1.0), (0, 0.6), (7, 0.5), (1, 0.9), (20, 1e-6)):
+        kept, tokens = truncate(logits, top_k, top_p)
+        dense = torch.zeros_like(logits).scatter(-1, tokens, kept)
+        for b in range(2):
+            for n in range(5):
+                order = logits[b, n].argsort(descending=True)[: top_k or 20].tolist()
+                mass = logits[b, n, order].softmax(dim=0).tolist()
+                expected, before = set(), 0.0
+                for token, probability in zip(order, mass, strict=True):
+                    if before < top_p:
+                        expected.add(token)
+                    before += probability
+                assert set(dense[b, n].nonzero().flatten().tolist()) == (expected or {order[0]})
+
+
+def test_draws_have_the_truncated_distribution() -> None:
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5]).expand(1, 40_000, 5)
+    uniforms = torch.rand(1, 40_000, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(draw(logits, uniforms, 3, 1.0).flatten(), minlength=5) / 40_000
+    expected = torch.tensor([2.0, -torch.inf, 1.0, -torch.inf, 1.5]).softmax(dim=0)
+    torch.testing.assert_close(counts, expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_extreme_uniforms_draw_a_token_that_is_kept(uniform: float) -> None:
+    logits = torch.randn(1, 50, 30, generator=torch.Generator().manual_seed(0)) * 3
+    tokens = draw(logits, torch.full((1, 50), uniform), 20, 0.7)
+    kept, order = truncate(logits, 20, 0.7)
+    dense = torch.zeros_like(logits).scatter(-1, order, kept)
+    assert (dense.gather(-1, tokens[..., None]) > 0).all()
+
+
+def test_the_gumbel_mixture_sharpens_with_the_scale() -> None:
+    logits, uniforms = torch.randn(2, 6, 12), torch.rand(2, 6, 12)
+    coarse, fine = (gumbel_mixture(logits, uniforms, ratio, 5, 1.0) for ratio in (0.0, 1.0))
+    for weights in (coarse, fine):
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 6))
+        assert ((weights > 0).sum(dim=-1) <= 5).all()
+    assert fine.amax(dim=-1).mean() > coarse.amax(dim=-1).mean()
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "message"),
+    [
+        ([11], {}, r"classes in \[0, 10\]"),
+        ([], {}, "classes in"),
+        ([1], {"guidance": -1.0}, "guidance"),
+        ([1], {"top_p": 0.0}, "top_p"),
+        ([1], {"generator": image_generators(0, 0, 2)}, "2 generators for 1 labels"),
+    ],
+)
+def test_impossible_arguments_are_refused(
+    tokenizer: Tokenizer, labels: list[int], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(tiny_network(), tokenizer, torch.tensor(labels, dtype=torch.int64), **settings)
+
+
+def test_a_tokenizer_of_another_schedule_is_refused() -> None:
+    other = Tokenizer(TokenizerConfig(ScaleSchedule((1, 4)), 48, 8, 8, (1, 2), 1))
+    with pytest.raises(InputError, match="do not belong together: schedule"):
+        generate(tiny_network(), other, LABELS)

@@ -1,0 +1,75 @@
+"""The residual pyramid against its algorithm written out with plain torch calls."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_mvar import ScaleSchedule, Tokenizer
+from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
+
+
+def algorithm(
+    quantizer: ResidualQuantizer, features: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Tokens and next inputs of each scale, and f_hat, one image at a time (VAR, algorithm 1)."""
+    sides, codebook = quantizer.schedule.side_lengths, quantizer.codebook.weight
+    last, count = sides[-1], len(quantizer.phi)
+    places = [(2 * i + 1) / (2 * count) for i in range(count)]
+    residual, f_hat, tokens, inputs = features.clone(), torch.zeros_like(features), [], []
+    for k, side in enumerate(sides):
+        small = F.adaptive_avg_pool2d(residual, side)
+        queries = small.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        chosen = torch.cdist(queries, codebook).argmin(dim=1)
+        codes = codebook[chosen].view(len(features), side, side, -1).permute(0, 3, 1, 2)
+        up = F.interpolate(codes, size=(last, last), mode="bicubic") if side != last else codes
+        ratio = k / (len(sides) - 1)
+        phi = quantizer.phi[min(range(count), key=lambda i: abs(places[i] - ratio))]
+        h = 0.5 * up + 0.5 * F.conv2d(up, phi.weight, phi.bias, padding=1)
+        f_hat, residual = f_hat + h, residual - h
+        tokens.append(chosen.view(len(features), -1))
+        if k + 1 < len(sides):
+            inputs.append(F.adaptive_avg_pool2d(f_hat, sides[k + 1]).flatten(2).transpose(1, 2))
+    return tokens, inputs, f_hat
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    return torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def test_encode_decode_and_scale_inputs_follow_the_algorithm(tokenizer: Tokenizer, features: torch.Tensor) -> None:
+    quantizer = tokenizer.quantizer
+    tokens, inputs, f_hat = algorithm(quantizer, features)
+    ours = quantizer.encode(features)
+    assert torch.equal(ours, torch.cat(tokens, dim=1))
+    torch.testing.assert_close(quantizer.decode(ours), f_hat)
+    torch.testing.assert_close(quantizer.scale_inputs(ours), torch.cat(inputs, dim=1))
+
+
+def test_every_scale_brings_f_hat_nearer_to_the_features_of_its_own_code(tokenizer: Tokenizer) -> None:
+    """With phi the identity, quantizing what one scale can express leaves nothing over."""
+    quantizer = ResidualQuantizer(ScaleSchedule((1, 2, 4)), 32, 4, 2)
+    for phi in quantizer.phi:
+        torch.nn.init.dirac_(phi.weight)
+        torch.nn.init.zeros_(phi.bias)
+    torch.nn.init.normal_(quantizer.codebook.weight)
+    with torch.no_grad():
+        quantizer.codebook.weight[0] = 0.0
+        exact = quantizer.codebook(torch.full((2, 1), 5)).transpose(1, 2)[..., None].expand(2, 4, 4, 4)
+        tokens = quantizer.encode(exact)
+        torch.testing.assert_close(quantizer.decode(tokens), exact, atol=1e-5, rtol=0)
+    assert tokens[:, 0].tolist() == [5, 5]
+    assert not tokens[:, 1:].any()
+
+
+def test_gradients_reach_codebook_and_phi(tokenizer: Tokenizer, features: torch.Tensor) -> None:
+    quantizer = ResidualQuantizer(tokenizer.config.schedule, 16, 8, 3)
+    *_, step = quantizer.pyramid(features)
+    step.f_hat.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in quantizer.parameters())
+
+
+def test_a_single_scale_has_no_scale_inputs() -> None:
+    quantizer = ResidualQuantizer(ScaleSchedule((4,)), 16, 8, 1)
+    assert quantizer.scale_inputs(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 0, 8)

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from lightning_mvar import ScaleSchedule, Tokenizer, TokenizerConfig
+from lightning_mvar.errors import InputError
+
+
+@pytest.mark.parametrize("sides", [(1, 2, 3, 4), (1, 3, 6), (2, 4), (8,), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])
+@torch.no_grad()
+def test_shapes_and_ranges_for_every_schedule(sides: tuple[int, ...]) -> None:
+    tokenizer = Tokenizer(TokenizerConfig(ScaleSchedule(sides), 32, 4, 8, (1, 2), 1, 2)).eval()
+    side = tokenizer.config.resolution
+    assert side == 2 * sides[-1]
+    tokens = tokenizer.encode(torch.rand(2, 3, side, side) * 2 - 1)
+    assert tokens.shape == (2, tokenizer.config.schedule.num_tokens)
+    assert tokens.dtype == torch.int64
+    images = tokenizer.decode(tokens)
+    assert images.shape == (2, 3, side, side)
+    assert images.abs().max() <= 1
+    assert tokenizer.scale_inputs(tokens).shape == (2, tokens.shape[1] - sides[0] ** 2, 4)
+
+
+@torch.no_grad()
+def test_the_last_decoded_step_is_the_image(tokenizer: Tokenizer) -> None:
+    tokens = torch.randint(0, 48, (2, 30))
+    *_, last = tokenizer.decode_steps(tokens)
+    assert torch.equal(last, tokenizer.decode(tokens))
+
+
+def test_the_published_size_has_the_published_downsampling() -> None:
+    with torch.device("meta"):
+        tokenizer = Tokenizer(TokenizerConfig())
+    assert tokenizer.config.resolution == 256
+    assert round(sum(p.numel() for p in tokenizer.parameters()) / 1e6) == 109
+
+
+def test_the_fingerprint_knows_weights_and_configuration(tokenizer: Tokenizer) -> None:
+    other = Tokenizer(tokenizer.config)
+    other.load_state_dict(tokenizer.state_dict())
+    assert other.fingerprint() == tokenizer.fingerprint()
+    with torch.no_grad():
+        other.decoder.conv_out.bias[0] += 1e-3
+    assert other.fingerprint() != tokenizer.fingerprint()
+
+
+def test_images_of_another_size_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"takes images \(b, 3, 8, 8\), got \(1, 3, 16, 16\)"):
+        tokenizer.encode(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("wrong", [{"vocab_size": 0}, {"multipliers": ()}, {"vocab_size": 70_000}])
+def test_impossible_configurations_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        TokenizerConfig(**wrong)
