@@ -93,7 +93,7 @@ def load_trained(path: str | Path, tokenizer: str | Path | None = None) -> Train
         network = MVAR(config_from_dict(MVARConfig, config["network"], path))
         load_strictly(network, read_weights(path / "network.safetensors"), path)
         return TrainedModel(network, load_tokenizer(tokenizer or path), config["class_names"])
-    checkpoint = read_torch(path)
+    checkpoint = read_torch(path, mmap=True)
     if CHECKPOINT_KEY not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of `lightning-mvar fit`")
     about = checkpoint[CHECKPOINT_KEY]
@@ -149,12 +149,12 @@ def read_weights(path: Path) -> StateDict:
         raise InputError(f"{path} is damaged or not a safetensors file ({error})") from error
 
 
-def read_torch(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, without running any code from the file."""
+def read_torch(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """What `torch.save` wrote, without running any code from the file; with `mmap`, tensors are read when used."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged or not a file of plain weights ({reason})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -117,7 +118,7 @@ class LitMVAR(ScheduledModule):
     # --- Loss ---
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        labels = self.drop_labels(batch.labels)
+        labels = self.drop_labels(batch.labels, batch_idx)
         losses, correct = self.score(batch, labels)
         self.log("train/loss", losses.mean(), prog_bar=True)
         self.log_dict(
@@ -156,11 +157,15 @@ class LitMVAR(ScheduledModule):
         losses = F.cross_entropy(logits.transpose(1, 2), batch.tokens, reduction="none")
         return losses, (logits.detach().argmax(dim=-1) == batch.tokens).float()
 
-    def drop_labels(self, labels: Tensor) -> Tensor:
-        """Replace a share of labels (b,) by the unconditional class, drawn anew from (seed, step, rank)."""
-        seed = torch.initial_seed() + 1_000_003 * self.global_step + self.global_rank
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        dropped = torch.rand(len(labels), generator=generator) < self.label_drop
+    def drop_labels(self, labels: Tensor, batch_idx: int) -> Tensor:
+        """Replace a share of labels (b,) by the unconditional class.
+
+        Drawn from (seed, epoch, batch) for the global batch, of which this rank takes its part: neither the number of
+        ranks nor an interruption changes which labels are dropped.
+        """
+        key = random.Random(f"{torch.initial_seed()}-{self.current_epoch}-{batch_idx}").getrandbits(63)
+        everywhere = torch.rand(self.trainer.world_size, len(labels), generator=torch.Generator().manual_seed(key))
+        dropped = everywhere[self.global_rank] < self.label_drop
         return labels.masked_fill(dropped.to(labels.device), self.network_config.num_classes)
 
     def per_scale(self, scores: Tensor) -> tuple[Tensor, ...]:

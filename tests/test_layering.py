@@ -65,7 +65,9 @@ def test_models_and_tokenizer_do_not_know_each_other() -> None:
 
 
 def test_only_the_outer_parts_import_lightning() -> None:
-    using = {name for name, tree in package_modules().items() if any(i.split(".")[0] == "lightning" for i in imports(tree))}
+    using = {
+        name for name, tree in package_modules().items() if any(i.split(".")[0] == "lightning" for i in imports(tree))
+    }
     assert using
     assert {name for name in using if not name.startswith(LIGHTNING)} == set()
 

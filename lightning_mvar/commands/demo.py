@@ -56,11 +56,15 @@ STAGES = [
         )
         for split, images in (("train", "train"), ("val", "test"))
     ],
-    Stage("fit", f"fit --config {CONFIGS}/digits.yaml", ROOT / "mvar" / LAST_CHECKPOINT, ROOT / "mvar" / LAST_CHECKPOINT),
-    Stage("export", f"export --ckpt_path {ROOT}/mvar/{LAST_CHECKPOINT} --out {ROOT}/export", ROOT / "export/config.json"),
+    Stage(
+        "fit", f"fit --config {CONFIGS}/digits.yaml", ROOT / "mvar" / LAST_CHECKPOINT, ROOT / "mvar" / LAST_CHECKPOINT
+    ),
+    Stage(
+        "export", f"export --ckpt_path {ROOT}/mvar/{LAST_CHECKPOINT} --out {ROOT}/export", ROOT / "export/config.json"
+    ),
     Stage(
         "sample",
-        f"sample --ckpt_path {ROOT}/export --per_class 100 --seed 0 --out {ROOT}/samples.npz "
+        f"sample --ckpt_path {ROOT}/export --per_class 100 --seed 0 --guidance 0.3 --top_p 1 --out {ROOT}/samples.npz "
         f"--grid {ROOT}/grid.png --strip {ROOT}/strip.png",
         ROOT / "samples.npz",
     ),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_mvar.checkpoints import read_torch
 from lightning_mvar.data.datamodule import TokenDataModule
 from lightning_mvar.module import LitMVAR
 
@@ -19,7 +21,13 @@ class TrainingCLI(LightningCLI):
     """LightningCLI whose command line always wins over what a checkpoint remembers."""
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint's hyperparameters override the command line, silently."""
+        """Refuse an unreadable checkpoint at once.
+
+        Lightning's own would let the checkpoint's hyperparameters override the command line, silently.
+        """
+        path = self.config.get(self.config.get("subcommand"), self.config).get("ckpt_path")
+        if path is not None:
+            read_torch(Path(path), mmap=True)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

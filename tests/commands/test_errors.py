@@ -1,0 +1,185 @@
+"""A user's mistakes on the command line: one message that names the file and the remedy, exit code 1."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_network, write_token_shards
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.checkpoints import save_folder
+from lightning_mvar.cli import COMMANDS, run
+
+FIT = """
+trainer: {{accelerator: cpu, max_steps: 1, logger: false, enable_checkpointing: false, enable_progress_bar: false,
+           enable_model_summary: false}}
+model: {{tokenizer: {tokenizer}, network: {{schedule: {{side_lengths: [1, 2, 3, 4]}}, vocab_size: 48, code_dim: 8,
+         num_classes: 10, depth: 1, width: 32, heads: 1, mamba_head_dim: 32}}}}
+data: {{train: shards, val: shards, batch_size: 4}}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a fit.yaml, its tokenizer and its shards."""
+    monkeypatch.chdir(tmp_path)
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [10, 6])
+    (tmp_path / "fit.yaml").write_text(FIT.format(tokenizer=tokenizer_folder))
+    save_folder(tmp_path / "export", tokenizer, tiny_network(), [str(i) for i in range(10)])
+    return tmp_path
+
+
+def refused(capfd: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run a command that must fail as a user's mistake; what it said."""
+    capfd.readouterr()
+    assert run(list(argv)) == 1
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err
+
+
+def test_the_tiny_run_itself_works(here: Path) -> None:
+    assert run(["fit", "--config", "fit.yaml"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.network.vocab_size", "64"], "vocab_size is 48"),
+        (["--model.network.num_classes", "5"], "num_classes is 10 in the shards and 5 in the model"),
+        (["--model.network.schedule.side_lengths", "[1,2,4]"], "schedule"),
+        (["--model.network.schedule.side_lengths", "[2,1]"], "strictly increasing"),
+        (["--model.network.width", "33"], "mamba_head_dim"),
+        (["--model.network.heads", "5"], "not a multiple of network.heads"),
+        (["--model.network.mixers", "[mamba3]"], "'mamba3'"),
+        (["--model.tokenizer", "nowhere"], "nowhere has no config.json"),
+        (["--data.train", "nowhere"], "no token shards in nowhere"),
+        (["--data.batch_size", "100"], "lower --data.batch_size"),
+        (["--data.batch_size", "many"], "batch_size"),
+        (["--model.network.widht", "32"], "widht"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+        (
+            ["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"],
+            "set --trainer.max_steps or",
+        ),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_fit_refuses(here: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert message in refused(capfd, "fit", "--config", "fit.yaml", *options)
+
+
+def test_fit_refuses_a_typo_in_yaml(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = (here / "fit.yaml").read_text()
+    (here / "typo.yaml").write_text(text.replace("batch_size", "batch_sise"))
+    assert "batch_sise" in refused(capfd, "fit", "--config", "typo.yaml")
+    (here / "broken.yaml").write_text("trainer: {max_steps: 1")
+    assert "broken.yaml" in refused(capfd, "fit", "--config", "broken.yaml")
+
+
+def test_fit_refuses_a_truncated_shard_and_another_tokenizers_shards(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = here / "shards/000001.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    message = refused(capfd, "fit", "--config", "fit.yaml")
+    assert "shards/000001.tar is truncated or altered: 2000 bytes" in message
+    assert "run the same `lightning-mvar tokenize` again" in message
+    write_token_shards(here / "shards", "0123456789abcdef", [10, 6])
+    assert "tokenizer fingerprint is 0123456789abcdef" in refused(capfd, "fit", "--config", "fit.yaml")
+
+
+def test_fit_refuses_to_resume_another_configuration(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    checkpointing = ["--trainer.enable_checkpointing", "true", "--trainer.default_root_dir", "run"]
+    assert run(["fit", "--config", "fit.yaml", *checkpointing]) == 0
+    (checkpoint,) = (str(path) for path in Path("run").rglob("*.ckpt"))
+    resume = ["fit", "--config", "fit.yaml", "--trainer.max_steps", "2", "--ckpt_path", checkpoint]
+    assert "depth is 1 in the checkpoint and 2 in this run" in refused(capfd, *resume, "--model.network.depth", "2")
+    Path(checkpoint).write_bytes(Path(checkpoint).read_bytes()[:5000])
+    assert checkpoint in refused(capfd, *resume)
+    torch.save({"state_dict": {}}, checkpoint)
+    assert refused(capfd, *resume)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ckpt_path", "nowhere", "--out", "a.npz"], "nowhere does not exist"),
+        (["--ckpt_path", "export", "--out", "a.jpg"], "a.jpg must be NAME.npz or a folder"),
+        (["--ckpt_path", "export", "--out", "fit.yaml"], "fit.yaml must be NAME.npz"),
+        (["--ckpt_path", "export", "--out", "a.npz", "--classes", "3,eleven"], "no class 'eleven'"),
+        (["--ckpt_path", "export", "--out", "a.npz", "--classes", "10"], "no class '10'; use numbers 0 to 9"),
+        (["--ckpt_path", "export", "--out", "a.npz", "--per_class", "0"], "--per_class"),
+        (["--ckpt_path", "export", "--out", "a.npz", "--top_p", "2"], "top_p"),
+        (["--ckpt_path", "export", "--out", "a.npz", "--device", "warp"], "--device warp is not available"),
+        (["--ckpt_path", "export", "--out", "a.npz", "--gudance", "2"], "gudance"),
+        (["--out", "a.npz"], "ckpt_path"),
+        (["--ckpt_path", "fit.yaml", "--out", "a.npz"], "fit.yaml is damaged or not a file of plain weights"),
+    ],
+)
+def test_sample_refuses(here: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert message in refused(capfd, "sample", *options)
+    assert not list(here.glob("*.npz"))
+
+
+def test_tokenize_refuses_missing_and_empty_folders(
+    here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tokenizer", str(tokenizer_folder), "--out", "new"]
+    assert "image folder nowhere does not exist" in refused(capfd, "tokenize", "--images", "nowhere", *options)
+    Path("empty").mkdir()
+    assert "no images under empty" in refused(capfd, "tokenize", "--images", "empty", *options)
+    assert "nowhere has no config.json" in refused(
+        capfd, "tokenize", "--images", "digits:test", "--tokenizer", "nowhere", "--out", "new"
+    )
+    assert not Path("new").exists()
+
+
+def test_evaluate_refuses_files_that_are_not_samples(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere.npz does not exist" in refused(capfd, "evaluate", "--samples", "nowhere.npz")
+    Path("text.npz").write_text("hello")
+    assert "text.npz is damaged or not an npz" in refused(capfd, "evaluate", "--samples", "text.npz")
+    np.savez("floats.npz", arr_0=np.zeros((3, 8, 8, 3)), arr_1=np.zeros(3))
+    assert "arr_0 must be uint8" in refused(capfd, "evaluate", "--samples", "floats.npz")
+    np.savez("small.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), arr_1=np.zeros(3))
+    assert "digits:test are 32 x 32" in refused(capfd, "evaluate", "--samples", "small.npz")
+    assert "--extractor is needed" in refused(
+        capfd, "evaluate", "--samples", "small.npz", "--reference", str(make_images(here))
+    )
+
+
+def make_images(root: Path) -> Path:
+    from test_pipeline import write_images
+
+    write_images(root / "images")
+    return root / "images"
+
+
+def test_the_demo_says_where_it_belongs(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "run the demo in the root of a clone" in refused(capfd, "demo")
+
+
+def test_help_and_unknown_commands(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    usage = capfd.readouterr().out
+    assert all(command in usage for command in COMMANDS)
+    assert "no command 'fti'" in refused(capfd, "fti")
+    for command in COMMANDS:
+        assert run([command, "--help"]) == 0
+        assert "usage" in capfd.readouterr().out.lower()
+
+
+def test_the_module_is_the_console_script() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_mvar", "sample", "--ckpt_path", "nowhere", "--out", "x.npz"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("lightning-mvar: error: nowhere does not exist")

@@ -1,0 +1,238 @@
+"""Every subcommand once on real files: a folder of pictures to a tokenizer, shards, a network, samples and scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lightning_mvar.checkpoints import load_tokenizer, load_trained
+from lightning_mvar.cli import run
+from lightning_mvar.data.shards import Manifest, read_shard
+
+CLASSES = ["dark", "light", "mixed"]
+TOKENIZER_YAML = """
+trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, check_val_every_n_epoch: null, log_every_n_steps: 1,
+  default_root_dir: tok, enable_progress_bar: false, enable_model_summary: false,
+  logger: {class_path: lightning.pytorch.loggers.TensorBoardLogger,
+           init_args: {save_dir: "${trainer.default_root_dir}", name: "", version: logs}},
+  callbacks: [{class_path: lightning_mvar.callbacks.ReconstructionsCallback},
+              {class_path: lightning_mvar.callbacks.ThroughputCallback}]}
+model: {tokenizer: {schedule: {side_lengths: [1, 2, 4]}, vocab_size: 24, code_dim: 4, channels: 8,
+                    multipliers: [1, 2], blocks: 1, num_phi: 2}, revive_every: 2}
+data: {train: images, val: images, resolution: 8, batch_size: 6}
+"""
+FIT_YAML = """
+trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, check_val_every_n_epoch: null, log_every_n_steps: 1,
+  default_root_dir: run, enable_progress_bar: false, enable_model_summary: false,
+  logger: {class_path: lightning.pytorch.loggers.TensorBoardLogger,
+           init_args: {save_dir: "${trainer.default_root_dir}", name: "", version: logs}},
+  callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint,
+               init_args: {dirpath: "${trainer.default_root_dir}/checkpoints", save_last: true, monitor: val/fid}},
+              {class_path: lightning_mvar.callbacks.SamplesCallback, init_args: {per_class: 2}},
+              {class_path: lightning_mvar.callbacks.ThroughputCallback},
+              {class_path: lightning_mvar.callbacks.FIDCallback,
+               init_args: {extractor: {class_path: test_pipeline.Pixels}, reference: images, num_samples: 7,
+                           batch_size: 4}}]}
+model: {tokenizer: tok, network: {schedule: {side_lengths: [1, 2, 4]}, vocab_size: 24, code_dim: 4, num_classes: 3,
+                                  depth: 2, width: 32, heads: 2, mamba_head_dim: 16}}
+data: {train: shards/train, val: shards/train, batch_size: 6}
+"""
+
+
+class Pixels(nn.Module):
+    """A feature extractor of 8 x 8 images: the grey value of each quarter."""
+
+    num_features = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.pool(images).mean(dim=1).flatten(1) * self.weight
+
+
+def write_images(root: Path, per_class: int = 6) -> None:
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(80 * label, 80 * label + 90, (10, 14, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every stage has been run through the command line."""
+    root = tmp_path_factory.mktemp("workspace")
+    write_images(root / "images")
+    (root / "tokenizer.yaml").write_text(TOKENIZER_YAML)
+    (root / "fit.yaml").write_text(FIT_YAML)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.syspath_prepend(str(Path(__file__).parent))
+        assert run(["train-tokenizer", "--config", "tokenizer.yaml"]) == 0
+        tokenize = ["tokenize", "--images", "images", "--tokenizer", "tok", "--out", "shards/train"]
+        assert run([*tokenize, "--shard_size", "7"]) == 0
+        assert run(["fit", "--config", "fit.yaml"]) == 0
+        assert run(["export", "--ckpt_path", "run/checkpoints/last.ckpt", "--out", "export"]) == 0
+    return root
+
+
+@pytest.fixture
+def here(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(workspace)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return workspace
+
+
+def tags(logs: Path) -> tuple[set[str], set[str]]:
+    """Scalar and image tags in TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    return set(events.Tags()["scalars"]), set(events.Tags()["images"])
+
+
+def test_tokenizer_training_leaves_a_folder_and_its_curves(here: Path) -> None:
+    assert load_tokenizer("tok").config.resolution == 8
+    scalars, images = tags(here / "tok/logs")
+    assert {"train/loss", "train/lr", "train/grad_norm", "val/l2", "val/codebook_usage", "perf/images_per_s"} <= scalars
+    assert {f"codebook_usage/{side}" for side in (1, 2, 4)} <= scalars
+    assert images == {"reconstructions"}
+
+
+def test_shards_hold_what_the_tokenizer_says_of_every_image(here: Path) -> None:
+    from lightning_mvar.data.images import open_images
+
+    manifest = Manifest.load(here / "shards/train")
+    assert [shard.samples for shard in manifest.shards] == [7, 7, 4]
+    assert manifest.class_names == CLASSES
+    assert manifest.tokenizer == load_tokenizer("tok").fingerprint()
+    source, tokenizer = open_images("images", 8), load_tokenizer("tok")
+    expected = {source[i].key: source[i] for i in range(len(source))}
+    seen = set()
+    for shard in manifest.shards:
+        for pack in read_shard(here / "shards/train" / shard.name):
+            for tokens, label, key in zip(*pack, strict=True):
+                example = expected[key]
+                assert example.label == label
+                assert example.image is not None
+                with torch.no_grad():
+                    ours = tokenizer.encode(example.image[None])[0]
+                np.testing.assert_array_equal(tokens, ours.numpy())
+                seen.add(key)
+    assert seen == set(expected)
+
+
+def test_fit_logs_the_promised_tags_and_checkpoints(here: Path) -> None:
+    scalars, images = tags(here / "run/logs")
+    names = ["loss", "loss_last_scale", "acc", "acc_last_scale"]
+    promised = {f"{stage}/{name}" for stage in ("train", "val") for name in names}
+    promised |= {"train/grad_norm", "train/lr", "train/weight_decay", "perf/images_per_s", "val/fid"}
+    promised |= {"scale_loss/1", "scale_loss/2", "scale_loss/4", "val/frechet_Pixels"}
+    assert promised <= scalars
+    assert images == {"samples", "strip"}
+    assert (here / "run/checkpoints/last.ckpt").is_file()
+
+
+def test_validate_and_test_run_from_a_checkpoint(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in ("validate", "test"):
+        assert run([command, "--config", "fit.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]) == 0
+        name = {"validate": "val", "test": "test"}[command]
+        assert f"{name}/loss_last_scale" in capfd.readouterr().out
+
+
+def test_export_holds_the_checkpoints_weights(here: Path) -> None:
+    ours, theirs = load_trained("export"), load_trained("run/checkpoints/last.ckpt")
+    assert ours.class_names == theirs.class_names == CLASSES
+    assert ours.tokenizer.fingerprint() == theirs.tokenizer.fingerprint()
+    weights = theirs.network.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in ours.network.state_dict().items())
+
+
+def test_sample_writes_npz_grid_and_strip(here: Path) -> None:
+    options = ["--per_class", "3", "--seed", "1", "--grid", "grid.png", "--strip", "strip.png"]
+    assert run(["sample", "--ckpt_path", "export", "--out", "samples.npz", *options]) == 0
+    with np.load("samples.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert (images.shape, images.dtype) == ((9, 8, 8, 3), np.uint8)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    with Image.open("grid.png") as grid, Image.open("strip.png") as strip:
+        assert grid.size == (3 * 10 + 2, 3 * 10 + 2)
+        assert strip.size == (3 * 10 + 2, 3 * 10 + 2)  # 3 scales across, 3 classes down
+        pixels = np.asarray(grid)
+    np.testing.assert_array_equal(pixels[2:10, 2:10], images[0])
+    assert run(["sample", "--ckpt_path", "run/checkpoints/last.ckpt", "--out", "again.npz", "--per_class", "3",
+                "--seed", "1", "--batch_size", "2"]) == 0  # fmt: skip
+    with np.load("again.npz") as arrays:
+        difference = np.abs(arrays["arr_0"].astype(int) - images)
+    assert difference.max() <= 1  # of 255: another batch size may round the other way
+
+
+def test_sample_writes_class_folders_of_chosen_classes(here: Path) -> None:
+    options = ["--classes", "light,0", "--per_class", "2", "--smooth", "true", "--guidance", "0"]
+    assert run(["sample", "--ckpt_path", "export", "--out", "pngs", *options]) == 0
+    assert sorted(str(path.relative_to("pngs")) for path in Path("pngs").rglob("*.png")) == [
+        "dark/000002.png",
+        "dark/000003.png",
+        "light/000000.png",
+        "light/000001.png",
+    ]
+
+
+def test_evaluate_scores_samples(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["sample", "--ckpt_path", "export", "--out", "scored.npz", "--per_class", "4"]) == 0
+    options = ["--reference", "images", "--floor", "images", "--extractor", "test_pipeline.Pixels"]
+    command = ["evaluate", "--samples", "scored.npz", *options, "--tokenizer", "tok", "--json", "scores.json"]
+    assert run(command) == 0
+    (record,) = json.loads(Path("scores.json").read_text())
+    assert record["num_samples"] == 12
+    assert record["extractor"] == "Pixels"
+    assert record["frechet_distance"] > record["floor_frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert record["reconstruction_frechet_distance"] > 0
+    table = capfd.readouterr().out
+    assert all(name in table for name in record)
+
+
+def test_tokenize_goes_on_where_it_stopped(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One shard lost, one truncated: only those are written again, and the result is as before."""
+    shutil.copytree("shards/train", "shards/resumed")
+    folder = Path("shards/resumed")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+    (folder / "000000.tar").unlink()
+    (folder / "000001.tar").write_bytes(before["000001.tar"][:999])
+    untouched = (folder / "000002.tar").stat().st_mtime_ns
+    command = ["tokenize", "--images", "images", "--tokenizer", "tok", "--out", "shards/resumed", "--shard_size", "7"]
+    assert run(command) == 0
+    assert {path.name: path.read_bytes() for path in folder.glob("*.tar")} == before
+    assert (folder / "000002.tar").stat().st_mtime_ns == untouched
+    assert Manifest.load(folder) == Manifest.load(Path("shards/train"))
+    command[-1] = "8"
+    assert run(command) == 1
+    assert "holds shards of other images, another tokenizer or another --shard_size" in capfd.readouterr().err
+
+
+def test_tokenize_skips_or_refuses_corrupt_images(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("images", "damaged")
+    Path("damaged/light/3.png").write_bytes(Path("images/light/3.png").read_bytes()[:60])
+    command = ["tokenize", "--images", "damaged", "--tokenizer", "tok", "--out", "shards/damaged"]
+    assert run(command) == 1
+    assert "damaged/light/3.png cannot be decoded" in capfd.readouterr().err
+    assert not list(Path("shards").glob("damaged/*.tar"))
+    assert run([*command, "--on_corrupt", "skip"]) == 0
+    captured = capfd.readouterr()
+    assert "17 samples in 1 shards" in captured.out
+    assert "1 images skipped" in captured.out
+    manifest = Manifest.load(Path("shards/damaged"))
+    assert manifest.num_samples == 17
+    assert "light/3.png" in manifest.skipped[0]

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SCHEDULE
+
+from lightning_mvar import TokenizerConfig
+from lightning_mvar.data.datamodule import ImageDataModule
+from lightning_mvar.optim import OptimizerConfig
+from lightning_mvar.tokenizer_module import LitTokenizer
+
+
+def make_module(**options: object) -> LitTokenizer:
+    torch.manual_seed(0)
+    config = TokenizerConfig(SCHEDULE, 64, 8, channels=8, multipliers=(1, 1, 2, 2), blocks=1, num_phi=2)
+    return LitTokenizer(config, OptimizerConfig(base_lr=0.02, weight_decay=0.0), **options)
+
+
+def fit(module: LitTokenizer, root: Path, steps: int) -> dict[str, float]:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        val_check_interval=steps,
+        check_val_every_n_epoch=None,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=str(root),
+    )
+    trainer.fit(module, datamodule=ImageDataModule("digits:train", "digits:test", 32, batch_size=32))
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_the_loss_is_what_the_docstring_says() -> None:
+    module, images = make_module(), torch.rand(4, 3, 32, 32) * 2 - 1
+    steps, losses = module.reconstruct(images)
+    features = module.tokenizer.features(images)
+    decoded = module.tokenizer.decode_features(steps[-1].f_hat)
+    quantization = sum(F.mse_loss(step.f_hat, features) for step in steps) / len(steps)
+    expected = F.mse_loss(decoded, images) + 0.5 * F.l1_loss(decoded, images) + 1.25 * quantization
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+def test_gradients_pass_the_quantizer_straight_through() -> None:
+    """The encoder is trained by the picture alone when nothing pulls it to the codes."""
+    module = make_module(commitment=0.0)
+    _, losses = module.reconstruct(torch.rand(4, 3, 32, 32) * 2 - 1)
+    (losses["l2"]).backward()
+    gradient = module.tokenizer.encoder.conv_in.weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+    assert module.tokenizer.quantizer.codebook.weight.grad is None
+
+
+def test_training_on_digits_lowers_the_error_and_uses_the_codebook(tmp_path: Path) -> None:
+    module = make_module(revive_every=10)
+    metrics = fit(module, tmp_path, 40)
+    images = next(iter(ImageDataModule("digits:test", "digits:test", 32).val_dataloader())).images
+    with torch.no_grad():
+        before = float(make_module().eval().reconstruct(images)[1]["l2"])
+    assert metrics["val/l2"] < 0.5 * before
+    assert metrics["val/codebook_usage"] > 0.3
+    usage = [metrics[f"codebook_usage/{side}"] for side in SCHEDULE.side_lengths]
+    assert all(0 < part <= metrics["val/codebook_usage"] + 1e-6 for part in usage)
+
+
+def test_revival_moves_unused_codes_onto_residuals_and_spares_the_others(tmp_path: Path) -> None:
+    module = make_module(revive_every=0)
+    fit(module, tmp_path, 1)
+    steps, _ = module.reconstruct(torch.rand(2, 3, 32, 32) * 2 - 1)
+    module.train_usage.zero_()
+    module.count_usage(module.train_usage, steps)
+    used = module.train_usage.sum(dim=0) > 0
+    assert int(module.train_usage.sum()) == 2 * SCHEDULE.num_tokens
+    module.revive_until = 1.0
+    module.trainer.fit_loop.max_steps = 100
+    before = module.tokenizer.quantizer.codebook.weight.detach().clone()
+    module.log = lambda *_: None  # type: ignore[assignment]
+    module.revive(steps)
+    after = module.tokenizer.quantizer.codebook.weight.detach()
+    assert torch.equal(after[used], before[used])
+    queries = torch.cat([step.queries.flatten(0, 1) for step in steps])
+    assert torch.cdist(after[~used], queries).min(dim=1).values.max() == pytest.approx(0, abs=1e-4)
+    assert not module.train_usage.any()
