@@ -155,7 +155,7 @@ def read_torch(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged or not a file of plain weights ({reason})") from error
     if not isinstance(content, dict):

@@ -6,10 +6,12 @@ Ctrl-C; anything else is a bug and shows its traceback.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
@@ -49,14 +51,14 @@ def run(argv: list[str]) -> int:
         command.main(argv)
     except InputError as error:
         return fail(str(error))
+    except argparse.ArgumentError as error:
+        return fail(bad_arguments(argv, error))
     except KeyboardInterrupt:
         return interrupted()
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
             return interrupted()
-        return (
-            1 if stop.code == 2 else int(stop.code or 0)
-        )  # argument parsers end with 2; for us that is a user's mistake
+        return int(stop.code or 0)
     return 0
 
 
@@ -79,6 +81,14 @@ def usage() -> str:
             "`lightning-mvar COMMAND --help` lists the options.",
         ]
     )
+
+
+def bad_arguments(argv: list[str], error: argparse.ArgumentError) -> str:
+    """What the parser has to say in one line, with the configuration files that it may be about."""
+    reason = " ".join(str(error).split())
+    files = [value for option, value in pairwise(argv) if option in ("-c", "--config")]
+    about = f" (config: {', '.join(files)})" if files else ""
+    return f"{reason}{about}; `lightning-mvar {argv[0]} --help` lists the options"
 
 
 def fail(message: str) -> int:

@@ -139,14 +139,15 @@ class LitMVAR(ScheduledModule):
 
     def evaluate(self, batch: TokenBatch, stage: str) -> None:
         """Log the teacher-forced scores of the batch's own samples, averaged over all of them at the epoch's end."""
-        losses, correct = (scores[batch.valid] for scores in self.score(batch, batch.labels))
+        weight = int(batch.valid.sum())
+        own = batch.valid if weight else slice(None)  # a batch of padding alone has weight 0
+        losses, correct = (scores[own] for scores in self.score(batch, batch.labels))
         logged = {
             f"{stage}/loss": losses.mean(),
             f"{stage}/loss_last_scale": self.per_scale(losses)[-1].mean(),
             f"{stage}/acc": correct.mean(),
             f"{stage}/acc_last_scale": self.per_scale(correct)[-1].mean(),
         }
-        weight = int(batch.valid.sum())
         self.log_dict(logged | self.scale_losses(f"{stage}_scale_loss", losses), batch_size=weight, sync_dist=True)
 
     def score(self, batch: TokenBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,9 +194,7 @@ class LitMVAR(ScheduledModule):
         Raises:
             InputError: naming the first field that differs.
         """
-        about = checkpoint.get(CHECKPOINT_KEY)
-        if about is None:
-            raise InputError("--ckpt_path is not a checkpoint of `lightning-mvar fit`")
+        about = checkpoint[CHECKPOINT_KEY]
         theirs = about["network"] | {"tokenizer": about["tokenizer"]["fingerprint"]}
         ours = asdict(self.network_config) | {"tokenizer": self.tokenizer_fingerprint}
         for name in ours:

@@ -69,9 +69,10 @@ class LitTokenizer(ScheduledModule):
 
     def on_validation_epoch_end(self) -> None:
         used = self.trainer.strategy.reduce(self.val_usage, reduce_op="sum") > 0
-        self.log("val/codebook_usage", used.any(dim=0).float().mean(), prog_bar=True)
+        self.log("val/codebook_usage", used.any(dim=0).float().mean(), prog_bar=True, sync_dist=True)
         sides = self.tokenizer.config.schedule.side_lengths
-        self.log_dict({f"codebook_usage/{side}": row.float().mean() for side, row in zip(sides, used, strict=True)})
+        usage = {f"codebook_usage/{side}": row.float().mean() for side, row in zip(sides, used, strict=True)}
+        self.log_dict(usage, sync_dist=True)
         self.val_usage.zero_()
 
     def reconstruct(self, images: Tensor) -> tuple[list[PyramidStep], dict[str, Tensor]]:
@@ -114,6 +115,6 @@ class LitTokenizer(ScheduledModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a checkpoint of another tokenizer (InputError)."""
-        theirs, ours = checkpoint.get(CHECKPOINT_KEY), asdict(self.tokenizer.config)
+        theirs, ours = checkpoint[CHECKPOINT_KEY], asdict(self.tokenizer.config)
         if theirs != ours:
             raise InputError(f"--ckpt_path is of another tokenizer: {theirs} in the checkpoint, {ours} in this run")

@@ -60,7 +60,7 @@ def test_gradients_pass_the_quantizer_straight_through() -> None:
 
 def test_training_on_digits_lowers_the_error_and_uses_the_codebook(tmp_path: Path) -> None:
     module = make_module(revive_every=10)
-    metrics = fit(module, tmp_path, 40)
+    metrics = fit(module, tmp_path, 30)
     images = next(iter(ImageDataModule("digits:test", "digits:test", 32).val_dataloader())).images
     with torch.no_grad():
         before = float(make_module().eval().reconstruct(images)[1]["l2"])
@@ -79,12 +79,11 @@ def test_revival_moves_unused_codes_onto_residuals_and_spares_the_others(tmp_pat
     used = module.train_usage.sum(dim=0) > 0
     assert int(module.train_usage.sum()) == 2 * SCHEDULE.num_tokens
     module.revive_until = 1.0
-    module.trainer.fit_loop.max_steps = 100
     before = module.tokenizer.quantizer.codebook.weight.detach().clone()
     module.log = lambda *_: None  # type: ignore[assignment]
     module.revive(steps)
     after = module.tokenizer.quantizer.codebook.weight.detach()
     assert torch.equal(after[used], before[used])
     queries = torch.cat([step.queries.flatten(0, 1) for step in steps])
-    assert torch.cdist(after[~used], queries).min(dim=1).values.max() == pytest.approx(0, abs=1e-4)
+    assert torch.cdist(after[~used], queries).min(dim=1).values.max() == pytest.approx(0, abs=1e-3)
     assert not module.train_usage.any()

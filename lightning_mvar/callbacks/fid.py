@@ -86,7 +86,8 @@ class FIDCallback(L.Callback):
         assert self.real is not None
         distance = frechet_distance(self.real, metric.compute())
         name = f"val/frechet_{type(self.extractor).__name__}"
-        pl_module.log_dict({"val/fid": distance, name: distance, "perf/fid_s": time.perf_counter() - begin})
+        logged = {"val/fid": distance, name: distance, "perf/fid_s": time.perf_counter() - begin}
+        pl_module.log_dict(logged, sync_dist=True)
 
     @torch.inference_mode()
     def sample_into(self, metric: FeatureStatistics, trainer: L.Trainer, pl_module: LitMVAR) -> None:

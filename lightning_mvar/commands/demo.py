@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse import auto_cli
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_mvar.commands.parsing import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 
@@ -134,4 +134,4 @@ def last_scalars(logs: Path, prefix: str) -> list[tuple[str, float]]:
 
 
 def main(argv: list[str]) -> None:
-    auto_cli(demo, args=argv[1:], prog="lightning-mvar demo")
+    call(demo, argv)

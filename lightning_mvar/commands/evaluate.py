@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
+from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import Record, print_record, write_records
 from lightning_mvar.data.digits import load_digits
 from lightning_mvar.data.images import ImageSource, open_images
@@ -133,4 +133,4 @@ def judge_reconstructions(
 
 
 def main(argv: list[str]) -> None:
-    auto_cli(evaluate, args=argv[1:], as_positional=False, prog="lightning-mvar evaluate")
+    call(evaluate, argv)

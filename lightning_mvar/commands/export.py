@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from jsonargparse import auto_cli
-
 from lightning_mvar.checkpoints import load_trained, save_folder
+from lightning_mvar.commands.parsing import call
 
 
 def export(ckpt_path: str, out: str, tokenizer: str | None = None) -> None:
@@ -21,4 +20,4 @@ def export(ckpt_path: str, out: str, tokenizer: str | None = None) -> None:
 
 
 def main(argv: list[str]) -> None:
-    auto_cli(export, args=argv[1:], as_positional=False, prog="lightning-mvar export")
+    call(export, argv)

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, load_trained
 from lightning_mvar.commands.device import choose_device
+from lightning_mvar.commands.parsing import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 from lightning_mvar.pictures import formation_strip, image_grid, save_image, to_uint8
@@ -137,4 +137,4 @@ def save_pngs(images: Tensor, labels: Tensor, folder: Path, class_names: list[st
 
 
 def main(argv: list[str]) -> None:
-    auto_cli(sample, args=argv[1:], as_positional=False, prog="lightning-mvar sample")
+    call(sample, argv)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.device import choose_device
+from lightning_mvar.commands.parsing import call
 from lightning_mvar.data.images import Example, ImageBatch, ImageSource, OnCorrupt, collate, open_images
 from lightning_mvar.data.shards import MANIFEST, Manifest, checksum, shard_name, write_shard
 from lightning_mvar.errors import InputError
@@ -131,4 +131,4 @@ def report(manifest: Manifest, folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    auto_cli(tokenize, args=argv[1:], as_positional=False, prog="lightning-mvar tokenize")
+    call(tokenize, argv)

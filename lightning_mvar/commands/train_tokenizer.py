@@ -7,11 +7,13 @@ from pathlib import Path
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.commands.training import TrainingCLI, run_cli
 from lightning_mvar.data.datamodule import ImageDataModule
-from lightning_mvar.tokenizer_module import LitTokenizer
+from lightning_mvar.tokenizer_module import CHECKPOINT_KEY, LitTokenizer
 
 
 class TokenizerCLI(TrainingCLI):
     """A single command without subcommands."""
+
+    checkpoint_key = CHECKPOINT_KEY
 
     def add_arguments_to_parser(self, parser):  # type: ignore[no-untyped-def]
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_mvar.checkpoints import read_torch
+from lightning_mvar.checkpoints import CHECKPOINT_KEY, read_torch
 from lightning_mvar.data.datamodule import TokenDataModule
+from lightning_mvar.errors import InputError
 from lightning_mvar.module import LitMVAR
 
 # Interpolation that sees every --config file and the overrides after them, with keys relative to the subcommand.
-PARSER = {"parser_mode": "omegaconf+"}
+PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False}
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
 class TrainingCLI(LightningCLI):
     """LightningCLI whose command line always wins over what a checkpoint remembers."""
 
+    checkpoint_key = CHECKPOINT_KEY  # what a checkpoint of this command holds
+
     def _parse_ckpt_path(self) -> None:
-        """Refuse an unreadable checkpoint at once.
+        """Refuse at once a checkpoint that cannot be read or is not ours.
 
         Lightning's own would let the checkpoint's hyperparameters override the command line, silently.
         """
         path = self.config.get(self.config.get("subcommand"), self.config).get("ckpt_path")
-        if path is not None:
-            read_torch(Path(path), mmap=True)
+        if path is not None and self.checkpoint_key not in read_torch(Path(path), mmap=True):
+            raise InputError(f"--ckpt_path {path} is not a checkpoint of this command")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -39,7 +43,8 @@ def main(argv: list[str]) -> None:
 
 
 def run_cli(cli: type[LightningCLI], model: type, data: type, **options: Any) -> LightningCLI:
-    """Parse, build and run; a class that refuses its arguments is told as the user's mistake it is."""
+    """Parse, build and run."""
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # we pass on what the console script was given
     return cli(
         model,
         data,
