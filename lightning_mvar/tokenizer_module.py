@@ -39,7 +39,7 @@ class LitTokenizer(ScheduledModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         l1_weight: float = 0.5,
         commitment: float = 0.25,
-        revive_every: int = 50,
+        revive_every: int = 20,
         revive_until: float = 0.8,
     ) -> None:
         super().__init__()
@@ -93,14 +93,18 @@ class LitTokenizer(ScheduledModule):
 
     @torch.no_grad()
     def revive(self, steps: list[PyramidStep]) -> None:
-        """Move every unused code onto a residual of this batch, from any scale, the same on all ranks."""
+        """Move every unused code onto a residual of this batch, all scales in equal parts, the same on all ranks.
+
+        In equal parts, because most residuals are of the finest scale and the coarse ones would be left without codes.
+        """
         used = self.trainer.strategy.reduce(self.train_usage.sum(dim=0), reduce_op="sum")
         self.train_usage.zero_()
         if self.global_step > self.revive_until * self.total_steps:
             return
         unused = (used == 0).nonzero().flatten()
-        queries = torch.cat([step.queries.flatten(0, 1) for step in steps])  # (b l, c)
-        chosen = queries[torch.randint(len(queries), (len(unused),), device=queries.device)]
+        queries = [step.queries.flatten(0, 1) for step in steps]  # (b n, c) of each scale
+        scales = [queries[i % len(queries)] for i in range(len(unused))]
+        chosen = torch.stack([q[torch.randint(len(q), ())] for q in scales]) if scales else queries[0][:0]
         self.tokenizer.quantizer.codebook.weight[unused] = self.trainer.strategy.broadcast(chosen)
         self.log("train/revived_codes", float(len(unused)))
 

@@ -1,7 +1,8 @@
 """Convolutional encoder and decoder of the tokenizer (VQGAN, arXiv 2012.09841, as VAR uses it).
 
 Shapes: b batch, c channels, H W image, h w one level's map. `multipliers` gives the channels of each level over
-`channels`; every level but the last halves the side, so m levels downsample by 2 ** (m - 1).
+`channels`; every level but the last halves the side, so m levels downsample by 2 ** (m - 1). `groups` are those of the
+group normalization.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, fewer where the channels are not a multiple of 32."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """`groups` groups, fewer where the channels are not a multiple of it.
+
+    A group of a single channel loses its mean over the image, and with it what the coarsest scales could say: small
+    networks want few groups.
+    """
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -25,10 +30,10 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice, around a skip (1 x 1 where the channels change)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels), conv3x3(in_channels, out_channels)
-        self.norm2, self.conv2 = group_norm(out_channels), conv3x3(out_channels, out_channels)
+        self.norm1, self.conv1 = group_norm(in_channels, groups), conv3x3(in_channels, out_channels)
+        self.norm2, self.conv2 = group_norm(out_channels, groups), conv3x3(out_channels, out_channels)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,9 +44,9 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head attention among all positions of a map."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -74,11 +79,11 @@ class Upsample(nn.Conv2d):
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where asked, then a change of resolution."""
 
-    def __init__(self, channels: list[int], attention: bool, resample: nn.Module) -> None:
+    def __init__(self, channels: list[int], groups: int, attention: bool, resample: nn.Module) -> None:
         super().__init__()
         pairs = list(pairwise(channels))
-        self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in pairs)
-        self.attentions = nn.ModuleList(SpatialAttention(b) if attention else nn.Identity() for _, b in pairs)
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairs)
+        self.attentions = nn.ModuleList(SpatialAttention(b, groups) if attention else nn.Identity() for _, b in pairs)
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,16 +92,18 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-def middle(channels: int) -> nn.Sequential:
+def middle(channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(
-        ResidualBlock(channels, channels), SpatialAttention(channels), ResidualBlock(channels, channels)
+        ResidualBlock(channels, channels, groups),
+        SpatialAttention(channels, groups),
+        ResidualBlock(channels, channels, groups),
     )
 
 
 class Encoder(nn.Module):
     """Images (b, 3, H, W) -> features (b, code_dim, h, w); `blocks` residual blocks a level."""
 
-    def __init__(self, channels: int, multipliers: tuple[int, ...], blocks: int, code_dim: int) -> None:
+    def __init__(self, channels: int, multipliers: tuple[int, ...], blocks: int, code_dim: int, groups: int) -> None:
         super().__init__()
         widths = [channels * m for m in multipliers]
         last = len(widths) - 1
@@ -104,13 +111,14 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList(
             Level(
                 [before, *[width] * blocks],
+                groups,
                 attention=i == last,
                 resample=nn.Identity() if i == last else Downsample(width),
             )
             for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
         )
-        self.middle = middle(widths[-1])
-        self.norm_out, self.conv_out = group_norm(widths[-1]), conv3x3(widths[-1], code_dim)
+        self.middle = middle(widths[-1], groups)
+        self.norm_out, self.conv_out = group_norm(widths[-1], groups), conv3x3(widths[-1], code_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
@@ -125,21 +133,22 @@ class Decoder(nn.Module):
     `levels` is ordered as in the encoder, finest first, and run from the last to the first.
     """
 
-    def __init__(self, channels: int, multipliers: tuple[int, ...], blocks: int, code_dim: int) -> None:
+    def __init__(self, channels: int, multipliers: tuple[int, ...], blocks: int, code_dim: int, groups: int) -> None:
         super().__init__()
         widths = [channels * m for m in multipliers]
         last = len(widths) - 1
         self.conv_in = conv3x3(code_dim, widths[-1])
-        self.middle = middle(widths[-1])
+        self.middle = middle(widths[-1], groups)
         self.levels = nn.ModuleList(
             Level(
                 [before, *[width] * (blocks + 1)],
+                groups,
                 attention=i == last,
                 resample=nn.Identity() if i == 0 else Upsample(width),
             )
             for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
-        self.norm_out, self.conv_out = group_norm(widths[0]), conv3x3(widths[0], 3)
+        self.norm_out, self.conv_out = group_norm(widths[0], groups), conv3x3(widths[0], 3)
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.middle(self.conv_in(features))

@@ -27,6 +27,8 @@ class TokenizerConfig:
         multipliers: channels of each level over `channels`; m levels downsample by 2 ** (m - 1).
         blocks: residual blocks of an encoder level; the decoder has one more.
         num_phi: number of phi convolutions that the scales share.
+        norm_groups: groups of every group normalization; fewer keep the mean over the image, which the coarsest
+            scales quantize, alive in small networks.
     """
 
     schedule: ScaleSchedule = field(default_factory=ScaleSchedule)
@@ -36,10 +38,11 @@ class TokenizerConfig:
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
     num_phi: int = 4
+    norm_groups: int = 32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        for name in ("vocab_size", "code_dim", "channels", "blocks", "num_phi"):
+        for name in ("vocab_size", "code_dim", "channels", "blocks", "num_phi", "norm_groups"):
             if getattr(self, name) < 1:
                 raise InputError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
         if not self.multipliers or min(self.multipliers) < 1:
@@ -64,7 +67,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        autoencoder = (config.channels, config.multipliers, config.blocks, config.code_dim)
+        autoencoder = (config.channels, config.multipliers, config.blocks, config.code_dim, config.norm_groups)
         self.encoder, self.decoder = Encoder(*autoencoder), Decoder(*autoencoder)
         self.quant_conv = conv3x3(config.code_dim, config.code_dim)
         self.post_quant_conv = conv3x3(config.code_dim, config.code_dim)
