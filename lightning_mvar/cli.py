@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -50,7 +51,7 @@ def run(argv: list[str]) -> int:
     try:
         command.main(argv)
     except InputError as error:
-        return fail(str(error))
+        return fail(plain(error))
     except argparse.ArgumentError as error:
         return fail(bad_arguments(argv, error))
     except KeyboardInterrupt:
@@ -91,11 +92,16 @@ def bad_arguments(argv: list[str], error: argparse.ArgumentError) -> str:
     return f"{reason}{about}; `lightning-mvar {argv[0]} --help` lists the options"
 
 
+def plain(error: InputError) -> str:
+    """The message alone, where a data worker has wrapped it in its traceback."""
+    return re.sub(r"^Caught \w+ in DataLoader worker.*\n[\w.]+Error: ", "", str(error), flags=re.DOTALL).strip()
+
+
 def fail(message: str) -> int:
     print(f"lightning-mvar: error: {message}", file=sys.stderr)
     return 1
 
 
 def interrupted() -> int:
-    print("lightning-mvar: interrupted; run the same command again to go on", file=sys.stderr)
+    print("lightning-mvar: interrupted; what is finished is kept (fit goes on with --ckpt_path)", file=sys.stderr)
     return 130

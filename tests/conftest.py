@@ -1,4 +1,4 @@
-"""A tiny network and tokenizer, and a folder of token shards, shared by the tests."""
+"""What the tests share: a tiny network and tokenizer, token shards, a folder of pictures, a feature extractor."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.data.shards import Manifest, shard_name, write_shard
 
+CLASSES = ["dark", "light", "mixed"]
 SCHEDULE = ScaleSchedule((1, 2, 3, 4))
 MIXERS = {"mvar": ("scale_attention", "mamba2"), "var": ("block_causal_attention",)}
 
@@ -70,3 +73,26 @@ def write_token_shards(folder: Path, fingerprint: str, sizes: list[int], classes
         begin += size
     manifest.save(folder)
     return manifest
+
+
+def write_images(root: Path, per_class: int = 6) -> None:
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(80 * label, 80 * label + 90, (10, 14, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+
+
+class Pixels(nn.Module):
+    """A feature extractor of 8 x 8 images: the grey value of each quarter."""
+
+    num_features = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.pool(images).mean(dim=1).flatten(1) * self.weight

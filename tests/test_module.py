@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MIXERS, SCHEDULE, write_token_shards
+from conftest import MIXERS, SCHEDULE, write_images, write_token_shards
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_mvar import MVARConfig, Tokenizer
@@ -148,11 +148,11 @@ def test_padded_samples_do_not_count(tokenizer_folder: Path, shards: Path, tmp_p
 
 SCRIPT = """
 import sys, torch, lightning as L
-sys.path[:0] = {paths}
+sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_module import Losses, TokenDataModule, make_module, make_trainer
 from lightning_mvar.callbacks import FIDCallback
-from test_pipeline import Pixels
+from conftest import Pixels
 if __name__ == "__main__":
     losses, devices = Losses(), int(sys.argv[1])
     fid = FIDCallback(Pixels(), {images!r}, num_samples=21, batch_size=16 // devices // 2, cache={cache!r})
@@ -167,15 +167,11 @@ if __name__ == "__main__":
 
 def test_two_processes_equal_one(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
     """Same global batch: same validation scores, same Frechet distance after the same steps."""
-    sys.path.insert(0, str(Path(__file__).parent / "commands"))
-    from test_pipeline import write_images
-
     write_images(tmp_path / "images")
-    here = Path(__file__).parent
     script = tmp_path / "run.py"
     script.write_text(
         SCRIPT.format(
-            paths=[str(here), str(here / "commands")],
+            tests=str(Path(__file__).parent),
             images=str(tmp_path / "images"),
             cache=str(tmp_path / "cache"),
             tokenizer=str(tokenizer_folder),

@@ -29,7 +29,10 @@ class TrainingCLI(LightningCLI):
 
         Lightning's own would let the checkpoint's hyperparameters override the command line, silently.
         """
-        path = self.config.get(self.config.get("subcommand"), self.config).get("ckpt_path")
+        command = self.config.get("subcommand")
+        path = self.config.get(command, self.config).get("ckpt_path")
+        if path is None and command in ("validate", "test"):
+            raise InputError(f"{command} needs --ckpt_path: without it the network is untrained")
         if path is not None and self.checkpoint_key not in read_torch(Path(path), mmap=True):
             raise InputError(f"--ckpt_path {path} is not a checkpoint of this command")
 

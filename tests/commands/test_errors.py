@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_network, write_token_shards
+from conftest import tiny_network, write_images, write_token_shards
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import save_folder
@@ -32,6 +32,11 @@ def here(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypat
     (tmp_path / "fit.yaml").write_text(FIT.format(tokenizer=tokenizer_folder))
     save_folder(tmp_path / "export", tokenizer, tiny_network(), [str(i) for i in range(10)])
     return tmp_path
+
+
+def make_images(root: Path) -> Path:
+    write_images(root / "images")
+    return root / "images"
 
 
 def refused(capfd: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -72,6 +77,27 @@ def test_the_tiny_run_itself_works(here: Path) -> None:
 )
 def test_fit_refuses(here: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
     assert message in refused(capfd, "fit", "--config", "fit.yaml", *options)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_scoring_an_untrained_network_is_refused(here: Path, capfd: pytest.CaptureFixture[str], command: str) -> None:
+    assert f"{command} needs --ckpt_path" in refused(capfd, command, "--config", "fit.yaml")
+
+
+def test_a_mistake_that_a_data_worker_finds_is_told_as_plainly(
+    here: Path, capfd: pytest.CaptureFixture[str], tokenizer_folder: Path
+) -> None:
+    """The damage keeps the size, so only reading finds it."""
+    path = here / "shards/000000.tar"
+    path.write_bytes(b"x" * path.stat().st_size)
+    message = refused(capfd, "fit", "--config", "fit.yaml", "--data.num_workers", "1")
+    assert message.splitlines()[-1].startswith("lightning-mvar: error: shards/000000.tar is damaged")
+    images = make_images(here)
+    (images / "dark/0.png").write_bytes(b"x")
+    options = ["--images", str(images), "--tokenizer", str(tokenizer_folder), "--out", "new", "--num_workers", "1"]
+    message = refused(capfd, "tokenize", *options)
+    assert "dark/0.png cannot be decoded" in message.splitlines()[-1]
+    assert message.splitlines()[-1].startswith("lightning-mvar: error: ")
 
 
 def test_fit_refuses_a_typo_in_yaml(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -151,13 +177,6 @@ def test_evaluate_refuses_files_that_are_not_samples(here: Path, capfd: pytest.C
     assert "--extractor is needed" in refused(
         capfd, "evaluate", "--samples", "small.npz", "--reference", str(make_images(here))
     )
-
-
-def make_images(root: Path) -> Path:
-    from test_pipeline import write_images
-
-    write_images(root / "images")
-    return root / "images"
 
 
 def test_the_demo_says_where_it_belongs(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CLASSES, write_images
 from PIL import Image
-from torch import nn
 
 from lightning_mvar.checkpoints import load_tokenizer, load_trained
 from lightning_mvar.cli import run
 from lightning_mvar.data.shards import Manifest, read_shard
 
-CLASSES = ["dark", "light", "mixed"]
 TOKENIZER_YAML = """
 trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, check_val_every_n_epoch: null, log_every_n_steps: 1,
   default_root_dir: tok, enable_progress_bar: false, enable_model_summary: false,
@@ -38,35 +37,12 @@ trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, check_val_every
               {class_path: lightning_mvar.callbacks.SamplesCallback, init_args: {per_class: 2}},
               {class_path: lightning_mvar.callbacks.ThroughputCallback},
               {class_path: lightning_mvar.callbacks.FIDCallback,
-               init_args: {extractor: {class_path: test_pipeline.Pixels}, reference: images, num_samples: 7,
+               init_args: {extractor: {class_path: conftest.Pixels}, reference: images, num_samples: 7,
                            batch_size: 4}}]}
 model: {tokenizer: tok, network: {schedule: {side_lengths: [1, 2, 4]}, vocab_size: 24, code_dim: 4, num_classes: 3,
                                   depth: 2, width: 32, heads: 2, mamba_head_dim: 16}}
 data: {train: shards/train, val: shards/train, batch_size: 6}
 """
-
-
-class Pixels(nn.Module):
-    """A feature extractor of 8 x 8 images: the grey value of each quarter."""
-
-    num_features = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(2)
-        self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.pool(images).mean(dim=1).flatten(1) * self.weight
-
-
-def write_images(root: Path, per_class: int = 6) -> None:
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
-        (root / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = rng.integers(80 * label, 80 * label + 90, (10, 14, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +54,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "fit.yaml").write_text(FIT_YAML)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.syspath_prepend(str(Path(__file__).parent))
         assert run(["train-tokenizer", "--config", "tokenizer.yaml"]) == 0
         tokenize = ["tokenize", "--images", "images", "--tokenizer", "tok", "--out", "shards/train"]
         assert run([*tokenize, "--shard_size", "7"]) == 0
@@ -90,7 +65,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(workspace)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     return workspace
 
 
@@ -192,7 +166,7 @@ def test_sample_writes_class_folders_of_chosen_classes(here: Path) -> None:
 
 def test_evaluate_scores_samples(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["sample", "--ckpt_path", "export", "--out", "scored.npz", "--per_class", "4"]) == 0
-    options = ["--reference", "images", "--floor", "images", "--extractor", "test_pipeline.Pixels"]
+    options = ["--reference", "images", "--floor", "images", "--extractor", "conftest.Pixels"]
     command = ["evaluate", "--samples", "scored.npz", *options, "--tokenizer", "tok", "--json", "scores.json"]
     assert run(command) == 0
     (record,) = json.loads(Path("scores.json").read_text())
