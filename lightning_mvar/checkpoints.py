@@ -54,6 +54,8 @@ def save_folder(
 ) -> None:
     """Write a tokenizer, or a network with its tokenizer, as one self-contained folder."""
     folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; name a folder to write to")
     (folder / "config.json").unlink(missing_ok=True)
     config: dict[str, Any] = {"format_version": 1, "tokenizer": asdict(tokenizer.config)}
     save_weights(tokenizer, folder / "tokenizer.safetensors")
@@ -228,7 +230,10 @@ def load_official_mvar(source: str | Path | Mapping[str, Tensor]) -> MVAR:
     state, name = official_state(source, "network")
     if not {"lvl_1L", "pos_1LC", "word_embed.weight", "head.weight"} <= state.keys():
         raise InputError(f"{name} has not the keys of a published VAR or M-VAR network")
-    config = official_mvar_config(state, name)
+    try:
+        config = official_mvar_config(state, name)
+    except KeyError as error:
+        raise InputError(f"{name} is not a whole VAR or M-VAR network: it has no {error}") from error
     weights = rename(state, NETWORK_NAMES)
     for key in weights:
         if key.endswith("qk_scale_log"):

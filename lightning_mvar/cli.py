@@ -11,12 +11,15 @@ import importlib
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
 from lightning_mvar.errors import InputError
+
+BUG = 70  # exit code of an exception that is nobody's mistake but ours
 
 COMMANDS = {  # command: (module that has `main(argv)`, help)
     "fit": ("training", "train a network on token shards"),
@@ -33,7 +36,11 @@ COMMANDS = {  # command: (module that has `main(argv)`, help)
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    try:
+        sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(BUG)
 
 
 def run(argv: list[str]) -> int:

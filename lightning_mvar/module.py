@@ -152,7 +152,7 @@ class LitMVAR(ScheduledModule):
 
     def score(self, batch: TokenBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy (b, l) in nats, and whether the likeliest token is the right one (b, l), both float32."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # in float32, as in sampling
             scale_inputs = self.tokenizer.scale_inputs(batch.tokens)
         logits = self.network(labels, scale_inputs)  # (b, l, v) float32
         losses = F.cross_entropy(logits.transpose(1, 2), batch.tokens, reduction="none")

@@ -119,6 +119,7 @@ def draw(logits: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
     cumulative = probabilities.cumsum(dim=-1)
     target = uniforms[..., None] * cumulative[..., -1:]
     choice = torch.searchsorted(cumulative, target)  # the first token to reach the target, so never one of weight 0
+    choice = choice.clamp(max=tokens.shape[-1] - 1)  # logits that are not numbers must not become an index error
     return tokens.gather(-1, choice)[..., 0]
 
 

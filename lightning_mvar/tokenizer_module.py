@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,8 @@ from lightning_mvar.module import ScheduledModule
 from lightning_mvar.optim import OptimizerConfig
 from lightning_mvar.tokenizer.quantizer import PyramidStep
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "lightning_mvar_tokenizer"
 
@@ -46,34 +49,39 @@ class LitTokenizer(ScheduledModule):
         self.tokenizer, self.optimizer_config = Tokenizer(tokenizer), optimizer
         self.l1_weight, self.commitment = l1_weight, commitment
         self.revive_every, self.revive_until = revive_every, revive_until
+        # Times each code was chosen at each scale (k, v): in training since the last revival, over a validation epoch.
+        # Not buffers: DDP would overwrite those of all ranks with the first one's.
         usage = torch.zeros(tokenizer.schedule.num_scales, tokenizer.vocab_size, dtype=torch.int64)
-        self.train_usage: Tensor  # (k, v) times each code was chosen at each scale, since the last revival
-        self.val_usage: Tensor  # (k, v) the same over a validation epoch
-        self.register_buffer("train_usage", usage.clone(), persistent=False)
-        self.register_buffer("val_usage", usage.clone(), persistent=False)
+        self.usage = {"train": usage, "val": usage.clone()}
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         self.report_corrupt(batch)
+        if not len(batch.images):
+            raise InputError("a whole batch of images could not be decoded; see the messages above")
         steps, losses = self.reconstruct(batch.images)
-        self.count_usage(self.train_usage, steps)
-        if self.revive_every and (self.global_step + 1) % self.revive_every == 0:
+        self.count_usage("train", steps)
+        steps_now = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if self.revive_every and steps_now and (self.global_step + 1) % self.revive_every == 0:
             self.revive(steps)
         self.log("train/loss", losses["loss"], prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in losses.items() if name != "loss"})
         return losses["loss"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.report_corrupt(batch)
+        if not len(batch.images):
+            return
         steps, losses = self.reconstruct(batch.images)
-        self.count_usage(self.val_usage, steps)
+        self.count_usage("val", steps)
         self.log_dict({f"val/{n}": v for n, v in losses.items()}, batch_size=len(batch.images), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        used = self.trainer.strategy.reduce(self.val_usage, reduce_op="sum") > 0
+        used = self.trainer.strategy.reduce(self.usage["val"].to(self.device), reduce_op="sum") > 0
         self.log("val/codebook_usage", used.any(dim=0).float().mean(), prog_bar=True, sync_dist=True)
         sides = self.tokenizer.config.schedule.side_lengths
         usage = {f"codebook_usage/{side}": row.float().mean() for side, row in zip(sides, used, strict=True)}
         self.log_dict(usage, sync_dist=True)
-        self.val_usage.zero_()
+        self.usage["val"] = torch.zeros_like(self.usage["val"])
 
     def reconstruct(self, images: Tensor) -> tuple[list[PyramidStep], dict[str, Tensor]]:
         """The quantizing of images (b, 3, H, W) in [-1, 1], and the terms of the loss."""
@@ -87,9 +95,10 @@ class LitTokenizer(ScheduledModule):
         loss = l2 + self.l1_weight * l1 + codebook + self.commitment * commitment
         return steps, {"loss": loss, "l2": l2, "l1": l1, "codebook": codebook, "commitment": commitment}
 
-    def count_usage(self, usage: Tensor, steps: list[PyramidStep]) -> None:
-        for row, step in zip(usage, steps, strict=True):
-            row += torch.bincount(step.tokens.flatten(), minlength=usage.shape[1])
+    def count_usage(self, stage: str, steps: list[PyramidStep]) -> None:
+        vocab_size = self.tokenizer.config.vocab_size
+        counts = torch.stack([torch.bincount(step.tokens.flatten(), minlength=vocab_size) for step in steps])
+        self.usage[stage] = self.usage[stage].to(counts.device) + counts
 
     @torch.no_grad()
     def revive(self, steps: list[PyramidStep]) -> None:
@@ -97,28 +106,28 @@ class LitTokenizer(ScheduledModule):
 
         In equal parts, because most residuals are of the finest scale and the coarse ones would be left without codes.
         """
-        used = self.trainer.strategy.reduce(self.train_usage.sum(dim=0), reduce_op="sum")
-        self.train_usage.zero_()
+        used = self.trainer.strategy.reduce(self.usage["train"].sum(dim=0), reduce_op="sum")
+        self.usage["train"] = torch.zeros_like(self.usage["train"])
         if self.global_step > self.revive_until * self.total_steps:
             return
         unused = (used == 0).nonzero().flatten()
         queries = [step.queries.flatten(0, 1) for step in steps]  # (b n, c) of each scale
         scales = [queries[i % len(queries)] for i in range(len(unused))]
         chosen = torch.stack([q[torch.randint(len(q), ())] for q in scales]) if scales else queries[0][:0]
-        self.tokenizer.quantizer.codebook.weight[unused] = self.trainer.strategy.broadcast(chosen)
+        weight = self.tokenizer.quantizer.codebook.weight
+        weight[unused] = self.trainer.strategy.broadcast(chosen.cpu()).to(weight)
         self.log("train/revived_codes", float(len(unused)))
 
     def report_corrupt(self, batch: ImageBatch) -> None:
         for message in batch.errors:
-            self.print(f"skipped: {message}")
-        if not len(batch.images):
-            raise InputError("a whole batch of images could not be decoded; see the messages above")
+            log.warning("skipped: %s", message)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = asdict(self.tokenizer.config)
+        checkpoint[CHECKPOINT_KEY] = {"config": asdict(self.tokenizer.config), "train_usage": self.usage["train"].cpu()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a checkpoint of another tokenizer (InputError)."""
-        theirs, ours = checkpoint[CHECKPOINT_KEY], asdict(self.tokenizer.config)
+        theirs, ours = checkpoint[CHECKPOINT_KEY]["config"], asdict(self.tokenizer.config)
         if theirs != ours:
             raise InputError(f"--ckpt_path is of another tokenizer: {theirs} in the checkpoint, {ours} in this run")
+        self.usage["train"] = checkpoint[CHECKPOINT_KEY]["train_usage"]

@@ -128,6 +128,36 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer_folder: Path, shard
     assert all(torch.equal(value, weights[name]) for name, value in expected.state_dict().items())
 
 
+class Interruption(Callback):
+    """Stops the run in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module, optimizer) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("interrupted")
+
+
+def test_an_interrupted_step_is_done_again(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
+    """The checkpoint that an exception leaves behind goes on with the batch that was interrupted."""
+
+    def run(resume: str | None, callbacks: list[Callback]) -> LitMVAR:
+        torch.manual_seed(0)
+        module, data = make_module(tokenizer_folder), TokenDataModule(str(shards), str(shards), batch_size=16)
+        trainer = make_trainer(tmp_path, 8, callbacks=callbacks, enable_checkpointing=bool(callbacks))
+        trainer.fit(module, data, ckpt_path=resume)
+        return module
+
+    saving = ModelCheckpoint(dirpath=tmp_path / "run", save_on_exception=True, save_top_k=1)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run(None, [saving, Interruption(4)])
+    (saved,) = (str(path) for path in (tmp_path / "run").iterdir() if "step=4" in path.name)
+    resumed, expected = run(saved, []), run(None, [])
+    weights = resumed.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in expected.state_dict().items())
+
+
 def test_the_tokenizer_is_neither_trained_nor_saved(tokenizer_folder: Path) -> None:
     module = make_module(tokenizer_folder)
     assert not module.tokenizer.training

@@ -74,10 +74,10 @@ def test_revival_moves_unused_codes_onto_residuals_and_spares_the_others(tmp_pat
     module = make_module(revive_every=0)
     fit(module, tmp_path, 1)
     steps, _ = module.reconstruct(torch.rand(2, 3, 32, 32) * 2 - 1)
-    module.train_usage.zero_()
-    module.count_usage(module.train_usage, steps)
-    used = module.train_usage.sum(dim=0) > 0
-    assert int(module.train_usage.sum()) == 2 * SCHEDULE.num_tokens
+    module.usage["train"].zero_()
+    module.count_usage("train", steps)
+    used = module.usage["train"].sum(dim=0) > 0
+    assert int(module.usage["train"].sum()) == 2 * SCHEDULE.num_tokens
     module.revive_until = 1.0
     before = module.tokenizer.quantizer.codebook.weight.detach().clone()
     module.log = lambda *_: None  # type: ignore[assignment]
@@ -86,4 +86,4 @@ def test_revival_moves_unused_codes_onto_residuals_and_spares_the_others(tmp_pat
     assert torch.equal(after[used], before[used])
     queries = torch.cat([step.queries.flatten(0, 1) for step in steps])
     assert torch.cdist(after[~used], queries).min(dim=1).values.max() == pytest.approx(0, abs=1e-3)
-    assert not module.train_usage.any()
+    assert not module.usage["train"].any()

@@ -15,8 +15,8 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import (
     FeatureStatistics,
     Statistics,
-    check_extractor,
     frechet_distance,
+    prepare_extractor,
     reference_statistics,
 )
 from lightning_mvar.module import LitMVAR
@@ -81,13 +81,19 @@ class FIDCallback(L.Callback):
             return
         assert isinstance(pl_module, LitMVAR)
         begin = time.perf_counter()
-        metric = FeatureStatistics(check_extractor(self.extractor)).to(pl_module.device)
+        metric = FeatureStatistics(prepare_extractor(self.extractor)).to(pl_module.device)
         self.sample_into(metric, trainer, pl_module)
         assert self.real is not None
         distance = frechet_distance(self.real, metric.compute())
         name = f"val/frechet_{type(self.extractor).__name__}"
         logged = {"val/fid": distance, name: distance, "perf/fid_s": time.perf_counter() - begin}
         pl_module.log_dict(logged, sync_dist=True)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.validations = state_dict["validations"]
 
     @torch.inference_mode()
     def sample_into(self, metric: FeatureStatistics, trainer: L.Trainer, pl_module: LitMVAR) -> None:

@@ -81,7 +81,7 @@ class ReconstructionsCallback(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.sanity_checking or batch_idx > 0:
+        if trainer.sanity_checking or batch_idx > 0 or not len(batch.images):
             return
         assert isinstance(pl_module, LitTokenizer)
         originals = batch.images[: self.images]

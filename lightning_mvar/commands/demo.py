@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -23,44 +23,59 @@ LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
 @dataclass
 class Stage:
-    """One command, what it leaves behind, and the checkpoint that it can go on from."""
+    """One command, the folder or file that is its alone, and where in it lies what the next stages need."""
 
     name: str
     command: str
-    product: Path
-    checkpoint: Path | None = None
+    owns: Path
+    product: str = ""
 
     @property
     def record(self) -> Path:
-        """Written when the stage has finished: its command and how long it took."""
+        """Written when the stage has finished: its identity and how long it took."""
         return ROOT / "stages" / f"{self.name}.json"
 
+    @property
+    def identity(self) -> str:
+        """The command, and the content of the configuration files in it."""
+        files = [Path(word) for word in self.command.split() if word.endswith(".yaml")]
+        return "\n".join([self.command, *(path.read_text() for path in files)])
+
     def finished(self) -> bool:
-        if not (self.product.exists() and self.record.is_file()):
+        if not ((self.owns / self.product).exists() and self.record.is_file()):
             return False
-        return bool(json.loads(self.record.read_text())["command"] == self.command)
+        return bool(json.loads(self.record.read_text())["identity"] == self.identity)
+
+    def forget(self) -> None:
+        """Remove what the stage has made."""
+        self.record.unlink(missing_ok=True)
+        if self.owns.is_dir():
+            shutil.rmtree(self.owns)
+        self.owns.unlink(missing_ok=True)
 
 
 STAGES = [
     Stage(
         "train_tokenizer",
         f"train-tokenizer --config {CONFIGS}/digits_tokenizer.yaml",
-        ROOT / "tokenizer/config.json",
-        ROOT / "tokenizer" / LAST_CHECKPOINT,
+        ROOT / "tokenizer",
+        "config.json",
     ),
     *[
         Stage(
             f"tokenize_{split}",
             f"tokenize --images digits:{images} --tokenizer {ROOT}/tokenizer --out {ROOT}/shards/{split}",
-            ROOT / f"shards/{split}/manifest.json",
+            ROOT / "shards" / split,
+            "manifest.json",
         )
         for split, images in (("train", "train"), ("val", "test"))
     ],
+    Stage("fit", f"fit --config {CONFIGS}/digits.yaml", ROOT / "mvar", LAST_CHECKPOINT),
     Stage(
-        "fit", f"fit --config {CONFIGS}/digits.yaml", ROOT / "mvar" / LAST_CHECKPOINT, ROOT / "mvar" / LAST_CHECKPOINT
-    ),
-    Stage(
-        "export", f"export --ckpt_path {ROOT}/mvar/{LAST_CHECKPOINT} --out {ROOT}/export", ROOT / "export/config.json"
+        "export",
+        f"export --ckpt_path {ROOT}/mvar/{LAST_CHECKPOINT} --out {ROOT}/export",
+        ROOT / "export",
+        "config.json",
     ),
     Stage(
         "sample",
@@ -89,8 +104,8 @@ def demo() -> None:
         if stage.finished():
             print(f"[{stage.name}] finished before, skipped")
             continue
-        for later in STAGES[number:]:  # what was made from an older product is out of date
-            later.record.unlink(missing_ok=True)
+        for later in STAGES[number + 1 :]:  # made from what is made anew
+            later.forget()
         run_stage(stage)
     write_metrics()
     print(f"\ndone in {time.monotonic() - begin:.0f} s; look at")
@@ -102,16 +117,27 @@ def demo() -> None:
 
 def run_stage(stage: Stage) -> None:
     """Run the stage's command, and record that and how long it took; exits with the command's code if it fails."""
-    words = shlex.split(stage.command)
-    if stage.checkpoint is not None and stage.checkpoint.is_file():
-        words += ["--ckpt_path", str(stage.checkpoint)]
-    print(f"[{stage.name}] lightning-mvar {shlex.join(words)}", flush=True)
+    words = stage.command.split()
+    checkpoint = stage.owns / LAST_CHECKPOINT
+    if checkpoint.is_file():  # left by an interrupted run
+        words += ["--ckpt_path", str(checkpoint)]
+    print(f"[{stage.name}] lightning-mvar {' '.join(words)}", flush=True)
     begin = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", "lightning_mvar", *words], check=False).returncode
+    code = wait_for([sys.executable, "-m", "lightning_mvar", *words])
     if code:
         sys.exit(code)
     with atomic_path(stage.record) as path:
-        path.write_text(json.dumps({"command": stage.command, "seconds": time.monotonic() - begin}) + "\n")
+        path.write_text(json.dumps({"identity": stage.identity, "seconds": time.monotonic() - begin}) + "\n")
+
+
+def wait_for(command: list[str]) -> int:
+    """Run a command to its end and return its code; after Ctrl-C, which it receives too, leave it time to save."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def write_metrics() -> None:

@@ -103,6 +103,8 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
 def judge_digits(images: Tensor, labels: Tensor) -> Record:
     """A support vector machine trained on real digits reads the samples; one trained on the samples reads real ones."""
     train, test = (real_digits(split) for split in ("train", "test"))
+    if len(labels.unique()) < 2:
+        raise InputError("the samples are of a single class; digits are judged on two or more")
     return {
         "svm_accuracy_on_reference": svm_accuracy(*train, *test),
         "svm_accuracy_on_samples": svm_accuracy(*train, images, labels),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from lightning_mvar.files import atomic_path
 from lightning_mvar.pictures import formation_strip, image_grid, save_image, to_uint8
 from lightning_mvar.sampling import generate, image_generators
 
-GRID_COLUMNS = 10
+GRID_COLUMNS, STRIP_ROWS = 10, 10
 
 
 def sample(
@@ -51,7 +52,7 @@ def sample(
         top_p: then among the fewest whose probability reaches p, 1 for all.
         smooth: mix codes for smoother pictures; never for scores.
         grid: PNG file for a picture with a row of up to 10 images for each class.
-        strip: PNG file for a picture of one image of each class forming scale by scale.
+        strip: PNG file for a picture of one image of each class, up to 10, forming scale by scale.
         tokenizer: folder of the tokenizer, if it is no longer where the checkpoint remembers.
         batch_size: images drawn at once.
         device: auto, cpu, cuda or cuda:N.
@@ -66,17 +67,18 @@ def sample(
     images, tokens = draw_all(model, labels, seed, batch_size, where, settings)
     if target.suffix == ".npz":
         with atomic_path(target) as path:
-            np.savez(path, arr_0=to_uint8(images), arr_1=labels.numpy())
+            np.savez(path, arr_0=images, arr_1=labels.numpy())
     else:
         save_pngs(images, labels, target, model.class_names)
     print(f"{len(labels)} images in {target}")
     shown = torch.arange(len(labels)).view(-1, per_class)[:, :GRID_COLUMNS]
     if grid is not None:
-        save_image(image_grid(images[shown.flatten()], shown.shape[1]), grid)
+        chosen = torch.from_numpy(images[shown.flatten()]).movedim(-1, 1) / 255
+        save_image(image_grid(chosen, shown.shape[1]), grid)
         print(f"grid in {grid}")
     if strip is not None:
         with torch.inference_mode():
-            save_image(formation_strip(model.tokenizer, tokens[shown[:, 0]].to(where)), strip)
+            save_image(formation_strip(model.tokenizer, tokens[shown[:STRIP_ROWS, 0]].to(where)), strip)
         print(f"strip in {strip}")
 
 
@@ -113,8 +115,8 @@ def resolve_classes(classes: str | None, model: TrainedModel) -> list[int]:
 
 def draw_all(
     model: TrainedModel, labels: Tensor, seed: int, batch_size: int, device: torch.device, settings: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, H, W) in [0, 1] and tokens (n, l), on the CPU."""
+) -> tuple[NDArray[np.uint8], Tensor]:
+    """Images (n, H, W, 3) uint8 and tokens (n, l) int64, on the CPU."""
     network, tokenizer = model.network.to(device), model.tokenizer.to(device)
     images, tokens = [], []
     with tqdm(total=len(labels), unit="img", desc="sample") as bar:
@@ -122,15 +124,15 @@ def draw_all(
             part = labels[first : first + batch_size].to(device)
             generators = image_generators(seed, first, len(part))
             drawn = generate(network, tokenizer, part, generator=generators, return_tokens=True, **settings)
-            images.append(drawn[0].cpu())
+            images.append(to_uint8(drawn[0]))
             tokens.append(drawn[1].cpu())
             bar.update(len(part))
-    return torch.cat(images), torch.cat(tokens)
+    return np.concatenate(images), torch.cat(tokens)
 
 
-def save_pngs(images: Tensor, labels: Tensor, folder: Path, class_names: list[str]) -> None:
+def save_pngs(images: NDArray[np.uint8], labels: Tensor, folder: Path, class_names: list[str]) -> None:
     """Write folder/CLASS/NUMBER.png, numbered by the position in the run; each file is whole or absent."""
-    for number, (image, label) in enumerate(zip(to_uint8(images), labels.tolist(), strict=True)):
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         name = class_names[label] if class_names else str(label)
         with atomic_path(folder / name / f"{number:06d}.png") as path:
             Image.fromarray(image).save(path)

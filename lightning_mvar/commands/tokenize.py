@@ -47,6 +47,8 @@ def tokenize(
     if shard_size < 1 or batch_size < 1 or num_workers < 0:
         raise InputError("--shard_size and --batch_size must be at least 1, --num_workers not negative")
     where, folder = choose_device(device), Path(out)
+    if folder.is_file():
+        raise InputError(f"--out {folder} is a file; name a folder")
     model = load_tokenizer(tokenizer).to(where)
     source = open_images(images, model.config.resolution, "center", on_corrupt)
     manifest = resume(folder, new_manifest(model, source, images, shard_size))
@@ -68,7 +70,7 @@ def tokenize(
             tokens, labels, keys, errors = zip(*batches, strict=True)
             shard = write_shard(folder / name, np.concatenate(tokens), np.concatenate(labels), list(chain(*keys)))
             manifest.shards = sorted([*manifest.shards, shard], key=lambda s: s.name)
-            manifest.skipped += chain(*errors)
+            manifest.skipped += [message for message in chain(*errors) if message not in manifest.skipped]
             manifest.save(folder)
     report(manifest, folder)
 

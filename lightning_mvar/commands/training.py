@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mvar.checkpoints import CHECKPOINT_KEY, read_torch
 from lightning_mvar.data.datamodule import TokenDataModule
@@ -48,6 +49,13 @@ def main(argv: list[str]) -> None:
 def run_cli(cli: type[LightningCLI], model: type, data: type, **options: Any) -> LightningCLI:
     """Parse, build and run."""
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # we pass on what the console script was given
+    try:
+        return build(cli, model, data, **options)
+    except MisconfigurationException as error:  # devices or precisions that this machine does not have, and the like
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def build(cli: type[LightningCLI], model: type, data: type, **options: Any) -> LightningCLI:
     return cli(
         model,
         data,

@@ -71,6 +71,9 @@ class TokenDataModule(L.LightningDataModule):
                     model.tokenizer_fingerprint,
                 )
             self.manifests[name] = manifest
+        names = {name: manifest.class_names for name, manifest in self.manifests.items()}
+        if any(classes != next(iter(names.values())) for classes in names.values()):
+            raise InputError(f"the shards in {' and '.join(str(self.folders[n]) for n in names)} have other classes")
 
     @property
     def class_names(self) -> list[str]:
@@ -78,7 +81,11 @@ class TokenDataModule(L.LightningDataModule):
         return next(iter(self.manifests.values())).class_names
 
     def train_dataloader(self) -> TokenLoader:
-        return self.loader("train", self.seed)
+        loader = self.loader("train", self.seed)
+        if self.trainer is not None:
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress
+            loader.trained = lambda: progress.current.processed  # type: ignore[attr-defined]
+        return loader
 
     def val_dataloader(self) -> TokenLoader:
         return self.loader("val", None)

@@ -5,6 +5,7 @@ A source is named by one string everywhere (command line, YAML): `digits:train`,
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ class ImageSource(Protocol):
     class_names: list[str]
     resolution: int
 
+    @property
+    def identity(self) -> str: ...  # changes when the images do
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
@@ -79,7 +83,7 @@ class Digits:
 
     def __init__(self, split: DigitsSplit) -> None:
         self.class_names, self.resolution = [str(digit) for digit in range(10)], RESOLUTION
-        self.split = split
+        self.split, self.identity = split, str(split)
         self.images, self.labels = load_digits(split)
 
     def __len__(self) -> int:
@@ -112,6 +116,12 @@ class ImageFolder:
         ]
         if not self.files:
             raise InputError(f"no images under {root}: expected {root}/CLASS/NAME with {', '.join(SUFFIXES)}")
+
+    @property
+    def identity(self) -> str:
+        """A hash of names, sizes and times of change."""
+        about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path, _ in self.files]
+        return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.files)

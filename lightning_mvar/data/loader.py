@@ -9,7 +9,7 @@ in the same order. The price is that every rank reads every shard; tokens are sm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,11 +126,25 @@ class TokenLoader:
     """A `TokenStream` as Lightning's loops want it: sized, and with a position in the epoch that is checkpointed.
 
     Every pass is a new epoch, except the first one after `load_state_dict`, which goes on at the saved position. The
-    state {epoch, position} is the same on every rank.
+    state {epoch, samples} is the same on every rank, and counts samples, so that it means the same to a run with
+    another global batch.
+
+    Args:
+        stream: what to read.
+        num_workers: processes that read ahead.
+        pin_memory: whether batches are to be copied to a GPU.
+        trained: how many batches of this epoch have been trained on. A batch that was handed out but interrupted is
+            to come again; without this, every batch that was handed out counts.
     """
 
-    def __init__(self, stream: TokenStream, num_workers: int, pin_memory: bool) -> None:
-        self.stream, self.num_workers, self.pin_memory = stream, num_workers, pin_memory
+    def __init__(
+        self,
+        stream: TokenStream,
+        num_workers: int,
+        pin_memory: bool,
+        trained: Callable[[], int] | None = None,
+    ) -> None:
+        self.stream, self.num_workers, self.pin_memory, self.trained = stream, num_workers, pin_memory, trained
         self.epoch, self.position, self.resumed = -1, 0, False
 
     def __len__(self) -> int:
@@ -147,8 +161,9 @@ class TokenLoader:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+        position = self.position if self.trained is None else min(self.position, self.trained())
+        return {"epoch": self.epoch, "samples": position * self.stream.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position = state["epoch"], state["samples"] // self.stream.global_batch
         self.resumed = 0 < self.position < len(self)

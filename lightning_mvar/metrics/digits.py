@@ -12,12 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lightning_mvar.checkpoints import load_strictly, read_weights, save_weights
 from lightning_mvar.data.digits import load_digits
-from lightning_mvar.files import atomic_path
 
 SCAN_SIDE = 8  # the scans' own resolution, on which the support vector machine judges
 
@@ -43,11 +42,10 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
         path = Path(weights)
         if path.is_file():
-            self.load_state_dict(load_file(path))
+            load_strictly(self, read_weights(path), path)
         else:
             self.train_on_digits(epochs)
-            with atomic_path(path) as temporary:
-                save_file(self.state_dict(), temporary)
+            save_weights(self, path)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -99,19 +99,22 @@ def square_root(sigma: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def check_extractor(extractor: nn.Module) -> int:
-    """The extractor's `num_features`; InputError where it has none."""
+def prepare_extractor(extractor: nn.Module) -> int:
+    """Put an extractor in eval mode; its `num_features`, or InputError where it has none."""
     features = getattr(extractor, "num_features", None)
     if not isinstance(features, int):
         raise InputError(f"{type(extractor).__name__} is no feature extractor: it has no int attribute num_features")
+    extractor.eval().requires_grad_(False)
     return features
 
 
 @torch.inference_mode()
 def image_statistics(extractor: nn.Module, images: Tensor, progress: str) -> Statistics:
-    """Statistics of images (n, 3, H, W) float32 in [0, 1], n at least 2, on the extractor's device."""
-    metric = FeatureStatistics(check_extractor(extractor))
-    device = next(extractor.parameters()).device
+    """Statistics of images (n, 3, H, W) float32 in [0, 1], on the extractor's device; InputError unless n >= 2."""
+    if len(images) < 2:
+        raise InputError(f"a covariance needs at least 2 images, got {len(images)}")
+    metric = FeatureStatistics(prepare_extractor(extractor))
+    device = next((parameter.device for parameter in extractor.parameters()), torch.device("cpu"))
     for batch in tqdm(images.split(BATCH_SIZE), desc=progress, leave=False):
         metric.update(extractor(batch.to(device)).cpu())
     return metric.compute()
@@ -119,7 +122,8 @@ def image_statistics(extractor: nn.Module, images: Tensor, progress: str) -> Sta
 
 def reference_statistics(extractor: nn.Module, source: str, images: ImageSource, cache: Path) -> Statistics:
     """Statistics of all images of a source, computed once for each extractor and kept in the folder `cache`."""
-    identity = f"{source} {images.resolution} {len(images)} {fingerprint(extractor)}"
+    prepare_extractor(extractor)
+    identity = f"{source} {images.identity} {images.resolution} {fingerprint(extractor)}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = cache / f"{type(extractor).__name__}-{key}.npz"
     if not path.is_file():

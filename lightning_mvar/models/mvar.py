@@ -72,9 +72,12 @@ class MVARConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixers", tuple(self.mixers))
-        for name in ("depth", "width", "heads", "vocab_size", "code_dim", "num_classes"):
+        positive = ("depth", "width", "heads", "vocab_size", "code_dim", "num_classes")
+        for name in (*positive, "mamba_state_dim", "mamba_expand", "mamba_head_dim"):
             if getattr(self, name) < 1:
                 raise InputError(f"network.{name} must be at least 1, got {getattr(self, name)}")
+        if self.mamba_conv_width < 2:
+            raise InputError(f"network.mamba_conv_width must be at least 2, got {self.mamba_conv_width}")
         if self.width % self.heads:
             raise InputError(f"network.width {self.width} is not a multiple of network.heads {self.heads}")
         if unknown := [name for name in self.mixers if name not in MIXERS]:
@@ -204,7 +207,7 @@ class MVAR(nn.Module):
             (b, l, v) float32 logits; those of scale k depend on tokens of scales before k only.
         """
         cond = self.class_embed(labels)  # (b, d)
-        x = torch.cat([self.start(cond), self.input_proj(scale_inputs)], dim=1)  # (b, l, d)
+        x = torch.cat([self.start(cond), self.project(scale_inputs)], dim=1)  # (b, l, d)
         x = x + self.positions(range(self.config.schedule.num_scales))
         block_cond = self.block_cond(cond)
         for block in self.blocks:
@@ -228,7 +231,7 @@ class MVAR(nn.Module):
             (b, side_k ** 2, v) float32 logits of scale k, and the state for the next.
         """
         k = state.scale
-        x = self.start(state.cond) if scale_inputs is None else self.input_proj(scale_inputs)
+        x = self.start(state.cond) if scale_inputs is None else self.project(scale_inputs)
         x = x + self.positions(range(k, k + 1))
         blocks = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
@@ -239,6 +242,10 @@ class MVAR(nn.Module):
     def start(self, cond: Tensor) -> Tensor:
         """(b, first, d): the class embedding stands where no scale precedes."""
         return cond[:, None] + self.start_embed
+
+    def project(self, scale_inputs: Tensor) -> Tensor:
+        """(b, l, c) -> (b, l, d); a frozen tokenizer may be in another dtype than the network."""
+        return self.input_proj(scale_inputs.to(self.input_proj.weight.dtype))
 
     def positions(self, scales: range) -> Tensor:
         """(1, l, d): scale and position embeddings of the tokens of consecutive `scales`."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lightning_mvar.scales import ScaleSchedule
 
 PHI_RATIO = 0.5
+PUBLISHED_PHI = 4  # the published four have places of their own: linspace(1/12, 11/12, 4)
 
 
 class PyramidStep(NamedTuple):
@@ -62,7 +63,8 @@ class ResidualQuantizer(nn.Module):
         self.codebook = nn.Embedding(vocab_size, code_dim)
         nn.init.uniform_(self.codebook.weight, -1 / vocab_size, 1 / vocab_size)
         self.phi = nn.ModuleList(Phi(code_dim) for _ in range(num_phi))
-        places = np.linspace(1 / (2 * num_phi), 1 - 1 / (2 * num_phi), num_phi)
+        margin = 1 / 12 if num_phi == PUBLISHED_PHI else 1 / (2 * num_phi)
+        places = np.linspace(margin, 1 - margin, num_phi)
         self.phi_of_scale = [int(np.abs(places - schedule.ratio(k)).argmin()) for k in range(schedule.num_scales)]
 
     @property
@@ -92,10 +94,11 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, queries: Tensor) -> Tensor:
-        """(b, n, c) -> (b, n) int64: the nearest code in L2, in float32."""
-        flat, codes = queries.flatten(0, 1).float(), self.codebook.weight.float()
-        distances = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
-        return distances.argmin(dim=1).view(queries.shape[:2])
+        """(b, n, c) -> (b, n) int64: the nearest code in L2, in float32: rounding would choose other codes."""
+        with torch.autocast(queries.device.type, enabled=False):
+            flat, codes = queries.flatten(0, 1).float(), self.codebook.weight.float()
+            distances = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
+            return distances.argmin(dim=1).view(queries.shape[:2])
 
     def pyramid(self, features: Tensor) -> Iterator[PyramidStep]:
         """Quantize `features` (b, c, s, s) scale by scale, each time what the scales before left over."""

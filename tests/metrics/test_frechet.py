@@ -11,9 +11,9 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import (
     FeatureStatistics,
     Statistics,
-    check_extractor,
     frechet_distance,
     image_statistics,
+    prepare_extractor,
     reference_statistics,
 )
 
@@ -111,4 +111,4 @@ def test_damaged_statistics_and_other_extractors_are_named(extractor: Projection
     with pytest.raises(InputError, match="not of the same extractor"):
         frechet_distance(statistics, other)
     with pytest.raises(InputError, match="Linear is no feature extractor"):
-        check_extractor(nn.Linear(2, 2))
+        prepare_extractor(nn.Linear(2, 2))

@@ -70,6 +70,15 @@ def test_gradients_reach_codebook_and_phi(tokenizer: Tokenizer, features: torch.
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in quantizer.parameters())
 
 
+@pytest.mark.parametrize(
+    ("resolution", "expected"),
+    [(256, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]), (1024, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3])],
+)
+def test_the_published_four_phi_are_shared_by_the_published_scales(resolution: int, expected: list[int]) -> None:
+    """Nearest of 1/12, 13/36, 23/36, 11/12; at 256 px scales 2 and 7 lie half-way, and rounding decides."""
+    assert ResidualQuantizer(ScaleSchedule.for_resolution(resolution), 8, 4, 4).phi_of_scale == expected
+
+
 def test_a_single_scale_has_no_scale_inputs() -> None:
     quantizer = ResidualQuantizer(ScaleSchedule((4,)), 16, 8, 1)
     assert quantizer.scale_inputs(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 0, 8)
