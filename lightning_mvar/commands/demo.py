@@ -79,7 +79,7 @@ STAGES = [
     ),
     Stage(
         "sample",
-        f"sample --ckpt_path {ROOT}/export --per_class 100 --seed 0 --guidance 0.3 --top_p 0.98 "
+        f"sample --ckpt_path {ROOT}/export --per_class 100 --seed 0 --guidance 0.3 --top_p 1 "
         f"--out {ROOT}/samples.npz --grid {ROOT}/grid.png --strip {ROOT}/strip.png",
         ROOT / "samples.npz",
     ),
