@@ -120,15 +120,9 @@ class LitMVAR(ScheduledModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         labels = self.drop_labels(batch.labels, batch_idx)
         losses, correct = self.score(batch, labels)
-        self.log("train/loss", losses.mean(), prog_bar=True)
-        self.log_dict(
-            {
-                "train/loss_last_scale": self.per_scale(losses)[-1].mean(),
-                "train/acc": correct.mean(),
-                "train/acc_last_scale": self.per_scale(correct)[-1].mean(),
-            }
-        )
-        self.log_dict(self.scale_losses("scale_loss", losses))
+        summary = self.summary("train", losses, correct)
+        self.log("train/loss", summary.pop("train/loss"), prog_bar=True)
+        self.log_dict(summary | self.scale_losses("scale_loss", losses))
         return losses.mean()
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
@@ -142,13 +136,8 @@ class LitMVAR(ScheduledModule):
         weight = int(batch.valid.sum())
         own = batch.valid if weight else slice(None)  # a batch of padding alone has weight 0
         losses, correct = (scores[own] for scores in self.score(batch, batch.labels))
-        logged = {
-            f"{stage}/loss": losses.mean(),
-            f"{stage}/loss_last_scale": self.per_scale(losses)[-1].mean(),
-            f"{stage}/acc": correct.mean(),
-            f"{stage}/acc_last_scale": self.per_scale(correct)[-1].mean(),
-        }
-        self.log_dict(logged | self.scale_losses(f"{stage}_scale_loss", losses), batch_size=weight, sync_dist=True)
+        logged = self.summary(stage, losses, correct) | self.scale_losses(f"{stage}_scale_loss", losses)
+        self.log_dict(logged, batch_size=weight, sync_dist=True)
 
     def score(self, batch: TokenBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy (b, l) in nats, and whether the likeliest token is the right one (b, l), both float32."""
@@ -172,6 +161,15 @@ class LitMVAR(ScheduledModule):
     def per_scale(self, scores: Tensor) -> tuple[Tensor, ...]:
         """(b, l) -> one (b, n) for each scale."""
         return scores.split(self.network_config.schedule.lengths, dim=1)
+
+    def summary(self, stage: str, losses: Tensor, correct: Tensor) -> dict[str, Tensor]:
+        """Means of loss and accuracy (b, l) over all tokens, and over those of the last scale."""
+        return {
+            f"{stage}/loss": losses.mean(),
+            f"{stage}/loss_last_scale": self.per_scale(losses)[-1].mean(),
+            f"{stage}/acc": correct.mean(),
+            f"{stage}/acc_last_scale": self.per_scale(correct)[-1].mean(),
+        }
 
     def scale_losses(self, prefix: str, losses: Tensor) -> dict[str, Tensor]:
         sides = self.network_config.schedule.side_lengths

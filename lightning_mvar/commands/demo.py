@@ -104,6 +104,8 @@ def demo() -> None:
         if stage.finished():
             print(f"[{stage.name}] finished before, skipped")
             continue
+        if stage.record.is_file():  # finished, but of another command or configuration: nothing to go on from
+            stage.forget()
         for later in STAGES[number + 1 :]:  # made from what is made anew
             later.forget()
         run_stage(stage)

@@ -26,7 +26,7 @@ from lightning_mvar.metrics.frechet import (
     stack_images,
 )
 
-DIGITS_CLASSIFIER = "outputs/statistics/digits_classifier.safetensors"
+DIGITS_CLASSIFIER = "digits_classifier.safetensors"  # kept among the statistics
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
             trained on the spot where the reference are digits.
         floor: other real images, whose distance to the reference is what a perfect model would get.
         tokenizer: folder of a tokenizer, to score its reconstructions of the reference too.
-        cache: folder that keeps the statistics of real images.
+        cache: folder that keeps the statistics of real images, and the digits classifier.
         json: write what the table shows to this file.
     """
     images, labels = read_samples(Path(samples))
@@ -58,7 +58,7 @@ def evaluate(
     if extractor is None:
         if not digits:
             raise InputError("--extractor is needed for other images than digits: name an nn.Module with num_features")
-        extractor = DigitsClassifier(DIGITS_CLASSIFIER)
+        extractor = DigitsClassifier(str(Path(cache) / DIGITS_CLASSIFIER))
     statistics = reference_statistics(extractor, reference, real, Path(cache))
     distance = frechet_distance(statistics, image_statistics(extractor, images, "features of the samples"))
     record: Record = {

@@ -47,22 +47,22 @@ def main(argv: list[str]) -> None:
 
 
 def run_cli(cli: type[LightningCLI], model: type, data: type, **options: Any) -> LightningCLI:
-    """Parse, build and run."""
+    """Parse, build and run.
+
+    Raises:
+        InputError: if this machine does not have the devices or the precision that are asked for.
+    """
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # we pass on what the console script was given
     try:
-        return build(cli, model, data, **options)
-    except MisconfigurationException as error:  # devices or precisions that this machine does not have, and the like
+        return cli(
+            model,
+            data,
+            parser_kwargs=PARSER,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            **options,
+        )
+    except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
-
-
-def build(cli: type[LightningCLI], model: type, data: type, **options: Any) -> LightningCLI:
-    return cli(
-        model,
-        data,
-        parser_kwargs=PARSER,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        seed_everything_default=0,
-        **options,
-    )

@@ -1,4 +1,4 @@
-"""Batches of tokens from shards: exact length, and an order that depends on (seed, epoch) and nothing else.
+"""Batches of tokens from shards: exact length, and an order that depends on (seed, epoch) and the block size alone.
 
 Every epoch has one global order: the shards shuffled, then the samples shuffled within blocks of consecutive shards.
 Global batch i is the i-th slice of it; each rank takes its part of every global batch and each worker its turn of the
