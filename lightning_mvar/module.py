@@ -18,6 +18,7 @@ from lightning_mvar.data.loader import TokenBatch
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.mvar import MVAR, MVARConfig
 from lightning_mvar.optim import OptimizerConfig, apply_schedule, build_optimizer
+from lightning_mvar.sampling import check_pair
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 
@@ -94,13 +95,7 @@ class LitMVAR(ScheduledModule):
     def frozen(self) -> list[Tokenizer]:
         """The tokenizer, in a list that hides it from the module registry."""
         tokenizer = load_tokenizer(self.tokenizer_path).requires_grad_(False)
-        for name in ("schedule", "vocab_size", "code_dim"):
-            ours, theirs = getattr(self.network_config, name), getattr(tokenizer.config, name)
-            if ours != theirs:
-                raise InputError(
-                    f"the tokenizer in {self.tokenizer_path} does not fit the network: {name} is {theirs} there and "
-                    f"{ours} in model.network"
-                )
+        check_pair(self.network_config, tokenizer.config, f"the tokenizer in {self.tokenizer_path}")
         return [tokenizer]
 
     @property

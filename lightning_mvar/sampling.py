@@ -15,8 +15,8 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mvar import MVAR
-from lightning_mvar.tokenizer.tokenizer import Tokenizer
+from lightning_mvar.models.mvar import MVAR, MVARConfig
+from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 
 
 @overload
@@ -88,6 +88,14 @@ def generate(
     return (images, torch.cat(drawn, dim=1)) if return_tokens else images
 
 
+def check_pair(network: MVARConfig, tokenizer: TokenizerConfig, name: str) -> None:
+    """Raise InputError unless the network speaks the tokenizer's tokens; `name` is what messages call the tokenizer."""
+    for field in ("schedule", "vocab_size", "code_dim"):
+        ours, theirs = getattr(network, field), getattr(tokenizer, field)
+        if ours != theirs:
+            raise InputError(f"{name} does not fit the network: {field} is {theirs} there, {ours} in the network")
+
+
 def image_generators(seed: int, first: int, count: int) -> list[Generator]:
     """A generator for each of the images `first`, ..., `first + count - 1`: image i is the same in any batch."""
     return [
@@ -142,12 +150,7 @@ def check_arguments(
     top_p: float,
     generator: Generator | Sequence[Generator] | None,
 ) -> None:
-    for name in ("schedule", "vocab_size", "code_dim"):
-        ours, theirs = getattr(model.config, name), getattr(tokenizer.config, name)
-        if ours != theirs:
-            raise InputError(
-                f"model and tokenizer do not belong together: {name} is {ours} in one, {theirs} in the other"
-            )
+    check_pair(model.config, tokenizer.config, "tokenizer")
     if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() > model.config.num_classes:
         raise InputError(f"labels must be (b,) classes in [0, {model.config.num_classes}], got {labels.tolist()}")
     if guidance < 0 or top_k < 0 or not 0 < top_p <= 1:

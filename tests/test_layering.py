@@ -7,8 +7,9 @@ import lightning_mvar
 
 PACKAGE = Path(lightning_mvar.__file__).parent
 LAYERS = [  # each may import those before it, and its own
-    ["errors", "version", "files", "fingerprint", "scales", "ops"],
+    ["errors", "version", "files", "fingerprint", "weights", "scales", "ops"],
     ["models", "tokenizer"],
+    ["official"],
     ["data.digits", "data.images", "data.shards", "data.loader", "sampling", "pictures", "checkpoints", "optim"],
     ["metrics", "data.datamodule"],
     ["module"],

@@ -13,12 +13,17 @@ import torch
 from parity.recipe import BUFFERS, image, tensor
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, generate
-from lightning_mvar.checkpoints import NETWORK_NAMES, load_official_mvar, load_official_tokenizer, rename
+from lightning_mvar.checkpoints import load_official_mvar, load_official_tokenizer
+from lightning_mvar.official import NETWORK_NAMES, rename
 
 FOLDER = Path(__file__).parent / "parity"
 CASES = sorted(path.stem for path in FOLDER.glob("*.json"))
 TOLERANCE = 1e-4  # of the largest magnitude
 GRADIENT_TOLERANCE = 1e-3
+# Under autocast: two to three times the worst that was seen, relative to the largest magnitude.
+HALF = {torch.bfloat16: 2e-2, torch.float16: 3e-3}  # logits and loss
+HALF_GRADIENTS = {torch.bfloat16: 5e-2, torch.float16: 2e-2}
+HALF_IMAGES = {torch.bfloat16: 2e-1, torch.float16: 3e-2}  # of the deep convolutions, whose random weights amplify
 
 
 @dataclass
@@ -56,9 +61,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     )
 
 
-def assert_agrees(case: Case, name: str, actual: torch.Tensor) -> None:
+def assert_agrees(case: Case, name: str, actual: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     expected = case.values[name]
-    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max(), name
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max(), name
 
 
 def test_the_configuration_is_read_off_the_weights(case: Case) -> None:
@@ -94,10 +99,50 @@ def test_loss_and_gradients_agree(case: Case) -> None:
     loss.backward()
     parameters = dict(case.network.named_parameters())
     for key, norm in case.about["grad_norms"].items():
-        (ours,) = rename({key: torch.empty(0)}, NETWORK_NAMES)
-        gradient = parameters[ours].grad
+        gradient = parameters[rename(key, NETWORK_NAMES)].grad
         assert gradient is not None
         assert float(gradient.norm()) == pytest.approx(norm, rel=GRADIENT_TOLERANCE), key
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_half_precision_stays_near(case: Case, dtype: torch.dtype) -> None:
+    """Logits, loss and gradients under autocast; a scaled loss, as float16 needs."""
+    tokens, scale = case.values["tokens"], 1024.0
+    with torch.autocast("cpu", dtype=dtype):
+        logits = case.network(case.values["labels"], case.tokenizer.scale_inputs(tokens))
+    assert logits.dtype == torch.float32
+    assert_agrees(case, "logits", logits, HALF[dtype])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    assert_agrees(case, "loss", loss, HALF[dtype])
+    case.network.zero_grad()
+    (loss * scale).backward()
+    parameters = dict(case.network.named_parameters())
+    for key, norm in case.about["grad_norms"].items():
+        found = float(parameters[rename(key, NETWORK_NAMES)].grad.norm()) / scale
+        assert found == pytest.approx(norm, rel=HALF_GRADIENTS[dtype]), key
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@torch.no_grad()
+def test_a_half_precision_tokenizer_stays_near(case: Case, dtype: torch.dtype) -> None:
+    """Features and reconstruction; tokens may differ where two codes are nearly as near."""
+    config = case.about["config"]
+    if "encoder_features" not in case.values:
+        pytest.skip("this case holds no images")
+    images = torch.from_numpy(image(config["batch"], 16 * config["patch_nums"][-1], config["seed"]))
+    with torch.autocast("cpu", dtype=dtype):
+        assert_agrees(case, "encoder_features", case.tokenizer.features(images).float(), HALF_IMAGES[dtype])
+        assert_agrees(case, "reconstruction", case.tokenizer.decode(case.values["tokens"]).float(), HALF_IMAGES[dtype])
+        assert (case.tokenizer.encode(images) == case.values["tokens"]).float().mean() > 0.9
+
+
+@torch.no_grad()
+def test_half_precision_sampling_is_finite(case: Case) -> None:
+    settings = {"guidance": case.about["config"]["cfg"], "top_k": 1, "top_p": 1.0}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = generate(case.network, case.tokenizer, case.values["labels"], **settings)
+    assert images.isfinite().all()
 
 
 def test_greedy_sampling_agrees(case: Case) -> None:

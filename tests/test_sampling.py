@@ -124,5 +124,5 @@ def test_impossible_arguments_are_refused(
 
 def test_a_tokenizer_of_another_schedule_is_refused() -> None:
     other = Tokenizer(TokenizerConfig(ScaleSchedule((1, 4)), 48, 8, 8, (1, 2), 1))
-    with pytest.raises(InputError, match="do not belong together: schedule"):
+    with pytest.raises(InputError, match="does not fit the network: schedule"):
         generate(tiny_network(), other, LABELS)

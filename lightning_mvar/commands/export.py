@@ -1,22 +1,63 @@
-"""`export`: a checkpoint as one self-contained folder of safetensors and config.json, tokenizer included."""
+"""`export`: a checkpoint, ours or a published one, as one folder or as published files."""
 
 from __future__ import annotations
 
-from lightning_mvar.checkpoints import load_trained, save_folder
+from pathlib import Path
+from typing import Literal
+
+from lightning_mvar.checkpoints import (
+    load_official,
+    load_official_tokenizer,
+    load_trained,
+    save_folder,
+    save_official,
+)
 from lightning_mvar.commands.parsing import call
+from lightning_mvar.errors import InputError
+from lightning_mvar.scales import ScaleSchedule
 
 
-def export(ckpt_path: str, out: str, tokenizer: str | None = None) -> None:
-    """Write network and tokenizer as one folder that `sample` takes.
+def export(
+    out: str,
+    ckpt_path: str | None = None,
+    official: str | None = None,
+    tokenizer: str | None = None,
+    resolution: int = 256,
+    to: Literal["folder", "official"] = "folder",
+) -> None:
+    """Write network and tokenizer as one folder that `sample` takes, or as the published code reads them.
 
     Args:
-        ckpt_path: a checkpoint of `fit`.
         out: the folder to write.
-        tokenizer: folder of the tokenizer, if it is no longer where the checkpoint remembers.
+        ckpt_path: a checkpoint of `fit`, or a folder of `export`.
+        official: instead, a published VAR or M-VAR network (.pth, .safetensors), or a checkpoint of its trainer.
+        tokenizer: with --ckpt_path, its tokenizer's folder, if it is no longer where the checkpoint remembers; with
+            --official, the published tokenizer's file, or a folder; alone, a published file to convert by itself.
+        resolution: 256, 512 or 1024: whose scales a tokenizer converted by itself is for.
+        to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code.
     """
-    model = load_trained(ckpt_path, tokenizer)
+    if ckpt_path is not None and official is not None:
+        raise InputError("give --ckpt_path or --official, not both")
+    if ckpt_path is None and official is None:
+        export_tokenizer(out, tokenizer, resolution, to)
+        return
+    model = load_trained(ckpt_path, tokenizer) if ckpt_path is not None else load_official(str(official), tokenizer)
+    if to == "official":
+        print("written:", *save_official(out, model))
+        return
     save_folder(out, model.tokenizer, model.network, model.class_names)
-    print(f"network and tokenizer in {out}")
+    parameters = sum(p.numel() for p in model.network.parameters()) / 1e6
+    print(f"network ({parameters:,.1f}M parameters, depth {model.network.config.depth}) and tokenizer in {out}")
+
+
+def export_tokenizer(out: str, tokenizer: str | None, resolution: int, to: str) -> None:
+    """Convert a published tokenizer by itself."""
+    if tokenizer is None or not Path(tokenizer).is_file():
+        raise InputError("give --ckpt_path CKPT, --official FILE, or the file of a published tokenizer as --tokenizer")
+    if to == "official":
+        raise InputError(f"--tokenizer {tokenizer} is a published file already")
+    save_folder(out, load_official_tokenizer(tokenizer, ScaleSchedule.for_resolution(resolution)))
+    print(f"tokenizer for {resolution} x {resolution} images in {out}")
 
 
 def main(argv: list[str]) -> None:

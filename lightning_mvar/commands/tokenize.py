@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.device import choose_device
 from lightning_mvar.commands.parsing import call
-from lightning_mvar.data.images import Example, ImageBatch, ImageSource, OnCorrupt, collate, open_images
+from lightning_mvar.data.images import Example, ImageBatch, ImageSource, OnCorrupt, Views, collate, open_images
 from lightning_mvar.data.shards import MANIFEST, Manifest, checksum, shard_name, write_shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -26,6 +26,8 @@ def tokenize(
     images: str,
     tokenizer: str,
     out: str,
+    views: int = 1,
+    seed: int = 0,
     shard_size: int = 10_000,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -38,30 +40,33 @@ def tokenize(
         images: `digits:train`, `digits:test`, or a folder of class folders (CLASS/NAME.png|jpg|jpeg|webp).
         tokenizer: folder that `train-tokenizer` or `export` wrote.
         out: folder for the shards and their manifest.
-        shard_size: images in a shard.
+        views: 1 for the centre crop of each image, more for that many random crops of it.
+        seed: of the random crops.
+        shard_size: samples in a shard.
         batch_size: images encoded at once.
         num_workers: processes that decode images; 0 decodes in the main process.
         on_corrupt: what an image that cannot be decoded does: raise, or be skipped, named and counted.
         device: auto, cpu, cuda or cuda:N.
     """
-    if shard_size < 1 or batch_size < 1 or num_workers < 0:
-        raise InputError("--shard_size and --batch_size must be at least 1, --num_workers not negative")
+    if min(views, shard_size, batch_size) < 1 or num_workers < 0:
+        raise InputError("--views, --shard_size and --batch_size must be at least 1, --num_workers not negative")
     where, folder = choose_device(device), Path(out)
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; name a folder")
     model = load_tokenizer(tokenizer).to(where)
-    source = open_images(images, model.config.resolution, "center", on_corrupt)
-    manifest = resume(folder, new_manifest(model, source, images, shard_size))
-    order = np.random.default_rng(ORDER_SEED).permutation(len(source))
+    source = open_images(images, model.config.resolution, "center" if views == 1 else "random", on_corrupt)
+    manifest = resume(folder, new_manifest(model, source, images, views, seed, shard_size))
+    examples = source if views == 1 else Views(source, views, seed)
+    order = np.random.default_rng(ORDER_SEED).permutation(len(examples))
     done = {shard.name for shard in manifest.shards}
-    with tqdm(total=len(source), initial=sum(s.samples for s in manifest.shards), unit="img", desc="tokenize") as bar:
+    with tqdm(total=len(examples), initial=sum(s.samples for s in manifest.shards), unit="img", desc="tokenize") as bar:
         for index in range(manifest.num_shards):
             name = shard_name(index)
             if name in done:
                 continue
             chosen = order[index * shard_size : (index + 1) * shard_size].tolist()
             loader = DataLoader[Example](
-                Subset(source, chosen),  # type: ignore[arg-type]
+                Subset(examples, chosen),  # type: ignore[arg-type]
                 batch_size=batch_size,
                 num_workers=num_workers,
                 collate_fn=collate,
@@ -75,7 +80,7 @@ def tokenize(
     report(manifest, folder)
 
 
-def new_manifest(model: Tokenizer, source: ImageSource, name: str, shard_size: int) -> Manifest:
+def new_manifest(model: Tokenizer, source: ImageSource, name: str, views: int, seed: int, shard_size: int) -> Manifest:
     return Manifest(
         side_lengths=list(model.config.schedule.side_lengths),
         vocab_size=model.config.vocab_size,
@@ -83,6 +88,8 @@ def new_manifest(model: Tokenizer, source: ImageSource, name: str, shard_size: i
         tokenizer=model.fingerprint(),
         source=name,
         num_images=len(source),
+        views=views,
+        seed=seed,
         shard_size=shard_size,
     )
 
@@ -98,7 +105,7 @@ def resume(folder: Path, planned: Manifest) -> Manifest:
     found = Manifest.load(folder)
     if not found.same_run(planned):
         raise InputError(
-            f"{folder} holds shards of other images, another tokenizer or another --shard_size: "
+            f"{folder} holds shards of other images, another tokenizer, or other --views, --seed or --shard_size: "
             f"choose another --out, or remove that folder"
         )
     found.shards = [

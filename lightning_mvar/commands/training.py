@@ -10,10 +10,11 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_mvar.checkpoints import CHECKPOINT_KEY, read_torch
+from lightning_mvar.checkpoints import CHECKPOINT_KEY
 from lightning_mvar.data.datamodule import TokenDataModule
 from lightning_mvar.errors import InputError
 from lightning_mvar.module import LitMVAR
+from lightning_mvar.weights import read_torch
 
 # Interpolation that sees every --config file and the overrides after them, with keys relative to the subcommand.
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False}
@@ -34,7 +35,7 @@ class TrainingCLI(LightningCLI):
         path = self.config.get(command, self.config).get("ckpt_path")
         if path is None and command in ("validate", "test"):
             raise InputError(f"{command} needs --ckpt_path: without it the network is untrained")
-        if path is not None and self.checkpoint_key not in read_torch(Path(path), mmap=True):
+        if path is not None and self.checkpoint_key not in read_torch(Path(path)):
             raise InputError(f"--ckpt_path {path} is not a checkpoint of this command")
 
     @staticmethod

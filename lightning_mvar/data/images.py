@@ -6,13 +6,15 @@ A source is named by one string everywhere (command line, YAML): `digits:train`,
 from __future__ import annotations
 
 import hashlib
+import random
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from lightning_mvar.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 RESIZE_MARGIN = 1.125  # the shorter side is resized to this times the crop (VAR's preprocessing)
+DIGITS_SHIFT = 1  # pixels of 32; by 2, a classifier of real digits begins to misread them
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 OnCorrupt = Literal["raise", "skip"]
@@ -74,23 +77,28 @@ def open_images(source: str, resolution: int, crop: Crop = "center", on_corrupt:
     if source.startswith("digits:"):
         if resolution != RESOLUTION:
             raise InputError(f"{source} are {RESOLUTION} x {RESOLUTION}, but {resolution} px are asked for")
-        return Digits(cast(DigitsSplit, source.removeprefix("digits:")))
+        return Digits(cast(DigitsSplit, source.removeprefix("digits:")), crop)
     return ImageFolder(Path(source), resolution, crop, on_corrupt)
 
 
 class Digits:
-    """The embedded digits; see `load_digits`."""
+    """The embedded digits; see `load_digits`. A random crop moves them by up to `DIGITS_SHIFT` pixels each way."""
 
-    def __init__(self, split: DigitsSplit) -> None:
+    def __init__(self, split: DigitsSplit, crop: Crop) -> None:
         self.class_names, self.resolution = [str(digit) for digit in range(10)], RESOLUTION
-        self.split, self.identity = split, str(split)
+        self.split, self.crop, self.identity = split, crop, str(split)
         self.images, self.labels = load_digits(split)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(self.images[index], int(self.labels[index]), f"digits/{self.split}/{index:04d}")
+        image = self.images[index]
+        if self.crop == "random":
+            top, left = torch.randint(2 * DIGITS_SHIFT + 1, (2,)).tolist()
+            padded = F.pad(image, (DIGITS_SHIFT,) * 4, mode="replicate")
+            image = padded[:, top : top + RESOLUTION, left : left + RESOLUTION]
+        return Example(image, int(self.labels[index]), f"digits/{self.split}/{index:04d}")
 
 
 class ImageFolder:
@@ -150,6 +158,26 @@ class ImageFolder:
         else:
             left, top = (side // 2 for side in room)
         return image.crop((left, top, left + self.resolution, top + self.resolution))
+
+
+class Views:
+    """Several random crops of every image of a source that crops at random: `views` times as many examples.
+
+    Example i is drawn from (seed, i) alone, so it is the same in any process and after any interruption.
+    """
+
+    def __init__(self, source: ImageSource, views: int, seed: int) -> None:
+        self.source, self.views, self.seed = source, views, seed
+
+    def __len__(self) -> int:
+        return len(self.source) * self.views
+
+    def __getitem__(self, index: int) -> Example:
+        image, view = divmod(index, self.views)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.Random(f"{self.seed}-{index}").getrandbits(63))
+            example = self.source[image]
+        return replace(example, key=f"{example.key}#{view}")
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -62,8 +62,9 @@ class Manifest:
         tokenizer: fingerprint of the tokenizer that made the tokens.
         source: where the images came from.
         num_images: images of the source.
-        shard_size: images of the source that each shard covers, the last one fewer.
-        views: token samples made of each image.
+        shard_size: samples that each shard covers, the last one fewer.
+        views: token samples made of each image: random crops, or its centre where there is one.
+        seed: of the random crops.
         shards: the finished shards, in order.
         skipped: a message for each image that could not be read.
         format_version: of this format.
@@ -77,6 +78,7 @@ class Manifest:
     num_images: int
     shard_size: int
     views: int = 1
+    seed: int = 0
     shards: list[Shard] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
@@ -88,7 +90,7 @@ class Manifest:
     @property
     def num_shards(self) -> int:
         """Shards that a finished folder has."""
-        return -(-self.num_images // self.shard_size)
+        return -(-self.num_images * self.views // self.shard_size)
 
     def same_run(self, other: Manifest) -> bool:
         """Whether the other describes the same images, tokenizer and cut into shards."""

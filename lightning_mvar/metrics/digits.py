@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_mvar.checkpoints import load_strictly, read_weights, save_weights
 from lightning_mvar.data.digits import load_digits
+from lightning_mvar.weights import load_strictly, read_weights, save_weights
 
 SCAN_SIDE = 8  # the scans' own resolution, on which the support vector machine judges
 

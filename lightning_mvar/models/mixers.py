@@ -61,14 +61,15 @@ class Attention(nn.Module, ABC):
             self.qk_scale_log.fill_(math.log(INITIAL_QK_SCALE))
 
     def forward(self, x: Tensor, lengths: tuple[int, ...], state: State = None) -> tuple[Tensor, State]:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q + self.q_bias, k, v + self.v_bias))
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # (b, h, l, p) each
         if self.qk_scale_log is not None:
+            # In float32: a temperature of up to 100 would multiply the rounding of unit vectors in half precision.
             scale = self.qk_scale_log.float().clamp(max=math.log(MAX_QK_SCALE)).exp()[:, None, None]
-            # The temperature reaches 100: logits that large need unit vectors exact to float32.
             q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        y, state = self.attend(q.to(v.dtype), k.to(v.dtype), v, lengths, state)  # (b, h, l, p)
+        y, state = self.attend(q, k, v, lengths, state)  # the kernels sum the softmax in float32
         return self.proj(y.transpose(1, 2).flatten(2)), state
 
     @abstractmethod
@@ -140,8 +141,12 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt.float() + self.dt_bias.float())
         y, scan_state = ssd(u, dt, -self.A_log.float().exp(), B, C, scan_state)
         y = y + u * self.D[:, None].to(u.dtype)
-        y = self.norm(y.flatten(2) * F.silu(z))
-        return self.out_proj(y), (conv_state, scan_state)
+        return self.out_proj(self.gated_norm(y.flatten(2), z)), (conv_state, scan_state)
+
+    def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        """norm(y silu(z)) of (b, l, inner), in float32: in float16 the squares of numbers above 256 are infinite."""
+        y = y.float() * F.silu(z.float())
+        return F.rms_norm(y, self.norm.normalized_shape, self.norm.weight.float(), self.norm.eps).to(z.dtype)
 
     def convolve(self, xBC: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Causal depthwise convolution of (b, l, channels), continuing after the inputs in `conv_state`."""

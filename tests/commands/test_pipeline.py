@@ -193,7 +193,7 @@ def test_tokenize_goes_on_where_it_stopped(here: Path, capfd: pytest.CaptureFixt
     assert Manifest.load(folder) == Manifest.load(Path("shards/train"))
     command[-1] = "8"
     assert run(command) == 1
-    assert "holds shards of other images, another tokenizer or another --shard_size" in capfd.readouterr().err
+    assert "holds shards of other images, another tokenizer, or other --views" in capfd.readouterr().err
 
 
 def test_tokenize_skips_or_refuses_corrupt_images(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
