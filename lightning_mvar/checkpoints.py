@@ -198,10 +198,15 @@ def load_official(network: str | Path, tokenizer: str | Path | None = None) -> T
         InputError: if a file cannot be read or is something else, or the two do not belong together.
     """
     model = load_official_mvar(network)
-    if tokenizer is not None and Path(tokenizer).is_dir():
+    if tokenizer is None:
+        try:
+            loaded = load_official_tokenizer(network, model.config.schedule)
+        except InputError as error:
+            raise InputError(f"{error}; name the tokenizer's own file with --tokenizer") from error
+    elif Path(tokenizer).is_dir():
         loaded = load_tokenizer(tokenizer)
     else:
-        loaded = load_official_tokenizer(tokenizer or network, model.config.schedule)
+        loaded = load_official_tokenizer(tokenizer, model.config.schedule)
     check_pair(model.config, loaded.config, f"the tokenizer in {tokenizer or network}")
     return TrainedModel(model, loaded, [])
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from jsonargparse import Namespace
 
-from lightning_mvar import MVAR, MVARConfig, Tokenizer, TokenizerConfig
+from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints import config_from_dict
 from lightning_mvar.cli import run
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
@@ -18,6 +19,7 @@ from lightning_mvar.data.datamodule import ImageDataModule, TokenDataModule
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.tokenizer_module import LitTokenizer
 
+MIXERS = {"M-VAR": ("scale_attention", "mamba2"), "VAR": ("block_causal_attention",)}
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 COMMAND = re.compile(r"^#\s+lightning-mvar (fit|train-tokenizer) (.*)$", re.MULTILINE)
@@ -67,10 +69,54 @@ def test_the_commands_of_every_header_parse(config: str, monkeypatch: pytest.Mon
 
 
 def check_stated_size(config: str, network: MVAR) -> None:
-    """Where the header states the size as M-VAR, the network has it."""
-    stated = re.search(r"([\d,.]+)M parameters as M-VAR", (ROOT / config).read_text())
-    if stated:
-        assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == float(stated[1].replace(",", ""))
+    """Where the header states parameters, the network has them, as M-VAR and as VAR."""
+    text = (ROOT / config).read_text().replace("\n#", "")
+    for kind, mixers in MIXERS.items():
+        for stated in re.findall(rf"([\d,.]+)M(?: parameters)? as {kind}\b", text):
+            with torch.device("meta"):
+                same_size = MVAR(replace(network.config, mixers=mixers))
+            assert round(sum(p.numel() for p in same_size.parameters()) / 1e6, 1) == float(stated.replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "batch", "epochs", "base_lr", "gate", "final_lr", "final_decay"),
+    [
+        ("d12", 12, 768, 200, 1e-4, 1e-3, 0.1, None),
+        ("d16", 16, 768, 200, 1e-4, 1e-3, 0.1, None),
+        ("d20", 20, 768, 250, 1e-4, 1e-3, 0.1, None),
+        ("d24", 24, 768, 350, 8e-5, 1e-4, 0.01, None),
+        ("d30", 30, 1024, 350, 8e-5, 1e-5, 0.01, 0.08),
+        ("d32", 32, 1024, 350, 8e-5, 1e-5, 0.01, 0.08),
+        ("d36s", 36, 768, 350, 8e-5, 5e-6, 0.01, 0.08),
+    ],
+)
+def test_sizes_carry_their_published_recipe(
+    size: str, depth: int, batch: int, epochs: int, base_lr: float, gate: float, final_lr: float, final_decay: float
+) -> None:
+    config = f"configs/size/{size}.yaml"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        ((command, options),) = header_commands(config)
+        namespace = parse(command, options)
+    network, optimizer, trainer = namespace.model.network, namespace.model.optimizer, namespace.trainer
+    assert (network.depth, network.width, network.heads) == (depth, 64 * depth, depth)
+    assert network.drop_path == pytest.approx(0.1 * depth / 24, rel=1e-5)
+    assert network.qk_norm
+    assert namespace.data.batch_size * trainer.devices == batch
+    assert (trainer.max_epochs, trainer.gradient_clip_val) == (epochs, 2.0)
+    assert (optimizer.base_lr, network.adaln_gate_init) == (base_lr, gate)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.05)
+    assert (optimizer.final_lr_ratio, optimizer.final_weight_decay) == (final_lr, final_decay)
+    assert (optimizer.warmup, optimizer.initial_lr_ratio, namespace.model.label_drop) == (0.02, 0.005, 0.1)
+
+
+@pytest.mark.parametrize("resolution", [256, 512, 1024])
+def test_data_overlays_have_the_published_schedules(resolution: int) -> None:
+    config = f"configs/data/imagenet_{resolution}.yaml"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        network = parse(*header_commands(config)[0]).model.network
+    assert tuple(network.schedule.side_lengths) == ScaleSchedule.for_resolution(resolution).side_lengths
 
 
 def test_interpolation_sees_overrides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import MIXERS, SCHEDULE, write_images, write_token_shards
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_mvar import MVARConfig, Tokenizer
 from lightning_mvar.data.datamodule import TokenDataModule
@@ -96,6 +97,41 @@ def test_training_lowers_the_loss(tokenizer_folder: Path, shards: Path, tmp_path
     make_trainer(tmp_path, 60, callbacks=[losses]).fit(module, data)
     assert losses.train[0] == pytest.approx(torch.tensor(48.0).log().item(), abs=0.3)
     assert sum(losses.train[-5:]) / 5 < losses.train[0] - 0.2
+
+
+def test_float16_with_loss_scaling_trains(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
+    """The scaler begins so high that the first steps overflow: they are skipped, and the scale comes down."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+    losses = Losses()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    module = make_module(tokenizer_folder)
+    data = TokenDataModule(str(shards), str(shards), batch_size=16)
+    make_trainer(tmp_path, 50, callbacks=[losses], plugins=[plugin]).fit(module, data)
+    assert scaler.get_scale() < 2.0**26
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert sum(losses.train[-5:]) / 5 < losses.train[0] - 0.2
+
+
+def test_gradients_are_clipped_by_their_norm(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
+    """What reaches the optimizer, against a plain loop over all gradients; the logged norm is that before clipping."""
+    seen = {}
+
+    class Watch(Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module, optimizer) -> None:
+            gradients = {name: p.grad.clone() for name, p in pl_module.named_parameters()}
+            seen["before"] = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+            clipped = [p.grad for p in trainer.lightning_module.parameters()]
+            seen["after"] = sum(float(g.square().sum()) for g in clipped) ** 0.5
+            seen["logged"] = float(trainer.callback_metrics["train/grad_norm"])
+
+    module = make_module(tokenizer_folder)
+    data = TokenDataModule(str(shards), str(shards), batch_size=16)
+    make_trainer(tmp_path, 1, callbacks=[Watch()], gradient_clip_val=0.01).fit(module, data)
+    assert seen["before"] > 0.02
+    assert seen["logged"] == pytest.approx(seen["before"], rel=1e-4)
+    assert seen["after"] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_labels_are_dropped_at_the_given_rate_and_differ_from_batch_to_batch(

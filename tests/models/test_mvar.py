@@ -156,6 +156,13 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
     assert torch.equal(DropPath(0.25).eval()(dropped), dropped)
 
 
+def test_drop_path_rises_linearly_over_the_blocks() -> None:
+    """Published: 0.1 D / 24 in the last block, 0 in the first."""
+    with torch.device("meta"):
+        network = MVAR(MVARConfig.for_size("d24", vocab_size=8))
+    assert [block.drop_path.rate for block in network.blocks] == pytest.approx([0.1 * i / 23 for i in range(24)])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -1,0 +1,110 @@
+"""`export` with published files: to our folder, which `sample` takes, and back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_official import published
+
+from lightning_mvar.checkpoints import load_tokenizer, load_trained
+from lightning_mvar.cli import run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Published-format files of VAR and M-VAR with their tokenizer, apart and in one trainer's checkpoint."""
+    folder = tmp_path_factory.mktemp("published")
+    for kind in ("mvar", "var"):
+        network, tokenizer = published(f"{kind}_small")
+        torch.save(network, folder / f"{kind}_d2.pth")
+        trainer = {f"{kind}_wo_ddp": network, "vae_local": tokenizer}
+        torch.save({"epoch": 3, "iter": 0, "trainer": trainer}, folder / f"{kind}_trainer.pth")
+    torch.save(tokenizer, folder / "vae.pth")
+    save_file(tokenizer, folder / "vae.safetensors")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["mvar", "var"])
+def test_published_files_become_a_folder_that_samples(
+    here: Path, files: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network = ["--official", str(files / f"{kind}_d2.pth"), "--tokenizer", str(files / "vae.safetensors")]
+    assert run(["export", *network, "--out", "apart"]) == 0
+    assert "depth 2" in capfd.readouterr().out
+    assert run(["export", "--official", str(files / f"{kind}_trainer.pth"), "--out", "together"]) == 0
+    one, other = load_trained("apart"), load_trained("together")
+    assert one.tokenizer.fingerprint() == other.tokenizer.fingerprint()
+    assert one.network.config == other.network.config
+    sample = ["sample", "--ckpt_path", "apart", "--classes", "3,9", "--per_class", "2", "--out", "samples.npz"]
+    assert run([*sample, "--top_k", "1"]) == 0
+    with np.load("samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (4, 64, 64, 3)
+        assert arrays["arr_1"].tolist() == [3, 3, 9, 9]
+    assert run(["export", "--ckpt_path", "apart", "--to", "official", "--out", "back"]) == 0
+    for ours, theirs in ((f"{kind}_d2.pth", f"{kind}_d2.pth"), ("vae_ch32v64z32.pth", "vae.pth")):
+        back, original = (torch.load(path, weights_only=True) for path in (here / "back" / ours, files / theirs))
+        assert back.keys() == original.keys()
+        assert torch.equal(*(state[next(iter(original))] for state in (back, original)))
+
+
+def test_a_published_tokenizer_is_converted_by_itself(here: Path, files: Path) -> None:
+    assert run(["export", "--tokenizer", str(files / "vae.pth"), "--resolution", "512", "--out", "tok"]) == 0
+    config = load_tokenizer("tok").config
+    assert (config.resolution, config.vocab_size, config.schedule.num_tokens) == (512, 64, 2240)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("owned",)
+
+
+def test_files_that_are_not_what_they_claim(here: Path, files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One message, exit code 1, nothing written, no code executed."""
+    network, vae = str(files / "mvar_d2.pth"), str(files / "vae.pth")
+    Path("cut.pth").write_bytes(Path(network).read_bytes()[:-5000])
+    Path("cut.safetensors").write_bytes((files / "vae.safetensors").read_bytes()[:-5000])
+    Path("text.pth").write_text("hello")
+    torch.save({"trainer": {"mvar_wo_ddp": Malicious()}}, "code.pth")
+    torch.save([torch.zeros(1)], "list.pth")
+    other = published("mvar_small")[0] | {"head.weight": torch.zeros(65, 128), "head.bias": torch.zeros(65)}
+    torch.save(other, "other.pth")
+    cases = {
+        ("--official", vae, "--tokenizer", vae): "vae.pth has not the keys of a published VAR or M-VAR network; it loo",
+        (
+            "--official",
+            network,
+        ): "has not the keys of a published tokenizer; it looks like a network; name the tokenizer's own file",
+        ("--official", network, "--tokenizer", network): "mvar_d2.pth has not the keys of a published tokenizer",
+        ("--official", "cut.pth", "--tokenizer", vae): "cut.pth is damaged or not a file of plain weights",
+        ("--official", network, "--tokenizer", "cut.safetensors"): "cut.safetensors is damaged",
+        ("--official", "text.pth"): "text.pth is damaged or not a file of plain weights",
+        ("--official", "code.pth"): "code.pth is damaged or not a file of plain weights",
+        ("--official", "list.pth"): "list.pth holds a list",
+        ("--official", "nowhere.pth"): "nowhere.pth does not exist",
+        ("--official", "other.pth", "--tokenizer", vae): "vocab_size is 64 there, 65 in the network",
+        ("--official", network, "--tokenizer", "nowhere"): "nowhere does not exist",
+        ("--official", network, "--ckpt_path", "x"): "give --ckpt_path or --official, not both",
+        (): "give --ckpt_path CKPT, --official FILE, or",
+        ("--tokenizer", vae, "--resolution", "300"): "no published schedule for 300 px",
+        ("--tokenizer", vae, "--to", "official"): "is a published file already",
+        ("--official", network, "--tokenizer", vae, "--to", "elsewhere"): "elsewhere",
+    }
+    for options, message in cases.items():
+        capfd.readouterr()
+        assert run(["export", *options, "--out", "out"]) == 1, options
+        error = capfd.readouterr().err
+        assert message in error, options
+        assert error.count("\n") == 1
+    assert not Path("out").exists()
+    assert not Path("owned").exists()
