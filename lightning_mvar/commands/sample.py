@@ -107,9 +107,8 @@ def resolve_classes(classes: str | None, model: TrainedModel) -> list[int]:
             labels.append(int(wanted))
         else:
             known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            raise InputError(
-                f"--classes: there is no class {wanted!r}; use numbers 0 to {count - 1} or names ({known})"
-            )
+            or_names = f" or names ({known})" if names else ""
+            raise InputError(f"--classes: there is no class {wanted!r}; use numbers 0 to {count - 1}{or_names}")
     return labels
 
 

@@ -110,6 +110,7 @@ class ImageDataModule(L.LightningDataModule):
         resolution: side of the images in pixels.
         batch_size: images per rank and step.
         num_workers: processes that decode images; 0 decodes in the training process.
+        crop: of the training images, anew in every epoch; validation images are cropped at their centre.
         on_corrupt: raise on an image that cannot be decoded, or skip it (each is named in a warning).
     """
 
@@ -120,21 +121,18 @@ class ImageDataModule(L.LightningDataModule):
         resolution: int = 256,
         batch_size: int = 64,
         num_workers: int = 0,
+        crop: Crop = "random",
         on_corrupt: OnCorrupt = "raise",
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise InputError(f"data.batch_size {batch_size} or data.num_workers {num_workers} is too small")
         self.sources = {"train": train, "val": val}
-        self.resolution, self.batch_size, self.num_workers, self.on_corrupt = (
-            resolution,
-            batch_size,
-            num_workers,
-            on_corrupt,
-        )
+        self.resolution, self.crop, self.on_corrupt = resolution, crop, on_corrupt
+        self.batch_size, self.num_workers = batch_size, num_workers
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
-        return self.loader("train", "random", shuffle=True)
+        return self.loader("train", self.crop, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         return self.loader("val", "center", shuffle=False)

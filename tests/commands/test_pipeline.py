@@ -196,6 +196,22 @@ def test_tokenize_goes_on_where_it_stopped(here: Path, capfd: pytest.CaptureFixt
     assert "holds shards of other images, another tokenizer, or other --views" in capfd.readouterr().err
 
 
+def test_several_views_of_every_image(here: Path) -> None:
+    command = ["tokenize", "--images", "images", "--tokenizer", "tok", "--out", "shards/views", "--shard_size", "20"]
+    assert run([*command, "--views", "3", "--seed", "5"]) == 0
+    folder, manifest = Path("shards/views"), Manifest.load(Path("shards/views"))
+    assert (manifest.num_samples, manifest.num_images, manifest.views, manifest.seed) == (54, 18, 3, 5)
+    assert [shard.samples for shard in manifest.shards] == [20, 20, 14]
+    packs = [pack for shard in manifest.shards for pack in read_shard(folder / shard.name)]
+    keys = [key for pack in packs for key in pack.keys]
+    assert sorted(keys) == sorted(f"{c}/{i}.png#{view}" for c in CLASSES for i in range(6) for view in range(3))
+    assert len({pack.tokens[row].tobytes() for pack in packs for row in range(len(pack.tokens))}) > 18
+    before = (folder / "000001.tar").read_bytes()
+    (folder / "000001.tar").unlink()
+    assert run([*command, "--views", "3", "--seed", "5"]) == 0
+    assert (folder / "000001.tar").read_bytes() == before
+
+
 def test_tokenize_skips_or_refuses_corrupt_images(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("images", "damaged")
     Path("damaged/light/3.png").write_bytes(Path("images/light/3.png").read_bytes()[:60])

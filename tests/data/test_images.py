@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lightning_mvar.data.digits import load_digits
-from lightning_mvar.data.images import CorruptImageError, collate, open_images
+from lightning_mvar.data.images import CorruptImageError, Views, collate, open_images
 from lightning_mvar.errors import InputError
 
 
@@ -98,3 +98,39 @@ def test_missing_and_empty_folders_and_wrong_digits_are_refused(tmp_path: Path) 
         open_images("digits:val", 32)
     with pytest.raises(InputError, match="32 x 32"):
         open_images("digits:test", 64)
+
+
+def test_random_crops_of_digits_are_shifts_by_a_pixel() -> None:
+    """The nine shifts of a digit, written out by rolling; rolled edges are replaced by the image's own."""
+    torch.manual_seed(0)
+    whole, shifted = open_images("digits:test", 32)[5].image, open_images("digits:test", 32, "random")
+    inner = slice(1, -1)
+    candidates = [whole.roll((dy, dx), dims=(1, 2))[:, inner, inner] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    drawn = [shifted[5].image for _ in range(60)]
+    assert all(image.shape == (3, 32, 32) for image in drawn)
+    found = [
+        [torch.equal(image[:, inner, inner], candidate) for candidate in candidates].index(True) for image in drawn
+    ]
+    assert set(found) == set(range(9))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_are_drawn_from_seed_and_index_alone(folder: Path, workers: int) -> None:
+    source = open_images(str(folder), 16, "random")
+    views = Views(source, 3, seed=1)
+    assert len(views) == 12
+    loader = torch.utils.data.DataLoader(views, batch_size=5, num_workers=workers, collate_fn=collate)
+    batches = list(loader)
+    images = torch.cat([batch.images for batch in batches])
+    assert [key for batch in batches for key in batch.keys][:4] == [
+        "a/4.webp#0",
+        "a/4.webp#1",
+        "a/4.webp#2",
+        "a/deep/3.jpeg#0",
+    ]
+    assert all(torch.equal(views[i].image, images[i]) for i in reversed(range(12)))
+    assert not all(torch.equal(images[3 * i], images[3 * i + 1]) for i in range(4))
+    assert not torch.equal(images, torch.stack([Views(source, 3, seed=2)[i].image for i in range(12)]))
+    before = torch.random.get_rng_state()
+    assert views[0].key == "a/4.webp#0"
+    assert torch.equal(torch.random.get_rng_state(), before)

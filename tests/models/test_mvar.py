@@ -125,6 +125,17 @@ def test_initial_weights_have_the_designed_spread() -> None:
     assert (mamba.D == 1).all()
 
 
+def test_initial_weights_of_a_shared_adaln() -> None:
+    torch.manual_seed(0)
+    config = {"mixers": ("block_causal_attention",), "shared_adaln": True, "adaln_gate_init": 1e-3}
+    network = MVAR(MVARConfig(ScaleSchedule((1, 2, 3)), 4, 256, 4, 512, 32, 100, **config))
+    table = torch.cat([block.adaln_table for block in network.blocks]).detach()  # (depth, 1, 6, d)
+    assert float(table[:, :, :2].std()) == pytest.approx(1e-3 / 16, rel=0.05)
+    assert float(table[:, :, 2:].std()) == pytest.approx(0.5 / 16, rel=0.05)
+    assert float(network.shared_adaln.weight.detach().std()) == pytest.approx(math.sqrt(1 / (3 * 256)), rel=0.05)
+    assert not network.shared_adaln.bias.any()
+
+
 def test_weights_of_a_network_built_on_the_meta_device_are_all_initialised() -> None:
     """`to_empty` leaves garbage: init_weights must reach every parameter."""
     with torch.device("meta"):
