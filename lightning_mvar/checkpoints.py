@@ -24,7 +24,7 @@ from lightning_mvar.official import M_VAR, read_network, read_tokenizer, write_n
 from lightning_mvar.sampling import check_pair
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
-from lightning_mvar.weights import StateDict, load_strictly, read_torch, read_weights, save_weights
+from lightning_mvar.weights import StateDict, load_strictly, read_torch, read_weights, save_torch, save_weights
 
 Config = TypeVar("Config", MVARConfig, TokenizerConfig)
 
@@ -41,9 +41,6 @@ class TrainedModel:
     class_names: list[str]
 
 
-# --- Our folder and training checkpoints --------------------------------------------------------------------------
-
-
 def save_folder(
     folder: str | Path,
     tokenizer: Tokenizer,
@@ -52,9 +49,11 @@ def save_folder(
 ) -> None:
     """Write a tokenizer, or a network with its tokenizer, as one self-contained folder."""
     folder = Path(folder)
-    if folder.is_file():
-        raise InputError(f"{folder} is a file; name a folder to write to")
-    (folder / "config.json").unlink(missing_ok=True)
+    require_folder(folder)
+    try:
+        (folder / "config.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror})") from error
     config: dict[str, Any] = {"format_version": 1, "tokenizer": asdict(tokenizer.config)}
     save_weights(tokenizer, folder / "tokenizer.safetensors")
     if network is not None:
@@ -62,6 +61,11 @@ def save_folder(
         save_weights(network, folder / "network.safetensors")
     with atomic_path(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def require_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; name a folder to write to")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -83,6 +87,8 @@ def load_trained(path: str | Path, tokenizer: str | Path | None = None) -> Train
         InputError: if the file is missing or not ours, or its tokenizer is missing or another one.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
     if path.is_dir():
         config = read_config(path, "network", "write one with `lightning-mvar export`")
         network = build_network(config["network"], read_weights(path / "network.safetensors"), path)
@@ -152,13 +158,10 @@ def save_official(folder: str | Path, model: TrainedModel) -> list[Path]:
         f"{kind}_d{network.depth}.pth": write_network(model.network),
         f"vae_ch{tokenizer.channels}v{tokenizer.vocab_size}z{tokenizer.code_dim}.pth": write_tokenizer(model.tokenizer),
     }
+    require_folder(Path(folder))
     for name, state in files.items():
-        with atomic_path(Path(folder) / name) as path:
-            torch.save(state, path)
+        save_torch(state, Path(folder) / name)
     return [Path(folder) / name for name in files]
-
-
-# --- The published files ------------------------------------------------------------------------------------------
 
 
 def load_official_mvar(source: str | Path | Mapping[str, Tensor]) -> MVAR:
@@ -221,12 +224,12 @@ def official_state(source: str | Path | Mapping[str, Tensor], part: str) -> tupl
     if isinstance(source, str | Path):
         name, path = str(source), Path(source)
         state = read_weights(path) if path.suffix == ".safetensors" else read_torch(path)
-    state = state.get("trainer", state)
+    if isinstance(state.get("trainer"), Mapping):
+        state = state["trainer"]
     inside = {"network": ("mvar_wo_ddp", "var_wo_ddp"), "tokenizer": ("vae_local",)}[part]
     state = next((state[key] for key in inside if key in state), state)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()
+    ):
         raise InputError(f"{name} is not a state dict of a published {part}")
-    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
-    if not isinstance(source, str | Path):  # the network must not share memory with what it was made from
-        state = {key: value.clone() for key, value in state.items()}
-    return state, name
+    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): tensor for key, tensor in state.items()}, name

@@ -89,8 +89,6 @@ class LitMVAR(ScheduledModule):
         self.optimizer_config, self.label_drop = optimizer, label_drop
         self.network = MVAR(network)
 
-    # --- The frozen tokenizer ---
-
     @cached_property
     def frozen(self) -> list[Tokenizer]:
         """The tokenizer, in a list that hides it from the module registry."""
@@ -109,8 +107,6 @@ class LitMVAR(ScheduledModule):
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         return self.frozen[0].fingerprint()
-
-    # --- Loss ---
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         labels = self.drop_labels(batch.labels, batch_idx)
@@ -169,8 +165,6 @@ class LitMVAR(ScheduledModule):
     def scale_losses(self, prefix: str, losses: Tensor) -> dict[str, Tensor]:
         sides = self.network_config.schedule.side_lengths
         return {f"{prefix}/{side}": part.mean() for side, part in zip(sides, self.per_scale(losses), strict=True)}
-
-    # --- Checkpoints ---
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]

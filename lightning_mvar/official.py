@@ -32,6 +32,9 @@ VAR, M_VAR = ("block_causal_attention",), ("scale_attention", "mamba2")  # the m
 BUFFERS = ("zero_k_bias", "patch_nums", "lvl_1L", "attn_bias_for_masking", "ema_vocab_hit_SV")  # nothing learned
 HEAD_DIM = 64  # of every published network; those without QK-norm do not tell their number of heads
 
+# What reading a configuration raises where tensors are missing or have other dimensions.
+NOT_THESE_SHAPES = (InputError, LookupError, ValueError, TypeError, RuntimeError, ZeroDivisionError)
+
 # (published, ours): beginnings of keys, * stands for a number, the first that fits counts.
 NETWORK_NAMES: Names = [
     ("pos_start", "start_embed"),
@@ -83,12 +86,13 @@ def rename(key: str, names: Names) -> str:
     return key
 
 
+def describe(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
 def learned(state: Mapping[str, Tensor]) -> StateDict:
     """`state` without the buffers that hold nothing learned."""
     return {key: tensor for key, tensor in state.items() if key.rsplit(".", 1)[-1] not in BUFFERS}
-
-
-# --- Networks -----------------------------------------------------------------------------------------------------
 
 
 def read_network(state: Mapping[str, Tensor], source: object) -> MVAR:
@@ -102,10 +106,8 @@ def read_network(state: Mapping[str, Tensor], source: object) -> MVAR:
         raise InputError(f"{source} has not the keys of a published VAR or M-VAR network{hint}")
     try:
         config = network_config(state)
-    except KeyError as error:
-        raise InputError(f"{source} is not a whole VAR or M-VAR network: it has no {error}") from error
-    except (InputError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{source} has not the shapes of a published VAR or M-VAR network ({error})") from error
+    except NOT_THESE_SHAPES as error:
+        raise InputError(f"{source} is not a whole VAR or M-VAR network ({describe(error)})") from error
     with torch.device("meta"):
         network = MVAR(config)
     check_same(network_weights(network), learned(state), f"{source} is not a whole VAR or M-VAR network")
@@ -119,7 +121,10 @@ def read_network(state: Mapping[str, Tensor], source: object) -> MVAR:
 def network_config(state: Mapping[str, Tensor]) -> MVARConfig:
     """Every field of the configuration from the keys and shapes of a published state dict."""
     width, code_dim = state["word_embed.weight"].shape
-    counts = torch.bincount(state["lvl_1L"].flatten().long())
+    scales = state["lvl_1L"].flatten().long()
+    if scales.min() < 0 or scales.max() >= len(state["lvl_embed.weight"]):
+        raise InputError(f"lvl_1L numbers the scales from {scales.min()} to {scales.max()}")
+    counts = torch.bincount(scales)
     scale_mul, A_log = (state.get(f"blocks.0.{key}") for key in ("attn.scale_mul_1H11", "mamba.A_log"))
     mamba: dict[str, Any] = {}
     if A_log is not None:
@@ -161,24 +166,24 @@ def write_network(network: MVAR) -> StateDict:
     Raises:
         InputError: if the published code has no such network.
     """
-    config = network.config
+    config, schedule = network.config, network.config.schedule
     check_published(config, ("mamba_state_dim", "mamba_conv_width", "mamba_expand", "mamba_head_dim"))
     if config.mixers not in (VAR, M_VAR):
         raise InputError(f"the published code has no network with mixers {', '.join(config.mixers)}")
     if not config.qk_norm and config.width != HEAD_DIM * config.heads:
         raise InputError(f"without QK-norm the published format means heads of {HEAD_DIM}, got {config.heads} heads")
-    state, scale = network_weights(network), config.schedule.scale_ids
-    future = scale[:, None] < scale[None]  # (l, l), query and key
-    state["lvl_1L"] = scale[None]
-    state["attn_bias_for_masking"] = torch.zeros(1, 1, *future.shape).masked_fill(future, -torch.inf)
+    if config.mixers == M_VAR and config.shared_adaln:
+        raise InputError("the published M-VAR cannot share AdaLN")
+    state, scale = network_weights(network), schedule.scale_ids
+    # VAR masks what is finer; M-VAR, whose attention stays inside each scale, everything else.
+    hidden = scale[:, None] != scale if config.mixers == M_VAR else scale[:, None] < scale  # (l, l), query and key
+    state["lvl_1L"] = scale[None].clone()
+    state["attn_bias_for_masking"] = torch.zeros(1, 1, *hidden.shape).masked_fill(hidden, -torch.inf)
     for i in range(config.depth):
         state[f"blocks.{i}.attn.zero_k_bias"] = torch.zeros(config.width)
-        if config.mixers == M_VAR:
-            state[f"blocks.{i}.attn.patch_nums"] = torch.tensor(config.schedule.side_lengths)
+        if config.mixers == M_VAR:  # by this name, the number of tokens of each scale
+            state[f"blocks.{i}.attn.patch_nums"] = torch.tensor(schedule.lengths, dtype=torch.int32)
     return state
-
-
-# --- Tokenizers ---------------------------------------------------------------------------------------------------
 
 
 def read_tokenizer(state: Mapping[str, Tensor], schedule: ScaleSchedule, source: object) -> Tokenizer:
@@ -190,25 +195,30 @@ def read_tokenizer(state: Mapping[str, Tensor], schedule: ScaleSchedule, source:
     if not {"quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.weight"} <= state.keys():
         hint = "; it looks like a network" if "word_embed.weight" in state else ""
         raise InputError(f"{source} has not the keys of a published tokenizer{hint}")
-    vocab_size, code_dim = state["quantize.embedding.weight"].shape
-    channels = len(state["encoder.conv_in.weight"])
-    levels = range(count(state, "encoder.down.*."))
     try:
-        config = TokenizerConfig(
-            schedule=schedule,
-            vocab_size=vocab_size,
-            code_dim=code_dim,
-            channels=channels,
-            multipliers=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // channels for i in levels),
-            blocks=count(state, "encoder.down.0.block.*."),
-            num_phi=count(state, "quantize.quant_resi.qresi_ls.*."),
-        )
-    except KeyError as error:
-        raise InputError(f"{source} is not a whole tokenizer: it has no {error}") from error
+        config = tokenizer_config(state, schedule)
+    except NOT_THESE_SHAPES as error:
+        raise InputError(f"{source} is not a whole tokenizer ({describe(error)})") from error
     with torch.device("meta"):
         tokenizer = Tokenizer(config)
     check_same(tokenizer_weights(tokenizer), learned(state), f"{source} is not a whole tokenizer")
     return load_strictly(tokenizer, {rename(k, TOKENIZER_NAMES): t for k, t in learned(state).items()}, source)
+
+
+def tokenizer_config(state: Mapping[str, Tensor], schedule: ScaleSchedule) -> TokenizerConfig:
+    """Every field but the schedule from the keys and shapes of a published state dict."""
+    vocab_size, code_dim = state["quantize.embedding.weight"].shape
+    channels = len(state["encoder.conv_in.weight"])
+    levels = range(count(state, "encoder.down.*."))
+    return TokenizerConfig(
+        schedule=schedule,
+        vocab_size=vocab_size,
+        code_dim=code_dim,
+        channels=channels,
+        multipliers=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // channels for i in levels),
+        blocks=count(state, "encoder.down.0.block.*."),
+        num_phi=count(state, "quantize.quant_resi.qresi_ls.*."),
+    )
 
 
 def tokenizer_weights(tokenizer: Tokenizer) -> StateDict:
@@ -225,6 +235,10 @@ def write_tokenizer(tokenizer: Tokenizer) -> StateDict:
     """
     config = tokenizer.config
     check_published(config, ("multipliers", "blocks", "num_phi", "norm_groups"))
+    if config.channels % config.norm_groups:
+        raise InputError(
+            f"the published code takes channels in multiples of {config.norm_groups}, got {config.channels}"
+        )
     usage = torch.zeros(config.schedule.num_scales, config.vocab_size)  # a statistic of its training, not kept by ours
     return tokenizer_weights(tokenizer) | {"quantize.ema_vocab_hit_SV": usage}
 

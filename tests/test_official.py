@@ -44,7 +44,8 @@ def assert_equal_to_the_bit(found: dict[str, torch.Tensor], expected: dict[str, 
     """Same keys and shapes; same values wherever something is learned, and for the scale of each token."""
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert (found[key].shape, found[key].dtype) == (tensor.shape, tensor.dtype) or key.endswith(BUFFERS), key
+        assert found[key].shape == tensor.shape, key
+        assert found[key].dtype == tensor.dtype or key.endswith("patch_nums"), key  # the recipe's are float
         if key == "lvl_1L" or not key.endswith(BUFFERS):
             assert torch.equal(found[key], tensor), key
 
@@ -67,16 +68,19 @@ def folder_parts(model: TrainedModel) -> tuple:
     return model.tokenizer, model.network, model.class_names
 
 
-def test_the_buffers_that_the_published_code_expects() -> None:
-    """No query sees a key of a finer scale; M-VAR's attention knows the side lengths."""
-    state = write_network(tiny_network(mamba_head_dim=64))
-    bias = state["attn_bias_for_masking"]
-    scale = SCHEDULE.scale_ids
-    expected = [[0.0 if scale[key] <= scale[query] else -torch.inf for key in range(30)] for query in range(30)]
-    assert torch.equal(bias, torch.tensor(expected)[None, None])
-    assert state["blocks.1.attn.patch_nums"].tolist() == [1, 2, 3, 4]
-    assert "blocks.0.attn.patch_nums" not in write_network(tiny_network(mamba_head_dim=64, mixers=MIXERS["var"]))
+@pytest.mark.parametrize("kind", MIXERS)
+def test_the_buffers_that_the_published_code_expects(kind: str) -> None:
+    """VAR hides the keys of finer scales; M-VAR those of all other scales, and keeps how many tokens each scale has."""
+    state = write_network(tiny_network(mamba_head_dim=64, mixers=MIXERS[kind]))
+    scale = SCHEDULE.scale_ids.tolist()
+    shown = {"mvar": lambda query, key: query == key, "var": lambda query, key: query >= key}[kind]
+    expected = [[0.0 if shown(query, key) else -torch.inf for key in scale] for query in scale]
+    assert torch.equal(state["attn_bias_for_masking"], torch.tensor(expected)[None, None])
     assert not state["blocks.0.attn.zero_k_bias"].any()
+    lengths = state.get("blocks.1.attn.patch_nums")
+    assert lengths is None if kind == "var" else (lengths.tolist(), lengths.dtype) == ([1, 4, 9, 16], torch.int32)
+    state["lvl_1L"].zero_()
+    assert SCHEDULE.scale_ids.tolist() == scale  # nothing of the schedule's own was handed out
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,7 @@ def test_the_configuration_is_read_back(variant: dict) -> None:
         ({"mixers": ("mamba2",)}, "no network with mixers mamba2"),
         ({"mamba_state_dim": 16}, "mamba_state_dim is 16, there always 64"),
         ({"qk_norm": False}, "heads of 64, got 2 heads"),
+        ({"shared_adaln": True}, "the published M-VAR cannot share AdaLN"),
     ],
 )
 def test_networks_that_the_published_code_has_not_are_refused(variant: dict, message: str) -> None:
@@ -113,6 +118,8 @@ def test_networks_that_the_published_code_has_not_are_refused(variant: dict, mes
 def test_tokenizers_that_the_published_code_has_not_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"multipliers is \(1, 2\), there always \(1, 1, 2, 2, 4\)"):
         write_tokenizer(tokenizer)
+    with pytest.raises(InputError, match="channels in multiples of 32, got 24"):
+        write_tokenizer(Tokenizer(TokenizerConfig(SCHEDULE, 16, 8, channels=24)))
 
 
 def without(state: dict, key: str) -> dict:
@@ -132,6 +139,13 @@ def without(state: dict, key: str) -> dict:
             r"must be positive and strictly increasing, got \(1, 2, 3, 3\)",
         ),
         (lambda n, t: n | {"lvl_1L": torch.tensor([[0, 1, 1, 1, 1]])}, r"pos_1LC is \(1, 30, 128\), not \(1, 5, 128\)"),
+        (lambda n, t: n | {"lvl_1L": torch.tensor([[0, -1]])}, "lvl_1L numbers the scales from -1 to 0"),
+        (
+            lambda n, t: n | {"lvl_1L": torch.tensor([[0, 10**13]])},
+            "lvl_1L numbers the scales from 0 to 10000000000000",
+        ),
+        (lambda n, t: n | {"head.weight": torch.tensor(1.0)}, "0-d tensor"),
+        (lambda n, t: n | {"word_embed.weight": torch.zeros(3)}, "not a whole VAR or M-VAR network"),
         (lambda n, t: {k: v for k, v in n.items() if ".mamba." not in k}, r"ada_lin\.1\.weight is .* and 1 more"),
     ],
 )
@@ -148,6 +162,12 @@ def test_networks_that_are_not_whole_say_what_differs(change, message: str) -> N
         (lambda n, t: n, "not the keys of a published tokenizer; it looks like a network"),
         (lambda n, t: without(t, "decoder.conv_out.bias"), r"missing decoder\.conv_out\.bias$"),
         (lambda n, t: without(t, "encoder.down.1.block.0.conv1.weight"), "it has no 'encoder.down.1.block.0.conv1"),
+        (lambda n, t: t | {"quantize.embedding.weight": torch.zeros(3)}, r"vae\.pth is not a whole tokenizer"),
+        (lambda n, t: t | {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, r"vae\.pth is not a whole tokenizer"),
+        (
+            lambda n, t: {k: v for k, v in t.items() if "qresi" not in k},
+            r"vae\.pth is not a whole tokenizer \(.*num_phi",
+        ),
         (lambda n, t: t | {"teacher.weight": torch.zeros(1)}, r"unexpected teacher\.weight$"),
     ],
 )
@@ -166,7 +186,21 @@ def test_a_tokenizer_of_another_codebook_is_refused(tmp_path: Path) -> None:
         load_official(tmp_path / "both.pth", tmp_path / "other.pth")
 
 
-def test_nothing_is_shared_with_a_state_dict_in_memory() -> None:
+def test_nothing_is_shared_with_the_source(tmp_path: Path) -> None:
+    """Neither with a state dict in memory nor with a file that somebody writes to, nor between two parameters."""
+    state, _ = published("var_small")
+    torch.save(state, tmp_path / "net.pth")
+    loaded = load_official_mvar(tmp_path / "net.pth")
+    (tmp_path / "net.pth").open("r+b").truncate(1000)
+    assert torch.equal(loaded.head.weight, state["head.weight"])
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    tied = load_official_mvar(state | {"blocks.0.attn.v_bias": state["blocks.0.attn.q_bias"]})
+    with torch.no_grad():
+        tied.blocks[0].mixers[0].q_bias.zero_()
+    assert tied.blocks[0].mixers[0].v_bias.any()
+
+
+def test_the_caller_keeps_the_weights_in_memory() -> None:
     state, _ = published("var_small")
     with torch.no_grad():
         load_official_mvar(state).head.weight.zero_()

@@ -137,12 +137,14 @@ def test_a_half_precision_tokenizer_stays_near(case: Case, dtype: torch.dtype) -
         assert (case.tokenizer.encode(images) == case.values["tokens"]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @torch.no_grad()
-def test_half_precision_sampling_is_finite(case: Case) -> None:
+def test_half_precision_sampling_mostly_draws_the_same(case: Case, dtype: torch.dtype) -> None:
+    """Greedily, in whole images: a near tie that falls otherwise changes what comes after it."""
     settings = {"guidance": case.about["config"]["cfg"], "top_k": 1, "top_p": 1.0}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        images = generate(case.network, case.tokenizer, case.values["labels"], **settings)
-    assert images.isfinite().all()
+    with torch.autocast("cpu", dtype=dtype):
+        _, tokens = generate(case.network, case.tokenizer, case.values["labels"], return_tokens=True, **settings)
+    assert (tokens == case.values["greedy_tokens"]).float().mean() > 0.8
 
 
 def test_greedy_sampling_agrees(case: Case) -> None:

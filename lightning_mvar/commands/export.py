@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from lightning_mvar.checkpoints import (
@@ -22,7 +21,7 @@ def export(
     ckpt_path: str | None = None,
     official: str | None = None,
     tokenizer: str | None = None,
-    resolution: int = 256,
+    resolution: int | None = None,
     to: Literal["folder", "official"] = "folder",
 ) -> None:
     """Write network and tokenizer as one folder that `sample` takes, or as the published code reads them.
@@ -33,14 +32,16 @@ def export(
         official: instead, a published VAR or M-VAR network (.pth, .safetensors), or a checkpoint of its trainer.
         tokenizer: with --ckpt_path, its tokenizer's folder, if it is no longer where the checkpoint remembers; with
             --official, the published tokenizer's file, or a folder; alone, a published file to convert by itself.
-        resolution: 256, 512 or 1024: whose scales a tokenizer converted by itself is for.
+        resolution: 256 (where not given), 512 or 1024: the images that a tokenizer converted by itself is for.
         to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code.
     """
     if ckpt_path is not None and official is not None:
         raise InputError("give --ckpt_path or --official, not both")
     if ckpt_path is None and official is None:
-        export_tokenizer(out, tokenizer, resolution, to)
+        export_tokenizer(out, tokenizer, resolution or 256, to)
         return
+    if resolution is not None:
+        raise InputError("--resolution is only for a tokenizer converted by itself: a network knows its scales")
     model = load_trained(ckpt_path, tokenizer) if ckpt_path is not None else load_official(str(official), tokenizer)
     if to == "official":
         print("written:", *save_official(out, model))
@@ -52,7 +53,7 @@ def export(
 
 def export_tokenizer(out: str, tokenizer: str | None, resolution: int, to: str) -> None:
     """Convert a published tokenizer by itself."""
-    if tokenizer is None or not Path(tokenizer).is_file():
+    if tokenizer is None:
         raise InputError("give --ckpt_path CKPT, --official FILE, or the file of a published tokenizer as --tokenizer")
     if to == "official":
         raise InputError(f"--tokenizer {tokenizer} is a published file already")

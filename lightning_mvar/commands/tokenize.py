@@ -75,7 +75,7 @@ def tokenize(
             tokens, labels, keys, errors = zip(*batches, strict=True)
             shard = write_shard(folder / name, np.concatenate(tokens), np.concatenate(labels), list(chain(*keys)))
             manifest.shards = sorted([*manifest.shards, shard], key=lambda s: s.name)
-            manifest.skipped += [message for message in chain(*errors) if message not in manifest.skipped]
+            manifest.skipped = list(dict.fromkeys([*manifest.skipped, *chain(*errors)]))  # once, whatever the views
             manifest.save(folder)
     report(manifest, folder)
 
@@ -89,7 +89,7 @@ def new_manifest(model: Tokenizer, source: ImageSource, name: str, views: int, s
         source=name,
         num_images=len(source),
         views=views,
-        seed=seed,
+        seed=seed if views > 1 else 0,
         shard_size=shard_size,
     )
 

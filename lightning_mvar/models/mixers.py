@@ -144,7 +144,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.gated_norm(y.flatten(2), z)), (conv_state, scan_state)
 
     def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """norm(y silu(z)) of (b, l, inner), in float32: in float16 the squares of numbers above 256 are infinite."""
+        """norm(y silu(z)) of (b, l, inner), in float32: the product can pass the 65504 of float16."""
         y = y.float() * F.silu(z.float())
         return F.rms_norm(y, self.norm.normalized_shape, self.norm.weight.float(), self.norm.eps).to(z.dtype)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,8 @@ def test_files_that_are_not_what_they_claim(here: Path, files: Path, capfd: pyte
     Path("text.pth").write_text("hello")
     torch.save({"trainer": {"mvar_wo_ddp": Malicious()}}, "code.pth")
     torch.save([torch.zeros(1)], "list.pth")
+    torch.save({0: torch.zeros(1)}, "keys.pth")
+    torch.save({"trainer": None, "epoch": 3}, "trainer.pth")
     other = published("mvar_small")[0] | {"head.weight": torch.zeros(65, 128), "head.bias": torch.zeros(65)}
     torch.save(other, "other.pth")
     cases = {
@@ -96,6 +100,11 @@ def test_files_that_are_not_what_they_claim(here: Path, files: Path, capfd: pyte
         ("--official", network, "--tokenizer", "nowhere"): "nowhere does not exist",
         ("--official", network, "--ckpt_path", "x"): "give --ckpt_path or --official, not both",
         (): "give --ckpt_path CKPT, --official FILE, or",
+        ("--official", network, "--tokenizer", vae, "--resolution", "512"): "--resolution is only for a tokenizer",
+        ("--official", "."): ". is a folder, not a file of weights",
+        ("--tokenizer", "nowhere.pth"): "nowhere.pth does not exist",
+        ("--official", "keys.pth"): "keys.pth is not a state dict of a published network",
+        ("--official", "trainer.pth"): "trainer.pth is not a state dict of a published network",
         ("--tokenizer", vae, "--resolution", "300"): "no published schedule for 300 px",
         ("--tokenizer", vae, "--to", "official"): "is a published file already",
         ("--official", network, "--tokenizer", vae, "--to", "elsewhere"): "elsewhere",
@@ -108,3 +117,17 @@ def test_files_that_are_not_what_they_claim(here: Path, files: Path, capfd: pyte
         assert error.count("\n") == 1
     assert not Path("out").exists()
     assert not Path("owned").exists()
+    for target in ("folder", "official"):
+        assert run(["export", "--official", network, "--tokenizer", vae, "--to", target, "--out", "text.pth"]) == 1
+        assert "text.pth is a file; name a folder to write to" in capfd.readouterr().err
+
+
+def test_a_full_disk_is_told_plainly(files: Path, here: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    options = ["--official", str(files / "var_trainer.pth"), "--out", "full"]
+    for target in ("folder", "official"):
+        command = f"ulimit -f 1000; exec {sys.executable} -m lightning_mvar export {' '.join(options)} --to {target}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("lightning-mvar: error: cannot write full/")
+        assert not list(here.glob("full/*"))
