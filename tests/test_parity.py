@@ -63,7 +63,19 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def assert_agrees(case: Case, name: str, actual: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     expected = case.values[name]
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max(), name
+    difference = float((actual - expected).abs().max() / expected.abs().max())
+    print(f"parity: {name:<24} {difference:.1e}")
+    assert difference <= tolerance, name
+
+
+def assert_gradients_agree(case: Case, tolerance: float, scale: float = 1.0) -> None:
+    parameters, worst = dict(case.network.named_parameters()), 0.0
+    for key, norm in case.about["grad_norms"].items():
+        gradient = parameters[rename(key, NETWORK_NAMES)].grad
+        assert gradient is not None, key
+        worst = max(worst, abs(float(gradient.norm()) / scale / norm - 1))
+        assert worst <= tolerance, key
+    print(f"parity: {'gradient norms':<24} {worst:.1e}")
 
 
 def test_the_configuration_is_read_off_the_weights(case: Case) -> None:
@@ -96,12 +108,9 @@ def test_loss_and_gradients_agree(case: Case) -> None:
     assert_agrees(case, "logits", logits)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     assert_agrees(case, "loss", loss)
+    case.network.zero_grad()
     loss.backward()
-    parameters = dict(case.network.named_parameters())
-    for key, norm in case.about["grad_norms"].items():
-        gradient = parameters[rename(key, NETWORK_NAMES)].grad
-        assert gradient is not None
-        assert float(gradient.norm()) == pytest.approx(norm, rel=GRADIENT_TOLERANCE), key
+    assert_gradients_agree(case, GRADIENT_TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -117,10 +126,7 @@ def test_half_precision_stays_near(case: Case, dtype: torch.dtype) -> None:
     assert_agrees(case, "loss", loss, HALF[dtype])
     case.network.zero_grad()
     (loss * scale).backward()
-    parameters = dict(case.network.named_parameters())
-    for key, norm in case.about["grad_norms"].items():
-        found = float(parameters[rename(key, NETWORK_NAMES)].grad.norm()) / scale
-        assert found == pytest.approx(norm, rel=HALF_GRADIENTS[dtype]), key
+    assert_gradients_agree(case, HALF_GRADIENTS[dtype], scale)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

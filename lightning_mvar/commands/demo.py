@@ -64,11 +64,11 @@ STAGES = [
     *[
         Stage(
             f"tokenize_{split}",
-            f"tokenize --images {source} --tokenizer {ROOT}/tokenizer --out {ROOT}/shards/{split}",
+            f"tokenize --images digits:{images} --tokenizer {ROOT}/tokenizer --out {ROOT}/shards/{split}",
             ROOT / "shards" / split,
             "manifest.json",
         )
-        for split, source in (("train", "digits:train --views 9"), ("val", "digits:test"))
+        for split, images in (("train", "train"), ("val", "test"))
     ],
     Stage("fit", f"fit --config {CONFIGS}/digits.yaml", ROOT / "mvar", LAST_CHECKPOINT),
     Stage(
