@@ -25,18 +25,13 @@ CHECKPOINT_KEY = "lightning_mvar_tokenizer"
 class LitTokenizer(ScheduledModule):
     """A tokenizer and its reconstruction loss; gradients pass the quantizer straight through.
 
-    Loss = mse(image) + l1_weight l1(image) + mean over scales of [mse(f_hat, sg(f)) + commitment mse(sg(f_hat), f)]
-    + coarse_weight [mse + l1_weight l1](images decoded from the scales up to a random one).
-
-    The last term makes every scale say what it can, in the spirit of nested dropout (arXiv 1402.0915). Without it a
-    small tokenizer leaves nearly everything to its finest scales, whose many tokens are drawn independently.
+    Loss = mse(image) + l1_weight l1(image) + mean over scales of [mse(f_hat, sg(f)) + commitment mse(sg(f_hat), f)].
 
     Args:
         tokenizer: what the tokenizer is made of.
         optimizer: AdamW and its schedules.
         l1_weight: weight of the image's mean absolute error beside its mean squared error.
         commitment: weight of pulling the encoder's features towards the codes.
-        coarse_weight: weight of the images decoded from their coarse scales alone, for a quarter of each batch.
         revive_every: steps between revivals of the codes that nothing used since the last one; 0 for never.
         revive_until: share of all steps after which no code is revived any more, so that the codebook settles.
     """
@@ -47,13 +42,12 @@ class LitTokenizer(ScheduledModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         l1_weight: float = 0.5,
         commitment: float = 0.25,
-        coarse_weight: float = 0.0,
         revive_every: int = 20,
         revive_until: float = 0.8,
     ) -> None:
         super().__init__()
         self.tokenizer, self.optimizer_config = Tokenizer(tokenizer), optimizer
-        self.l1_weight, self.commitment, self.coarse_weight = l1_weight, commitment, coarse_weight
+        self.l1_weight, self.commitment = l1_weight, commitment
         self.revive_every, self.revive_until = revive_every, revive_until
         # Times each code was chosen at each scale (k, v): in training since the last revival, over a validation epoch.
         # Not buffers: DDP would overwrite those of all ranks with the first one's.
@@ -96,25 +90,10 @@ class LitTokenizer(ScheduledModule):
         codebook = torch.stack([F.mse_loss(step.f_hat, features.detach()) for step in steps]).mean()
         commitment = torch.stack([F.mse_loss(step.f_hat.detach(), features) for step in steps]).mean()
         straight_through = features + (steps[-1].f_hat - features).detach()
-        l2, l1 = self.errors(straight_through, images)
-        losses = {"l2": l2, "l1": l1, "codebook": codebook, "commitment": commitment}
+        decoded = self.tokenizer.decode_features(straight_through)
+        l2, l1 = F.mse_loss(decoded, images), F.l1_loss(decoded, images)
         loss = l2 + self.l1_weight * l1 + codebook + self.commitment * commitment
-        if self.training and self.coarse_weight:
-            losses["coarse"] = self.coarse_error(features, images)
-            loss = loss + self.coarse_weight * losses["coarse"]
-        return steps, {"loss": loss} | losses
-
-    def errors(self, f_hat: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared and mean absolute error of the images decoded from f_hat (b, c, s, s)."""
-        decoded = self.tokenizer.decode_features(f_hat)
-        return F.mse_loss(decoded, images), F.l1_loss(decoded, images)
-
-    def coarse_error(self, features: Tensor, images: Tensor) -> Tensor:
-        """Error of a quarter of the batch, decoded from the scales up to a random one before the last."""
-        scale = int(torch.randint(max(self.tokenizer.config.schedule.num_scales - 1, 1), ()))
-        part = slice(-(-len(images) // 4))
-        l2, l1 = self.errors(self.tokenizer.quantizer.straight_through(features[part], scale), images[part])
-        return l2 + self.l1_weight * l1
+        return steps, {"loss": loss, "l2": l2, "l1": l1, "codebook": codebook, "commitment": commitment}
 
     def count_usage(self, stage: str, steps: list[PyramidStep]) -> None:
         vocab_size = self.tokenizer.config.vocab_size

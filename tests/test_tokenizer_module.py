@@ -58,36 +58,6 @@ def test_gradients_pass_the_quantizer_straight_through() -> None:
     assert module.tokenizer.quantizer.codebook.weight.grad is None
 
 
-def test_the_coarse_term_is_the_error_of_a_random_prefix_of_scales() -> None:
-    """Of a quarter of the batch, in training alone; drawn scales decoded by the tokenizer's own steps."""
-    module, images = make_module(coarse_weight=0.3), torch.rand(8, 3, 32, 32) * 2 - 1
-    assert "coarse" not in module.eval().reconstruct(images)[1]
-    with torch.no_grad():
-        prefixes = list(module.tokenizer.quantizer.f_hats(module.tokenizer.encode(images[:2])))
-        errors = []
-        for f_hat in prefixes[:-1]:
-            decoded = module.tokenizer.decode_features(f_hat)
-            errors.append(float(F.mse_loss(decoded, images[:2]) + 0.5 * F.l1_loss(decoded, images[:2])))
-    drawn = [module.train().reconstruct(images)[1] for _ in range(30)]
-    assert {min(range(3), key=lambda k: abs(float(d["coarse"]) - errors[k])) for d in drawn} == {0, 1, 2}
-    for losses in drawn:
-        assert min(abs(float(losses["coarse"]) - error) for error in errors) < 1e-5
-        plain = losses["l2"] + 0.5 * losses["l1"] + losses["codebook"] + 0.25 * losses["commitment"]
-        torch.testing.assert_close(losses["loss"], plain + 0.3 * losses["coarse"])
-
-
-def test_the_coarse_term_trains_encoder_codebook_and_decoder() -> None:
-    module, images = make_module(coarse_weight=1.0), torch.rand(8, 3, 32, 32) * 2 - 1
-    module.train().reconstruct(images)[1]["coarse"].backward()
-    tokenizer = module.tokenizer
-    for weight in (
-        tokenizer.encoder.conv_in.weight,
-        tokenizer.quantizer.codebook.weight,
-        tokenizer.decoder.conv_in.weight,
-    ):
-        assert weight.grad.abs().sum() > 0
-
-
 def test_training_on_digits_lowers_the_error_and_uses_the_codebook(tmp_path: Path) -> None:
     module = make_module(revive_every=10)
     metrics = fit(module, tmp_path, 30)

@@ -64,11 +64,11 @@ STAGES = [
     *[
         Stage(
             f"tokenize_{split}",
-            f"tokenize --images digits:{images} --tokenizer {ROOT}/tokenizer --out {ROOT}/shards/{split}",
+            f"tokenize --images {source} --tokenizer {ROOT}/tokenizer --out {ROOT}/shards/{split}",
             ROOT / "shards" / split,
             "manifest.json",
         )
-        for split, images in (("train", "train"), ("val", "test"))
+        for split, source in (("train", "digits:train --views 9"), ("val", "digits:test"))
     ],
     Stage("fit", f"fit --config {CONFIGS}/digits.yaml", ROOT / "mvar", LAST_CHECKPOINT),
     Stage(
@@ -79,7 +79,7 @@ STAGES = [
     ),
     Stage(
         "sample",
-        f"sample --ckpt_path {ROOT}/export --per_class 100 --seed 0 --guidance 0.3 --top_p 0.98 "
+        f"sample --ckpt_path {ROOT}/export --per_class 100 --seed 0 --guidance 0.45 --top_p 0.98 "
         f"--out {ROOT}/samples.npz --grid {ROOT}/grid.png --strip {ROOT}/strip.png",
         ROOT / "samples.npz",
     ),

@@ -109,15 +109,6 @@ class ResidualQuantizer(nn.Module):
             f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
             yield PyramidStep(queries, tokens, f_hat)
 
-    def straight_through(self, features: Tensor, scale: int) -> Tensor:
-        """f_hat (b, c, s, s) of the scales up to `scale`, the gradient of each quantization taken as 1."""
-        f_hat = self.empty(len(features))
-        for k in range(scale + 1):
-            queries = self.downsample(features - f_hat.detach(), k)
-            codes = self.codebook(self.nearest(queries))
-            f_hat = self.accumulate(f_hat, codes + queries - queries.detach(), k)
-        return f_hat
-
     def encode(self, features: Tensor) -> Tensor:
         """(b, c, s, s) -> tokens (b, l) int64."""
         return torch.cat([step.tokens for step in self.pyramid(features)], dim=1)
