@@ -73,7 +73,7 @@ def sample(
     print(f"{len(labels)} images in {target}")
     shown = torch.arange(len(labels)).view(-1, per_class)[:, :GRID_COLUMNS]
     if grid is not None:
-        chosen = torch.from_numpy(images[shown.flatten()]).movedim(-1, 1) / 255
+        chosen = torch.from_numpy(images[shown.flatten().numpy()]).movedim(-1, 1) / 255
         save_image(image_grid(chosen, shown.shape[1]), grid)
         print(f"grid in {grid}")
     if strip is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from test_official import published
 
@@ -53,6 +54,10 @@ def test_published_files_become_a_folder_that_samples(
     with np.load("samples.npz") as arrays:
         assert arrays["arr_0"].shape == (4, 64, 64, 3)
         assert arrays["arr_1"].tolist() == [3, 3, 9, 9]
+    assert run([*sample[:3], "--classes", "3", "--out", "one", "--grid", "one.png", "--strip", "strip.png"]) == 0
+    with Image.open("one.png") as grid, Image.open("strip.png") as strip:
+        assert grid.width == grid.height
+        assert strip.width > 3 * strip.height  # four scales
     assert run(["export", "--ckpt_path", "apart", "--to", "official", "--out", "back"]) == 0
     for ours, theirs in ((f"{kind}_d2.pth", f"{kind}_d2.pth"), ("vae_ch32v64z32.pth", "vae.pth")):
         back, original = (torch.load(path, weights_only=True) for path in (here / "back" / ours, files / theirs))
