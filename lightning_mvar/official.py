@@ -167,9 +167,10 @@ def write_network(network: MVAR) -> StateDict:
         InputError: if the published code has no such network.
     """
     config, schedule = network.config, network.config.schedule
-    check_published(config, ("mamba_state_dim", "mamba_conv_width", "mamba_expand", "mamba_head_dim"))
     if config.mixers not in (VAR, M_VAR):
         raise InputError(f"the published code has no network with mixers {', '.join(config.mixers)}")
+    if config.mixers == M_VAR:
+        check_published(config, ("mamba_state_dim", "mamba_conv_width", "mamba_expand", "mamba_head_dim"))
     if not config.qk_norm and config.width != HEAD_DIM * config.heads:
         raise InputError(f"without QK-norm the published format means heads of {HEAD_DIM}, got {config.heads} heads")
     if config.mixers == M_VAR and config.shared_adaln:
