@@ -1,8 +1,8 @@
 """Weights in and out: our folder (safetensors + config.json), training checkpoints, and the published files.
 
 A folder holds `config.json` and `network.safetensors`, `tokenizer.safetensors` or both. `config.json` is written last,
-so a folder that has one is complete. Networks are built on the meta device and given their weights: a model is in
-memory once.
+so a folder that has one is complete. Networks are built on the meta device and given their weights, so that memory
+holds them once (and, for a while, the mapped pages of the file).
 """
 
 from __future__ import annotations

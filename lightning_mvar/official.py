@@ -86,7 +86,11 @@ def rename(key: str, names: Names) -> str:
     return key
 
 
-def describe(error: Exception) -> str:
+def reverse(names: Names) -> Names:
+    return [(ours, published) for published, ours in names]
+
+
+def reason(error: Exception) -> str:
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
@@ -107,7 +111,7 @@ def read_network(state: Mapping[str, Tensor], source: object) -> MVAR:
     try:
         config = network_config(state)
     except NOT_THESE_SHAPES as error:
-        raise InputError(f"{source} is not a whole VAR or M-VAR network ({describe(error)})") from error
+        raise InputError(f"{source} is not a whole VAR or M-VAR network ({reason(error)})") from error
     with torch.device("meta"):
         network = MVAR(config)
     check_same(network_weights(network), learned(state), f"{source} is not a whole VAR or M-VAR network")
@@ -155,8 +159,8 @@ def count(keys: Iterable[str], pattern: str) -> int:
 
 def network_weights(network: MVAR) -> StateDict:
     """The learned part of the published state dict of a network; weights are shared, not copied."""
-    backwards = [(ours, official) for official, ours in NETWORK_NAMES]
-    state = {rename(key, backwards): tensor for key, tensor in network.state_dict().items()}
+    names = reverse(NETWORK_NAMES)
+    state = {rename(key, names): tensor for key, tensor in network.state_dict().items()}
     return {key: t.view(1, -1, 1, 1) if key.endswith("scale_mul_1H11") else t for key, t in state.items()}
 
 
@@ -199,7 +203,7 @@ def read_tokenizer(state: Mapping[str, Tensor], schedule: ScaleSchedule, source:
     try:
         config = tokenizer_config(state, schedule)
     except NOT_THESE_SHAPES as error:
-        raise InputError(f"{source} is not a whole tokenizer ({describe(error)})") from error
+        raise InputError(f"{source} is not a whole tokenizer ({reason(error)})") from error
     with torch.device("meta"):
         tokenizer = Tokenizer(config)
     check_same(tokenizer_weights(tokenizer), learned(state), f"{source} is not a whole tokenizer")
@@ -224,8 +228,8 @@ def tokenizer_config(state: Mapping[str, Tensor], schedule: ScaleSchedule) -> To
 
 def tokenizer_weights(tokenizer: Tokenizer) -> StateDict:
     """The learned part of the published state dict of a tokenizer."""
-    backwards = [(ours, official) for official, ours in TOKENIZER_NAMES]
-    return {rename(key, backwards): tensor for key, tensor in tokenizer.state_dict().items()}
+    names = reverse(TOKENIZER_NAMES)
+    return {rename(key, names): tensor for key, tensor in tokenizer.state_dict().items()}
 
 
 def write_tokenizer(tokenizer: Tokenizer) -> StateDict:

@@ -20,7 +20,6 @@ from lightning_mvar.files import atomic_path
 StateDict = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
-
 # What the readers raise on a file that is not theirs, or is cut short anywhere.
 UNREADABLE = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AssertionError, struct.error)
 
@@ -96,7 +95,7 @@ def first_line(error: Exception) -> str:
 def load_strictly(module: Module, weights: Mapping[str, Tensor], source: object) -> Module:
     """Give `module` all of `weights` and no others, on the CPU, and put it in eval mode.
 
-    `module` is best built on the meta device: then a network is in memory once. The weights are copied, because those
+    `module` is best built on the meta device: then memory holds its weights once. They are copied, because those
     of a mapped file would change, or crash the process, when somebody writes to that file.
 
     Raises:

@@ -12,7 +12,6 @@ from test_parity import CASES, FOLDER, official_weights
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints import (
-    TrainedModel,
     load_official,
     load_official_mvar,
     load_trained,
@@ -56,16 +55,13 @@ def test_a_round_trip_is_equal_to_the_bit(case: str, tmp_path: Path) -> None:
     network, tokenizer = published(case)
     torch.save(network, tmp_path / "network.pth")
     torch.save(tokenizer, tmp_path / "tokenizer.pth")
-    save_folder(tmp_path / "ours", *folder_parts(load_official(tmp_path / "network.pth", tmp_path / "tokenizer.pth")))
+    model = load_official(tmp_path / "network.pth", tmp_path / "tokenizer.pth")
+    save_folder(tmp_path / "ours", model.tokenizer, model.network, model.class_names)
     files = save_official(tmp_path / "back", load_trained(tmp_path / "ours"))
     kind = "mvar" if "mvar" in case else "var"
     assert [path.name for path in files] == [f"{kind}_d2.pth", "vae_ch32v64z32.pth"]
     for path, state in zip(files, (network, tokenizer), strict=True):
         assert_equal_to_the_bit(read_torch(path), state)
-
-
-def folder_parts(model: TrainedModel) -> tuple:
-    return model.tokenizer, model.network, model.class_names
 
 
 @pytest.mark.parametrize("kind", MIXERS)

@@ -38,7 +38,7 @@ def export(
     if ckpt_path is not None and official is not None:
         raise InputError("give --ckpt_path or --official, not both")
     if ckpt_path is None and official is None:
-        export_tokenizer(out, tokenizer, resolution or 256, to)
+        export_tokenizer(out, tokenizer, 256 if resolution is None else resolution, to)
         return
     if resolution is not None:
         raise InputError("--resolution is only for a tokenizer converted by itself: a network knows its scales")
