@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import asdict
 from functools import cached_property
@@ -11,21 +12,43 @@ from typing import Any, cast
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import CHECKPOINT_KEY, describe, load_tokenizer
 from lightning_mvar.data.loader import TokenBatch
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mvar import MVAR, MVARConfig
+from lightning_mvar.models.mvar import MVAR, Block, MVARConfig
 from lightning_mvar.optim import OptimizerConfig, apply_schedule, build_optimizer
 from lightning_mvar.sampling import check_pair
+from lightning_mvar.strategies import FSDP2Strategy, local, materialize, plain, recompute_in_backward, total_norm
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 
 class ScheduledModule(L.LightningModule):
-    """AdamW whose learning rate and weight decay follow `OptimizerConfig`, both logged with the gradient norm."""
+    """AdamW whose learning rate and weight decay follow `OptimizerConfig`, and steps that repeat exactly.
 
-    optimizer_config: OptimizerConfig
+    Every batch begins with random numbers that depend on (seed, epoch, batch, rank) alone, so a resumed run draws what
+    an uninterrupted one would have drawn. A step whose gradients are not finite is skipped on all ranks.
+
+    Args:
+        optimizer: AdamW and its schedules.
+        max_skipped_steps: training ends after so many skipped steps in a row.
+    """
+
+    def __init__(self, optimizer: OptimizerConfig, max_skipped_steps: int) -> None:
+        super().__init__()
+        if max_skipped_steps < 1:
+            raise InputError(f"model.max_skipped_steps must be at least 1, got {max_skipped_steps}")
+        self.optimizer_config, self.max_skipped_steps = optimizer, max_skipped_steps
+        self.seed = torch.initial_seed()
+        self.skipped_steps, self.skipped_in_a_row = 0, 0
+        self.stepping = False  # between the last gradient and the end of the step no state is worth saving
+        self.batches: list[Any] = []  # of the step under way
+        self.gradient_norm = torch.tensor(0.0)
+
+    def setup(self, stage: str) -> None:
+        self.seed = self.trainer.strategy.broadcast(self.seed)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self, self.optimizer_config)
@@ -44,35 +67,108 @@ class ScheduledModule(L.LightningModule):
         steps_per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         return trainer.max_epochs * steps_per_epoch
 
-    @cached_property
+    @property
+    def batch_of_all_ranks(self) -> int:
+        per_rank: int = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        return per_rank * self.trainer.world_size
+
+    @property
     def global_batch(self) -> int:
         """Images of one optimizer step."""
-        trainer = self.trainer
-        per_rank: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        return per_rank * trainer.world_size * trainer.accumulate_grad_batches
+        return self.batch_of_all_ranks * self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(self.random_key(batch_idx, self.global_rank))
+        # Lightning counts one too many after resuming from the middle of a step, and logs under that number.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        self.batches.append(batch)
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         step = (self.global_step, self.total_steps, self.global_batch)
         lr, weight_decay = apply_schedule(optimizer, self.optimizer_config, *step)
         self.log_dict({"train/lr": lr, "train/weight_decay": weight_decay})
 
+    def random_key(self, batch_idx: int, purpose: object) -> int:
+        """A seed that depends on (seed, epoch, batch) and the purpose alone."""
+        key = f"{self.seed}-{self.current_epoch}-{batch_idx}-{purpose}"
+        return random.Random(key).getrandbits(63)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.stepping = True
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.gradient_norm = total_norm(gradients, self.trainer.strategy)
+        norm = plain(self.gradient_norm)
+        if norm.isfinite():
+            self.skipped_in_a_row = 0
+        else:
+            optimizer.zero_grad()  # AdamW passes over parameters without a gradient: no weight and no moment moves
+            self.report_skipped_step(float(norm))
+        self.log_dict({"train/grad_norm": norm, "train/skipped_steps": float(self.skipped_steps)})
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that is known already, under every strategy."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if not self.skipped_in_a_row:
+            self.after_step()
+        self.batches, self.stepping = [], False
+
+    def after_step(self) -> None:
+        """Called after every optimizer step that was not skipped."""
+
+    def report_skipped_step(self, norm: float) -> None:
+        """Count the step and write down which images it was made of, on every rank.
+
+        Raises:
+            InputError: after `max_skipped_steps` in a row; on all ranks alike, for the norm is the same on all.
+        """
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        folder = Path(self.trainer.default_root_dir) / "skipped_steps"
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = [key for batch in self.batches for key in self.trainer.datamodule.keys(batch)]  # type: ignore[attr-defined]
+        about = {"step": self.global_step, "epoch": self.current_epoch, "gradient_norm": str(norm), "keys": keys}
+        with open(folder / f"rank{self.global_rank}.jsonl", "a") as file:
+            file.write(json.dumps(about) + "\n")
+        rank_zero_warn(
+            f"step {self.global_step} is skipped: the norm of its gradients is {norm} (skipped {self.skipped_steps}, "
+            f"{self.skipped_in_a_row} in a row); its images are named in {folder}"
+        )
+        if self.skipped_in_a_row >= self.max_skipped_steps:
+            raise InputError(
+                f"training ends: the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last of "
+                f"step {self.global_step}; the images are named in {folder}. The last checkpoint is kept: lower "
+                f"--model.optimizer.base_lr or --trainer.gradient_clip_val, or repair the data, and go on with --resume"
+            )
 
 
 class LitMVAR(ScheduledModule):
     """An M-VAR or VAR network and its teacher-forced loss: cross entropy of every token, mean over all scales.
 
     The tokenizer is frozen. It is held outside the module's registry, so it is neither trained nor sharded nor saved;
-    a checkpoint remembers its path and fingerprint.
+    a checkpoint remembers its path and fingerprint. The network is without memory until `configure_model`, which every
+    trainer calls, gives it initial weights: sharded block by block where the strategy is `fsdp2`.
 
     Args:
         network: what the network is made of.
         tokenizer: folder of the tokenizer that made the tokens.
         optimizer: AdamW and its schedules.
         label_drop: share of the training labels replaced by the unconditional class.
+        ema_decay: keep an average of the weights beside them, and sample from that: each step it keeps this share of
+            itself (less in the first steps: (1 + step) / (10 + step)). 0.9999 is usual; null for no average.
+        compile: compile each block with torch.compile.
+        activation_checkpointing: keep only the input of each block for the backward pass and run the block again
+            there: less memory, a third more time.
+        max_skipped_steps: training ends after so many steps in a row whose gradients were not finite.
     """
 
     def __init__(
@@ -81,13 +177,53 @@ class LitMVAR(ScheduledModule):
         tokenizer: str,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         label_drop: float = 0.1,
+        ema_decay: float | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+        max_skipped_steps: int = 20,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, max_skipped_steps)
         if not 0 <= label_drop <= 1:
             raise InputError(f"model.label_drop must be in [0, 1], got {label_drop}")
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise InputError(f"model.ema_decay must be in [0, 1), got {ema_decay}")
         self.network_config, self.tokenizer_path = network, tokenizer
-        self.optimizer_config, self.label_drop = optimizer, label_drop
-        self.network = MVAR(network)
+        self.label_drop, self.ema_decay = label_drop, ema_decay
+        self.compiles, self.recomputes = compile, activation_checkpointing
+        with torch.device("meta"):
+            self.network = MVAR(network)
+            self.ema = MVAR(network).requires_grad_(False) if ema_decay is not None else None
+
+    def configure_model(self) -> None:
+        if not self.network.start_embed.is_meta:
+            return
+        strategy = self.trainer.strategy if self._trainer is not None else None
+        device = self.device if strategy is None else strategy.root_device
+        shard = strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda module: None
+
+        def prepare(part: nn.Module) -> None:
+            if isinstance(part, Block) and self.recomputes:
+                recompute_in_backward(part)
+            if isinstance(part, Block) and self.compiles:
+                part.compile()
+            shard(part)
+
+        materialize(self.network, device, self.seed, prepare)
+        if self.ema is not None:  # the same seed: it starts as a copy
+            materialize(self.ema, device, self.seed, shard)
+
+    @property
+    def averaged(self) -> MVAR:
+        """What to sample from: the average of the weights, or the weights themselves where none is kept."""
+        return self.network if self.ema is None else self.ema
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the average towards the weights, each rank its own share."""
+        if self.ema is not None and self.ema_decay is not None:
+            decay = min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step))
+            average, weights = local(list(self.ema.parameters())), local(list(self.network.parameters()))
+            torch._foreach_lerp_(average, weights, 1 - decay)
 
     @cached_property
     def frozen(self) -> list[Tokenizer]:
@@ -111,10 +247,13 @@ class LitMVAR(ScheduledModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         labels = self.drop_labels(batch.labels, batch_idx)
         losses, correct = self.score(batch, labels)
-        summary = self.summary("train", losses, correct)
-        self.log("train/loss", summary.pop("train/loss"), prog_bar=True)
-        self.log_dict(summary | self.scale_losses("scale_loss", losses))
-        return losses.mean()
+        scores = self.summary("train", losses.detach(), correct) | self.scale_losses("scale_loss", losses.detach())
+        means = torch.as_tensor(self.trainer.strategy.reduce(torch.stack([*scores.values()]), reduce_op="mean"))
+        logged = dict(zip(scores, means, strict=True))
+        self.log("train/loss", logged.pop("train/loss"), prog_bar=True)
+        self.log_dict(logged)
+        loss = losses.mean()
+        return loss * (1 + 0 * loss.detach())  # a loss that is not finite makes every gradient so, on all ranks
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.evaluate(batch, "val")
@@ -144,8 +283,8 @@ class LitMVAR(ScheduledModule):
         Drawn from (seed, epoch, batch) for the global batch, of which this rank takes its part: neither the number of
         ranks nor an interruption changes which labels are dropped.
         """
-        key = random.Random(f"{torch.initial_seed()}-{self.current_epoch}-{batch_idx}").getrandbits(63)
-        everywhere = torch.rand(self.trainer.world_size, len(labels), generator=torch.Generator().manual_seed(key))
+        generator = torch.Generator().manual_seed(self.random_key(batch_idx, "label drop"))
+        everywhere = torch.rand(self.trainer.world_size, len(labels), generator=generator)
         dropped = everywhere[self.global_rank] < self.label_drop
         return labels.masked_fill(dropped.to(labels.device), self.network_config.num_classes)
 
@@ -168,25 +307,67 @@ class LitMVAR(ScheduledModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        checkpoint[CHECKPOINT_KEY] = describe(
+        about = describe(
             self.network_config,
             str(Path(self.tokenizer_path).resolve()),
             self.tokenizer_fingerprint,
             datamodule.class_names,
         )
+        about["run"] = {
+            "ema": self.ema is not None,
+            "skipped_steps": self.skipped_steps,
+            "world_size": self.trainer.world_size,
+            "batch_of_all_ranks": self.batch_of_all_ranks,
+        }
+        checkpoint[CHECKPOINT_KEY] = about
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume a checkpoint of another network or tokenizer.
+        about = checkpoint[CHECKPOINT_KEY]
+        self.check_checkpoint(about)
+        if self.trainer.state.fn == "fit":
+            self.skipped_steps = about["run"]["skipped_steps"]
+            self.report_other_devices(about["run"], checkpoint["loops"]["fit_loop"])
+
+    def check_checkpoint(self, about: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another network or tokenizer.
 
         Raises:
             InputError: naming the first field that differs.
         """
-        about = checkpoint[CHECKPOINT_KEY]
-        theirs = about["network"] | {"tokenizer": about["tokenizer"]["fingerprint"]}
-        ours = asdict(self.network_config) | {"tokenizer": self.tokenizer_fingerprint}
+        kept = {True: "kept", False: "not kept"}
+        theirs = about["network"] | {
+            "tokenizer": about["tokenizer"]["fingerprint"],
+            "ema_decay (an average of the weights)": kept[about["run"]["ema"]],
+        }
+        ours = asdict(self.network_config) | {
+            "tokenizer": self.tokenizer_fingerprint,
+            "ema_decay (an average of the weights)": kept[self.ema is not None],
+        }
         for name in ours:
             if ours[name] != theirs.get(name):
                 raise InputError(
                     f"--ckpt_path is of another configuration: {name} is {theirs.get(name)} in the checkpoint and "
                     f"{ours[name]} in this run"
                 )
+
+    def report_other_devices(self, run: dict[str, Any], fit_loop: dict[str, Any]) -> None:
+        """Say what is different where the run goes on with other devices or batches, and keep its place in the epoch.
+
+        Samples come in the same order whatever the devices. Lightning counts batches, so its count is made to fit.
+        """
+        before, now = run["batch_of_all_ranks"], self.batch_of_all_ranks
+        if before != now:
+            current = fit_loop["epoch_loop.batch_progress"]["current"]
+            left_over = current["completed"] * before % now
+            for name, batches in current.items():
+                current[name] = batches * before // now
+            rank_zero_info(
+                f"resuming with batches of {now} images over all ranks, not {before}: the order of the samples is the "
+                f"same, {left_over} of them come again; learning rate, steps in an epoch and dropped labels follow "
+                f"the new batch"
+            )
+        elif run["world_size"] != self.trainer.world_size:
+            rank_zero_info(
+                f"resuming on {self.trainer.world_size} ranks, not {run['world_size']}: batches and dropped labels are "
+                f"the same; drop path draws other numbers, sums round differently"
+            )

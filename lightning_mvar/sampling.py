@@ -31,7 +31,7 @@ def generate(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@torch.inference_mode()  # type: ignore[misc]  # the overloads only say what return_tokens does to the result
+@torch.no_grad()  # type: ignore[misc]  # not inference_mode: FSDP2 trains on with the buffers it gathers here
 def generate(
     model: MVAR,
     tokenizer: Tokenizer,

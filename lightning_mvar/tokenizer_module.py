@@ -34,6 +34,7 @@ class LitTokenizer(ScheduledModule):
         commitment: weight of pulling the encoder's features towards the codes.
         revive_every: steps between revivals of the codes that nothing used since the last one; 0 for never.
         revive_until: share of all steps after which no code is revived any more, so that the codebook settles.
+        max_skipped_steps: training ends after so many steps in a row whose gradients were not finite.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class LitTokenizer(ScheduledModule):
         commitment: float = 0.25,
         revive_every: int = 20,
         revive_until: float = 0.8,
+        max_skipped_steps: int = 20,
     ) -> None:
-        super().__init__()
-        self.tokenizer, self.optimizer_config = Tokenizer(tokenizer), optimizer
+        super().__init__(optimizer, max_skipped_steps)
+        self.tokenizer = Tokenizer(tokenizer)
         self.l1_weight, self.commitment = l1_weight, commitment
         self.revive_every, self.revive_until = revive_every, revive_until
         # Times each code was chosen at each scale (k, v): in training since the last revival, over a validation epoch.
@@ -123,7 +125,11 @@ class LitTokenizer(ScheduledModule):
             log.warning("skipped: %s", message)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = {"config": asdict(self.tokenizer.config), "train_usage": self.usage["train"].cpu()}
+        checkpoint[CHECKPOINT_KEY] = {
+            "config": asdict(self.tokenizer.config),
+            "train_usage": self.usage["train"].cpu(),
+            "skipped_steps": self.skipped_steps,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a checkpoint of another tokenizer (InputError)."""
@@ -131,3 +137,4 @@ class LitTokenizer(ScheduledModule):
         if theirs != ours:
             raise InputError(f"--ckpt_path is of another tokenizer: {theirs} in the checkpoint, {ours} in this run")
         self.usage["train"] = checkpoint[CHECKPOINT_KEY]["train_usage"]
+        self.skipped_steps = checkpoint[CHECKPOINT_KEY]["skipped_steps"]

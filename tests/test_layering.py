@@ -11,13 +11,13 @@ LAYERS = [  # each may import those before it, and its own
     ["models", "tokenizer"],
     ["official"],
     ["data.digits", "data.images", "data.shards", "data.loader", "sampling", "pictures", "checkpoints", "optim"],
-    ["metrics", "data.datamodule"],
+    ["metrics", "data.datamodule", "strategies"],
     ["module"],
     ["tokenizer_module"],
     ["callbacks"],
     ["cli", "commands", "__main__"],
 ]
-LIGHTNING = ("module", "tokenizer_module", "data.datamodule", "callbacks", "commands")
+LIGHTNING = ("strategies", "module", "tokenizer_module", "data.datamodule", "callbacks", "commands")
 
 
 def package_modules() -> dict[str, ast.Module]:

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_mvar.data.images import Crop, Example, ImageBatch, ImageSource, OnCorrupt, collate, open_images
-from lightning_mvar.data.loader import TokenLoader, TokenStream
-from lightning_mvar.data.shards import Manifest
+from lightning_mvar.data.loader import TokenBatch, TokenLoader, TokenStream
+from lightning_mvar.data.shards import Manifest, sample_keys
 from lightning_mvar.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class TokenDataModule(L.LightningDataModule):
         """Names of the classes, in label order; available after `setup`."""
         return next(iter(self.manifests.values())).class_names
 
+    def keys(self, batch: TokenBatch) -> list[str]:
+        """Names of the images of a training batch."""
+        return sample_keys(self.folders["train"], self.manifests["train"], batch.ids.tolist())
+
     def train_dataloader(self) -> TokenLoader:
         loader = self.loader("train", self.seed)
         if self.trainer is not None:
@@ -130,6 +134,10 @@ class ImageDataModule(L.LightningDataModule):
         self.sources = {"train": train, "val": val}
         self.resolution, self.crop, self.on_corrupt = resolution, crop, on_corrupt
         self.batch_size, self.num_workers = batch_size, num_workers
+
+    def keys(self, batch: ImageBatch) -> list[str]:
+        """Names of the images of a batch."""
+        return batch.keys
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
         return self.loader("train", self.crop, shuffle=True)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from lightning_mvar.data.shards import Manifest, read_shard
 from lightning_mvar.errors import InputError
 
-Block = tuple[NDArray[np.uint16], NDArray[np.int64]]  # tokens (n, l), labels (n,)
+Block = tuple[NDArray[np.uint16], NDArray[np.int64], NDArray[np.int64]]  # tokens (n, l), labels (n,), ids (n,)
 
 
 class TokenBatch(NamedTuple):
@@ -31,6 +31,7 @@ class TokenBatch(NamedTuple):
     tokens: Tensor  # (b, l) int64
     labels: Tensor  # (b,) int64
     valid: Tensor  # (b,) bool; False where the batch was filled up with repeated samples
+    ids: Tensor  # (b,) int64 number of each sample in its folder, counted through the shards
 
 
 class TokenStream(IterableDataset[TokenBatch]):
@@ -73,7 +74,7 @@ class TokenStream(IterableDataset[TokenBatch]):
         worker = get_worker_info()
         turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         begin = self.rank * self.batch_size
-        for i, (tokens, labels) in enumerate(self.global_batches()):
+        for i, (tokens, labels, ids) in enumerate(self.global_batches()):
             if i < self.first_batch or (i - self.first_batch) % workers != turn:
                 continue
             positions = np.arange(begin, begin + self.batch_size)
@@ -82,52 +83,63 @@ class TokenStream(IterableDataset[TokenBatch]):
                 torch.from_numpy(tokens[rows].astype(np.int64)),
                 torch.from_numpy(labels[rows]),
                 torch.from_numpy(positions < len(labels)),
+                torch.from_numpy(ids[rows]),
             )
 
     def global_batches(self) -> Iterator[Block]:
         """The epoch cut into global batches, the last one of an ordered pass shorter."""
         size, count = self.global_batch, 0
         rest: Block | None = None
-        for tokens, labels in self.blocks():
+        for block in self.blocks():
             if rest is not None:
-                tokens, labels = np.concatenate([rest[0], tokens]), np.concatenate([rest[1], labels])
-            whole = len(labels) - len(labels) % size
+                block = joined([rest, block])
+            whole = len(block[1]) - len(block[1]) % size
             for begin in range(0, whole, size):
                 count += 1
-                yield tokens[begin : begin + size], labels[begin : begin + size]
-            rest = tokens[whole:], labels[whole:]
+                yield taken(block, slice(begin, begin + size))
+            rest = taken(block, slice(whole, None))
         if count < len(self) and rest is not None:
             yield rest
 
     def blocks(self) -> Iterator[Block]:
         """Samples in the epoch's order, about `block_size` at a time."""
-        shards = list(self.manifest.shards)
+        shards = list(zip(self.manifest.shards, self.manifest.offsets, strict=True))
         rng = None if self.seed is None else np.random.default_rng([self.seed, self.epoch])
         if rng is not None:
             shards = [shards[i] for i in rng.permutation(len(shards))]
         held: list[Block] = []
-        for shard in shards:
+        for shard, begin in shards:
             for pack in read_shard(self.folder / shard.name):
-                held.append((pack.tokens, pack.labels))
-                if sum(len(labels) for _, labels in held) >= self.block_size:
+                held.append((pack.tokens, pack.labels, np.arange(begin, begin + len(pack.labels))))
+                begin += len(pack.labels)
+                if sum(len(labels) for _, labels, _ in held) >= self.block_size:
                     yield shuffled(held, rng)
                     held = []
         if held:
             yield shuffled(held, rng)
 
 
-def shuffled(packs: list[Block], rng: np.random.Generator | None) -> Block:
-    tokens, labels = (np.concatenate(parts) for parts in zip(*packs, strict=True))
-    order = slice(None) if rng is None else rng.permutation(len(labels))
-    return tokens[order], labels[order]
+def shuffled(blocks: list[Block], rng: np.random.Generator | None) -> Block:
+    block = joined(blocks)
+    return block if rng is None else taken(block, rng.permutation(len(block[1])))
+
+
+def joined(blocks: list[Block]) -> Block:
+    tokens, labels, ids = zip(*blocks, strict=True)
+    return np.concatenate(tokens), np.concatenate(labels), np.concatenate(ids)
+
+
+def taken(block: Block, rows: slice | NDArray[np.int64]) -> Block:
+    tokens, labels, ids = block
+    return tokens[rows], labels[rows], ids[rows]
 
 
 class TokenLoader:
     """A `TokenStream` as Lightning's loops want it: sized, and with a position in the epoch that is checkpointed.
 
     Every pass is a new epoch, except the first one after `load_state_dict`, which goes on at the saved position. The
-    state {epoch, samples} is the same on every rank, and counts samples, so that it means the same to a run with
-    another global batch.
+    state says where the next batch comes from: {epoch, samples}, the same on every rank, and in samples, so that it
+    means the same to a run with another global batch.
 
     Args:
         stream: what to read.
@@ -162,8 +174,12 @@ class TokenLoader:
 
     def state_dict(self) -> dict[str, int]:
         position = self.position if self.trained is None else min(self.position, self.trained())
+        if self.epoch < 0 or position >= len(self):
+            return {"epoch": self.epoch + 1, "samples": 0}
         return {"epoch": self.epoch, "samples": position * self.stream.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["samples"] // self.stream.global_batch
-        self.resumed = 0 < self.position < len(self)
+        if self.position >= len(self):  # larger batches than when it was saved, and the rest does not fill one
+            self.epoch, self.position = self.epoch + 1, 0
+        self.resumed = True

@@ -18,6 +18,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +89,11 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     @property
+    def offsets(self) -> list[int]:
+        """The number, counted through the shards, of the first sample of each."""
+        return [0, *accumulate(shard.samples for shard in self.shards)][:-1]
+
+    @property
     def num_shards(self) -> int:
         """Shards that a finished folder has."""
         return -(-self.num_images * self.views // self.shard_size)
@@ -155,6 +161,16 @@ class Manifest:
                     f"{path} is {'missing' if not size else f'truncated or altered: {size} bytes'}, the manifest says "
                     f"{shard.bytes}; run the same `lightning-mvar tokenize` again, it rewrites that shard only"
                 )
+
+
+def sample_keys(folder: Path, manifest: Manifest, ids: list[int]) -> list[str]:
+    """Names of the images that samples, numbered through the shards, were made of."""
+    keys: dict[int, str] = {}
+    for shard, begin in zip(manifest.shards, manifest.offsets, strict=True):
+        if any(begin <= number < begin + shard.samples for number in ids):
+            names = [key for pack in read_shard(folder / shard.name) for key in pack.keys]
+            keys |= dict(enumerate(names, start=begin))
+    return [keys[number] for number in ids]
 
 
 def shard_name(index: int) -> str:

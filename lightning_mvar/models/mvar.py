@@ -113,11 +113,14 @@ class BlockState:
 
 @dataclass
 class MVARState:
-    """What the network keeps while an image is sampled: the scale that comes next, cond (b, d), and every block's."""
+    """What the network keeps while an image is sampled: the scale that comes next, cond (b, d), and every block's.
+
+    Blocks have none before the first scale: their AdaLN tables are made with it, and kept.
+    """
 
     scale: int
     cond: Tensor
-    blocks: list[BlockState]
+    blocks: list[BlockState | None]
 
 
 class DropPath(nn.Module):
@@ -139,6 +142,7 @@ class Block(nn.Module):
 
     def __init__(self, config: MVARConfig, drop_path: float) -> None:
         super().__init__()
+        self.config = config
         d, branches = config.width, len(config.mixers) + 1
         self.mixers = nn.ModuleList(MIXERS[name](config) for name in config.mixers)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU("tanh"), nn.Linear(4 * d, d))
@@ -156,14 +160,13 @@ class Block(nn.Module):
             table = self.adaln_table + cond
         return table.unflatten(2, (3, -1))
 
-    def init_state(self, cond: Tensor) -> BlockState:
-        return BlockState(self.modulation(cond), (None,) * len(self.mixers))
-
     def forward(
         self, x: Tensor, cond: Tensor | None, lengths: tuple[int, ...], state: BlockState | None = None
     ) -> tuple[Tensor, BlockState]:
-        """Tokens x (b, l, d) of the scales in `lengths`; `cond` for a whole image, `state` to continue one."""
-        state = self.init_state(cond) if state is None else state  # type: ignore[arg-type]
+        """Tokens x (b, l, d) of the scales in `lengths`; `cond` to begin an image, `state` to continue one."""
+        if state is None:
+            assert cond is not None
+            state = BlockState(self.modulation(cond), (None,) * len(self.mixers))
         branches = zip(*(table.unbind(2) for table in state.modulation.unbind(2)), strict=True)
         carried = []
         for mixer, before in zip(self.mixers, state.mixers, strict=True):
@@ -174,6 +177,23 @@ class Block(nn.Module):
         gate, gain, shift = next(branches)
         x = x + self.drop_path(gate * self.mlp(layer_norm(x) * (1 + gain) + shift))
         return x, BlockState(state.modulation, tuple(carried))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise in place: small writes to the residual stream, the first two gates nearly closed."""
+        d, output_scale = self.config.width, 1 / math.sqrt(2 * self.config.depth)
+        draw_weights(self, weight_std(d))
+        self.mlp[2].weight.mul_(output_scale)  # type: ignore[operator]
+        for mixer in self.mixers:
+            if isinstance(mixer, Attention):
+                mixer.proj.weight.mul_(output_scale)
+        if self.config.shared_adaln:
+            nn.init.normal_(self.adaln_table, std=1 / math.sqrt(d))
+            self.adaln_table[:, :, :2].mul_(self.config.adaln_gate_init)
+            self.adaln_table[:, :, 2:].mul_(0.5)
+        else:
+            self.adaln.weight[: 2 * d].mul_(self.config.adaln_gate_init)
+            self.adaln.weight[2 * d :].mul_(0.5)
 
 
 class MVAR(nn.Module):
@@ -216,9 +236,7 @@ class MVAR(nn.Module):
 
     def init_state(self, labels: Tensor) -> MVARState:
         """State before the first scale, for images of `labels` (b,) int64 in [0, num_classes]."""
-        cond = self.class_embed(labels)
-        block_cond = self.block_cond(cond)
-        return MVARState(0, cond, [block.init_state(block_cond) for block in self.blocks])  # type: ignore[operator]
+        return MVARState(0, self.class_embed(labels), [None] * self.config.depth)
 
     def step(self, scale_inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
         """One scale, continuing where `state` ends; the steps together equal `forward`.
@@ -233,9 +251,10 @@ class MVAR(nn.Module):
         k = state.scale
         x = self.start(state.cond) if scale_inputs is None else self.project(scale_inputs)
         x = x + self.positions(range(k, k + 1))
-        blocks = []
+        block_cond = self.block_cond(state.cond) if k == 0 else None
+        blocks: list[BlockState | None] = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
-            x, after = block(x, None, self.config.schedule.lengths[k : k + 1], before)
+            x, after = block(x, block_cond, self.config.schedule.lengths[k : k + 1], before)
             blocks.append(after)
         return self.logits(x, state.cond), MVARState(k + 1, state.cond, blocks)
 
@@ -268,44 +287,43 @@ class MVAR(nn.Module):
             x = layer_norm(x.float()) * (1 + gain) + shift
             return F.linear(x, *float_parameters(self.head))
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Initialise every parameter in place (VAR, appendix; M-VAR keeps it)."""
-        d = self.config.width
-        std = math.sqrt(1 / d / 3)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std)
-            elif isinstance(module, nn.Conv1d):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            elif isinstance(module, Attention):
-                module.reset_bias_and_scale()
-            elif isinstance(module, Mamba2):
-                module.reset_scan_parameters()
-                nn.init.ones_(module.norm.weight)
-            if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            block.init_weights()  # type: ignore[operator]
+        self.init_outer_weights()
+
+    @torch.no_grad()
+    def init_outer_weights(self) -> None:
+        """Initialise what is not of a block, in place: embeddings, the projections in and out."""
+        std = weight_std(self.config.width)
+        for name, module in self.named_children():
+            if name != "blocks":
+                draw_weights(module, std)
         nn.init.trunc_normal_(self.start_embed, std=std)
         nn.init.trunc_normal_(self.pos_embed, std=std)
         self.head.weight.mul_(0.02)
         self.head_adaln.weight.mul_(0.5)
-        for block in self.blocks:
-            self.init_block(block)  # type: ignore[arg-type]
 
-    def init_block(self, block: Block) -> None:
-        """Scale down what writes to the residual stream, and nearly close the first two gates."""
-        d, output_scale = self.config.width, 1 / math.sqrt(2 * self.config.depth)
-        block.mlp[2].weight.mul_(output_scale)  # type: ignore[operator]
-        for mixer in block.mixers:
-            if isinstance(mixer, Attention):
-                mixer.proj.weight.mul_(output_scale)
-        if self.config.shared_adaln:
-            nn.init.normal_(block.adaln_table, std=1 / math.sqrt(d))
-            block.adaln_table[:, :, :2].mul_(self.config.adaln_gate_init)
-            block.adaln_table[:, :, 2:].mul_(0.5)
-        else:
-            block.adaln.weight[: 2 * d].mul_(self.config.adaln_gate_init)
-            block.adaln.weight[2 * d :].mul_(0.5)
+
+def weight_std(width: int) -> float:
+    return math.sqrt(1 / width / 3)
+
+
+def draw_weights(part: nn.Module, std: float) -> None:
+    """Normal weights truncated at +-2, biases 0, and what mixers start from."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std)
+        elif isinstance(module, nn.Conv1d):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        elif isinstance(module, Attention):
+            module.reset_bias_and_scale()
+        elif isinstance(module, Mamba2):
+            module.reset_scan_parameters()
+            nn.init.ones_(module.norm.weight)
+        if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def layer_norm(x: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+"""How a network is spread over devices. The network itself knows nothing of it.
+
+`--trainer.strategy fsdp2` shards block by block (PyTorch's `fully_shard`); single device, `ddp` and `fsdp` are
+Lightning's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mvar.models.mvar import MVAR
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Every rank keeps a share of each block's weights, gradients and optimizer state, and gathers a block to use it.
+
+    Args:
+        param_dtype: what weights are gathered in; `bfloat16` halves the traffic and goes with `--trainer.precision
+            bf16-mixed`. The shares themselves, and the sums of gradients, stay float32.
+        save_distributed_checkpoint: each rank writes its share to a folder; else rank 0 gathers one file.
+        process_group_backend: where not given, gloo on CPUs and nccl on GPUs.
+        timeout: how long a rank waits for the others before it gives up.
+    """
+
+    def __init__(
+        self,
+        param_dtype: Literal["float32", "bfloat16"] = "float32",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.param_dtype = param_dtype
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's default is one per node
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    def shard(self, module: nn.Module) -> None:
+        """Shard a block, or the network after its blocks: its methods for sampling gather weights as `forward` does."""
+        dtype = torch.bfloat16 if self.param_dtype == "bfloat16" and not isinstance(module, MVAR) else None
+        # Inputs keep their dtype: the scan's state is carried in float32, and autocast casts what may be cast.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
+        if isinstance(module, MVAR):
+            register_fsdp_forward_method(module, "init_state")
+            register_fsdp_forward_method(module, "step")
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="weights sharded block by block (PyTorch FSDP2)")
+
+
+def materialize(
+    network: MVAR, device: torch.device, seed: int, finish: Callable[[nn.Module], None] = lambda module: None
+) -> None:
+    """Give a network that was built on the meta device its initial weights, the same under every strategy.
+
+    `finish`, which may shard, is called on each block before the next one gets memory, and on the network last: no
+    rank ever holds all of a sharded network.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for block in network.blocks:
+            block.to_empty(device=device).init_weights()  # type: ignore[operator]
+            finish(block)
+        for name, module in network.named_children():
+            if name != "blocks":
+                module.to_empty(device=device)
+        network.to_empty(device=device, recurse=False)
+        network.init_outer_weights()
+        finish(network)
+
+
+def recompute_in_backward(block: nn.Module) -> None:
+    """Keep only a block's input for the backward pass, and run the block again there."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@contextmanager
+def sampling_from(network: MVAR, strategy: Strategy, keep_sharded: bool = False) -> Iterator[MVAR]:
+    """The network in eval mode to call `generate` with, inside the block, on all ranks alike and in their precision.
+
+    A sharded network is gathered once, not once per scale and block, and sharded again at the end.
+
+    Args:
+        network: of the module that is being trained.
+        strategy: the trainer's.
+        keep_sharded: gather block after block instead, scale after scale, where the whole does not fit on a device.
+    """
+    training = network.training
+    network.eval()
+    try:
+        # Scales of ten lengths would make compiled blocks compile as often.
+        eager, precision = torch.compiler.set_stance("force_eager"), strategy.precision_plugin.forward_context()
+        with torch.no_grad(), eager, precision, gathered(network, whole=not keep_sharded):
+            yield gathered_copy(network, strategy) if isinstance(strategy, FSDPStrategy) else network
+    finally:
+        network.train(training)
+
+
+@contextmanager
+def gathered(network: nn.Module, whole: bool) -> Iterator[None]:
+    """Inside, an FSDP2 network is `whole` on every rank; at the end it is sharded. Other networks stay as they are."""
+    sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for module in sharded if whole else []:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(module is not network, recurse=False)
+            module.reshard()
+
+
+def gathered_copy(network: MVAR, strategy: FSDPStrategy) -> MVAR:
+    """A network of its own on every rank: FSDP1 gathers weights inside the root's `forward` only."""
+    with torch.device("meta"):
+        copy = MVAR(network.config)
+    assert isinstance(strategy.model, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
+        weights = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
+    copy.load_state_dict({plain_name(name): tensor for name, tensor in weights.items()}, assign=True)
+    return copy.eval()
+
+
+def plain_name(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def local(tensors: list[Any]) -> list[Tensor]:
+    """This rank's shares."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def total_norm(gradients: list[Tensor], strategy: Strategy) -> Tensor:
+    """The norm over all gradients on all ranks, as `clip_grads_with_norm_` takes it."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(strategy, FSDPStrategy):  # FSDP1 hands out this rank's shares as plain tensors
+        norm = torch.as_tensor(strategy.reduce(norm.square(), reduce_op="sum")).sqrt()
+    return norm
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The value that a replicated or sharded tensor has as a whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
