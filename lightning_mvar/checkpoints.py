@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 from lightning_mvar.models.mvar import MVAR, MVARConfig
 from lightning_mvar.official import M_VAR, read_network, read_tokenizer, write_network, write_tokenizer
+from lightning_mvar.resume import PLAIN_PART, read_part, read_plain_part
 from lightning_mvar.sampling import check_pair
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
@@ -29,7 +30,9 @@ from lightning_mvar.weights import StateDict, load_strictly, read_torch, read_we
 Config = TypeVar("Config", MVARConfig, TokenizerConfig)
 
 CHECKPOINT_KEY = "lightning_mvar"  # where a training checkpoint keeps what is needed to rebuild its network
-NETWORK_PREFIX = "network."
+NETWORK_PREFIX, EMA_PREFIX = "network.", "ema."
+
+WhichWeights = Literal["ema", "raw"]
 
 
 @dataclass
@@ -76,12 +79,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return load_strictly(tokenizer, read_weights(Path(folder) / "tokenizer.safetensors"), folder)
 
 
-def load_trained(path: str | Path, tokenizer: str | Path | None = None) -> TrainedModel:
+def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
     """What `sample` and `evaluate` take: a training checkpoint, or a folder that `export` wrote.
 
     Args:
-        path: the file or folder.
+        path: a file; a folder of a sharded checkpoint, of which only weights are read; or a folder of `export`.
         tokenizer: folder of the tokenizer, where it is no longer at the path that the checkpoint remembers.
+        weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
 
     Raises:
         InputError: if the file is missing or not ours, or its tokenizer is missing or another one.
@@ -89,18 +93,18 @@ def load_trained(path: str | Path, tokenizer: str | Path | None = None) -> Train
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
-    if path.is_dir():
+    if path.is_dir() and not (path / PLAIN_PART).is_file():
         config = read_config(path, "network", "write one with `lightning-mvar export`")
         network = build_network(config["network"], read_weights(path / "network.safetensors"), path)
         loaded = load_tokenizer(tokenizer or path)
         check_pair(network.config, loaded.config, f"the tokenizer in {tokenizer or path}")
         return TrainedModel(network, loaded, config["class_names"])
-    checkpoint = read_torch(path)
+    checkpoint = read_plain_part(path)
     if CHECKPOINT_KEY not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of `lightning-mvar fit`")
     about = checkpoint[CHECKPOINT_KEY]
-    weights = {k.removeprefix(NETWORK_PREFIX): v for k, v in checkpoint["state_dict"].items()}
-    network = build_network(about["network"], weights, path)
+    prefix = EMA_PREFIX if weights == "ema" and about["run"]["ema"] else NETWORK_PREFIX
+    network = build_network(about["network"], read_part(path, prefix), path)
     loaded = load_tokenizer(tokenizer or about["tokenizer"]["path"])
     if (fingerprint := loaded.fingerprint()) != about["tokenizer"]["fingerprint"]:
         raise InputError(

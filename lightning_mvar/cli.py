@@ -1,7 +1,7 @@
 """The command line: `lightning-mvar COMMAND ...`, the same as `python -m lightning_mvar COMMAND ...`.
 
 Exit codes: 0 done; 1 a user's mistake or bad data, told in one message without a traceback; 130 interrupted by
-Ctrl-C; anything else is a bug and shows its traceback.
+Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1; anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, Interrupted
 
 BUG = 70  # exit code of an exception that is nobody's mistake but ours
 
@@ -61,6 +61,9 @@ def run(argv: list[str]) -> int:
         return fail(plain(error))
     except argparse.ArgumentError as error:
         return fail(bad_arguments(argv, error))
+    except Interrupted as stop:
+        print(f"lightning-mvar: {stop}; --resume goes on from there", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         return interrupted()
     except SystemExit as stop:
@@ -110,5 +113,5 @@ def fail(message: str) -> int:
 
 
 def interrupted() -> int:
-    print("lightning-mvar: interrupted; what is finished is kept (fit goes on with --ckpt_path)", file=sys.stderr)
+    print("lightning-mvar: interrupted; what is finished is kept (fit goes on with --resume)", file=sys.stderr)
     return 130

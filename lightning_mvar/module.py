@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import CHECKPOINT_KEY, describe, load_tokenizer
 from lightning_mvar.data.loader import TokenBatch
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.models.mvar import MVAR, Block, MVARConfig
 from lightning_mvar.optim import OptimizerConfig, apply_schedule, build_optimizer
 from lightning_mvar.sampling import check_pair
@@ -79,7 +79,7 @@ class ScheduledModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(self.random_key(batch_idx, self.global_rank))
-        # Lightning counts one too many after resuming from the middle of a step, and logs under that number.
+        # Lightning counts one too many after a run is resumed right after a validation, and logs under that number.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
         self.batches.append(batch)
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
@@ -129,7 +129,7 @@ class ScheduledModule(L.LightningModule):
         """Count the step and write down which images it was made of, on every rank.
 
         Raises:
-            InputError: after `max_skipped_steps` in a row; on all ranks alike, for the norm is the same on all.
+            DivergedError: after `max_skipped_steps` in a row; on all ranks alike, for the norm is the same on all.
         """
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
@@ -144,7 +144,7 @@ class ScheduledModule(L.LightningModule):
             f"{self.skipped_in_a_row} in a row); its images are named in {folder}"
         )
         if self.skipped_in_a_row >= self.max_skipped_steps:
-            raise InputError(
+            raise DivergedError(
                 f"training ends: the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last of "
                 f"step {self.global_step}; the images are named in {folder}. The last checkpoint is kept: lower "
                 f"--model.optimizer.base_lr or --trainer.gradient_clip_val, or repair the data, and go on with --resume"

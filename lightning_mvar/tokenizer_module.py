@@ -132,9 +132,12 @@ class LitTokenizer(ScheduledModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        about = checkpoint[CHECKPOINT_KEY]
+        self.check_checkpoint(about)
+        self.usage["train"], self.skipped_steps = about["train_usage"], about["skipped_steps"]
+
+    def check_checkpoint(self, about: dict[str, Any]) -> None:
         """Refuse to resume a checkpoint of another tokenizer (InputError)."""
-        theirs, ours = checkpoint[CHECKPOINT_KEY]["config"], asdict(self.tokenizer.config)
+        theirs, ours = about["config"], asdict(self.tokenizer.config)
         if theirs != ours:
             raise InputError(f"--ckpt_path is of another tokenizer: {theirs} in the checkpoint, {ours} in this run")
-        self.usage["train"] = checkpoint[CHECKPOINT_KEY]["train_usage"]
-        self.skipped_steps = checkpoint[CHECKPOINT_KEY]["skipped_steps"]

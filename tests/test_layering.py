@@ -9,7 +9,7 @@ PACKAGE = Path(lightning_mvar.__file__).parent
 LAYERS = [  # each may import those before it, and its own
     ["errors", "version", "files", "fingerprint", "weights", "scales", "ops"],
     ["models", "tokenizer"],
-    ["official"],
+    ["official", "resume"],
     ["data.digits", "data.images", "data.shards", "data.loader", "sampling", "pictures", "checkpoints", "optim"],
     ["metrics", "data.datamodule", "strategies"],
     ["module"],

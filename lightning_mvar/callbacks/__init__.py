@@ -1,7 +1,17 @@
 """Lightning callbacks: sampling, scoring and looking while a network trains."""
 
+from lightning_mvar.callbacks.checkpoint import BestCheckpoint, Checkpoint
 from lightning_mvar.callbacks.fid import FIDCallback
+from lightning_mvar.callbacks.interruption import InterruptionCallback
 from lightning_mvar.callbacks.samples import ReconstructionsCallback, SamplesCallback
 from lightning_mvar.callbacks.throughput import ThroughputCallback
 
-__all__ = ["FIDCallback", "ReconstructionsCallback", "SamplesCallback", "ThroughputCallback"]
+__all__ = [
+    "BestCheckpoint",
+    "Checkpoint",
+    "FIDCallback",
+    "InterruptionCallback",
+    "ReconstructionsCallback",
+    "SamplesCallback",
+    "ThroughputCallback",
+]

@@ -57,7 +57,7 @@ class Stage:
 STAGES = [
     Stage(
         "train_tokenizer",
-        f"train-tokenizer --config {CONFIGS}/digits_tokenizer.yaml",
+        f"train-tokenizer --config {CONFIGS}/digits_tokenizer.yaml --resume",
         ROOT / "tokenizer",
         "config.json",
     ),
@@ -70,7 +70,7 @@ STAGES = [
         )
         for split, source in (("train", "digits:train --views 9"), ("val", "digits:test"))
     ],
-    Stage("fit", f"fit --config {CONFIGS}/digits.yaml", ROOT / "mvar", LAST_CHECKPOINT),
+    Stage("fit", f"fit --config {CONFIGS}/digits.yaml --resume", ROOT / "mvar", LAST_CHECKPOINT),
     Stage(
         "export",
         f"export --ckpt_path {ROOT}/mvar/{LAST_CHECKPOINT} --out {ROOT}/export",
@@ -120,9 +120,6 @@ def demo() -> None:
 def run_stage(stage: Stage) -> None:
     """Run the stage's command, and record that and how long it took; exits with the command's code if it fails."""
     words = stage.command.split()
-    checkpoint = stage.owns / LAST_CHECKPOINT
-    if checkpoint.is_file():  # left by an interrupted run
-        words += ["--ckpt_path", str(checkpoint)]
     print(f"[{stage.name}] lightning-mvar {' '.join(words)}", flush=True)
     begin = time.monotonic()
     code = wait_for([sys.executable, "-m", "lightning_mvar", *words])

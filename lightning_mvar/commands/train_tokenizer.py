@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_mvar.checkpoints import save_folder
-from lightning_mvar.commands.training import TrainingCLI, run_cli
+from lightning_mvar.commands.training import TrainingCLI, add_resume, ending_together, run_cli
 from lightning_mvar.data.datamodule import ImageDataModule
 from lightning_mvar.tokenizer_module import CHECKPOINT_KEY, LitTokenizer
 
@@ -17,12 +17,15 @@ class TokenizerCLI(TrainingCLI):
 
     def add_arguments_to_parser(self, parser):  # type: ignore[no-untyped-def]
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
+        add_resume(parser)
 
 
 def main(argv: list[str]) -> None:
     cli = run_cli(TokenizerCLI, LitTokenizer, ImageDataModule, args=argv[1:], run=False)
     trainer = cli.trainer
-    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config["ckpt_path"])
+    ckpt_path = cli.choose_checkpoint(cli.config["ckpt_path"], cli.config["resume"])
+    with ending_together(trainer):
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
     folder = Path(trainer.default_root_dir)
     if trainer.is_global_zero:
         save_folder(folder, cli.model.tokenizer)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import lightning as L
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_mvar.callbacks import Checkpoint, InterruptionCallback
 from lightning_mvar.checkpoints import CHECKPOINT_KEY
 from lightning_mvar.data.datamodule import TokenDataModule
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, Interrupted
 from lightning_mvar.module import LitMVAR
-from lightning_mvar.weights import read_torch
+from lightning_mvar.resume import newest_intact, read_plain_part
+from lightning_mvar.strategies import FSDP2Strategy
+
+CLI = TypeVar("CLI", bound=LightningCLI)
 
 # Interpolation that sees every --config file and the overrides after them, with keys relative to the subcommand.
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False}
@@ -26,32 +37,92 @@ class TrainingCLI(LightningCLI):
 
     checkpoint_key = CHECKPOINT_KEY  # what a checkpoint of this command holds
 
-    def _parse_ckpt_path(self) -> None:
-        """Refuse at once a checkpoint that cannot be read or is not ours.
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            add_resume(parser)
+        return parser
 
-        Lightning's own would let the checkpoint's hyperparameters override the command line, silently.
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning's own would let the checkpoint's values override the command line, silently."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        options = self.config_init[subcommand]
+        options["ckpt_path"] = self.choose_checkpoint(options["ckpt_path"], options.get("resume", False))
+        if options["ckpt_path"] is None and subcommand in ("validate", "test"):
+            raise InputError(f"{subcommand} needs --ckpt_path: without it the network is untrained")
+        with ending_together(self.trainer):
+            super()._run_subcommand(subcommand)
+
+    def choose_checkpoint(self, ckpt_path: str | None, resume: bool) -> str | None:
+        """The checkpoint to go on from, if any.
+
+        Raises:
+            InputError: if it cannot be read, is of something else, or not for this strategy.
         """
-        command = self.config.get("subcommand")
-        path = self.config.get(command, self.config).get("ckpt_path")
-        if path is None and command in ("validate", "test"):
-            raise InputError(f"{command} needs --ckpt_path: without it the network is untrained")
-        if path is not None and self.checkpoint_key not in read_torch(Path(path)):
-            raise InputError(f"--ckpt_path {path} is not a checkpoint of this command")
+        if resume:
+            if ckpt_path is not None:
+                raise InputError("give --resume or --ckpt_path, not both")
+            ckpt_path = self.newest_checkpoint()
+        if ckpt_path is None:
+            return None
+        content = read_plain_part(Path(ckpt_path))
+        if self.checkpoint_key not in content:
+            raise InputError(f"--ckpt_path {ckpt_path} is not a checkpoint of this command")
+        if Path(ckpt_path).is_dir() and not isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise InputError(
+                f"--ckpt_path {ckpt_path} has a share of each rank: it needs --trainer.strategy fsdp2, on any number "
+                f"of devices; `lightning-mvar export` makes one folder of its weights"
+            )
+        self.model.check_checkpoint(content[self.checkpoint_key])
+        return ckpt_path
+
+    def newest_checkpoint(self) -> str | None:
+        folders = [
+            str(callback.dirpath) for callback in self.trainer.checkpoint_callbacks if isinstance(callback, Checkpoint)
+        ]
+        if not folders:
+            raise InputError("--resume needs a lightning_mvar.callbacks.Checkpoint among the trainer's callbacks")
+        newest = newest_intact(Path(folders[0]))
+        rank_zero_info(
+            f"resuming from {newest}" if newest else f"--resume: no intact checkpoint in {folders[0]}, starting anew"
+        )
+        return None if newest is None else str(newest)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate", "test")}
 
 
+def add_resume(parser: LightningArgumentParser) -> None:
+    text = "go on from the newest intact checkpoint of this run, or start where there is none yet"
+    parser.add_argument("--resume", action="store_true", help=text)
+
+
+@contextmanager
+def ending_together(trainer: L.Trainer) -> Iterator[None]:
+    """End the processes that this one has started when it fails: they would wait for it until their timeout."""
+    try:
+        yield
+    except BaseException as error:
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(signal.SIGKILL)
+        if isinstance(error, Interrupted) and not trainer.is_global_zero:
+            sys.exit(0)  # rank 0 tells; a code here would make it kill itself
+        raise
+
+
 def main(argv: list[str]) -> None:
     run_cli(TrainingCLI, LitMVAR, TokenDataModule, args=argv)
 
 
-def run_cli(cli: type[LightningCLI], model: type, data: type, **options: Any) -> LightningCLI:
+def run_cli(cli: type[CLI], model: type, data: type, **options: Any) -> CLI:
     """Parse, build and run.
 
     Raises:
         InputError: if this machine does not have the devices or the precision that are asked for.
+        Interrupted: if a signal ended the run.
     """
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # we pass on what the console script was given
     try:
@@ -60,6 +131,7 @@ def run_cli(cli: type[LightningCLI], model: type, data: type, **options: Any) ->
             data,
             parser_kwargs=PARSER,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [InterruptionCallback()]},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,

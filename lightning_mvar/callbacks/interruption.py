@@ -1,0 +1,62 @@
+"""Ending a run when a signal asks for it, at the same step on all ranks, so that its state can be saved first."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from lightning_mvar.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, preemption, Slurm's warning before the time limit
+
+
+class InterruptionCallback(L.Callback):
+    """Raises `Interrupted` between two steps after SIGINT, SIGTERM or SIGUSR1, wherever the signal arrived.
+
+    The ranks agree before every batch, over a group of their own that no GPU waits for. A second Ctrl-C does not wait
+    for the step to end, and nothing is saved. Always part of `fit` and `train-tokenizer`.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.group: dist.ProcessGroup | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for number in SIGNALS:  # in place of Lightning's own, which would save in the middle of a step
+            signal.signal(number, self.receive)
+        if trainer.world_size > 1:
+            self.group = dist.new_group(backend="gloo")
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if number == self.received == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.received = number
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Raise `Interrupted` on all ranks if any has received a signal; all ranks must call this alike."""
+        asked = torch.tensor(self.received)
+        if self.group is not None:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, self.group)
+        if number := int(asked):
+            name = signal.Signals(number).name
+            raise Interrupted(number, f"interrupted by {name} after step {trainer.global_step}")
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.check(trainer)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.state.fn == "fit":
+            self.check(trainer)
+
+
+def end_if_asked(trainer: L.Trainer) -> None:
+    """For long work between batches: end the run if a signal asks for it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, InterruptionCallback):
+            callback.check(trainer)

@@ -1,0 +1,81 @@
+"""Precision and recall of generated features against real ones (arXiv 1904.06991).
+
+A set of features stands for the manifold it was drawn from: the union of balls around each, with the distance to its
+k-th nearest other feature as radius. Precision is the share of generated features on the real manifold, recall the
+share of real features on the generated one. Both depend on the extractor, on k and on the sizes of the sets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_mvar.errors import InputError
+
+ROWS = 256  # of a distance matrix, held at once
+
+
+class FeatureBank(Metric):
+    """Keeps every feature vector of a set, gathered over all ranks, float32.
+
+    Args:
+        num_features: length of a feature vector.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.features: list[Tensor]
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        # For a rank without features torchmetrics would gather an empty (0,), which fits no other rank's (n, f).
+        self.features.append(torch.empty(0, self.num_features, device=self.device))
+
+    def update(self, features: Tensor) -> None:
+        """Features (b, num_features), also with b = 0."""
+        self.features.append(features.detach().float())
+
+    def compute(self) -> Tensor:
+        """Features (n, num_features) float32, rank after rank."""
+        return dim_zero_cat(self.features)
+
+
+def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Precision and recall of generated features (m, f) against real ones (n, f), each in [0, 1].
+
+    Computed on the tensors' device; the time grows with (n + m)^2 f, the memory with n + m.
+
+    Raises:
+        InputError: if a set has no `neighbours`-th nearest other feature.
+    """
+    if not 1 <= neighbours < min(len(real), len(generated)):
+        raise InputError(
+            "precision and recall need 1 <= neighbours < features in each set, "
+            f"got {neighbours} neighbours, {len(real)} real and {len(generated)} generated features"
+        )
+    return coverage(real, generated, neighbours), coverage(generated, real, neighbours)
+
+
+def coverage(centres: Tensor, points: Tensor, neighbours: int) -> float:
+    """Share of points (m, f) in the union of the balls around centres (n, f); a ball has its boundary."""
+    nearest = [distances(rows, centres).topk(neighbours + 1, largest=False).values for rows in centres.split(ROWS)]
+    radii = torch.cat(nearest)[:, -1]  # a centre is its own nearest, at distance 0
+    inside = [(distances(rows, centres) <= radii).any(dim=1) for rows in points.split(ROWS)]
+    return float(torch.cat(inside).double().mean())
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances (n, m) of (n, f) and (m, f).
+
+    Summed over differences: |a|^2 + |b|^2 - 2 ab, cdist's default for more than 25 rows, cancels between near
+    neighbours (wholly so with TF32) and rounds by the shape of the chunk. So a pair has one distance wherever it comes
+    up, and equal features have 0, also where k + 1 of them leave a ball of radius 0.
+    """
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

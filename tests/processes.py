@@ -1,0 +1,96 @@
+"""The command line in processes of their own, which start in a fraction of a second because a server has imported all.
+
+Several ranks are started as a cluster would start them, so that each can be killed, stopped or made to fail alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["lightning_mvar.commands.training", "lightning_mvar.metrics.digits"])
+
+
+@dataclass
+class Run:
+    """The ranks of one command, and what each has printed."""
+
+    ranks: list[ForkServerProcess]
+    outputs: list[Path]
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """Exit codes; None for a rank that has not ended in time, which is then killed."""
+        end = time.monotonic() + seconds
+        for rank in self.ranks:
+            rank.join(max(end - time.monotonic(), 0))
+        codes = [rank.exitcode for rank in self.ranks]
+        self.send(signal.SIGKILL)
+        return codes
+
+    def send(self, number: int) -> None:
+        for rank in self.ranks:
+            if rank.is_alive():
+                os.kill(rank.pid, number)
+        if number == signal.SIGKILL:
+            for rank in self.ranks:
+                rank.join()
+
+    def printed(self) -> str:
+        return "\n".join(path.read_text() for path in self.outputs)
+
+
+def start(
+    argv: list[str], folder: Path, devices: int = 1, prepare: Callable[[int], None] | None = None, name: str = "out"
+) -> Run:
+    """Run a command in `folder`, one process for each device; `prepare(rank)` is called in each of them first."""
+    outputs = [folder / f"{name}.rank{rank}.txt" for rank in range(devices)]
+    cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(devices)}
+    if devices > 1:
+        argv = [*argv, "--trainer.devices", str(devices)]
+    ranks = []
+    for rank, output in enumerate(outputs):
+        environment = cluster | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if devices > 1 else {}
+        process = CONTEXT.Process(target=run_rank, args=(argv, folder, environment, output, rank, prepare), daemon=True)
+        process.start()
+        ranks.append(process)
+    return Run(ranks, outputs)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_rank(
+    argv: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    output: Path,
+    rank: int,
+    prepare: Callable[[int], None] | None,
+) -> None:
+    import torch
+
+    from lightning_mvar.cli import main
+
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    os.chdir(folder)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.argv = ["lightning-mvar", *argv]
+    if prepare is not None:
+        prepare(rank)
+    main()
