@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -166,6 +167,8 @@ def read_part(path: Path, prefix: str) -> StateDict:
             for name, entry in entries.items()
             if name.startswith(full) and isinstance(entry, TensorStorageMetadata)
         }
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
+            dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), no_dist=True)
         weights = {name.removeprefix("state_dict."): tensor for name, tensor in wanted.items()}
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -6,6 +6,7 @@ Lightning's own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -58,6 +59,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's default is one per node
         self._tensor_parallel_size = 1
+        # Logits are a view, which nobody changes in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         super().setup_environment()
 
     def shard(self, module: nn.Module) -> None:

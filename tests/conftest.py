@@ -96,3 +96,65 @@ class Pixels(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.pool(images).mean(dim=1).flatten(1) * self.weight
+
+
+class Projection(nn.Module):
+    """A one-layer feature extractor of 8 x 8 images."""
+
+    num_features = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 8 * 8, self.num_features)
+        self.calls = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(nn.functional.adaptive_avg_pool2d(images, 8).flatten(1))
+
+
+RUN_YAML = """
+trainer: {{accelerator: cpu, max_steps: 12, val_check_interval: 4, check_val_every_n_epoch: null, log_every_n_steps: 1,
+  default_root_dir: run, enable_progress_bar: false, enable_model_summary: false, num_sanity_val_steps: 0,
+  gradient_clip_val: 2.0,
+  logger: {{class_path: lightning.pytorch.loggers.TensorBoardLogger,
+            init_args: {{save_dir: "${{trainer.default_root_dir}}", name: "", version: logs}}}},
+  callbacks: [{{class_path: lightning_mvar.callbacks.Checkpoint,
+                init_args: {{dirpath: "${{trainer.default_root_dir}}/checkpoints", every_n_train_steps: 3}}}},
+              {{class_path: lightning_mvar.callbacks.SamplesCallback, init_args: {{classes: 3, per_class: 2}}}},
+              {{class_path: lightning_mvar.callbacks.FIDCallback,
+                init_args: {{extractor: {{class_path: conftest.Pixels}}, reference: images, num_samples: 13,
+                             batch_size: 3}}}}]}}
+model: {{tokenizer: {tokenizer}, ema_decay: 0.9, optimizer: {{base_lr: 0.05}},
+  network: {{schedule: {{side_lengths: [1, 2, 3, 4]}}, vocab_size: 48, code_dim: 8, num_classes: 10, depth: 2,
+             width: 32, heads: 2, mamba_head_dim: 16}}}}
+data: {{train: shards, val: shards, batch_size: 16}}
+"""
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> Path:
+    """A folder in which `fit --config run.yaml` trains for twelve steps, four epochs of three batches."""
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [20, 20, 12])
+    write_images(tmp_path / "images")
+    (tmp_path / "run.yaml").write_text(RUN_YAML.format(tokenizer=tokenizer_folder))
+    return tmp_path
+
+
+def scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's curves as it shows them, steps and values, but for those of the time that things took."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(logs), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("perf/")]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def pictures(logs: Path, tag: str) -> list[bytes]:
+    """TensorBoard's images, encoded."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(logs), size_guidance={"images": 0})
+    events.Reload()
+    return [event.encoded_image_string for event in events.Images(tag)]

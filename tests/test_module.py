@@ -44,10 +44,11 @@ def shards(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     return tmp_path / "shards"
 
 
-def make_module(tokenizer_folder: Path, **overrides: object) -> LitMVAR:
+def make_module(tokenizer_folder: Path, model: dict[str, object] | None = None, **overrides: object) -> LitMVAR:
+    """`model` are options of the module, the others of the network."""
     torch.manual_seed(0)
     network = MVARConfig(SCHEDULE, **(NETWORK | {"mamba_head_dim": 16} | overrides))
-    return LitMVAR(network, str(tokenizer_folder), OptimizerConfig(base_lr=0.05))
+    return LitMVAR(network, str(tokenizer_folder), OptimizerConfig(base_lr=0.05), **(model or {}))
 
 
 def make_trainer(root: Path, max_steps: int, **options: object) -> L.Trainer:

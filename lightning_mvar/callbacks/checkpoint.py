@@ -34,7 +34,8 @@ class PlainFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
+        with open(path, "wb") as file:  # given the path, torch would not say that the disk is full
+            torch.save(checkpoint, file)
 
 
 class AtomicCheckpoint(ModelCheckpoint):

@@ -27,10 +27,20 @@ class InterruptionCallback(L.Callback):
         self.group: dist.ProcessGroup | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for number in SIGNALS:  # in place of Lightning's own, which would save in the middle of a step
-            signal.signal(number, self.receive)
         if trainer.world_size > 1:
-            self.group = dist.new_group(backend="gloo")
+            timeout = getattr(trainer.strategy, "_timeout", None)  # not gloo's own, but what the run is to wait
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.listen()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the place of Lightning's handlers, which save, or talk to other ranks, in the middle of a step."""
+        for number in SIGNALS:
+            signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if number == self.received == signal.SIGINT:

@@ -13,17 +13,21 @@ from lightning_mvar.data.images import ImageBatch
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.pictures import formation_strip, image_grid
 from lightning_mvar.sampling import generate, image_generators
+from lightning_mvar.strategies import sampling_from
 from lightning_mvar.tokenizer_module import LitTokenizer
 
 
 class SamplesCallback(L.Callback):
     """After every validation: `samples`, a row for each class, and `strip`, what each scale adds to some images.
 
+    Drawn from the average of the weights, where one is kept.
+
     Args:
         classes: number of classes to show, spread evenly over all of them.
         per_class: images in each row of the grid.
         guidance, top_k, top_p: of the sampling.
         seed: of the sampling; the same from step to step, so that one sees the same image improve.
+        keep_sharded: gather a sharded network block by block, if the whole does not fit on a device; slower.
     """
 
     def __init__(
@@ -34,11 +38,12 @@ class SamplesCallback(L.Callback):
         top_k: int = 900,
         top_p: float = 0.96,
         seed: int = 0,
+        keep_sharded: bool = False,
     ) -> None:
-        self.classes, self.per_class, self.seed = classes, per_class, seed
+        self.classes, self.per_class, self.seed, self.keep_sharded = classes, per_class, seed, keep_sharded
         self.sampling: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
@@ -48,14 +53,9 @@ class SamplesCallback(L.Callback):
         labels = shown.repeat_interleave(self.per_class).to(pl_module.device)
         generators = image_generators(self.seed, 0, len(labels))
         # On every rank alike: a sharded network needs all of them for a forward.
-        with trainer.precision_plugin.forward_context():
+        with sampling_from(pl_module.averaged, trainer.strategy, self.keep_sharded) as network:
             images, tokens = generate(
-                pl_module.network,
-                pl_module.tokenizer,
-                labels,
-                generator=generators,
-                return_tokens=True,
-                **self.sampling,
+                network, pl_module.tokenizer, labels, generator=generators, return_tokens=True, **self.sampling
             )
         log_image(trainer, "samples", image_grid(images, self.per_class))
         log_image(trainer, "strip", formation_strip(pl_module.tokenizer, tokens[:: self.per_class]))
@@ -71,7 +71,7 @@ class ReconstructionsCallback(L.Callback):
     def __init__(self, images: int = 16) -> None:
         self.images = images
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,

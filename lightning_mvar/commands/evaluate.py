@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +13,15 @@ from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import Record, print_record, write_records
 from lightning_mvar.data.digits import load_digits
-from lightning_mvar.data.images import ImageSource, open_images
+from lightning_mvar.data.images import open_images
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
-from lightning_mvar.metrics.frechet import (
-    BATCH_SIZE,
-    Statistics,
-    frechet_distance,
-    image_statistics,
-    reference_statistics,
-    stack_images,
-)
+from lightning_mvar.metrics.frechet import frechet_distance
+from lightning_mvar.metrics.reference import BATCH_SIZE, Reference, load_reference, read_npz, stack
+from lightning_mvar.metrics.scores import Scores, prepare
 
+NEIGHBOURS = 3  # k of precision and recall
+FULL_NAMES = {"fid": "frechet_distance", "is": "inception_score", "precision": "precision", "recall": "recall"}
 DIGITS_CLASSIFIER = "digits_classifier.safetensors"  # kept among the statistics
 
 
@@ -38,47 +34,49 @@ def evaluate(
     cache: str = "outputs/statistics",
     json: str | None = None,
 ) -> None:
-    """Score samples by the Frechet distance to real images; digits are also read by classifiers.
+    """Score samples against real images: Frechet distance, precision and recall (k = 3), and the inception score where
+    the extractor classifies. Digits are also read by classifiers.
 
-    A distance depends on the extractor and is comparable only with distances in the features of the same one.
+    Scores depend on the extractor and are comparable only with scores in the features of the same one.
 
     Args:
         samples: npz of `sample`: arr_0 uint8 N x H x W x 3, arr_1 labels.
-        reference: the real images: `digits:test`, or a folder of class folders.
-        extractor: class path of an nn.Module with num_features, images in [0, 1] -> features; a small classifier
-            trained on the spot where the reference are digits.
+        reference: the real images: `digits:test`, a folder of class folders, or an npz with mu and sigma, such as
+            ADM's, made with the same extractor.
+        extractor: InceptionV3 (with --extractor.weights FILE), whose scores compare with published ones, or the class
+            path of an nn.Module with num_features, images in [0, 1] -> features; where the reference are digits, a
+            small classifier trained on the spot.
         floor: other real images, whose distance to the reference is what a perfect model would get.
         tokenizer: folder of a tokenizer, to score its reconstructions of the reference too.
         cache: folder that keeps the statistics of real images, and the digits classifier.
         json: write what the table shows to this file.
     """
     images, labels = read_samples(Path(samples))
-    real = open_images(reference, images.shape[-1])
+    resolution = images.shape[-1]
     digits = reference.startswith("digits:")
     if extractor is None:
         if not digits:
-            raise InputError("--extractor is needed for other images than digits: name an nn.Module with num_features")
+            raise InputError("--extractor is needed for other images than digits, for instance InceptionV3")
         extractor = DigitsClassifier(str(Path(cache) / DIGITS_CLASSIFIER))
-    statistics = reference_statistics(extractor, reference, real, Path(cache))
-    distance = frechet_distance(statistics, image_statistics(extractor, images, "features of the samples"))
+    prepare(extractor, torch.device("cpu"))
+    real = load_reference(extractor, reference, resolution, Path(cache))
     record: Record = {
         "samples": samples,
         "reference": reference,
         "extractor": type(extractor).__name__,
         "num_samples": len(images),
-        "num_reference": len(real),
-        "frechet_distance": distance,
     }
+    record |= score(extractor, real, images, "features of the samples")
     if floor is not None:
-        others = reference_statistics(extractor, floor, open_images(floor, images.shape[-1]), Path(cache))
-        record["floor_frechet_distance"] = frechet_distance(statistics, others)
-        record["frechet_distance_over_floor"] = distance / record["floor_frechet_distance"]
+        others = load_reference(extractor, floor, resolution, Path(cache))
+        record["floor_frechet_distance"] = frechet_distance(real.statistics, others.statistics)
+        record["frechet_distance_over_floor"] = record["frechet_distance"] / record["floor_frechet_distance"]
     if digits:
         record |= judge_digits(images, labels)
     if isinstance(extractor, DigitsClassifier):
         record["classifier_accuracy_on_samples"] = float((extractor.classify(images) == labels).float().mean())
     if tokenizer is not None:
-        record |= judge_reconstructions(tokenizer, real, digits, extractor, statistics)
+        record |= judge_reconstructions(tokenizer, reference, resolution, extractor, real)
     print_record(record)
     if json is not None:
         write_records([record], json)
@@ -88,11 +86,8 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     """Images (n, 3, H, W) float32 in [0, 1] and labels (n,) of an npz of samples."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; write it with `lightning-mvar sample --out {path}`")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            pixels, labels = arrays["arr_0"], arrays["arr_1"]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged or not an npz of samples ({error})") from error
+    arrays = read_npz(path, ("arr_0", "arr_1"))
+    pixels, labels = arrays["arr_0"], arrays["arr_1"]
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or len(pixels) != len(labels):
         raise InputError(f"{path}: arr_0 must be uint8 N x H x W x 3 with N labels in arr_1, got {pixels.shape}")
     if len(pixels) < 2:
@@ -118,20 +113,29 @@ def real_digits(split: str) -> tuple[Tensor, Tensor]:
     return (images + 1) / 2, labels
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def judge_reconstructions(
-    folder: str, real: ImageSource, digits: bool, extractor: nn.Module, statistics: Statistics
+    folder: str, reference: str, resolution: int, extractor: nn.Module, real: Reference
 ) -> Record:
     """The tokenizer's reconstructions of the reference, by the same scores."""
-    tokenizer, originals = load_tokenizer(folder), stack_images(real)
+    tokenizer, source = load_tokenizer(folder), open_images(reference, resolution)
+    originals = stack(source, list(range(len(source))))
     batches = tqdm(originals.split(BATCH_SIZE), desc="reconstruct", leave=False)
     decoded = torch.cat([(tokenizer.decode(tokenizer.encode(batch * 2 - 1)) + 1) / 2 for batch in batches])
-    found = image_statistics(extractor, decoded, "features of the reconstructions")
-    record: Record = {"reconstruction_frechet_distance": frechet_distance(statistics, found)}
-    if digits:
-        labels = torch.tensor([real[i].label for i in range(len(real))])
+    found = score(extractor, real, decoded, "features of the reconstructions")
+    record: Record = {"reconstruction_frechet_distance": found["frechet_distance"]}
+    if reference.startswith("digits:"):
+        labels = torch.tensor([source[i].label for i in range(len(source))])
         record["svm_accuracy_on_reconstructions"] = svm_accuracy(*real_digits("train"), decoded, labels)
     return record
+
+
+def score(extractor: nn.Module, real: Reference, images: Tensor, progress: str) -> Record:
+    """Every score of images (n, 3, H, W) in [0, 1] that the extractor and the reference allow, by its full name."""
+    scores = Scores(extractor, real, len(images), NEIGHBOURS if len(images) > NEIGHBOURS else 0)
+    for numbers in tqdm(torch.arange(len(images)).split(BATCH_SIZE), desc=progress, leave=False):
+        scores.update(images[numbers], numbers)
+    return {FULL_NAMES[name]: value for name, value in scores.compute().items()}
 
 
 def main(argv: list[str]) -> None:

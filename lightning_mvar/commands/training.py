@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+import torch.distributed as dist
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -101,7 +102,11 @@ def add_resume(parser: LightningArgumentParser) -> None:
 
 @contextmanager
 def ending_together(trainer: L.Trainer) -> Iterator[None]:
-    """End the processes that this one has started when it fails: they would wait for it until their timeout."""
+    """End the processes that this one has started when it fails: they would wait for it until their timeout.
+
+    Raises:
+        InputError: if another rank has ended, whose own message tells why.
+    """
     try:
         yield
     except BaseException as error:
@@ -110,6 +115,12 @@ def ending_together(trainer: L.Trainer) -> Iterator[None]:
             launcher.kill(signal.SIGKILL)
         if isinstance(error, Interrupted) and not trainer.is_global_zero:
             sys.exit(0)  # rank 0 tells; a code here would make it kill itself
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            reason = str(error).split("] ", 1)[-1].split(". ")[0]
+            raise InputError(
+                f"rank {trainer.global_rank} lost another rank after step {trainer.global_step} ({reason}): that one's "
+                f"message says why; --resume goes on from the newest checkpoint"
+            ) from error
         raise
 
 
@@ -125,6 +136,7 @@ def run_cli(cli: type[CLI], model: type, data: type, **options: Any) -> CLI:
         Interrupted: if a signal ended the run.
     """
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # we pass on what the console script was given
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning's own
     try:
         return cli(
             model,

@@ -1,5 +1,10 @@
 """Scores of generated images, on any feature extractor.
 
 An extractor is an `nn.Module` with an int attribute `num_features` that maps images (b, 3, H, W) float32 in [0, 1] to
-features (b, num_features).
+features (b, num_features). With a method `logits`, features -> (b, classes), it gives an inception score too.
 """
+
+from lightning_mvar.metrics.digits import DigitsClassifier
+from lightning_mvar.metrics.inception import InceptionV3
+
+__all__ = ["DigitsClassifier", "InceptionV3"]

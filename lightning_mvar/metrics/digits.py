@@ -52,9 +52,13 @@ class DigitsClassifier(nn.Module):
         """Images (b, 3, 32, 32) float32 in [0, 1] -> features (b, 64)."""
         return self.features(images * 2 - 1)
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Features (b, 64) -> (b, 10)."""
+        return self.head(features)
+
     def classify(self, images: Tensor) -> Tensor:
         """Images (b, 3, 32, 32) in [0, 1] -> the likeliest class (b,) int64."""
-        return self.head(self(images)).argmax(dim=-1)
+        return self.logits(self(images)).argmax(dim=-1)
 
     @torch.inference_mode(False)
     @torch.enable_grad()

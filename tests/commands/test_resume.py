@@ -1,0 +1,264 @@
+"""Runs that are killed, stopped or starved, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import scalars
+from processes import Run, start
+
+from lightning_mvar.resume import by_time, read_part
+
+FIT = ["fit", "--config", "run.yaml", "--resume"]
+TWO = ["--data.batch_size", "8", "--trainer.strategy"]
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    """Network and average of the newest checkpoint."""
+    return read_part((root / "checkpoints/last.ckpt").resolve(), "")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def train(folder: Path, root: str, options: list[str], devices: int = 1, codes: int = 0) -> Run:
+    """Run to the end, which must come in time and with `codes`."""
+    started = start([*FIT, *options, "--trainer.default_root_dir", root], folder, devices, name=root)
+    assert started.wait() == [codes] * devices, started.printed()
+    return started
+
+
+def kill_and_resume(folder: Path, root: str, options: list[str], devices: int, kills: int) -> None:
+    """Kill all ranks at random moments after the first checkpoint that each start writes; at last run to the end."""
+    rng, checkpoints = random.Random(0), folder / root / "checkpoints"
+    for _ in range(kills):
+        before = by_time(checkpoints)[:1]
+        started = start([*FIT, *options, "--trainer.default_root_dir", root], folder, devices, name="killed")
+        while by_time(checkpoints)[:1] == before and any(rank.is_alive() for rank in started.ranks):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        assert all(rank.is_alive() for rank in started.ranks), started.printed()
+        started.send(signal.SIGKILL)
+    train(folder, root, options, devices)
+
+
+@pytest.mark.parametrize(("devices", "strategy", "kills"), [(1, "auto", 5), (2, "fsdp2", 2)])
+def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(
+    run_folder: Path, devices: int, strategy: str, kills: int
+) -> None:
+    options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", "40"]
+    options += ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
+    train(run_folder, "whole", options, devices)
+    kill_and_resume(run_folder, "killed", options, devices, kills)
+    difference = largest_difference(weights(run_folder / "whole"), weights(run_folder / "killed"))
+    assert difference == 0 if devices == 1 else difference < 1e-6
+    whole, killed = scalars(run_folder / "whole/logs"), scalars(run_folder / "killed/logs")
+    if devices == 1:
+        assert killed == whole  # every curve: the same steps, each once, the same values
+    else:
+        assert {tag: [step for step, _ in curve] for tag, curve in killed.items()} == {
+            tag: [step for step, _ in curve] for tag, curve in whole.items()
+        }
+    assert len(by_time(run_folder / "killed/checkpoints")) == 2
+    assert not list((run_folder / "killed/checkpoints").glob(".*"))
+
+
+def test_torn_checkpoints_are_named_and_passed_over(run_folder: Path) -> None:
+    train(run_folder, "run", [])
+    expected, folder = weights(run_folder / "run"), run_folder / "run/checkpoints"
+    for attempt in range(4):
+        newest = by_time(folder)[0]
+        content = newest.read_bytes()
+        newest.write_bytes(content[: random.Random(attempt).randrange(len(content))])
+        again = train(run_folder, "run", [])
+        assert f"skipped: {newest} is missing or damaged" in again.printed()
+        assert "resuming from" in again.printed()
+        assert largest_difference(expected, weights(run_folder / "run")) == 0
+    newest, older = by_time(folder)
+    for path in (newest, older):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    anew = train(run_folder, "run", [])
+    assert f"{newest} is damaged (in " in anew.printed()
+    assert "no intact checkpoint" in anew.printed()
+    assert largest_difference(expected, weights(run_folder / "run")) == 0
+
+
+def test_torn_shares_are_named_and_passed_over(run_folder: Path) -> None:
+    train(run_folder, "run", [*TWO, "fsdp2"], 2)
+    expected, folder = weights(run_folder / "run"), run_folder / "run/checkpoints"
+    share = by_time(folder)[0] / "__1_0.distcp"
+    share.write_bytes(share.read_bytes()[:-1])
+    again = train(run_folder, "run", [*TWO, "fsdp2"], 2)
+    assert f"skipped: {share} is damaged" in again.printed()
+    assert largest_difference(expected, weights(run_folder / "run")) < 1e-6
+
+
+def signal_at_step_5(rank: int, number: int) -> None:
+    """The last rank receives a signal in the middle of the sixth step; the others never hear of it."""
+    from lightning_mvar.module import LitMVAR
+
+    step = LitMVAR.training_step
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        if self.global_step == 5 and rank == self.trainer.world_size - 1:
+            os.kill(os.getpid(), number)
+        return step(self, batch, batch_idx)
+
+    LitMVAR.training_step = training_step
+
+
+def signal_in_validation(rank: int) -> None:
+    """As the second validation begins, after step 8."""
+    from lightning_mvar.module import LitMVAR
+
+    def on_validation_epoch_start(self):  # type: ignore[no-untyped-def]
+        if self.global_step == 8 and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    LitMVAR.on_validation_epoch_start = on_validation_epoch_start
+
+
+@pytest.mark.parametrize(
+    ("number", "devices", "strategy"),
+    [(signal.SIGINT, 1, "auto"), (signal.SIGUSR1, 2, "ddp"), (signal.SIGTERM, 2, "fsdp2")],
+)
+def test_a_signal_to_one_rank_saves_and_ends_all(
+    run_folder: Path, number: signal.Signals, devices: int, strategy: str
+) -> None:
+    options = ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
+    train(run_folder, "whole", options, devices)
+    prepare = partial(signal_at_step_5, number=number)
+    stopped = start([*FIT, *options, "--trainer.default_root_dir", "run"], run_folder, devices, prepare)
+    assert stopped.wait() == [128 + number] + [0] * (devices - 1), stopped.printed()
+    assert f"interrupted by {number.name} after step 6; --resume goes on" in stopped.printed()
+    assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000006.ckpt"
+    train(run_folder, "run", options, devices)
+    assert largest_difference(weights(run_folder / "whole"), weights(run_folder / "run")) < 1e-6
+    if devices == 1:
+        assert scalars(run_folder / "run/logs") == scalars(run_folder / "whole/logs")
+
+
+def test_a_signal_during_validation_runs_it_again(run_folder: Path) -> None:
+    train(run_folder, "whole", [])
+    stopped = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=signal_in_validation)
+    assert stopped.wait() == [143], stopped.printed()
+    train(run_folder, "run", [])
+    assert largest_difference(weights(run_folder / "whole"), weights(run_folder / "run")) == 0
+    assert scalars(run_folder / "run/logs") == scalars(run_folder / "whole/logs")
+
+
+def small_files_only(rank: int) -> None:
+    """Writing more fails, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+@pytest.mark.parametrize(("devices", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp2")])
+def test_a_full_disk_ends_all_ranks_and_keeps_what_was_there(run_folder: Path, devices: int, strategy: str) -> None:
+    options = ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
+    train(run_folder, "run", [*options, "--trainer.max_steps", "6"], devices)
+    before = by_time(run_folder / "run/checkpoints")
+    command = [*FIT, *options, "--trainer.default_root_dir", "run"]
+    starved = start(command, run_folder, devices, prepare=small_files_only)
+    assert starved.wait() == [1] * devices, starved.printed()
+    assert "cannot write the checkpoint" in starved.printed()
+    if strategy != "fsdp2":  # whose writers pass on less
+        assert "File too large" in starved.printed()
+    assert "Traceback" not in starved.printed()
+    assert by_time(run_folder / "run/checkpoints") == before
+    assert not list((run_folder / "run/checkpoints").glob(".*unfinished"))
+
+
+def fails_at_step_5(rank: int) -> None:
+    from lightning_mvar.module import LitMVAR
+
+    step = LitMVAR.training_step
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        if self.global_step == 5 and rank == self.trainer.world_size - 1:
+            raise RuntimeError("this rank breaks")
+        return step(self, batch, batch_idx)
+
+    LitMVAR.training_step = training_step
+
+
+@pytest.mark.parametrize(("devices", "strategy", "saved"), [(1, "auto", 5), (2, "ddp", 5), (2, "fsdp2", 3)])
+def test_one_rank_that_raises_ends_all(run_folder: Path, devices: int, strategy: str, saved: int) -> None:
+    """Rank 0 of DDP has everything and saves what the last step left; a share of a sharded network is of no use."""
+    options = ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
+    command = [*FIT, *options, "--trainer.default_root_dir", "run"]
+    broken = start(command, run_folder, devices, prepare=fails_at_step_5)
+    assert broken.wait(60) == [1] * (devices - 1) + [70], broken.printed()
+    assert "RuntimeError: this rank breaks" in broken.printed()
+    if devices > 1:
+        assert "rank 0 lost another rank after step 5" in broken.printed()
+    assert by_time(run_folder / "run/checkpoints")[0].name == f"step={saved:08d}.ckpt"
+    train(run_folder, "run", options, devices)
+
+
+def loses_shards_at_step_2(rank: int) -> None:
+    from lightning_mvar.module import LitMVAR
+
+    step = LitMVAR.training_step
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        if self.global_step == 2:
+            for path in Path("shards").glob("*.tar"):
+                path.rename(path.with_suffix(".gone"))
+        return step(self, batch, batch_idx)
+
+    LitMVAR.training_step = training_step
+
+
+def test_a_shard_that_vanishes_ends_the_run_which_goes_on_when_it_is_back(run_folder: Path) -> None:
+    train(run_folder, "whole", [])
+    options = ["--data.block_size", "1", "--trainer.default_root_dir", "run"]
+    lost = start([*FIT, *options], run_folder, prepare=loses_shards_at_step_2)
+    assert lost.wait(60) == [1], lost.printed()
+    assert "is damaged or not a token shard" in lost.printed()
+    assert "No such file" in lost.printed()
+    for path in (run_folder / "shards").glob("*.gone"):
+        path.rename(path.with_suffix(".tar"))
+    train(run_folder, "run", options)
+
+
+def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(run_folder: Path) -> None:
+    both = start([*FIT, "--ckpt_path", "x.ckpt"], run_folder)
+    assert both.wait() == [1]
+    assert "give --resume or --ckpt_path, not both" in both.printed()
+    without = start([*FIT, "--trainer.callbacks", "null"], run_folder)
+    assert without.wait() == [1]
+    assert "--resume needs a lightning_mvar.callbacks.Checkpoint" in without.printed()
+
+
+def test_a_finished_run_ends_at_once_and_goes_on_when_it_is_extended(run_folder: Path) -> None:
+    train(run_folder, "run", [])
+    before = weights(run_folder / "run")
+    train(run_folder, "run", [])
+    assert largest_difference(before, weights(run_folder / "run")) == 0
+    train(run_folder, "run", ["--trainer.max_steps", "14"])
+    assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000014.ckpt"
+    shutil.rmtree(run_folder / "run")
+
+
+def test_other_batches_keep_the_place_in_the_data(run_folder: Path) -> None:
+    """Five steps of 16 are one epoch and two batches; with batches of 8 the next one is the fifth of the epoch."""
+    train(run_folder, "run", ["--trainer.max_steps", "5"])
+    resumed = train(run_folder, "run", ["--data.batch_size", "8", "--trainer.max_steps", "8"])
+    assert "resuming with batches of 8 images over all ranks, not 16" in resumed.printed()
+    content = torch.load(run_folder / "run/checkpoints/step=00000008.ckpt", weights_only=True)
+    (place,) = content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert place == {"epoch": 2, "samples": 8}

@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Projection, write_images
+from torch import nn
+
+from lightning_mvar.data.images import open_images
+from lightning_mvar.errors import InputError
+from lightning_mvar.metrics import reference as module
+from lightning_mvar.metrics.reference import load_reference, measure, read_statistics, stack
+from lightning_mvar.metrics.scores import prepare
+
+
+@pytest.fixture
+def extractor() -> Projection:
+    torch.manual_seed(0)
+    return Projection().requires_grad_(False)
+
+
+def test_a_reference_is_mean_covariance_and_features_of_all_images(extractor: Projection) -> None:
+    images = open_images("digits:test", 32)
+    found = measure(extractor, images, "")
+    features = extractor(stack(images, list(range(len(images))))).double().numpy()
+    np.testing.assert_allclose(found.statistics.mu, features.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.statistics.sigma, np.cov(features, rowvar=False), rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(found.features, features, rtol=1e-4, atol=1e-6)
+
+
+def test_no_more_features_are_kept_than_are_used_spread_over_all_images(
+    extractor: Projection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_FEATURES", 10)
+    images = open_images("digits:test", 32)
+    found = measure(extractor, images, "")
+    expected = extractor(stack(images, np.linspace(0, 449, 10).round().astype(int).tolist()))
+    torch.testing.assert_close(found.features, expected)
+
+
+def test_it_is_measured_once_for_each_extractor(extractor: Projection, tmp_path: Path) -> None:
+    first = load_reference(extractor, "digits:test", 32, tmp_path)
+    calls = extractor.calls
+    again = load_reference(extractor, "digits:test", 32, tmp_path)
+    assert extractor.calls == calls
+    assert torch.equal(first.statistics.sigma, again.statistics.sigma)
+    assert first.features is not None
+    assert torch.equal(first.features, again.features)
+    extractor.linear.bias += 1
+    other = load_reference(extractor, "digits:test", 32, tmp_path)
+    assert not torch.equal(other.statistics.mu, first.statistics.mu)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def published_file(path: Path, extractor: Projection, pixels: np.ndarray | None) -> None:
+    """The keys of the files that ADM and OpenAI publish."""
+    rng = np.random.default_rng(0)
+    sample = rng.normal(size=(50, extractor.num_features))
+    arrays = {"mu": sample.mean(axis=0), "sigma": np.cov(sample, rowvar=False), "mu_s": np.zeros(2023)}
+    np.savez(path, **arrays, **({} if pixels is None else {"arr_0": pixels}))
+
+
+def test_published_statistics_load_by_path(extractor: Projection, tmp_path: Path) -> None:
+    path = tmp_path / "VIRTUAL_imagenet256_labeled.npz"
+    published_file(path, extractor, None)
+    found = load_reference(extractor, str(path), 256, tmp_path)
+    assert found.statistics.mu.shape == (12,)
+    assert found.features is None
+    pixels = np.random.default_rng(1).integers(0, 256, (70, 8, 8, 3)).astype(np.uint8)
+    published_file(path, extractor, pixels)
+    features = load_reference(extractor, str(path), 256, tmp_path).features
+    expected = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+    torch.testing.assert_close(features, expected)
+
+
+def test_damaged_and_foreign_files_are_named(extractor: Projection, tmp_path: Path) -> None:
+    path = tmp_path / "statistics.npz"
+    with pytest.raises(InputError, match=r"statistics\.npz does not exist"):
+        read_statistics(extractor, path)
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(InputError, match="Projection makes 12 features: it was made with another extractor"):
+        read_statistics(extractor, path)
+    np.savez(path, other=np.zeros(3))
+    with pytest.raises(InputError, match="has no array mu; it holds other"):
+        read_statistics(extractor, path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"statistics\.npz is damaged"):
+        read_statistics(extractor, path)
+
+
+def test_too_few_images_and_no_extractors_are_refused(extractor: Projection, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", per_class=1)
+    for name in ("light", "mixed"):
+        (tmp_path / "images" / name / "0.png").unlink()
+    with pytest.raises(InputError, match="at least 2 images, got 1"):
+        measure(extractor, open_images(str(tmp_path / "images"), 8), "")
+    with pytest.raises(InputError, match="Linear is no feature extractor"):
+        prepare(nn.Linear(2, 2), torch.device("cpu"))

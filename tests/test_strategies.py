@@ -1,0 +1,172 @@
+"""One process, DDP and FSDP2 train the same network and sample the same images."""
+
+from __future__ import annotations
+
+from functools import partialmethod
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import pictures, scalars
+from lightning.pytorch.strategies import FSDPStrategy
+from processes import CONTEXT, start
+from test_module import Losses, TokenDataModule, make_module, make_trainer
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from lightning_mvar.checkpoints import load_trained
+from lightning_mvar.cli import run
+from lightning_mvar.models.mvar import MVAR, Block, MVARConfig
+from lightning_mvar.resume import read_part, remove
+from lightning_mvar.strategies import gathered_copy, materialize
+
+FIT = ["fit", "--config", "run.yaml"]
+KEEP_SHARDED = [f"--trainer.callbacks.{name}.keep_sharded=true" for name in ("SamplesCallback", "FIDCallback")]
+RUNS = {
+    "one": (1, []),
+    "ddp": (2, ["--trainer.strategy", "ddp"]),
+    "fsdp2": (2, ["--trainer.strategy", "fsdp2"]),
+    "frugal": (2, ["--trainer.strategy", "fsdp2", "--model.activation_checkpointing", "true"]),
+}
+
+
+def options(name: str) -> list[str]:
+    devices, options = RUNS[name]
+    return [*options, "--data.batch_size", str(16 // devices), "--trainer.default_root_dir", name]
+
+
+def test_strategies_agree_on_losses_weights_scores_and_samples(run_folder: Path) -> None:
+    """The same global batch. `frugal` also keeps the network sharded while it samples."""
+    text = (run_folder / "run.yaml").read_text()
+    (run_folder / "frugal.yaml").write_text(text.replace("batch_size: 3", "batch_size: 3, keep_sharded: true"))
+    for name in RUNS:
+        config = ["fit", "--config", "frugal.yaml" if name == "frugal" else "run.yaml"]
+        ranks = start([*config, *options(name)], run_folder, RUNS[name][0], name=name)
+        assert ranks.wait() == [0] * RUNS[name][0], ranks.printed()
+    one = scalars(run_folder / "one/logs")
+    assert len(one["train/loss"]) == 12
+    assert len(one["val/fid"]) == 3
+    expected = {part: last_weights(run_folder / "one", part) for part in ("network.", "ema.")}
+    for name in ("ddp", "fsdp2", "frugal"):
+        other = scalars(run_folder / name / "logs")
+        assert other.keys() == one.keys()
+        for tag in one:
+            tolerance = {"rel": 1e-4} if "fid" in tag or "frechet" in tag else {"abs": 1e-5, "rel": 1e-4}
+            assert [step for step, _ in other[tag]] == [step for step, _ in one[tag]]
+            values = [value for _, value in one[tag]]
+            assert [value for _, value in other[tag]] == pytest.approx(values, **tolerance), (name, tag)
+        assert pictures(run_folder / name / "logs", "samples") == pictures(run_folder / "one/logs", "samples")
+        for part, weights in expected.items():
+            for key, tensor in last_weights(run_folder / name, part).items():
+                torch.testing.assert_close(tensor, weights[key], atol=1e-5, rtol=1e-4)
+
+
+def last_weights(root: Path, prefix: str) -> dict[str, torch.Tensor]:
+    return read_part((root / "checkpoints/last.ckpt").resolve(), prefix)
+
+
+def test_a_sharded_checkpoint_goes_on_with_other_devices_and_becomes_a_plain_folder(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = start([*FIT, *options("fsdp2")], run_folder, 2)
+    assert first.wait() == [0, 0], first.printed()
+    monkeypatch.chdir(run_folder)
+    expected = last_weights(Path("fsdp2"), "network.")
+    remove(Path("fsdp2/checkpoints/last.ckpt").resolve())
+    Path("fsdp2/checkpoints/last.ckpt").unlink()
+    Path("fsdp2/checkpoints/last.ckpt").symlink_to("step=00000009.ckpt")
+    checkpoint = Path("fsdp2/checkpoints/last.ckpt").resolve()
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "meta.pt",
+        "seal.json",
+    ]
+    assert run(["export", "--ckpt_path", str(checkpoint), "--out", "export"]) == 0
+    for weights, prefix in (("ema", "ema."), ("raw", "network.")):
+        network = load_trained(checkpoint, weights=weights).network.state_dict()
+        shares = read_part(checkpoint, prefix)
+        assert all(torch.equal(network[name], tensor) for name, tensor in shares.items())
+        exported = load_trained("export").network.state_dict()
+        assert all(torch.equal(exported[name], network[name]) for name in network) == (weights == "ema")
+    assert run(["sample", "--ckpt_path", str(checkpoint), "--out", "samples.npz"]) == 0
+    assert run([*FIT, "--resume", "--trainer.default_root_dir", "fsdp2"]) == 1
+    assert "has a share of each rank: it needs --trainer.strategy fsdp2" in capfd.readouterr().err
+    alone = ["--trainer.strategy", "fsdp2", "--data.batch_size", "16", "--trainer.default_root_dir", "fsdp2"]
+    resumed = start([*FIT, *alone, "--resume", "--trainer.devices", "1"], run_folder)
+    assert resumed.wait() == [0], resumed.printed()
+    assert "resuming on 1 ranks, not 2" in resumed.printed()
+    for key, tensor in last_weights(Path("fsdp2"), "network.").items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4)
+
+
+def test_every_part_of_a_network_gets_its_weights_and_is_finished_before_the_next() -> None:
+    config = MVARConfig(depth=3, width=32, heads=2, mamba_head_dim=32)
+    with torch.device("meta"):
+        network = MVAR(config)
+    seen: list[tuple[str, int]] = []
+
+    def finish(module: nn.Module) -> None:
+        whole = [block for block in network.blocks if not next(block.parameters()).is_meta]
+        seen.append((type(module).__name__, len(whole)))
+
+    materialize(network, torch.device("cpu"), 0, finish)
+    assert seen == [("Block", 1), ("Block", 2), ("Block", 3), ("MVAR", 3)]
+    torch.manual_seed(123)
+    with torch.device("meta"):
+        again = MVAR(config)
+    materialize(again, torch.device("cpu"), 0)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+        assert tensor.isfinite().all(), name
+    assert not torch.equal(network.blocks[0].mlp[0].weight, network.blocks[1].mlp[0].weight)
+
+
+def test_compiled_and_recomputed_blocks_give_the_same_losses(
+    tokenizer_folder: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as torch.compile does it, but without generating code, which takes minutes."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    runs = []
+    for options in ({}, {"compile": True}, {"activation_checkpointing": True}):
+        L.seed_everything(0)
+        losses, module = Losses(), make_module(tokenizer_folder, model=options)
+        data = TokenDataModule(str(run_folder / "shards"), str(run_folder / "shards"), batch_size=16)
+        make_trainer(run_folder, 3, callbacks=[losses]).fit(module, data)
+        runs.append(losses.train)
+    assert runs[1] == pytest.approx(runs[0], abs=1e-6)
+    assert runs[2] == pytest.approx(runs[0], abs=1e-6)
+
+
+def fsdp1_copy_equals(rank: int, folder: str, weights: dict[str, torch.Tensor]) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    with torch.device("meta"):
+        network = MVAR(MVARConfig(depth=2, width=32, heads=2, mamba_head_dim=32))
+    network.load_state_dict(weights, assign=True)
+    wrapped = FullyShardedDataParallel(
+        nn.ModuleDict({"network": network}),
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    strategy = FSDPStrategy()
+    strategy.model = wrapped
+    copy = gathered_copy(wrapped.module["network"], strategy).state_dict()
+    assert copy.keys() == weights.keys()
+    assert all(torch.equal(copy[name], tensor) for name, tensor in weights.items())
+
+
+def test_fsdp1_networks_are_copied_whole_on_every_rank(tmp_path: Path) -> None:
+    """Lightning's FSDP1 wants GPUs, PyTorch's runs here."""
+    torch.manual_seed(0)
+    network = MVAR(MVARConfig(depth=2, width=32, heads=2, mamba_head_dim=32))
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    ranks = [CONTEXT.Process(target=fsdp1_copy_equals, args=(rank, str(tmp_path), weights)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
