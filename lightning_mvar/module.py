@@ -21,7 +21,7 @@ from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.models.mvar import MVAR, Block, MVARConfig
 from lightning_mvar.optim import OptimizerConfig, apply_schedule, build_optimizer
 from lightning_mvar.sampling import check_pair
-from lightning_mvar.strategies import FSDP2Strategy, local, materialize, plain, recompute_in_backward, total_norm
+from lightning_mvar.strategies import FSDP2Strategy, build, local, plain, recompute_in_backward, total_norm
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 
@@ -155,8 +155,8 @@ class LitMVAR(ScheduledModule):
     """An M-VAR or VAR network and its teacher-forced loss: cross entropy of every token, mean over all scales.
 
     The tokenizer is frozen. It is held outside the module's registry, so it is neither trained nor sharded nor saved;
-    a checkpoint remembers its path and fingerprint. The network is without memory until `configure_model`, which every
-    trainer calls, gives it initial weights: sharded block by block where the strategy is `fsdp2`.
+    a checkpoint remembers its path and fingerprint. The network exists from `configure_model` on, which every trainer
+    calls when it knows the devices: sharded block by block where the strategy is `fsdp2`.
 
     Args:
         network: what the network is made of.
@@ -164,7 +164,7 @@ class LitMVAR(ScheduledModule):
         optimizer: AdamW and its schedules.
         label_drop: share of the training labels replaced by the unconditional class.
         ema_decay: keep an average of the weights beside them, and sample from that: each step it keeps this share of
-            itself (less in the first steps: (1 + step) / (10 + step)). 0.9999 is usual; null for no average.
+            itself (less in the first steps: (1 + step) / (10 + step), counted from 0). 0.9999 is usual; null for no average.
         compile: compile each block with torch.compile.
         activation_checkpointing: keep only the input of each block for the backward pass and run the block again
             there: less memory, a third more time.
@@ -190,27 +190,27 @@ class LitMVAR(ScheduledModule):
         self.network_config, self.tokenizer_path = network, tokenizer
         self.label_drop, self.ema_decay = label_drop, ema_decay
         self.compiles, self.recomputes = compile, activation_checkpointing
-        with torch.device("meta"):
-            self.network = MVAR(network)
-            self.ema = MVAR(network).requires_grad_(False) if ema_decay is not None else None
+        self.network: MVAR
+        self.ema: MVAR | None = None
 
     def configure_model(self) -> None:
-        if not self.network.start_embed.is_meta:
+        """Build the network, in parts that may be sharded at once: see `build`."""
+        if hasattr(self, "network"):
             return
         strategy = self.trainer.strategy if self._trainer is not None else None
         device = self.device if strategy is None else strategy.root_device
-        shard = strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda module: None
+        shard = strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda part: None
 
-        def prepare(part: nn.Module) -> None:
+        def finish(part: nn.Module) -> None:
             if isinstance(part, Block) and self.recomputes:
                 recompute_in_backward(part)
             if isinstance(part, Block) and self.compiles:
                 part.compile()
             shard(part)
 
-        materialize(self.network, device, self.seed, prepare)
-        if self.ema is not None:  # the same seed: it starts as a copy
-            materialize(self.ema, device, self.seed, shard)
+        self.network = build(self.network_config, device, self.seed, finish)
+        if self.ema_decay is not None:  # the same seed: it starts as a copy
+            self.ema = build(self.network_config, device, self.seed, shard).requires_grad_(False)
 
     @property
     def averaged(self) -> MVAR:

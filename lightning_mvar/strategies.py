@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mvar.models.mvar import MVAR
+from lightning_mvar.models.mvar import MVAR, MVARConfig
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -77,14 +77,16 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="weights sharded block by block (PyTorch FSDP2)")
 
 
-def materialize(
-    network: MVAR, device: torch.device, seed: int, finish: Callable[[nn.Module], None] = lambda module: None
-) -> None:
-    """Give a network that was built on the meta device its initial weights, the same under every strategy.
+def build(
+    config: MVARConfig, device: torch.device, seed: int, finish: Callable[[nn.Module], None] = lambda part: None
+) -> MVAR:
+    """A network with its initial weights, the same under every strategy.
 
-    `finish`, which may shard, is called on each block before the next one gets memory, and on the network last: no
-    rank ever holds all of a sharded network.
+    It is made on the meta device. `finish`, which may shard, is called on each block before the next one gets memory,
+    and on the network last: no rank ever holds all of a sharded network.
     """
+    with torch.device("meta"):
+        network = MVAR(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for block in network.blocks:
@@ -96,6 +98,7 @@ def materialize(
         network.to_empty(device=device, recurse=False)
         network.init_outer_weights()
         finish(network)
+    return network
 
 
 def recompute_in_backward(block: nn.Module) -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MIXERS, SCHEDULE, write_images, write_token_shards
+from conftest import MIXERS, SCHEDULE, write_token_shards
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_mvar import MVARConfig, Tokenizer
+from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.data.datamodule import TokenDataModule
+from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.optim import OptimizerConfig
+from lightning_mvar.resume import newest_intact
 
 NETWORK = {"depth": 2, "width": 32, "heads": 2, "vocab_size": 48, "code_dim": 8, "num_classes": 10}
 SAMPLES = [20, 20, 12]
@@ -195,9 +196,120 @@ def test_an_interrupted_step_is_done_again(tokenizer_folder: Path, shards: Path,
     assert all(torch.equal(value, weights[name]) for name, value in expected.state_dict().items())
 
 
+class Poison(Callback):
+    """Makes one gradient not a number in given steps, and remembers weights and first tokens."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps, self.weights, self.tokens = steps, [], []
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: LitMVAR) -> None:
+        if trainer.global_step in self.steps:
+            pl_module.network.head.weight.grad[0, 0] = torch.nan
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitMVAR, outputs, batch, batch_idx) -> None:
+        state = trainer.optimizers[0].state_dict()["state"]
+        everything = [*pl_module.state_dict().values(), *(moment for s in state.values() for moment in s.values())]
+        self.weights.append([tensor.clone() for tensor in everything])
+        self.tokens.append(batch.tokens[:, 0].tolist())
+
+
+def test_a_step_with_gradients_that_are_not_finite_is_skipped_and_its_images_are_named(
+    tokenizer_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Neither weights, nor their average, nor the optimizer's moments and counters move."""
+    poison, module = Poison(3, 4), make_module(tokenizer_folder, model={"ema_decay": 0.5})
+    data = TokenDataModule(str(shards), str(shards), batch_size=16)
+    with pytest.warns(
+        UserWarning, match=r"step 3 is skipped: the norm of its gradients is nan \(skipped 1, 1 in a row"
+    ):
+        make_trainer(tmp_path, 6, callbacks=[poison]).fit(module, data)
+    moved = [
+        any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        for before, after in zip(poison.weights, poison.weights[1:], strict=False)
+    ]
+    assert moved == [True, True, False, False, True]
+    assert (module.skipped_steps, module.skipped_in_a_row) == (2, 0)
+    lines = [json.loads(line) for line in (tmp_path / "skipped_steps/rank0.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]
+    for line in lines:
+        assert [int(key.removeprefix("image")) % 48 for key in line["keys"]] == poison.tokens[line["step"]]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_were(
+    tokenizer_folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    module = make_module(tokenizer_folder)
+    score = module.score
+
+    def infinite(batch, labels):  # type: ignore[no-untyped-def]
+        losses, correct = score(batch, labels)
+        return losses + (value if module.global_step == 1 else 0), correct
+
+    monkeypatch.setattr(module, "score", infinite)
+    poison = Poison()
+    with pytest.warns(UserWarning, match="step 1 is skipped"):
+        make_trainer(tmp_path, 3, callbacks=[poison]).fit(
+            module, TokenDataModule(str(shards), str(shards), batch_size=16)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(poison.weights[0], poison.weights[1], strict=True))
+    assert module.skipped_steps == 1
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_training_ends_after_too_many_skipped_steps_and_keeps_the_checkpoint_before(
+    tokenizer_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    module = make_module(tokenizer_folder, model={"max_skipped_steps": 3})
+    checkpoint = Checkpoint(str(tmp_path / "run"), every_n_train_steps=2)
+    trainer = make_trainer(tmp_path, 20, callbacks=[Poison(*range(3, 20)), checkpoint], enable_checkpointing=True)
+    with pytest.raises(DivergedError, match="3 steps in a row were not finite, the last of step 5"), pytest.warns():
+        trainer.fit(module, TokenDataModule(str(shards), str(shards), batch_size=16))
+    assert newest_intact(tmp_path / "run").name == "step=00000004.ckpt"
+
+
+def test_the_average_follows_the_weights(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
+    """Against a plain loop over the weights after each step."""
+    module = make_module(tokenizer_folder, model={"ema_decay": 0.6})
+
+    class Average(Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: LitMVAR) -> None:
+            self.expected = {name: tensor.double() for name, tensor in pl_module.network.state_dict().items()}
+            assert all(torch.equal(t, pl_module.ema.state_dict()[n].double()) for n, t in self.expected.items())
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitMVAR, *_: object) -> None:
+            step = trainer.global_step - 1
+            decay = min(0.6, (1 + step) / (10 + step))
+            for name, tensor in pl_module.network.state_dict().items():
+                self.expected[name] = decay * self.expected[name] + (1 - decay) * tensor.double()
+
+    average = Average()
+    data = TokenDataModule(str(shards), str(shards), batch_size=16)
+    make_trainer(tmp_path, 9, callbacks=[average]).fit(module, data)
+    for name, tensor in module.ema.state_dict().items():
+        torch.testing.assert_close(tensor.double(), average.expected[name], atol=1e-6, rtol=1e-5)
+    assert not any(parameter.requires_grad for parameter in module.ema.parameters())
+    assert module.averaged is module.ema
+
+
+def test_a_run_with_an_average_does_not_go_on_from_one_without(
+    tokenizer_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    data = TokenDataModule(str(shards), str(shards), batch_size=16)
+    checkpoint = Checkpoint(str(tmp_path / "run"), every_n_train_steps=2)
+    make_trainer(tmp_path, 2, callbacks=[checkpoint], enable_checkpointing=True).fit(
+        make_module(tokenizer_folder), data
+    )
+    module = make_module(tokenizer_folder, model={"ema_decay": 0.9})
+    with pytest.raises(InputError, match=r"ema_decay .* is not kept in the checkpoint and kept in this run"):
+        make_trainer(tmp_path, 4).fit(module, data, ckpt_path=str(tmp_path / "run/last.ckpt"))
+
+
 def test_the_tokenizer_is_neither_trained_nor_saved(tokenizer_folder: Path) -> None:
     module = make_module(tokenizer_folder)
+    module.configure_model()
     assert not module.tokenizer.training
+    assert module.state_dict()
     assert all(name.startswith("network.") for name in module.state_dict())
     assert not any(parameter.requires_grad for parameter in module.tokenizer.parameters())
 
@@ -211,50 +323,3 @@ def test_padded_samples_do_not_count(tokenizer_folder: Path, shards: Path, tmp_p
         results.append(result)
     for name, value in results[0].items():
         assert value == pytest.approx(results[1][name], rel=1e-5), name
-
-
-SCRIPT = """
-import sys, torch, lightning as L
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_module import Losses, TokenDataModule, make_module, make_trainer
-from lightning_mvar.callbacks import FIDCallback
-from conftest import Pixels
-if __name__ == "__main__":
-    losses, devices = Losses(), int(sys.argv[1])
-    fid = FIDCallback(Pixels(), {images!r}, num_samples=21, batch_size=16 // devices // 2, cache={cache!r})
-    module = make_module(Path({tokenizer!r}))
-    data = TokenDataModule({shards!r}, {shards!r}, batch_size=16 // devices)
-    options = {{"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "callbacks": [fid, losses]}}
-    make_trainer(Path({root!r}), 6, val_check_interval=3, check_val_every_n_epoch=None, **options).fit(module, data)
-    if module.global_rank == 0:
-        torch.save((losses.train, losses.val), {root!r} + f"/{{devices}}.pt")
-"""
-
-
-def test_two_processes_equal_one(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """Same global batch: same validation scores, same Frechet distance after the same steps."""
-    write_images(tmp_path / "images")
-    script = tmp_path / "run.py"
-    script.write_text(
-        SCRIPT.format(
-            tests=str(Path(__file__).parent),
-            images=str(tmp_path / "images"),
-            cache=str(tmp_path / "cache"),
-            tokenizer=str(tokenizer_folder),
-            shards=str(shards),
-            root=str(tmp_path),
-        )
-    )
-    results = []
-    for devices in ("1", "2"):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RANK", "LOCAL_RANK"))}
-        subprocess.run([sys.executable, str(script), devices], check=True, env=environment | {"OMP_NUM_THREADS": "1"})
-        results.append(torch.load(tmp_path / f"{devices}.pt"))
-    (_, one), (_, two) = results
-    assert len(one) == len(two) == 2
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert b[name] == pytest.approx(a[name], rel=2e-4, abs=1e-6), name
-    assert isinstance(results[0][1][0]["val/fid"], float)

@@ -20,7 +20,7 @@ from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.cli import run
 from lightning_mvar.models.mvar import MVAR, Block, MVARConfig
 from lightning_mvar.resume import read_part, remove
-from lightning_mvar.strategies import gathered_copy, materialize
+from lightning_mvar.strategies import build, gathered_copy
 
 FIT = ["fit", "--config", "run.yaml"]
 KEEP_SHARDED = [f"--trainer.callbacks.{name}.keep_sharded=true" for name in ("SamplesCallback", "FIDCallback")]
@@ -104,25 +104,26 @@ def test_a_sharded_checkpoint_goes_on_with_other_devices_and_becomes_a_plain_fol
 
 
 def test_every_part_of_a_network_gets_its_weights_and_is_finished_before_the_next() -> None:
-    config = MVARConfig(depth=3, width=32, heads=2, mamba_head_dim=32)
-    with torch.device("meta"):
-        network = MVAR(config)
-    seen: list[tuple[str, int]] = []
+    config, cpu = MVARConfig(depth=3, width=32, heads=2, mamba_head_dim=32), torch.device("cpu")
+    finished: list[nn.Module] = []
 
-    def finish(module: nn.Module) -> None:
-        whole = [block for block in network.blocks if not next(block.parameters()).is_meta]
-        seen.append((type(module).__name__, len(whole)))
+    def finish(part: nn.Module) -> None:
+        """Gives a block's memory away, as sharding does."""
+        assert all(parameter.is_meta for block in finished for parameter in block.parameters())
+        assert not any(parameter.is_meta for parameter in part.parameters(recurse=isinstance(part, Block)))
+        if isinstance(part, Block):
+            part.to("meta")
+        finished.append(part)
 
-    materialize(network, torch.device("cpu"), 0, finish)
-    assert seen == [("Block", 1), ("Block", 2), ("Block", 3), ("MVAR", 3)]
+    build(config, cpu, 0, finish)
+    assert [type(part) for part in finished] == [Block, Block, Block, MVAR]
+    first = build(config, cpu, 0).state_dict()
     torch.manual_seed(123)
-    with torch.device("meta"):
-        again = MVAR(config)
-    materialize(again, torch.device("cpu"), 0)
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    second = build(config, cpu, 0).state_dict()
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
         assert tensor.isfinite().all(), name
-    assert not torch.equal(network.blocks[0].mlp[0].weight, network.blocks[1].mlp[0].weight)
+    assert not torch.equal(first["blocks.0.mlp.0.weight"], first["blocks.1.mlp.0.weight"])
 
 
 def test_compiled_and_recomputed_blocks_give_the_same_losses(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lightning_mvar.checkpoints import (
+    WhichWeights,
     load_official,
     load_official_tokenizer,
     load_trained,
@@ -23,17 +24,20 @@ def export(
     tokenizer: str | None = None,
     resolution: int | None = None,
     to: Literal["folder", "official"] = "folder",
+    weights: WhichWeights = "ema",
 ) -> None:
     """Write network and tokenizer as one folder that `sample` takes, or as the published code reads them.
 
     Args:
         out: the folder to write.
-        ckpt_path: a checkpoint of `fit`, or a folder of `export`.
+        ckpt_path: a checkpoint of `fit`, of which only weights are read, also where each rank wrote a share; or a
+            folder of `export`.
         official: instead, a published VAR or M-VAR network (.pth, .safetensors), or a checkpoint of its trainer.
         tokenizer: with --ckpt_path, its tokenizer's folder, if it is no longer where the checkpoint remembers; with
             --official, the published tokenizer's file, or a folder; alone, a published file to convert by itself.
         resolution: 256 (where not given), 512 or 1024: the images that a tokenizer converted by itself is for.
         to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code.
+        weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
     """
     if ckpt_path is not None and official is not None:
         raise InputError("give --ckpt_path or --official, not both")
@@ -42,7 +46,10 @@ def export(
         return
     if resolution is not None:
         raise InputError("--resolution is only for a tokenizer converted by itself: a network knows its scales")
-    model = load_trained(ckpt_path, tokenizer) if ckpt_path is not None else load_official(str(official), tokenizer)
+    if ckpt_path is not None:
+        model = load_trained(ckpt_path, tokenizer, weights)
+    else:
+        model = load_official(str(official), tokenizer)
     if to == "official":
         print("written:", *save_official(out, model))
         return

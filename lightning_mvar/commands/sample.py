@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_mvar.checkpoints import TrainedModel, load_trained
+from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
 from lightning_mvar.commands.device import choose_device
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.errors import InputError
@@ -36,13 +36,14 @@ def sample(
     grid: str | None = None,
     strip: str | None = None,
     tokenizer: str | None = None,
+    weights: WhichWeights = "ema",
     batch_size: int = 100,
     device: str = "auto",
 ) -> None:
     """Draw images. The same seed gives the same images, whatever the batch size.
 
     Args:
-        ckpt_path: a checkpoint of `fit`, or a folder of `export`.
+        ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`.
         out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png.
         classes: comma-separated class names or numbers; all classes where not given.
         per_class: images of each class.
@@ -54,6 +55,7 @@ def sample(
         grid: PNG file for a picture with a row of up to 10 images for each class.
         strip: PNG file for a picture of one image of each class, up to 10, forming scale by scale.
         tokenizer: folder of the tokenizer, if it is no longer where the checkpoint remembers.
+        weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
         batch_size: images drawn at once.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -61,7 +63,7 @@ def sample(
         raise InputError("--per_class and --batch_size must be at least 1")
     target, where = Path(out), choose_device(device)
     check_target(target)
-    model = load_trained(ckpt_path, tokenizer)
+    model = load_trained(ckpt_path, tokenizer, weights)
     labels = torch.tensor(resolve_classes(classes, model)).repeat_interleave(per_class)
     settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "smooth": smooth}
     images, tokens = draw_all(model, labels, seed, batch_size, where, settings)
@@ -77,7 +79,7 @@ def sample(
         save_image(image_grid(chosen, shown.shape[1]), grid)
         print(f"grid in {grid}")
     if strip is not None:
-        with torch.inference_mode():
+        with torch.no_grad():
             save_image(formation_strip(model.tokenizer, tokens[shown[:STRIP_ROWS, 0]].to(where)), strip)
         print(f"strip in {strip}")
 

@@ -145,7 +145,7 @@ def read_npz(path: Path, required: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path} is damaged or no npz ({error})") from error
+        raise InputError(f"{path} is damaged or not an npz of arrays ({type(error).__name__})") from error
     if missing := [name for name in required if name not in arrays]:
         raise InputError(f"{path} has no array {missing[0]}; it holds {', '.join(arrays) or 'none'}")
     return arrays

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_mvar.commands import demo as module
-from lightning_mvar.commands.demo import CONFIGS, LAST_CHECKPOINT, ROOT, STAGES, demo
+from lightning_mvar.commands.demo import CONFIGS, ROOT, STAGES, demo
 
 
 @pytest.fixture
@@ -53,19 +53,22 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(calls: list[list[str]]
         demo()
     assert stop.value.code == 130
     Path("fail").unlink()
+    (ROOT / "mvar/step").touch()
     calls.clear()
     demo()
     assert names(calls) == EVERYTHING[3:]
-    assert calls[0][-2:] == ["--ckpt_path", str(ROOT / "mvar" / LAST_CHECKPOINT)]
+    assert calls[0][-1] == "--resume"
+    assert (ROOT / "mvar/step").exists()
 
 
 def test_an_edited_configuration_starts_its_stage_anew_and_all_that_follow(calls: list[list[str]]) -> None:
     demo()
     calls.clear()
     (CONFIGS / "digits.yaml").write_text("steps: 2")
+    (ROOT / "mvar/step").touch()
     demo()
     assert names(calls) == EVERYTHING[3:]
-    assert "--ckpt_path" not in calls[0]
+    assert not (ROOT / "mvar/step").exists()
 
 
 def test_a_lost_product_is_made_again(calls: list[list[str]]) -> None:

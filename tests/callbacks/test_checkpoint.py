@@ -1,0 +1,52 @@
+"""What a checkpoint's settings mean; tests/commands/test_resume.py has the crashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import scalars
+from processes import start
+
+from lightning_mvar.callbacks import Checkpoint
+from lightning_mvar.errors import InputError
+
+
+def test_the_newest_are_kept_and_linked(run_folder: Path) -> None:
+    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "11"], run_folder)
+    assert ranks.wait() == [0], ranks.printed()
+    folder = run_folder / "run/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=00000009.ckpt", "step=00000011.ckpt"]
+    assert (folder / "last.ckpt").resolve() == folder / "step=00000011.ckpt"
+
+
+def test_checkpoints_by_time(run_folder: Path) -> None:
+    """Every step is later than no time at all."""
+    text = (run_folder / "run.yaml").read_text()
+    every_step = text.replace("every_n_train_steps: 3", 'train_time_interval: "0:00:00", keep: 20')
+    (run_folder / "run.yaml").write_text(every_step)
+    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "6"], run_folder)
+    assert ranks.wait() == [0], ranks.printed()
+    names = {path.name for path in (run_folder / "run/checkpoints").iterdir()}
+    assert names == {"last.ckpt", *(f"step={step:08d}.ckpt" for step in range(1, 7))}
+
+
+def test_a_checkpoint_holds_what_belongs_to_its_step(run_folder: Path) -> None:
+    """At step 9: the curves up to it, and counters that agree with each other."""
+    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "9"], run_folder)
+    assert ranks.wait() == [0], ranks.printed()
+    content = torch.load(run_folder / "run/checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == 9
+    progress = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+    assert set(progress.values()) == {9}
+    steps = {int(state["step"]) for state in content["optimizer_states"][0]["state"].values()}
+    assert steps == {9}
+    assert [step for step, _ in scalars(run_folder / "run/logs")["train/loss"]] == list(range(9))
+
+
+def test_settings_without_sense_are_refused() -> None:
+    with pytest.raises(InputError, match="either every_n_train_steps or train_time_interval"):
+        Checkpoint("folder")
+    with pytest.raises(InputError, match="keeps at least 1"):
+        Checkpoint("folder", every_n_train_steps=1, keep=0)

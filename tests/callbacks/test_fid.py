@@ -1,0 +1,137 @@
+"""When samples are scored, of which weights, and which model is the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from conftest import Pixels, scalars
+from processes import start
+
+from lightning_mvar.callbacks import BestCheckpoint, FIDCallback
+from lightning_mvar.checkpoints import load_trained
+from lightning_mvar.cli import run
+from lightning_mvar.data.images import open_images
+from lightning_mvar.errors import InputError
+from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
+from lightning_mvar.metrics.reference import measure
+from lightning_mvar.resume import read_plain_part
+from lightning_mvar.sampling import generate, image_generators
+
+
+def steps_scored(
+    every_n_steps: int | None, every_n_epochs: int | None, validations: list[tuple[int, int]]
+) -> list[int]:
+    """The steps at which a run of 20 steps and 9 epochs scores, given (step, finished epochs) of its validations."""
+    callback = FIDCallback(Pixels(), "images", every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
+    found = []
+    for step, epochs in validations:
+        trainer = SimpleNamespace(
+            state=SimpleNamespace(fn="fit"),
+            global_step=step,
+            max_steps=20,
+            current_epoch=epochs,
+            max_epochs=9,
+            is_last_batch=False,
+        )
+        if callback.is_due(trainer):
+            callback.scored = {"step": step, "epoch": epochs}
+            found.append(step)
+    return found
+
+
+def test_validations_are_skipped_until_enough_steps_or_epochs_have_passed() -> None:
+    validations = [(4, 1), (8, 2), (12, 4), (16, 5), (20, 7)]
+    assert steps_scored(None, None, validations) == [4, 8, 12, 16, 20]
+    assert steps_scored(5, None, validations) == [8, 16, 20]
+    assert steps_scored(None, 3, validations) == [12, 20]
+    assert steps_scored(100, None, validations) == [20]
+    assert steps_scored(100, 100, [(8, 5), (16, 9)]) == [16]
+
+
+def test_scores_are_those_of_the_chosen_weights_and_the_end_is_scored_without_a_validation(run_folder: Path) -> None:
+    """Five steps, a validation after the fourth: the curve has its last point from the end of training."""
+    values = {}
+    for name in ("ema", "raw"):
+        text = (run_folder / "run.yaml").read_text().replace("batch_size: 3", f"batch_size: 3, weights: {name}")
+        (run_folder / "run.yaml").write_text(text)
+        fit = ["fit", "--config", "run.yaml", "--trainer.max_steps", "5", "--trainer.default_root_dir", name]
+        ranks = start(fit, run_folder)
+        assert ranks.wait() == [0], ranks.printed()
+        curve = scalars(run_folder / name / "logs")["val/fid"]
+        assert [step for step, _ in curve] == [3, 5]
+        values[name] = curve[-1][1]
+        (run_folder / "run.yaml").write_text(text.replace(f", weights: {name}", ""))
+    assert values["ema"] != values["raw"]
+    reference = measure(Pixels(), open_images(str(run_folder / "images"), 8), "").statistics
+    for name, value in values.items():
+        model = load_trained(run_folder / name / "checkpoints/last.ckpt", weights=name)  # type: ignore[arg-type]
+        metric = FeatureStatistics(4)
+        generators = image_generators(0, 0, 13)
+        metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(13) % 10, generator=generators)))
+        assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
+
+
+def test_validate_scores_a_checkpoint(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ranks = start(["fit", "--config", "run.yaml"], run_folder)
+    assert ranks.wait() == [0], ranks.printed()
+    monkeypatch.chdir(run_folder)
+    command = ["validate", "--config", "run.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]
+    assert run([*command, "--trainer.default_root_dir", "again"]) == 0
+    (expected,) = (value for step, value in scalars(Path("run/logs"))["val/fid"] if step == 11)
+    ((_, value),) = scalars(Path("again/logs"))["val/fid"]
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert "val/precision" in capfd.readouterr().out
+
+
+class Logs(L.LightningModule):
+    """Logs a given `val/fid` after each validation, or none."""
+
+    def __init__(self, values: list[float | None]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.values = iter(values)
+
+    def training_step(self, batch: object, batch_idx: int) -> torch.Tensor:
+        return self.weight * 1.0
+
+    def validation_step(self, batch: object, batch_idx: int) -> None: ...
+
+    def on_validation_epoch_end(self) -> None:
+        if (value := next(self.values)) is not None:
+            self.log("val/fid", value)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1.0)
+
+
+def test_the_best_checkpoint_follows_the_lowest_score_and_never_an_old_one(tmp_path: Path) -> None:
+    data = torch.utils.data.DataLoader(torch.zeros(1, 1))
+    best = BestCheckpoint(str(tmp_path / "best"))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=6,
+        callbacks=[best],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(Logs([5.0, None, 3.0, 4.0, None, None]), data, data)
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["step=00000003.ckpt"]
+    content = read_plain_part(tmp_path / "best/step=00000003.ckpt")
+    assert content["state_dict"]["weight"] == -3
+    assert "optimizer_states" not in content
+
+
+def test_settings_without_sense_are_refused() -> None:
+    for settings in ({"num_samples": 3}, {"batch_size": 0}, {"every_n_steps": 0}, {"every_n_epochs": -1}):
+        with pytest.raises(InputError):
+            FIDCallback(Pixels(), "images", **settings)
+    with pytest.raises(InputError, match="mode min or max"):
+        BestCheckpoint("best", mode="lowest")
