@@ -164,7 +164,7 @@ class LitMVAR(ScheduledModule):
         optimizer: AdamW and its schedules.
         label_drop: share of the training labels replaced by the unconditional class.
         ema_decay: keep an average of the weights beside them, and sample from that: each step it keeps this share of
-            itself (less in the first steps: (1 + step) / (10 + step), counted from 0). 0.9999 is usual; null for no average.
+            itself (less in the first steps: (1 + step) / (10 + step), counted from 0). 0.9999 is usual, null for none.
         compile: compile each block with torch.compile.
         activation_checkpointing: keep only the input of each block for the backward pass and run the block again
             there: less memory, a third more time.
@@ -314,7 +314,7 @@ class LitMVAR(ScheduledModule):
             datamodule.class_names,
         )
         about["run"] = {
-            "ema": self.ema is not None,
+            "ema": self.ema_decay is not None,
             "skipped_steps": self.skipped_steps,
             "world_size": self.trainer.world_size,
             "batch_of_all_ranks": self.batch_of_all_ranks,
@@ -341,7 +341,7 @@ class LitMVAR(ScheduledModule):
         }
         ours = asdict(self.network_config) | {
             "tokenizer": self.tokenizer_fingerprint,
-            "ema_decay (an average of the weights)": kept[self.ema is not None],
+            "ema_decay (an average of the weights)": kept[self.ema_decay is not None],
         }
         for name in ours:
             if ours[name] != theirs.get(name):
