@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from conftest import SCHEDULE
 
 from lightning_mvar import TokenizerConfig
+from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.data.datamodule import ImageDataModule
 from lightning_mvar.optim import OptimizerConfig
 from lightning_mvar.tokenizer_module import LitTokenizer
@@ -87,3 +89,42 @@ def test_revival_moves_unused_codes_onto_residuals_and_spares_the_others(tmp_pat
     queries = torch.cat([step.queries.flatten(0, 1) for step in steps])
     assert torch.cdist(after[~used], queries).min(dim=1).values.max() == pytest.approx(0, abs=1e-3)
     assert not module.usage["train"].any()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Interrupted in the second epoch; order, random shifts of the digits and revived codes included."""
+
+    def run(root: Path, stop: int | None, resume: str | None) -> dict[str, torch.Tensor]:
+        module = make_module(revive_every=4)
+        checkpoint = Checkpoint(str(root / "checkpoints"), every_n_train_steps=5)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=12,
+            callbacks=[checkpoint, *([] if stop is None else [Stop(stop)])],
+            logger=False,
+            limit_val_batches=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(root),
+        )
+        data = ImageDataModule("digits:train", "digits:test", 32, batch_size=128, crop="random")
+        with pytest.raises(RuntimeError, match="stop") if stop else nullcontext():
+            trainer.fit(module, datamodule=data, ckpt_path=resume)
+        return module.state_dict()
+
+    expected = run(tmp_path / "whole", None, None)
+    run(tmp_path / "run", 11, None)
+    assert (tmp_path / "run/checkpoints/step=00000011.ckpt").is_file()
+    resumed = run(tmp_path / "run", None, str(tmp_path / "run/checkpoints/step=00000011.ckpt"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+class Stop(L.Callback):
+    """Raises in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: object) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("stop")

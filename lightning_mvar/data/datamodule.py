@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mvar.data.images import Crop, Example, ImageBatch, ImageSource, OnCorrupt, collate, open_images
-from lightning_mvar.data.loader import TokenBatch, TokenLoader, TokenStream
+from lightning_mvar.data.images import Crop, Example, ImageBatch, OnCorrupt, collate, open_images
+from lightning_mvar.data.loader import (
+    ImageLoader,
+    ResumableLoader,
+    ShuffledImages,
+    TokenBatch,
+    TokenLoader,
+    TokenStream,
+)
 from lightning_mvar.data.shards import Manifest, sample_keys
 from lightning_mvar.errors import InputError
 
 if TYPE_CHECKING:
     from lightning_mvar.module import LitMVAR
+
+Loader = TypeVar("Loader", bound=ResumableLoader)
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -85,11 +94,7 @@ class TokenDataModule(L.LightningDataModule):
         return sample_keys(self.folders["train"], self.manifests["train"], batch.ids.tolist())
 
     def train_dataloader(self) -> TokenLoader:
-        loader = self.loader("train", self.seed)
-        if self.trainer is not None:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress
-            loader.trained = lambda: progress.current.processed  # type: ignore[attr-defined]
-        return loader
+        return counting_trained(self.loader("train", self.seed), self.trainer)
 
     def val_dataloader(self) -> TokenLoader:
         return self.loader("val", None)
@@ -98,7 +103,7 @@ class TokenDataModule(L.LightningDataModule):
         return self.loader("test", None)
 
     def loader(self, name: str, seed: int | None) -> TokenLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = place(self.trainer)
         stream = TokenStream(
             self.folders[name], self.manifests[name], self.batch_size, seed, self.block_size, rank, world_size
         )
@@ -116,6 +121,7 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: processes that decode images; 0 decodes in the training process.
         crop: of the training images, anew in every epoch; validation images are cropped at their centre.
         on_corrupt: raise on an image that cannot be decoded, or skip it (each is named in a warning).
+        seed: of the shuffling and the crops, together with the epoch.
     """
 
     def __init__(
@@ -127,37 +133,44 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: int = 0,
         crop: Crop = "random",
         on_corrupt: OnCorrupt = "raise",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise InputError(f"data.batch_size {batch_size} or data.num_workers {num_workers} is too small")
         self.sources = {"train": train, "val": val}
         self.resolution, self.crop, self.on_corrupt = resolution, crop, on_corrupt
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
 
     def keys(self, batch: ImageBatch) -> list[str]:
         """Names of the images of a batch."""
         return batch.keys
 
-    def train_dataloader(self) -> DataLoader[ImageBatch]:
-        return self.loader("train", self.crop, shuffle=True)
+    def train_dataloader(self) -> ImageLoader:
+        images = open_images(self.sources["train"], self.resolution, self.crop, self.on_corrupt)
+        source = ShuffledImages(images, self.batch_size, self.seed, *place(self.trainer))
+        loader = ImageLoader(source, self.num_workers, pin_memory=torch.cuda.is_available())
+        return counting_trained(loader, self.trainer)
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
-        return self.loader("val", "center", shuffle=False)
-
-    def loader(self, name: str, crop: Crop, shuffle: bool) -> DataLoader[ImageBatch]:
-        images: ImageSource = open_images(self.sources[name], self.resolution, crop, self.on_corrupt)
-        if shuffle and len(images) < self.batch_size:
-            raise InputError(
-                f"{self.sources[name]} has {len(images)} images, fewer than a batch of {self.batch_size}: "
-                f"lower --data.batch_size"
-            )
+        images = open_images(self.sources["val"], self.resolution, "center", self.on_corrupt)
         return DataLoader[Example](  # type: ignore[return-value]
             images,  # type: ignore[arg-type]
             batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle,
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def place(trainer: L.Trainer | None) -> tuple[int, int]:
+    """This process's rank, and the number of ranks."""
+    return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
+def counting_trained(loader: Loader, trainer: L.Trainer | None) -> Loader:
+    """Let a training loader know which of its batches have been trained on."""
+    if trainer is not None:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        loader.trained = lambda: progress.current.processed  # type: ignore[attr-defined]
+    return loader

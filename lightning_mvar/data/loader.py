@@ -1,24 +1,27 @@
-"""Batches of tokens from shards: exact length, and an order that depends on (seed, epoch) and the block size alone.
+"""Batches of exact number, in an order that depends on (seed, epoch) alone, that can be gone on with at any place.
 
-Every epoch has one global order: the shards shuffled, then the samples shuffled within blocks of consecutive shards.
-Global batch i is the i-th slice of it; each rank takes its part of every global batch and each worker its turn of the
-batches. So one process and many see the same batches, and a run that is resumed with other workers or devices goes on
-in the same order. The price is that every rank reads every shard; tokens are small (all of ImageNet at 256 px is
-1.7 GB an epoch), and a rank only slices arrays.
+Every epoch has one global order: images shuffled, or shards shuffled, and then samples within blocks of consecutive
+shards. Global batch i is the i-th slice of it; each rank takes its part of every global batch and each worker its turn
+of the batches. So one process and many see the same batches, and a run that is resumed with other workers or devices
+goes on in the same order. The price is that every rank reads every shard; tokens are small (all of ImageNet at 256 px
+is 1.7 GB an epoch), and a rank only slices arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from lightning_mvar.data.images import Example, ImageBatch, ImageSource, collate
 from lightning_mvar.data.shards import Manifest, read_shard
 from lightning_mvar.errors import InputError
 
@@ -134,52 +137,116 @@ def taken(block: Block, rows: slice | NDArray[np.int64]) -> Block:
     return tokens[rows], labels[rows], ids[rows]
 
 
-class TokenLoader:
-    """A `TokenStream` as Lightning's loops want it: sized, and with a position in the epoch that is checkpointed.
+class ShuffledImages(Dataset[Example]):
+    """Images in the batches of one rank: shuffled, and cropped, by (seed, epoch, image) alone.
+
+    Args:
+        images: the source.
+        batch_size: images per rank.
+        seed: of order and crops.
+        rank, world_size: which part of every global batch is this process's.
+
+    Raises:
+        InputError: if there are fewer images than a global batch has.
+    """
+
+    def __init__(self, images: ImageSource, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.images, self.seed = images, seed
+        self.batch_size, self.rank, self.global_batch = batch_size, rank, batch_size * world_size
+        self.epoch, self.first_batch = 0, 0
+        if len(self) == 0:
+            raise InputError(
+                f"there are {len(images)} training images, fewer than one global batch of {self.global_batch}: "
+                f"lower --data.batch_size"
+            )
+
+    def __len__(self) -> int:
+        """Batches; images that do not fill the last one are left out."""
+        return len(self.images) // self.global_batch
+
+    def batches(self) -> list[list[int]]:
+        """Numbers of this rank's images, batch by batch, from `first_batch` on."""
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.images)).tolist()
+        begins = range(self.first_batch * self.global_batch, len(self) * self.global_batch, self.global_batch)
+        mine = self.rank * self.batch_size
+        return [order[begin + mine : begin + mine + self.batch_size] for begin in begins]
+
+    def __getitem__(self, number: int) -> Example:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.Random(f"{self.seed}-{self.epoch}-{number}").getrandbits(63))
+            return self.images[number]
+
+
+class ResumableLoader(ABC):
+    """A loader as Lightning's loops want it: sized, and with a position in the epoch that is checkpointed.
 
     Every pass is a new epoch, except the first one after `load_state_dict`, which goes on at the saved position. The
     state says where the next batch comes from: {epoch, samples}, the same on every rank, and in samples, so that it
     means the same to a run with another global batch.
 
     Args:
-        stream: what to read.
+        source: what to read, with a length in batches, `global_batch`, and `epoch` and `first_batch` to set.
         num_workers: processes that read ahead.
         pin_memory: whether batches are to be copied to a GPU.
-        trained: how many batches of this epoch have been trained on. A batch that was handed out but interrupted is
-            to come again; without this, every batch that was handed out counts.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        num_workers: int,
-        pin_memory: bool,
-        trained: Callable[[], int] | None = None,
-    ) -> None:
-        self.stream, self.num_workers, self.pin_memory, self.trained = stream, num_workers, pin_memory, trained
+    def __init__(self, source: TokenStream | ShuffledImages, num_workers: int, pin_memory: bool) -> None:
+        self.source, self.num_workers, self.pin_memory = source, num_workers, pin_memory
         self.epoch, self.position, self.resumed = -1, 0, False
+        # How many batches have been trained on, where that is known: one that was handed out but interrupted is to
+        # come again. Counted from `skipped` on.
+        self.trained: Callable[[], int] = lambda: self.position
+        self.skipped = 0
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return len(self.source)
 
-    def __iter__(self) -> Iterator[TokenBatch]:
+    def __iter__(self) -> Iterator[Any]:
         if not self.resumed:
             self.epoch, self.position = self.epoch + 1, 0
         self.resumed = False
-        self.stream.epoch, self.stream.first_batch = self.epoch, self.position
-        loader = DataLoader(self.stream, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
-        for batch in loader:
+        self.skipped = self.position - self.trained()
+        self.source.epoch, self.source.first_batch = self.epoch, self.position
+        for batch in self.batches():
             self.position += 1
             yield batch
 
+    @abstractmethod
+    def batches(self) -> Iterable[Any]:
+        """This rank's batches of the source's epoch, from its first batch on."""
+
     def state_dict(self) -> dict[str, int]:
-        position = self.position if self.trained is None else min(self.position, self.trained())
+        position = min(self.position, self.skipped + self.trained())
         if self.epoch < 0 or position >= len(self):
             return {"epoch": self.epoch + 1, "samples": 0}
-        return {"epoch": self.epoch, "samples": position * self.stream.global_batch}
+        return {"epoch": self.epoch, "samples": position * self.source.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["samples"] // self.stream.global_batch
+        self.epoch, self.position = state["epoch"], state["samples"] // self.source.global_batch
         if self.position >= len(self):  # larger batches than when it was saved, and the rest does not fill one
             self.epoch, self.position = self.epoch + 1, 0
         self.resumed = True
+
+
+class TokenLoader(ResumableLoader):
+    """Batches of tokens (`TokenBatch`) from a `TokenStream`."""
+
+    source: TokenStream
+
+    def batches(self) -> Iterable[TokenBatch]:
+        return DataLoader(self.source, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+
+
+class ImageLoader(ResumableLoader):
+    """Batches of images (`ImageBatch`) from `ShuffledImages`."""
+
+    source: ShuffledImages
+
+    def batches(self) -> Iterable[ImageBatch]:
+        return DataLoader(
+            self.source,
+            batch_sampler=self.source.batches(),
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+        )

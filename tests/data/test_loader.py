@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import random_tokens, write_token_shards
 
-from lightning_mvar.data.loader import TokenBatch, TokenLoader, TokenStream
+from lightning_mvar.data.images import Example, ImageBatch
+from lightning_mvar.data.loader import ImageLoader, ShuffledImages, TokenBatch, TokenLoader, TokenStream
 from lightning_mvar.errors import InputError
 
 SIZES = [20, 20, 20, 7]
@@ -113,3 +114,70 @@ def test_a_restored_position_goes_on_where_the_other_stopped(folder: Path, stop:
 def test_fewer_samples_than_a_global_batch_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match=r"67 samples, fewer than one global batch of 80: lower --data\.batch_size"):
         make_loader(folder, 40, world_size=2)
+
+
+def test_a_second_epoch_after_a_cut_one_counts_from_its_place(folder: Path) -> None:
+    """A run that ended in the middle of an epoch and is extended counts its batches from 0, at the old place."""
+    loader, trained = make_loader(folder), 0
+    loader.trained = lambda: trained
+    loader.load_state_dict({"epoch": 0, "samples": 24})
+    batches = iter(loader)
+    for trained in range(3):
+        next(batches)
+        assert loader.state_dict() == {"epoch": 0, "samples": 24 + 8 * trained}
+
+
+class Numbers:
+    """Images that are their own number, and one random number from torch's generator."""
+
+    class_names, resolution, identity = ("0",), 1, "numbers"
+
+    def __len__(self) -> int:
+        return 21
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(torch.tensor([float(index), float(torch.rand(()))]).view(2, 1, 1), 0, str(index))
+
+
+def image_loader(batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0, seed: int = 0) -> ImageLoader:
+    return ImageLoader(ShuffledImages(Numbers(), batch_size, seed, rank, world_size), workers, pin_memory=False)
+
+
+def seen(batches: list[ImageBatch]) -> list[list[float]]:
+    return torch.cat([batch.images for batch in batches]).flatten(1).tolist()
+
+
+def test_images_come_once_an_epoch_in_an_order_of_their_own() -> None:
+    loader = image_loader(5)
+    first, second = seen(list(loader)), seen(list(loader))
+    assert len(first) == 20
+    assert len({number for number, _ in first}) == 20
+    assert [number for number, _ in first] != [number for number, _ in second]
+    drawn = dict(first)
+    assert all(drawn[number] != crop for number, crop in second if number in drawn)
+    assert seen(list(image_loader(5, seed=1))) != first
+
+
+def test_images_do_not_depend_on_workers_ranks_or_the_global_generator() -> None:
+    expected = seen(list(image_loader(4)))
+    torch.manual_seed(123)
+    assert seen(list(image_loader(4, workers=2))) == expected
+    ranks = [list(image_loader(2, rank, 2)) for rank in range(2)]
+    assert seen([part for parts in zip(*ranks, strict=True) for part in parts]) == expected
+
+
+def test_images_go_on_where_they_stopped() -> None:
+    expected = image_loader(4)
+    first, second = seen(list(expected)), seen(list(expected))
+    stopped = image_loader(4)
+    batches = iter(stopped)
+    head = [next(batches) for _ in range(2)]
+    resumed = image_loader(2)  # a smaller batch: the place is counted in images
+    resumed.load_state_dict(stopped.state_dict())
+    assert seen(head + list(resumed)) == first
+    assert seen(list(resumed)) == second
+
+
+def test_fewer_images_than_a_global_batch_are_refused() -> None:
+    with pytest.raises(InputError, match=r"21 training images, fewer than one global batch of 22: lower --data\.batch"):
+        image_loader(11, world_size=2)
