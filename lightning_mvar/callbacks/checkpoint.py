@@ -60,7 +60,7 @@ class AtomicCheckpoint(ModelCheckpoint):
             InputError: on all ranks, if one could not write.
         """
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-        self.settle(checkpoint["loops"]["fit_loop"])
+        self.settle(trainer, checkpoint["loops"]["fit_loop"])
         temporary = hidden(path, "unfinished")
         error: BaseException | None = None
         seal: Checksums = {}
@@ -83,10 +83,13 @@ class AtomicCheckpoint(ModelCheckpoint):
             self.fail(trainer, path, error)
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, str(path)
 
-    def settle(self, loop: dict[str, Any]) -> None:
-        """Count what is complete only: a batch or a validation pass that is under way comes again."""
-        for counts in (loop["epoch_loop.batch_progress"]["total"], loop["epoch_loop.batch_progress"]["current"]):
-            counts |= dict.fromkeys(counts, counts["processed"])
+    def settle(self, trainer: L.Trainer, loop: dict[str, Any]) -> None:
+        """Count what is complete only: a batch, the batches of a step, or a validation pass under way come again."""
+        progress = loop["epoch_loop.batch_progress"]
+        done = progress["current"]["processed"]
+        again = 0 if done >= trainer.num_training_batches else done % trainer.accumulate_grad_batches
+        for counts in (progress["total"], progress["current"]):
+            counts |= dict.fromkeys(counts, counts["processed"] - again)
         if self.validation_unfinished:
             loop["epoch_loop.val_loop.batch_progress"] = UNFINISHED_VALIDATION
 

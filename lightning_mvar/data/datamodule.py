@@ -169,8 +169,13 @@ def place(trainer: L.Trainer | None) -> tuple[int, int]:
 
 
 def counting_trained(loader: Loader, trainer: L.Trainer | None) -> Loader:
-    """Let a training loader know which of its batches have been trained on."""
+    """Let a training loader know which of its batches have been trained on: those of complete optimizer steps."""
     if trainer is not None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        loader.trained = lambda: progress.current.processed  # type: ignore[attr-defined]
+
+        def trained() -> int:
+            done: int = progress.current.processed  # type: ignore[attr-defined]
+            return done if done >= len(loader) else done - done % trainer.accumulate_grad_batches
+
+        loader.trained = trained
     return loader

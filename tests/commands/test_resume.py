@@ -209,6 +209,43 @@ def test_one_rank_that_raises_ends_all(run_folder: Path, devices: int, strategy:
     train(run_folder, "run", options, devices)
 
 
+def test_an_accumulation_that_is_cut_short_is_done_again(run_folder: Path) -> None:
+    """Epochs of three batches, two to a step, the third alone: cut in the middle of a step, and by the clock."""
+    accumulate = ["--trainer.accumulate_grad_batches", "2"]
+    train(run_folder, "whole", accumulate)
+    for root, prepare, code in (("broken", second_half_fails, 70), ("stopped", signal_before_the_second_half, 143)):
+        command = [*FIT, *accumulate, "--trainer.default_root_dir", root]
+        cut = start(command, run_folder, prepare=prepare)
+        assert cut.wait() == [code], cut.printed()
+        assert by_time(run_folder / root / "checkpoints")[0].name == "step=00000004.ckpt"
+        train(run_folder, root, accumulate)
+        assert largest_difference(weights(run_folder / "whole"), weights(run_folder / root)) == 0
+
+
+def second_half_fails(rank: int) -> None:
+    in_the_middle_of_the_fifth_step(None)
+
+
+def signal_before_the_second_half(rank: int) -> None:
+    in_the_middle_of_the_fifth_step(signal.SIGTERM)
+
+
+def in_the_middle_of_the_fifth_step(number: int | None) -> None:
+    """Two epochs of two steps each are complete, and the first batch of the third epoch."""
+    from lightning_mvar.module import LitMVAR
+
+    step = LitMVAR.training_step
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        if self.global_step == 4 and number is not None:
+            os.kill(os.getpid(), number)
+        if self.global_step == 4 and number is None and batch_idx == 1:
+            raise RuntimeError("broken")
+        return step(self, batch, batch_idx)
+
+    LitMVAR.training_step = training_step
+
+
 def loses_shards_at_step_2(rank: int) -> None:
     from lightning_mvar.module import LitMVAR
 
