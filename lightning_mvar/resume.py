@@ -77,7 +77,7 @@ def hidden(path: Path, state: str) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed runs were writing or removing."""
     for path in folder.glob(f".*{SUFFIX}.*"):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,14 @@ class AtomicCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             remove(Path(filepath))
 
+    @staticmethod
+    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+        """In one step, and without waiting for other ranks, which may be gone."""
+        if trainer.is_global_zero:
+            link = hidden(Path(linkpath), "link")
+            link.symlink_to(Path(filepath).name)
+            os.replace(link, linkpath)
+
 
 def reason_of(error: BaseException) -> str:
     """The system's words, where a library has wrapped them."""
@@ -210,8 +219,7 @@ class Checkpoint(AtomicCheckpoint):
         path = self.format_checkpoint_name(candidates)
         self.best_model_path = path
         self.save(trainer, Path(path), alone)
-        if not alone:
-            self._save_last_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
 
     def save(self, trainer: L.Trainer, path: Path, alone: bool) -> None:
         for logger in trainer.loggers:  # what is logged before a checkpoint must not be lost after it

@@ -205,7 +205,9 @@ def test_one_rank_that_raises_ends_all(run_folder: Path, devices: int, strategy:
     assert "RuntimeError: this rank breaks" in broken.printed()
     if devices > 1:
         assert "rank 0 lost another rank after step 5" in broken.printed()
-    assert by_time(run_folder / "run/checkpoints")[0].name == f"step={saved:08d}.ckpt"
+    newest = by_time(run_folder / "run/checkpoints")[0]
+    assert newest.name == f"step={saved:08d}.ckpt"
+    assert (run_folder / "run/checkpoints/last.ckpt").resolve() == newest
     train(run_folder, "run", options, devices)
 
 
