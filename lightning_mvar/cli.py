@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
     except argparse.ArgumentError as error:
         return fail(bad_arguments(argv, error))
     except Interrupted as stop:
-        print(f"lightning-mvar: {stop}; --resume goes on from there", file=sys.stderr)
+        print(f"lightning-mvar: {stop}; --resume goes on from the newest checkpoint", file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt:
         return interrupted()

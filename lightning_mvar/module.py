@@ -315,7 +315,7 @@ class LitMVAR(ScheduledModule):
         )
         about["run"] = {
             "ema": self.ema_decay is not None,
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": (self.skipped_steps, self.skipped_in_a_row),
             "world_size": self.trainer.world_size,
             "batch_of_all_ranks": self.batch_of_all_ranks,
         }
@@ -325,7 +325,7 @@ class LitMVAR(ScheduledModule):
         about = checkpoint[CHECKPOINT_KEY]
         self.check_checkpoint(about)
         if self.trainer.state.fn == "fit":
-            self.skipped_steps = about["run"]["skipped_steps"]
+            self.skipped_steps, self.skipped_in_a_row = about["run"]["skipped_steps"]
             self.report_other_devices(about["run"], checkpoint["loops"]["fit_loop"])
 
     def check_checkpoint(self, about: dict[str, Any]) -> None:

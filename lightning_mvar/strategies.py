@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_mvar.errors import InputError
 from lightning_mvar.models.mvar import MVAR, MVARConfig
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -35,8 +36,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Every rank keeps a share of each block's weights, gradients and optimizer state, and gathers a block to use it.
 
     Args:
-        param_dtype: what weights are gathered in; `bfloat16` halves the traffic and goes with `--trainer.precision
-            bf16-mixed`. The shares themselves, and the sums of gradients, stay float32.
+        param_dtype: what the blocks' weights are gathered in; `bfloat16` halves the traffic and goes with
+            `--trainer.precision bf16-mixed`. The shares themselves, and the sums of gradients, stay float32; but blocks
+            see all their weights rounded, also those that autocast leaves alone (A_log, dt_bias, D, norms).
         save_distributed_checkpoint: each rank writes its share to a folder; else rank 0 gathers one file.
         process_group_backend: where not given, gloo on CPUs and nccl on GPUs.
         timeout: how long a rank waits for the others before it gives up.
@@ -57,6 +59,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.param_dtype = param_dtype
 
     def setup_environment(self) -> None:
+        if self.param_dtype == "bfloat16" and self.precision_plugin.precision != "bf16-mixed":
+            raise InputError("FSDP2's param_dtype bfloat16 needs --trainer.precision bf16-mixed")
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's default is one per node
         self._tensor_parallel_size = 1
         # Logits are a view, which nobody changes in place.

@@ -128,13 +128,14 @@ class LitTokenizer(ScheduledModule):
         checkpoint[CHECKPOINT_KEY] = {
             "config": asdict(self.tokenizer.config),
             "train_usage": self.usage["train"].cpu(),
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": (self.skipped_steps, self.skipped_in_a_row),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         about = checkpoint[CHECKPOINT_KEY]
         self.check_checkpoint(about)
-        self.usage["train"], self.skipped_steps = about["train_usage"], about["skipped_steps"]
+        self.usage["train"] = about["train_usage"]
+        self.skipped_steps, self.skipped_in_a_row = about["skipped_steps"]
 
     def check_checkpoint(self, about: dict[str, Any]) -> None:
         """Refuse to resume a checkpoint of another tokenizer (InputError)."""

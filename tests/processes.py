@@ -59,7 +59,7 @@ def start(
     ranks = []
     for rank, output in enumerate(outputs):
         environment = cluster | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if devices > 1 else {}
-        process = CONTEXT.Process(target=run_rank, args=(argv, folder, environment, output, rank, prepare), daemon=True)
+        process = CONTEXT.Process(target=run_rank, args=(argv, folder, environment, output, rank, prepare))
         process.start()
         ranks.append(process)
     return Run(ranks, outputs)

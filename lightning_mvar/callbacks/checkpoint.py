@@ -88,6 +88,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         """Count what is complete only: a batch, the batches of a step, or a validation pass under way come again."""
         progress = loop["epoch_loop.batch_progress"]
         done = progress["current"]["processed"]
+        progress["is_last_batch"] &= progress["current"]["ready"] == done  # told when the batch is fetched
         again = 0 if done >= trainer.num_training_batches else done % trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
             counts |= dict.fromkeys(counts, counts["processed"] - again)
@@ -125,10 +126,14 @@ class AtomicCheckpoint(ModelCheckpoint):
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
         """In one step, and without waiting for other ranks, which may be gone."""
-        if trainer.is_global_zero:
-            link = hidden(Path(linkpath), "link")
+        if not trainer.is_global_zero:
+            return
+        link = hidden(Path(linkpath), "link")
+        try:
             link.symlink_to(Path(filepath).name)
             os.replace(link, linkpath)
+        except OSError as error:
+            raise InputError(f"cannot link {linkpath} to the checkpoint {filepath} ({error.strerror})") from error
 
 
 def reason_of(error: BaseException) -> str:
@@ -174,12 +179,14 @@ class Checkpoint(AtomicCheckpoint):
             enable_version_counter=False,
         )
         self.keep = keep
+        self.intact: list[Path] = []  # those that were read or written in this run, the oldest first
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path is not None:
             self._last_global_step_saved = trainer.global_step
-            forget_logged(trainer, trainer.global_step)
+            self.intact = [Path(trainer.ckpt_path).resolve()]
+        forget_logged(trainer, trainer.global_step)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save, where it is due after the step before."""
@@ -205,8 +212,10 @@ class Checkpoint(AtomicCheckpoint):
         saves alone if it has everything, that is unless the network is sharded.
         """
         assert isinstance(pl_module, ScheduledModule)
-        useless = isinstance(exception, DivergedError) or pl_module.stepping
-        if useless or trainer.global_step == 0 or self._should_skip_saving_checkpoint(trainer):
+        useless = isinstance(exception, DivergedError | KeyboardInterrupt) or pl_module.stepping
+        # After the last step, a run that goes on from there would not make up for the validation that was cut short.
+        outside = trainer.global_step in (0, trainer.max_steps)
+        if useless or outside or self._should_skip_saving_checkpoint(trainer):
             return
         together = isinstance(exception, Interrupted) or trainer.world_size == 1
         whole = trainer.strategy.lightning_restore_optimizer  # False where each rank has a share
@@ -225,13 +234,17 @@ class Checkpoint(AtomicCheckpoint):
         for logger in trainer.loggers:  # what is logged before a checkpoint must not be lost after it
             logger.save()
         super().save(trainer, path, alone)
-        if trainer.is_global_zero:
-            for old in by_time(path.parent)[self.keep :]:
-                remove(old)
+        self.intact = [*self.intact, path.resolve()][-self.keep :]
+        if trainer.is_global_zero and len(self.intact) == self.keep:
+            for other in by_time(path.parent):
+                if other.resolve() not in self.intact:
+                    remove(other)
 
 
 class BestCheckpoint(AtomicCheckpoint):
-    """The weights that score best in validation, for `sample`, `evaluate` and `export`.
+    """The weights that score best in validation, for `sample` and `export`.
+
+    The last weights take part only if training ends with a validation.
 
     Args:
         dirpath: folder of the checkpoints, another one than that of the run's state.
@@ -254,6 +267,15 @@ class BestCheckpoint(AtomicCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        for other in trainer.checkpoint_callbacks:
+            if (
+                isinstance(other, Checkpoint)
+                and Path(str(other.dirpath)).resolve() == Path(str(self.dirpath)).resolve()
+            ):
+                raise InputError(f"Checkpoint and BestCheckpoint both write to {self.dirpath}: give them two folders")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.callback_metrics.pop(str(self.monitor), None)  # of an earlier validation

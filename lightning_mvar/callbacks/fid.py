@@ -80,7 +80,8 @@ class FIDCallback(L.Callback):
         assert isinstance(pl_module, LitMVAR)
         resolution = pl_module.tokenizer.config.resolution
         prepare(self.extractor, trainer.strategy.root_device)
-        self.reference = load_reference(self.extractor, self.source, resolution, self.cache)
+        wants_features = self.neighbours > 0
+        self.reference = load_reference(self.extractor, self.source, resolution, self.cache, wants_features)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and self.is_due(trainer):

@@ -86,7 +86,7 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     """Images (n, 3, H, W) float32 in [0, 1] and labels (n,) of an npz of samples."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; write it with `lightning-mvar sample --out {path}`")
-    arrays = read_npz(path, ("arr_0", "arr_1"))
+    arrays = read_npz(path, ["arr_0", "arr_1"])
     pixels, labels = arrays["arr_0"], arrays["arr_1"]
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or len(pixels) != len(labels):
         raise InputError(f"{path}: arr_0 must be uint8 N x H x W x 3 with N labels in arr_1, got {pixels.shape}")

@@ -7,6 +7,8 @@ from pathlib import Path
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.commands.training import TrainingCLI, add_resume, ending_together, run_cli
 from lightning_mvar.data.datamodule import ImageDataModule
+from lightning_mvar.errors import InputError
+from lightning_mvar.strategies import FSDP2Strategy
 from lightning_mvar.tokenizer_module import CHECKPOINT_KEY, LitTokenizer
 
 
@@ -23,7 +25,9 @@ class TokenizerCLI(TrainingCLI):
 def main(argv: list[str]) -> None:
     cli = run_cli(TokenizerCLI, LitTokenizer, ImageDataModule, args=argv[1:], run=False)
     trainer = cli.trainer
-    ckpt_path = cli.choose_checkpoint(cli.config["ckpt_path"], cli.config["resume"])
+    if isinstance(trainer.strategy, FSDP2Strategy):
+        raise InputError("a tokenizer is too small to be sharded: use --trainer.strategy ddp")
+    ckpt_path = cli.choose_checkpoint(cli.config["ckpt_path"], cli.config["resume"], training=True)
     with ending_together(trainer):
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
     folder = Path(trainer.default_root_dir)

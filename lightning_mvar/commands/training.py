@@ -47,15 +47,22 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's own would let the checkpoint's values override the command line, silently."""
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # settings that Lightning does not combine
+            raise InputError(" ".join(str(error).split())) from error
+
     def _run_subcommand(self, subcommand: str) -> None:
         options = self.config_init[subcommand]
-        options["ckpt_path"] = self.choose_checkpoint(options["ckpt_path"], options.get("resume", False))
-        if options["ckpt_path"] is None and subcommand in ("validate", "test"):
+        training = subcommand == "fit"
+        options["ckpt_path"] = self.choose_checkpoint(options["ckpt_path"], options.get("resume", False), training)
+        if options["ckpt_path"] is None and not training:
             raise InputError(f"{subcommand} needs --ckpt_path: without it the network is untrained")
         with ending_together(self.trainer):
             super()._run_subcommand(subcommand)
 
-    def choose_checkpoint(self, ckpt_path: str | None, resume: bool) -> str | None:
+    def choose_checkpoint(self, ckpt_path: str | None, resume: bool, training: bool) -> str | None:
         """The checkpoint to go on from, if any.
 
         Raises:
@@ -70,6 +77,8 @@ class TrainingCLI(LightningCLI):
         content = read_plain_part(Path(ckpt_path))
         if self.checkpoint_key not in content:
             raise InputError(f"--ckpt_path {ckpt_path} is not a checkpoint of this command")
+        if training and "callbacks" not in content:
+            raise InputError(f"--ckpt_path {ckpt_path} holds weights only, not the state of a run to go on with")
         if Path(ckpt_path).is_dir() and not isinstance(self.trainer.strategy, FSDP2Strategy):
             raise InputError(
                 f"--ckpt_path {ckpt_path} has a share of each rank: it needs --trainer.strategy fsdp2, on any number "

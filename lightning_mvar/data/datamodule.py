@@ -17,6 +17,7 @@ from lightning_mvar.data.loader import (
     TokenBatch,
     TokenLoader,
     TokenStream,
+    leave_signals_to_the_main_process,
 )
 from lightning_mvar.data.shards import Manifest, sample_keys
 from lightning_mvar.errors import InputError
@@ -94,7 +95,7 @@ class TokenDataModule(L.LightningDataModule):
         return sample_keys(self.folders["train"], self.manifests["train"], batch.ids.tolist())
 
     def train_dataloader(self) -> TokenLoader:
-        return counting_trained(self.loader("train", self.seed), self.trainer)
+        return following(self.loader("train", self.seed), self.trainer)
 
     def val_dataloader(self) -> TokenLoader:
         return self.loader("val", None)
@@ -150,7 +151,7 @@ class ImageDataModule(L.LightningDataModule):
         images = open_images(self.sources["train"], self.resolution, self.crop, self.on_corrupt)
         source = ShuffledImages(images, self.batch_size, self.seed, *place(self.trainer))
         loader = ImageLoader(source, self.num_workers, pin_memory=torch.cuda.is_available())
-        return counting_trained(loader, self.trainer)
+        return following(loader, self.trainer)
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         images = open_images(self.sources["val"], self.resolution, "center", self.on_corrupt)
@@ -160,6 +161,7 @@ class ImageDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_the_main_process,
         )
 
 
@@ -168,14 +170,16 @@ def place(trainer: L.Trainer | None) -> tuple[int, int]:
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
-def counting_trained(loader: Loader, trainer: L.Trainer | None) -> Loader:
-    """Let a training loader know which of its batches have been trained on: those of complete optimizer steps."""
+def following(loader: Loader, trainer: L.Trainer | None) -> Loader:
+    """Let a training loader know where Lightning is: the epoch, and which batches were part of complete steps."""
     if trainer is not None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
 
         def trained() -> int:
             done: int = progress.current.processed  # type: ignore[attr-defined]
-            return done if done >= len(loader) else done - done % trainer.accumulate_grad_batches
+            return done if done >= loader.limit() else done - done % trainer.accumulate_grad_batches
 
         loader.trained = trained
+        loader.limit = lambda: min(len(loader), int(trainer.num_training_batches))
+        loader.epoch = trainer.current_epoch - 1  # the next pass is this epoch's; a restored place comes on top
     return loader

@@ -10,6 +10,7 @@ is 1.7 GB an epoch), and a rank only slices arrays.
 from __future__ import annotations
 
 import random
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -197,6 +198,7 @@ class ResumableLoader(ABC):
         # come again. Counted from `skipped` on.
         self.trained: Callable[[], int] = lambda: self.position
         self.skipped = 0
+        self.limit = lambda: len(self)  # batches of an epoch that are used
 
     def __len__(self) -> int:
         return len(self.source)
@@ -217,7 +219,7 @@ class ResumableLoader(ABC):
 
     def state_dict(self) -> dict[str, int]:
         position = min(self.position, self.skipped + self.trained())
-        if self.epoch < 0 or position >= len(self):
+        if self.epoch < 0 or position >= self.limit():
             return {"epoch": self.epoch + 1, "samples": 0}
         return {"epoch": self.epoch, "samples": position * self.source.global_batch}
 
@@ -234,7 +236,13 @@ class TokenLoader(ResumableLoader):
     source: TokenStream
 
     def batches(self) -> Iterable[TokenBatch]:
-        return DataLoader(self.source, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        return DataLoader(
+            self.source,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            worker_init_fn=leave_signals_to_the_main_process,
+        )
 
 
 class ImageLoader(ResumableLoader):
@@ -249,4 +257,11 @@ class ImageLoader(ResumableLoader):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=self.pin_memory,
+            worker_init_fn=leave_signals_to_the_main_process,
         )
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """A cluster sends them to all processes of a job, and a worker that died would take the run with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

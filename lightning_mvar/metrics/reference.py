@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_mvar.data.images import ImageSource, collate, open_images
+from lightning_mvar.data.images import Example, ImageSource, collate, open_images, to_tensor
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 from lightning_mvar.fingerprint import fingerprint
@@ -42,7 +44,9 @@ class Reference:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]  # numpy takes allow_pickle for an array
 
 
-def load_reference(extractor: nn.Module, source: str, resolution: int, cache: Path) -> Reference:
+def load_reference(
+    extractor: nn.Module, source: str, resolution: int, cache: Path, with_features: bool = True
+) -> Reference:
     """The reference that `source` names, for images of `resolution` pixels a side.
 
     Measuring is divided among the ranks, which must all call this; what is measured is kept in the folder `cache`.
@@ -54,21 +58,54 @@ def load_reference(extractor: nn.Module, source: str, resolution: int, cache: Pa
             themselves in `arr_0` (uint8, N x H x W x 3), precision and recall can be computed too.
         resolution: side of the images of a folder, after resizing and cropping.
         cache: folder for what is measured.
+        with_features: whether precision and recall are wanted.
 
     Raises:
         InputError: if the source does not exist, is damaged, or is not for this extractor.
     """
     if source.endswith(".npz"):
-        return read_statistics(extractor, Path(source))
+        return published_reference(extractor, Path(source), cache, with_features)
     images = open_images(source, resolution)
-    identity = f"{source} {images.identity} {images.resolution} {fingerprint(extractor)}"
-    path = cache / f"{type(extractor).__name__}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
+    return kept_or_measured(extractor, lambda: images, f"{source} {images.identity} {images.resolution}", cache)
+
+
+def published_reference(extractor: nn.Module, path: Path, cache: Path, with_features: bool) -> Reference:
+    """Statistics as they are in the file; features measured on its images, where they are wanted and there."""
+    statistics = read_statistics(extractor, path)
+    if not with_features or "arr_0" not in names_in(path):
+        return Reference(statistics, None)
+    about = path.stat()
+    identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+    return Reference(statistics, kept_or_measured(extractor, lambda: Pixels(path), identity, cache).features)
+
+
+def kept_or_measured(extractor: nn.Module, images: Callable[[], ImageSource], identity: str, cache: Path) -> Reference:
+    key = hashlib.sha256(f"{identity} {fingerprint(extractor)}".encode()).hexdigest()[:16]
+    path = cache / f"{type(extractor).__name__}-{key}.npz"
     if told_by_first_rank(path.is_file()):
-        return read_statistics(extractor, path)
-    reference = measure(extractor, images, f"features of {source}")
+        features = torch.from_numpy(read_npz(path, ["features"])["features"])
+        return Reference(read_statistics(extractor, path), features)
+    reference = measure(extractor, images(), f"features of {identity.split()[0]}")
     if not dist.is_initialized() or dist.get_rank() == 0:
         reference.save(path)
     return reference
+
+
+class Pixels:
+    """The images in the array `arr_0` of a file, as a source."""
+
+    def __init__(self, path: Path) -> None:
+        self.pixels = read_npz(path, ["arr_0"])["arr_0"]
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or self.pixels.shape[-1] != 3:
+            raise InputError(f"{path}: arr_0 must be uint8 N x H x W x 3, got {self.pixels.dtype} {self.pixels.shape}")
+        self.class_names: list[str] = []
+        self.identity, self.resolution = str(path), self.pixels.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(to_tensor(Image.fromarray(self.pixels[index])), 0, str(index))
 
 
 def told_by_first_rank(value: bool) -> bool:
@@ -106,8 +143,8 @@ def stack(images: ImageSource, numbers: list[int]) -> Tensor:
     return (collate([images[number] for number in numbers]).images + 1) / 2
 
 
-def read_statistics(extractor: nn.Module, path: Path) -> Reference:
-    arrays = read_npz(path, ("mu", "sigma"))
+def read_statistics(extractor: nn.Module, path: Path) -> Statistics:
+    arrays = read_npz(path, ["mu", "sigma"])
     mu, sigma = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
     expected = num_features(extractor)
     if mu.shape != (expected,) or sigma.shape != (expected, expected):
@@ -115,40 +152,35 @@ def read_statistics(extractor: nn.Module, path: Path) -> Reference:
             f"{path} has mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, but {type(extractor).__name__} makes "
             f"{expected} features: it was made with another extractor"
         )
-    statistics = Statistics(mu, sigma)
-    if "features" in arrays:
-        return Reference(statistics, torch.from_numpy(arrays["features"]).float())
-    if "arr_0" in arrays:
-        pixels = torch.from_numpy(arrays["arr_0"][:MAX_FEATURES])
-        found = [
-            extractor(batch.to(device_of(extractor))).cpu() for batch in from_pixels(pixels, f"features of {path}")
-        ]
-        return Reference(statistics, torch.cat(found))
-    return Reference(statistics, None)
+    return Statistics(mu, sigma)
 
 
-def from_pixels(pixels: Tensor, progress: str) -> Iterator[Tensor]:
-    """Batches (b, 3, H, W) float32 in [0, 1] of uint8 pixels (n, H, W, 3)."""
-    for batch in tqdm(pixels.split(BATCH_SIZE), desc=progress, leave=False):
-        yield batch.movedim(-1, 1).float() / 255
-
-
-def read_npz(path: Path, required: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """All arrays of a file; no code in it is run.
+def read_npz(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
+    """Some arrays of a file, and no others; no code in it is run.
 
     Raises:
-        InputError: if it is missing or damaged, or a required array is not in it.
+        InputError: if it is missing or damaged, or an array is not in it.
     """
+    if missing := [name for name in names if name not in names_in(path)]:
+        raise InputError(f"{path} has no array {missing[0]}; it holds {', '.join(names_in(path)) or 'none'}")
+    with readable(path), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in names}
+
+
+def names_in(path: Path) -> list[str]:
+    with readable(path), np.load(path, allow_pickle=False) as file:
+        return list(file.files)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise InputError where a file is missing, or cannot be read as an npz of arrays."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile) as error:
         raise InputError(f"{path} is damaged or not an npz of arrays ({type(error).__name__})") from error
-    if missing := [name for name in required if name not in arrays]:
-        raise InputError(f"{path} has no array {missing[0]}; it holds {', '.join(arrays) or 'none'}")
-    return arrays
 
 
 def num_features(extractor: nn.Module) -> int:

@@ -16,6 +16,8 @@ import torch
 from conftest import scalars
 from processes import Run, start
 
+from lightning_mvar.data.loader import TokenLoader, TokenStream
+from lightning_mvar.data.shards import Manifest
 from lightning_mvar.resume import by_time, read_part
 
 FIT = ["fit", "--config", "run.yaml", "--resume"]
@@ -43,17 +45,21 @@ def kill_and_resume(folder: Path, root: str, options: list[str], devices: int, k
     """Kill all ranks at random moments after the first checkpoint that each start writes; at last run to the end."""
     rng, checkpoints = random.Random(0), folder / root / "checkpoints"
     for _ in range(kills):
-        before = by_time(checkpoints)[:1]
+        before = names(checkpoints)
         started = start([*FIT, *options, "--trainer.default_root_dir", root], folder, devices, name="killed")
-        while by_time(checkpoints)[:1] == before and any(rank.is_alive() for rank in started.ranks):
+        while names(checkpoints) <= before and any(rank.is_alive() for rank in started.ranks):
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.1))
         assert all(rank.is_alive() for rank in started.ranks), started.printed()
         started.send(signal.SIGKILL)
     train(folder, root, options, devices)
 
 
-@pytest.mark.parametrize(("devices", "strategy", "kills"), [(1, "auto", 5), (2, "fsdp2", 2)])
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("step=*")}
+
+
+@pytest.mark.parametrize(("devices", "strategy", "kills"), [(1, "auto", 4), (2, "fsdp2", 2)])
 def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(
     run_folder: Path, devices: int, strategy: str, kills: int
 ) -> None:
@@ -74,10 +80,40 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(
     assert not list((run_folder / "killed/checkpoints").glob(".*"))
 
 
+EPOCHS = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "3"]
+EACH = ["--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ([], [3, 4, 5, 8]),  # epochs end after steps 3, 6, 9; validations come after 4 and 8
+        ([*EPOCHS, *EACH], [2, 3, 8]),
+        (["--data.batch_size", "40", "--trainer.val_check_interval", "2"], [1, 4]),  # epochs of a single batch
+        (["--trainer.limit_train_batches", "2", "--trainer.accumulate_grad_batches", "2"], [3]),
+        (["--data.num_workers", "1", "--trainer.num_sanity_val_steps", "1"], [4]),
+    ],
+)
+def test_a_checkpoint_of_any_step_goes_on_exactly(run_folder: Path, options: list[str], steps: list[int]) -> None:
+    """Before an epoch's last batch, after it, after a validation."""
+    text = (run_folder / "run.yaml").read_text()
+    (run_folder / "run.yaml").write_text(text.replace("every_n_train_steps: 3", "every_n_train_steps: 1, keep: 99"))
+    train(run_folder, "whole", options)
+    expected, curves = weights(run_folder / "whole"), scalars(run_folder / "whole/logs")
+    for step in steps:
+        part = run_folder / f"part{step}"
+        (part / "checkpoints").mkdir(parents=True)
+        shutil.copy(run_folder / f"whole/checkpoints/step={step:08d}.ckpt", part / "checkpoints")
+        shutil.copytree(run_folder / "whole/logs", part / "logs")
+        train(run_folder, part.name, options)
+        assert largest_difference(expected, weights(part)) == 0, step
+        assert scalars(part / "logs") == curves, step
+
+
 def test_torn_checkpoints_are_named_and_passed_over(run_folder: Path) -> None:
     train(run_folder, "run", [])
     expected, folder = weights(run_folder / "run"), run_folder / "run/checkpoints"
-    for attempt in range(4):
+    for attempt in range(2):
         newest = by_time(folder)[0]
         content = newest.read_bytes()
         newest.write_bytes(content[: random.Random(attempt).randrange(len(content))])
@@ -106,26 +142,28 @@ def test_torn_shares_are_named_and_passed_over(run_folder: Path) -> None:
     assert largest_difference(expected, weights(run_folder / "run")) < 1e-6
 
 
-def signal_at_step_5(rank: int, number: int) -> None:
+def signal_at_step_5(rank: int, number: int, everywhere: bool = False) -> None:
     """The last rank receives a signal in the middle of the sixth step; the others never hear of it."""
     from lightning_mvar.module import LitMVAR
 
     step = LitMVAR.training_step
+    if everywhere:
+        os.setpgrp()
 
     def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
         if self.global_step == 5 and rank == self.trainer.world_size - 1:
-            os.kill(os.getpid(), number)
+            (os.killpg if everywhere else os.kill)(os.getpid(), number)
         return step(self, batch, batch_idx)
 
     LitMVAR.training_step = training_step
 
 
-def signal_in_validation(rank: int) -> None:
-    """As the second validation begins, after step 8."""
+def signal_in_validation(rank: int, step: int) -> None:
+    """As the validation after a step begins."""
     from lightning_mvar.module import LitMVAR
 
     def on_validation_epoch_start(self):  # type: ignore[no-untyped-def]
-        if self.global_step == 8 and rank == 0:
+        if self.global_step == step and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
     LitMVAR.on_validation_epoch_start = on_validation_epoch_start
@@ -143,7 +181,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     prepare = partial(signal_at_step_5, number=number)
     stopped = start([*FIT, *options, "--trainer.default_root_dir", "run"], run_folder, devices, prepare)
     assert stopped.wait() == [128 + number] + [0] * (devices - 1), stopped.printed()
-    assert f"interrupted by {number.name} after step 6; --resume goes on" in stopped.printed()
+    assert f"interrupted by {number.name} after step 6; --resume goes on from the newest" in stopped.printed()
     assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000006.ckpt"
     train(run_folder, "run", options, devices)
     assert largest_difference(weights(run_folder / "whole"), weights(run_folder / "run")) < 1e-6
@@ -151,13 +189,68 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
         assert scalars(run_folder / "run/logs") == scalars(run_folder / "whole/logs")
 
 
-def test_a_signal_during_validation_runs_it_again(run_folder: Path) -> None:
+@pytest.mark.parametrize("step", [8, 12])
+def test_a_signal_during_validation_runs_it_again(run_folder: Path, step: int) -> None:
+    """Also where it is the last thing to do."""
     train(run_folder, "whole", [])
-    stopped = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=signal_in_validation)
+    prepare = partial(signal_in_validation, step=step)
+    stopped = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=prepare)
     assert stopped.wait() == [143], stopped.printed()
     train(run_folder, "run", [])
     assert largest_difference(weights(run_folder / "whole"), weights(run_folder / "run")) == 0
     assert scalars(run_folder / "run/logs") == scalars(run_folder / "whole/logs")
+
+
+def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(run_folder: Path) -> None:
+    stopped = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=two_interrupts_at_step_5)
+    assert stopped.wait() == [130], stopped.printed()
+    assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000003.ckpt"
+
+
+def two_interrupts_at_step_5(rank: int) -> None:
+    from lightning_mvar.module import LitMVAR
+
+    step = LitMVAR.training_step
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        if self.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    LitMVAR.training_step = training_step
+
+
+def test_a_signal_to_the_workers_too_is_no_failure(run_folder: Path) -> None:
+    """As a cluster sends it, to every process of the job."""
+    prepare = partial(signal_at_step_5, number=signal.SIGTERM, everywhere=True)
+    command = [*FIT, "--data.num_workers", "2", "--trainer.default_root_dir", "run"]
+    stopped = start(command, run_folder, prepare=prepare)
+    assert stopped.wait() == [143], stopped.printed()
+    assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000006.ckpt"
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_shows_each_step_once(run_folder: Path) -> None:
+    train(run_folder, "whole", [])
+    killed = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=die_at_step_2)
+    assert killed.wait() == [-signal.SIGKILL], killed.printed()
+    assert len(scalars(run_folder / "run/logs")["train/loss"]) == 2
+    train(run_folder, "run", [])
+    assert scalars(run_folder / "run/logs") == scalars(run_folder / "whole/logs")
+
+
+def die_at_step_2(rank: int) -> None:
+    from lightning_mvar.module import LitMVAR
+
+    step = LitMVAR.training_step
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        if self.global_step == 2:
+            self.logger.save()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batch, batch_idx)
+
+    LitMVAR.training_step = training_step
 
 
 def small_files_only(rank: int) -> None:
@@ -290,7 +383,30 @@ def test_a_finished_run_ends_at_once_and_goes_on_when_it_is_extended(run_folder:
     assert largest_difference(before, weights(run_folder / "run")) == 0
     train(run_folder, "run", ["--trainer.max_steps", "14"])
     assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000014.ckpt"
-    shutil.rmtree(run_folder / "run")
+
+
+def test_a_run_that_is_extended_by_epochs_goes_on_with_the_next_epochs_order(run_folder: Path) -> None:
+    epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs"]
+    train(run_folder, "run", [*epochs, "2"])
+    extended = start([*FIT, *epochs, "3", "--trainer.default_root_dir", "run"], run_folder, prepare=write_down_ids)
+    assert extended.wait() == [0], extended.printed()
+    manifest = Manifest.load(run_folder / "shards")
+    third = TokenLoader(TokenStream(run_folder / "shards", manifest, 16, 0, 16_384, 0, 1), 0, pin_memory=False)
+    third.load_state_dict({"epoch": 2, "samples": 0})
+    assert (run_folder / "ids.txt").read_text().split() == [str(i) for batch in third for i in batch.ids.tolist()]
+
+
+def write_down_ids(rank: int) -> None:
+    from lightning_mvar.module import LitMVAR
+
+    step = LitMVAR.training_step
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        with open("ids.txt", "a") as file:
+            file.write("".join(f"{i} " for i in batch.ids.tolist()))
+        return step(self, batch, batch_idx)
+
+    LitMVAR.training_step = training_step
 
 
 def test_other_batches_keep_the_place_in_the_data(run_folder: Path) -> None:

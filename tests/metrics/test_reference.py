@@ -68,9 +68,18 @@ def test_published_statistics_load_by_path(extractor: Projection, tmp_path: Path
     assert found.features is None
     pixels = np.random.default_rng(1).integers(0, 256, (70, 8, 8, 3)).astype(np.uint8)
     published_file(path, extractor, pixels)
-    features = load_reference(extractor, str(path), 256, tmp_path).features
+    found = load_reference(extractor, str(path), 256, tmp_path)
+    calls = extractor.calls
+    again = load_reference(extractor, str(path), 256, tmp_path)
+    assert extractor.calls == calls
     expected = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
-    torch.testing.assert_close(features, expected)
+    for reference in (found, again):
+        torch.testing.assert_close(reference.features, expected)
+        assert torch.equal(reference.statistics.mu, torch.from_numpy(np.load(path)["mu"]))
+    assert load_reference(extractor, str(path), 256, tmp_path, with_features=False).features is None
+    published_file(path, extractor, pixels[0])
+    with pytest.raises(InputError, match=r"arr_0 must be uint8 N x H x W x 3, got uint8 \(8, 8, 3\)"):
+        load_reference(extractor, str(path), 256, tmp_path)
 
 
 def test_damaged_and_foreign_files_are_named(extractor: Projection, tmp_path: Path) -> None:
