@@ -24,11 +24,13 @@ from lightning_mvar.strategies import build, gathered_copy
 
 FIT = ["fit", "--config", "run.yaml"]
 KEEP_SHARDED = [f"--trainer.callbacks.{name}.keep_sharded=true" for name in ("SamplesCallback", "FIDCallback")]
+HALF = ["--trainer.strategy", "lightning_mvar.strategies.FSDP2Strategy", "--trainer.strategy.param_dtype", "bfloat16"]
 RUNS = {
     "one": (1, []),
     "ddp": (2, ["--trainer.strategy", "ddp"]),
     "fsdp2": (2, ["--trainer.strategy", "fsdp2"]),
     "frugal": (2, ["--trainer.strategy", "fsdp2", "--model.activation_checkpointing", "true"]),
+    "half": (2, [*HALF, "--trainer.precision", "bf16-mixed"]),
 }
 
 
@@ -38,7 +40,7 @@ def options(name: str) -> list[str]:
 
 
 def test_strategies_agree_on_losses_weights_scores_and_samples(run_folder: Path) -> None:
-    """The same global batch. `frugal` also keeps the network sharded while it samples."""
+    """The same global batch. `frugal` keeps the network sharded while it samples, `half` gathers it in bfloat16."""
     text = (run_folder / "run.yaml").read_text()
     (run_folder / "frugal.yaml").write_text(text.replace("batch_size: 3", "batch_size: 3, keep_sharded: true"))
     for name in RUNS:
@@ -61,6 +63,8 @@ def test_strategies_agree_on_losses_weights_scores_and_samples(run_folder: Path)
         for part, weights in expected.items():
             for key, tensor in last_weights(run_folder / name, part).items():
                 torch.testing.assert_close(tensor, weights[key], atol=1e-5, rtol=1e-4)
+    half = [value for _, value in scalars(run_folder / "half/logs")["train/loss"]]
+    assert half == pytest.approx([value for _, value in one["train/loss"]], abs=2e-3)
 
 
 def last_weights(root: Path, prefix: str) -> dict[str, torch.Tensor]:

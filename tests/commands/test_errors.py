@@ -100,6 +100,35 @@ def test_a_mistake_that_a_data_worker_finds_is_told_as_plainly(
     assert message.splitlines()[-1].startswith("lightning-mvar: error: ")
 
 
+CHECKPOINTS = """
+trainer: {enable_checkpointing: true, callbacks: [
+  {class_path: lightning_mvar.callbacks.Checkpoint, init_args: {dirpath: state, every_n_train_steps: 1}},
+  {class_path: lightning_mvar.callbacks.BestCheckpoint, init_args: {dirpath: best, monitor: val/loss}}]}
+"""
+FSDP2 = ["--trainer.strategy", "lightning_mvar.strategies.FSDP2Strategy"]
+
+
+def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "checkpoints.yaml").write_text(CHECKPOINTS)
+    fit = ["fit", "--config", "fit.yaml", "--config", "checkpoints.yaml"]
+    assert run(fit) == 0
+    (best,) = (here / "best").iterdir()
+    assert f"{best.relative_to(here)} holds weights only" in refused(capfd, *fit, "--ckpt_path", "best/" + best.name)
+    assert run(["validate", *fit[1:], "--ckpt_path", "best/" + best.name]) == 0
+    (here / "same.yaml").write_text(CHECKPOINTS.replace("dirpath: best", "dirpath: state"))
+    assert "give them two folders" in refused(capfd, "fit", "--config", "fit.yaml", "--config", "same.yaml")
+
+
+def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config", "fit.yaml", *FSDP2]
+    assert "needs --trainer.precision bf16-mixed" in refused(capfd, *fit, "--trainer.strategy.param_dtype", "bfloat16")
+    assert "16-mixed" in refused(capfd, *fit, "--trainer.precision", "16-mixed")
+    images = str(make_images(here))
+    tokenizer = ["--model.tokenizer.schedule.side_lengths", "[1,2,4]", "--data.train", images, "--data.val", images]
+    options = [*tokenizer, "--trainer.strategy", "fsdp2", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    assert "use --trainer.strategy ddp" in refused(capfd, "train-tokenizer", *options, "--trainer.devices", "1")
+
+
 def test_fit_refuses_a_typo_in_yaml(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = (here / "fit.yaml").read_text()
     (here / "typo.yaml").write_text(text.replace("batch_size", "batch_sise"))
