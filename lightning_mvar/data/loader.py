@@ -9,11 +9,15 @@ is 1.7 GB an epoch), and a rank only slices arrays.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,5 +267,16 @@ class ImageLoader(ResumableLoader):
 
 def leave_signals_to_the_main_process(worker: int) -> None:
     """A cluster sends them to all processes of a job, and a worker that died would take the run with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=end_when_the_main_process_asks, daemon=True).start()
+
+
+def end_when_the_main_process_asks() -> None:
+    """Python ends the workers that are left at exit by SIGTERM, and waits for them: that one is to be heeded."""
+    main = multiprocessing.parent_process()
+    while main and signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
+        pass
+    os._exit(0)

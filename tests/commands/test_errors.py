@@ -101,11 +101,10 @@ def test_a_mistake_that_a_data_worker_finds_is_told_as_plainly(
 
 
 CHECKPOINTS = """
-trainer: {enable_checkpointing: true, callbacks: [
+trainer: {enable_checkpointing: true, val_check_interval: 1, callbacks: [
   {class_path: lightning_mvar.callbacks.Checkpoint, init_args: {dirpath: state, every_n_train_steps: 1}},
   {class_path: lightning_mvar.callbacks.BestCheckpoint, init_args: {dirpath: best, monitor: val/loss}}]}
 """
-FSDP2 = ["--trainer.strategy", "lightning_mvar.strategies.FSDP2Strategy"]
 
 
 def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -120,9 +119,13 @@ def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.Captur
 
 
 def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fit = ["fit", "--config", "fit.yaml", *FSDP2]
-    assert "needs --trainer.precision bf16-mixed" in refused(capfd, *fit, "--trainer.strategy.param_dtype", "bfloat16")
-    assert "16-mixed" in refused(capfd, *fit, "--trainer.precision", "16-mixed")
+    half = [
+        "--trainer.strategy",
+        "lightning_mvar.strategies.FSDP2Strategy",
+        "--trainer.strategy.param_dtype",
+        "bfloat16",
+    ]
+    assert "needs --trainer.precision bf16-mixed" in refused(capfd, "fit", "--config", "fit.yaml", *half)
     images = str(make_images(here))
     tokenizer = ["--model.tokenizer.schedule.side_lengths", "[1,2,4]", "--data.train", images, "--data.val", images]
     options = [*tokenizer, "--trainer.strategy", "fsdp2", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]

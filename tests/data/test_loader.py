@@ -1,11 +1,23 @@
+import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_tokens, write_token_shards
+from processes import CONTEXT
+from torch.utils.data import DataLoader
 
 from lightning_mvar.data.images import Example, ImageBatch
-from lightning_mvar.data.loader import ImageLoader, ShuffledImages, TokenBatch, TokenLoader, TokenStream
+from lightning_mvar.data.loader import (
+    ImageLoader,
+    ShuffledImages,
+    TokenBatch,
+    TokenLoader,
+    TokenStream,
+    leave_signals_to_the_main_process,
+)
 from lightning_mvar.errors import InputError
 
 SIZES = [20, 20, 20, 7]
@@ -181,3 +193,24 @@ def test_images_go_on_where_they_stopped() -> None:
 def test_fewer_images_than_a_global_batch_are_refused() -> None:
     with pytest.raises(InputError, match=r"21 training images, fewer than one global batch of 22: lower --data\.batch"):
         image_loader(11, world_size=2)
+
+
+def hold_a_worker() -> None:
+    loader = DataLoader(list(range(9)), None, num_workers=1, worker_init_fn=leave_signals_to_the_main_process)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert list(batches) == list(range(1, 9))
+    batches = iter(loader)
+    next(batches)
+    sys.held = batches  # as the traceback of an exception would
+
+
+def test_a_worker_outlives_a_signal_from_outside_and_ends_with_its_process() -> None:
+    process = CONTEXT.Process(target=hold_a_worker)
+    process.start()
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0
