@@ -140,7 +140,7 @@ class Mamba2(nn.Module):
         # Step sizes and decays in float32: their products run over the whole sequence.
         dt = F.softplus(dt.float() + self.dt_bias.float())
         y, scan_state = ssd(u, dt, -self.A_log.float().exp(), B, C, scan_state)
-        y = y + u * self.D[:, None].to(u.dtype)
+        y = torch.addcmul(y, u, self.D[:, None].to(u.dtype))
         return self.out_proj(self.gated_norm(y.flatten(2), z)), (conv_state, scan_state)
 
     def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:

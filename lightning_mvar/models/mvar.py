@@ -171,11 +171,11 @@ class Block(nn.Module):
         carried = []
         for mixer, before in zip(self.mixers, state.mixers, strict=True):
             gate, gain, shift = next(branches)  # each (b, 1, d)
-            y, after = mixer(layer_norm(x) * (1 + gain) + shift, lengths, before)
-            x = x + self.drop_path(gate * y)
+            y, after = mixer(modulated(x, gain, shift), lengths, before)
+            x = torch.addcmul(x, self.drop_path(gate), y)
             carried.append(after)
         gate, gain, shift = next(branches)
-        x = x + self.drop_path(gate * self.mlp(layer_norm(x) * (1 + gain) + shift))
+        x = torch.addcmul(x, self.drop_path(gate), self.mlp(modulated(x, gain, shift)))
         return x, BlockState(state.modulation, tuple(carried))
 
     @torch.no_grad()
@@ -284,7 +284,7 @@ class MVAR(nn.Module):
         """(b, l, d) -> (b, l, v), in float32 even under autocast: small logit differences decide the sampling."""
         with torch.autocast(x.device.type, enabled=False):
             gain, shift = F.linear(F.silu(cond.float()), *float_parameters(self.head_adaln))[:, None].chunk(2, dim=-1)
-            x = layer_norm(x.float()) * (1 + gain) + shift
+            x = modulated(x.float(), gain, shift)
             return F.linear(x, *float_parameters(self.head))
 
     def init_weights(self) -> None:
@@ -326,9 +326,9 @@ def draw_weights(part: nn.Module, std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the channels without learned affine: AdaLN brings its own."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+def modulated(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """AdaLN of x (b, l, d): LayerNorm without learned affine, then gain and shift, each (b, 1, d)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + gain)
 
 
 def float_parameters(linear: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ For every head h, with a scalar decay and one B and C shared by all heads (Mamba
 | A         | A               | decay rate of each head, negative                   |
 | B, C      | B, C            | input and output projections of the state           |
 | H, h_t    | state           | what is carried from token to token                 |
-| L         | within-chunk decay matrix of `ssd_chunked`                            |
+| L         | `decay_between` | decay from token to token inside a chunk            |
 
-Shapes: b batch, l tokens, h heads, p head dim, n SSM state; in the chunked form c chunks of q tokens.
+Shapes: b batch, l tokens, h heads, p head dim, n SSM state; in the chunked form q tokens of a chunk.
 
 `ssd` is what networks call: the Triton kernels of mamba-ssm on CUDA where that package is installed, `ssd_chunked`
 everywhere else. `ssd_recurrent` is the definition written out, and what the others are tested against. All of them
@@ -27,10 +27,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -100,39 +99,153 @@ def ssd_chunked(
     """The recurrence as matrix products over chunks of tokens (paper, section 6): linear in l, any l, autograd.
 
     Arguments and results as in `ssd`; `chunk_size`, the longest chunk, trades the (q, q) products inside a chunk for
-    the number of states kept between chunks. Products run in the dtype of `x`, decays and states in float32.
+    the number of states. Products run in the dtype of `x`, decays and states in float32. Nothing but the arguments is
+    kept for the backward pass.
     """
-    b, l, h, p = x.shape
-    chunks = -(-l // chunk_size)
-    q = -(-l // chunks)  # chunks of equal length, so that at most one token a chunk is padding
-    padding = chunks * q - l  # padded tokens have dt = 0: they neither decay the state nor add to it
-    inputs = (x.float() * dt[..., None]).to(x.dtype)
-    inputs, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding)) for t in (inputs, B, C))
-    log_decay = F.pad((dt * A).float(), (0, 0, 0, padding))
+    if state is None:
+        state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32)
+    return ChunkedScan.apply(x, dt, A, B, C, state, chunk_size)
 
-    inputs = inputs.unflatten(1, (-1, q)).transpose(2, 3)  # (b, c, h, q, p)
-    B, C = B.unflatten(1, (-1, q)), C.unflatten(1, (-1, q))  # (b, c, q, n)
-    log_decay = log_decay.unflatten(1, (-1, q)).transpose(2, 3).cumsum(-1)  # (b, c, h, q), from the chunk's start
 
-    # 1. Inside each chunk: y_t = sum over s <= t of (C_t . B_s) exp(decay from s to t) x_s.
-    future = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
-    L = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(future, -torch.inf).exp()  # (b, c, h, q, q)
-    scores = (C @ B.transpose(-1, -2))[:, :, None]  # (b, c, 1, q, q)
-    y = (scores * L).to(x.dtype) @ inputs  # (b, c, h, q, p)
+class Chunk(NamedTuple):
+    """Some consecutive tokens. `decay` (b, q, h) is the logarithm of the decay from the chunk's start to each token."""
 
-    # 2. What each chunk alone adds to the state by its end.
-    to_end = (log_decay[..., -1:] - log_decay).exp()[..., None]  # (b, c, h, q, 1)
-    added = (inputs * to_end.to(x.dtype)).transpose(-1, -2) @ B[:, :, None]  # (b, c, h, p, n)
+    x: Tensor  # (b, q, h, p)
+    dt: Tensor  # (b, q, h)
+    B: Tensor  # (b, q, n)
+    C: Tensor  # (b, q, n)
+    decay: Tensor
 
-    # 3. Carry the state from chunk to chunk.
-    chunk_decay = log_decay[..., -1].exp()[..., None, None]  # (b, c, h, 1, 1)
-    state = x.new_zeros(b, h, p, B.shape[-1], dtype=torch.float32) if state is None else state
-    entering = []
-    for chunk in range(added.shape[1]):
-        entering.append(state)
-        state = chunk_decay[:, chunk] * state + added[:, chunk].float()
+    @property
+    def inputs(self) -> Tensor:
+        """(b, q, h, p) what each token adds to the state."""
+        return scaled(self.x, self.dt)
 
-    # 4. What the state at the chunk's start contributes to each of its tokens.
-    carried = C[:, :, None] @ torch.stack(entering, dim=1).to(x.dtype).transpose(-1, -2)  # (b, c, h, q, p)
-    y = y + carried * log_decay.exp()[..., None].to(x.dtype)
-    return y.transpose(2, 3).flatten(1, 2)[:, :l], state
+    @property
+    def to_end(self) -> Tensor:
+        """(b, q, h) decay from each token to the chunk's end."""
+        return (self.decay[:, -1:] - self.decay).exp()
+
+    @property
+    def scores(self) -> Tensor:
+        """(b, 1, q, q): C_t . B_s for s <= t, else 0."""
+        return (self.C @ self.B.transpose(1, 2)).tril_()[:, None]
+
+    def decay_between(self) -> Tensor:
+        """(b, h, q, q): decay from token s to token t for s <= t; 1 where s is later, for `scores` are 0 there."""
+        decay = self.decay.transpose(1, 2)
+        return (decay[..., :, None] - decay[..., None, :]).clamp_(max=0).exp_()
+
+    def carry(self, state: Tensor, inputs: Tensor) -> Tensor:
+        """The state (b, n, h, p) after the chunk, from that before it."""
+        added = self.B.transpose(1, 2) @ scaled(inputs, self.to_end).flatten(2)  # (b, n, h p)
+        return torch.addcmul(added.unflatten(2, inputs.shape[2:]).float(), state, self.decay[:, -1:].exp()[..., None])
+
+
+class ChunkedScan(torch.autograd.Function):
+    """One chunk after the other, so that the (q, q) products of all heads stay in a CPU's cache.
+
+    Inside, the state is (b, n, h, p): what it takes and gives are then single matrix products for all heads, and
+    tokens need not be transposed for them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, dt, A, B, C, state)
+        ctx.chunk_size = chunk_size
+        ctx.set_materialize_grads(False)
+        state, dtype, heads = state.permute(0, 3, 1, 2), x.dtype, x.shape[2:]
+        outputs = torch.empty_like(x)
+        for chunk, y in zip(chunks(x, dt, A, B, C, chunk_size), split(outputs, chunk_size), strict=True):
+            inputs = chunk.inputs
+            mixing = chunk.decay_between().mul_(chunk.scores).to(dtype)  # (b, h, q, q)
+            inside = (mixing @ inputs.transpose(1, 2)).transpose(1, 2)  # (b, q, h, p) from the chunk's own tokens
+            carried = (chunk.C @ state.flatten(2).to(dtype)).unflatten(2, heads)  # and from those before
+            torch.addcmul(inside, carried, chunk.decay.exp()[..., None].to(dtype), out=y)
+            state = chunk.carry(state, inputs)
+        return outputs, state.permute(0, 2, 3, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+        """`dT` is the gradient of T. The states before each chunk are computed again, then chunks run backwards."""
+        x, dt, A, B, C, state = ctx.saved_tensors
+        parts, size = chunks(x, dt, A, B, C, ctx.chunk_size), ctx.chunk_size
+        states = [state.permute(0, 3, 1, 2)]
+        for chunk in parts[:-1]:
+            states.append(chunk.carry(states[-1], chunk.inputs))
+        dy = torch.zeros_like(x) if dy is None else dy
+        dstate = torch.zeros_like(states[0]) if dstate is None else dstate.permute(0, 3, 1, 2)
+        gradients = [torch.empty_like(t) for t in (x, dt, B, C)]
+        dA = torch.zeros_like(A)
+        pieces = zip(parts, states, split(dy, size), *(split(t, size) for t in gradients), strict=True)
+        for chunk, before, dy_chunk, *into in reversed(list(pieces)):
+            *found, ddecay, dstate = chunk_backward(chunk, before, dy_chunk, dstate)
+            # `decay` is a running sum of dt A: each summand counts for all tokens after it.
+            ddecay = ddecay.flip(1).cumsum(1).flip(1)
+            found[1] = found[1] + A * ddecay
+            dA += (chunk.dt * ddecay).sum((0, 1))
+            for target, gradient in zip(into, found, strict=True):
+                target.copy_(gradient)
+        dx, ddt, dB, dC = gradients
+        return dx, ddt, dA, dB, dC, dstate.permute(0, 2, 3, 1), None
+
+
+def chunk_backward(chunk: Chunk, state: Tensor, dy: Tensor, dafter: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of x, dt (but for its part in the decay), B, C, decay, and the state before the chunk.
+
+    Args:
+        chunk: the chunk.
+        state: (b, n, h, p) before it.
+        dy: (b, q, h, p) gradient of its outputs.
+        dafter: (b, n, h, p) gradient of the state after it.
+    """
+    dtype, heads, inputs, scores = chunk.x.dtype, chunk.x.shape[2:], chunk.inputs, chunk.scores
+    from_start, to_end = chunk.decay.exp(), chunk.to_end
+    dy_heads, inputs_heads = dy.transpose(1, 2), inputs.transpose(1, 2)  # (b, h, q, p)
+
+    # Inside the chunk: y_t += sum over s of scores_ts decay_ts inputs_s.
+    between = chunk.decay_between()
+    dinside = ((between * scores).to(dtype).transpose(-1, -2) @ dy_heads).transpose(1, 2)
+    dmixing = between.mul_(dy_heads @ inputs_heads.transpose(-1, -2))  # of the scores of each head
+    dscores = dmixing.sum(1).tril_().to(dtype)
+    dmixing.mul_(scores)
+    ddecay = (dmixing.sum(-1) - dmixing.sum(-2)).transpose(1, 2)  # (b, q, h)
+
+    # From the state before: y_t += from_start_t C_t state.
+    flat, dflat = state.flatten(2).to(dtype), dafter.flatten(2).to(dtype)  # (b, n, h p)
+    dcarried = scaled(dy, from_start)
+    ddecay = ddecay + (dcarried * (chunk.C @ flat).unflatten(2, heads)).sum(-1, dtype=torch.float32)
+
+    # To the state after: sum over s of to_end_s B_s inputs_s, and what is left of the state before.
+    ended = scaled(inputs, to_end)
+    dended = (chunk.B @ dflat).unflatten(2, heads)
+    dto_end = (ended * dended).sum(-1, dtype=torch.float32)
+    kept = from_start[:, -1:]
+    ddecay = ddecay - dto_end
+    ddecay[:, -1:] += dto_end.sum(1, keepdim=True) + kept * (state * dafter).sum((1, 3))[:, None]
+    dstate = torch.addcmul(
+        (chunk.C.transpose(1, 2) @ dcarried.flatten(2)).unflatten(2, heads).float(), dafter, kept[..., None]
+    )
+
+    dinputs = torch.addcmul(dinside, dended, to_end[..., None].to(dtype))
+    dB = ended.flatten(2) @ dflat.transpose(1, 2) + dscores.transpose(1, 2) @ chunk.C
+    dC = dcarried.flatten(2) @ flat.transpose(1, 2) + dscores @ chunk.B
+    return scaled(dinputs, chunk.dt), (chunk.x * dinputs).sum(-1, dtype=torch.float32), dB, dC, ddecay, dstate
+
+
+def split(t: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
+    """Along the tokens, into the fewest parts of at most `chunk_size`, as equal as can be."""
+    count = -(-t.shape[1] // chunk_size)
+    return t.tensor_split(count, dim=1)
+
+
+def chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> list[Chunk]:
+    parts = zip(*(split(t, chunk_size) for t in (x, dt, B, C)), strict=True)
+    return [Chunk(x, dt, B, C, (dt * A).cumsum(1)) for x, dt, B, C in parts]
+
+
+def scaled(t: Tensor, factor: Tensor) -> Tensor:
+    """(b, q, h, p) times (b, q, h), in the dtype of the first."""
+    return t * factor[..., None].to(t.dtype)
