@@ -30,6 +30,7 @@ COMMANDS = {  # command: (module that has `main(argv)`, help)
     "sample": ("sample", "draw images from a checkpoint or an exported folder"),
     "evaluate": ("evaluate", "score sampled images"),
     "export": ("export", "write a checkpoint as one self-contained folder"),
+    "bench": ("bench", "measure speed and memory on this machine"),
     "demo": ("demo", "all of it on the embedded digits: train a tokenizer, tokenize, fit, sample, evaluate"),
 }
 

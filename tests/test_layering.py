@@ -12,7 +12,7 @@ LAYERS = [  # each may import those before it, and its own
     ["official", "resume"],
     ["data.digits", "data.images", "data.shards", "data.loader", "sampling", "pictures", "checkpoints", "optim"],
     ["metrics", "data.datamodule", "strategies"],
-    ["module"],
+    ["module", "bench"],
     ["tokenizer_module"],
     ["callbacks"],
     ["cli", "commands", "__main__"],

@@ -282,7 +282,8 @@ class MVAR(nn.Module):
 
     def logits(self, x: Tensor, cond: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, v), in float32 even under autocast: small logit differences decide the sampling."""
-        with torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_meta else x.device.type  # the meta device, where operations are counted, has no autocast
+        with torch.autocast(device, enabled=False):
             gain, shift = F.linear(F.silu(cond.float()), *float_parameters(self.head_adaln))[:, None].chunk(2, dim=-1)
             x = modulated(x.float(), gain, shift)
             return F.linear(x, *float_parameters(self.head))

@@ -1,0 +1,1 @@
+"""What `lightning-mvar bench` measures: networks with random weights, on the machine at hand."""

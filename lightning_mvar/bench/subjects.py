@@ -1,0 +1,253 @@
+"""What is measured: networks of a published size, whole and by part.
+
+Shapes: b images, l tokens, c code dim, d width, h heads, p head dim, n SSM state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightning_mvar.models.mixers
+import lightning_mvar.sampling
+from lightning_mvar.bench.measure import Run, count_flops
+from lightning_mvar.errors import InputError
+from lightning_mvar.models.mixers import State
+from lightning_mvar.models.mvar import MVAR, SIZES, Block, MVARConfig
+from lightning_mvar.optim import OptimizerConfig, build_optimizer
+from lightning_mvar.sampling import generate, image_generators
+from lightning_mvar.scales import ScaleSchedule
+from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
+
+BLOCKS = {"mvar": ("scale_attention", "mamba2"), "var": ("block_causal_attention",)}
+META = torch.device("meta")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One column of a comparison; the arguments of `lightning-mvar bench` by the same names."""
+
+    size: str = "d16"
+    mixer: str = "mvar"
+    resolution: int = 256
+    batch_size: int = 4
+    precision: str = "float32"
+    depth: int = 0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("size", SIZES), ("mixer", BLOCKS), ("precision", DTYPES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"bench: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.batch_size < 1 or self.depth < 0:
+            raise InputError(f"bench: batch_size {self.batch_size} or depth {self.depth} is too small")
+        ScaleSchedule.for_resolution(self.resolution)
+
+    def changed(self, changes: str) -> Setting:
+        """With `changes`, such as "mixer=var,size=d24".
+
+        Raises:
+            InputError: for anything else.
+        """
+        types = {field.name: type(getattr(self, field.name)) for field in fields(self)}
+        values: dict[str, Any] = {}
+        for change in changes.split(","):
+            name, _, value = (part.strip() for part in change.partition("="))
+            try:
+                values[name] = {"true": True, "false": False}[value] if types[name] is bool else types[name](value)
+            except (KeyError, ValueError) as error:
+                raise InputError(
+                    f"--versus {changes}: {change!r} is not NAME=VALUE with a name of {', '.join(types)}"
+                ) from error
+        return replace(self, **values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    @property
+    def network(self) -> MVARConfig:
+        config = MVARConfig.for_size(
+            self.size, schedule=ScaleSchedule.for_resolution(self.resolution), mixers=BLOCKS[self.mixer]
+        )
+        return replace(config, depth=self.depth) if self.depth else config
+
+    @property
+    def tokenizer(self) -> TokenizerConfig:
+        return TokenizerConfig(ScaleSchedule.for_resolution(self.resolution))
+
+
+class Subject:
+    """A network of a configuration on a device, and what can be done with it.
+
+    Args:
+        network: its configuration.
+        tokenizer: of the tokenizer it samples with.
+        batch_size: images at once.
+        dtype: of weights and activations in sampling; in training, weights are float32 and products in `dtype`.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        network: MVARConfig,
+        tokenizer: TokenizerConfig,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
+    ) -> None:
+        self.network_config, self.tokenizer_config = network, tokenizer
+        self.batch_size, self.dtype, self.device = batch_size, dtype, device
+        self.labels = torch.arange(batch_size, device=device) % network.num_classes
+
+    @cached_property
+    def network(self) -> MVAR:
+        with torch.device(self.device):
+            return MVAR(self.network_config).eval()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        with torch.device(self.device):
+            return Tokenizer(self.tokenizer_config).eval().requires_grad_(False).to(self.dtype)
+
+    def scale_inputs(self, batch_size: int) -> list[Tensor | None]:
+        lengths = self.network_config.schedule.lengths[1:]
+        code_dim = self.network_config.code_dim
+        return [None, *(torch.randn(batch_size, n, code_dim, device=self.device) for n in lengths)]
+
+    def sample(self, network: MVAR) -> Tensor:
+        """Images (b, 3, H, W), guided."""
+        return generate(network, self.tokenizer, self.labels, generator=image_generators(0, 0, self.batch_size))
+
+    @torch.no_grad()
+    def step_through(self, network: MVAR) -> Any:
+        """The network's part of sampling alone, guided: 2 b images; its last state."""
+        labels = torch.cat([self.labels, torch.full_like(self.labels, self.network_config.num_classes)])
+        state = network.init_state(labels)
+        for inputs in self.scale_inputs(len(labels)):
+            _, state = network.step(inputs, state)
+        return state
+
+    def parts(self, network: MVAR) -> list[tuple[Any, str, str]]:
+        """What a profile tells apart; see `Stopwatch.watching`."""
+        tokenizer = self.tokenizer
+        parts: list[tuple[Any, str, str]] = [
+            (lightning_mvar.sampling, "draw", "drawing tokens"),
+            (lightning_mvar.models.mixers, "ssd", "scan"),
+            (tokenizer, "decode_features", "decoder"),
+            (tokenizer.quantizer, "accumulate", "residual pyramid"),
+            (tokenizer.quantizer, "downsample", "residual pyramid"),
+            (network, "logits", "head"),
+        ]
+        for block in network.blocks:
+            parts += [(block, "forward", "AdaLN and residuals"), (block.mlp, "forward", "MLP")]
+            parts += [(mixer, "forward", type(mixer).__name__) for mixer in block.mixers]  # type: ignore[union-attr]
+        return parts
+
+    def trainer(self, network: MVAR) -> Run:
+        """A function that takes one training step on random tokens."""
+        network.train().requires_grad_(True)
+        optimizer = build_optimizer(network, OptimizerConfig())
+        schedule = self.network_config.schedule
+        scale_inputs = torch.cat([x for x in self.scale_inputs(self.batch_size) if x is not None], dim=1)
+        shape = (self.batch_size, schedule.num_tokens)
+        tokens = torch.randint(self.network_config.vocab_size, shape, device=self.device)
+
+        def step() -> None:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                logits = network(self.labels, scale_inputs)
+                loss = F.cross_entropy(logits.transpose(1, 2), tokens)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+
+def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:
+    """Counted operations: `forward` of a teacher-forced pass, `sampling` of the guided steps, and of the `decoder`."""
+    subject = Subject(network, tokenizer, 1, device=META)
+    inputs = torch.cat([x for x in subject.scale_inputs(1) if x is not None], dim=1)
+    f_hat = subject.tokenizer.quantizer.empty(1)
+    return {
+        "forward": count_flops(lambda: subject.network(subject.labels, inputs)),
+        "sampling": count_flops(lambda: subject.step_through(subject.network)),
+        "decoder": count_flops(lambda: subject.tokenizer.decode_features(f_hat)),
+    }
+
+
+def state_bytes(network: MVARConfig, dtype: torch.dtype) -> int:
+    """What an image carries through its whole sampling, without guidance, but for the AdaLN tables: bytes."""
+    subject = Subject(network, TokenizerConfig(network.schedule), 1, dtype, META)
+    state = subject.step_through(subject.network.to(dtype))
+    carried = (tensor for block in state.blocks for mixer in block.mixers for tensor in mixer or ())
+    both = sum(tensor.numel() * tensor.element_size() for tensor in carried)
+    return both // 2  # the conditional and the unconditional half
+
+
+def carried(mixer: nn.Module, x: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """A mixer over tokens x (b, l, d), scale by scale, with its state handed on."""
+    state: State = None
+    outputs = []
+    for k, part in enumerate(x.split(lengths, dim=1)):
+        y, state = mixer(part, lengths[k : k + 1], state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
+
+
+def prefix_rerun(mixer: nn.Module, x: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The same without a state: at every scale, the mixer over all tokens so far."""
+    outputs, end = [], 0
+    for k, n in enumerate(lengths):
+        end += n
+        y, _ = mixer(x[:, :end], lengths[: k + 1], None)
+        outputs.append(y[:, end - n :])
+    return torch.cat(outputs, dim=1)
+
+
+def operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, bool]]:
+    """Name, what to run on tokens x (b, l, d) of one block, and whether it is what a training step does.
+
+    The scan and the mixers with their backward pass, and Mamba in sampling with and without its state.
+    """
+    with x.device:
+        block = Block(config, 0.0).to(x.dtype)
+    cond = torch.randn(len(x), config.width, device=x.device, dtype=x.dtype)
+    lengths = config.schedule.lengths
+
+    def both_ways(call: Run) -> Run:
+        return lambda: call().float().square().mean().backward()  # type: ignore[attr-defined]
+
+    x = x.requires_grad_()
+    yield "block", both_ways(lambda: block(x, cond, lengths)[0]), True
+    yield "mlp", both_ways(lambda: block.mlp(x)), True
+    for name, mixer in zip(config.mixers, block.mixers, strict=True):
+        yield name, both_ways(lambda mixer=mixer: mixer(x, lengths)[0]), True  # type: ignore[misc]
+    if "mamba2" in config.mixers:
+        mamba = block.mixers[config.mixers.index("mamba2")]
+        yield "scan", both_ways(scan(config, x)), True
+        yield "mamba2, state carried", torch.no_grad()(lambda: carried(mamba, x, lengths)), False
+        yield "mamba2, prefix run again", torch.no_grad()(lambda: prefix_rerun(mamba, x, lengths)), False
+
+
+def scan(config: MVARConfig, x: Tensor) -> Run:
+    """The scan on random inputs of the size that x (b, l, d) gives it."""
+    b, l, _ = x.shape
+    p, n = config.mamba_head_dim, config.mamba_state_dim
+    h = config.mamba_expand * config.width // p
+
+    def random(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
+        return torch.randn(*shape, device=x.device, dtype=dtype).requires_grad_()
+
+    u, B, C = random(b, l, h, p), random(b, l, n), random(b, l, n)
+    dt = random(b, l, h, dtype=torch.float32)
+    A = torch.linspace(-16, -1, h, device=x.device)
+    return lambda: lightning_mvar.models.mixers.ssd(u, F.softplus(dt), A, B, C)[0]

@@ -1,0 +1,277 @@
+"""`bench`: how fast networks of a published size run on this machine, and where the time goes. Random weights serve."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lightning_mvar.bench.measure import Run, Stopwatch, alternate, matmul_rate, peak_memory
+from lightning_mvar.bench.subjects import Setting, Subject, flops_per_image, operations, state_bytes
+from lightning_mvar.commands.device import choose_device
+from lightning_mvar.commands.parsing import call
+from lightning_mvar.commands.records import Record, print_table, write_records
+from lightning_mvar.data.loader import TokenLoader, TokenStream
+from lightning_mvar.data.shards import Manifest, shard_name, write_shard
+from lightning_mvar.errors import InputError
+from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
+
+GRAPHS = 64  # that torch.compile may keep of one block: one for each scale, and to spare
+
+
+def bench(
+    what: Literal["sample", "train", "data", "memory", "op"],
+    size: str = "d16",
+    mixer: Literal["mvar", "var"] = "mvar",
+    resolution: int = 256,
+    batch_size: int = 4,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    depth: int = 0,
+    compile: bool = False,
+    versus: str | None = None,
+    repeats: int = 3,
+    num_workers: int = 1,
+    device: str = "auto",
+    profile: bool = False,
+    json: str | None = None,
+) -> None:
+    """Measure. `lightning-mvar bench WHAT` is short for `bench --what WHAT`.
+
+    sample: images with guidance, by network and decoder. train: a step of forward, backward, clipping and AdamW. data:
+    reading shards. memory: what sampling carries from scale to scale. op: the parts of one block, and Mamba in sampling
+    with and without its state. Times are medians of runs in turns; `matmul_share` is the rate of all counted operations
+    over that of this machine's fastest large matrix product in the same precision, measured in the same run.
+
+    Args:
+        what: to measure.
+        size: d12, d16, d20, d24, d30, d32 or d36.
+        mixer: mvar (attention inside scales, Mamba-2 across) or var (block-causal attention).
+        resolution: 256, 512 or 1024 pixels.
+        batch_size: images at once.
+        precision: of sampling; in training, weights stay in float32 and products are in this precision.
+        depth: blocks, instead of the size's own: to measure a large size in little time. 0 for the size's own.
+        compile: compile the blocks with torch.compile.
+        versus: measure another setting in turns with the first, such as `mixer=var` or `size=d24,batch_size=1`.
+        repeats: runs of each that count, after one that does not.
+        num_workers: of `data`: processes that read.
+        device: auto, cpu, cuda or cuda:N.
+        profile: also show the share of each part in the time (of sample).
+        json: file for what the table shows.
+    """
+    if repeats < 1 or num_workers < 0:
+        raise InputError("--repeats must be at least 1, --num_workers not negative")
+    if profile and (compile or what != "sample"):
+        raise InputError("--profile is of `bench sample` without --compile")
+    first = Setting(size, mixer, resolution, batch_size, precision, depth, compile)
+    settings = [first] if versus is None else [first, first.changed(versus)]
+    where = choose_device(device)
+    if what == "data":
+        records = measure_data(settings, num_workers, repeats)
+    elif what == "memory":
+        records = [measure_memory(setting, side) for setting in settings for side in PUBLISHED_SIDE_LENGTHS]
+    elif what == "op":
+        records = [record for setting in settings for record in measure_operations(setting, where, repeats)]
+    else:
+        records = {"sample": measure_sampling, "train": measure_training}[what](settings, where, repeats)
+    print_table(records)
+    if profile:
+        for setting in settings:
+            print()
+            print_table(profile_sampling(setting, where))
+    if json is not None:
+        write_records(records, json)
+
+
+def measure_sampling(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
+    subjects = [make_subject(setting, device) for setting in settings]
+    networks = [subject.network.to(setting.dtype) for subject, setting in zip(subjects, settings, strict=True)]
+    compile_blocks(settings, subjects)
+    watches = [Stopwatch(device) for _ in settings]
+
+    def watched(subject: Subject, watch: Stopwatch) -> Run:
+        parts = [(subject.network, "step", "network"), (subject.tokenizer, "decode_features", "decoder")]
+
+        def run() -> None:
+            with watch.watching(parts):
+                subject.sample(subject.network)
+
+        return run
+
+    runs = [watched(subject, watch) for subject, watch in zip(subjects, watches, strict=True)]
+    peaks = [peak_memory(run, device) for run in runs]
+    for watch in watches:
+        watch.marks.clear()
+    seconds = alternate(runs, repeats, device)
+    rates = {dtype: matmul_rate(dtype, device) for dtype in {setting.dtype for setting in settings}}
+    records = []
+    for setting, times, watch, network, peak in zip(settings, seconds, watches, networks, peaks, strict=True):
+        flops = flops_per_image(setting.network, setting.tokenizer)
+        per_image = median(times) / setting.batch_size
+        total = flops["sampling"] + flops["decoder"]
+        parts = {f"{name}_s_per_image": s / (repeats + 1) / setting.batch_size for name, s in watch.seconds().items()}
+        records.append(
+            about("sample", setting, device)
+            | {
+                "images_per_s": 1 / per_image,
+                "tokens_per_s": setting.network.schedule.num_tokens / per_image,
+                **parts,
+                "flops_per_image": total,
+                "network_flops_per_image": flops["sampling"],
+                "decoder_flops_per_image": flops["decoder"],
+                "matmul_share": total / per_image / rates[setting.dtype],
+                "matmul_flops_per_s": rates[setting.dtype],
+                "peak_memory_bytes": peak,
+                "state_bytes_per_image": state_bytes(setting.network, setting.dtype),
+                "parameters": sum(p.numel() for p in network.parameters()),
+            }
+        )
+    return records
+
+
+def measure_training(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
+    subjects = [make_subject(setting, device) for setting in settings]
+    compile_blocks(settings, subjects)
+    runs = [subject.trainer(subject.network) for subject in subjects]
+    peaks = [peak_memory(run, device) for run in runs]
+    seconds = alternate(runs, repeats, device)
+    rates = {dtype: matmul_rate(dtype, device) for dtype in {setting.dtype for setting in settings}}
+    records = []
+    for setting, times, peak in zip(settings, seconds, peaks, strict=True):
+        flops = 3 * flops_per_image(setting.network, setting.tokenizer)["forward"]  # a backward pass is two forwards
+        per_image = median(times) / setting.batch_size
+        records.append(
+            about("train", setting, device)
+            | {
+                "images_per_s": 1 / per_image,
+                "tokens_per_s": setting.network.schedule.num_tokens / per_image,
+                "step_s": median(times),
+                "flops_per_image": flops,
+                "matmul_share": flops / per_image / rates[setting.dtype],
+                "matmul_flops_per_s": rates[setting.dtype],
+                "peak_memory_bytes": peak,
+            }
+        )
+    return records
+
+
+def measure_operations(setting: Setting, device: torch.device, repeats: int) -> list[Record]:
+    lengths = setting.network.schedule.lengths
+    shape = (setting.batch_size, sum(lengths), setting.network.width)
+    x = torch.randn(shape, device=device, dtype=setting.dtype)
+    names, runs, trains = zip(*operations(setting.network, x), strict=True)
+    seconds = [median(times) for times in alternate(list(runs), repeats, device)]
+    records = []
+    for name, time_of, training in zip(names, seconds, trains, strict=True):
+        record = about("op", setting, device) | {"op": name, "seconds": time_of}
+        record["of"] = "forward and backward" if training else "sampling"
+        record["share_of_block"] = time_of / seconds[0] if training else float("nan")
+        records.append(record)
+    return records
+
+
+def measure_memory(setting: Setting, resolution: int) -> Record:
+    at = setting.changed(f"resolution={resolution}")
+    return {
+        "what": "memory",
+        "size": at.size,
+        "mixer": at.mixer,
+        "resolution": resolution,
+        "precision": at.precision,
+        "tokens": at.network.schedule.num_tokens,
+        "state_bytes_per_image": state_bytes(at.network, at.dtype),
+    }
+
+
+def measure_data(settings: list[Setting], num_workers: int, repeats: int, samples: int = 50_000) -> list[Record]:
+    """Shuffled passes over shards of random tokens in a temporary folder."""
+    records = []
+    for setting in settings:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            manifest = write_random_shards(folder, setting, samples)
+            stream = TokenStream(folder, manifest, setting.batch_size, 0, 16_384, 0, 1)
+            loader = TokenLoader(stream, num_workers, pin_memory=torch.cuda.is_available())
+            times, firsts = [], []
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                for i, _batch in enumerate(loader):
+                    if i == 0:
+                        firsts.append(time.perf_counter() - begin)
+                times.append(time.perf_counter() - begin)
+        records.append(
+            {
+                "what": "data",
+                "tokens": setting.network.schedule.num_tokens,
+                "batch_size": setting.batch_size,
+                "num_workers": num_workers,
+                "samples": samples,
+                "samples_per_s": samples / median(times),
+                "first_batch_s": max(firsts),
+            }
+        )
+    return records
+
+
+def write_random_shards(folder: Path, setting: Setting, samples: int, per_shard: int = 10_000) -> Manifest:
+    config, rng = setting.network, np.random.default_rng(0)
+    names = [str(label) for label in range(config.num_classes)]
+    manifest = Manifest(
+        list(config.schedule.side_lengths), config.vocab_size, names, "random", "bench", samples, per_shard
+    )
+    for index, begin in enumerate(range(0, samples, per_shard)):
+        count = min(per_shard, samples - begin)
+        tokens = rng.integers(0, config.vocab_size, (count, config.schedule.num_tokens), dtype=np.uint16)
+        labels, keys = rng.integers(0, config.num_classes, count), [str(begin + i) for i in range(count)]
+        manifest.shards.append(write_shard(folder / shard_name(index), tokens, labels, keys))
+    return manifest
+
+
+def profile_sampling(setting: Setting, device: torch.device) -> list[Record]:
+    """Seconds of each part of one run after a first, and its share; parts do not count what is inside them."""
+    subject = make_subject(setting, device)
+    network = subject.network.to(setting.dtype)
+    subject.sample(network)
+    watch = Stopwatch(device)
+    with watch.watching(subject.parts(network)), watch.part("the rest"):
+        subject.sample(network)
+    seconds = watch.seconds()
+    total = sum(seconds.values())
+    return [
+        {"mixer": setting.mixer, "part": name, "seconds": s, "share": s / total}
+        for name, s in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+
+
+def make_subject(setting: Setting, device: torch.device) -> Subject:
+    return Subject(setting.network, setting.tokenizer, setting.batch_size, setting.dtype, device)
+
+
+def compile_blocks(settings: list[Setting], subjects: list[Subject]) -> None:
+    for setting, subject in zip(settings, subjects, strict=True):
+        if setting.compile:
+            torch._dynamo.config.recompile_limit = GRAPHS
+            for block in subject.network.blocks:
+                block.compile(dynamic=False)
+
+
+def about(what: str, setting: Setting, device: torch.device) -> Record:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {
+        "what": what,
+        **asdict(setting),
+        "depth": setting.network.depth,
+        "device": where,
+        "torch": torch.__version__,
+    }
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1 and not argv[1].startswith("-"):
+        argv = [argv[0], "--what", *argv[1:]]
+    call(bench, argv)
