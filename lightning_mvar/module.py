@@ -51,7 +51,8 @@ class ScheduledModule(L.LightningModule):
         self.seed = self.trainer.strategy.broadcast(self.seed)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self, self.optimizer_config)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of float16, which fused kernels would bypass
+        return build_optimizer(self, self.optimizer_config, fused=scaler is None)
 
     @cached_property
     def total_steps(self) -> int:
@@ -274,8 +275,8 @@ class LitMVAR(ScheduledModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # in float32, as in sampling
             scale_inputs = self.tokenizer.scale_inputs(batch.tokens)
         logits = self.network(labels, scale_inputs)  # (b, l, v) float32
-        losses = F.cross_entropy(logits.transpose(1, 2), batch.tokens, reduction="none")
-        return losses, (logits.detach().argmax(dim=-1) == batch.tokens).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none")
+        return losses.view_as(batch.tokens), (logits.detach().argmax(dim=-1) == batch.tokens).float()
 
     def drop_labels(self, labels: Tensor, batch_idx: int) -> Tensor:
         """Replace a share of labels (b,) by the unconditional class.

@@ -77,9 +77,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed, "decays": True}, {"params": undecayed, "decays": False, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = True) -> torch.optim.Optimizer:
     """AdamW over the two groups; `apply_schedule` sets learning rate and decay before every step."""
-    return torch.optim.AdamW(parameter_groups(model), lr=config.base_lr, betas=(config.beta1, config.beta2))
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(parameter_groups(model), lr=config.base_lr, betas=betas, fused=fused)
 
 
 def apply_schedule(

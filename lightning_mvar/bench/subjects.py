@@ -163,7 +163,7 @@ class Subject:
         def step() -> None:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 logits = network(self.labels, scale_inputs)
-                loss = F.cross_entropy(logits.transpose(1, 2), tokens)
+                loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
             optimizer.step()
@@ -173,24 +173,33 @@ class Subject:
 
 
 def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:
-    """Counted operations: `forward` of a teacher-forced pass, `sampling` of the guided steps, and of the `decoder`."""
+    """Counted operations: `forward` of a teacher-forced pass, `sampling` of the guided steps, and of the `decoder`.
+
+    Blocks are alike, so those of one and of two tell those of any number.
+    """
+    one, two = (network_flops(replace(network, depth=depth), tokenizer) for depth in (1, 2))
+    flops = {name: one[name] + (network.depth - 1) * (two[name] - one[name]) for name in one}
+    decoder = Subject(network, tokenizer, 1, device=META).tokenizer
+    f_hat = decoder.quantizer.empty(1)
+    return flops | {"decoder": count_flops(lambda: decoder.decode_features(f_hat))}
+
+
+def network_flops(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:
     subject = Subject(network, tokenizer, 1, device=META)
     inputs = torch.cat([x for x in subject.scale_inputs(1) if x is not None], dim=1)
-    f_hat = subject.tokenizer.quantizer.empty(1)
     return {
         "forward": count_flops(lambda: subject.network(subject.labels, inputs)),
         "sampling": count_flops(lambda: subject.step_through(subject.network)),
-        "decoder": count_flops(lambda: subject.tokenizer.decode_features(f_hat)),
     }
 
 
 def state_bytes(network: MVARConfig, dtype: torch.dtype) -> int:
     """What an image carries through its whole sampling, without guidance, but for the AdaLN tables: bytes."""
-    subject = Subject(network, TokenizerConfig(network.schedule), 1, dtype, META)
+    subject = Subject(replace(network, depth=1), TokenizerConfig(network.schedule), 1, dtype, META)
     state = subject.step_through(subject.network.to(dtype))
-    carried = (tensor for block in state.blocks for mixer in block.mixers for tensor in mixer or ())
-    both = sum(tensor.numel() * tensor.element_size() for tensor in carried)
-    return both // 2  # the conditional and the unconditional half
+    carried = (tensor for mixer in state.blocks[0].mixers for tensor in mixer or ())
+    guided = sum(tensor.numel() * tensor.element_size() for tensor in carried)
+    return network.depth * guided // 2  # of which one half is the unconditional image's
 
 
 def carried(mixer: nn.Module, x: Tensor, lengths: tuple[int, ...]) -> Tensor:

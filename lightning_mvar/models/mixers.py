@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.ops.attention import attend_block_causal, attend_within_scales
+from lightning_mvar.ops.conv import causal_conv
 from lightning_mvar.ops.ssd import ssd
 
 State = tuple[Tensor, ...] | None
@@ -96,7 +97,7 @@ class BlockCausalAttention(Attention):
 class Mamba2(nn.Module):
     """Mamba-2 over the whole packed sequence, causal token by token; weights are named as in `mamba_ssm.Mamba2`.
 
-    Carries the last conv_width - 1 inputs of the convolution (b, channels, conv_width - 1) and the state of the scan
+    Carries the last conv_width - 1 inputs of the convolution (b, conv_width - 1, channels) and the state of the scan
     (b, h, p, n) in float32: the same size whatever the number of tokens seen.
 
     Args:
@@ -150,7 +151,7 @@ class Mamba2(nn.Module):
 
     def convolve(self, xBC: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Causal depthwise convolution of (b, l, channels), continuing after the inputs in `conv_state`."""
-        xBC = xBC.transpose(1, 2)
         past = self.conv1d.kernel_size[0] - 1
-        xBC = F.pad(xBC, (past, 0)) if conv_state is None else torch.cat([conv_state, xBC], dim=2)
-        return self.conv1d(xBC).transpose(1, 2), xBC[:, :, -past:]
+        xBC = F.pad(xBC, (0, 0, past, 0)) if conv_state is None else torch.cat([conv_state, xBC], dim=1)
+        assert self.conv1d.bias is not None
+        return causal_conv(xBC, self.conv1d.weight[:, 0], self.conv1d.bias), xBC[:, xBC.shape[1] - past :]
