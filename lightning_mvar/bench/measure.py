@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,19 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest product of two large square matrices: the most that a network could reach here.
+def large_matmul(dtype: torch.dtype, device: torch.device, seconds: float = 0.05) -> tuple[Run, int]:
+    """A product of two large square matrices, the most that a network could reach here, and its operations.
 
     The matrices are doubled until a product takes `seconds`, so that a machine that only emulates `dtype` is not
     waited for.
     """
-    best, side = 0.0, 512
+    side = 512
     while True:
-        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        times = [elapsed(lambda a=a, b=b: a @ b, device) for _ in range(4)]  # type: ignore[misc]
-        best = max(best, 2 * side**3 / min(times[1:]))
-        if min(times) > seconds / 8 or side == 8192:  # the next would take eight times as long
-            return best
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        product = partial(torch.matmul, a, b)
+        product()
+        if elapsed(product, device) > seconds or side == 8192:
+            return product, 2 * side**3
         side *= 2
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lightning_mvar.bench.measure import Run, Stopwatch, alternate, matmul_rate, peak_memory
+from lightning_mvar.bench.measure import Run, Stopwatch, alternate, large_matmul, peak_memory
 from lightning_mvar.bench.subjects import Setting, Subject, flops_per_image, operations, state_bytes
 from lightning_mvar.commands.device import choose_device
 from lightning_mvar.commands.parsing import call
@@ -107,8 +107,7 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
     peaks = [peak_memory(run, device) for run in runs]
     for watch in watches:
         watch.marks.clear()
-    seconds = alternate(runs, repeats, device)
-    rates = {dtype: matmul_rate(dtype, device) for dtype in {setting.dtype for setting in settings}}
+    seconds, rates = beside_matmuls(settings, runs, repeats, device)
     records = []
     for setting, times, watch, network, peak in zip(settings, seconds, watches, networks, peaks, strict=True):
         flops = flops_per_image(setting.network, setting.tokenizer)
@@ -139,8 +138,7 @@ def measure_training(settings: list[Setting], device: torch.device, repeats: int
     compile_blocks(settings, subjects)
     runs = [subject.trainer(subject.network) for subject in subjects]
     peaks = [peak_memory(run, device) for run in runs]
-    seconds = alternate(runs, repeats, device)
-    rates = {dtype: matmul_rate(dtype, device) for dtype in {setting.dtype for setting in settings}}
+    seconds, rates = beside_matmuls(settings, runs, repeats, device)
     records = []
     for setting, times, peak in zip(settings, seconds, peaks, strict=True):
         flops = 3 * flops_per_image(setting.network, setting.tokenizer)["forward"]  # a backward pass is two forwards
@@ -158,6 +156,17 @@ def measure_training(settings: list[Setting], device: torch.device, repeats: int
             }
         )
     return records
+
+
+def beside_matmuls(
+    settings: list[Setting], runs: list[Run], repeats: int, device: torch.device
+) -> tuple[list[list[float]], dict[torch.dtype, float]]:
+    """Seconds of the runs, and FLOP/s of a large product in each precision among them, measured in turns with them."""
+    dtypes = list(dict.fromkeys(setting.dtype for setting in settings))
+    products = [large_matmul(dtype, device) for dtype in dtypes]
+    seconds = alternate([*runs, *(product for product, _ in products)], repeats, device)
+    times = zip(dtypes, products, seconds[len(runs) :], strict=True)
+    return seconds[: len(runs)], {dtype: flops / median(t) for dtype, (_, flops), t in times}
 
 
 def measure_operations(setting: Setting, device: torch.device, repeats: int) -> list[Record]:

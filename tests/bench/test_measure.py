@@ -1,0 +1,49 @@
+"""Counting and timing against what is known beforehand."""
+
+import time
+
+import torch
+
+from lightning_mvar.bench.measure import Stopwatch, alternate, count_flops, large_matmul, peak_memory
+
+CPU = torch.device("cpu")
+
+
+def test_runs_take_turns_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+    seconds = alternate([lambda: order.append("a"), lambda: order.append("b")], 2, CPU)
+    assert order == ["a", "b"] * 3
+    assert [len(times) for times in seconds] == [2, 2]
+
+
+def test_operations_are_counted() -> None:
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
+    product, flops = large_matmul(torch.float32, CPU, seconds=0.0)
+    assert flops == count_flops(product)
+
+
+def test_the_peak_is_what_a_run_holds_at_most() -> None:
+    size = 64 * 2**20
+    held = peak_memory(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    assert 0.9 * size < held < 1.5 * size
+
+
+def test_a_part_does_not_count_what_is_inside_it() -> None:
+    class Work:
+        def outer(self) -> None:
+            time.sleep(0.02)
+            self.inner()
+
+        def inner(self) -> None:
+            time.sleep(0.08)
+
+    work, watch = Work(), Stopwatch(CPU)
+    with watch.watching([(work, "outer", "outer"), (work, "inner", "inner")]):
+        work.outer()
+        work.inner()
+    work.outer()  # not watched any more
+    seconds = watch.seconds()
+    assert 0.16 <= seconds["inner"] < 0.4
+    assert 0.02 <= seconds["outer"] < 0.08
+    assert vars(work) == {}

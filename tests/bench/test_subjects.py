@@ -1,0 +1,64 @@
+"""What is counted and compared against formulas and the network itself."""
+
+import pytest
+import torch
+from conftest import MIXERS, SCHEDULE, tiny_network
+
+from lightning_mvar import MVARConfig, TokenizerConfig
+from lightning_mvar.bench.subjects import Setting, Subject, carried, flops_per_image, prefix_rerun, state_bytes
+from lightning_mvar.errors import InputError
+
+TOKENIZER = TokenizerConfig(SCHEDULE, 48, 8, channels=8, multipliers=(1, 2), blocks=1, num_phi=3)
+
+
+def tiny_config(mixer: str, **overrides: object) -> MVARConfig:
+    return tiny_network(mixers=MIXERS[mixer], **overrides).config
+
+
+def test_operations_of_var_are_those_of_its_formula() -> None:
+    config, l, d = tiny_config("var", depth=3), SCHEDULE.num_tokens, 64
+    flops = flops_per_image(config, TOKENIZER)
+    pairs = sum(n * (begin + n) for n, begin in zip(SCHEDULE.lengths, SCHEDULE.offsets, strict=True))
+    block = 2 * l * 12 * d * d + 2 * 2 * pairs * d  # linear layers, attention
+    adaln = 2 * 6 * d * d
+    outside = 2 * (l - 1) * config.code_dim * d + 2 * l * d * config.vocab_size + 2 * 2 * d * d
+    assert flops["forward"] == 3 * (block + adaln) + outside
+    heads = (SCHEDULE.num_scales - 1) * 2 * 2 * d * d  # the head's AdaLN, again for every scale
+    assert flops["sampling"] == 2 * (flops["forward"] + heads)
+
+
+def test_the_state_of_mvar_does_not_grow_and_that_of_var_is_a_cache() -> None:
+    mvar, var = tiny_config("mvar"), tiny_config("var")
+    inner, n = 2 * 64, 64
+    assert state_bytes(mvar, torch.float32) == 2 * 4 * (3 * (inner + 2 * n) + inner * n)
+    assert state_bytes(var, torch.bfloat16) == 2 * 2 * 2 * SCHEDULE.num_tokens * 64
+
+
+@torch.no_grad()
+def test_running_the_prefix_again_gives_the_same() -> None:
+    network = tiny_network()
+    x = torch.randn(2, SCHEDULE.num_tokens, 64, generator=torch.Generator().manual_seed(0))
+    for mixer in network.blocks[0].mixers:
+        whole, _ = mixer(x, SCHEDULE.lengths)
+        torch.testing.assert_close(carried(mixer, x, SCHEDULE.lengths), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(prefix_rerun(mixer, x, SCHEDULE.lengths), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_subject_samples_and_trains(mixer: str) -> None:
+    subject = Subject(tiny_config(mixer), TOKENIZER, 3)
+    network = subject.network
+    images = subject.sample(network)
+    assert images.shape == (3, 3, 8, 8)
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    subject.trainer(network)()
+    still = [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
+    assert [name for name in still if not name.endswith(("A_log", "dt_bias"))] == []  # theirs vanish in random weights
+
+
+def test_settings_change_by_name() -> None:
+    setting = Setting().changed("mixer=var, batch_size=2,compile=true")
+    assert (setting.mixer, setting.batch_size, setting.compile, setting.size) == ("var", 2, True, "d16")
+    for wrong in ("mixer", "mixer=mamba", "width=3", "batch_size=two", "batch_size=0", "resolution=300", "compile=1"):
+        with pytest.raises(InputError):
+            Setting().changed(wrong)
