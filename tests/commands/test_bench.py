@@ -1,0 +1,67 @@
+"""`bench` from its command line, on the smallest that it takes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_mvar.bench.subjects import Setting
+from lightning_mvar.cli import run
+from lightning_mvar.commands.bench import measure_data
+
+SMALL = ["--size", "d12", "--depth", "1", "--batch_size", "1", "--repeats", "1", "--device", "cpu"]
+
+
+def test_sampling_is_compared_and_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sample.json"
+    options = ["--versus", "mixer=var", "--profile", "true", "--json", str(file)]
+    assert run(["bench", "sample", *SMALL, *options]) == 0
+    mvar, var = json.loads(file.read_text())
+    assert (mvar["mixer"], var["mixer"]) == ("mvar", "var")
+    for record in (mvar, var):
+        assert record["images_per_s"] * 680 == pytest.approx(record["tokens_per_s"])
+        assert record["network_s_per_image"] + record["decoder_s_per_image"] < 3 / record["images_per_s"]
+        assert record["flops_per_image"] == record["network_flops_per_image"] + record["decoder_flops_per_image"]
+        assert 0 < record["matmul_share"] < 1.5
+        assert record["peak_memory_bytes"] > record["state_bytes_per_image"] > 0
+    printed = capsys.readouterr().out
+    assert "ratio" in printed
+    assert "scan" in printed
+    assert "BlockCausalAttention" in printed
+
+
+def test_training_operations_and_memory(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    assert run(["bench", "train", *SMALL, "--json", str(file)]) == 0
+    (record,) = json.loads(file.read_text())
+    assert record["images_per_s"] == pytest.approx(1 / record["step_s"])
+    assert run(["bench", "op", *SMALL, "--json", str(file)]) == 0
+    records = {record["op"]: record for record in json.loads(file.read_text())}
+    assert records["block"]["share_of_block"] == 1
+    assert records["scan"]["share_of_block"] < 1
+    assert run(["bench", "memory", "--size", "d12", "--versus", "mixer=var", "--json", str(file)]) == 0
+    by_place = {(r["mixer"], r["resolution"]): r["state_bytes_per_image"] for r in json.loads(file.read_text())}
+    assert len({by_place["mvar", side] for side in (256, 512, 1024)}) == 1
+    assert by_place["var", 1024] == 2 * 4 * 9451 * 768 * 12
+
+
+def test_reading_counts_every_sample() -> None:
+    (record,) = measure_data([Setting(batch_size=100)], num_workers=1, repeats=1, samples=1000)
+    assert record["samples"] == 1000
+    assert 0 < record["first_batch_s"] <= 1000 / record["samples_per_s"]
+
+
+def test_mistakes_are_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    for options, message in [
+        (["sample", "--versus", "mixer=mamba"], "none of mvar, var"),
+        (["sample", "--versus", "width=3"], "'width=3' is not NAME=VALUE"),
+        (["sample", "--size", "d13"], "'d13' is none of"),
+        (["memory", "--resolution", "300"], "300"),
+        (["train", "--profile", "true"], "--profile is of"),
+        (["train", "--repeats", "0"], "--repeats"),
+        (["nothing"], "nothing"),
+    ]:
+        assert run(["bench", *options]) == 1
+        error = capfd.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
