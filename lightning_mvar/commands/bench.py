@@ -177,10 +177,9 @@ def measure_operations(setting: Setting, device: torch.device, repeats: int) -> 
     seconds = [median(times) for times in alternate(list(runs), repeats, device)]
     records = []
     for name, time_of, training in zip(names, seconds, trains, strict=True):
-        record = about("op", setting, device) | {"op": name, "seconds": time_of}
-        record["of"] = "forward and backward" if training else "sampling"
-        record["share_of_block"] = time_of / seconds[0] if training else float("nan")
-        records.append(record)
+        what = "forward and backward" if training else "sampling"
+        record = about("op", setting, device) | {"op": name, "seconds": time_of, "of": what}
+        records.append(record | ({"share_of_block": time_of / seconds[0]} if training else {}))
     return records
 
 
