@@ -30,6 +30,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.mvar import MVAR, MVARConfig
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -59,7 +60,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.param_dtype = param_dtype
 
     def setup_environment(self) -> None:
-        if self.param_dtype == "bfloat16" and self.precision_plugin.precision != "bf16-mixed":
+        precision = self.precision_plugin.precision
+        if precision not in PRECISIONS:  # Lightning looks only where the strategy is not given by its name
+            raise InputError(f"FSDP2 cannot work in --trainer.precision {precision}; it can in {', '.join(PRECISIONS)}")
+        if self.param_dtype == "bfloat16" and precision != "bf16-mixed":
             raise InputError("FSDP2's param_dtype bfloat16 needs --trainer.precision bf16-mixed")
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's default is one per node
         self._tensor_parallel_size = 1

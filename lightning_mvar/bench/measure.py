@@ -28,10 +28,9 @@ def alternate(runs: list[Run], repeats: int, device: torch.device) -> list[list[
     with tqdm(total=(repeats + 1) * len(runs), unit="run", desc="bench", leave=False) as bar:
         for turn in range(repeats + 1):
             for run, times in zip(runs, seconds, strict=True):
-                begin = now(device)
-                run()
+                taken = elapsed(run, device)
                 if turn:
-                    times.append(now(device) - begin)
+                    times.append(taken)
                 bar.update()
     return seconds
 

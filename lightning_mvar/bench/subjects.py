@@ -19,7 +19,7 @@ import lightning_mvar.sampling
 from lightning_mvar.bench.measure import Run, count_flops
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.mixers import State
-from lightning_mvar.models.mvar import MVAR, SIZES, Block, MVARConfig
+from lightning_mvar.models.mvar import MVAR, SIZES, Block, MVARConfig, MVARState
 from lightning_mvar.optim import OptimizerConfig, build_optimizer
 from lightning_mvar.sampling import generate, image_generators
 from lightning_mvar.scales import ScaleSchedule
@@ -110,34 +110,37 @@ class Subject:
     @cached_property
     def network(self) -> MVAR:
         with torch.device(self.device):
-            return MVAR(self.network_config).eval()
+            return MVAR(self.network_config).eval().to(self.dtype)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         with torch.device(self.device):
             return Tokenizer(self.tokenizer_config).eval().requires_grad_(False).to(self.dtype)
 
-    def scale_inputs(self, batch_size: int) -> list[Tensor | None]:
-        lengths = self.network_config.schedule.lengths[1:]
-        code_dim = self.network_config.code_dim
-        return [None, *(torch.randn(batch_size, n, code_dim, device=self.device) for n in lengths)]
+    def scale_inputs(self, batch_size: int) -> Tensor:
+        """Random (b, l - first, c)."""
+        schedule = self.network_config.schedule
+        shape = (batch_size, schedule.num_tokens - schedule.first, self.network_config.code_dim)
+        return torch.randn(shape, device=self.device)
 
-    def sample(self, network: MVAR) -> Tensor:
+    def sample(self) -> Tensor:
         """Images (b, 3, H, W), guided."""
-        return generate(network, self.tokenizer, self.labels, generator=image_generators(0, 0, self.batch_size))
+        generators = image_generators(0, 0, self.batch_size)
+        return generate(self.network, self.tokenizer, self.labels, generator=generators)
 
     @torch.no_grad()
-    def step_through(self, network: MVAR) -> Any:
+    def step_through(self) -> MVARState:
         """The network's part of sampling alone, guided: 2 b images; its last state."""
         labels = torch.cat([self.labels, torch.full_like(self.labels, self.network_config.num_classes)])
-        state = network.init_state(labels)
-        for inputs in self.scale_inputs(len(labels)):
-            _, state = network.step(inputs, state)
+        state = self.network.init_state(labels)
+        lengths = self.network_config.schedule.lengths[1:]
+        for inputs in (None, *self.scale_inputs(len(labels)).split(lengths, dim=1)):
+            _, state = self.network.step(inputs, state)
         return state
 
-    def parts(self, network: MVAR) -> list[tuple[Any, str, str]]:
+    def parts(self) -> list[tuple[Any, str, str]]:
         """What a profile tells apart; see `Stopwatch.watching`."""
-        tokenizer = self.tokenizer
+        network, tokenizer = self.network, self.tokenizer
         parts: list[tuple[Any, str, str]] = [
             (lightning_mvar.sampling, "draw", "drawing tokens"),
             (lightning_mvar.models.mixers, "ssd", "scan"),
@@ -151,12 +154,12 @@ class Subject:
             parts += [(mixer, "forward", type(mixer).__name__) for mixer in block.mixers]  # type: ignore[union-attr]
         return parts
 
-    def trainer(self, network: MVAR) -> Run:
-        """A function that takes one training step on random tokens."""
-        network.train().requires_grad_(True)
+    def training_step(self) -> Run:
+        """A function that takes one training step on random tokens (b, l)."""
+        network = self.network.float().train()
         optimizer = build_optimizer(network, OptimizerConfig())
         schedule = self.network_config.schedule
-        scale_inputs = torch.cat([x for x in self.scale_inputs(self.batch_size) if x is not None], dim=1)
+        scale_inputs = self.scale_inputs(self.batch_size)
         shape = (self.batch_size, schedule.num_tokens)
         tokens = torch.randint(self.network_config.vocab_size, shape, device=self.device)
 
@@ -186,18 +189,18 @@ def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str
 
 def network_flops(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:
     subject = Subject(network, tokenizer, 1, device=META)
-    inputs = torch.cat([x for x in subject.scale_inputs(1) if x is not None], dim=1)
+    inputs = subject.scale_inputs(1)
     return {
         "forward": count_flops(lambda: subject.network(subject.labels, inputs)),
-        "sampling": count_flops(lambda: subject.step_through(subject.network)),
+        "sampling": count_flops(subject.step_through),
     }
 
 
 def state_bytes(network: MVARConfig, dtype: torch.dtype) -> int:
     """What an image carries through its whole sampling, without guidance, but for the AdaLN tables: bytes."""
     subject = Subject(replace(network, depth=1), TokenizerConfig(network.schedule), 1, dtype, META)
-    state = subject.step_through(subject.network.to(dtype))
-    carried = (tensor for mixer in state.blocks[0].mixers for tensor in mixer or ())
+    state = subject.step_through()
+    carried = (tensor for block in state.blocks if block for mixer in block.mixers for tensor in mixer or ())
     guided = sum(tensor.numel() * tensor.element_size() for tensor in carried)
     return network.depth * guided // 2  # of which one half is the unconditional image's
 

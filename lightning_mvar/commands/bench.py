@@ -90,30 +90,32 @@ def bench(
 
 def measure_sampling(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
     subjects = [make_subject(setting, device) for setting in settings]
-    networks = [subject.network.to(setting.dtype) for subject, setting in zip(subjects, settings, strict=True)]
     compile_blocks(settings, subjects)
-    watches = [Stopwatch(device) for _ in settings]
+    parts_of: list[list[dict[str, float]]] = [[] for _ in settings]  # seconds of the parts in each run
 
-    def watched(subject: Subject, watch: Stopwatch) -> Run:
-        parts = [(subject.network, "step", "network"), (subject.tokenizer, "decode_features", "decoder")]
+    def watched(subject: Subject, parts: list[dict[str, float]]) -> Run:
+        watching = [(subject.network, "step", "network"), (subject.tokenizer, "decode_features", "decoder")]
 
         def run() -> None:
-            with watch.watching(parts):
-                subject.sample(subject.network)
+            watch = Stopwatch(device)
+            with watch.watching(watching):
+                subject.sample()
+            parts.append(watch.seconds())
 
         return run
 
-    runs = [watched(subject, watch) for subject, watch in zip(subjects, watches, strict=True)]
+    runs = [watched(subject, parts) for subject, parts in zip(subjects, parts_of, strict=True)]
     peaks = [peak_memory(run, device) for run in runs]
-    for watch in watches:
-        watch.marks.clear()
     seconds, rates = beside_matmuls(settings, runs, repeats, device)
     records = []
-    for setting, times, watch, network, peak in zip(settings, seconds, watches, networks, peaks, strict=True):
+    for setting, times, counted, subject, peak in zip(settings, seconds, parts_of, subjects, peaks, strict=True):
         flops = flops_per_image(setting.network, setting.tokenizer)
         per_image = median(times) / setting.batch_size
         total = flops["sampling"] + flops["decoder"]
-        parts = {f"{name}_s_per_image": s / (repeats + 1) / setting.batch_size for name, s in watch.seconds().items()}
+        parts = {
+            f"{name}_s_per_image": median(run[name] for run in counted[-repeats:]) / setting.batch_size
+            for name in ("network", "decoder")
+        }
         records.append(
             about("sample", setting, device)
             | {
@@ -127,7 +129,7 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
                 "matmul_flops_per_s": rates[setting.dtype],
                 "peak_memory_bytes": peak,
                 "state_bytes_per_image": state_bytes(setting.network, setting.dtype),
-                "parameters": sum(p.numel() for p in network.parameters()),
+                "parameters": sum(p.numel() for p in subject.network.parameters()),
             }
         )
     return records
@@ -136,7 +138,7 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
 def measure_training(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
     subjects = [make_subject(setting, device) for setting in settings]
     compile_blocks(settings, subjects)
-    runs = [subject.trainer(subject.network) for subject in subjects]
+    runs = [subject.training_step() for subject in subjects]
     peaks = [peak_memory(run, device) for run in runs]
     seconds, rates = beside_matmuls(settings, runs, repeats, device)
     records = []
@@ -218,8 +220,8 @@ def measure_data(settings: list[Setting], num_workers: int, repeats: int, sample
                 "tokens": setting.network.schedule.num_tokens,
                 "batch_size": setting.batch_size,
                 "num_workers": num_workers,
-                "samples": samples,
-                "samples_per_s": samples / median(times),
+                "samples": len(stream) * setting.batch_size,
+                "samples_per_s": len(stream) * setting.batch_size / median(times),
                 "first_batch_s": max(firsts),
             }
         )
@@ -243,11 +245,10 @@ def write_random_shards(folder: Path, setting: Setting, samples: int, per_shard:
 def profile_sampling(setting: Setting, device: torch.device) -> list[Record]:
     """Seconds of each part of one run after a first, and its share; parts do not count what is inside them."""
     subject = make_subject(setting, device)
-    network = subject.network.to(setting.dtype)
-    subject.sample(network)
+    subject.sample()
     watch = Stopwatch(device)
-    with watch.watching(subject.parts(network)), watch.part("the rest"):
-        subject.sample(network)
+    with watch.watching(subject.parts()), watch.part("the rest"):
+        subject.sample()
     seconds = watch.seconds()
     total = sum(seconds.values())
     return [

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.records import Record, print_record, write_records
+from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.data.digits import load_digits
 from lightning_mvar.data.images import open_images
 from lightning_mvar.errors import InputError
@@ -77,7 +77,7 @@ def evaluate(
         record["classifier_accuracy_on_samples"] = float((extractor.classify(images) == labels).float().mean())
     if tokenizer is not None:
         record |= judge_reconstructions(tokenizer, reference, resolution, extractor, real)
-    print_record(record)
+    print_table([record])
     if json is not None:
         write_records([record], json)
 

@@ -11,12 +11,6 @@ from lightning_mvar.files import atomic_path
 Record = dict[str, Any]  # flat; units are in the names
 
 
-def print_record(record: Record) -> None:
-    width = max(map(len, record))
-    for name, value in record.items():
-        print(f"{name:<{width}}  {shown(value)}")
-
-
 def print_table(records: list[Record]) -> None:
     """What all records share once, above; then a column for each of two records and their ratio, or a row for each."""
     names = list(dict.fromkeys(name for record in records for name in record))

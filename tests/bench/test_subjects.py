@@ -48,10 +48,10 @@ def test_running_the_prefix_again_gives_the_same() -> None:
 def test_a_subject_samples_and_trains(mixer: str) -> None:
     subject = Subject(tiny_config(mixer), TOKENIZER, 3)
     network = subject.network
-    images = subject.sample(network)
+    images = subject.sample()
     assert images.shape == (3, 3, 8, 8)
     before = {name: p.clone() for name, p in network.named_parameters()}
-    subject.trainer(network)()
+    subject.training_step()()
     still = [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
     assert [name for name in still if not name.endswith(("A_log", "dt_bias"))] == []  # theirs vanish in random weights
 

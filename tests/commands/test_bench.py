@@ -25,9 +25,10 @@ def test_sampling_is_compared_and_profiled(
     assert (mvar["mixer"], var["mixer"]) == ("mvar", "var")
     for record in (mvar, var):
         assert record["images_per_s"] * 680 == pytest.approx(record["tokens_per_s"])
-        assert record["network_s_per_image"] + record["decoder_s_per_image"] < 3 / record["images_per_s"]
+        assert record["network_s_per_image"] + record["decoder_s_per_image"] < 1 / record["images_per_s"]
         assert record["flops_per_image"] == record["network_flops_per_image"] + record["decoder_flops_per_image"]
-        assert 0 < record["matmul_share"] < 1.5
+        rate = record["flops_per_image"] * record["images_per_s"]
+        assert record["matmul_share"] == pytest.approx(rate / record["matmul_flops_per_s"])
         assert record["peak_memory_bytes"] > record["state_bytes_per_image"] > 0
     printed = capsys.readouterr().out
     assert "ratio" in printed
@@ -43,7 +44,7 @@ def test_training_operations_and_memory(tmp_path: Path) -> None:
     assert run(["bench", "op", *SMALL, "--json", str(file)]) == 0
     records = {record["op"]: record for record in json.loads(file.read_text())}
     assert records["block"]["share_of_block"] == 1
-    assert records["scan"]["share_of_block"] < 1
+    assert records["scan"]["share_of_block"] == records["scan"]["seconds"] / records["block"]["seconds"]
     assert run(["bench", "memory", "--size", "d12", "--versus", "mixer=var", "--json", str(file)]) == 0
     by_place = {(r["mixer"], r["resolution"]): r["state_bytes_per_image"] for r in json.loads(file.read_text())}
     assert len({by_place["mvar", side] for side in (256, 512, 1024)}) == 1

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_network, write_images, write_token_shards
+from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.cli import COMMANDS, run
+from lightning_mvar.errors import InputError
+from lightning_mvar.strategies import FSDP2Strategy
 
 FIT = """
 trainer: {{accelerator: cpu, max_steps: 1, logger: false, enable_checkpointing: false, enable_progress_bar: false,
@@ -126,6 +129,12 @@ def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.Capture
         "bfloat16",
     ]
     assert "needs --trainer.precision bf16-mixed" in refused(capfd, "fit", "--config", "fit.yaml", *half)
+    double = ["--trainer.strategy", "fsdp2", "--trainer.precision", "64-true"]
+    assert "64-true" in refused(capfd, "fit", "--config", "fit.yaml", *double)
+    strategy = FSDP2Strategy()  # on a CPU, Lightning turns the command line's 16-mixed into bf16-mixed
+    strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(InputError, match="16-mixed"):
+        strategy.setup_environment()
     images = str(make_images(here))
     tokenizer = ["--model.tokenizer.schedule.side_lengths", "[1,2,4]", "--data.train", images, "--data.val", images]
     options = [*tokenizer, "--trainer.strategy", "fsdp2", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
