@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -19,10 +20,34 @@ from lightning_mvar.checkpoints import CHECKPOINT_KEY, describe, load_tokenizer
 from lightning_mvar.data.loader import TokenBatch
 from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.models.mvar import MVAR, Block, MVARConfig
-from lightning_mvar.optim import OptimizerConfig, apply_schedule, build_optimizer
+from lightning_mvar.optim import OptimizerConfig, apply_schedule, build_optimizer, skip_unless
 from lightning_mvar.sampling import check_pair
 from lightning_mvar.strategies import FSDP2Strategy, build, local, plain, recompute_in_backward, total_norm
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
+
+
+class Arriving:
+    """A number on its way from the device to the host, which goes on meanwhile."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.value, self.event = number.detach().to("cpu", non_blocking=True), None
+        if number.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def __float__(self) -> float:
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.value)
+
+
+class Taken(NamedTuple):
+    """An optimizer step that the device has been given to take, unless its gradients are not finite."""
+
+    step: int
+    epoch: int
+    batches: list[Any]
+    gradient_norm: Arriving
 
 
 class ScheduledModule(L.LightningModule):
@@ -30,6 +55,9 @@ class ScheduledModule(L.LightningModule):
 
     Every batch begins with random numbers that depend on (seed, epoch, batch, rank) alone, so a resumed run draws what
     an uninterrupted one would have drawn. A step whose gradients are not finite is skipped on all ranks.
+
+    The host never waits for a GPU to finish a step: whether it was skipped is asked one step later, and what is logged
+    is read from the device in those steps only that the loggers see (`trainer.log_every_n_steps`).
 
     Args:
         optimizer: AdamW and its schedules.
@@ -45,7 +73,8 @@ class ScheduledModule(L.LightningModule):
         self.skipped_steps, self.skipped_in_a_row = 0, 0
         self.stepping = False  # between the last gradient and the end of the step no state is worth saving
         self.batches: list[Any] = []  # of the step under way
-        self.gradient_norm = torch.tensor(0.0)
+        self.taken: Taken | None = None  # the last step, until it is known whether it was skipped
+        self.gradient_norm, self.finite = torch.tensor(0.0), torch.tensor(True)  # of this step, on the device
 
     def setup(self, stage: str) -> None:
         self.seed = self.trainer.strategy.broadcast(self.seed)
@@ -78,15 +107,32 @@ class ScheduledModule(L.LightningModule):
         """Images of one optimizer step."""
         return self.batch_of_all_ranks * self.trainer.accumulate_grad_batches
 
+    @property
+    def logs_now(self) -> bool:
+        """Whether the loggers see the step under way."""
+        return bool(self.trainer._logger_connector.should_update_logs)
+
+    def log_now(self, scores: dict[str, Tensor]) -> None:
+        """Log numbers of this step; on the host, because Lightning reads those of its progress bar in every step."""
+        for name, value in zip(scores, torch.stack([*scores.values()]).cpu(), strict=True):
+            self.log(name, value, prog_bar=name == "train/loss")
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(self.random_key(batch_idx, self.global_rank))
+        self.seed_generators(self.random_key(batch_idx, self.global_rank))
         # Lightning counts one too many after a run is resumed right after a validation, and logs under that number.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
         self.batches.append(batch)
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         step = (self.global_step, self.total_steps, self.global_batch)
         lr, weight_decay = apply_schedule(optimizer, self.optimizer_config, *step)
-        self.log_dict({"train/lr": lr, "train/weight_decay": weight_decay})
+        if self.logs_now:
+            self.log_dict({"train/lr": lr, "train/weight_decay": weight_decay})
+
+    def seed_generators(self, seed: int) -> None:
+        """Of the CPU and of this device; `torch.manual_seed` takes milliseconds to note who asked for which device."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def random_key(self, batch_idx: int, purpose: object) -> int:
         """A seed that depends on (seed, epoch, batch) and the purpose alone."""
@@ -94,16 +140,41 @@ class ScheduledModule(L.LightningModule):
         return random.Random(key).getrandbits(63)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.settle()
         self.stepping = True
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.gradient_norm = total_norm(gradients, self.trainer.strategy)
         norm = plain(self.gradient_norm)
-        if norm.isfinite():
+        self.finite = norm.isfinite()
+        skip_unless(self.finite, optimizer)
+        self.taken = Taken(self.global_step, self.current_epoch, self.batches, Arriving(norm))
+        self.batches = []
+        if self.logs_now:
+            self.settle()
+            self.log_now({"train/grad_norm": norm, "train/skipped_steps": norm.new_tensor(self.skipped_steps)})
+
+    def settle(self) -> None:
+        """Find out whether the last step was skipped; on all ranks alike, for the norm is the same on all.
+
+        Raises:
+            DivergedError: after `max_skipped_steps` in a row.
+        """
+        taken, self.taken = self.taken, None
+        if taken is None:
+            return
+        if math.isfinite(float(taken.gradient_norm)):
             self.skipped_in_a_row = 0
         else:
-            optimizer.zero_grad()  # AdamW passes over parameters without a gradient: no weight and no moment moves
-            self.report_skipped_step(float(norm))
-        self.log_dict({"train/grad_norm": norm, "train/skipped_steps": float(self.skipped_steps)})
+            self.report_skipped_step(taken)
+
+    def on_train_end(self) -> None:
+        self.settle()
+
+    @property
+    def skipped(self) -> tuple[int, int]:
+        """Steps skipped so far, and of those the ones in a row up to now."""
+        self.settle()
+        return self.skipped_steps, self.skipped_in_a_row
 
     def configure_gradient_clipping(
         self,
@@ -119,35 +190,31 @@ class ScheduledModule(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if not self.skipped_in_a_row:
-            self.after_step()
-        self.batches, self.stepping = [], False
+        self.after_step()
+        self.stepping = False
 
     def after_step(self) -> None:
-        """Called after every optimizer step that was not skipped."""
+        """Called after every optimizer step; `finite` tells the device whether it was skipped."""
 
-    def report_skipped_step(self, norm: float) -> None:
-        """Count the step and write down which images it was made of, on every rank.
-
-        Raises:
-            DivergedError: after `max_skipped_steps` in a row; on all ranks alike, for the norm is the same on all.
-        """
+    def report_skipped_step(self, taken: Taken) -> None:
+        """Count the step and write down which images it was made of, on every rank; see `settle`."""
+        step, norm = taken.step, float(taken.gradient_norm)
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         folder = Path(self.trainer.default_root_dir) / "skipped_steps"
         folder.mkdir(parents=True, exist_ok=True)
-        keys = [key for batch in self.batches for key in self.trainer.datamodule.keys(batch)]  # type: ignore[attr-defined]
-        about = {"step": self.global_step, "epoch": self.current_epoch, "gradient_norm": str(norm), "keys": keys}
+        keys = [key for batch in taken.batches for key in self.trainer.datamodule.keys(batch)]  # type: ignore[attr-defined]
+        about = {"step": step, "epoch": taken.epoch, "gradient_norm": str(norm), "keys": keys}
         with open(folder / f"rank{self.global_rank}.jsonl", "a") as file:
             file.write(json.dumps(about) + "\n")
         rank_zero_warn(
-            f"step {self.global_step} is skipped: the norm of its gradients is {norm} (skipped {self.skipped_steps}, "
+            f"step {step} is skipped: the norm of its gradients is {norm} (skipped {self.skipped_steps}, "
             f"{self.skipped_in_a_row} in a row); its images are named in {folder}"
         )
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise DivergedError(
                 f"training ends: the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last of "
-                f"step {self.global_step}; the images are named in {folder}. The last checkpoint is kept: lower "
+                f"step {step}; the images are named in {folder}. The last checkpoint is kept: lower "
                 f"--model.optimizer.base_lr or --trainer.gradient_clip_val, or repair the data, and go on with --resume"
             )
 
@@ -224,7 +291,8 @@ class LitMVAR(ScheduledModule):
         if self.ema is not None and self.ema_decay is not None:
             decay = min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step))
             average, weights = local(list(self.ema.parameters())), local(list(self.network.parameters()))
-            torch._foreach_lerp_(average, weights, 1 - decay)
+            share = (1 - decay) * self.finite.float()
+            torch._foreach_lerp_(average, weights, [share] * len(weights))
 
     @cached_property
     def frozen(self) -> list[Tokenizer]:
@@ -248,11 +316,10 @@ class LitMVAR(ScheduledModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         labels = self.drop_labels(batch.labels, batch_idx)
         losses, correct = self.score(batch, labels)
-        scores = self.summary("train", losses.detach(), correct) | self.scale_losses("scale_loss", losses.detach())
-        means = torch.as_tensor(self.trainer.strategy.reduce(torch.stack([*scores.values()]), reduce_op="mean"))
-        logged = dict(zip(scores, means, strict=True))
-        self.log("train/loss", logged.pop("train/loss"), prog_bar=True)
-        self.log_dict(logged)
+        if self.logs_now:
+            scores = self.summary("train", losses.detach(), correct) | self.scale_losses("scale_loss", losses.detach())
+            means = torch.as_tensor(self.trainer.strategy.reduce(torch.stack([*scores.values()]), reduce_op="mean"))
+            self.log_now(dict(zip(scores, means, strict=True)))
         loss = losses.mean()
         return loss * (1 + 0 * loss.detach())  # a loss that is not finite makes every gradient so, on all ranks
 
@@ -287,7 +354,8 @@ class LitMVAR(ScheduledModule):
         generator = torch.Generator().manual_seed(self.random_key(batch_idx, "label drop"))
         everywhere = torch.rand(self.trainer.world_size, len(labels), generator=generator)
         dropped = everywhere[self.global_rank] < self.label_drop
-        return labels.masked_fill(dropped.to(labels.device), self.network_config.num_classes)
+        dropped = dropped.to(labels.device, non_blocking=True)
+        return labels.masked_fill(dropped, self.network_config.num_classes)
 
     def per_scale(self, scores: Tensor) -> tuple[Tensor, ...]:
         """(b, l) -> one (b, n) for each scale."""
@@ -316,7 +384,7 @@ class LitMVAR(ScheduledModule):
         )
         about["run"] = {
             "ema": self.ema_decay is not None,
-            "skipped_steps": (self.skipped_steps, self.skipped_in_a_row),
+            "skipped_steps": self.skipped,
             "world_size": self.trainer.world_size,
             "batch_of_all_ranks": self.batch_of_all_ranks,
         }

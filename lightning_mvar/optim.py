@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
 
@@ -81,6 +81,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = Tru
     """AdamW over the two groups; `apply_schedule` sets learning rate and decay before every step."""
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(parameter_groups(model), lr=config.base_lr, betas=betas, fused=fused)
+
+
+def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Let the coming step change neither weights nor moments where `finite`, () bool on the device, is false.
+
+    As GradScaler tells a fused optimizer, so that only the device has to know; one that is not fused belongs to a
+    GradScaler, which skips such steps itself.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
 
 
 def apply_schedule(

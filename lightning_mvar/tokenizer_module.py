@@ -65,8 +65,8 @@ class LitTokenizer(ScheduledModule):
         steps_now = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if self.revive_every and steps_now and (self.global_step + 1) % self.revive_every == 0:
             self.revive(steps)
-        self.log("train/loss", losses["loss"], prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in losses.items() if name != "loss"})
+        if self.logs_now:
+            self.log_now({f"train/{name}": value.detach() for name, value in losses.items()})
         return losses["loss"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -99,7 +99,10 @@ class LitTokenizer(ScheduledModule):
 
     def count_usage(self, stage: str, steps: list[PyramidStep]) -> None:
         vocab_size = self.tokenizer.config.vocab_size
-        counts = torch.stack([torch.bincount(step.tokens.flatten(), minlength=vocab_size) for step in steps])
+        tokens = [step.tokens.flatten() for step in steps]
+        none = tokens[0].new_zeros(vocab_size)
+        # Not `bincount`, for which the host has to wait.
+        counts = torch.stack([none.scatter_add(0, scale, torch.ones_like(scale)) for scale in tokens])
         self.usage[stage] = self.usage[stage].to(counts.device) + counts
 
     @torch.no_grad()
@@ -128,7 +131,7 @@ class LitTokenizer(ScheduledModule):
         checkpoint[CHECKPOINT_KEY] = {
             "config": asdict(self.tokenizer.config),
             "train_usage": self.usage["train"].cpu(),
-            "skipped_steps": (self.skipped_steps, self.skipped_in_a_row),
+            "skipped_steps": self.skipped,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

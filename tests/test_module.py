@@ -56,6 +56,7 @@ def make_trainer(root: Path, max_steps: int, **options: object) -> L.Trainer:
     settings = {
         "accelerator": "cpu",
         "max_steps": max_steps,
+        "log_every_n_steps": 1,
         "gradient_clip_val": 2.0,
         "logger": False,
         "enable_progress_bar": False,

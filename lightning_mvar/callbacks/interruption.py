@@ -18,18 +18,22 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, preemption,
 class InterruptionCallback(L.Callback):
     """Raises `Interrupted` between two steps after SIGINT, SIGTERM or SIGUSR1, wherever the signal arrived.
 
-    The ranks agree before every batch, over a group of their own that no GPU waits for. A second Ctrl-C does not wait
-    for the step to end, and nothing is saved. Always part of `fit` and `train-tokenizer`.
+    The ranks agree before every batch, over a group of their own that no GPU waits for, on what they had received
+    before the last: so no rank waits for another. A second Ctrl-C does not wait for the step to end, and nothing is
+    saved. Always part of `fit` and `train-tokenizer`.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.group: dist.ProcessGroup | None = None
+        self.asking: tuple[dist.Work, torch.Tensor] | None = None  # what becomes the number of a signal, or 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:
             timeout = getattr(trainer.strategy, "_timeout", None)  # not gloo's own, but what the run is to wait
             self.group = dist.new_group(backend="gloo", timeout=timeout)
+            # Lightning's own broadcast before every batch, on the GPU and waited for, is of no use beside this.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.listen()
@@ -50,12 +54,20 @@ class InterruptionCallback(L.Callback):
 
     def check(self, trainer: L.Trainer) -> None:
         """Raise `Interrupted` on all ranks if any has received a signal; all ranks must call this alike."""
-        asked = torch.tensor(self.received)
-        if self.group is not None:
-            dist.all_reduce(asked, dist.ReduceOp.MAX, self.group)
-        if number := int(asked):
+        if number := self.received if self.group is None else self.agreed(self.group):
             name = signal.Signals(number).name
             raise Interrupted(number, f"interrupted by {name} after step {trainer.global_step}")
+
+    def agreed(self, group: dist.ProcessGroup) -> int:
+        """What any rank had received at the call before this one."""
+        before, received = self.asking, torch.tensor(self.received)
+        work = dist.all_reduce(received, dist.ReduceOp.MAX, group, async_op=True)
+        assert work is not None
+        self.asking = (work, received)
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self.check(trainer)

@@ -32,7 +32,7 @@ class ThroughputCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         self.ends.append(time.perf_counter())
-        if len(self.ends) < 2:
+        if len(self.ends) < 2 or not pl_module.logs_now:
             return
         images = (len(self.ends) - 1) * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
         rate = images / (self.ends[-1] - self.ends[0])

@@ -54,7 +54,7 @@ def tokenize(
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; name a folder")
     model = load_tokenizer(tokenizer).to(where)
-    source = open_images(images, model.config.resolution, "center" if views == 1 else "random", on_corrupt)
+    source = open_images(images, model.config.resolution, on_corrupt)
     manifest = resume(folder, new_manifest(model, source, images, views, seed, shard_size))
     examples = source if views == 1 else Views(source, views, seed)
     order = np.random.default_rng(ORDER_SEED).permutation(len(examples))

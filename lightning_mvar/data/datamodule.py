@@ -148,13 +148,13 @@ class ImageDataModule(L.LightningDataModule):
         return batch.keys
 
     def train_dataloader(self) -> ImageLoader:
-        images = open_images(self.sources["train"], self.resolution, self.crop, self.on_corrupt)
-        source = ShuffledImages(images, self.batch_size, self.seed, *place(self.trainer))
+        images = open_images(self.sources["train"], self.resolution, self.on_corrupt)
+        source = ShuffledImages(images, self.batch_size, self.seed, self.crop, *place(self.trainer))
         loader = ImageLoader(source, self.num_workers, pin_memory=torch.cuda.is_available())
         return following(loader, self.trainer)
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
-        images = open_images(self.sources["val"], self.resolution, "center", self.on_corrupt)
+        images = open_images(self.sources["val"], self.resolution, self.on_corrupt)
         return DataLoader[Example](  # type: ignore[return-value]
             images,  # type: ignore[arg-type]
             batch_size=self.batch_size,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Generator, Tensor
 
 from lightning_mvar.data.digits import RESOLUTION, DigitsSplit, load_digits
 from lightning_mvar.errors import InputError
@@ -54,8 +54,8 @@ class ImageBatch:
     errors: list[str]
 
 
-class ImageSource(Protocol):
-    """Labelled images by index."""
+class Images(Protocol):
+    """Labelled images by index, each cropped at its centre."""
 
     class_names: list[str]
     resolution: int
@@ -68,7 +68,13 @@ class ImageSource(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def open_images(source: str, resolution: int, crop: Crop = "center", on_corrupt: OnCorrupt = "raise") -> ImageSource:
+class ImageSource(Images, Protocol):
+    """Images that can also be cropped at a random place."""
+
+    def cropped(self, index: int, generator: Generator) -> Example: ...
+
+
+def open_images(source: str, resolution: int, on_corrupt: OnCorrupt = "raise") -> ImageSource:
     """The images that `source` names, at `resolution` pixels a side.
 
     Raises:
@@ -77,27 +83,30 @@ def open_images(source: str, resolution: int, crop: Crop = "center", on_corrupt:
     if source.startswith("digits:"):
         if resolution != RESOLUTION:
             raise InputError(f"{source} are {RESOLUTION} x {RESOLUTION}, but {resolution} px are asked for")
-        return Digits(cast(DigitsSplit, source.removeprefix("digits:")), crop)
-    return ImageFolder(Path(source), resolution, crop, on_corrupt)
+        return Digits(cast(DigitsSplit, source.removeprefix("digits:")))
+    return ImageFolder(Path(source), resolution, on_corrupt)
 
 
 class Digits:
     """The embedded digits; see `load_digits`. A random crop moves them by up to `DIGITS_SHIFT` pixels each way."""
 
-    def __init__(self, split: DigitsSplit, crop: Crop) -> None:
+    def __init__(self, split: DigitsSplit) -> None:
         self.class_names, self.resolution = [str(digit) for digit in range(10)], RESOLUTION
-        self.split, self.crop, self.identity = split, crop, str(split)
+        self.split, self.identity = split, str(split)
         self.images, self.labels = load_digits(split)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        image = self.images[index]
-        if self.crop == "random":
-            top, left = torch.randint(2 * DIGITS_SHIFT + 1, (2,)).tolist()
-            padded = F.pad(image, (DIGITS_SHIFT,) * 4, mode="replicate")
-            image = padded[:, top : top + RESOLUTION, left : left + RESOLUTION]
+        return self.example(index, self.images[index])
+
+    def cropped(self, index: int, generator: Generator) -> Example:
+        top, left = torch.randint(2 * DIGITS_SHIFT + 1, (2,), generator=generator).tolist()
+        padded = F.pad(self.images[index], (DIGITS_SHIFT,) * 4, mode="replicate")
+        return self.example(index, padded[:, top : top + RESOLUTION, left : left + RESOLUTION])
+
+    def example(self, index: int, image: Tensor) -> Example:
         return Example(image, int(self.labels[index]), f"digits/{self.split}/{index:04d}")
 
 
@@ -107,14 +116,13 @@ class ImageFolder:
     Args:
         root: the folder of class folders.
         resolution: side of the square crop; the shorter side is first resized to 1.125 times that (Lanczos).
-        crop: the centre, or a random place drawn from torch's generator.
         on_corrupt: what a file that cannot be decoded does: raise, or come back as an `Example` with an error.
     """
 
-    def __init__(self, root: Path, resolution: int, crop: Crop, on_corrupt: OnCorrupt) -> None:
+    def __init__(self, root: Path, resolution: int, on_corrupt: OnCorrupt) -> None:
         if not root.is_dir():
             raise InputError(f"image folder {root} does not exist (or is not a folder)")
-        self.root, self.resolution, self.crop, self.on_corrupt = root, resolution, crop, on_corrupt
+        self.root, self.resolution, self.on_corrupt = root, resolution, on_corrupt
         self.class_names = sorted(path.name for path in root.iterdir() if path.is_dir())
         self.files = [
             (path, label)
@@ -135,6 +143,12 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
+        return self.example(index, None)
+
+    def cropped(self, index: int, generator: Generator) -> Example:
+        return self.example(index, generator)
+
+    def example(self, index: int, generator: Generator | None) -> Example:
         path, label = self.files[index]
         key = str(path.relative_to(self.root))
         try:
@@ -145,23 +159,23 @@ class ImageFolder:
             if self.on_corrupt == "skip":
                 return Example(None, label, key, message)
             raise CorruptImageError(f"{message}: repair or remove it, or pass --on_corrupt skip") from error
-        return Example(to_tensor(self.cut(image)), label, key)
+        return Example(to_tensor(self.cut(image, generator)), label, key)
 
-    def cut(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side, crop a square."""
+    def cut(self, image: Image.Image, generator: Generator | None) -> Image.Image:
+        """Resize the shorter side, crop a square: where the generator says, else at the centre."""
         scale = round(RESIZE_MARGIN * self.resolution) / min(image.size)
         width, height = (max(round(side * scale), self.resolution) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
         room = (width - self.resolution, height - self.resolution)
-        if self.crop == "random":
-            left, top = (int(torch.randint(side + 1, ())) for side in room)
-        else:
+        if generator is None:
             left, top = (side // 2 for side in room)
+        else:
+            left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in room)
         return image.crop((left, top, left + self.resolution, top + self.resolution))
 
 
 class Views:
-    """Several random crops of every image of a source that crops at random: `views` times as many examples.
+    """Several random crops of every image of a source: `views` times as many examples.
 
     Example i is drawn from (seed, i) alone, so it is the same in any process and after any interruption.
     """
@@ -174,10 +188,13 @@ class Views:
 
     def __getitem__(self, index: int) -> Example:
         image, view = divmod(index, self.views)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random.Random(f"{self.seed}-{index}").getrandbits(63))
-            example = self.source[image]
+        example = self.source.cropped(image, generator_for(self.seed, index))
         return replace(example, key=f"{example.key}#{view}")
+
+
+def generator_for(*key: int) -> Generator:
+    """One that draws what the key alone decides. (To seed torch's own generator takes a thousand times as long.)"""
+    return Generator().manual_seed(random.Random("-".join(map(str, key))).getrandbits(63))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

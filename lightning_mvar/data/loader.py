@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 import sys
 from abc import ABC, abstractmethod
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from lightning_mvar.data.images import Example, ImageBatch, ImageSource, collate
+from lightning_mvar.data.images import Crop, Example, ImageBatch, ImageSource, collate, generator_for
 from lightning_mvar.data.shards import Manifest, read_shard
 from lightning_mvar.errors import InputError
 
@@ -153,14 +152,15 @@ class ShuffledImages(Dataset[Example]):
         images: the source.
         batch_size: images per rank.
         seed: of order and crops.
+        crop: of the images, at their centre or anew in every epoch.
         rank, world_size: which part of every global batch is this process's.
 
     Raises:
         InputError: if there are fewer images than a global batch has.
     """
 
-    def __init__(self, images: ImageSource, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        self.images, self.seed = images, seed
+    def __init__(self, images: ImageSource, batch_size: int, seed: int, crop: Crop, rank: int, world_size: int) -> None:
+        self.images, self.seed, self.crop = images, seed, crop
         self.batch_size, self.rank, self.global_batch = batch_size, rank, batch_size * world_size
         self.epoch, self.first_batch = 0, 0
         if len(self) == 0:
@@ -181,9 +181,9 @@ class ShuffledImages(Dataset[Example]):
         return [order[begin + mine : begin + mine + self.batch_size] for begin in begins]
 
     def __getitem__(self, number: int) -> Example:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random.Random(f"{self.seed}-{self.epoch}-{number}").getrandbits(63))
+        if self.crop == "center":
             return self.images[number]
+        return self.images.cropped(number, generator_for(self.seed, self.epoch, number))
 
 
 class ResumableLoader(ABC):

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_mvar.data.images import Example, ImageSource, collate, open_images, to_tensor
+from lightning_mvar.data.images import Example, Images, collate, open_images, to_tensor
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 from lightning_mvar.fingerprint import fingerprint
@@ -79,7 +79,7 @@ def published_reference(extractor: nn.Module, path: Path, cache: Path, with_feat
     return Reference(statistics, kept_or_measured(extractor, lambda: Pixels(path), identity, cache).features)
 
 
-def kept_or_measured(extractor: nn.Module, images: Callable[[], ImageSource], identity: str, cache: Path) -> Reference:
+def kept_or_measured(extractor: nn.Module, images: Callable[[], Images], identity: str, cache: Path) -> Reference:
     key = hashlib.sha256(f"{identity} {fingerprint(extractor)}".encode()).hexdigest()[:16]
     path = cache / f"{type(extractor).__name__}-{key}.npz"
     if told_by_first_rank(path.is_file()):
@@ -117,7 +117,7 @@ def told_by_first_rank(value: bool) -> bool:
 
 
 @torch.no_grad()
-def measure(extractor: nn.Module, images: ImageSource, progress: str) -> Reference:
+def measure(extractor: nn.Module, images: Images, progress: str) -> Reference:
     """Reference of all images of a source, each rank computing its share.
 
     Raises:
@@ -138,7 +138,7 @@ def measure(extractor: nn.Module, images: ImageSource, progress: str) -> Referen
     return Reference(statistics.compute(), bank.compute().cpu())
 
 
-def stack(images: ImageSource, numbers: list[int]) -> Tensor:
+def stack(images: Images, numbers: list[int]) -> Tensor:
     """Some images of a source, (n, 3, H, W) float32 in [0, 1]."""
     return (collate([images[number] for number in numbers]).images + 1) / 2
 

@@ -63,12 +63,9 @@ def test_the_crop_is_the_centre_of_the_resized_picture(folder: Path) -> None:
     torch.testing.assert_close(image, expected)
 
 
-def test_random_crops_differ_and_follow_torchs_seed(folder: Path) -> None:
-    images = open_images(str(folder), 16, crop="random")
-    crops = []
-    for seed in (0, 0, 1, 2):
-        torch.manual_seed(seed)
-        crops.append(images[2].image)
+def test_random_crops_differ_and_follow_the_generator(folder: Path) -> None:
+    images = open_images(str(folder), 16)
+    crops = [images.cropped(2, torch.Generator().manual_seed(seed)).image for seed in (0, 0, 1, 2)]
     assert torch.equal(crops[0], crops[1])
     assert not (torch.equal(crops[0], crops[2]) and torch.equal(crops[0], crops[3]))
 
@@ -102,11 +99,11 @@ def test_missing_and_empty_folders_and_wrong_digits_are_refused(tmp_path: Path) 
 
 def test_random_crops_of_digits_are_shifts_by_a_pixel() -> None:
     """The nine shifts of a digit, written out by rolling; rolled edges are replaced by the image's own."""
-    torch.manual_seed(0)
-    whole, shifted = open_images("digits:test", 32)[5].image, open_images("digits:test", 32, "random")
+    generator, digits = torch.Generator().manual_seed(0), open_images("digits:test", 32)
+    whole = digits[5].image
     inner = slice(1, -1)
     candidates = [whole.roll((dy, dx), dims=(1, 2))[:, inner, inner] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    drawn = [shifted[5].image for _ in range(60)]
+    drawn = [digits.cropped(5, generator).image for _ in range(60)]
     assert all(image.shape == (3, 32, 32) for image in drawn)
     found = [
         [torch.equal(image[:, inner, inner], candidate) for candidate in candidates].index(True) for image in drawn
@@ -116,7 +113,7 @@ def test_random_crops_of_digits_are_shifts_by_a_pixel() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_views_are_drawn_from_seed_and_index_alone(folder: Path, workers: int) -> None:
-    source = open_images(str(folder), 16, "random")
+    source = open_images(str(folder), 16)
     views = Views(source, 3, seed=1)
     assert len(views) == 12
     loader = torch.utils.data.DataLoader(views, batch_size=5, num_workers=workers, collate_fn=collate)

@@ -140,7 +140,7 @@ def test_a_second_epoch_after_a_cut_one_counts_from_its_place(folder: Path) -> N
 
 
 class Numbers:
-    """Images that are their own number, and one random number from torch's generator."""
+    """Images that are their own number, and one random number."""
 
     class_names, resolution, identity = ("0",), 1, "numbers"
 
@@ -148,11 +148,16 @@ class Numbers:
         return 21
 
     def __getitem__(self, index: int) -> Example:
-        return Example(torch.tensor([float(index), float(torch.rand(()))]).view(2, 1, 1), 0, str(index))
+        return Example(torch.tensor([float(index), 0.5]).view(2, 1, 1), 0, str(index))
+
+    def cropped(self, index: int, generator: torch.Generator) -> Example:
+        drawn = float(torch.rand((), generator=generator))
+        return Example(torch.tensor([float(index), drawn]).view(2, 1, 1), 0, str(index))
 
 
 def image_loader(batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0, seed: int = 0) -> ImageLoader:
-    return ImageLoader(ShuffledImages(Numbers(), batch_size, seed, rank, world_size), workers, pin_memory=False)
+    source = ShuffledImages(Numbers(), batch_size, seed, "random", rank, world_size)
+    return ImageLoader(source, workers, pin_memory=False)
 
 
 def seen(batches: list[ImageBatch]) -> list[list[float]]:
