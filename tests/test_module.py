@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import MIXERS, SCHEDULE, write_token_shards
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mvar import MVARConfig, Tokenizer
 from lightning_mvar.callbacks import Checkpoint
@@ -324,3 +325,40 @@ def test_padded_samples_do_not_count(tokenizer_folder: Path, shards: Path, tmp_p
         results.append(result)
     for name, value in results[0].items():
         assert value == pytest.approx(results[1][name], rel=1e-5), name
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a host would have to wait for a GPU for: the value of a number, the place of nonzeros."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_from_the_device_but_what_became_of_the_last(
+    tokenizer_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    reads = Reads()
+
+    class Steps(Callback):
+        def __init__(self) -> None:
+            self.counts: list[int] = []
+
+        def on_train_batch_start(self, *_: object) -> None:
+            self.counts.append(reads.count)
+
+    steps = Steps()
+    data = TokenDataModule(str(shards), str(shards), batch_size=4)
+    trainer = make_trainer(tmp_path, 12, callbacks=[steps], log_every_n_steps=6, limit_val_batches=0)
+    with reads:
+        trainer.fit(make_module(tokenizer_folder, model={"ema_decay": 0.5}), data)
+    in_step = [after - before for before, after in zip(steps.counts, steps.counts[1:], strict=False)]
+    assert in_step[:5] == [0, 1, 1, 1, 1]
+    # The sixth is logged, and Lightning then reads the loss again in every step; but that has been copied to the host.
+    assert in_step[6:11] == [1, 2, 2, 2, 2]
