@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -341,9 +340,8 @@ class LitMVAR(ScheduledModule):
         """Cross entropy (b, l) in nats, and whether the likeliest token is the right one (b, l), both float32."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # in float32, as in sampling
             scale_inputs = self.tokenizer.scale_inputs(batch.tokens)
-        logits = self.network(labels, scale_inputs)  # (b, l, v) float32
-        losses = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none")
-        return losses.view_as(batch.tokens), (logits.detach().argmax(dim=-1) == batch.tokens).float()
+        scores: tuple[Tensor, Tensor] = self.network(labels, scale_inputs, batch.tokens)
+        return scores
 
     def drop_labels(self, labels: Tensor, batch_idx: int) -> Tensor:
         """Replace a share of labels (b,) by the unconditional class.

@@ -165,9 +165,8 @@ class Subject:
 
         def step() -> None:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = network(self.labels, scale_inputs)
-                loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-            loss.backward()
+                losses, _ = network(self.labels, scale_inputs, tokens)
+            losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
             optimizer.step()
             optimizer.zero_grad()

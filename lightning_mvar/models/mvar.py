@@ -18,15 +18,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.mixers import Attention, BlockCausalAttention, Mamba2, ScaleAttention, State
 from lightning_mvar.scales import ScaleSchedule
 
+LOGITS_AT_ONCE = 2**24  # while scoring: 64 MiB
 SIZES = {"d12": 12, "d16": 16, "d20": 20, "d24": 24, "d30": 30, "d32": 32, "d36": 36}  # name: depth
 
 
@@ -216,15 +219,25 @@ class MVAR(nn.Module):
         self.head = nn.Linear(d, config.vocab_size)
         self.init_weights()
 
-    def forward(self, labels: Tensor, scale_inputs: Tensor) -> Tensor:
-        """Teacher-forced logits of all scales at once.
+    @overload
+    def forward(self, labels: Tensor, scale_inputs: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Teacher-forced logits of all scales at once, or how well they tell the tokens.
 
         Args:
             labels: (b,) int64 in [0, num_classes]; `num_classes` is unconditional.
             scale_inputs: (b, l - first, c) what `Tokenizer.scale_inputs` gives for the image's tokens.
+            tokens: (b, l) int64, the image's own.
 
         Returns:
-            (b, l, v) float32 logits; those of scale k depend on tokens of scales before k only.
+            (b, l, v) float32 logits; those of scale k depend on tokens of scales before k only. With `tokens`, what
+            `score` gives: all logits are then never in memory at once.
         """
         cond = self.class_embed(labels)  # (b, d)
         x = torch.cat([self.start(cond), self.project(scale_inputs)], dim=1)  # (b, l, d)
@@ -232,7 +245,20 @@ class MVAR(nn.Module):
         block_cond = self.block_cond(cond)
         for block in self.blocks:
             x, _ = block(x, block_cond, self.config.schedule.lengths)
-        return self.logits(x, cond)
+        if tokens is None:
+            return self.logits(x, cond)
+        at_once = max(1, LOGITS_AT_ONCE // (x.shape[1] * self.config.vocab_size))
+        parts = zip(*(t.split(at_once) for t in (x, cond, tokens)), strict=True)
+        # Logits are made again in the backward pass: kept, they would take more memory than a block.
+        scores = [checkpoint(self.score, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        losses, correct = zip(*scores, strict=True)
+        return torch.cat(losses), torch.cat(correct)
+
+    def score(self, x: Tensor, cond: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the last block's x (b, l, d): cross entropy (b, l) in nats, and whether the likeliest token is right."""
+        logits = self.logits(x, cond)
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+        return losses.view_as(tokens), (logits.detach().argmax(dim=-1) == tokens).float()
 
     def init_state(self, labels: Tensor) -> MVARState:
         """State before the first scale, for images of `labels` (b,) int64 in [0, num_classes]."""

@@ -91,6 +91,32 @@ def test_every_parameter_receives_a_gradient(network: MVAR) -> None:
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_scores_are_those_of_all_logits_but_no_logits_are_kept(
+    network: MVAR, monkeypatch: pytest.MonkeyPatch, images: int
+) -> None:
+    labels, scale_inputs = network_inputs()
+    b, l, v = 3, SCHEDULE.num_tokens, network.config.vocab_size
+    tokens = torch.arange(b * l).view(b, l) % v
+    logits = network(labels, scale_inputs)
+    tokens[:, ::3] = logits.argmax(-1)[:, ::3]
+    expected = torch.stack([-logits[i].log_softmax(-1)[range(l), tokens[i]] for i in range(b)])
+    weights = torch.linspace(-1, 1, b * l).view(b, l)
+    gradients = torch.autograd.grad((expected * weights).sum(), list(network.parameters()))
+
+    monkeypatch.setattr("lightning_mvar.models.mvar.LOGITS_AT_ONCE", images * l * v)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        losses, correct = network(labels, scale_inputs, tokens)
+    assert not any(shape[-1:] == (v,) and len(shape) > 1 for shape in kept)
+    torch.testing.assert_close(losses, expected)
+    assert torch.equal(correct, (logits.argmax(-1) == tokens).float())
+    assert 0 < correct.mean() < 1
+    found = torch.autograd.grad((losses * weights).sum(), list(network.parameters()))
+    for a, e in zip(found, gradients, strict=True):
+        torch.testing.assert_close(a, e)
+
+
 def test_initial_weights_have_the_designed_spread() -> None:
     torch.manual_seed(0)
     config = MVARConfig(ScaleSchedule((1, 2, 3)), 4, 256, 4, 512, 32, 100, adaln_gate_init=1e-3)
