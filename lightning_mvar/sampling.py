@@ -15,8 +15,11 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mvar import MVAR, MVARConfig
+from lightning_mvar.models.mvar import MVAR, MVARConfig, MVARState
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
+
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @overload
@@ -88,6 +91,24 @@ def generate(
     return (images, torch.cat(drawn, dim=1)) if return_tokens else images
 
 
+def compile_steps(network: MVAR) -> None:
+    """Let torch.compile make one graph of each scale; on CUDA they are replayed, for batches of one size, as a whole.
+
+    It takes minutes, once for each size of batch.
+    """
+    limit, scales = torch._dynamo.config.recompile_limit, network.config.schedule.num_scales
+    torch._dynamo.config.recompile_limit = max(limit, 4 * scales)
+    cuda = network.head.weight.is_cuda
+    compiled = torch.compile(network.step, dynamic=False, mode="reduce-overhead" if cuda else "default")
+
+    def step(scale_inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
+        if cuda and state.scale == 0:
+            torch.compiler.cudagraph_mark_step_begin()  # from here on, what graphs gave for other images may go
+        return compiled(scale_inputs, state)
+
+    network.step = step  # type: ignore[method-assign]
+
+
 def check_pair(network: MVARConfig, tokenizer: TokenizerConfig, name: str) -> None:
     """Raise InputError unless the network speaks the tokenizer's tokens; `name` is what messages call the tokenizer."""
     for field in ("schedule", "vocab_size", "code_dim"):
@@ -106,8 +127,10 @@ def image_generators(seed: int, first: int, count: int) -> list[Generator]:
 def uniform(shape: tuple[int, ...], generator: Generator | Sequence[Generator] | None, device: torch.device) -> Tensor:
     """(b, ...) float32 in [0, 1), row i from generator i."""
     if generator is None or isinstance(generator, Generator):
-        return torch.rand(shape, generator=generator).to(device)
-    return torch.stack([torch.rand(shape[1:], generator=g) for g in generator]).to(device)
+        numbers = torch.rand(shape, generator=generator)
+    else:
+        numbers = torch.stack([torch.rand(shape[1:], generator=g) for g in generator])
+    return numbers.to(device, non_blocking=True)  # the device is still at work on the scale before
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

@@ -52,12 +52,12 @@ class ScaleSchedule:
     def num_scales(self) -> int:
         return len(self.side_lengths)
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each scale."""
         return tuple(side * side for side in self.side_lengths)
 
-    @cached_property
+    @property
     def offsets(self) -> tuple[int, ...]:
         """Position of each scale's first token in the packed sequence."""
         return tuple(sum(self.lengths[:k]) for k in range(self.num_scales))

@@ -1,10 +1,12 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import SCHEDULE, tiny_network
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling import draw, gumbel_mixture, image_generators, truncate
+from lightning_mvar.sampling import compile_steps, draw, gumbel_mixture, image_generators, truncate
 
 LABELS = torch.tensor([0, 3, 9, 3])
 
@@ -126,3 +128,49 @@ def test_a_tokenizer_of_another_schedule_is_refused() -> None:
     other = Tokenizer(TokenizerConfig(ScaleSchedule((1, 4)), 48, 8, 8, (1, 2), 1))
     with pytest.raises(InputError, match="does not fit the network: schedule"):
         generate(tiny_network(), other, LABELS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_lowered_networks_keep_decays_and_codes_and_stay_near(
+    network: MVAR, tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
+    network, tokenizer = deepcopy(network), deepcopy(tokenizer)  # other tests use them too
+    tokens = torch.arange(4 * SCHEDULE.num_tokens).view(4, -1) % 48
+    inputs, decoded = tokenizer.scale_inputs(tokens), tokenizer.decode(tokens)
+    logits = network(LABELS, inputs)
+    exact = {name: p.clone() for name, p in network.named_parameters() if name.endswith(("A_log", "dt_bias", "log"))}
+    network.lower(dtype)
+    tokenizer.lower(dtype)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, exact[name]) if name in exact else parameter.dtype == dtype
+    assert torch.equal(tokenizer.scale_inputs(tokens), inputs)
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert (network(LABELS, inputs) - logits).norm() < tolerance * logits.norm()
+    assert 0 < (tokenizer.decode(tokens) - decoded).norm() < 0.03 * decoded.norm()
+    images, drawn = generate(network, tokenizer, LABELS, return_tokens=True)
+    assert images.dtype == torch.float32
+    assert torch.equal(images, tokenizer.decode(drawn) / 2 + 0.5)
+
+
+@pytest.mark.parametrize("variant", [{}, {"mixers": ("block_causal_attention",)}])
+def test_compiled_steps_draw_the_same_by_one_graph_for_each_scale(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, variant: dict[str, object]
+) -> None:
+    """Traced as torch.compile does it, but without generating code, which takes minutes."""
+    network = tiny_network(**variant)
+    expected = generate(network, tokenizer, LABELS, top_k=1)
+    graphs, compile_function = [], torch.compile
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def traced(function, **options):  # type: ignore[no-untyped-def]
+        return compile_function(function, dynamic=options["dynamic"], backend=count)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    compile_steps(network)
+    for _ in range(2):
+        torch.testing.assert_close(generate(network, tokenizer, LABELS, top_k=1), expected)
+    assert len(graphs) == SCHEDULE.num_scales

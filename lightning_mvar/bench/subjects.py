@@ -21,13 +21,12 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.mixers import State
 from lightning_mvar.models.mvar import MVAR, SIZES, Block, MVARConfig, MVARState
 from lightning_mvar.optim import OptimizerConfig, build_optimizer
-from lightning_mvar.sampling import generate, image_generators
+from lightning_mvar.sampling import DTYPES, generate, image_generators
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
 
 BLOCKS = {"mvar": ("scale_attention", "mamba2"), "var": ("block_causal_attention",)}
 META = torch.device("meta")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Subject:
         network: its configuration.
         tokenizer: of the tokenizer it samples with.
         batch_size: images at once.
-        dtype: of weights and activations in sampling; in training, weights are float32 and products in `dtype`.
+        dtype: what sampling is lowered to; in training, weights are float32 and products in `dtype`.
         device: where.
     """
 
@@ -110,12 +109,12 @@ class Subject:
     @cached_property
     def network(self) -> MVAR:
         with torch.device(self.device):
-            return MVAR(self.network_config).eval().to(self.dtype)
+            return MVAR(self.network_config).eval().lower(self.dtype)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         with torch.device(self.device):
-            return Tokenizer(self.tokenizer_config).eval().requires_grad_(False).to(self.dtype)
+            return Tokenizer(self.tokenizer_config).eval().requires_grad_(False).lower(self.dtype)
 
     def scale_inputs(self, batch_size: int) -> Tensor:
         """Random (b, l - first, c)."""

@@ -20,9 +20,8 @@ from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.data.loader import TokenLoader, TokenStream
 from lightning_mvar.data.shards import Manifest, shard_name, write_shard
 from lightning_mvar.errors import InputError
+from lightning_mvar.sampling import Precision, compile_steps
 from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
-
-GRAPHS = 64  # that torch.compile may keep of one block: one for each scale, and to spare
 
 
 def bench(
@@ -31,7 +30,7 @@ def bench(
     mixer: Literal["mvar", "var"] = "mvar",
     resolution: int = 256,
     batch_size: int = 4,
-    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    precision: Precision = "float32",
     depth: int = 0,
     compile: bool = False,
     versus: str | None = None,
@@ -56,7 +55,7 @@ def bench(
         batch_size: images at once.
         precision: of sampling; in training, weights stay in float32 and products are in this precision.
         depth: blocks, instead of the size's own: to measure a large size in little time. 0 for the size's own.
-        compile: compile the blocks with torch.compile.
+        compile: with torch.compile, which takes minutes: each scale of sampling, each block of training.
         versus: measure another setting in turns with the first, such as `mixer=var` or `size=d24,batch_size=1`.
         repeats: runs of each that count, after one that does not.
         num_workers: of `data`: processes that read.
@@ -90,7 +89,9 @@ def bench(
 
 def measure_sampling(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
     subjects = [make_subject(setting, device) for setting in settings]
-    compile_blocks(settings, subjects)
+    for setting, subject in zip(settings, subjects, strict=True):
+        if setting.compile:
+            compile_steps(subject.network)
     parts_of: list[list[dict[str, float]]] = [[] for _ in settings]  # seconds of the parts in each run
 
     def watched(subject: Subject, parts: list[dict[str, float]]) -> Run:
@@ -137,7 +138,10 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
 
 def measure_training(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
     subjects = [make_subject(setting, device) for setting in settings]
-    compile_blocks(settings, subjects)
+    for setting, subject in zip(settings, subjects, strict=True):
+        if setting.compile:
+            for block in subject.network.blocks:
+                block.compile()
     runs = [subject.training_step() for subject in subjects]
     peaks = [peak_memory(run, device) for run in runs]
     seconds, rates = beside_matmuls(settings, runs, repeats, device)
@@ -259,14 +263,6 @@ def profile_sampling(setting: Setting, device: torch.device) -> list[Record]:
 
 def make_subject(setting: Setting, device: torch.device) -> Subject:
     return Subject(setting.network, setting.tokenizer, setting.batch_size, setting.dtype, device)
-
-
-def compile_blocks(settings: list[Setting], subjects: list[Subject]) -> None:
-    for setting, subject in zip(settings, subjects, strict=True):
-        if setting.compile:
-            torch._dynamo.config.recompile_limit = GRAPHS
-            for block in subject.network.blocks:
-                block.compile(dynamic=False)
 
 
 def about(what: str, setting: Setting, device: torch.device) -> Record:

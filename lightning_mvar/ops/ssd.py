@@ -163,7 +163,7 @@ class ChunkedScan(torch.autograd.Function):
             mixing = chunk.decay_between().mul_(chunk.scores).to(dtype)  # (b, h, q, q)
             inside = (mixing @ inputs.transpose(1, 2)).transpose(1, 2)  # (b, q, h, p) from the chunk's own tokens
             carried = (chunk.C @ state.flatten(2).to(dtype)).unflatten(2, heads)  # and from those before
-            torch.addcmul(inside, carried, chunk.decay.exp()[..., None].to(dtype), out=y)
+            y.copy_(inside).addcmul_(carried, chunk.decay.exp()[..., None].to(dtype))
             state = chunk.carry(state, inputs)
         return outputs, state.permute(0, 2, 3, 1)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
@@ -13,6 +14,8 @@ from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
+
+DECODER_MAP_BYTES = 2**28  # of its finest map, of which it holds a few at a time
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,19 @@ class Tokenizer(nn.Module):
             yield self.decode_features(f_hat).clamp(-1, 1)
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
-        """(b, c, s, s) -> (b, 3, H, W), not clamped."""
-        return self.decoder(self.post_quant_conv(f_hat))
+        """(b, c, s, s) -> (b, 3, H, W) in the dtype of `f_hat`, not clamped; many images in parts, to bound memory."""
+        dtype = self.post_quant_conv.weight.dtype
+        map_bytes = self.config.channels * self.config.multipliers[0] * self.config.resolution**2 * dtype.itemsize
+        parts = f_hat.to(dtype).split(max(1, DECODER_MAP_BYTES // map_bytes))
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts]).to(f_hat.dtype)
+
+    def lower(self, dtype: torch.dtype) -> Tokenizer:
+        """Cast the decoder in place, to sample in less time; codes and their sum over the scales stay as they are."""
+        for part in (self.post_quant_conv, self.decoder):
+            part.to(dtype)
+            if dtype.itemsize == 2 and self.post_quant_conv.weight.is_cuda:
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # what tensor cores multiply
+        return self
 
     def scale_inputs(self, tokens: Tensor) -> Tensor:
         """Tokens (b, l) -> teacher-forcing input (b, l - first, c), from codebook and phi alone."""

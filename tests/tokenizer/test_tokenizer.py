@@ -27,6 +27,19 @@ def test_the_last_decoded_step_is_the_image(tokenizer: Tokenizer) -> None:
     assert torch.equal(last, tokenizer.decode(tokens))
 
 
+def test_many_images_are_decoded_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.arange(5 * tokenizer.config.schedule.num_tokens).view(5, -1) % tokenizer.config.vocab_size
+    whole, sizes = tokenizer.decode(tokens), []
+    hook = tokenizer.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    map_bytes = 4 * tokenizer.config.channels * tokenizer.config.multipliers[0] * tokenizer.config.resolution**2
+    for images, expected in ((1, [1] * 5), (2, [2, 2, 1]), (5, [5])):
+        monkeypatch.setattr("lightning_mvar.tokenizer.tokenizer.DECODER_MAP_BYTES", images * map_bytes + 1)
+        sizes.clear()
+        torch.testing.assert_close(tokenizer.decode(tokens), whole)
+        assert sizes == expected
+    hook.remove()
+
+
 def test_the_published_size_has_the_published_downsampling() -> None:
     with torch.device("meta"):
         tokenizer = Tokenizer(TokenizerConfig())
