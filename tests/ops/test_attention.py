@@ -1,11 +1,14 @@
 """Attention without masks against one masked softmax over the whole sequence."""
 
+import inspect
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_mvar import ScaleSchedule
-from lightning_mvar.ops.attention import attend_block_causal, attend_within_scales
+from lightning_mvar.ops.attention import attend_block_causal, attend_packed, attend_within_scales, varlen_kernel
 
 SCHEDULE = ScaleSchedule((1, 2, 3))
 
@@ -24,6 +27,46 @@ def test_within_scales_is_a_block_diagonal_mask(qkv: Tensor) -> None:
     ids = SCHEDULE.scale_ids
     expected = masked_attention(*qkv, ids[:, None] == ids, 0.3)
     torch.testing.assert_close(attend_within_scales(*qkv, SCHEDULE.lengths, 0.3), expected)
+
+
+def plain_varlen(q, k, v, begin_q, begin_k, longest_q, longest_k):  # type: ignore[no-untyped-def]
+    """What the kernel is documented to do with packed (tokens, heads, channels), sequence by sequence."""
+    assert begin_q.dtype == torch.int32
+    assert torch.equal(begin_q, begin_k)
+    assert longest_q == longest_k == int(begin_q.diff().max())
+    outputs = []
+    for begin, end in pairwise(begin_q.tolist()):
+        rows = [t[begin:end].transpose(0, 1) for t in (q, k, v)]
+        everything = torch.ones(end - begin, end - begin, dtype=torch.bool)
+        outputs.append(masked_attention(*rows, everything, q.shape[-1] ** -0.5).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def test_packed_attention_hands_the_kernel_every_scale_of_every_image(qkv: Tensor) -> None:
+    expected = attend_within_scales(*qkv, SCHEDULE.lengths, 0.3)
+    torch.testing.assert_close(attend_packed(plain_varlen, *qkv, SCHEDULE.lengths, 0.3), expected)
+    kernel = varlen_kernel()
+    assert kernel is not None
+    arguments = list(inspect.signature(kernel).parameters.values())
+    assert [a.name for a in arguments[:7]] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert all(a.default is not inspect.Parameter.empty for a in arguments[7:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for packed sequences is CUDA's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_for_packed_sequences_agrees_forwards_and_backwards(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 2, 4, SCHEDULE.num_tokens, 64, device="cuda", dtype=dtype)
+    expected_inputs = [t.float().requires_grad_() for t in (q, k, v)]
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    expected = attend_within_scales(*expected_inputs, SCHEDULE.lengths, 0.3)
+    found = attend_within_scales(*inputs, SCHEDULE.lengths, 0.3)
+    weights = torch.randn_like(expected)
+    tolerance = {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(found.float(), expected, **tolerance)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, e in zip(inputs, expected_inputs, strict=True):
+        torch.testing.assert_close(a.grad.float(), e.grad, **tolerance)
 
 
 def test_block_causal_is_a_mask_over_scales(qkv: Tensor) -> None:
