@@ -5,7 +5,7 @@ Shapes: b images, l tokens, c code dim, d width, h heads, p head dim, n SSM stat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -174,24 +174,30 @@ class Subject:
 
 
 def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:
-    """Counted operations: `forward` of a teacher-forced pass, `sampling` of the guided steps, and of the `decoder`.
-
-    Blocks are alike, so those of one and of two tell those of any number.
-    """
-    one, two = (network_flops(replace(network, depth=depth), tokenizer) for depth in (1, 2))
-    flops = {name: one[name] + (network.depth - 1) * (two[name] - one[name]) for name in one}
+    """Counted operations: `forward` of a teacher-forced pass, `sampling` of the guided steps, and of the `decoder`."""
     decoder = Subject(network, tokenizer, 1, device=META).tokenizer
     f_hat = decoder.quantizer.empty(1)
-    return flops | {"decoder": count_flops(lambda: decoder.decode_features(f_hat))}
-
-
-def network_flops(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:
-    subject = Subject(network, tokenizer, 1, device=META)
-    inputs = subject.scale_inputs(1)
     return {
-        "forward": count_flops(lambda: subject.network(subject.labels, inputs)),
-        "sampling": count_flops(subject.step_through),
+        "forward": forward_flops(network),
+        "sampling": of_all_blocks(network, lambda subject: subject.step_through()),
+        "decoder": count_flops(lambda: decoder.decode_features(f_hat)),
     }
+
+
+def forward_flops(network: MVARConfig) -> int:
+    """Counted operations of a teacher-forced pass over one image."""
+    return of_all_blocks(network, lambda subject: subject.network(subject.labels, subject.scale_inputs(1)))
+
+
+def of_all_blocks(network: MVARConfig, run: Callable[[Subject], object]) -> int:
+    """Counted operations of `run`; blocks are alike, so those of one and of two tell those of any number."""
+
+    def count(depth: int) -> int:
+        subject = Subject(replace(network, depth=depth), TokenizerConfig(network.schedule), 1, device=META)
+        return count_flops(lambda: run(subject))
+
+    one, two = count(1), count(2)
+    return one + (network.depth - 1) * (two - one)
 
 
 def state_bytes(network: MVARConfig, dtype: torch.dtype) -> int:

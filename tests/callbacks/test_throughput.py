@@ -1,0 +1,48 @@
+"""Rates against each other: none of them against a clock."""
+
+from pathlib import Path
+
+import pytest
+from conftest import SCHEDULE, write_token_shards
+from lightning.pytorch.callbacks import Callback
+from test_module import make_module, make_trainer
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.bench.subjects import forward_flops
+from lightning_mvar.callbacks import ThroughputCallback
+from lightning_mvar.data.datamodule import TokenDataModule
+from lightning_mvar.errors import InputError
+
+
+class Logged(Callback):
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, *_: object) -> None:  # type: ignore[no-untyped-def]
+        found = trainer.callback_metrics.items()
+        self.metrics.append({name: float(value) for name, value in found if name.startswith("perf/")})
+
+
+@pytest.mark.parametrize("peak", [None, 1e9])
+def test_rates_are_of_images_tokens_and_operations(
+    tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path, peak: float | None
+) -> None:
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [40])
+    module, logged = make_module(tokenizer_folder), Logged()
+    data = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=8)
+    callbacks = [ThroughputCallback(window=2, peak_flops=peak), logged]
+    make_trainer(tmp_path, 5, callbacks=callbacks, limit_val_batches=0).fit(module, data)
+    assert not logged.metrics[0]
+    for metrics in logged.metrics[1:]:
+        assert metrics["perf/images_per_s"] > 0
+        assert metrics["perf/tokens_per_s"] == pytest.approx(SCHEDULE.num_tokens * metrics["perf/images_per_s"])
+        assert ("perf/mfu" in metrics) == (peak is not None)
+        if peak is not None:
+            flops = 3 * forward_flops(module.network_config)
+            assert metrics["perf/mfu"] == pytest.approx(flops * metrics["perf/images_per_s"] / peak)
+
+
+def test_impossible_settings_are_refused() -> None:
+    for wrong in ({"window": 0}, {"peak_flops": 0.0}):
+        with pytest.raises(InputError, match="must be positive"):
+            ThroughputCallback(**wrong)
