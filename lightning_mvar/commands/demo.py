@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
+
+# A server imports everything once, which takes seconds, and starts each command's process from there.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["lightning_mvar.commands.training", "lightning_mvar.metrics.digits"])
 
 ROOT = Path("outputs/demo")
 CONFIGS = Path("configs/experiment")
@@ -122,21 +126,31 @@ def run_stage(stage: Stage) -> None:
     words = stage.command.split()
     print(f"[{stage.name}] lightning-mvar {' '.join(words)}", flush=True)
     begin = time.monotonic()
-    code = wait_for([sys.executable, "-m", "lightning_mvar", *words])
+    code = wait_for(words)
     if code:
         sys.exit(code)
     with atomic_path(stage.record) as path:
         path.write_text(json.dumps({"identity": stage.identity, "seconds": time.monotonic() - begin}) + "\n")
 
 
-def wait_for(command: list[str]) -> int:
+def wait_for(words: list[str]) -> int:
     """Run a command to its end and return its code; after Ctrl-C, which it receives too, leave it time to save."""
-    process = subprocess.Popen(command)
+    process = CONTEXT.Process(target=run_alone, args=(words,))
+    process.start()
     try:
-        return process.wait()
+        process.join()
     except KeyboardInterrupt:
-        process.wait()
+        process.join()
         raise
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def run_alone(words: list[str]) -> None:
+    """In a process of its own."""
+    from lightning_mvar.cli import run
+
+    sys.exit(run(words))
 
 
 def write_metrics() -> None:
