@@ -29,7 +29,7 @@ class Arriving:
     """A number on its way from the device to the host, which goes on meanwhile."""
 
     def __init__(self, number: Tensor) -> None:
-        self.value, self.event = number.detach().to("cpu", non_blocking=True), None
+        self.value, self.event = number.detach().to("cpu", non_blocking=number.is_cuda), None
         if number.is_cuda:
             self.event = torch.cuda.Event()
             self.event.record()
@@ -55,8 +55,9 @@ class ScheduledModule(L.LightningModule):
     Every batch begins with random numbers that depend on (seed, epoch, batch, rank) alone, so a resumed run draws what
     an uninterrupted one would have drawn. A step whose gradients are not finite is skipped on all ranks.
 
-    The host never waits for a GPU to finish a step: whether it was skipped is asked one step later, and what is logged
-    is read from the device in those steps only that the loggers see (`trainer.log_every_n_steps`).
+    The host does not wait for a GPU to finish a step, but where float16's loss scaling makes it: whether a step was
+    skipped is asked one step later, and what is logged is read in those steps only that the loggers see
+    (`trainer.log_every_n_steps`).
 
     Args:
         optimizer: AdamW and its schedules.
@@ -130,8 +131,8 @@ class ScheduledModule(L.LightningModule):
     def seed_generators(self, seed: int) -> None:
         """Of the CPU and of this device; `torch.manual_seed` takes milliseconds to note who asked for which device."""
         torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def random_key(self, batch_idx: int, purpose: object) -> int:
         """A seed that depends on (seed, epoch, batch) and the purpose alone."""

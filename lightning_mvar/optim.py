@@ -80,7 +80,15 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = True) -> torch.optim.Optimizer:
     """AdamW over the two groups; `apply_schedule` sets learning rate and decay before every step."""
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(parameter_groups(model), lr=config.base_lr, betas=betas, fused=fused)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=config.base_lr, betas=betas, fused=fused)
+    optimizer.register_load_state_dict_pre_hook(keep_fused)
+    return optimizer
+
+
+def keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state to load, to step on as this optimizer does: a run may go on in another precision."""
+    fused = optimizer.defaults["fused"]
+    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
 
 
 def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -89,7 +97,7 @@ def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
     As GradScaler tells a fused optimizer, so that only the device has to know; one that is not fused belongs to a
     GradScaler, which skips such steps itself.
     """
-    if optimizer.defaults["fused"]:
+    if optimizer.param_groups[0]["fused"]:
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
 
 

@@ -175,7 +175,9 @@ def total_norm(gradients: list[Tensor], strategy: Strategy) -> Tensor:
     """The norm over all gradients on all ranks, as `clip_grads_with_norm_` takes it."""
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(strategy, FSDPStrategy):  # FSDP1 hands out this rank's shares as plain tensors
-        norm = torch.as_tensor(strategy.reduce(norm.square(), reduce_op="sum")).sqrt()
+        squared = norm.square()
+        torch.distributed.all_reduce(squared)  # Lightning's `reduce` would let the host wait
+        norm = squared.sqrt()
     return norm
 
 

@@ -330,14 +330,15 @@ def test_padded_samples_do_not_count(tokenizer_folder: Path, shards: Path, tmp_p
 class Reads(TorchDispatchMode):
     """Counts what a host would have to wait for a GPU for: the value of a number, the place of nonzeros."""
 
-    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+    NAMES = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2")
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func in self.WAITING
+        by_truth = func.__name__.startswith("index.") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += by_truth or func.__name__.split(".")[0] in self.NAMES
         return func(*args, **(kwargs or {}))
 
 
@@ -362,3 +363,22 @@ def test_a_step_reads_nothing_from_the_device_but_what_became_of_the_last(
     assert in_step[:5] == [0, 1, 1, 1, 1]
     # The sixth is logged, and Lightning then reads the loss again in every step; but that has been copied to the host.
     assert in_step[6:11] == [1, 2, 2, 2, 2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA tells what was waited for")
+def test_no_step_waits_for_the_gpu(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
+    class Watch(Callback):
+        """Makes waiting an error from the second step on."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+            torch.cuda.set_sync_debug_mode("error" if trainer.global_step else "default")
+
+        def on_exception(self, *_: object) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+        def on_train_epoch_end(self, *_: object) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    data = TokenDataModule(str(shards), str(shards), batch_size=4)
+    options = {"accelerator": "gpu", "precision": "bf16-mixed", "log_every_n_steps": 50, "limit_val_batches": 0}
+    make_trainer(tmp_path, 12, callbacks=[Watch()], **options).fit(make_module(tokenizer_folder), data)

@@ -4,9 +4,10 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import tiny_network
+from torch import nn
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.optim import OptimizerConfig, apply_schedule, build_optimizer, parameter_groups
+from lightning_mvar.optim import OptimizerConfig, apply_schedule, build_optimizer, parameter_groups, skip_unless
 
 CONFIG = OptimizerConfig(base_lr=1e-4, final_lr_ratio=0.1, weight_decay=0.05, final_weight_decay=0.08)
 TOTAL, BATCH = 1000, 768
@@ -77,3 +78,29 @@ def test_a_step_is_adamw() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError):
         OptimizerConfig(**wrong)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("now", [True, False])
+def test_a_loaded_state_steps_as_the_optimizer_that_loads_it(before: bool, now: bool) -> None:
+    """Float16 with its loss scaling is not fused, other precisions are; a run may go on in another."""
+    going_on, whole = nn.Linear(3, 2), nn.Linear(3, 2)
+    whole.load_state_dict(going_on.state_dict())
+    first, all_along = build_optimizer(going_on, CONFIG, before), build_optimizer(whole, CONFIG, before)
+
+    def step(model: nn.Linear, optimizer: torch.optim.Optimizer, gradient: float, finite: bool = True) -> None:
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        skip_unless(torch.tensor(finite), optimizer)
+        optimizer.step()
+
+    step(going_on, first, 1.0)
+    second = build_optimizer(going_on, CONFIG, now)
+    second.load_state_dict(first.state_dict())
+    assert [group["fused"] for group in second.param_groups] == [now, now]
+    step(going_on, second, -2.0)
+    for gradient in (1.0, -2.0):
+        step(whole, all_along, gradient)
+    torch.testing.assert_close(going_on.weight, whole.weight)
+    held = going_on.weight.detach().clone()
+    step(going_on, second, torch.nan, finite=False)
+    assert torch.equal(going_on.weight, held) == now  # else it is for the loss scaling to skip

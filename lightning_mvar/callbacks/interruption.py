@@ -18,9 +18,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, preemption,
 class InterruptionCallback(L.Callback):
     """Raises `Interrupted` between two steps after SIGINT, SIGTERM or SIGUSR1, wherever the signal arrived.
 
-    The ranks agree before every batch, over a group of their own that no GPU waits for, on what they had received
-    before the last: so no rank waits for another. A second Ctrl-C does not wait for the step to end, and nothing is
-    saved. Always part of `fit` and `train-tokenizer`.
+    Before every batch the ranks agree, over a group of their own that no GPU waits for, on what they had received one
+    batch before: so no rank waits for one that is less than a batch behind. A second Ctrl-C does not wait for the step
+    to end, and nothing is saved. Always part of `fit` and `train-tokenizer`.
     """
 
     def __init__(self) -> None:
@@ -29,6 +29,7 @@ class InterruptionCallback(L.Callback):
         self.asking: tuple[dist.Work, torch.Tensor] | None = None  # what becomes the number of a signal, or 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.received, self.asking = 0, None
         if trainer.world_size > 1:
             timeout = getattr(trainer.strategy, "_timeout", None)  # not gloo's own, but what the run is to wait
             self.group = dist.new_group(backend="gloo", timeout=timeout)

@@ -148,9 +148,10 @@ def wait_for(words: list[str]) -> int:
 
 def run_alone(words: list[str]) -> None:
     """In a process of its own."""
-    from lightning_mvar.cli import run
+    from lightning_mvar.cli import main
 
-    sys.exit(run(words))
+    sys.argv[1:] = words  # what Lightning starts other ranks with
+    main()
 
 
 def write_metrics() -> None:

@@ -42,7 +42,7 @@ def sample(
     precision: Precision = "float32",
     compile: bool = False,
 ) -> None:
-    """Draw images. The same seed gives the same images, whatever the batch size.
+    """Draw images. The same seed gives the same images, in float32 whatever the batch size.
 
     Args:
         ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`.
@@ -60,7 +60,8 @@ def sample(
         weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
         batch_size: images drawn at once.
         device: auto, cpu, cuda or cuda:N.
-        precision: of network and decoder; bfloat16 is faster on GPUs and on CPUs with AMX, and other near ties fall.
+        precision: of network and decoder. bfloat16 is faster on GPUs and on CPUs with AMX; it may choose otherwise
+            between tokens that are nearly as likely, so images differ, and may differ from batch size to batch size.
         compile: make a graph of each scale with torch.compile: minutes at the start, for many images on a GPU.
     """
     if per_class < 1 or batch_size < 1:

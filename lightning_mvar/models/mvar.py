@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.mixers import Attention, BlockCausalAttention, Mamba2, ScaleAttention, State
+from lightning_mvar.ops.kernels import look_for_kernels
 from lightning_mvar.scales import ScaleSchedule
 
 EXACT = ("A_log", "dt_bias", "qk_scale_log")  # what is exponentiated: decays over all tokens, temperatures
@@ -205,6 +206,7 @@ class MVAR(nn.Module):
 
     def __init__(self, config: MVARConfig) -> None:
         super().__init__()
+        look_for_kernels()
         self.config = config
         schedule, d = config.schedule, config.width
         self.class_embed = nn.Embedding(config.num_classes + 1, d)

@@ -8,7 +8,6 @@ that takes all scales of all images at once.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from functools import cache
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from lightning_mvar.ops.kernels import FOUND
 
 
 def attend_within_scales(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], softmax_scale: float) -> Tensor:
@@ -33,23 +32,17 @@ def attend_within_scales(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ..
     Returns:
         (b, h, l, p).
     """
-    half_on_gpu = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    if half_on_gpu and len(lengths) > 1 and (kernel := varlen_kernel()) is not None:
+    kernel = FOUND.get("packed attention")
+    if kernel is not None and len(lengths) > 1 and fits_kernel(q):
         return attend_packed(kernel, q, k, v, lengths, softmax_scale)
     splits = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*scale, scale=softmax_scale) for scale in splits], dim=2)
 
 
-@cache
-def varlen_kernel() -> Callable[..., Any] | None:
-    """torch's attention for packed sequences of different lengths (CUDA, half precision), or None before torch 2.10."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        log.info("attention inside scales: one call for each (%s)", error)
-        return None
-    log.info("attention inside scales: one call for all (varlen_attn)")
-    return varlen_attn
+def fits_kernel(q: Tensor) -> bool:
+    """Whether torch's attention for packed sequences takes such queries (b, h, l, p)."""
+    p = q.shape[-1]
+    return q.is_cuda and q.dtype.itemsize == 2 and p % 8 == 0 and p <= 256
 
 
 def attend_packed(
@@ -59,15 +52,18 @@ def attend_packed(
     b, _, _, p = q.shape
     q = q * (softmax_scale * math.sqrt(p))  # the kernel's own factor is 1 / sqrt(p)
     packed = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (b l, h, p)
-    begins, longest = sequence_begins(lengths * b, q.device), max(lengths)
+    begins, longest = sequence_begins(lengths, b, q.device), max(lengths)
     y: Tensor = kernel(*packed, begins, begins, longest, longest)
     return y.unflatten(0, (b, -1)).transpose(1, 2)
 
 
 @cache
-def sequence_begins(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(sequences + 1,) int32: where each begins among the packed tokens, and where the last one ends."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+def sequence_begins(lengths: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+    """(batch * scales + 1,) int32: where each scale begins among the packed tokens, and where the last one ends."""
+    with torch.inference_mode(False):  # a validation may be the first to ask, and training goes on with the answer
+        images = torch.arange(batch + 1, dtype=torch.int32, device=device) * sum(lengths)
+        begins = [images[:-1] + begin for begin in accumulate(lengths[:-1], initial=0)]
+        return torch.cat([torch.stack(begins, dim=1).flatten(), images[-1:]])
 
 
 def attend_block_causal(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], softmax_scale: float) -> Tensor:

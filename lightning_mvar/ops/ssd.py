@@ -24,15 +24,12 @@ piece. The state is float32 whatever the inputs are: it accumulates over the who
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from lightning_mvar.ops.kernels import FOUND
 
 CHUNK_SIZE = 64
 
@@ -51,25 +48,13 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | 
     Returns:
         y (b, l, h, p) in the dtype of `x`, and the state after the last token (b, h, p, n) in float32.
     """
-    kernel = mamba_ssm_kernel() if x.is_cuda else None
+    kernel = FOUND.get("scan") if x.is_cuda else None
     if kernel is None:
         return ssd_chunked(x, dt, A, B, C, state)
     y, final = kernel(
         x, dt, A, B[:, :, None], C[:, :, None], CHUNK_SIZE, initial_states=state, return_final_states=True
     )
     return y, final.float()
-
-
-@cache
-def mamba_ssm_kernel() -> Callable[..., Any] | None:
-    """The chunk-scan kernel of the optional mamba-ssm package, or None where it is not installed."""
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError as error:
-        log.info("scan backend: torch (mamba-ssm is not usable here: %s)", error)
-        return None
-    log.info("scan backend: mamba-ssm")
-    return mamba_chunk_scan_combined
 
 
 def ssd_recurrent(

@@ -103,10 +103,14 @@ class Tokenizer(nn.Module):
             yield self.decode_features(f_hat).clamp(-1, 1)
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
-        """(b, c, s, s) -> (b, 3, H, W) in the dtype of `f_hat`, not clamped; many images in parts, to bound memory."""
+        """(b, c, s, s) -> (b, 3, H, W) in the dtype of `f_hat`, not clamped.
+
+        Many images are decoded in parts, to bound memory; but not for a backward pass, which needs all maps anyway.
+        """
         dtype = self.post_quant_conv.weight.dtype
         map_bytes = self.config.channels * self.config.multipliers[0] * self.config.resolution**2 * dtype.itemsize
-        parts = f_hat.to(dtype).split(max(1, DECODER_MAP_BYTES // map_bytes))
+        at_once = len(f_hat) if torch.is_grad_enabled() else max(1, DECODER_MAP_BYTES // map_bytes)
+        parts = f_hat.to(dtype).split(at_once)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts]).to(f_hat.dtype)
 
     def lower(self, dtype: torch.dtype) -> Tokenizer:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_mvar import ScaleSchedule
-from lightning_mvar.ops.attention import attend_block_causal, attend_packed, attend_within_scales, varlen_kernel
+from lightning_mvar.ops.attention import attend_block_causal, attend_packed, attend_within_scales, sequence_begins
+from lightning_mvar.ops.kernels import look_for_kernels
 
 SCHEDULE = ScaleSchedule((1, 2, 3))
 
@@ -45,8 +46,7 @@ def plain_varlen(q, k, v, begin_q, begin_k, longest_q, longest_k):  # type: igno
 def test_packed_attention_hands_the_kernel_every_scale_of_every_image(qkv: Tensor) -> None:
     expected = attend_within_scales(*qkv, SCHEDULE.lengths, 0.3)
     torch.testing.assert_close(attend_packed(plain_varlen, *qkv, SCHEDULE.lengths, 0.3), expected)
-    kernel = varlen_kernel()
-    assert kernel is not None
+    kernel = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
     arguments = list(inspect.signature(kernel).parameters.values())
     assert [a.name for a in arguments[:7]] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert all(a.default is not inspect.Parameter.empty for a in arguments[7:])
@@ -55,6 +55,7 @@ def test_packed_attention_hands_the_kernel_every_scale_of_every_image(qkv: Tenso
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for packed sequences is CUDA's")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_kernel_for_packed_sequences_agrees_forwards_and_backwards(dtype: torch.dtype) -> None:
+    look_for_kernels()
     q, k, v = torch.randn(3, 2, 4, SCHEDULE.num_tokens, 64, device="cuda", dtype=dtype)
     expected_inputs = [t.float().requires_grad_() for t in (q, k, v)]
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -67,6 +68,14 @@ def test_the_kernel_for_packed_sequences_agrees_forwards_and_backwards(dtype: to
     (expected * weights).sum().backward()
     for a, e in zip(inputs, expected_inputs, strict=True):
         torch.testing.assert_close(a.grad.float(), e.grad, **tolerance)
+
+
+def test_where_sequences_begin_may_be_asked_first_in_inference() -> None:
+    with torch.inference_mode():
+        begins = sequence_begins((1, 4, 9), 2, torch.device("cpu"))
+    assert begins.tolist() == [0, 1, 5, 14, 15, 19, 28]
+    x = torch.ones(7, requires_grad=True)
+    (x * begins).sum().backward()
 
 
 def test_block_causal_is_a_mask_over_scales(qkv: Tensor) -> None:

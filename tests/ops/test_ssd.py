@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_mvar.ops.kernels import FOUND, look_for_kernels
 from lightning_mvar.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 
 LENGTHS = [1, 2, 63, 64, 65, 680]
@@ -79,3 +80,26 @@ def test_strong_decay_gives_finite_outputs_and_gradients() -> None:
     assert x.grad.isfinite().all()
     assert dt.grad is not None
     assert dt.grad.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="mamba-ssm's kernel is CUDA's")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [63, 64, 680])
+def test_the_kernel_equals_the_loop_in_outputs_state_and_gradients(length: int, dtype: torch.dtype) -> None:
+    """With a state to begin with, as in sampling; in TF32 where the inputs are float32."""
+    pytest.importorskip("mamba_ssm")
+    look_for_kernels()
+    assert "scan" in FOUND
+    inputs = [t.cuda().requires_grad_() for t in scan_inputs(length, dtype, h=4, p=64, n=64)]
+    expected_inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    (y, state), (expected_y, expected_state) = ssd(*inputs), ssd_recurrent(*expected_inputs)
+    assert y.dtype == dtype
+    assert state.dtype == torch.float32
+    assert relative_error(y, expected_y) < 2e-2
+    assert relative_error(state, expected_state) < 2e-2
+    weights = torch.randn_like(y)
+    ((y * weights).sum() + state.sum()).backward()
+    ((expected_y * weights).sum() + expected_state.sum()).backward()
+    for found, expected in zip(inputs, expected_inputs, strict=True):
+        assert found.grad is not None
+        assert relative_error(found.grad, expected.grad) < 5e-2

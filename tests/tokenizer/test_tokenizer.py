@@ -27,6 +27,7 @@ def test_the_last_decoded_step_is_the_image(tokenizer: Tokenizer) -> None:
     assert torch.equal(last, tokenizer.decode(tokens))
 
 
+@torch.no_grad()
 def test_many_images_are_decoded_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.arange(5 * tokenizer.config.schedule.num_tokens).view(5, -1) % tokenizer.config.vocab_size
     whole, sizes = tokenizer.decode(tokens), []
