@@ -29,6 +29,7 @@ COMMANDS = {  # command: (module that has `main(argv)`, help)
     "tokenize": ("tokenize", "turn images into token shards"),
     "sample": ("sample", "draw images from a checkpoint or an exported folder"),
     "evaluate": ("evaluate", "score sampled images"),
+    "reconstruct": ("reconstruct", "compare real images with what a tokenizer makes of them"),
     "export": ("export", "write a checkpoint as one self-contained folder"),
     "bench": ("bench", "measure speed and memory on this machine"),
     "demo": ("demo", "all of it on the embedded digits: train a tokenizer, tokenize, fit, sample, evaluate"),

@@ -1,0 +1,158 @@
+"""`reconstruct`: what a tokenizer loses of real images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from tqdm import tqdm
+
+from lightning_mvar.checkpoints import load_tokenizer
+from lightning_mvar.commands.device import choose_device
+from lightning_mvar.commands.evaluate import DIGITS_CLASSIFIER
+from lightning_mvar.commands.parsing import call
+from lightning_mvar.commands.records import Record, print_table, write_records
+from lightning_mvar.data.images import Example, ImageBatch, OnCorrupt, collate, open_images
+from lightning_mvar.errors import InputError
+from lightning_mvar.metrics.digits import DigitsClassifier
+from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
+from lightning_mvar.metrics.reference import num_features
+from lightning_mvar.metrics.scores import prepare
+from lightning_mvar.pictures import image_grid, save_image
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
+
+SHOWN = 8  # images of the picture
+
+
+def reconstruct(
+    tokenizer: str,
+    images: str,
+    extractor: nn.Module | None = None,
+    picture: str | None = None,
+    json: str | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    on_corrupt: OnCorrupt = "raise",
+    cache: str = "outputs/statistics",
+    device: str = "auto",
+) -> None:
+    """Encode and decode real images, and compare: PSNR and SSIM (means over the images, of RGB in [0, 1]), how many of
+    the codes are used, and the Frechet distance between the two sets in the features of an extractor.
+
+    With InceptionV3 that distance is rFID. PSNR has no upper end, SSIM at most 1.
+
+    Args:
+        tokenizer: folder that `train-tokenizer` or `export` wrote.
+        images: `digits:train`, `digits:test`, or a folder of class folders, resized and cropped at the centre.
+        extractor: InceptionV3 (with --extractor.weights FILE), or the class path of an nn.Module with num_features,
+            images in [0, 1] -> features; for digits a small classifier; without one there is no Frechet distance.
+        picture: PNG file for the first 8 images, originals above reconstructions.
+        json: write what the table shows to this file.
+        batch_size: images at once.
+        num_workers: processes that decode image files; 0 decodes in the main process.
+        on_corrupt: what an image that cannot be decoded does: raise, or be skipped, named and counted.
+        cache: folder that keeps the digits classifier.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if batch_size < 1 or num_workers < 0:
+        raise InputError("--batch_size must be at least 1, --num_workers not negative")
+    where = choose_device(device)
+    model = load_tokenizer(tokenizer).to(where)
+    source = open_images(images, model.config.resolution, on_corrupt)
+    if extractor is None and images.startswith("digits:"):
+        extractor = DigitsClassifier(str(Path(cache) / DIGITS_CLASSIFIER))
+    comparison = Comparison(model, None if extractor is None else prepare(extractor, where), where)
+    loader = DataLoader[Example](
+        source,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+    )
+    with tqdm(total=len(source), unit="img", desc="reconstruct") as bar:
+        batch: ImageBatch
+        for batch in loader:
+            for message in batch.errors:
+                tqdm.write(f"skipped: {message}")
+            if len(batch.images):
+                comparison.update(batch.images.to(where))
+            bar.update(len(batch.images) + len(batch.errors))
+    record: Record = {
+        "tokenizer": tokenizer,
+        "fingerprint": model.fingerprint(),
+        "images": images,
+        "resolution": model.config.resolution,
+        "skipped_images": len(source) - comparison.count,
+    }
+    record |= comparison.compute(images)
+    print_table([record])
+    if json is not None:
+        write_records([record], json)
+    if picture is not None:
+        save_image(comparison.picture(), picture)
+        print(f"originals above reconstructions in {picture}")
+
+
+class Comparison:
+    """Accumulates images and their reconstructions, in bounded memory.
+
+    Args:
+        tokenizer: on `device`, in eval mode.
+        extractor: prepared, on `device`; None for no Frechet distance.
+        device: where to compute.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, extractor: nn.Module | None, device: torch.device) -> None:
+        self.tokenizer, self.extractor, self.count = tokenizer, extractor, 0
+        self.used = torch.zeros(tokenizer.config.vocab_size, dtype=torch.bool, device=device)
+        self.psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3)).to(device)
+        self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
+        features = 0 if extractor is None else num_features(extractor)
+        self.originals, self.decoded = (FeatureStatistics(features).to(device) for _ in range(2))
+        self.shown: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def update(self, images: Tensor) -> None:
+        """Images (b, 3, H, W) in [-1, 1]."""
+        tokens = self.tokenizer.encode(images)
+        originals, decoded = (images + 1) / 2, (self.tokenizer.decode(tokens) + 1) / 2
+        self.used[tokens.flatten()] = True
+        self.psnr.update(decoded, originals)
+        self.ssim.update(decoded, originals)
+        if self.extractor is not None:
+            self.originals.update(self.extractor(originals))
+            self.decoded.update(self.extractor(decoded))
+        room = SHOWN - self.count
+        if room > 0:
+            self.shown.append((originals[:room].cpu(), decoded[:room].cpu()))
+        self.count += len(images)
+
+    def compute(self, name: str) -> Record:
+        """All scores.
+
+        Raises:
+            InputError: if there was no image, or but one and a Frechet distance is wanted.
+        """
+        if self.count < (1 if self.extractor is None else 2):
+            raise InputError(f"{self.count} images of {name} could be decoded: too few to compare")
+        record: Record = {
+            "num_images": self.count,
+            "psnr_db": float(self.psnr.compute()),
+            "ssim": float(torch.as_tensor(self.ssim.compute())),
+            "codebook_usage": float(self.used.float().mean()),
+        }
+        if self.extractor is not None:
+            distance = frechet_distance(self.originals.compute(), self.decoded.compute())
+            record |= {"extractor": type(self.extractor).__name__, "frechet_distance": distance}
+        return record
+
+    def picture(self) -> Tensor:
+        """(3, H, W): originals above reconstructions."""
+        originals, decoded = (torch.cat(part) for part in zip(*self.shown, strict=True))
+        return image_grid(torch.cat([originals, decoded]), len(originals))
+
+
+def main(argv: list[str]) -> None:
+    call(reconstruct, argv)
