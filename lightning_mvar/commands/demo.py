@@ -51,11 +51,12 @@ class Stage:
         return bool(json.loads(self.record.read_text())["identity"] == self.identity)
 
     def forget(self) -> None:
-        """Remove what the stage has made."""
+        """Remove what the stage has made, or begun to make."""
         self.record.unlink(missing_ok=True)
-        if self.owns.is_dir():
-            shutil.rmtree(self.owns)
-        self.owns.unlink(missing_ok=True)
+        for path in (self.owns, self.owns.with_name(f"{self.owns.name}.partial")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
 
 
 STAGES = [

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,9 +13,10 @@ from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
 from lightning_mvar.commands.device import choose_device
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.errors import InputError
-from lightning_mvar.files import atomic_path
+from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.pictures import formation_strip, image_grid, save_image, to_uint8
-from lightning_mvar.sampling import DTYPES, Precision, compile_steps, generate, image_generators
+from lightning_mvar.sample_set import NpzFile, PngFolder, SampleSet
+from lightning_mvar.sampling import DTYPES, Precision, check_arguments, compile_steps, generate, image_generators
 
 GRID_COLUMNS, STRIP_ROWS = 10, 10
 
@@ -42,7 +40,8 @@ def sample(
     precision: Precision = "float32",
     compile: bool = False,
 ) -> None:
-    """Draw images. The same seed gives the same images, in float32 whatever the batch size.
+    """Draw images. The same seed gives the same images, in float32 whatever the batch size. They are written as they
+    are drawn: started again after an interruption, the same command draws those that are missing.
 
     Args:
         ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`.
@@ -69,28 +68,48 @@ def sample(
     target, where = Path(out), choose_device(device)
     check_target(target)
     model = load_trained(ckpt_path, tokenizer, weights)
+    labels = torch.tensor(resolve_classes(classes, model)).repeat_interleave(per_class)
+    settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "smooth": smooth}
+    check_arguments(model.network, model.tokenizer, labels, guidance, top_k, top_p, None)  # before anything is written
+    about = settings | {"seed": seed, "precision": precision, "classes": classes, "per_class": per_class}
+    images = open_set(target, about, model, labels)
     model.network.to(where).lower(DTYPES[precision])
     model.tokenizer.to(where).lower(DTYPES[precision])
     if compile:
         compile_steps(model.network)
-    labels = torch.tensor(resolve_classes(classes, model)).repeat_interleave(per_class)
-    settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "smooth": smooth}
-    images, tokens = draw_all(model, labels.to(where), seed, batch_size, settings)
-    if target.suffix == ".npz":
-        with atomic_path(target) as path:
-            np.savez(path, arr_0=images, arr_1=labels.numpy())
-    else:
-        save_pngs(images, labels, target, model.class_names)
-    print(f"{len(labels)} images in {target}")
+
+    def draw(numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, H, W) and tokens (n, l) of some numbers."""
+        generators = [image_generators(seed, number, 1)[0] for number in numbers]
+        chosen = labels[numbers].to(where)
+        return generate(model.network, model.tokenizer, chosen, generator=generators, return_tokens=True, **settings)
+
+    missing = images.missing()
+    with tqdm(total=len(labels), initial=len(labels) - len(missing), unit="img", desc="sample") as bar:
+        for begin in range(0, len(missing), batch_size):
+            numbers = missing[begin : begin + batch_size]
+            images.write(numbers, to_uint8(draw(numbers)[0]))
+            bar.update(len(numbers))
     shown = torch.arange(len(labels)).view(-1, per_class)[:, :GRID_COLUMNS]
     if grid is not None:
-        chosen = torch.from_numpy(images[shown.flatten().numpy()]).movedim(-1, 1) / 255
+        chosen = torch.from_numpy(images.read(shown.flatten().tolist())).movedim(-1, 1) / 255
         save_image(image_grid(chosen, shown.shape[1]), grid)
         print(f"grid in {grid}")
     if strip is not None:
+        _, tokens = draw(shown[:STRIP_ROWS, 0].tolist())
         with torch.no_grad():
-            save_image(formation_strip(model.tokenizer, tokens[shown[:STRIP_ROWS, 0]].to(where)), strip)
+            save_image(formation_strip(model.tokenizer, tokens), strip)
         print(f"strip in {strip}")
+    images.finish(labels.numpy())
+    print(f"{len(labels)} images in {target}")
+
+
+def open_set(target: Path, about: dict[str, Any], model: TrainedModel, labels: Tensor) -> SampleSet:
+    """Where the images go; `about` says how they are drawn, to which the weights are added."""
+    about = about | {"network": fingerprint(model.network), "tokenizer": model.tokenizer.fingerprint()}
+    if target.suffix == ".npz":
+        return NpzFile(target, about, len(labels), model.tokenizer.config.resolution)
+    return PngFolder(target, about, [model.class_names[i] if model.class_names else str(i) for i in labels.tolist()])
 
 
 def check_target(target: Path) -> None:
@@ -121,30 +140,6 @@ def resolve_classes(classes: str | None, model: TrainedModel) -> list[int]:
             or_names = f" or names ({known})" if names else ""
             raise InputError(f"--classes: there is no class {wanted!r}; use numbers 0 to {count - 1}{or_names}")
     return labels
-
-
-def draw_all(
-    model: TrainedModel, labels: Tensor, seed: int, batch_size: int, settings: dict[str, Any]
-) -> tuple[NDArray[np.uint8], Tensor]:
-    """Images (n, H, W, 3) uint8 and tokens (n, l) int64, on the CPU."""
-    images, tokens = [], []
-    with tqdm(total=len(labels), unit="img", desc="sample") as bar:
-        for first in range(0, len(labels), batch_size):
-            part = labels[first : first + batch_size]
-            generators = image_generators(seed, first, len(part))
-            drawn = generate(model.network, model.tokenizer, part, generator=generators, return_tokens=True, **settings)
-            images.append(to_uint8(drawn[0]))
-            tokens.append(drawn[1].cpu())
-            bar.update(len(part))
-    return np.concatenate(images), torch.cat(tokens)
-
-
-def save_pngs(images: NDArray[np.uint8], labels: Tensor, folder: Path, class_names: list[str]) -> None:
-    """Write folder/CLASS/NUMBER.png, numbered by the position in the run; each file is whole or absent."""
-    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        name = class_names[label] if class_names else str(label)
-        with atomic_path(folder / name / f"{number:06d}.png") as path:
-            Image.fromarray(image).save(path)
 
 
 def main(argv: list[str]) -> None:
