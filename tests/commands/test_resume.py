@@ -59,11 +59,11 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("step=*")}
 
 
-@pytest.mark.parametrize(("devices", "strategy", "kills"), [(1, "auto", 4), (2, "fsdp2", 2)])
+@pytest.mark.parametrize(("devices", "strategy", "kills", "steps"), [(1, "auto", 4, 40), (2, "fsdp2", 2, 24)])
 def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(
-    run_folder: Path, devices: int, strategy: str, kills: int
+    run_folder: Path, devices: int, strategy: str, kills: int, steps: int
 ) -> None:
-    options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", "40"]
+    options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", str(steps)]
     options += ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
     train(run_folder, "whole", options, devices)
     kill_and_resume(run_folder, "killed", options, devices, kills)
