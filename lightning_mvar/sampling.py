@@ -8,7 +8,7 @@ Shapes: b images, n tokens of the scale, v vocabulary, c code dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -117,11 +117,9 @@ def check_pair(network: MVARConfig, tokenizer: TokenizerConfig, name: str) -> No
             raise InputError(f"{name} does not fit the network: {field} is {theirs} there, {ours} in the network")
 
 
-def image_generators(seed: int, first: int, count: int) -> list[Generator]:
-    """A generator for each of the images `first`, ..., `first + count - 1`: image i is the same in any batch."""
-    return [
-        Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2**63) for index in range(first, first + count)
-    ]
+def image_generators(seed: int, numbers: Iterable[int]) -> list[Generator]:
+    """A generator for each image, by its number: it is the same image in any batch."""
+    return [Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + number) % 2**63) for number in numbers]
 
 
 def uniform(shape: tuple[int, ...], generator: Generator | Sequence[Generator] | None, device: torch.device) -> Tensor:

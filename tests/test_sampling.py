@@ -43,11 +43,11 @@ def test_images_are_the_decoded_tokens_in_the_unit_range(network: MVAR, tokenize
 
 
 def test_an_image_does_not_depend_on_its_batch(network: MVAR, tokenizer: Tokenizer) -> None:
-    whole = generate(network, tokenizer, LABELS, generator=image_generators(5, 0, 4))
+    whole = generate(network, tokenizer, LABELS, generator=image_generators(5, range(4)))
     for i in range(4):
-        alone = generate(network, tokenizer, LABELS[i : i + 1], generator=image_generators(5, i, 1))
+        alone = generate(network, tokenizer, LABELS[i : i + 1], generator=image_generators(5, [i]))
         torch.testing.assert_close(alone[0], whole[i])
-    other = generate(network, tokenizer, LABELS, generator=image_generators(6, 0, 4))
+    other = generate(network, tokenizer, LABELS, generator=image_generators(6, range(4)))
     assert (other - whole).abs().max() > 0.01
 
 
@@ -57,7 +57,7 @@ def test_one_generator_serves_all_images(network: MVAR, tokenizer: Tokenizer) ->
 
 
 def test_smooth_sampling_mixes_codes(network: MVAR, tokenizer: Tokenizer) -> None:
-    settings = {"generator": image_generators(0, 0, 4)}
+    settings = {"generator": image_generators(0, range(4))}
     smooth = generate(network, tokenizer, LABELS, smooth=True, **settings)
     assert smooth.shape == (4, 3, 8, 8)
     assert smooth.isfinite().all()
@@ -114,7 +114,7 @@ def test_the_gumbel_mixture_sharpens_with_the_scale() -> None:
         ([], {}, "classes in"),
         ([1], {"guidance": -1.0}, "guidance"),
         ([1], {"top_p": 0.0}, "top_p"),
-        ([1], {"generator": image_generators(0, 0, 2)}, "2 generators for 1 labels"),
+        ([1], {"generator": image_generators(0, range(2))}, "2 generators for 1 labels"),
     ],
 )
 def test_impossible_arguments_are_refused(

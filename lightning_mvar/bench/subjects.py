@@ -124,7 +124,7 @@ class Subject:
 
     def sample(self) -> Tensor:
         """Images (b, 3, H, W), guided."""
-        generators = image_generators(0, 0, self.batch_size)
+        generators = image_generators(0, range(self.batch_size))
         return generate(self.network, self.tokenizer, self.labels, generator=generators)
 
     @torch.no_grad()

@@ -130,7 +130,7 @@ class FIDCallback(L.Callback):
                 end_if_asked(trainer)
                 first = begin + trainer.global_rank * self.batch_size
                 numbers = torch.arange(first, first + self.batch_size, device=pl_module.device)
-                generators = image_generators(self.seed, first, self.batch_size)
+                generators = image_generators(self.seed, range(first, first + self.batch_size))
                 images = generate(
                     network, pl_module.tokenizer, numbers % classes, generator=generators, **self.sampling
                 )

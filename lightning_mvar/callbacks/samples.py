@@ -51,7 +51,7 @@ class SamplesCallback(L.Callback):
         total = pl_module.network_config.num_classes
         shown = torch.linspace(0, total - 1, min(self.classes, total)).long()
         labels = shown.repeat_interleave(self.per_class).to(pl_module.device)
-        generators = image_generators(self.seed, 0, len(labels))
+        generators = image_generators(self.seed, range(len(labels)))
         # On every rank alike: a sharded network needs all of them for a forward.
         with sampling_from(pl_module.averaged, trainer.strategy, self.keep_sharded) as network:
             images, tokens = generate(

@@ -22,7 +22,6 @@ from lightning_mvar.metrics.scores import Scores, prepare
 
 NEIGHBOURS = 3  # k of precision and recall
 FULL_NAMES = {"fid": "frechet_distance", "is": "inception_score", "precision": "precision", "recall": "recall"}
-DIGITS_CLASSIFIER = "digits_classifier.safetensors"  # kept among the statistics
 
 
 def evaluate(
@@ -57,7 +56,7 @@ def evaluate(
     if extractor is None:
         if not digits:
             raise InputError("--extractor is needed for other images than digits, for instance InceptionV3")
-        extractor = DigitsClassifier(str(Path(cache) / DIGITS_CLASSIFIER))
+        extractor = DigitsClassifier.kept_in(cache)
     prepare(extractor, torch.device("cpu"))
     real = load_reference(extractor, reference, resolution, Path(cache))
     record: Record = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -12,7 +10,6 @@ from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.device import choose_device
-from lightning_mvar.commands.evaluate import DIGITS_CLASSIFIER
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.data.images import Example, ImageBatch, OnCorrupt, collate, open_images
@@ -63,7 +60,7 @@ def reconstruct(
     model = load_tokenizer(tokenizer).to(where)
     source = open_images(images, model.config.resolution, on_corrupt)
     if extractor is None and images.startswith("digits:"):
-        extractor = DigitsClassifier(str(Path(cache) / DIGITS_CLASSIFIER))
+        extractor = DigitsClassifier.kept_in(cache)
     comparison = Comparison(model, None if extractor is None else prepare(extractor, where), where)
     loader = DataLoader[Example](
         source,  # type: ignore[arg-type]

@@ -80,8 +80,7 @@ def sample(
 
     def draw(numbers: list[int]) -> tuple[Tensor, Tensor]:
         """Images (n, 3, H, W) and tokens (n, l) of some numbers."""
-        generators = [image_generators(seed, number, 1)[0] for number in numbers]
-        chosen = labels[numbers].to(where)
+        chosen, generators = labels[numbers].to(where), image_generators(seed, numbers)
         return generate(model.network, model.tokenizer, chosen, generator=generators, return_tokens=True, **settings)
 
     missing = images.missing()

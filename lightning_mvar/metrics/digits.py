@@ -48,6 +48,11 @@ class DigitsClassifier(nn.Module):
             save_weights(self, path)
         self.eval().requires_grad_(False)
 
+    @classmethod
+    def kept_in(cls, folder: str) -> DigitsClassifier:
+        """The one that commands share, kept among the statistics of real images."""
+        return cls(str(Path(folder) / "digits_classifier.safetensors"))
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (b, 3, 32, 32) float32 in [0, 1] -> features (b, 64)."""
         return self.features(images * 2 - 1)

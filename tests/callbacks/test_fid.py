@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_chosen_weights_and_the_end_is_scored_without_a_
     for name, value in values.items():
         model = load_trained(run_folder / name / "checkpoints/last.ckpt", weights=name)  # type: ignore[arg-type]
         metric = FeatureStatistics(4)
-        generators = image_generators(0, 0, 13)
+        generators = image_generators(0, range(13))
         metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(13) % 10, generator=generators)))
         assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
 
