@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ NETWORK_PREFIX, EMA_PREFIX = "network.", "ema."
 WhichWeights = Literal["ema", "raw"]
 
 
-@dataclass
-class TrainedModel:
+class TrainedModel(NamedTuple):
     """All that sampling takes: both parts in eval mode on the CPU, and the names of the classes."""
 
     network: MVAR

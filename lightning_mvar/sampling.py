@@ -8,18 +8,34 @@ Shapes: b images, n tokens of the scale, v vocabulary, c code dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.mvar import MVAR, MVARConfig, MVARState
+from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Step(NamedTuple):
+    """A scale of the images that are drawn."""
+
+    tokens: Tensor  # (b, n) int64
+    f_hat: Tensor  # (b, c, s, s) including this scale
+
+
+class Known(NamedTuple):
+    """Tokens of given images, and which of them are kept."""
+
+    tokens: Tensor  # (b, l) int64
+    keep: Tensor  # (b, l) bool
 
 
 @overload
@@ -45,6 +61,7 @@ def generate(
     top_p: float = 0.96,
     smooth: bool = False,
     generator: Generator | Sequence[Generator] | None = None,
+    known: Known | None = None,
     return_tokens: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sample an image for each label. The defaults are those of the papers' scores.
@@ -58,7 +75,8 @@ def generate(
         top_p: then among the fewest whose probability reaches p; 1 for all.
         smooth: mix the codebook by a Gumbel-softmax instead of drawing one code: for looking at, never for scores.
         generator: source of randomness on the CPU, one for all images or one for each; None for torch's own.
-        return_tokens: also return the drawn tokens.
+        known: tokens of images to keep a part of, and of which: the others are drawn to go with them.
+        return_tokens: also return the tokens.
 
     Returns:
         Images (b, 3, H, W) in [0, 1], and with `return_tokens` the tokens (b, l) int64.
@@ -66,13 +84,36 @@ def generate(
     Raises:
         InputError: if the model and the tokenizer do not belong together, or an argument is out of range.
     """
+    settings: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "smooth": smooth}
+    drawn = []
+    for step in draw_scales(model, tokenizer, labels, generator=generator, known=known, **settings):
+        drawn.append(step.tokens)
+    images = (tokenizer.decode_features(step.f_hat).clamp(-1, 1) + 1) / 2
+    return (images, torch.cat(drawn, dim=1)) if return_tokens else images
+
+
+@torch.no_grad()
+def draw_scales(
+    model: MVAR,
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    *,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    smooth: bool,
+    generator: Generator | Sequence[Generator] | None = None,
+    known: Known | None = None,
+) -> Iterator[Step]:
+    """What `generate` does, scale by scale, coarse to fine; its arguments are those of `generate`."""
     check_arguments(model, tokenizer, labels, guidance, top_k, top_p, generator)
+    check_known(known, len(labels), model.config.schedule.num_tokens)
     schedule, quantizer, device = model.config.schedule, tokenizer.quantizer, labels.device
     guided = guidance > 0
     both = torch.cat([labels, torch.full_like(labels, model.config.num_classes)]) if guided else labels
     state = model.init_state(both)
-    scale_inputs, f_hat, drawn = None, quantizer.empty(len(labels)), []
-    for k, n in enumerate(schedule.lengths):
+    scale_inputs, f_hat = None, quantizer.empty(len(labels))
+    for k, (begin, n) in enumerate(zip(schedule.offsets, schedule.lengths, strict=True)):
         logits, state = model.step(scale_inputs, state)
         if guided:
             conditional, unconditional = logits.chunk(2)
@@ -83,12 +124,27 @@ def generate(
         if smooth:
             noise = uniform((len(labels), n, logits.shape[-1]), generator, device)
             codes = gumbel_mixture(logits, noise, schedule.ratio(k), top_k, top_p) @ quantizer.codebook.weight
+        if known is not None:
+            here = slice(begin, begin + n)
+            tokens = torch.where(known.keep[:, here], known.tokens[:, here], tokens)
+            codes = torch.where(known.keep[:, here, None], quantizer.codebook(tokens), codes)
         f_hat = quantizer.accumulate(f_hat, codes, k)
-        drawn.append(tokens)
+        yield Step(tokens, f_hat)
         if k + 1 < schedule.num_scales:
             scale_inputs = quantizer.downsample(f_hat, k + 1).repeat(2 if guided else 1, 1, 1)
-    images = (tokenizer.decode_features(f_hat).clamp(-1, 1) + 1) / 2
-    return (images, torch.cat(drawn, dim=1)) if return_tokens else images
+
+
+def tokens_kept(schedule: ScaleSchedule, mask: Tensor) -> Tensor:
+    """Which tokens are kept of an image of which some pixels are: `mask` (H, W) bool -> (l,) bool.
+
+    A token is, where at least half of its cell is; those of a scale of a single token, which lays out the whole image,
+    wherever anything is (as in VAR's zero-shot editing).
+    """
+    kept = []
+    for side in schedule.side_lengths:
+        share = F.adaptive_avg_pool2d(mask[None, None].float(), side).flatten()
+        kept.append(share >= 0.5 if side > 1 else share > 0)
+    return torch.cat(kept)
 
 
 def compile_steps(network: MVAR) -> None:
@@ -178,3 +234,10 @@ def check_arguments(
         raise InputError(f"guidance and top_k must not be negative, top_p in (0, 1]: got {guidance}, {top_k}, {top_p}")
     if isinstance(generator, Sequence) and len(generator) != len(labels):
         raise InputError(f"{len(generator)} generators for {len(labels)} labels")
+
+
+def check_known(known: Known | None, images: int, num_tokens: int) -> None:
+    expected = (images, num_tokens)
+    if known is not None and (known.tokens.shape != expected or known.keep.shape != expected):
+        shapes = f"{tuple(known.tokens.shape)} and {tuple(known.keep.shape)}"
+        raise InputError(f"known tokens, and which are kept, must both be {expected}, got {shapes}")

@@ -2,11 +2,19 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import SCHEDULE, tiny_network
+from conftest import SCHEDULE, random_tokens, tiny_network
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling import compile_steps, draw, gumbel_mixture, image_generators, truncate
+from lightning_mvar.sampling import (
+    Known,
+    compile_steps,
+    draw,
+    gumbel_mixture,
+    image_generators,
+    tokens_kept,
+    truncate,
+)
 
 LABELS = torch.tensor([0, 3, 9, 3])
 
@@ -174,3 +182,53 @@ def test_compiled_steps_draw_the_same_by_one_graph_for_each_scale(
     for _ in range(2):
         torch.testing.assert_close(generate(network, tokenizer, LABELS, top_k=1), expected)
     assert len(graphs) == SCHEDULE.num_scales
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_keeping_nothing_is_sampling_and_keeping_everything_is_reconstruction(
+    network: MVAR, tokenizer: Tokenizer, smooth: bool
+) -> None:
+    given = random_tokens(4, seed=3)
+
+    def drawn(keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        known = None if keep is None else Known(given, keep)
+        generators = image_generators(0, range(4))
+        return generate(
+            network, tokenizer, LABELS, generator=generators, known=known, smooth=smooth, return_tokens=True
+        )
+
+    nothing = torch.zeros_like(given, dtype=torch.bool)
+    for found, expected in zip(drawn(nothing), drawn(None), strict=True):
+        assert torch.equal(found, expected)
+    images, tokens = drawn(~nothing)
+    assert torch.equal(tokens, given)
+    torch.testing.assert_close(images, (tokenizer.decode(given) + 1) / 2)
+
+
+def test_the_rest_is_drawn_from_logits_that_see_what_is_kept(network: MVAR, tokenizer: Tokenizer) -> None:
+    """Greedily drawn tokens are the likeliest of a full pass over drawn and kept ones together."""
+    given, keep = random_tokens(4, seed=3), torch.rand(4, SCHEDULE.num_tokens) < 0.5
+    _, tokens = generate(
+        network, tokenizer, LABELS, guidance=0.0, top_k=1, known=Known(given, keep), return_tokens=True
+    )
+    assert torch.equal(tokens[keep], given[keep])
+    likeliest = network(LABELS, tokenizer.scale_inputs(tokens)).argmax(dim=-1)
+    assert torch.equal(tokens[~keep], likeliest[~keep])
+    with pytest.raises(InputError, match=r"must both be \(4, 30\), got \(4, 30\) and \(1, 30\)"):
+        generate(network, tokenizer, LABELS, known=Known(given, keep[:1]))
+
+
+def test_a_token_is_kept_where_half_of_its_cell_is() -> None:
+    left = torch.zeros(12, 12, dtype=torch.bool)
+    left[:, :6] = True
+    parts = tokens_kept(SCHEDULE, left).split(SCHEDULE.lengths)
+    assert [
+        part.view(side, side).int().sum(dim=0).tolist() for part, side in zip(parts, (1, 2, 3, 4), strict=True)
+    ] == [
+        [1],  # a scale of a single token is kept where anything is
+        [2, 0],
+        [3, 3, 0],  # the middle column of three is half kept
+        [4, 4, 0, 0],
+    ]
+    assert not tokens_kept(SCHEDULE, torch.zeros(12, 12, dtype=torch.bool)).any()
+    assert tokens_kept(SCHEDULE, torch.ones(12, 12, dtype=torch.bool)).all()

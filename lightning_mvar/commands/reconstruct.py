@@ -9,10 +9,10 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.commands.device import choose_device
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.data.images import Example, ImageBatch, OnCorrupt, collate, open_images
+from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance

@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
-from lightning_mvar.commands.device import choose_device
 from lightning_mvar.commands.parsing import call
+from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.pictures import formation_strip, image_grid, save_image, to_uint8

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.commands.device import choose_device
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.data.images import Example, ImageBatch, ImageSource, OnCorrupt, Views, collate, open_images
 from lightning_mvar.data.shards import MANIFEST, Manifest, checksum, shard_name, write_shard
+from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Where a command computes."""
+"""Where to compute."""
 
 from __future__ import annotations
 

@@ -1,0 +1,161 @@
+"""Pictures from a trained network in one line, from a folder or from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
+from lightning_mvar.classes import Classes
+from lightning_mvar.data.images import to_tensor
+from lightning_mvar.devices import choose_device
+from lightning_mvar.errors import InputError
+from lightning_mvar.pictures import to_uint8
+from lightning_mvar.sampling import DTYPES, Known, Precision, draw_scales, image_generators, tokens_kept
+
+FILES = ["config.json", "*.safetensors"]  # of a folder of `export`
+
+
+class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-generation", "var", "mvar"]):
+    """Draws pictures of classes, and redraws parts of given ones.
+
+        pipe = MVARPipeline.from_pretrained("outputs/demo/export")
+        pipe(["3", "7"], guidance=0.45)[0].save("three.png")
+
+    `save_pretrained` and `push_to_hub` write what `lightning-mvar export` writes.
+
+    Args:
+        model: network and tokenizer, which are moved to the device.
+        device: auto, cpu, cuda or cuda:N.
+        precision: of network and decoder.
+    """
+
+    def __init__(self, model: TrainedModel, device: str = "auto", precision: Precision = "float32") -> None:
+        self.device = choose_device(device)
+        self.network = model.network.to(self.device).lower(DTYPES[precision])
+        self.tokenizer = model.tokenizer.to(self.device).lower(DTYPES[precision])
+        self.class_names = model.class_names
+        self.classes = Classes(model.class_names, model.network.config.num_classes)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures, in pixels."""
+        return self.tokenizer.config.resolution
+
+    def __call__(self, classes: Sequence[str | int], **settings: Any) -> list[Image.Image]:
+        """A picture of each class; the arguments are those of `forming`."""
+        *_, pictures = self.forming(classes, **settings)
+        return pictures
+
+    def edit(
+        self, image: Image.Image, mask: Image.Image, classes: Sequence[str | int], **settings: Any
+    ) -> list[Image.Image]:
+        """`image` with what is white in `mask` drawn anew, once for each class; see `forming`."""
+        return self(classes, image=image, mask=mask, **settings)
+
+    def forming(
+        self,
+        classes: Sequence[str | int],
+        *,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        seed: int = 0,
+        guidance: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        smooth: bool = False,
+    ) -> Iterator[list[Image.Image]]:
+        """Pictures as they are after each scale, coarse to fine, the last ones whole.
+
+        Args:
+            classes: a name, a number, or "unconditional" for each picture.
+            image: a picture to keep a part of, of any size; a square is cut from its middle. See `tokens_kept`.
+            mask: of the size of `image`, or as large as the pictures are: white where to draw, black where to keep.
+            seed: picture i of a seed is the same in any number of them.
+            guidance, top_k, top_p, smooth: of the sampling; see `generate`.
+
+        Raises:
+            InputError: if a class is unknown, an argument is out of range, or the mask is of another size.
+        """
+        labels = torch.tensor([self.classes.label(wanted) for wanted in classes], device=self.device)
+        known = None if image is None else self.known(image, mask, len(labels))
+        for step in draw_scales(
+            self.network,
+            self.tokenizer,
+            labels,
+            guidance=guidance,
+            top_k=top_k,
+            top_p=top_p,
+            smooth=smooth,
+            generator=image_generators(seed, range(len(labels))),
+            known=known,
+        ):
+            yield self.pictures(step.f_hat)
+
+    @torch.no_grad()
+    def known(self, image: Image.Image, mask: Image.Image | None, count: int) -> Known:
+        """What is kept of an image, for each of `count` pictures; without a mask, everything."""
+        tokens = self.tokenizer.encode(to_tensor(square(image.convert("RGB"), self.resolution))[None].to(self.device))
+        keep = torch.ones_like(tokens[0], dtype=torch.bool)
+        if mask is not None:
+            side = (self.resolution, self.resolution)
+            if mask.size not in (image.size, side):
+                raise InputError(
+                    f"the mask is {size_of(mask)}: it must be as large as the image, {size_of(image)}, or as the "
+                    f"pictures, {self.resolution} x {self.resolution}"
+                )
+            black = torch.from_numpy(np.array(square(mask.convert("L"), self.resolution))) < 128
+            keep = tokens_kept(self.network.config.schedule, black).to(self.device)
+        return Known(tokens.expand(count, -1), keep.expand(count, -1))
+
+    @torch.no_grad()
+    def pictures(self, f_hat: Tensor) -> list[Image.Image]:
+        """(b, c, s, s) -> b pictures."""
+        images = (self.tokenizer.decode_features(f_hat).clamp(-1, 1) + 1) / 2
+        return [Image.fromarray(pixels) for pixels in to_uint8(images.float())]
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_folder(save_directory, self.tokenizer, self.network, self.class_names)
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]  # two options of our own
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        device: str = "auto",
+        precision: Precision = "float32",
+    ) -> MVARPipeline:
+        """From a folder of `export`, a checkpoint of `fit`, or a repository on the Hub that holds such a folder."""
+        if Path(model_id).exists():
+            return cls(load_trained(model_id), device, precision)
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=FILES,
+        )
+        return cls(load_trained(folder), device, precision)
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """The middle of a picture, at `side` pixels."""
+    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+
+
+def size_of(image: Image.Image) -> str:
+    return f"{image.width} x {image.height}"

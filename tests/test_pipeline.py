@@ -1,0 +1,123 @@
+"""Pictures in one line, saved and loaded as the Hub's libraries do."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCHEDULE, tiny_network
+from PIL import Image
+
+from lightning_mvar import Tokenizer, generate
+from lightning_mvar.checkpoints import TrainedModel, save_folder
+from lightning_mvar.errors import InputError
+from lightning_mvar.pictures import to_uint8
+from lightning_mvar.pipeline import MVARPipeline
+from lightning_mvar.sampling import image_generators
+
+NAMES = ["zero", *map(str, range(1, 10))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    save_folder(tmp_path / "export", tokenizer, tiny_network(), NAMES)
+    return tmp_path / "export"
+
+
+@pytest.fixture
+def pipe(folder: Path) -> MVARPipeline:
+    return MVARPipeline.from_pretrained(folder, device="cpu")
+
+
+def picture(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def arrays(pictures: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in pictures]).astype(int)
+
+
+def test_pictures_are_those_of_generate(pipe: MVARPipeline) -> None:
+    found = pipe(["zero", 3, "unconditional"], guidance=2.0, seed=4)
+    labels = torch.tensor([0, 3, 10])
+    expected = generate(pipe.network, pipe.tokenizer, labels, guidance=2.0, generator=image_generators(4, range(3)))
+    assert (arrays(found) == to_uint8(expected)).all()
+    assert found[0].size == (8, 8)
+
+
+def test_every_scale_adds_to_the_picture_and_the_last_is_whole(pipe: MVARPipeline) -> None:
+    steps = [arrays(pictures) for pictures in pipe.forming([1, 2], seed=0)]
+    assert len(steps) == SCHEDULE.num_scales
+    assert (steps[-1] == arrays(pipe([1, 2], seed=0))).all()
+    assert all((before != after).any() for before, after in pairwise(steps))
+
+
+def test_what_is_black_in_the_mask_is_kept_and_what_is_white_is_drawn(pipe: MVARPipeline) -> None:
+    image = picture(0)
+    white, black = Image.new("L", (8, 8), 255), Image.new("L", (8, 8), 0)
+    assert (arrays(pipe.edit(image, white, [1, 2])) == arrays(pipe([1, 2]))).all()
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        reconstruction = (pipe.tokenizer.decode(pipe.tokenizer.encode(pixels)) + 1) / 2
+    found = arrays(pipe.edit(image, black, [1, 2]))
+    assert np.abs(found - to_uint8(reconstruction)).max() <= 1
+    assert (found == arrays(pipe([1, 2], image=image))).all()
+
+
+def test_images_of_any_size_are_cut_square_and_masks_with_them(pipe: MVARPipeline) -> None:
+    wide, mask = picture(1, (40, 16)), Image.new("L", (40, 16), 0)
+    mask.paste(255, (0, 0, 20, 16))
+    small = Image.new("L", (8, 8), 0)
+    small.paste(255, (0, 0, 4, 8))
+    assert (arrays(pipe.edit(wide, mask, [5])) == arrays(pipe.edit(wide, small, [5]))).all()
+    with pytest.raises(InputError, match="the mask is 16 x 16: it must be as large as the image, 40 x 16, or"):
+        pipe.edit(wide, Image.new("L", (16, 16)), [5])
+
+
+def test_saved_and_loaded_it_draws_the_same(pipe: MVARPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "saved")
+    again = MVARPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.class_names == NAMES
+    assert (arrays(again([0])) == arrays(pipe([0]))).all()
+
+
+def test_pushing_uploads_that_folder(pipe: MVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub itself cannot be reached from a test: what would be uploaded is looked at."""
+    uploaded: list[str] = []
+
+    class Hub:
+        def __init__(self, **_: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: object) -> object:
+            return type("Repository", (), {"repo_id": repo_id})
+
+        def upload_folder(self, folder_path: str, **_: object) -> None:
+            uploaded.extend(path.name for path in Path(folder_path).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    pipe.push_to_hub("somebody/digits")
+    assert {"config.json", "network.safetensors", "tokenizer.safetensors", "README.md"} == set(uploaded)
+
+
+def test_a_repository_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def download(repo_id: str, **options: object) -> str:
+        asked.update(options, repo_id=repo_id)
+        return str(folder)
+
+    monkeypatch.setattr("lightning_mvar.pipeline.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: folder / "config.json")
+    pipe = MVARPipeline.from_pretrained("somebody/digits", revision="v1", device="cpu")
+    assert pipe.resolution == 8
+    assert (asked["repo_id"], asked["revision"]) == ("somebody/digits", "v1")
+    assert asked["allow_patterns"] == ["config.json", "*.safetensors"]
+
+
+def test_a_model_is_drawn_from_where_it_is_told(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="warp is not available"):
+        MVARPipeline(TrainedModel(tiny_network(), tokenizer, NAMES), device="warp")
