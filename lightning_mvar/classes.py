@@ -47,6 +47,10 @@ class Classes:
         """The usual name of a label in [0, count]; `count` is unconditional."""
         return UNCONDITIONAL if label == self.count else self.aliases[label][0]
 
+    def folder(self, label: int) -> str:
+        """What a folder of the class's images is called: of ImageNet's, its id."""
+        return UNCONDITIONAL if label == self.count else self.aliases[label][-1]
+
     def label(self, wanted: str | int) -> int:
         """The label of a name, in any case, or of a number; `count` for "unconditional".
 

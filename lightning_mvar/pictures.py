@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lightning_mvar.files import atomic_path
-from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 PADDING = 2  # pixels between the images of a grid
+SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels
+FRAME_MS, LAST_FRAME_MS = 400, 2000
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
@@ -33,13 +35,34 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
     return grid
 
 
-def formation_strip(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
-    """Tokens (b, l) -> a picture (3, H, W) in [0, 1]: a row for each image, a column for each scale reached."""
-    steps = torch.stack(list(tokenizer.decode_steps(tokens)), dim=1) / 2 + 0.5  # (b, k, 3, H, W)
-    return image_grid(steps.flatten(0, 1), columns=steps.shape[1])
+def formation_strip(steps: Iterable[Tensor]) -> Tensor:
+    """Images (b, 3, H, W) in [0, 1] after each scale -> a picture (3, H, W): a row for each image, scales from left."""
+    images = torch.stack([*steps], dim=1)  # (b, k, 3, H, W)
+    return image_grid(images.flatten(0, 1), columns=images.shape[1])
+
+
+def with_row_names(grid: Tensor, names: Sequence[str]) -> Tensor:
+    """A picture (3, H, W) of rows of equal height, with the name of each row at its left."""
+    height = grid.shape[1] // len(names)
+    font = ImageFont.load_default(min(max(height // 4, SMALLEST_FONT), LARGEST_FONT))
+    width = round(max(font.getlength(name) for name in names)) + 2 * PADDING
+    margin = Image.new("RGB", (width, grid.shape[1]))
+    draw = ImageDraw.Draw(margin)
+    for row, name in enumerate(names):
+        draw.text((width - PADDING, (row + 0.5) * grid.shape[1] / len(names)), name, "white", font, anchor="rm")
+    pixels = torch.from_numpy(np.array(margin)).movedim(-1, 0).to(grid) / 255
+    return torch.cat([pixels, grid], dim=2)
 
 
 def save_image(image: Tensor, path: str | Path) -> None:
     """Write (3, H, W) in [0, 1] as a PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         Image.fromarray(to_uint8(image)).save(temporary, format="PNG")
+
+
+def save_animation(frames: Sequence[Tensor], path: str | Path) -> None:
+    """Write pictures (3, H, W) in [0, 1] as a GIF or WebP that repeats, whole or not at all."""
+    first, *others = [Image.fromarray(to_uint8(frame)) for frame in frames]
+    durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
+    with atomic_path(path) as temporary:
+        first.save(temporary, save_all=True, append_images=others, duration=durations, loop=0)

@@ -1,17 +1,16 @@
 """Where a set of sampled images is written as it is drawn, so that memory is bounded and an interrupted run goes on.
 
-Images are known by their number in the set. A set remembers what it is made by; one that is continued by anything else
-is refused.
+Images are known by their number in the set, and any process may add any of them. A set remembers how it is drawn; one
+that is continued otherwise is refused.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lightning_mvar.data.samples import ABOUT, NpzSamples, read_about
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
+from lightning_mvar.npz import read_npz, write_npz
 
-ABOUT = "sampling.json"
-
-Images = NDArray[np.uint8]  # (n, H, W, 3)
+PixelArray = NDArray[np.uint8]  # (n, H, W, 3)
 
 
 class SampleSet(ABC):
@@ -40,36 +39,39 @@ class SampleSet(ABC):
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], count: int) -> None:
-        self.folder, self.count = folder, count
-        record, remedy = folder / ABOUT, "choose another --out, or remove that folder"
-        text = json.dumps(about, indent=2) + "\n"
+        self.folder, self.about, self.count = folder, about, count
+        # Looked at before the record: other processes write the record first, then images.
+        others = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+        record = folder / ABOUT
         if record.is_file():
-            if record.read_text() != text:
-                raise InputError(f"{folder} holds images that were sampled otherwise (see {ABOUT} in it): {remedy}")
+            self.require_same(read_about(record), folder)
             return
-        if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"{folder} holds other files: {remedy}")
+        if others:
+            raise InputError(f"{folder} holds other files: choose another --out, or remove that folder")
         with atomic_path(record) as path:
-            path.write_text(text)
+            path.write_text(json.dumps(about, indent=2) + "\n")
 
+    def require_same(self, about: dict[str, Any], where: Path) -> None:
+        """Raise InputError, naming what differs, unless `about` is that of this set."""
+        for name in self.about | about:
+            theirs, ours = about.get(name), self.about.get(name)
+            if theirs != ours:
+                raise InputError(
+                    f"{where} holds images that were sampled otherwise ({name} {theirs}, not {ours}): choose another "
+                    f"--out, or remove it"
+                )
+
+    @abstractmethod
     def missing(self) -> list[int]:
-        """Numbers of the images that are not there yet."""
-        return [number for number in range(self.count) if not self.has(number)]
+        """Numbers of the images that are not there yet, ascending."""
 
     @abstractmethod
-    def has(self, number: int) -> bool: ...
-
-    @abstractmethod
-    def write(self, numbers: Sequence[int], images: Images) -> None:
+    def write(self, numbers: Sequence[int], images: PixelArray) -> None:
         """Add images; those of a call that is interrupted are there whole or not at all."""
 
     @abstractmethod
-    def read(self, numbers: Sequence[int]) -> Images:
-        """Some of the images that are there."""
-
-    @abstractmethod
     def finish(self, labels: NDArray[np.int64]) -> None:
-        """Called when all images are there and read; `labels` (n,) are their classes."""
+        """Called by one process when all images are there; `labels` (n,) are their classes."""
 
 
 class PngFolder(SampleSet):
@@ -82,60 +84,61 @@ class PngFolder(SampleSet):
     def path(self, number: int) -> Path:
         return self.folder / self.class_names[number] / f"{number:06d}.png"
 
-    def has(self, number: int) -> bool:
-        return self.path(number).is_file()
+    def missing(self) -> list[int]:
+        return [number for number in range(self.count) if not self.path(number).is_file()]
 
-    def write(self, numbers: Sequence[int], images: Images) -> None:
+    def write(self, numbers: Sequence[int], images: PixelArray) -> None:
         for number, image in zip(numbers, images, strict=True):
             with atomic_path(self.path(number)) as path:
                 Image.fromarray(image).save(path)
-
-    def read(self, numbers: Sequence[int]) -> Images:
-        return np.stack([np.asarray(Image.open(self.path(number))) for number in numbers])
 
     def finish(self, labels: NDArray[np.int64]) -> None:
         pass
 
 
 class NpzFile(SampleSet):
-    """`arr_0` uint8 (n, H, W, 3) and `arr_1` int64 (n,), gathered on the disk beside the file until all are there."""
+    """`arr_0` uint8 (n, H, W, 3), `arr_1` int64 (n,) and `about` (JSON), gathered batch by batch in a folder beside it.
+
+    Batches are files of their own, so that processes on several machines may add them.
+    """
 
     def __init__(self, file: Path, about: dict[str, Any], count: int, resolution: int) -> None:
-        super().__init__(file.with_name(f"{file.name}.partial"), about, count)
-        self.file = file
-        self.images = self.array("images.npy", np.uint8, (count, resolution, resolution, 3))
-        self.done = self.array("done.npy", np.bool_, (count,))
+        self.file, self.shape = file, (count, resolution, resolution, 3)
+        folder = file.with_name(f"{file.name}.partial")
+        if file.is_file():
+            self.folder, self.about, self.count = folder, about, count
+            self.require_same(NpzSamples(file).about, file)
+        else:
+            super().__init__(folder, about, count)
 
-    def array(self, name: str, dtype: type, shape: tuple[int, ...]) -> NDArray[Any]:
-        """An array that lives in a file, zeros at first.
+    def places(self) -> dict[int, tuple[Path, int]]:
+        """The batch that holds each image that is there, and its place in it."""
+        found: dict[int, tuple[Path, int]] = {}
+        for path in sorted(self.folder.glob("*.npz")):
+            numbers = read_npz(path, ["numbers"])["numbers"].tolist()
+            found |= {number: (path, place) for place, number in enumerate(numbers)}
+        return found
 
-        Raises:
-            InputError: if there is no room for it, or the file is damaged.
-        """
-        path = self.folder / name
-        if not path.is_file():
-            with atomic_path(path) as temporary:
-                np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
-                if sys.platform == "linux":  # a full disk is to be told here: later it would kill the process
-                    with open(temporary, "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-        try:
-            np.lib.format.open_memmap(path, mode="r")  # which says where a file is too short; the next would extend it
-            return np.lib.format.open_memmap(path, mode="r+")
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({error}): remove {self.folder}") from error
+    def missing(self) -> list[int]:
+        if self.file.is_file():
+            return []
+        there = self.places()
+        return [number for number in range(self.count) if number not in there]
 
-    def has(self, number: int) -> bool:
-        return bool(self.done[number])
-
-    def write(self, numbers: Sequence[int], images: Images) -> None:
-        self.images[list(numbers)] = images
-        self.done[list(numbers)] = True  # after the images, so that a kill between the two costs them alone
-
-    def read(self, numbers: Sequence[int]) -> Images:
-        return np.asarray(self.images[list(numbers)])
+    def write(self, numbers: Sequence[int], images: PixelArray) -> None:
+        with atomic_path(self.folder / f"{numbers[0]:08d}.npz") as path:
+            np.savez(path, numbers=np.array(numbers), images=images)
 
     def finish(self, labels: NDArray[np.int64]) -> None:
-        with atomic_path(self.file) as path:
-            np.savez(path, arr_0=self.images, arr_1=labels)
-        shutil.rmtree(self.folder)
+        if not self.file.is_file():
+            others = {"arr_1": labels, "about": np.array(json.dumps(self.about))}
+            write_npz(self.file, "arr_0", self.in_order(), self.shape, others)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def in_order(self) -> Iterator[PixelArray]:
+        """Each image (H, W, 3)."""
+        places = self.places()
+        batch = lru_cache(maxsize=4)(lambda path: read_npz(path, ["images"])["images"])
+        for number in range(self.count):
+            path, place = places[number]
+            yield batch(path)[place]

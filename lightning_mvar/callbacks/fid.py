@@ -14,8 +14,9 @@ from tqdm import tqdm
 from lightning_mvar.callbacks.interruption import end_if_asked
 from lightning_mvar.checkpoints import WhichWeights
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.reference import Reference, load_reference
-from lightning_mvar.metrics.scores import Scores, prepare
+from lightning_mvar.metrics.reference import load_reference
+from lightning_mvar.metrics.scores import Scores
+from lightning_mvar.metrics.summary import Summary, prepare
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.sampling import generate, image_generators
 from lightning_mvar.strategies import sampling_from
@@ -24,15 +25,16 @@ from lightning_mvar.strategies import sampling_from
 class FIDCallback(L.Callback):
     """Samples at the end of validation and of training, and logs how the samples compare with real images.
 
-    Logged are `val/fid`, and where extractor and reference allow `val/is`, `val/precision` and `val/recall`, to choose
-    models by. `val/frechet_EXTRACTOR` is `val/fid` under a name that says what it is comparable with: published FID
-    only if the extractor is InceptionV3.
+    Logged are `val/fid`, and where extractor and reference allow `val/sfid`, `val/is`, `val/precision` and
+    `val/recall`, to choose models by. `val/frechet_EXTRACTOR` is `val/fid` under a name that says what it is comparable
+    with: published FID only if the extractor is InceptionV3.
 
     Every rank samples the same number of batches; image i is the same whatever the number of ranks and the batch size.
 
     Args:
         extractor: `nn.Module` with `num_features`, images (b, 3, H, W) in [0, 1] -> (b, num_features).
-        reference: the real images: `digits:test`, a folder of class folders, or an npz with mu and sigma.
+        reference: the real images: `digits:test`, a folder of class folders, an npz with mu and sigma or with images,
+            or a folder of token shards.
         num_samples: images to sample, classes in turn.
         batch_size: images sampled at once on each rank.
         every_n_steps: skip validations until so many steps after the last that was scored.
@@ -73,15 +75,16 @@ class FIDCallback(L.Callback):
         self.weights, self.keep_sharded, self.neighbours = weights, keep_sharded, neighbours
         self.sampling: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
         self.scored = {"step": 0, "epoch": 0}  # what was complete when samples were last scored
-        self.reference: Reference | None = None
+        self.reference: Summary | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Look at the real images, before any training is spent."""
         assert isinstance(pl_module, LitMVAR)
-        resolution = pl_module.tokenizer.config.resolution
+        tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
         prepare(self.extractor, trainer.strategy.root_device)
-        wants_features = self.neighbours > 0
-        self.reference = load_reference(self.extractor, self.source, resolution, self.cache, wants_features)
+        self.reference = load_reference(
+            self.extractor, self.source, tokenizer.config.resolution, self.cache, self.neighbours > 0, tokenizer
+        )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and self.is_due(trainer):

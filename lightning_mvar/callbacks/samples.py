@@ -58,7 +58,8 @@ class SamplesCallback(L.Callback):
                 network, pl_module.tokenizer, labels, generator=generators, return_tokens=True, **self.sampling
             )
         log_image(trainer, "samples", image_grid(images, self.per_class))
-        log_image(trainer, "strip", formation_strip(pl_module.tokenizer, tokens[:: self.per_class]))
+        steps = pl_module.tokenizer.decode_steps(tokens[:: self.per_class])
+        log_image(trainer, "strip", formation_strip(step / 2 + 0.5 for step in steps))
 
 
 class ReconstructionsCallback(L.Callback):

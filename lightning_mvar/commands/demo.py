@@ -91,7 +91,7 @@ STAGES = [
     Stage(
         "evaluate",
         f"evaluate --samples {ROOT}/samples.npz --reference digits:test --floor digits:train "
-        f"--tokenizer {ROOT}/tokenizer --json {ROOT}/scores.json",
+        f"--reconstructions {ROOT}/tokenizer --json {ROOT}/scores.json",
         ROOT / "scores.json",
     ),
 ]

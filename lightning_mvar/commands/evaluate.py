@@ -2,139 +2,218 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
+from lightning_mvar.commands.drawing import draw_set
 from lightning_mvar.commands.parsing import call
+from lightning_mvar.commands.ranks import ending_together, start_ranks
 from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.data.digits import load_digits
-from lightning_mvar.data.images import open_images
+from lightning_mvar.data.digits import DigitsSplit, load_digits
+from lightning_mvar.data.samples import Samples, open_samples
 from lightning_mvar.errors import InputError
+from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
 from lightning_mvar.metrics.frechet import frechet_distance
-from lightning_mvar.metrics.reference import BATCH_SIZE, Reference, load_reference, read_npz, stack
-from lightning_mvar.metrics.scores import Scores, prepare
+from lightning_mvar.metrics.image_sets import ImageSet, Pictures, Reconstructions, open_image_set
+from lightning_mvar.metrics.reference import load_reference
+from lightning_mvar.metrics.scores import Scores
+from lightning_mvar.metrics.summary import Summary, hand_over, num_features, prepare
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 3  # k of precision and recall
-FULL_NAMES = {"fid": "frechet_distance", "is": "inception_score", "precision": "precision", "recall": "recall"}
+FULL_NAMES = {
+    "fid": "frechet_distance",
+    "sfid": "spatial_frechet_distance",
+    "is": "inception_score",
+    "precision": "precision",
+    "recall": "recall",
+}
 
 
 def evaluate(
     samples: str,
-    reference: str = "digits:test",
+    reference: str,
+    ckpt_path: str | None = None,
+    per_class: int = 50,
     extractor: nn.Module | None = None,
     floor: str | None = None,
+    reconstructions: str | None = None,
     tokenizer: str | None = None,
+    statistics: str | None = None,
     cache: str = "outputs/statistics",
     json: str | None = None,
+    num_workers: int = 0,
+    device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    **drawing: Any,
 ) -> None:
-    """Score samples against real images: Frechet distance, precision and recall (k = 3), and the inception score where
-    the extractor classifies. Digits are also read by classifiers.
+    """Score samples against real images: Frechet distance, sFID where the extractor has spatial features, precision
+    and recall (k = 3), and the inception score where it classifies. Digits are also read by classifiers.
 
-    Scores depend on the extractor and are comparable only with scores in the features of the same one.
+    Scores depend on the extractor and on the number of samples, and are comparable only with scores of the same.
 
     Args:
-        samples: npz of `sample`: arr_0 uint8 N x H x W x 3, arr_1 labels.
-        reference: the real images: `digits:test`, a folder of class folders, or an npz with mu and sigma, such as
-            ADM's, made with the same extractor.
+        samples: the images to score: an npz (arr_0 uint8 N x H x H x 3) or a folder of PNG files, of any origin. With
+            --ckpt_path, those that are missing are drawn to it first, by the published protocol where not said
+            otherwise: 50 of each class, guidance 1.5, top_k 900, top_p 0.96.
+        reference: the real images: `digits:test`; a folder of class folders; a folder of token shards, decoded by
+            --tokenizer; an npz of images (arr_0); or one of mu and sigma, such as ADM's, made with the same extractor.
+        ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`, to draw the samples from.
+        per_class: with --ckpt_path, samples of each class.
         extractor: InceptionV3 (with --extractor.weights FILE), whose scores compare with published ones, or the class
             path of an nn.Module with num_features, images in [0, 1] -> features; where the reference are digits, a
             small classifier trained on the spot.
         floor: other real images, whose distance to the reference is what a perfect model would get.
-        tokenizer: folder of a tokenizer, to score its reconstructions of the reference too.
+        reconstructions: folder of a tokenizer, to score its reconstructions of the reference too.
+        tokenizer: folder of the tokenizer that decodes token shards, and of the checkpoint's where it has moved.
+        statistics: write what is known of the reference to this npz, to be named as --reference later.
         cache: folder that keeps the statistics of real images, and the digits classifier.
         json: write what the table shows to this file.
+        num_workers: processes that read image files.
+        device: auto, cpu, cuda or cuda:N.
+        devices: processes on each machine, each with a GPU of its own where `device` is cuda.
+        num_nodes: machines; start the same command on each, by torchrun or Slurm.
+        drawing: with --ckpt_path, how to draw the samples.
     """
-    images, labels = read_samples(Path(samples))
-    resolution = images.shape[-1]
     digits = reference.startswith("digits:")
     if extractor is None:
         if not digits:
             raise InputError("--extractor is needed for other images than digits, for instance InceptionV3")
         extractor = DigitsClassifier.kept_in(cache)
-    prepare(extractor, torch.device("cpu"))
-    real = load_reference(extractor, reference, resolution, Path(cache))
-    record: Record = {
-        "samples": samples,
-        "reference": reference,
-        "extractor": type(extractor).__name__,
-        "num_samples": len(images),
-    }
-    record |= score(extractor, real, images, "features of the samples")
-    if floor is not None:
-        others = load_reference(extractor, floor, resolution, Path(cache))
-        record["floor_frechet_distance"] = frechet_distance(real.statistics, others.statistics)
-        record["frechet_distance_over_floor"] = record["frechet_distance"] / record["floor_frechet_distance"]
+    fabric = start_ranks(device, devices, num_nodes)
+    prepare(extractor, fabric.device)
+    if ckpt_path is not None:
+        draw_set(fabric, ckpt_path, samples, per_class=per_class, tokenizer=tokenizer, **drawing)
+    with ending_together(fabric.strategy, "the same command goes on where it was"):
+        images = open_samples(samples)
+        warn_of_few(len(images), extractor)
+        decoder = None if tokenizer is None else load_tokenizer(tokenizer).to(fabric.device)
+        judge = Judge(fabric, extractor, images.resolution, Path(cache), decoder, num_workers)
+        real = judge.reference(reference)
+        if statistics is not None and fabric.is_global_zero:
+            real.save(Path(statistics), extractor)
+        record: Record = {"samples": samples, "reference": reference} | judge.about() | images.about
+        record |= {"num_samples": len(images), "resolution": images.resolution}
+        record |= judge.score(Pictures(images, num_workers), real, "features of the samples")
+        if floor is not None:
+            distance = frechet_distance(real.statistics, judge.reference(floor).statistics)
+            record["floor_frechet_distance"] = distance
+            record["frechet_distance_over_floor"] = record["frechet_distance"] / distance
+        if reconstructions is not None:
+            decoded = judge.reconstructions(reconstructions, reference)
+            scores = judge.score(decoded, real, "features of the reconstructions")
+            record["reconstruction_frechet_distance"] = scores["frechet_distance"]
+    if not fabric.is_global_zero:
+        return
     if digits:
-        record |= judge_digits(images, labels)
-    if isinstance(extractor, DigitsClassifier):
-        record["classifier_accuracy_on_samples"] = float((extractor.classify(images) == labels).float().mean())
-    if tokenizer is not None:
-        record |= judge_reconstructions(tokenizer, reference, resolution, extractor, real)
+        record |= judge_digits(images, extractor)
+        if reconstructions is not None:
+            record |= judge_decoded_digits(decoded, reference)
     print_table([record])
     if json is not None:
         write_records([record], json)
 
 
-def read_samples(path: Path) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, H, W) float32 in [0, 1] and labels (n,) of an npz of samples."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; write it with `lightning-mvar sample --out {path}`")
-    arrays = read_npz(path, ["arr_0", "arr_1"])
-    pixels, labels = arrays["arr_0"], arrays["arr_1"]
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or len(pixels) != len(labels):
-        raise InputError(f"{path}: arr_0 must be uint8 N x H x W x 3 with N labels in arr_1, got {pixels.shape}")
-    if len(pixels) < 2:
-        raise InputError(f"{path} holds {len(pixels)} images; a distance needs at least 2")
-    return torch.from_numpy(pixels).movedim(-1, 1).float() / 255, torch.from_numpy(labels).long()
+class Judge:
+    """Scores sets of images of one resolution with one extractor, on all ranks together."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        extractor: nn.Module,
+        resolution: int,
+        cache: Path,
+        tokenizer: Tokenizer | None,
+        num_workers: int,
+    ) -> None:
+        self.fabric, self.extractor, self.resolution, self.cache = fabric, extractor, resolution, cache
+        self.tokenizer, self.num_workers = tokenizer, num_workers
+
+    def about(self) -> Record:
+        """What the scores depend on."""
+        return {
+            "extractor": type(self.extractor).__name__,
+            "extractor_weights": fingerprint(self.extractor),
+            "resize": getattr(self.extractor, "resize", "none"),
+            "num_features": num_features(self.extractor),
+        }
+
+    def reference(self, source: str) -> Summary:
+        return load_reference(
+            self.extractor,
+            source,
+            self.resolution,
+            self.cache,
+            tokenizer=self.tokenizer,
+            num_workers=self.num_workers,
+        )
+
+    def score(self, images: ImageSet, real: Summary, progress: str) -> Record:
+        """Every score that the extractor and the reference allow, by its full name."""
+        scores = Scores(self.extractor, real, len(images), NEIGHBOURS if len(images) > NEIGHBOURS else 0)
+        hand_over(images, scores, progress)
+        return {FULL_NAMES[name]: value for name, value in scores.compute().items()}
+
+    def reconstructions(self, tokenizer: str, reference: str) -> Reconstructions:
+        """What a tokenizer makes of the reference."""
+        images = open_image_set(reference, self.resolution, self.tokenizer, self.num_workers)
+        return Reconstructions(images, load_tokenizer(tokenizer).to(self.fabric.device))
 
 
-def judge_digits(images: Tensor, labels: Tensor) -> Record:
+def warn_of_few(count: int, extractor: nn.Module) -> None:
+    """Say what it means to have few samples.
+
+    Raises:
+        InputError: if there are too few for any score.
+    """
+    if count < 2:
+        raise InputError(f"{count} samples: a distance needs at least 2")
+    if count <= num_features(extractor):
+        logger.warning(
+            "warning: %d samples for %d features: their covariance is singular, so that the Frechet distance comes out "
+            "too high; compare it only with that of as many samples (published ones are of 50,000)",
+            *(count, num_features(extractor)),
+        )
+
+
+def judge_digits(images: Samples, extractor: nn.Module) -> Record:
     """A support vector machine trained on real digits reads the samples; one trained on the samples reads real ones."""
-    train, test = (real_digits(split) for split in ("train", "test"))
+    train, test = real_digits("train"), real_digits("test")
+    record: Record = {"svm_accuracy_on_reference": svm_accuracy(*train, *test)}
+    found = images.labels([str(digit) for digit in range(10)])
+    if found is None:
+        return record
+    pixels, labels = torch.cat([*Pictures(images).batches(0, len(images))]), torch.tensor(found)
     if len(labels.unique()) < 2:
         raise InputError("the samples are of a single class; digits are judged on two or more")
-    return {
-        "svm_accuracy_on_reference": svm_accuracy(*train, *test),
-        "svm_accuracy_on_samples": svm_accuracy(*train, images, labels),
-        "svm_accuracy_trained_on_samples": svm_accuracy(images, labels, *test),
-    }
+    record["svm_accuracy_on_samples"] = svm_accuracy(*train, pixels, labels)
+    record["svm_accuracy_trained_on_samples"] = svm_accuracy(pixels, labels, *test)
+    if isinstance(extractor, DigitsClassifier):
+        read = extractor.cpu().classify(pixels)
+        record["classifier_accuracy_on_samples"] = float((read == labels).float().mean())
+    return record
+
+
+def judge_decoded_digits(decoded: Reconstructions, reference: str) -> Record:
+    pixels = torch.cat([batch.cpu() for batch in decoded.batches(0, len(decoded))])
+    labels = real_digits(reference.removeprefix("digits:"))[1]
+    return {"svm_accuracy_on_reconstructions": svm_accuracy(*real_digits("train"), pixels, labels)}
 
 
 def real_digits(split: str) -> tuple[Tensor, Tensor]:
     """Images (n, 3, 32, 32) in [0, 1] and labels (n,)."""
-    images, labels = load_digits(split)
+    images, labels = load_digits(cast(DigitsSplit, split))
     return (images + 1) / 2, labels
-
-
-@torch.no_grad()
-def judge_reconstructions(
-    folder: str, reference: str, resolution: int, extractor: nn.Module, real: Reference
-) -> Record:
-    """The tokenizer's reconstructions of the reference, by the same scores."""
-    tokenizer, source = load_tokenizer(folder), open_images(reference, resolution)
-    originals = stack(source, list(range(len(source))))
-    batches = tqdm(originals.split(BATCH_SIZE), desc="reconstruct", leave=False)
-    decoded = torch.cat([(tokenizer.decode(tokenizer.encode(batch * 2 - 1)) + 1) / 2 for batch in batches])
-    found = score(extractor, real, decoded, "features of the reconstructions")
-    record: Record = {"reconstruction_frechet_distance": found["frechet_distance"]}
-    if reference.startswith("digits:"):
-        labels = torch.tensor([source[i].label for i in range(len(source))])
-        record["svm_accuracy_on_reconstructions"] = svm_accuracy(*real_digits("train"), decoded, labels)
-    return record
-
-
-def score(extractor: nn.Module, real: Reference, images: Tensor, progress: str) -> Record:
-    """Every score of images (n, 3, H, W) in [0, 1] that the extractor and the reference allow, by its full name."""
-    scores = Scores(extractor, real, len(images), NEIGHBOURS if len(images) > NEIGHBOURS else 0)
-    for numbers in tqdm(torch.arange(len(images)).split(BATCH_SIZE), desc=progress, leave=False):
-        scores.update(images[numbers], numbers)
-    return {FULL_NAMES[name]: value for name, value in scores.compute().items()}
 
 
 def main(argv: list[str]) -> None:

@@ -16,8 +16,7 @@ from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
-from lightning_mvar.metrics.reference import num_features
-from lightning_mvar.metrics.scores import prepare
+from lightning_mvar.metrics.summary import num_features, prepare
 from lightning_mvar.pictures import image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 

@@ -1,144 +1,80 @@
-"""`sample`: images from a checkpoint or an exported folder, as npz or PNG files, with a grid and a strip to look at."""
+"""`sample`: images from a checkpoint or an exported folder, as npz or PNG files, with pictures to look at."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
+from lightning_mvar.commands.drawing import Drawing, draw_set
 from lightning_mvar.commands.parsing import call
-from lightning_mvar.devices import choose_device
+from lightning_mvar.commands.ranks import start_ranks
+from lightning_mvar.data.samples import open_samples
 from lightning_mvar.errors import InputError
-from lightning_mvar.fingerprint import fingerprint
-from lightning_mvar.pictures import formation_strip, image_grid, save_image, to_uint8
-from lightning_mvar.sample_set import NpzFile, PngFolder, SampleSet
-from lightning_mvar.sampling import DTYPES, Precision, check_arguments, compile_steps, generate, image_generators
+from lightning_mvar.pictures import formation_strip, image_grid, save_animation, save_image, with_row_names
 
 GRID_COLUMNS, STRIP_ROWS = 10, 10
+ANIMATIONS = (".gif", ".webp")
 
 
 def sample(
     ckpt_path: str,
     out: str,
-    classes: str | None = None,
-    per_class: int = 1,
-    seed: int = 0,
-    guidance: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
-    smooth: bool = False,
     grid: str | None = None,
     strip: str | None = None,
-    tokenizer: str | None = None,
-    weights: WhichWeights = "ema",
-    batch_size: int = 100,
+    animation: str | None = None,
     device: str = "auto",
-    precision: Precision = "float32",
-    compile: bool = False,
+    devices: int = 1,
+    num_nodes: int = 1,
+    **drawing: Any,
 ) -> None:
-    """Draw images. The same seed gives the same images, in float32 whatever the batch size. They are written as they
-    are drawn: started again after an interruption, the same command draws those that are missing.
+    """Draw images. The same seed gives the same images, in float32 whatever the batch size and the number of devices.
+    They are written as they are drawn: started again after an interruption, the same command draws those that are
+    missing.
 
     Args:
         ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`.
         out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png.
-        classes: comma-separated class names or numbers; all classes where not given.
-        per_class: images of each class.
-        seed: of the sampling.
-        guidance: classifier-free guidance, 0 for none.
-        top_k: draw among the k most likely tokens, 0 for all.
-        top_p: then among the fewest whose probability reaches p, 1 for all.
-        smooth: mix codes for smoother pictures; never for scores.
         grid: PNG file for a picture with a row of up to 10 images for each class.
         strip: PNG file for a picture of one image of each class, up to 10, forming scale by scale.
-        tokenizer: folder of the tokenizer, if it is no longer where the checkpoint remembers.
-        weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
-        batch_size: images drawn at once.
+        animation: GIF or WebP file of the grid forming scale by scale.
         device: auto, cpu, cuda or cuda:N.
-        precision: of network and decoder. bfloat16 is faster on GPUs and on CPUs with AMX; it may choose otherwise
-            between tokens that are nearly as likely, so images differ, and may differ from batch size to batch size.
-        compile: make a graph of each scale with torch.compile: minutes at the start, for many images on a GPU.
+        devices: processes on each machine, each with a GPU of its own where `device` is cuda.
+        num_nodes: machines; start the same command on each, by torchrun or Slurm.
+        drawing: what to draw.
     """
-    if per_class < 1 or batch_size < 1:
-        raise InputError("--per_class and --batch_size must be at least 1")
-    target, where = Path(out), choose_device(device)
-    check_target(target)
-    model = load_trained(ckpt_path, tokenizer, weights)
-    labels = torch.tensor(resolve_classes(classes, model)).repeat_interleave(per_class)
-    settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "smooth": smooth}
-    check_arguments(model.network, model.tokenizer, labels, guidance, top_k, top_p, None)  # before anything is written
-    about = settings | {"seed": seed, "precision": precision, "classes": classes, "per_class": per_class}
-    images = open_set(target, about, model, labels)
-    model.network.to(where).lower(DTYPES[precision])
-    model.tokenizer.to(where).lower(DTYPES[precision])
-    if compile:
-        compile_steps(model.network)
-
-    def draw(numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, H, W) and tokens (n, l) of some numbers."""
-        chosen, generators = labels[numbers].to(where), image_generators(seed, numbers)
-        return generate(model.network, model.tokenizer, chosen, generator=generators, return_tokens=True, **settings)
-
-    missing = images.missing()
-    with tqdm(total=len(labels), initial=len(labels) - len(missing), unit="img", desc="sample") as bar:
-        for begin in range(0, len(missing), batch_size):
-            numbers = missing[begin : begin + batch_size]
-            images.write(numbers, to_uint8(draw(numbers)[0]))
-            bar.update(len(numbers))
-    shown = torch.arange(len(labels)).view(-1, per_class)[:, :GRID_COLUMNS]
+    if animation is not None and Path(animation).suffix not in ANIMATIONS:
+        raise InputError(f"--animation {animation} must end in {' or '.join(ANIMATIONS)}")
+    if drawing.get("reject") is not None and (strip or animation):
+        raise InputError("--strip and --animation show images as they are drawn, before --reject chooses among them")
+    fabric = start_ranks(device, devices, num_nodes)
+    drawn = draw_set(fabric, ckpt_path, out, **drawing)
+    if not fabric.is_global_zero:
+        return
+    print(f"{len(drawn.labels)} images in {out}")
+    shown = torch.arange(len(drawn.labels)).view(-1, drawn.per_class)[:, :GRID_COLUMNS]
+    names = [drawn.classes.name(label) for label in drawn.labels[shown[:, 0]].tolist()]
     if grid is not None:
-        chosen = torch.from_numpy(images.read(shown.flatten().tolist())).movedim(-1, 1) / 255
-        save_image(image_grid(chosen, shown.shape[1]), grid)
+        images = open_samples(out)
+        chosen = np.stack([images.pixels(number) for number in shown.flatten().tolist()])
+        rows = image_grid(torch.from_numpy(chosen).movedim(-1, 1) / 255, shown.shape[1])
+        save_image(with_row_names(rows, names), grid)
         print(f"grid in {grid}")
     if strip is not None:
-        _, tokens = draw(shown[:STRIP_ROWS, 0].tolist())
-        with torch.no_grad():
-            save_image(formation_strip(model.tokenizer, tokens), strip)
+        save_image(with_row_names(forming_rows(drawn, shown[:STRIP_ROWS, 0]), names[:STRIP_ROWS]), strip)
         print(f"strip in {strip}")
-    images.finish(labels.numpy())
-    print(f"{len(labels)} images in {target}")
+    if animation is not None:
+        numbers = shown[:STRIP_ROWS].flatten().tolist()
+        frames = [image_grid(step, shown.shape[1]) for step in drawn.forming(drawn.labels[numbers], numbers)]
+        save_animation([with_row_names(frame, names[:STRIP_ROWS]) for frame in frames], animation)
+        print(f"animation in {animation}")
 
 
-def open_set(target: Path, about: dict[str, Any], model: TrainedModel, labels: Tensor) -> SampleSet:
-    """Where the images go; `about` says how they are drawn, to which the weights are added."""
-    about = about | {"network": fingerprint(model.network), "tokenizer": model.tokenizer.fingerprint()}
-    if target.suffix == ".npz":
-        return NpzFile(target, about, len(labels), model.tokenizer.config.resolution)
-    return PngFolder(target, about, [model.class_names[i] if model.class_names else str(i) for i in labels.tolist()])
-
-
-def check_target(target: Path) -> None:
-    """Raise InputError for an --out that images cannot go to, before anything is computed."""
-    if target.suffix not in ("", ".npz"):
-        raise InputError(f"--out {target} must be NAME.npz or a folder for PNG files")
-    if target.suffix == "" and target.is_file():
-        raise InputError(f"--out {target} is a file; name a folder, or NAME.npz")
-
-
-def resolve_classes(classes: str | None, model: TrainedModel) -> list[int]:
-    """Labels of comma-separated class names or numbers.
-
-    Raises:
-        InputError: naming the first that is unknown.
-    """
-    names, count = model.class_names, model.network.config.num_classes
-    if classes is None:
-        return list(range(count))
-    labels = []
-    for wanted in (part.strip() for part in classes.split(",")):
-        if wanted in names:
-            labels.append(names.index(wanted))
-        elif wanted.isdecimal() and int(wanted) < count:
-            labels.append(int(wanted))
-        else:
-            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            or_names = f" or names ({known})" if names else ""
-            raise InputError(f"--classes: there is no class {wanted!r}; use numbers 0 to {count - 1}{or_names}")
-    return labels
+def forming_rows(drawn: Drawing, numbers: torch.Tensor) -> torch.Tensor:
+    """A picture (3, H, W) with a row for each image: what it is after each scale."""
+    return formation_strip(drawn.forming(drawn.labels[numbers], numbers.tolist()))
 
 
 def main(argv: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_mvar.checkpoints import save_folder
-from lightning_mvar.commands.training import TrainingCLI, add_resume, ending_together, run_cli
+from lightning_mvar.commands.training import TrainingCLI, add_resume, run_cli, together
 from lightning_mvar.data.datamodule import ImageDataModule
 from lightning_mvar.errors import InputError
 from lightning_mvar.strategies import FSDP2Strategy
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     if isinstance(trainer.strategy, FSDP2Strategy):
         raise InputError("a tokenizer is too small to be sharded: use --trainer.strategy ddp")
     ckpt_path = cli.choose_checkpoint(cli.config["ckpt_path"], cli.config["resume"], training=True)
-    with ending_together(trainer):
+    with together(trainer):
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
     folder = Path(trainer.default_root_dir)
     if trainer.is_global_zero:

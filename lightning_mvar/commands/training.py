@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-import torch.distributed as dist
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_mvar.callbacks import Checkpoint, InterruptionCallback
 from lightning_mvar.checkpoints import CHECKPOINT_KEY
+from lightning_mvar.commands.ranks import ending_together
 from lightning_mvar.data.datamodule import TokenDataModule
-from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.errors import InputError
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.resume import newest_intact, read_plain_part
 from lightning_mvar.strategies import FSDP2Strategy
@@ -59,7 +55,7 @@ class TrainingCLI(LightningCLI):
         options["ckpt_path"] = self.choose_checkpoint(options["ckpt_path"], options.get("resume", False), training)
         if options["ckpt_path"] is None and not training:
             raise InputError(f"{subcommand} needs --ckpt_path: without it the network is untrained")
-        with ending_together(self.trainer):
+        with together(self.trainer):
             super()._run_subcommand(subcommand)
 
     def choose_checkpoint(self, ckpt_path: str | None, resume: bool, training: bool) -> str | None:
@@ -109,28 +105,10 @@ def add_resume(parser: LightningArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help=text)
 
 
-@contextmanager
-def ending_together(trainer: L.Trainer) -> Iterator[None]:
-    """End the processes that this one has started when it fails: they would wait for it until their timeout.
-
-    Raises:
-        InputError: if another rank has ended, whose own message tells why.
-    """
-    try:
-        yield
-    except BaseException as error:
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            launcher.kill(signal.SIGKILL)
-        if isinstance(error, Interrupted) and not trainer.is_global_zero:
-            sys.exit(0)  # rank 0 tells; a code here would make it kill itself
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            reason = str(error).split("] ", 1)[-1].split(". ")[0]
-            raise InputError(
-                f"rank {trainer.global_rank} lost another rank after step {trainer.global_step} ({reason}): that one's "
-                f"message says why; --resume goes on from the newest checkpoint"
-            ) from error
-        raise
+def together(trainer: L.Trainer) -> AbstractContextManager[None]:
+    """Run the trainer inside; see `ending_together`."""
+    remedy = "--resume goes on from the newest checkpoint"
+    return ending_together(trainer.strategy, remedy, lambda: f" after step {trainer.global_step}")
 
 
 def main(argv: list[str]) -> None:

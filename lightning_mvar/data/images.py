@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -135,9 +136,7 @@ class ImageFolder:
 
     @property
     def identity(self) -> str:
-        """A hash of names, sizes and times of change."""
-        about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path, _ in self.files]
-        return hashlib.sha256(repr(about).encode()).hexdigest()
+        return identity_of(path for path, _ in self.files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -172,6 +171,12 @@ class ImageFolder:
         else:
             left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in room)
         return image.crop((left, top, left + self.resolution, top + self.resolution))
+
+
+def identity_of(files: Iterable[Path]) -> str:
+    """A hash of names, sizes and times of change."""
+    about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(about).encode()).hexdigest()
 
 
 class Views:

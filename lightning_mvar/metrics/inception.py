@@ -16,6 +16,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.weights import load_strictly, read_torch
 
 SIDE = 299
+SPATIAL_CHANNELS = 7
 RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -128,6 +129,8 @@ class InceptionNetwork(nn.Module):
     """The network with random weights; `InceptionV3` has the published ones."""
 
     num_features = 2048
+    num_spatial = 2023
+    resize = f"TensorFlow 1's bilinear, to {SIDE} x {SIDE}"
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,6 +164,10 @@ class InceptionNetwork(nn.Module):
 
         Images are rounded to 8 bits first, because published scores are those of image files.
         """
+        return self.features_and_spatial(images)[0]
+
+    def features_and_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The pool features, and those of sFID (b, 2023): 7 channels of the 17 x 17 map "mixed_6/conv", row by row."""
         # cuDNN's convolutions would otherwise round their inputs to TF32.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), exact:
@@ -168,7 +175,9 @@ class InceptionNetwork(nn.Module):
             x = (x - 128) / 128
             for name in self.sequence:
                 x = self.get_submodule(name)(x)
-            return x.mean(dim=(2, 3))
+                if name == "Mixed_6d":  # whose first branch is that map
+                    spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+            return x.mean(dim=(2, 3)), spatial
 
     def logits(self, features: Tensor) -> Tensor:
         """Pool features (b, 2048) -> (b, 1008), without the bias: the published inception score leaves it out."""

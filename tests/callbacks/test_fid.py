@@ -14,9 +14,9 @@ from processes import start
 from lightning_mvar.callbacks import BestCheckpoint, FIDCallback
 from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.cli import run
-from lightning_mvar.data.images import open_images
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
+from lightning_mvar.metrics.image_sets import open_image_set
 from lightning_mvar.metrics.reference import measure
 from lightning_mvar.resume import read_plain_part
 from lightning_mvar.sampling import generate, image_generators
@@ -66,7 +66,7 @@ def test_scores_are_those_of_the_chosen_weights_and_the_end_is_scored_without_a_
         values[name] = curve[-1][1]
         (run_folder / "run.yaml").write_text(text.replace(f", weights: {name}", ""))
     assert values["ema"] != values["raw"]
-    reference = measure(Pixels(), open_images(str(run_folder / "images"), 8), "").statistics
+    reference = measure(Pixels(), open_image_set(str(run_folder / "images"), 8), "").statistics
     for name, value in values.items():
         model = load_trained(run_folder / name / "checkpoints/last.ckpt", weights=name)  # type: ignore[arg-type]
         metric = FeatureStatistics(4)

@@ -171,7 +171,7 @@ class Reference:
         return torch.cat([self.conv(x, f"{name}.branch1x1"), *three, double, pooled], dim=1)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pixels (b, 3, H, W) of 0 to 255 -> (b, 2048) float64."""
+        """Pixels (b, 3, H, W) of 0 to 255 -> (b, 2048) float64; keeps those of sFID (b, 17 17 7)."""
         x = resize_by_matrices(pixels, 299, 299) / 128 - 1
         x = self.conv(self.conv(x, "Conv2d_1a_3x3", stride=2), "Conv2d_2a_3x3")
         x = F.max_pool2d(self.conv(x, "Conv2d_2b_3x3", padding=1), 3, stride=2)
@@ -181,6 +181,8 @@ class Reference:
         x = self.block_b(x, "Mixed_6a")
         for letter in "bcde":
             x = self.block_c(x, f"Mixed_6{letter}")
+            if letter == "d":
+                self.spatial = torch.stack([x[:, channel] for channel in range(7)], dim=-1).flatten(1)
         x = self.block_d(x, "Mixed_7a")
         x = self.block_e(self.block_e(x, "Mixed_7b"), "Mixed_7c")
         return x.flatten(2).mean(dim=2)
@@ -280,7 +282,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_features_and_logits_equal_an_independent_computation(
     network: InceptionV3, weights: dict[str, Tensor], pixels: Tensor, features: Tensor
 ) -> None:
-    expected = Reference(weights).features(pixels)
+    reference = Reference(weights)
+    expected = reference.features(pixels)
+    spatial = network.features_and_spatial(pixels / 255)[1]
+    assert spatial.shape == (1, network.num_spatial)
+    assert distance(spatial, reference.spatial) < 3e-5
     assert features.dtype == torch.float32
     assert expected.std() > 0.1
     assert distance(features, expected) < 3e-5

@@ -1,0 +1,169 @@
+"""Images to be scored, or to be scored against, batch by batch, wherever they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from lightning_mvar.data.images import Example, ImageBatch, Images, collate, open_images
+from lightning_mvar.data.samples import NpzSamples
+from lightning_mvar.data.shards import MANIFEST, Manifest, read_shard
+from lightning_mvar.errors import InputError
+from lightning_mvar.npz import names_in
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
+
+BATCH_SIZE = 64
+
+
+class ImageSet(Protocol):
+    """Images by number; `identity` changes when they do."""
+
+    resolution: int
+
+    @property
+    def identity(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, begin: int, end: int) -> Iterator[Tensor]:
+        """The images from `begin` to `end` in order: (b, 3, H, W) float32 in [0, 1], b at most `BATCH_SIZE`."""
+        ...
+
+
+class Pictures:
+    """The images of a source, read in `num_workers` processes, or in this one where there are none."""
+
+    def __init__(self, source: Images, num_workers: int = 0) -> None:
+        self.source, self.num_workers = source, num_workers
+        self.resolution = source.resolution
+
+    @property
+    def identity(self) -> str:
+        return self.source.identity
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, begin: int, end: int) -> Iterator[Tensor]:
+        loader = DataLoader[Example](
+            Subset(self.source, range(begin, end)),  # type: ignore[arg-type]
+            batch_size=BATCH_SIZE,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            generator=torch.Generator(),  # not the global one: measuring must not change what is drawn elsewhere
+        )
+        batch: ImageBatch
+        for batch in loader:
+            yield (batch.images + 1) / 2
+
+
+class DecodedShards:
+    """What the tokens of a folder of shards decode to: the best that a network trained on them can draw.
+
+    Args:
+        folder: of the shards.
+        tokenizer: that made them, on the device to decode on.
+
+    Raises:
+        InputError: if it is another tokenizer, or a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self.folder, self.tokenizer, self.manifest = folder, tokenizer, Manifest.load(folder)
+        if self.manifest.tokenizer != (ours := tokenizer.fingerprint()):
+            raise InputError(
+                f"the shards in {folder} are of tokenizer {self.manifest.tokenizer}, not of {ours}: name theirs with "
+                f"--tokenizer"
+            )
+        self.manifest.check_files(folder)
+        self.resolution = tokenizer.config.resolution
+
+    @property
+    def identity(self) -> str:
+        return " ".join([self.manifest.tokenizer, *(shard.sha256 for shard in self.manifest.shards)])
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    @torch.no_grad()
+    def batches(self, begin: int, end: int) -> Iterator[Tensor]:
+        device = self.tokenizer.quantizer.codebook.weight.device
+        for tokens in self.tokens(begin, end):
+            yield (self.tokenizer.decode(tokens.to(device)) + 1) / 2
+
+    def tokens(self, begin: int, end: int) -> Iterator[Tensor]:
+        """(b, l) int64 of the samples from `begin` to `end`."""
+        for shard, first in zip(self.manifest.shards, self.manifest.offsets, strict=True):
+            if first >= end or first + shard.samples <= begin:
+                continue
+            for pack in read_shard(self.folder / shard.name):
+                mine = pack.tokens[max(begin - first, 0) : max(end - first, 0)]
+                first += len(pack.tokens)
+                for part in torch.from_numpy(mine.astype("int64")).split(BATCH_SIZE):
+                    if len(part):
+                        yield part
+
+
+class Reconstructions:
+    """What a tokenizer, on the device to compute on, makes of images."""
+
+    def __init__(self, images: ImageSet, tokenizer: Tokenizer) -> None:
+        self.images, self.tokenizer = images, tokenizer
+        self.resolution = images.resolution
+
+    @property
+    def identity(self) -> str:
+        return f"{self.images.identity} {self.tokenizer.fingerprint()}"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @torch.no_grad()
+    def batches(self, begin: int, end: int) -> Iterator[Tensor]:
+        device = self.tokenizer.quantizer.codebook.weight.device
+        for images in self.images.batches(begin, end):
+            yield (self.tokenizer.decode(self.tokenizer.encode(images.to(device) * 2 - 1)) + 1) / 2
+
+
+def open_image_set(source: str, resolution: int, tokenizer: Tokenizer | None = None, num_workers: int = 0) -> ImageSet:
+    """Real images for comparison.
+
+    Args:
+        source: `digits:train` or `digits:test`; a folder of class folders, whose images are resized and cropped at the
+            centre; an npz of images (`arr_0`); or a folder of token shards, which `tokenizer` decodes.
+        resolution: side of the images.
+        tokenizer: on the device to decode on.
+        num_workers: processes that read image files.
+
+    Raises:
+        InputError: if there is no such source, it has another resolution, or is of another tokenizer.
+    """
+    path = Path(source)
+    if (path / MANIFEST).is_file():
+        if tokenizer is None:
+            raise InputError(f"{path} holds token shards: name the tokenizer that decodes them with --tokenizer")
+        found: ImageSet = DecodedShards(path, tokenizer)
+    elif path.suffix == ".npz":
+        found = Pictures(NpzSamples(path))
+    else:
+        found = Pictures(open_images(source, resolution), num_workers)
+    if found.resolution != resolution:
+        raise InputError(f"the images of {source} are {found.resolution} px a side, those to be scored {resolution}")
+    return found
+
+
+def has_images(path: Path) -> bool:
+    """Whether an npz has images, not their statistics alone."""
+    return "arr_0" in names_in(path)
+
+
+def share(count: int) -> tuple[int, int]:
+    """The part of `count` images that is this rank's: first, and first no more."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return count * rank // ranks, count * (rank + 1) // ranks

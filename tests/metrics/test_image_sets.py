@@ -1,0 +1,72 @@
+"""Images batch by batch: read, decoded from shards, reconstructed; and a rank's share of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images, write_token_shards
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.data.images import open_images
+from lightning_mvar.data.shards import read_shard
+from lightning_mvar.errors import InputError
+from lightning_mvar.metrics import image_sets as module
+from lightning_mvar.metrics.image_sets import BATCH_SIZE, Pictures, Reconstructions, open_image_set
+
+
+def test_pictures_come_in_order_with_and_without_workers() -> None:
+    source = open_images("digits:test", 32)
+    expected = torch.stack([source[i].image for i in range(100, 300)]) / 2 + 0.5
+    before = torch.get_rng_state()
+    for workers in (0, 2):
+        batches = list(Pictures(source, workers).batches(100, 300))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert [len(batch) for batch in batches] == [BATCH_SIZE] * 3 + [8]
+        torch.testing.assert_close(torch.cat(batches), expected)
+
+
+def test_shards_are_decoded_in_order_from_any_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_token_shards(tmp_path, tokenizer.fingerprint(), [70, 20, 30])
+    images = open_image_set(str(tmp_path), 8, tokenizer)
+    assert len(images) == 120
+    packs = [pack.tokens for i in range(3) for pack in read_shard(tmp_path / f"{i:06d}.tar")]
+    tokens = torch.from_numpy(np.concatenate(packs).astype(np.int64))
+    expected = (tokenizer.decode(tokens) + 1) / 2
+    for begin, end in ((0, 120), (65, 95), (90, 90), (119, 120)):
+        found = torch.cat([torch.empty(0, 3, 8, 8), *images.batches(begin, end)])
+        torch.testing.assert_close(found, expected[begin:end])
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_token_shards(tmp_path, "0123456789abcdef", [4])
+    with pytest.raises(InputError, match="holds token shards: name the tokenizer that decodes them with --tokenizer"):
+        open_image_set(str(tmp_path), 8)
+    with pytest.raises(InputError, match="are of tokenizer 0123456789abcdef, not of"):
+        open_image_set(str(tmp_path), 8, tokenizer)
+
+
+def test_reconstructions_are_decoded_codes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_images(tmp_path)
+    images = open_image_set(str(tmp_path), 8)
+    (originals,) = images.batches(0, 18)
+    (found,) = Reconstructions(images, tokenizer).batches(0, 18)
+    torch.testing.assert_close(found, (tokenizer.decode(tokenizer.encode(originals * 2 - 1)) + 1) / 2)
+
+
+def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
+    with pytest.raises(InputError, match=r"a\.npz are 16 px a side, those to be scored 8"):
+        open_image_set(str(tmp_path / "a.npz"), 8)
+
+
+def test_the_shares_of_the_ranks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 4)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
+        shares.append(module.share(10))
+    assert shares == [(0, 2), (2, 5), (5, 7), (7, 10)]
