@@ -65,4 +65,4 @@ def save_animation(frames: Sequence[Tensor], path: str | Path) -> None:
     first, *others = [Image.fromarray(to_uint8(frame)) for frame in frames]
     durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
     with atomic_path(path) as temporary:
-        first.save(temporary, save_all=True, append_images=others, duration=durations, loop=0)
+        first.save(temporary, save_all=True, append_images=others, duration=durations, loop=0, lossless=True)

@@ -98,6 +98,13 @@ class Pixels(nn.Module):
         return self.pool(images).mean(dim=1).flatten(1) * self.weight
 
 
+class Brightness(nn.Module):
+    """A classifier of ten classes: the brighter an image, the higher its class."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return -(images.mean(dim=(1, 2, 3))[:, None] * 20 - torch.arange(10) - 5).square()
+
+
 class Projection(nn.Module):
     """A one-layer feature extractor of 8 x 8 images."""
 

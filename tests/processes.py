@@ -49,13 +49,21 @@ class Run:
 
 
 def start(
-    argv: list[str], folder: Path, devices: int = 1, prepare: Callable[[int], None] | None = None, name: str = "out"
+    argv: list[str],
+    folder: Path,
+    devices: int = 1,
+    prepare: Callable[[int], None] | None = None,
+    name: str = "out",
+    option: str = "--trainer.devices",
 ) -> Run:
-    """Run a command in `folder`, one process for each device; `prepare(rank)` is called in each of them first."""
+    """Run a command in `folder`, one process for each device, which it is told of by `option`.
+
+    `prepare(rank)` is called in each of them first.
+    """
     outputs = [folder / f"{name}.rank{rank}.txt" for rank in range(devices)]
     cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(devices)}
     if devices > 1:
-        argv = [*argv, "--trainer.devices", str(devices)]
+        argv = [*argv, option, str(devices)]
     ranks = []
     for rank, output in enumerate(outputs):
         environment = cluster | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if devices > 1 else {}

@@ -7,10 +7,10 @@ import lightning_mvar
 
 PACKAGE = Path(lightning_mvar.__file__).parent
 LAYERS = [  # each may import those before it, and its own
-    ["errors", "version", "files", "devices", "classes", "fingerprint", "weights", "scales", "ops"],
+    ["errors", "version", "files", "npz", "devices", "classes", "fingerprint", "weights", "scales", "ops"],
     ["models", "tokenizer"],
     ["official", "resume"],
-    ["data.digits", "data.images", "data.shards", "data.loader"],
+    ["data.digits", "data.images", "data.samples", "data.shards", "data.loader"],
     ["sampling", "pictures", "sample_set", "checkpoints", "optim"],
     ["metrics", "pipeline", "data.datamodule", "strategies"],
     ["module", "bench"],

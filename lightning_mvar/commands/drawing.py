@@ -166,7 +166,7 @@ def draw_set(
     check_arguments(model.network, model.tokenizer, labels, guidance, top_k, top_p, None)  # before anything is written
     drawing = Drawing(model, names, labels, per_class, seed, settings, fabric.device)
     rejection = None if reject is None else prepare_rejection(reject, keep, drawing)
-    about = settings | {"seed": seed, "per_class": per_class, "precision": precision}
+    about = settings | {"seed": seed, "per_class": per_class, "dtype": precision}  # "precision" is a score
     about["classes"] = "all" if classes is None else ",".join(map(str, chosen))
     if rejection is not None:
         about |= {"reject": type(reject).__name__, "reject_weights": fingerprint(rejection.classifier), "keep": keep}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.drawing import draw_set
@@ -26,8 +27,6 @@ from lightning_mvar.metrics.reference import load_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, hand_over, num_features, prepare
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 3  # k of precision and recall
 FULL_NAMES = {
@@ -86,6 +85,10 @@ def evaluate(
         drawing: with --ckpt_path, how to draw the samples.
     """
     digits = reference.startswith("digits:")
+    if ckpt_path is None:  # told before any work
+        resolution = open_samples(samples).resolution
+        if digits:
+            open_image_set(reference, resolution)
     if extractor is None:
         if not digits:
             raise InputError("--extractor is needed for other images than digits, for instance InceptionV3")
@@ -96,7 +99,8 @@ def evaluate(
         draw_set(fabric, ckpt_path, samples, per_class=per_class, tokenizer=tokenizer, **drawing)
     with ending_together(fabric.strategy, "the same command goes on where it was"):
         images = open_samples(samples)
-        warn_of_few(len(images), extractor)
+        if fabric.is_global_zero:
+            warn_of_few(len(images), extractor)
         decoder = None if tokenizer is None else load_tokenizer(tokenizer).to(fabric.device)
         judge = Judge(fabric, extractor, images.resolution, Path(cache), decoder, num_workers)
         real = judge.reference(reference)
@@ -179,10 +183,11 @@ def warn_of_few(count: int, extractor: nn.Module) -> None:
     if count < 2:
         raise InputError(f"{count} samples: a distance needs at least 2")
     if count <= num_features(extractor):
-        logger.warning(
-            "warning: %d samples for %d features: their covariance is singular, so that the Frechet distance comes out "
-            "too high; compare it only with that of as many samples (published ones are of 50,000)",
-            *(count, num_features(extractor)),
+        tqdm.write(
+            f"warning: {count} samples for {num_features(extractor)} features: their covariance is singular, so that "
+            f"the Frechet distance comes out too high; compare it only with that of as many samples (published ones "
+            f"are of 50,000)",
+            file=sys.stderr,
         )
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_network, write_images, write_token_shards
@@ -205,19 +204,6 @@ def test_tokenize_refuses_missing_and_empty_folders(
         capfd, "tokenize", "--images", "digits:test", "--tokenizer", "nowhere", "--out", "new"
     )
     assert not Path("new").exists()
-
-
-def test_evaluate_refuses_files_that_are_not_samples(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "nowhere.npz does not exist" in refused(capfd, "evaluate", "--samples", "nowhere.npz")
-    Path("text.npz").write_text("hello")
-    assert "text.npz is damaged or not an npz" in refused(capfd, "evaluate", "--samples", "text.npz")
-    np.savez("floats.npz", arr_0=np.zeros((3, 8, 8, 3)), arr_1=np.zeros(3))
-    assert "arr_0 must be uint8" in refused(capfd, "evaluate", "--samples", "floats.npz")
-    np.savez("small.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), arr_1=np.zeros(3))
-    assert "digits:test are 32 x 32" in refused(capfd, "evaluate", "--samples", "small.npz")
-    assert "--extractor is needed" in refused(
-        capfd, "evaluate", "--samples", "small.npz", "--reference", str(make_images(here))
-    )
 
 
 def test_the_demo_says_where_it_belongs(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -162,20 +161,6 @@ def test_sample_writes_class_folders_of_chosen_classes(here: Path) -> None:
         "light/000000.png",
         "light/000001.png",
     ]
-
-
-def test_evaluate_scores_samples(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["sample", "--ckpt_path", "export", "--out", "scored.npz", "--per_class", "4"]) == 0
-    options = ["--reference", "images", "--floor", "images", "--extractor", "conftest.Pixels"]
-    command = ["evaluate", "--samples", "scored.npz", *options, "--tokenizer", "tok", "--json", "scores.json"]
-    assert run(command) == 0
-    (record,) = json.loads(Path("scores.json").read_text())
-    assert record["num_samples"] == 12
-    assert record["extractor"] == "Pixels"
-    assert record["frechet_distance"] > record["floor_frechet_distance"] == pytest.approx(0, abs=1e-6)
-    assert record["reconstruction_frechet_distance"] > 0
-    table = capfd.readouterr().out
-    assert all(name in table for name in record)
 
 
 def test_tokenize_goes_on_where_it_stopped(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,19 +1,24 @@
-"""Sets of samples that are interrupted, continued, and refused."""
+"""Sets of samples: drawn, interrupted, continued, refused, chosen among; by one process and by two."""
 
 from __future__ import annotations
 
-import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_network
+import torch
+from conftest import Brightness, tiny_network
 from PIL import Image
+from processes import start
 
-from lightning_mvar import Tokenizer
-from lightning_mvar.checkpoints import save_folder
+from lightning_mvar import Tokenizer, generate
+from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
-from lightning_mvar.commands import sample as command
+from lightning_mvar.commands import drawing
+from lightning_mvar.pictures import to_uint8
+from lightning_mvar.sampling import image_generators
 
 SAMPLE = ["sample", "--ckpt_path", "model", "--per_class", "2", "--batch_size", "3", "--guidance", "0.5"]
 
@@ -29,18 +34,24 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) 
 def contents(target: Path) -> dict[str, np.ndarray]:
     if target.suffix == ".npz":
         with np.load(target) as arrays:
-            return dict(arrays)
+            return {name: arrays[name] for name in arrays if name != "about"}
     return {str(path.relative_to(target)): np.asarray(Image.open(path)) for path in target.rglob("*.png")}
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Another size of batch may round the other way."""
+    found, expected = contents(ours), contents(theirs)
+    assert found.keys() == expected.keys()
+    assert all(np.abs(found[name].astype(int) - expected[name]).max() <= 1 for name in expected)
 
 
 @pytest.mark.parametrize("name", ["set.npz", "set"])
 def test_an_interrupted_set_is_completed_and_equals_an_uninterrupted_one(
     here: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    whole = ["--out", f"whole{Path(name).suffix}", "--grid", "whole.png", "--strip", "whole_strip.png"]
+    whole = ["--out", f"whole{Path(name).suffix}", "--grid", "whole.png"]
     assert run([*SAMPLE, *whole]) == 0
     drawn: list[int] = []
-    generate = command.generate
 
     def interrupted(network, tokenizer, labels, **settings):  # type: ignore[no-untyped-def]
         if stops and len(drawn) >= 6:
@@ -48,40 +59,151 @@ def test_an_interrupted_set_is_completed_and_equals_an_uninterrupted_one(
         drawn.extend(labels.tolist())
         return generate(network, tokenizer, labels, **settings)
 
-    monkeypatch.setattr(command, "generate", interrupted)
-    options, stops = ["--out", name, "--grid", "grid.png", "--strip", "strip.png"], True
+    monkeypatch.setattr(drawing, "generate", interrupted)
+    options, stops = ["--out", name, "--grid", "grid.png"], True
     assert run([*SAMPLE, *options]) == 130
     assert not Path("set.npz").exists()
     stops = False
     assert run([*SAMPLE, *options]) == 0
-    ten_of_the_strip = 10
-    assert len(drawn) == 20 + ten_of_the_strip
-    expected, found = contents(Path(whole[1])), contents(Path(name))
-    assert expected.keys() == found.keys()
-    assert all(np.abs(found[key].astype(int) - expected[key]).max() <= 1 for key in expected)
-    for pair in (("grid.png", "whole.png"), ("strip.png", "whole_strip.png")):
-        ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in pair)
-        assert np.abs(ours - theirs).max() <= 1
+    assert len(drawn) == 20
+    assert run([*SAMPLE, *options]) == 0  # all there: nothing to draw
+    assert len(drawn) == 20
+    assert_same(Path(name), Path(whole[1]))
+    ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in ("grid.png", "whole.png"))
+    assert np.abs(ours - theirs).max() <= 1
     assert not Path("set.npz.partial").exists()
 
 
+@pytest.mark.parametrize("name", ["set.npz", "set"])
+def test_two_processes_share_the_work_and_go_on_after_a_kill(here: Path, name: str) -> None:
+    command = [*SAMPLE, "--per_class", "20", "--device", "cpu", "--out"]
+    assert run([*command, f"one{Path(name).suffix}"]) == 0
+    both = start([*command, name], here, devices=2, option="--devices")
+    begun = here / ("set.npz.partial" if name.endswith("npz") else name)
+    for _ in range(600):
+        if len([*begun.rglob("*.npz"), *begun.rglob("*.png")]) > 4:
+            break
+        time.sleep(0.05)
+    both.send(signal.SIGKILL)
+    assert not (here / "set.npz").exists()
+    kept = {path: path.stat().st_mtime_ns for path in [*begun.rglob("*.npz"), *begun.rglob("*.png")]}
+    assert kept
+    if name == "set":
+        again = start([*command, name], here, devices=2, option="--devices")
+        assert again.wait() == [0, 0], again.printed()
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    else:
+        again = start([*command, name], here)  # on another number of devices
+        assert again.wait() == [0], again.printed()
+    assert_same(here / name, here / f"one{Path(name).suffix}")
+    assert not [path for path in here.rglob("*.tmp*") if path.suffix == ".png" and not path.name.startswith(".")]
+
+
 def test_a_set_is_not_continued_otherwise(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run([*SAMPLE, "--out", "set"]) == 0
-    assert run([*SAMPLE, "--out", "set"]) == 0
-    assert run([*SAMPLE, "--out", "set", "--seed", "1"]) == 1
-    assert "set holds images that were sampled otherwise (see sampling.json in it)" in capfd.readouterr().err
+    for name in ("set", "set.npz"):
+        assert run([*SAMPLE, "--out", name]) == 0
+        assert run([*SAMPLE, "--out", name]) == 0
+        assert run([*SAMPLE, "--out", name, "--seed", "1"]) == 1
+        said = capfd.readouterr().err
+        assert f"{name} holds images that were sampled otherwise (seed 0, not 1): choose another --out" in said
     assert run([*SAMPLE, "--out", "other", "--top_p", "2"]) == 1
     assert not Path("other").exists()
     assert run([*SAMPLE, "--out", "model"]) == 1
     assert "model holds other files: choose another --out" in capfd.readouterr().err
+    Path("set/sampling.json").write_text("{")
+    assert run([*SAMPLE, "--out", "set"]) == 1
+    assert "set/sampling.json is damaged" in capfd.readouterr().err
 
 
 def test_a_damaged_unfinished_set_is_told(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(command, "generate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr("lightning_mvar.sample_set.NpzFile.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run([*SAMPLE, "--out", "set.npz"]) == 130
-    os.truncate("set.npz.partial/images.npy", 200)
+    part = Path("set.npz.partial/00000003.npz")
+    part.write_bytes(part.read_bytes()[:200])
     assert run([*SAMPLE, "--out", "set.npz"]) == 1
-    assert "set.npz.partial/images.npy is damaged" in capfd.readouterr().err
+    assert "set.npz.partial/00000003.npz is damaged" in capfd.readouterr().err
+    part.unlink()
+    assert run([*SAMPLE, "--out", "set.npz"]) == 0
+
+
+def test_classes_go_by_name_or_number_or_none(here: Path, tokenizer: Tokenizer) -> None:
+    save_folder(here / "model", tokenizer, tiny_network(), ["zero", *map(str, range(1, 10))])
+    assert run([*SAMPLE, "--out", "set.npz", "--classes", "zero, 3,unconditional"]) == 0
+    assert contents(Path("set.npz"))["arr_1"].tolist() == [0, 0, 3, 3, 10, 10]
+    assert run([*SAMPLE, "--out", "set", "--classes", "Zero,unconditional"]) == 0
+    assert {path.parent.name for path in Path("set").rglob("*.png")} == {"zero", "unconditional"}
+    unconditional = contents(Path("set.npz"))["arr_0"][4:]
+    labels, generators = torch.tensor([10, 10]), image_generators(0, [4, 5])
+    network, codes, _ = load_trained("model")
+    expected = to_uint8(generate(network, codes, labels, guidance=0.0, generator=generators))
+    assert np.abs(unconditional.astype(int) - expected).max() <= 1
+
+
+def test_of_more_images_those_stay_that_the_classifier_is_surest_of(here: Path) -> None:
+    command = [*SAMPLE, "--out", "kept.npz", "--reject", "conftest.Brightness", "--keep", "0.4", "--classes", "9,4"]
+    assert run(command) == 0
+    network, codes, _ = load_trained("model")
+    expected = []
+    for group, label in enumerate((9, 4)):
+        candidates = []
+        for number in range(group * 5, group * 5 + 5):  # two of 0.4 are kept of five
+            one = torch.tensor([label])
+            image = to_uint8(generate(network, codes, one, guidance=0.5, generator=image_generators(0, [number])))
+            logits = Brightness()(torch.from_numpy(image).movedim(-1, 1) / 255)
+            candidates.append((float(logits.softmax(dim=-1)[0, label]), number, image[0]))
+        best = sorted(sorted(candidates, key=lambda c: -c[0])[:2], key=lambda c: c[1])
+        expected += [image for _, _, image in best]
+    found = contents(Path("kept.npz"))
+    assert found["arr_1"].tolist() == [9, 9, 4, 4]
+    assert np.abs(found["arr_0"].astype(int) - np.stack(expected)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--reject", "conftest.Brightness", "--keep", "0"], "--keep is the share of the images that is kept"),
+        (["--reject", "conftest.Brightness", "--classes", "unconditional"], "unconditional ones have none"),
+        (
+            ["--reject", "conftest.Pixels"],
+            "--reject Pixels gives (1, 4) for an image; a classifier of the net",
+        ),
+        (["--reject", "conftest.Brightness", "--strip", "a.png"], "before --reject chooses"),
+        (["--animation", "a.mp4"], "--animation a.mp4 must end in .gif or .webp"),
+        (["--classes", "3,3x"], "--classes: there is no class '3x'"),
+        (["--devices", "0"], "--devices and --num_nodes must be at least 1"),
+        (["--devices", "2", "--device", "cuda:1"], "cuda:1"),
+    ],
+)
+def test_settings_without_sense_are_refused(
+    here: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run([*SAMPLE, "--out", "set", *options]) == 1
+    assert message in capfd.readouterr().err
+    assert not Path("set").exists()
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_an_animation_ends_in_the_grid(here: Path, suffix: str) -> None:
+    options = ["--animation", f"forming{suffix}", "--grid", "grid.png", "--strip", "strip.png"]
+    assert run([*SAMPLE, "--out", "set.npz", "--classes", "1,2,3", *options]) == 0
+    with Image.open(f"forming{suffix}") as film, Image.open("grid.png") as grid:
+        assert film.n_frames == 4  # one for each scale
+        assert film.info["loop"] == 0
+        film.seek(3)
+        last, expected = np.asarray(film.convert("RGB")).astype(int), np.asarray(grid).astype(int)
+    assert last.shape == expected.shape
+    assert np.abs(last - expected).mean() < (8 if suffix == ".gif" else 1)  # GIF has 256 colours
+
+
+def test_rows_are_named(here: Path) -> None:
+    assert run([*SAMPLE, "--out", "set.npz", "--classes", "1,2,3", "--grid", "grid.png"]) == 0
+    grid = np.asarray(Image.open("grid.png"))
+    names, images = grid[:, :-22], grid[:, -22:]  # two images of 8 and their padding
+    assert names.shape[1] > 4
+    for row in np.split(names[2:], 3):
+        assert row.max() > 100
+    with np.load("set.npz") as arrays:
+        assert (images[2:10, 2:10] == arrays["arr_0"][0]).all()
