@@ -71,7 +71,7 @@ class Drawing:
 
 @dataclass
 class Rejection:
-    """Of more images than are wanted, those stay that a classifier is surest of (VAR, section 5.1).
+    """Of more images than are wanted, those stay that a classifier is surest of (as VAR-d30-re).
 
     Args:
         classifier: prepared, on the device to compute on; see `probabilities`.

@@ -141,10 +141,10 @@ def test_sample_writes_npz_grid_and_strip(here: Path) -> None:
     assert (images.shape, images.dtype) == ((9, 8, 8, 3), np.uint8)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with Image.open("grid.png") as grid, Image.open("strip.png") as strip:
-        assert grid.size == (3 * 10 + 2, 3 * 10 + 2)
-        assert strip.size == (3 * 10 + 2, 3 * 10 + 2)  # 3 scales across, 3 classes down
-        pixels = np.asarray(grid)
+        assert grid.height == strip.height == 3 * 10 + 2  # 3 classes down
+        pixels, steps = np.asarray(grid)[:, -32:], np.asarray(strip)[:, -32:]  # 3 images, 3 scales across; names before
     np.testing.assert_array_equal(pixels[2:10, 2:10], images[0])
+    np.testing.assert_array_equal(steps[2:10, -10:-2], images[0])
     assert run(["sample", "--ckpt_path", "run/checkpoints/last.ckpt", "--out", "again.npz", "--per_class", "3",
                 "--seed", "1", "--batch_size", "2"]) == 0  # fmt: skip
     with np.load("again.npz") as arrays:
