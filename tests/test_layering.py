@@ -13,7 +13,7 @@ LAYERS = [  # each may import those before it, and its own
     ["data.digits", "data.images", "data.samples", "data.shards", "data.loader"],
     ["sampling", "pictures", "sample_set", "checkpoints", "optim"],
     ["metrics", "pipeline", "data.datamodule", "strategies"],
-    ["module", "bench"],
+    ["module", "bench", "studio"],
     ["tokenizer_module"],
     ["callbacks"],
     ["cli", "commands", "__main__"],
