@@ -14,7 +14,7 @@ LAYERS = [  # each may import those before it, and its own
     ["sampling", "pictures", "sample_set", "checkpoints", "optim"],
     ["metrics", "pipeline", "data.datamodule", "strategies"],
     ["module", "bench", "studio"],
-    ["tokenizer_module"],
+    ["tokenizer_module", "page"],
     ["callbacks"],
     ["cli", "commands", "__main__"],
 ]
