@@ -29,6 +29,7 @@ COMMANDS = {  # command: (module that has `main(argv)`, help)
     "tokenize": ("tokenize", "turn images into token shards"),
     "sample": ("sample", "draw images from a checkpoint or an exported folder"),
     "edit": ("edit", "draw a part of a given image anew"),
+    "serve": ("serve", "a local web page that draws and in-paints"),
     "evaluate": ("evaluate", "score a checkpoint's samples, or any others"),
     "likelihood": ("likelihood", "bits per token of given images"),
     "reconstruct": ("reconstruct", "compare real images with what a tokenizer makes of them"),

@@ -1,0 +1,95 @@
+"""`serve` from its first line to Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import processes
+import pytest
+from conftest import tiny_network
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.checkpoints import save_folder
+from lightning_mvar.cli import run
+from lightning_mvar.commands import serve as command
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
+    save_folder(tmp_path / "export", tokenizer, tiny_network())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def page(url: str, seconds: float = 60) -> str:
+    """What is at a URL, once something is."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return httpx.get(url).text
+        except httpx.ConnectError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+def test_a_page_opens_and_ctrl_c_ends_it(here: Path) -> None:
+    port = processes.free_port()
+    server = processes.start(["serve", "--port", str(port), "export", "--device", "cpu"], here)
+    try:
+        assert "10 classes, 8 x 8 pixels, 4 scales" in page(f"http://127.0.0.1:{port}")
+        while "Ctrl-C ends it" not in server.printed() and server.ranks[0].is_alive():
+            time.sleep(0.05)
+        server.send(signal.SIGINT)
+        assert server.wait(30) == [130]
+    finally:
+        server.send(signal.SIGKILL)
+    assert "Traceback" not in server.printed()
+    assert "warning" not in server.printed()
+
+
+def test_mistakes_are_told_before_a_page_opens(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        cases = {
+            ("nowhere",): "nowhere does not exist; it must be a checkpoint file or a folder",
+            ("--folder", "nowhere"): "nowhere does not exist",
+            ("--folder=nowhere",): "nowhere does not exist",
+            (): "folder",
+            ("export", "--port", port): f"cannot listen at 127.0.0.1:{port} (Address already in use): choose another",
+            ("export", "--port", "80000"): "--port 80000 must be a number from 1 to 65535",
+            ("export", "--host", "nowhere.invalid"): "cannot listen at nowhere.invalid",
+            ("export", "--device", "warp"): "--device warp is not available",
+        }
+        for words, message in cases.items():
+            at_a_free_port = [] if "--port" in words else ["--port", str(processes.free_port())]
+            assert run(["serve", *words, *at_a_free_port]) == 1
+            error = capfd.readouterr().err
+            assert message in error
+            assert error.count("\n") == 1
+
+
+def test_without_gradio_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda _: None)
+    assert run(["serve", "export"]) == 1
+    assert "the page needs gradio: pip install 'lightning-mvar[serve]'" in capfd.readouterr().err
+
+
+def test_others_are_warned_of(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    from contextlib import nullcontext
+
+    from lightning_mvar import page
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(page, "serving", lambda *_: nullcontext())
+    monkeypatch.setattr(command.Event, "wait", interrupt)
+    assert run(["serve", "export", "--host", "0.0.0.0", "--port", str(processes.free_port())]) == 130
+    assert "warning: everybody who can reach 0.0.0.0 can use the page" in capfd.readouterr().err
