@@ -64,5 +64,4 @@ def check_address(host: str, port: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    words = [word.removeprefix("--folder=") for word in argv if word != "--folder"]  # as the other commands have it
-    call(serve, words, positional=True)
+    call(serve, argv, positional=True)

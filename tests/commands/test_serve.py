@@ -57,8 +57,6 @@ def test_mistakes_are_told_before_a_page_opens(here: Path, capfd: pytest.Capture
         port = str(taken.getsockname()[1])
         cases = {
             ("nowhere",): "nowhere does not exist; it must be a checkpoint file or a folder",
-            ("--folder", "nowhere"): "nowhere does not exist",
-            ("--folder=nowhere",): "nowhere does not exist",
             (): "folder",
             ("export", "--port", port): f"cannot listen at 127.0.0.1:{port} (Address already in use): choose another",
             ("export", "--port", "80000"): "--port 80000 must be a number from 1 to 65535",
