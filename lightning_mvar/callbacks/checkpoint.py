@@ -13,11 +13,11 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.distributed.checkpoint import CheckpointException
 
+from lightning_mvar.callbacks.tensorboard import writers
 from lightning_mvar.errors import DivergedError, InputError, Interrupted
 from lightning_mvar.module import ScheduledModule
 from lightning_mvar.resume import Checksums, by_time, checksums, hidden, publish, remove, remove_leftovers
@@ -287,7 +287,6 @@ class BestCheckpoint(AtomicCheckpoint):
 
 def forget_logged(trainer: L.Trainer, step: int) -> None:
     """Tell TensorBoard that steps from `step` on, which a killed run may have logged, come again."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            writer = logger.experiment._get_file_writer()
-            writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+    for writer in writers(trainer):
+        event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+        writer._get_file_writer().add_event(event)

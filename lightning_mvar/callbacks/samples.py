@@ -1,4 +1,4 @@
-"""Pictures in TensorBoard: samples class by class, images forming scale by scale, reconstructions."""
+"""What TensorBoard shows of each validation: samples, how they form scale by scale, reconstructions, codes in use."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
+from lightning_mvar.callbacks.tensorboard import log_codes, log_image
 from lightning_mvar.data.images import ImageBatch
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.pictures import formation_strip, image_grid
@@ -20,7 +19,8 @@ from lightning_mvar.tokenizer_module import LitTokenizer
 class SamplesCallback(L.Callback):
     """After every validation: `samples`, a row for each class, and `strip`, what each scale adds to some images.
 
-    Drawn from the average of the weights, where one is kept.
+    Drawn from the average of the weights, where one is kept. How often each code was drawn is shown as histograms:
+    `sampled_codes/K` at the scale of side K, `sampled_codes/all` at any.
 
     Args:
         classes: number of classes to show, spread evenly over all of them.
@@ -60,10 +60,16 @@ class SamplesCallback(L.Callback):
         log_image(trainer, "samples", image_grid(images, self.per_class))
         steps = pl_module.tokenizer.decode_steps(tokens[:: self.per_class])
         log_image(trainer, "strip", formation_strip(step / 2 + 0.5 for step in steps))
+        scales = pl_module.per_scale(tokens)
+        counts = [scale.flatten().bincount(minlength=pl_module.network_config.vocab_size) for scale in scales]
+        log_codes(trainer, "sampled_codes", torch.stack(counts), pl_module.network_config.schedule.side_lengths)
 
 
 class ReconstructionsCallback(L.Callback):
     """After every validation: `reconstructions`, rows of originals above rows of what the tokenizer makes of them.
+
+    Histograms `encoded_codes/K` and `encoded_codes/all` show how often each code was chosen for the validation images
+    of the first rank.
 
     Args:
         images: number of images, the first of the validation set.
@@ -90,9 +96,9 @@ class ReconstructionsCallback(L.Callback):
         pairs = torch.cat([originals, decoded]) / 2 + 0.5
         log_image(trainer, "reconstructions", image_grid(pairs, len(originals)))
 
-
-def log_image(trainer: L.Trainer, tag: str, image: Tensor) -> None:
-    """Show a picture (3, H, W) in [0, 1] in TensorBoard, where that is one of the loggers."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, image.float().cpu(), trainer.global_step)
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning asks callbacks before the module, which then forgets what it has counted."""
+        assert isinstance(pl_module, LitTokenizer)
+        if not trainer.sanity_checking:
+            sides = pl_module.tokenizer.config.schedule.side_lengths
+            log_codes(trainer, "encoded_codes", pl_module.usage["val"], sides)

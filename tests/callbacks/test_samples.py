@@ -1,0 +1,86 @@
+"""The codes that were drawn or chosen, as TensorBoard shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCHEDULE, write_images, write_token_shards
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramValue
+from test_module import make_module, make_trainer
+
+from lightning_mvar import Tokenizer, TokenizerConfig
+from lightning_mvar.callbacks import ReconstructionsCallback, SamplesCallback
+from lightning_mvar.callbacks.tensorboard import add_counts
+from lightning_mvar.data.datamodule import ImageDataModule, TokenDataModule
+from lightning_mvar.sampling import generate, image_generators
+from lightning_mvar.tokenizer_module import LitTokenizer
+
+SCALES = [str(side) for side in SCHEDULE.side_lengths]
+
+
+def histograms(logs: Path) -> dict[str, HistogramValue]:
+    """The last of each tag."""
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    return {tag: events.Histograms(tag)[-1].histogram_value for tag in events.Tags()["histograms"]}
+
+
+def make_logger(root: Path) -> TensorBoardLogger:
+    return TensorBoardLogger(str(root), name="", version="logs")
+
+
+def counts_of(histogram: HistogramValue, vocab_size: int) -> list[int]:
+    """Of each code, where every code has a bucket of its own: a limit is the code's number plus one."""
+    counts = dict(zip(histogram.bucket_limit, histogram.bucket, strict=True))
+    return [int(counts.get(code + 1, 0)) for code in range(vocab_size)]
+
+
+def test_histograms_count_the_codes_of_the_shown_samples(
+    tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [32])
+    module = make_module(tokenizer_folder)
+    data = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=16)
+    options = {"callbacks": [SamplesCallback(classes=3, per_class=2)], "logger": make_logger(tmp_path)}
+    make_trainer(tmp_path, 1, val_check_interval=1, **options).fit(module, data)
+    found = histograms(tmp_path / "logs")
+    assert found.keys() == {f"sampled_codes/{scale}" for scale in [*SCALES, "all"]}
+    labels = torch.linspace(0, 9, 3).long().repeat_interleave(2)
+    network = module.network.eval()
+    _, tokens = generate(network, tokenizer, labels, generator=image_generators(0, range(6)), return_tokens=True)
+    for scale, drawn in [*zip(SCALES, module.per_scale(tokens), strict=True), ("all", tokens)]:
+        assert counts_of(found[f"sampled_codes/{scale}"], 48) == drawn.flatten().bincount(minlength=48).tolist()
+
+
+def test_histograms_count_the_codes_of_all_validation_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")  # 18 of them
+    config = TokenizerConfig(SCHEDULE, 24, 4, channels=8, multipliers=(1, 2), blocks=1, num_phi=2)
+    module = LitTokenizer(config)
+    data = ImageDataModule(str(tmp_path / "images"), str(tmp_path / "images"), 8, batch_size=4)
+    options = {"callbacks": [ReconstructionsCallback(images=2)], "logger": make_logger(tmp_path)}
+    make_trainer(tmp_path, 1, val_check_interval=1, **options).fit(module, data)
+    found = histograms(tmp_path / "logs")
+    with torch.no_grad():
+        tokens = torch.cat([module.tokenizer.encode(batch.images) for batch in data.val_dataloader()])
+    assert found["encoded_codes/all"].num == 18 * SCHEDULE.num_tokens
+    scales = tokens.split(SCHEDULE.lengths, dim=1)
+    for scale, chosen in [*zip(SCALES, scales, strict=True), ("all", tokens)]:
+        assert counts_of(found[f"encoded_codes/{scale}"], 24) == chosen.flatten().bincount(minlength=24).tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 64, 100, 4096])
+def test_a_histogram_of_counts_is_that_of_the_numbers(vocab_size: int, tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(vocab_size // 4, vocab_size, 1000)
+    logger = make_logger(tmp_path)
+    add_counts(logger.experiment, "codes", torch.from_numpy(numbers).bincount(minlength=vocab_size), 0)
+    logger.experiment.flush()
+    (found,) = histograms(tmp_path / "logs").values()
+    assert (found.min, found.max, found.num) == (numbers.min(), numbers.max() + 1, 1000)
+    assert (found.sum, found.sum_squares) == (numbers.sum(), (numbers**2).sum())
+    assert len(found.bucket) == min(vocab_size, 64)
+    edges = np.concatenate([[0], found.bucket_limit])
+    np.testing.assert_array_equal(found.bucket, np.histogram(numbers, edges)[0])
