@@ -142,10 +142,14 @@ data: {{train: shards, val: shards, batch_size: 16}}
 @pytest.fixture
 def run_folder(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> Path:
     """A folder in which `fit --config run.yaml` trains for twelve steps, four epochs of three batches."""
-    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [20, 20, 12])
-    write_images(tmp_path / "images")
-    (tmp_path / "run.yaml").write_text(RUN_YAML.format(tokenizer=tokenizer_folder))
+    prepare_run(tmp_path, tokenizer, tokenizer_folder)
     return tmp_path
+
+
+def prepare_run(folder: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
+    write_token_shards(folder / "shards", tokenizer.fingerprint(), [20, 20, 12])
+    write_images(folder / "images")
+    (folder / "run.yaml").write_text(RUN_YAML.format(tokenizer=tokenizer_folder))
 
 
 def scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_mvar.callbacks import Checkpoint, InterruptionCallback
 from lightning_mvar.checkpoints import CHECKPOINT_KEY
+from lightning_mvar.commands.overview import OverviewCallback
 from lightning_mvar.commands.ranks import ending_together
 from lightning_mvar.data.datamodule import TokenDataModule
 from lightning_mvar.errors import InputError
@@ -129,6 +130,7 @@ def run_cli(cli: type[CLI], model: type, data: type, **options: Any) -> CLI:
             model,
             data,
             parser_kwargs=PARSER,
+            save_config_callback=OverviewCallback,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [InterruptionCallback()]},
             auto_configure_optimizers=False,
