@@ -8,16 +8,17 @@ import lightning as L
 import torch
 
 from lightning_mvar.callbacks.tensorboard import log_codes, log_image
+from lightning_mvar.classes import Classes
 from lightning_mvar.data.images import ImageBatch
 from lightning_mvar.module import LitMVAR
-from lightning_mvar.pictures import formation_strip, image_grid
+from lightning_mvar.pictures import formation_strip, image_grid, with_row_names
 from lightning_mvar.sampling import generate, image_generators
 from lightning_mvar.strategies import sampling_from
 from lightning_mvar.tokenizer_module import LitTokenizer
 
 
 class SamplesCallback(L.Callback):
-    """After every validation: `samples`, a row for each class, and `strip`, what each scale adds to some images.
+    """After every validation: `samples`, a named row for each class, and `strip`, what each scale adds to some images.
 
     Drawn from the average of the weights, where one is kept. How often each code was drawn is shown as histograms:
     `sampled_codes/K` at the scale of side K, `sampled_codes/all` at any.
@@ -57,9 +58,11 @@ class SamplesCallback(L.Callback):
             images, tokens = generate(
                 network, pl_module.tokenizer, labels, generator=generators, return_tokens=True, **self.sampling
             )
-        log_image(trainer, "samples", image_grid(images, self.per_class))
+        classes = Classes(trainer.datamodule.class_names, total)  # type: ignore[attr-defined]
+        names = [classes.name(label) for label in shown.tolist()]
+        log_image(trainer, "samples", with_row_names(image_grid(images, self.per_class), names))
         steps = pl_module.tokenizer.decode_steps(tokens[:: self.per_class])
-        log_image(trainer, "strip", formation_strip(step / 2 + 0.5 for step in steps))
+        log_image(trainer, "strip", with_row_names(formation_strip(step / 2 + 0.5 for step in steps), names))
         scales = pl_module.per_scale(tokens)
         counts = [scale.flatten().bincount(minlength=pl_module.network_config.vocab_size) for scale in scales]
         log_codes(trainer, "sampled_codes", torch.stack(counts), pl_module.network_config.schedule.side_lengths)
