@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics import precision_recall as module
-from lightning_mvar.metrics.precision_recall import FeatureBank, distances, precision_recall
+from lightning_mvar.metrics.precision_recall import FeatureBank, precision_recall, squared_distances
 
 SHARES = [(7, 3), (0, 4), (5, None), (None, 0), (None, None)]  # features of rank 0 and 1; None for no update at all
 
@@ -66,15 +66,25 @@ def test_a_ball_has_its_boundary() -> None:
 def test_chunks_change_nothing(sets: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = sets
     whole = precision_recall(real, generated)
-    assert torch.equal(distances(real, generated)[20:27], distances(generated, real[20:27]).T)
 
-    def small_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        assert len(a) <= 7
-        return distances(a, b)
+    def few_rows(rows: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        assert len(rows) <= 7
+        return squared_distances(rows, *others)
 
     monkeypatch.setattr(module, "ROWS", 7)
-    monkeypatch.setattr(module, "distances", small_distances)
+    monkeypatch.setattr(module, "squared_distances", few_rows)
     assert precision_recall(real, generated) == whole
+
+
+def test_distances_are_those_of_sums_of_differences_and_0_between_equals() -> None:
+    features = torch.randn(50, 2048, generator=torch.Generator().manual_seed(0)).double()
+    features[20:30] = features[:10]
+    features[40] = features[5] * (1 + 1e-5)
+    found = squared_distances(features, features, features.square().sum(dim=1))
+    expected = (features[:, None] - features).square().sum(dim=-1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    assert (found[expected == 0] == 0).all()
+    assert (found == 0).sum() == 50 + 20
 
 
 @pytest.mark.parametrize(("real", "generated", "neighbours"), [(3, 9, 3), (9, 3, 3), (9, 9, 0)])
