@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from jsonargparse import auto_cli
 
+from lightning_mvar.errors import InputError
+
 
 def call(function: Callable[..., None], argv: list[str], positional: bool = False) -> None:
     """Call `function` with the options in `argv`, whose first word is the command's name.
@@ -17,5 +19,19 @@ def call(function: Callable[..., None], argv: list[str], positional: bool = Fals
 
     Raises:
         argparse.ArgumentError: if the options do not fit the function's signature.
+        InputError: what the function raises, or a class that an option names.
     """
-    auto_cli(function, args=argv[1:], prog=f"lightning-mvar {argv[0]}", as_positional=positional, exit_on_error=False)
+    try:
+        auto_cli(
+            function, args=argv[1:], prog=f"lightning-mvar {argv[0]}", as_positional=positional, exit_on_error=False
+        )
+    except ValueError as error:
+        mistake = behind(error)
+        raise error if mistake is None else mistake from None
+
+
+def behind(error: BaseException | None) -> InputError | None:
+    """What a class that the command line names had to say of its arguments: the parser wraps it in words of its own."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error

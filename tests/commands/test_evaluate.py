@@ -157,6 +157,8 @@ def test_mistakes_are_told_in_a_line(here: Path, capfd: pytest.CaptureFixture[st
     np.savez("good.npz", arr_0=pixels)
     assert "--extractor is needed" in refused("good.npz", "--reference", "images")
     assert "digits:test are 32 x 32" in refused("good.npz", "--reference", "digits:test", "--cache", "cache")
+    inception = ["--reference", "images", "--extractor", "InceptionV3", "--extractor.weights", "nowhere.pth"]
+    assert refused("good.npz", *inception).startswith("lightning-mvar: error: nowhere.pth does not exist; download it")
     np.savez("large.npz", arr_0=np.zeros((6, 16, 16, 3), np.uint8))
     assert "large.npz are 16 px a side, those to be scored 8" in refused(
         "good.npz", *AGAINST, "--reference", "large.npz"
