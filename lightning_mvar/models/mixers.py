@@ -62,6 +62,12 @@ class Attention(nn.Module, ABC):
             self.qk_scale_log.fill_(math.log(INITIAL_QK_SCALE))
 
     def forward(self, x: Tensor, lengths: tuple[int, ...], state: State = None) -> tuple[Tensor, State]:
+        q, k, v = self.queries_keys_values(x)
+        y, state = self.attend(q, k, v, lengths, state)  # the kernels sum the softmax in float32
+        return self.proj(y.transpose(1, 2).flatten(2)), state
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens x (b, l, d) -> (b, h, l, p) each, normalised and scaled where there is QK-norm."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.transpose(1, 3).unbind(2)  # (b, h, l, p) each
@@ -70,8 +76,7 @@ class Attention(nn.Module, ABC):
             scale = self.qk_scale_log.float().clamp(max=math.log(MAX_QK_SCALE)).exp()[:, None, None]
             q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        y, state = self.attend(q, k, v, lengths, state)  # the kernels sum the softmax in float32
-        return self.proj(y.transpose(1, 2).flatten(2)), state
+        return q, k, v
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
