@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lightning_mvar.data.images import to_tensor
 from lightning_mvar.files import atomic_path
 
 PADDING = 2  # pixels between the images of a grid
@@ -33,6 +34,12 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
         left = PADDING + (i % columns) * (width + PADDING)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+def picture_grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size, in any mode, as one in RGB; see `image_grid`."""
+    images = torch.stack([to_tensor(picture.convert("RGB")) for picture in pictures]) / 2 + 0.5
+    return Image.fromarray(to_uint8(image_grid(images, columns)))
 
 
 def formation_strip(steps: Iterable[Tensor]) -> Tensor:
