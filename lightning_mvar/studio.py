@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image, ImageChops, ImageOps
 
 from lightning_mvar.classes import UNCONDITIONAL, Classes, plain
-from lightning_mvar.data.images import UNREADABLE, to_tensor
+from lightning_mvar.data.images import UNREADABLE
 from lightning_mvar.errors import InputError
-from lightning_mvar.pictures import image_grid, to_uint8
+from lightning_mvar.pictures import picture_grid
 from lightning_mvar.pipeline import MVARPipeline, square
 
 MAX_PICTURES, MAX_GUIDANCE, MAX_TOP_K, MIN_TOP_P = 8, 100, 1_000_000, 0.001
@@ -59,7 +58,7 @@ class Studio:
     def forming(self, **arguments: Any) -> Iterator[Drawn]:
         sides = self.pipe.network.config.schedule.side_lengths
         for side, pictures in zip(sides, self.pipe.forming(**arguments), strict=True):
-            yield Drawn(pictures, contact_sheet(pictures), f"{side} x {side}")
+            yield Drawn(pictures, sheet_of(pictures), f"{side} x {side}")
 
     def painted(self, editor: dict[str, Any] | None) -> tuple[Image.Image, Image.Image]:
         """The picture of an editor and its mask, white where there is paint."""
@@ -134,9 +133,6 @@ def class_menu(classes: Classes) -> list[tuple[str, str]]:
     return menu
 
 
-def contact_sheet(pictures: list[Image.Image]) -> Image.Image:
+def sheet_of(pictures: list[Image.Image]) -> Image.Image:
     """Pictures as one."""
-    if len(pictures) == 1:
-        return pictures[0]
-    images = torch.stack([to_tensor(picture) / 2 + 0.5 for picture in pictures])
-    return Image.fromarray(to_uint8(image_grid(images, columns=math.ceil(math.sqrt(len(pictures))))))
+    return pictures[0] if len(pictures) == 1 else picture_grid(pictures, math.ceil(math.sqrt(len(pictures))))
