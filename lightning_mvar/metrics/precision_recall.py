@@ -66,8 +66,8 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
 
 def coverage(centres: Tensor, points: Tensor, neighbours: int) -> float:
     """Share of points (m, f) in the union of the balls around centres (n, f); a ball has its boundary."""
-    middle = centres.double().mean(dim=0)  # far from the origin, squares would cancel
-    centres, points = centres.double() - middle, points.double() - middle
+    middle = centres.mean(dim=0, dtype=torch.float64)  # far from the origin, squares would cancel
+    centres, points = (features.to(torch.float64, copy=True).sub_(middle) for features in (centres, points))
     squares = centres.square().sum(dim=1)
     nearest = [
         squared_distances(rows, centres, squares).topk(neighbours + 1, largest=False).values
