@@ -54,15 +54,19 @@ class Classes:
     def label(self, wanted: str | int) -> int:
         """The label of a name, in any case, or of a number; `count` for "unconditional".
 
+        A word is a name first: of folders called 1 ... 10, "1" is the one called so, whereas the number 1 is label 1.
+
         Raises:
             InputError: if there is no such class, or several go by the name; with the candidates.
         """
-        found = self.labels.get(plain(str(wanted)), [])
+        if isinstance(wanted, int) and 0 <= wanted < self.count:
+            return wanted
+        found = [] if isinstance(wanted, int) else self.labels.get(plain(wanted), [])
         if len(found) == 1:
             return found[0]
         if found:
             raise InputError(f"{len(found)} classes are called {wanted!r}: {self.list(found)}; use the number")
-        if str(wanted).strip().isdecimal() and int(wanted) < self.count:
+        if not isinstance(wanted, int) and wanted.strip().isdecimal() and int(wanted) < self.count:
             return int(wanted)
         if plain(str(wanted)) == UNCONDITIONAL:
             return self.count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,8 @@ class NpzRows:
             self.begin = stream.tell()
         if fortran_order or self.dtype.hasobject:
             raise InputError(f"{path}: {name} must be an array in C order, without Python objects")
-        self.stream: IO[bytes] | None = None  # opened by the process that reads, of which a loader may have several
+        self.stream: IO[bytes] | None = None
+        self.opened_by = 0  # a process: a loader forks others, which must not share a place in the file
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -81,7 +83,8 @@ class NpzRows:
             raise IndexError(index)
         size = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         with readable(self.path):
-            if self.stream is None:
+            if self.stream is None or self.opened_by != os.getpid():
+                self.opened_by = os.getpid()
                 self.stream = ZipFile(self.path).open(self.member)  # noqa: SIM115 (read from as long as this lives)
             self.stream.seek(self.begin + index * size)
             content = self.stream.read(size)

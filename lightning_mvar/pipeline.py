@@ -18,7 +18,7 @@ from lightning_mvar.data.images import to_tensor
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.pictures import to_uint8
-from lightning_mvar.sampling import DTYPES, Known, Precision, draw_scales, image_generators, tokens_kept
+from lightning_mvar.sampling import DTYPES, Known, Precision, Step, draw_scales, image_generators, tokens_kept
 
 FILES = ["config.json", "*.safetensors"]  # of a folder of `export`
 
@@ -49,20 +49,26 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         """Side of the pictures, in pixels."""
         return self.tokenizer.config.resolution
 
-    def __call__(self, classes: Sequence[str | int], **settings: Any) -> list[Image.Image]:
-        """A picture of each class; the arguments are those of `forming`."""
-        *_, pictures = self.forming(classes, **settings)
-        return pictures
+    def __call__(self, classes: Sequence[str | int] | str | int, **settings: Any) -> list[Image.Image]:
+        """A picture of each class; the arguments are those of `steps`."""
+        for step in self.steps(classes, **settings):
+            last = step.f_hat
+        return self.pictures(last)
 
     def edit(
-        self, image: Image.Image, mask: Image.Image, classes: Sequence[str | int], **settings: Any
+        self, image: Image.Image, mask: Image.Image, classes: Sequence[str | int] | str | int, **settings: Any
     ) -> list[Image.Image]:
-        """`image` with what is white in `mask` drawn anew, once for each class; see `forming`."""
+        """`image` with what is white in `mask` drawn anew, once for each class; see `steps`."""
         return self(classes, image=image, mask=mask, **settings)
 
-    def forming(
+    def forming(self, classes: Sequence[str | int] | str | int, **settings: Any) -> Iterator[list[Image.Image]]:
+        """Pictures as they are after each scale, coarse to fine, the last ones whole; see `steps`."""
+        for step in self.steps(classes, **settings):
+            yield self.pictures(step.f_hat)
+
+    def steps(
         self,
-        classes: Sequence[str | int],
+        classes: Sequence[str | int] | str | int,
         *,
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
@@ -71,11 +77,11 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         top_k: int = 900,
         top_p: float = 0.96,
         smooth: bool = False,
-    ) -> Iterator[list[Image.Image]]:
-        """Pictures as they are after each scale, coarse to fine, the last ones whole.
+    ) -> Iterator[Step]:
+        """Draw scale by scale.
 
         Args:
-            classes: a name, a number, or "unconditional" for each picture.
+            classes: a name, a number, or "unconditional" for each picture; one alone for a single picture.
             image: a picture to keep a part of, of any size; a square is cut from its middle. See `tokens_kept`.
             mask: of the size of `image`, or as large as the pictures are: white where to draw, black where to keep.
             seed: picture i of a seed is the same in any number of them.
@@ -84,9 +90,12 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         Raises:
             InputError: if a class is unknown, an argument is out of range, or the mask is of another size.
         """
-        labels = torch.tensor([self.classes.label(wanted) for wanted in classes], device=self.device)
+        if image is None and mask is not None:
+            raise InputError("a mask needs an image to keep the rest of")
+        wanted = [classes] if isinstance(classes, str | int) else classes
+        labels = torch.tensor([self.classes.label(each) for each in wanted], device=self.device)
         known = None if image is None else self.known(image, mask, len(labels))
-        for step in draw_scales(
+        return draw_scales(
             self.network,
             self.tokenizer,
             labels,
@@ -96,8 +105,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
             smooth=smooth,
             generator=image_generators(seed, range(len(labels))),
             known=known,
-        ):
-            yield self.pictures(step.f_hat)
+        )
 
     @torch.no_grad()
     def known(self, image: Image.Image, mask: Image.Image | None, count: int) -> Known:
@@ -122,6 +130,8 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         return [Image.fromarray(pixels) for pixels in to_uint8(images.float())]
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        if self.network.head.weight.dtype != torch.float32:
+            raise InputError("weights of lower precision are not saved: load the pipeline with precision float32")
         save_folder(save_directory, self.tokenizer, self.network, self.class_names)
 
     @classmethod
@@ -137,8 +147,8 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         device: str = "auto",
         precision: Precision = "float32",
     ) -> MVARPipeline:
-        """From a folder of `export`, a checkpoint of `fit`, or a repository on the Hub that holds such a folder."""
-        if Path(model_id).exists():
+        """From a folder of `export`, or a repository on the Hub that holds one."""
+        if Path(model_id).is_dir():
             return cls(load_trained(model_id), device, precision)
         folder = snapshot_download(
             model_id,

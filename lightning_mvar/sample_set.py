@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_mvar.data.samples import ABOUT, NpzSamples, read_about
+from lightning_mvar.data.images import visible
+from lightning_mvar.data.sample_files import ABOUT, NpzSamples, read_about
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 from lightning_mvar.npz import read_npz, write_npz
@@ -41,7 +42,7 @@ class SampleSet(ABC):
     def __init__(self, folder: Path, about: dict[str, Any], count: int) -> None:
         self.folder, self.about, self.count = folder, about, count
         # Looked at before the record: other processes write the record first, then images.
-        others = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+        others = folder.is_dir() and any(visible(folder.iterdir()))
         record = folder / ABOUT
         if record.is_file():
             self.require_same(read_about(record), folder)
@@ -93,7 +94,8 @@ class PngFolder(SampleSet):
                 Image.fromarray(image).save(path)
 
     def finish(self, labels: NDArray[np.int64]) -> None:
-        pass
+        for leftover in self.folder.rglob(".*.tmp.png"):  # of a process that was killed while it wrote
+            leftover.unlink()
 
 
 class NpzFile(SampleSet):
@@ -114,7 +116,7 @@ class NpzFile(SampleSet):
     def places(self) -> dict[int, tuple[Path, int]]:
         """The batch that holds each image that is there, and its place in it."""
         found: dict[int, tuple[Path, int]] = {}
-        for path in sorted(self.folder.glob("*.npz")):
+        for path in sorted(visible(self.folder.glob("*.npz"))):
             numbers = read_npz(path, ["numbers"])["numbers"].tolist()
             found |= {number: (path, place) for place, number in enumerate(numbers)}
         return found

@@ -45,5 +45,7 @@ def test_classes_of_ones_own_go_by_their_names_first() -> None:
     classes = Classes(["dark", "light", "0"], 3)
     assert [classes.label(wanted) for wanted in ("dark", "LIGHT", "0", "1")] == [0, 1, 2, 1]
     assert classes.name(1) == "light"
+    folders = Classes(["1", "10", "2"], 3)
+    assert [folders.label(wanted) for wanted in ("1", 1, "2", 2)] == [0, 1, 2, 2]
     thousand = Classes([str(i) for i in range(1000)], 1000)
     assert thousand.name(207) == "207"

@@ -10,7 +10,7 @@ LAYERS = [  # each may import those before it, and its own
     ["errors", "version", "files", "npz", "devices", "classes", "fingerprint", "weights", "scales", "ops"],
     ["models", "tokenizer"],
     ["official", "resume", "attention_share"],
-    ["data.digits", "data.images", "data.samples", "data.shards", "data.loader"],
+    ["data.digits", "data.images", "data.sample_files", "data.shards", "data.loader"],
     ["sampling", "pictures", "sample_set", "checkpoints", "optim"],
     ["metrics", "pipeline", "data.datamodule", "strategies"],
     ["module", "bench", "studio"],

@@ -68,6 +68,25 @@ def test_what_is_black_in_the_mask_is_kept_and_what_is_white_is_drawn(pipe: MVAR
     assert (found == arrays(pipe([1, 2], image=image))).all()
 
 
+def test_one_class_alone_is_one_picture_and_only_whole_pictures_are_decoded(
+    pipe: MVARPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (arrays(pipe("zero")) == arrays(pipe([0]))).all()
+    assert (arrays(pipe(3)) == arrays(pipe(["3"]))).all()
+    decoded, decode = [], pipe.tokenizer.decode_features
+    monkeypatch.setattr(pipe.tokenizer, "decode_features", lambda f_hat: (decoded.append(1), decode(f_hat))[1])
+    pipe([1, 2])
+    assert len(decoded) == 1
+
+
+def test_what_would_be_lost_or_ignored_is_refused(folder: Path, pipe: MVARPipeline, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a mask needs an image"):
+        pipe([1], mask=Image.new("L", (8, 8)))
+    lowered = MVARPipeline.from_pretrained(folder, device="cpu", precision="bfloat16")
+    with pytest.raises(InputError, match="load the pipeline with precision float32"):
+        lowered.save_pretrained(tmp_path / "lowered")
+
+
 def test_images_of_any_size_are_cut_square_and_masks_with_them(pipe: MVARPipeline) -> None:
     wide, mask = picture(1, (40, 16)), Image.new("L", (40, 16), 0)
     mask.paste(255, (0, 0, 20, 16))

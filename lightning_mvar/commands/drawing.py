@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
 from lightning_mvar.classes import Classes
-from lightning_mvar.commands.ranks import ending_together
 from lightning_mvar.errors import InputError
 from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.metrics.summary import device_of
@@ -32,6 +31,7 @@ from lightning_mvar.sampling import (
     image_generators,
 )
 
+MAX_IMAGES = 10_000_000
 Batch = tuple[list[int], PixelArray]  # numbers of images, and the images
 
 
@@ -92,13 +92,13 @@ class Rejection:
         """The images of one class that stay, as they were drawn, one after the other."""
         tries = math.ceil(drawing.per_class / self.keep)
         label = int(drawing.labels[group * drawing.per_class])
-        images, sure = [], []
+        best: list[tuple[float, int, PixelArray]] = []  # how sure the classifier is, the number, the image
         for numbers in torch.arange(group * tries, (group + 1) * tries).split(batch_size):
-            images.append(drawing.draw(torch.full_like(numbers, label), numbers.tolist()))
-            sure.append(self.probabilities(images[-1])[:, label])
-        best = torch.cat(sure).topk(drawing.per_class).indices.sort().values
-        chosen: PixelArray = np.concatenate(images)[best.cpu().numpy()]
-        return chosen
+            images = drawing.draw(torch.full_like(numbers, label), numbers.tolist())
+            sure = self.probabilities(images)[:, label].tolist()
+            best += zip(sure, numbers.tolist(), images, strict=True)
+            best = sorted(best, key=lambda one: (-one[0], one[1]))[: drawing.per_class]
+        return np.stack([image for _, _, image in sorted(best, key=lambda one: one[1])])
 
     @torch.no_grad()
     def probabilities(self, pixels: PixelArray) -> Tensor:
@@ -121,7 +121,7 @@ def draw_set(
     top_p: float = 0.96,
     smooth: bool = False,
     reject: nn.Module | None = None,
-    keep: float = 0.5,
+    keep: float | None = None,
     tokenizer: str | None = None,
     weights: WhichWeights = "ema",
     batch_size: int = 100,
@@ -143,7 +143,8 @@ def draw_set(
         smooth: mix codes for smoother pictures; never for scores.
         reject: a classifier, images in [0, 1] -> logits of the network's classes (or a feature extractor with
             `logits`): draw more images than are wanted, and keep those that it is surest of.
-        keep: with --reject, the share of the images that is kept.
+        keep: with --reject, the share of the images that is kept; a half where not given. A class is drawn as a whole,
+            by one process: an interruption costs the classes under way.
         tokenizer: folder of the tokenizer, if it is no longer where the checkpoint remembers.
         weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
         batch_size: images drawn at once on each device.
@@ -156,38 +157,42 @@ def draw_set(
     """
     if per_class < 1 or batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
+    if keep is not None and reject is None:
+        raise InputError("--keep says how many images stay after --reject CLASSIFIER, which is not given")
     target = Path(out)
     check_target(target)
     model = load_trained(ckpt_path, tokenizer, weights)
     names = Classes(model.class_names, model.network.config.num_classes)
     chosen = chosen_labels(classes, names)
+    if per_class * len(chosen) > MAX_IMAGES:
+        raise InputError(f"--per_class {per_class}: a set has at most {MAX_IMAGES:,} images; draw several")
     labels = torch.tensor(chosen).repeat_interleave(per_class)
     settings: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "smooth": smooth}
     check_arguments(model.network, model.tokenizer, labels, guidance, top_k, top_p, None)  # before anything is written
     drawing = Drawing(model, names, labels, per_class, seed, settings, fabric.device)
-    rejection = None if reject is None else prepare_rejection(reject, keep, drawing)
+    rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
     about = settings | {"seed": seed, "per_class": per_class, "dtype": precision}  # "precision" is a score
     about["classes"] = "all" if classes is None else ",".join(map(str, chosen))
     if rejection is not None:
-        about |= {"reject": type(reject).__name__, "reject_weights": fingerprint(rejection.classifier), "keep": keep}
+        about |= {"reject": type(reject).__name__, "reject_weights": fingerprint(rejection.classifier)}
+        about["keep"] = rejection.keep
     about |= {"network": fingerprint(model.network), "network_tokenizer": model.tokenizer.fingerprint()}
     images = open_set(target, about, drawing)
     for part in (model.network, model.tokenizer):
         part.to(fabric.device).lower(DTYPES[precision])
     if compile:
         compile_steps(model.network)
-    with ending_together(fabric.strategy, "the same command goes on with what is missing"):
-        missing = fabric.broadcast(images.missing())
-        share = (missing, batch_size, fabric.global_rank, fabric.world_size)
-        batches = drawing.batches(*share) if rejection is None else rejection.batches(drawing, *share)
-        with progress(fabric, len(labels), len(missing)) as bar:
-            for numbers, pixels in batches:
-                images.write(numbers, pixels)
-                bar.update(min(len(numbers) * fabric.world_size, len(labels) - bar.n))
-        fabric.barrier()
-        if fabric.is_global_zero:
-            images.finish(labels.numpy())
-        fabric.barrier()
+    missing = fabric.broadcast(images.missing() if fabric.is_global_zero else [])
+    share = (missing, batch_size, fabric.global_rank, fabric.world_size)
+    batches = drawing.batches(*share) if rejection is None else rejection.batches(drawing, *share)
+    with progress(fabric, len(labels), len(missing)) as bar:
+        for numbers, pixels in batches:
+            images.write(numbers, pixels)
+            bar.update(min(len(numbers) * fabric.world_size, len(labels) - bar.n))
+    fabric.barrier()
+    if fabric.is_global_zero:
+        images.finish(labels.numpy())
+    fabric.barrier()
     return drawing
 
 
@@ -225,6 +230,8 @@ def check_target(target: Path) -> None:
     """Raise InputError for an --out that images cannot go to, before anything is computed."""
     if target.suffix not in ("", ".npz"):
         raise InputError(f"--out {target} must be NAME.npz or a folder for PNG files")
+    if target.suffix == ".npz" and target.is_dir():
+        raise InputError(f"--out {target} is a folder; name a file, or a folder without that ending")
     if target.suffix == "" and target.is_file():
         raise InputError(f"--out {target} is a file; name a folder, or NAME.npz")
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.drawing import draw_set
 from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.ranks import ending_together, start_ranks
+from lightning_mvar.commands.ranks import ranks
 from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.data.digits import DigitsSplit, load_digits
-from lightning_mvar.data.samples import Samples, open_samples
+from lightning_mvar.data.sample_files import Samples, open_samples
 from lightning_mvar.errors import InputError
 from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
 from lightning_mvar.metrics.frechet import frechet_distance
-from lightning_mvar.metrics.image_sets import ImageSet, Pictures, Reconstructions, open_image_set
+from lightning_mvar.metrics.image_sets import ImageSet, Pictures, Reconstructions, has_images, open_image_set
 from lightning_mvar.metrics.reference import load_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, hand_over, num_features, prepare
@@ -85,7 +85,9 @@ def evaluate(
         drawing: with --ckpt_path, how to draw the samples.
     """
     digits = reference.startswith("digits:")
-    if ckpt_path is None:  # told before any work
+    check_options(reference, floor, reconstructions, statistics, num_workers)
+    if ckpt_path is None:
+        refuse_drawing(drawing)
         resolution = open_samples(samples).resolution
         if digits:
             open_image_set(reference, resolution)
@@ -93,54 +95,73 @@ def evaluate(
         if not digits:
             raise InputError("--extractor is needed for other images than digits, for instance InceptionV3")
         extractor = DigitsClassifier.kept_in(cache)
-    fabric = start_ranks(device, devices, num_nodes)
-    prepare(extractor, fabric.device)
-    if ckpt_path is not None:
-        draw_set(fabric, ckpt_path, samples, per_class=per_class, tokenizer=tokenizer, **drawing)
-    with ending_together(fabric.strategy, "the same command goes on where it was"):
+    with ranks(device, devices, num_nodes) as fabric:
+        prepare(extractor, fabric.device)
+        decoder, rebuilder = (
+            None if folder is None else load_tokenizer(folder).to(fabric.device)
+            for folder in (tokenizer, reconstructions)
+        )
+        if ckpt_path is not None:
+            draw_set(fabric, ckpt_path, samples, per_class=per_class, tokenizer=tokenizer, **drawing)
         images = open_samples(samples)
         if fabric.is_global_zero:
             warn_of_few(len(images), extractor)
-        decoder = None if tokenizer is None else load_tokenizer(tokenizer).to(fabric.device)
-        judge = Judge(fabric, extractor, images.resolution, Path(cache), decoder, num_workers)
+        judge = Judge(extractor, images.resolution, Path(cache), decoder, num_workers)
         real = judge.reference(reference)
         if statistics is not None and fabric.is_global_zero:
             real.save(Path(statistics), extractor)
-        record: Record = {"samples": samples, "reference": reference} | judge.about() | images.about
+        record: Record = images.about | {"samples": samples, "reference": reference} | judge.about()
         record |= {"num_samples": len(images), "resolution": images.resolution}
         record |= judge.score(Pictures(images, num_workers), real, "features of the samples")
         if floor is not None:
             distance = frechet_distance(real.statistics, judge.reference(floor).statistics)
             record["floor_frechet_distance"] = distance
             record["frechet_distance_over_floor"] = record["frechet_distance"] / distance
-        if reconstructions is not None:
-            decoded = judge.reconstructions(reconstructions, reference)
+        if rebuilder is not None:
+            decoded = Reconstructions(open_image_set(reference, images.resolution, decoder, num_workers), rebuilder)
             scores = judge.score(decoded, real, "features of the reconstructions")
             record["reconstruction_frechet_distance"] = scores["frechet_distance"]
-    if not fabric.is_global_zero:
-        return
-    if digits:
-        record |= judge_digits(images, extractor)
-        if reconstructions is not None:
-            record |= judge_decoded_digits(decoded, reference)
-    print_table([record])
-    if json is not None:
-        write_records([record], json)
+        if not fabric.is_global_zero:
+            return
+        if digits:
+            record |= judge_digits(images, extractor)
+            if rebuilder is not None:
+                record |= judge_decoded_digits(decoded, reference)
+        print_table([record])
+        if json is not None:
+            write_records([record], json)
+
+
+def check_options(
+    reference: str, floor: str | None, reconstructions: str | None, statistics: str | None, num_workers: int
+) -> None:
+    """Raise InputError for what can be told before hours of drawing."""
+    for source in (reference, floor):
+        if source is not None and not source.startswith("digits:") and not Path(source).exists():
+            raise InputError(f"{source} does not exist")
+    if reconstructions is not None and reference.endswith(".npz") and not has_images(Path(reference)):
+        raise InputError(f"--reconstructions needs images to reconstruct: {reference} has their statistics alone")
+    if statistics is not None and not statistics.endswith(".npz"):
+        raise InputError(f"--statistics {statistics} must be NAME.npz")
+    if num_workers < 0:
+        raise InputError(f"--num_workers must not be negative, got {num_workers}")
+
+
+def refuse_drawing(drawing: dict[str, Any]) -> None:
+    """Raise InputError for options of drawing where nothing is drawn."""
+    options = signature(draw_set).parameters
+    for name, value in drawing.items():
+        if value != options[name].default:
+            raise InputError(f"--{name} is for drawing samples: name a --ckpt_path to draw them from")
 
 
 class Judge:
     """Scores sets of images of one resolution with one extractor, on all ranks together."""
 
     def __init__(
-        self,
-        fabric: Fabric,
-        extractor: nn.Module,
-        resolution: int,
-        cache: Path,
-        tokenizer: Tokenizer | None,
-        num_workers: int,
+        self, extractor: nn.Module, resolution: int, cache: Path, tokenizer: Tokenizer | None, num_workers: int
     ) -> None:
-        self.fabric, self.extractor, self.resolution, self.cache = fabric, extractor, resolution, cache
+        self.extractor, self.resolution, self.cache = extractor, resolution, cache
         self.tokenizer, self.num_workers = tokenizer, num_workers
 
     def about(self) -> Record:
@@ -168,11 +189,6 @@ class Judge:
         hand_over(images, scores, progress)
         return {FULL_NAMES[name]: value for name, value in scores.compute().items()}
 
-    def reconstructions(self, tokenizer: str, reference: str) -> Reconstructions:
-        """What a tokenizer makes of the reference."""
-        images = open_image_set(reference, self.resolution, self.tokenizer, self.num_workers)
-        return Reconstructions(images, load_tokenizer(tokenizer).to(self.fabric.device))
-
 
 def warn_of_few(count: int, extractor: nn.Module) -> None:
     """Say what it means to have few samples.
@@ -196,11 +212,9 @@ def judge_digits(images: Samples, extractor: nn.Module) -> Record:
     train, test = real_digits("train"), real_digits("test")
     record: Record = {"svm_accuracy_on_reference": svm_accuracy(*train, *test)}
     found = images.labels([str(digit) for digit in range(10)])
-    if found is None:
-        return record
+    if found is None or len(set(found)) < 2 or not set(found) <= set(range(10)):
+        return record  # nobody knows what digits they are meant to be, or a machine could not learn from them
     pixels, labels = torch.cat([*Pictures(images).batches(0, len(images))]), torch.tensor(found)
-    if len(labels.unique()) < 2:
-        raise InputError("the samples are of a single class; digits are judged on two or more")
     record["svm_accuracy_on_samples"] = svm_accuracy(*train, pixels, labels)
     record["svm_accuracy_trained_on_samples"] = svm_accuracy(pixels, labels, *test)
     if isinstance(extractor, DigitsClassifier):

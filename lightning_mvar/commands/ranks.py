@@ -17,8 +17,11 @@ from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, Interrupted
 
 
-def start_ranks(device: str, devices: int, num_nodes: int) -> Fabric:
+@contextmanager
+def ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
     """Start this command once for each device, or join the processes that torchrun or Slurm has started.
+
+    All that can fail in one process alone belongs inside: see `ending_together`.
 
     Args:
         device: auto, cpu, cuda, or cuda:N for a single one.
@@ -26,24 +29,26 @@ def start_ranks(device: str, devices: int, num_nodes: int) -> Fabric:
         num_nodes: machines.
 
     Raises:
-        InputError: if there are no such devices.
+        InputError: if there are no such devices, or another rank has ended.
     """
     if devices < 1 or num_nodes < 1:
         raise InputError(f"--devices and --num_nodes must be at least 1, got {devices} and {num_nodes}")
     where, several = choose_device(device), devices * num_nodes > 1
-    if several and where.index is not None:
+    one_gpu = where.type != "cpu" and where.index is not None
+    if several and one_gpu:
         raise InputError(f"--device {device} is a single one: name its kind alone for --devices {devices}")
     try:
         fabric = Fabric(
             accelerator=where.type,
-            devices=devices if where.index is None else [where.index],
+            devices=[where.index] if one_gpu else devices,
             num_nodes=num_nodes,
             strategy="ddp" if several else "auto",
         )
     except (ValueError, RuntimeError) as error:  # Lightning's words for devices that are not there
         raise InputError(" ".join(str(error).split())) from error
-    fabric.launch()
-    return fabric
+    with ending_together(fabric.strategy, "the same command goes on with what is missing"):
+        fabric.launch()
+        yield fabric
 
 
 @contextmanager

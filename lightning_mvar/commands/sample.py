@@ -10,8 +10,8 @@ import torch
 
 from lightning_mvar.commands.drawing import Drawing, draw_set
 from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.ranks import start_ranks
-from lightning_mvar.data.samples import open_samples
+from lightning_mvar.commands.ranks import ranks
+from lightning_mvar.data.sample_files import open_samples
 from lightning_mvar.errors import InputError
 from lightning_mvar.pictures import formation_strip, image_grid, save_animation, save_image, with_row_names
 
@@ -49,11 +49,15 @@ def sample(
         raise InputError(f"--animation {animation} must end in {' or '.join(ANIMATIONS)}")
     if drawing.get("reject") is not None and (strip or animation):
         raise InputError("--strip and --animation show images as they are drawn, before --reject chooses among them")
-    fabric = start_ranks(device, devices, num_nodes)
-    drawn = draw_set(fabric, ckpt_path, out, **drawing)
-    if not fabric.is_global_zero:
-        return
-    print(f"{len(drawn.labels)} images in {out}")
+    with ranks(device, devices, num_nodes) as fabric:
+        drawn = draw_set(fabric, ckpt_path, out, **drawing)
+        if fabric.is_global_zero:
+            print(f"{len(drawn.labels)} images in {out}")
+            show(drawn, out, grid, strip, animation)
+
+
+def show(drawn: Drawing, out: str, grid: str | None, strip: str | None, animation: str | None) -> None:
+    """Make the pictures that are asked for."""
     shown = torch.arange(len(drawn.labels)).view(-1, drawn.per_class)[:, :GRID_COLUMNS]
     names = [drawn.classes.name(label) for label in drawn.labels[shown[:, 0]].tolist()]
     if grid is not None:

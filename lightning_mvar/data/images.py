@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -124,11 +124,11 @@ class ImageFolder:
         if not root.is_dir():
             raise InputError(f"image folder {root} does not exist (or is not a folder)")
         self.root, self.resolution, self.on_corrupt = root, resolution, on_corrupt
-        self.class_names = sorted(path.name for path in root.iterdir() if path.is_dir())
+        self.class_names = sorted(path.name for path in visible(root.iterdir()) if path.is_dir())
         self.files = [
             (path, label)
             for label, name in enumerate(self.class_names)
-            for path in sorted((root / name).rglob("*"))
+            for path in sorted(visible((root / name).rglob("*")))
             if path.suffix.lower() in SUFFIXES
         ]
         if not self.files:
@@ -157,7 +157,9 @@ class ImageFolder:
             message = f"{path} cannot be decoded ({error})"
             if self.on_corrupt == "skip":
                 return Example(None, label, key, message)
-            raise CorruptImageError(f"{message}: repair or remove it, or pass --on_corrupt skip") from error
+            raise CorruptImageError(
+                f"{message}: repair or remove it (or skip it, where the command has --on_corrupt)"
+            ) from error
         return Example(to_tensor(self.cut(image, generator)), label, key)
 
     def cut(self, image: Image.Image, generator: Generator | None) -> Image.Image:
@@ -171,6 +173,11 @@ class ImageFolder:
         else:
             left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in room)
         return image.crop((left, top, left + self.resolution, top + self.resolution))
+
+
+def visible(paths: Iterable[Path]) -> Iterator[Path]:
+    """Those whose names do not begin with a dot, as unfinished files' names do."""
+    return (path for path in paths if not path.name.startswith("."))
 
 
 def identity_of(files: Iterable[Path]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_mvar.data.images import Example, ImageBatch, Images, collate, open_images
-from lightning_mvar.data.samples import NpzSamples
+from lightning_mvar.data.sample_files import NpzSamples
 from lightning_mvar.data.shards import MANIFEST, Manifest, read_shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.npz import names_in

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,7 +54,9 @@ class Summary:
             theirs, ours = str(read_npz(path, ["extractor"])["extractor"]), fingerprint(extractor)
             if theirs != ours:
                 raise InputError(f"{path} was made with an extractor of weights {theirs}, not {ours}")
-        features = read_npz(path, ["features"])["features"] if "features" in names else None
+        features = numbers_in(path, "features") if "features" in names else None
+        if features is not None and (features.ndim != 2 or features.shape[1] != num_features(extractor)):
+            raise InputError(f"{path} has features {features.shape}, not (n, {num_features(extractor)})")
         return cls(
             read_statistics(path, ("mu", "sigma"), num_features(extractor), extractor),
             read_statistics(path, SPATIAL, num_spatial(extractor), extractor)
@@ -145,12 +149,24 @@ def num_spatial(extractor: nn.Module) -> int:
 
 
 def device_of(extractor: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in extractor.parameters()), torch.device("cpu"))
+    tensors = chain(extractor.parameters(), extractor.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def numbers_in(path: Path, name: str) -> NDArray[Any]:
+    """An array of finite numbers.
+
+    Raises:
+        InputError: if it is anything else.
+    """
+    array = read_npz(path, [name])[name]
+    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise InputError(f"{path}: {name} must be finite numbers, got an array of {array.dtype}")
+    return array
 
 
 def read_statistics(path: Path, names: tuple[str, str], expected: int, extractor: nn.Module) -> Statistics:
-    arrays = read_npz(path, [*names])
-    mu, sigma = (torch.from_numpy(arrays[name]).double() for name in names)
+    mu, sigma = (torch.from_numpy(numbers_in(path, name)).double() for name in names)
     if mu.shape != (expected,) or sigma.shape != (expected, expected):
         raise InputError(
             f"{path} has {names[0]} {tuple(mu.shape)} and {names[1]} {tuple(sigma.shape)}, but "

@@ -136,6 +136,23 @@ def test_few_samples_are_warned_of_with_the_consequence(here: Path, capfd: pytes
     assert "warning" not in capfd.readouterr().err
 
 
+def test_digits_of_one_class_or_none_are_scored_without_the_machines_that_read_them(here: Path) -> None:
+    rng = np.random.default_rng(0)
+    against = ["--reference", "digits:test", "--extractor", "conftest.Pixels"]
+    for labels in (np.full(30, 3), np.full(30, 10)):
+        np.savez("a.npz", arr_0=rng.integers(0, 256, (30, 32, 32, 3)).astype(np.uint8), arr_1=labels)
+        record = scored("a.npz", *against)
+        assert record["frechet_distance"] > 0
+        assert record.keys() & {"svm_accuracy_on_reference", "svm_accuracy_on_samples"} == {"svm_accuracy_on_reference"}
+
+
+def test_a_file_cannot_say_other_things_of_its_scores_than_it_is_asked(here: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3)).astype(np.uint8)
+    np.savez("a.npz", arr_0=pixels, about=np.array(json.dumps({"samples": "others", "num_samples": 5, "seed": 3})))
+    record = scored("a.npz")
+    assert (record["samples"], record["num_samples"], record["seed"]) == ("a.npz", 30, 3)
+
+
 def test_mistakes_are_told_in_a_line(here: Path, capfd: pytest.CaptureFixture[str], tokenizer: Tokenizer) -> None:
     def refused(samples: str, *options: str) -> str:
         capfd.readouterr()
@@ -165,6 +182,14 @@ def test_mistakes_are_told_in_a_line(here: Path, capfd: pytest.CaptureFixture[st
     )
     write_token_shards(here / "shards", tokenizer.fingerprint(), [4])
     assert "name the tokenizer that decodes them" in refused("good.npz", *AGAINST, "--reference", "shards")
+    assert "nowhere does not exist" in refused("new.npz", *AGAINST, "--ckpt_path", "model", "--reference", "nowhere")
+    assert "nowhere does not exist" in refused("new.npz", *AGAINST, "--ckpt_path", "model", "--floor", "nowhere")
+    np.savez("known.npz", mu=np.zeros(4), sigma=np.eye(4))
+    rebuilt = ["--reference", "known.npz", "--reconstructions", "tok"]
+    assert "known.npz has their statistics alone" in refused("good.npz", *AGAINST, *rebuilt)
+    assert "--statistics own must be NAME.npz" in refused("good.npz", *AGAINST, "--statistics", "own")
+    assert "--num_workers must not be negative" in refused("good.npz", *AGAINST, "--num_workers", "-1")
+    assert "--guidance is for drawing samples: name a --ckpt_path" in refused("good.npz", *AGAINST, "--guidance", "2")
     assert "no class 'cat'" in refused("new.npz", *AGAINST, "--ckpt_path", "model", "--classes", "cat")
     assert "good.npz holds images that were sampled otherwise" in refused("good.npz", *AGAINST, "--ckpt_path", "model")
     assert not Path("new.npz").exists()

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.api_pb2 import DATA_TYPE_BOOL, DATA_TYPE_FLOAT64, DATA_TYPE_STRING
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from test_pipeline import TOKENIZER_YAML
+from test_end_to_end import TOKENIZER_YAML
 
 from lightning_mvar import Tokenizer
 

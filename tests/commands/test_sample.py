@@ -17,6 +17,9 @@ from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.commands import drawing
+from lightning_mvar.data.images import visible
+from lightning_mvar.data.sample_files import open_samples
+from lightning_mvar.errors import InputError
 from lightning_mvar.pictures import to_uint8
 from lightning_mvar.sampling import image_generators
 
@@ -86,7 +89,7 @@ def test_two_processes_share_the_work_and_go_on_after_a_kill(here: Path, name: s
         time.sleep(0.05)
     both.send(signal.SIGKILL)
     assert not (here / "set.npz").exists()
-    kept = {path: path.stat().st_mtime_ns for path in [*begun.rglob("*.npz"), *begun.rglob("*.png")]}
+    kept = {path: path.stat().st_mtime_ns for path in visible([*begun.rglob("*.npz"), *begun.rglob("*.png")])}
     assert kept
     if name == "set":
         again = start([*command, name], here, devices=2, option="--devices")
@@ -96,7 +99,42 @@ def test_two_processes_share_the_work_and_go_on_after_a_kill(here: Path, name: s
         again = start([*command, name], here)  # on another number of devices
         assert again.wait() == [0], again.printed()
     assert_same(here / name, here / f"one{Path(name).suffix}")
-    assert not [path for path in here.rglob("*.tmp*") if path.suffix == ".png" and not path.name.startswith(".")]
+    assert not [*here.rglob("*.tmp.*")]
+
+
+@pytest.mark.parametrize("name", ["set.npz", "set"])
+def test_what_a_killed_process_was_writing_is_passed_over(
+    here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It leaves a file, torn or whole, whose name begins with a dot."""
+    command = [*SAMPLE, "--out", name, "--grid", "grid.png"]
+    monkeypatch.setattr(drawing, "generate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(command) == 130
+    monkeypatch.setattr(drawing, "generate", generate)
+    folder, suffix = here / (f"{name}.partial" if name.endswith("npz") else name), "npz" if "npz" in name else "png"
+    (folder / "0").mkdir(exist_ok=True)
+    for place in (folder, folder / "0"):
+        (place / f".000000.77.tmp.{suffix}").write_bytes(b"torn")
+        Image.new("RGB", (8, 8)).save(place / ".000001.77.tmp.png")
+    assert run(command) == 0
+    assert len(open_samples(name)) == 20
+    assert run(["sample", *SAMPLE[1:], "--out", f"whole{Path(name).suffix}", "--grid", "whole.png"]) == 0
+    assert_same(Path(name), Path(f"whole{Path(name).suffix}"))
+    assert Path("grid.png").read_bytes() == Path("whole.png").read_bytes()
+    assert not [*here.rglob("*.tmp.*")]
+
+
+def fail_on_rank_0(rank: int) -> None:
+    if rank == 0:
+        drawing.load_trained = lambda *_: (_ for _ in ()).throw(InputError("rank 0 has no memory"))
+
+
+def test_where_one_process_fails_the_other_ends_too(here: Path) -> None:
+    both = start([*SAMPLE, "--out", "set", "--device", "cpu"], here, 2, fail_on_rank_0, option="--devices")
+    assert both.wait(60) == [1, 1]
+    assert "error: rank 0 has no memory" in both.printed()
+    assert "error: rank 1 lost another rank" in both.printed()
+    assert "the same command goes on with what is missing" in both.printed()
 
 
 def test_a_set_is_not_continued_otherwise(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +148,9 @@ def test_a_set_is_not_continued_otherwise(here: Path, capfd: pytest.CaptureFixtu
     assert not Path("other").exists()
     assert run([*SAMPLE, "--out", "model"]) == 1
     assert "model holds other files: choose another --out" in capfd.readouterr().err
+    Path("folder.npz").mkdir()
+    assert run([*SAMPLE, "--out", "folder.npz"]) == 1
+    assert "--out folder.npz is a folder" in capfd.readouterr().err
     Path("set/sampling.json").write_text("{")
     assert run([*SAMPLE, "--out", "set"]) == 1
     assert "set/sampling.json is damaged" in capfd.readouterr().err
@@ -159,6 +200,12 @@ def test_of_more_images_those_stay_that_the_classifier_is_surest_of(here: Path) 
     found = contents(Path("kept.npz"))
     assert found["arr_1"].tolist() == [9, 9, 4, 4]
     assert np.abs(found["arr_0"].astype(int) - np.stack(expected)).max() <= 1
+    both = start([*command, "--out", "two", "--device", "cpu"], here, devices=2, option="--devices")
+    assert both.wait() == [0, 0], both.printed()
+    Path("two/4/000002.png").unlink()
+    assert run([*command, "--out", "two"]) == 0  # one class is drawn again
+    again = np.stack([open_samples("two").pixels(number) for number in range(4)])
+    assert np.abs(again.astype(int) - np.stack(expected)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -171,6 +218,8 @@ def test_of_more_images_those_stay_that_the_classifier_is_surest_of(here: Path) 
             "--reject Pixels gives (1, 4) for an image; a classifier of the net",
         ),
         (["--reject", "conftest.Brightness", "--strip", "a.png"], "before --reject chooses"),
+        (["--keep", "0.3"], "--keep says how many images stay after --reject CLASSIFIER"),
+        (["--per_class", "1000000000000"], "a set has at most 10,000,000 images"),
         (["--animation", "a.mp4"], "--animation a.mp4 must end in .gif or .webp"),
         (["--classes", "3,3x"], "--classes: there is no class '3x'"),
         (["--devices", "0"], "--devices and --num_nodes must be at least 1"),

@@ -11,6 +11,7 @@ from conftest import write_images, write_token_shards
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.data.images import open_images
+from lightning_mvar.data.sample_files import NpzSamples
 from lightning_mvar.data.shards import read_shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics import image_sets as module
@@ -26,6 +27,15 @@ def test_pictures_come_in_order_with_and_without_workers() -> None:
         assert torch.equal(torch.get_rng_state(), before)
         assert [len(batch) for batch in batches] == [BATCH_SIZE] * 3 + [8]
         torch.testing.assert_close(torch.cat(batches), expected)
+
+
+def test_processes_that_read_an_npz_do_not_share_a_place_in_it(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3)).astype(np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", arr_0=pixels)
+    samples = NpzSamples(tmp_path / "a.npz")
+    assert (samples.pixels(5) == pixels[5]).all()  # opened here, before processes are forked
+    found = torch.cat([*Pictures(samples, 2).batches(0, 300)])
+    torch.testing.assert_close(found, torch.from_numpy(pixels).movedim(-1, 1) / 255)
 
 
 def test_shards_are_decoded_in_order_from_any_place(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -136,6 +136,13 @@ def test_damaged_and_foreign_files_are_named(extractor: Projection, tmp_path: Pa
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(InputError, match="Projection makes 12 features: it was made with another extractor"):
         Summary.load(path, extractor)
+    for mu in (np.array(["a"] * 12), np.full(12, np.nan)):
+        np.savez(path, mu=mu, sigma=np.eye(12))
+        with pytest.raises(InputError, match=r"statistics\.npz: mu must be finite numbers, got an array of"):
+            Summary.load(path, extractor)
+    np.savez(path, mu=np.zeros(12), sigma=np.eye(12), features=np.zeros((5, 3)))
+    with pytest.raises(InputError, match=r"has features \(5, 3\), not \(n, 12\)"):
+        Summary.load(path, extractor)
     np.savez(path, other=np.zeros(3))
     with pytest.raises(InputError, match="has no array mu; it holds other"):
         Summary.load(path, extractor)

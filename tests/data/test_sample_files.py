@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_mvar.data.samples import open_samples
+from lightning_mvar.data.sample_files import open_samples
 from lightning_mvar.errors import InputError
 
 
@@ -48,6 +48,13 @@ def test_a_folder_is_read_in_the_order_of_its_files_names_whatever_their_folders
     assert samples.labels(["1", "9"]) is None
 
 
+def test_numbers_sort_as_numbers_and_unfinished_files_are_passed_over(tmp_path: Path, pixels: np.ndarray) -> None:
+    for image, name in zip(pixels, ["999999", "1000000", ".000000.7.tmp"], strict=False):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    samples = open_samples(tmp_path)
+    assert [path.stem for path in samples.files] == ["999999", "1000000"]
+
+
 def test_other_files_are_refused_by_name(tmp_path: Path, pixels: np.ndarray) -> None:
     with pytest.raises(InputError, match=r"nowhere\.npz does not exist; write it with `lightning-mvar sample --out"):
         open_samples(tmp_path / "nowhere.npz")
@@ -66,6 +73,10 @@ def test_other_files_are_refused_by_name(tmp_path: Path, pixels: np.ndarray) -> 
     np.savez(tmp_path / "a.npz", images=pixels)
     with pytest.raises(InputError, match=r"a\.npz has no array arr_0; it holds images"):
         open_samples(tmp_path / "a.npz")
+    for about, said in (("{", "damaged"), ("[1]", "in numbers and words"), ('{"a": {}}', "in numbers and words")):
+        np.savez(tmp_path / "a.npz", arr_0=pixels, about=np.array(about))
+        with pytest.raises(InputError, match=said):
+            open_samples(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", arr_0=pixels, arr_1=np.arange(5))
     with pytest.raises(InputError, match="arr_1 must be the 6 classes of arr_0, got int64 5"):
         open_samples(tmp_path / "a.npz")
@@ -75,7 +86,12 @@ def test_a_damaged_or_odd_picture_is_named(tmp_path: Path, pixels: np.ndarray) -
     write_pngs(tmp_path, pixels, [""] * 6)
     Image.new("RGB", (9, 9)).save(tmp_path / "000003.png")
     (tmp_path / "000004.png").write_bytes((tmp_path / "000005.png").read_bytes()[:60])
+    Image.fromarray(pixels[1].astype(np.uint16)[..., 0] * 256).save(tmp_path / "000001.png")
+    Image.fromarray(pixels[2]).convert("RGBA").save(tmp_path / "000002.png")
     samples = open_samples(tmp_path)
+    for number, mode in ((1, "I;16"), (2, "RGBA")):
+        with pytest.raises(InputError, match=f"00000{number}.png is of mode {mode}: samples have 8 bits a channel"):
+            samples.pixels(number)
     with pytest.raises(InputError, match=r"000003\.png is 9 x 9, others 8 x 8"):
         samples.pixels(3)
     with pytest.raises(InputError, match=r"000004\.png cannot be decoded .*: remove it, and draw it again"):

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_mvar.data.images import UNREADABLE, Example, Images, identity_of, to_tensor
+from lightning_mvar.data.images import UNREADABLE, Example, Images, identity_of, to_tensor, visible
 from lightning_mvar.errors import InputError
 from lightning_mvar.npz import NpzRows, names_in, read_npz
 
 ABOUT = "sampling.json"  # beside the pictures of a folder: how they were drawn
+MODES = ("RGB", "L", "P")  # of pictures that lose nothing as 8-bit RGB
 
 
 class Samples(Images, Protocol):
@@ -47,10 +48,18 @@ def read_about(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if the file is damaged.
     """
+    return parse_about(path.read_text(), path)
+
+
+def parse_about(text: str, path: Path) -> dict[str, Any]:
+    """Raise InputError unless `text`, of a file, is a JSON object of numbers and words."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): remove {path.parent}") from error
+        about = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged (how its images were drawn is not valid JSON: {error})") from error
+    if not isinstance(about, dict) or any(isinstance(value, dict | list) for value in about.values()):
+        raise InputError(f"{path} does not say how its images were drawn in numbers and words: it is of something else")
+    return about
 
 
 class NpzSamples:
@@ -73,7 +82,7 @@ class NpzSamples:
                     f"{' x '.join(map(str, classes.shape))}"
                 )
             self.classes = classes.tolist()
-        self.about = json.loads(str(read_npz(path, ["about"])["about"])) if "about" in names else {}
+        self.about = parse_about(str(read_npz(path, ["about"])["about"]), path) if "about" in names else {}
 
     @property
     def identity(self) -> str:
@@ -96,7 +105,7 @@ class PngSamples:
     """Every PNG file under a folder, in the order of the files' names; their folders' names are their classes."""
 
     def __init__(self, root: Path) -> None:
-        self.files = sorted(root.rglob("*.png"), key=lambda path: (path.name, path))
+        self.files = sorted(visible(root.rglob("*.png")), key=lambda path: (len(path.name), path.name, path))
         if not self.files:
             raise InputError(f"no PNG files under {root}")
         self.root = root
@@ -123,9 +132,12 @@ class PngSamples:
         path = self.files[index]
         try:
             with self.open(path) as file:
+                mode, transparent = file.mode, "transparency" in file.info
                 found = np.asarray(file.convert("RGB"))
         except UNREADABLE as error:
             raise InputError(f"{path} cannot be decoded ({error}): remove it, and draw it again") from error
+        if mode not in MODES or transparent:
+            raise InputError(f"{path} is of mode {mode}: samples have 8 bits a channel and no transparency")
         if found.shape[:2] != (self.resolution, self.resolution):
             height, width = found.shape[:2]
             raise InputError(f"{path} is {width} x {height}, others {self.resolution} x {self.resolution}")
