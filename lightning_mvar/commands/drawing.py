@@ -96,7 +96,7 @@ class Rejection:
         for numbers in torch.arange(group * tries, (group + 1) * tries).split(batch_size):
             images = drawing.draw(torch.full_like(numbers, label), numbers.tolist())
             sure = self.probabilities(images)[:, label].tolist()
-            best += zip(sure, numbers.tolist(), images, strict=True)
+            best += zip(sure, numbers.tolist(), map(np.copy, images), strict=True)  # a view would keep its batch
             best = sorted(best, key=lambda one: (-one[0], one[1]))[: drawing.per_class]
         return np.stack([image for _, _, image in sorted(best, key=lambda one: one[1])])
 

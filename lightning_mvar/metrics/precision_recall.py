@@ -7,10 +7,14 @@ share of real features on the generated one. Both depend on the extractor, on k 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from tqdm import tqdm
 
 from lightning_mvar.errors import InputError
 
@@ -71,11 +75,17 @@ def coverage(centres: Tensor, points: Tensor, neighbours: int) -> float:
     squares = centres.square().sum(dim=1)
     nearest = [
         squared_distances(rows, centres, squares).topk(neighbours + 1, largest=False).values
-        for rows in centres.split(ROWS)
+        for rows in in_rows(centres, "neighbours")
     ]
     radii = torch.cat(nearest)[:, -1] * (1 + ROUNDING)  # a centre is its own nearest, at distance 0
-    inside = [(squared_distances(rows, centres, squares) <= radii).any(dim=1) for rows in points.split(ROWS)]
+    inside = [(squared_distances(rows, centres, squares) <= radii).any(dim=1) for rows in in_rows(points, "coverage")]
     return float(torch.cat(inside).double().mean())
+
+
+def in_rows(features: Tensor, progress: str) -> Iterable[Tensor]:
+    """Features (n, f) in parts; the first rank shows how it goes, where it takes long."""
+    hidden = dist.is_initialized() and dist.get_rank() > 0
+    return tqdm(features.split(ROWS), progress, leave=False, delay=5, disable=hidden)
 
 
 def squared_distances(rows: Tensor, centres: Tensor, squares: Tensor) -> Tensor:
