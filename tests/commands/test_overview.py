@@ -18,8 +18,6 @@ from test_end_to_end import TOKENIZER_YAML
 
 from lightning_mvar import Tokenizer
 
-pytestmark = pytest.mark.xdist_group("overview")  # what the first test has trained, the others read
-
 
 def read(logs: Path) -> EventAccumulator:
     events = EventAccumulator(str(logs), size_guidance={"tensors": 0})
