@@ -18,7 +18,7 @@ from lightning_mvar.data.images import to_tensor
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.pictures import to_uint8
-from lightning_mvar.sampling import DTYPES, Known, Precision, Step, draw_scales, image_generators, tokens_kept
+from lightning_mvar.sampling import DTYPES, Known, Precision, Step, decoded, draw_scales, image_generators, tokens_kept
 
 FILES = ["config.json", "*.safetensors"]  # of a folder of `export`
 
@@ -123,11 +123,9 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
             keep = tokens_kept(self.network.config.schedule, black).to(self.device)
         return Known(tokens.expand(count, -1), keep.expand(count, -1))
 
-    @torch.no_grad()
     def pictures(self, f_hat: Tensor) -> list[Image.Image]:
         """(b, c, s, s) -> b pictures."""
-        images = (self.tokenizer.decode_features(f_hat).clamp(-1, 1) + 1) / 2
-        return [Image.fromarray(pixels) for pixels in to_uint8(images.float())]
+        return [Image.fromarray(pixels) for pixels in to_uint8(decoded(self.tokenizer, f_hat))]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         if self.network.head.weight.dtype != torch.float32:

@@ -41,16 +41,20 @@ class SampleSet(ABC):
 
     def __init__(self, folder: Path, about: dict[str, Any], count: int) -> None:
         self.folder, self.about, self.count = folder, about, count
+        self.claim()
+
+    def claim(self) -> None:
+        """Write down in the folder how the images are drawn, or go on where that is written; see above."""
         # Looked at before the record: other processes write the record first, then images.
-        others = folder.is_dir() and any(visible(folder.iterdir()))
-        record = folder / ABOUT
+        others = self.folder.is_dir() and any(visible(self.folder.iterdir()))
+        record = self.folder / ABOUT
         if record.is_file():
-            self.require_same(read_about(record), folder)
+            self.require_same(read_about(record), self.folder)
             return
         if others:
-            raise InputError(f"{folder} holds other files: choose another --out, or remove that folder")
+            raise InputError(f"{self.folder} holds other files: choose another --out, or remove that folder")
         with atomic_path(record) as path:
-            path.write_text(json.dumps(about, indent=2) + "\n")
+            path.write_text(json.dumps(self.about, indent=2) + "\n")
 
     def require_same(self, about: dict[str, Any], where: Path) -> None:
         """Raise InputError, naming what differs, unless `about` is that of this set."""
@@ -106,12 +110,13 @@ class NpzFile(SampleSet):
 
     def __init__(self, file: Path, about: dict[str, Any], count: int, resolution: int) -> None:
         self.file, self.shape = file, (count, resolution, resolution, 3)
-        folder = file.with_name(f"{file.name}.partial")
-        if file.is_file():
-            self.folder, self.about, self.count = folder, about, count
-            self.require_same(NpzSamples(file).about, file)
+        super().__init__(file.with_name(f"{file.name}.partial"), about, count)
+
+    def claim(self) -> None:
+        if self.file.is_file():
+            self.require_same(NpzSamples(self.file).about, self.file)
         else:
-            super().__init__(folder, about, count)
+            super().claim()
 
     def places(self) -> dict[int, tuple[Path, int]]:
         """The batch that holds each image that is there, and its place in it."""

@@ -88,8 +88,14 @@ def generate(
     drawn = []
     for step in draw_scales(model, tokenizer, labels, generator=generator, known=known, **settings):
         drawn.append(step.tokens)
-    images = (tokenizer.decode_features(step.f_hat).clamp(-1, 1) + 1) / 2
+    images = decoded(tokenizer, step.f_hat)
     return (images, torch.cat(drawn, dim=1)) if return_tokens else images
+
+
+@torch.no_grad()
+def decoded(tokenizer: Tokenizer, f_hat: Tensor) -> Tensor:
+    """(b, c, s, s) of any scale -> images (b, 3, H, W) in [0, 1]."""
+    return (tokenizer.decode_features(f_hat).clamp(-1, 1) + 1) / 2
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_mvar.data.images import ImageBatch
 from lightning_mvar.errors import InputError
-from lightning_mvar.module import ScheduledModule
 from lightning_mvar.optim import OptimizerConfig
+from lightning_mvar.scheduled_module import ScheduledModule
 from lightning_mvar.tokenizer.quantizer import PyramidStep
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 

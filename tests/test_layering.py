@@ -13,12 +13,13 @@ LAYERS = [  # each may import those before it, and its own
     ["data.digits", "data.images", "data.sample_files", "data.shards", "data.loader"],
     ["sampling", "pictures", "sample_set", "checkpoints", "optim"],
     ["metrics", "pipeline", "data.datamodule", "strategies"],
-    ["module", "bench", "studio"],
+    ["scheduled_module", "bench", "studio"],
+    ["module"],
     ["tokenizer_module", "page"],
     ["callbacks"],
     ["cli", "commands", "__main__"],
 ]
-LIGHTNING = ("strategies", "module", "tokenizer_module", "data.datamodule", "callbacks", "commands")
+LIGHTNING = ("strategies", "scheduled_module", "module", "tokenizer_module", "data.datamodule", "callbacks", "commands")
 
 
 def package_modules() -> dict[str, ast.Module]:

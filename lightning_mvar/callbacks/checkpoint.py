@@ -19,8 +19,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from lightning_mvar.callbacks.tensorboard import writers
 from lightning_mvar.errors import DivergedError, InputError, Interrupted
-from lightning_mvar.module import ScheduledModule
 from lightning_mvar.resume import Checksums, by_time, checksums, hidden, publish, remove, remove_leftovers
+from lightning_mvar.scheduled_module import ScheduledModule
 
 # What Lightning keeps of a validation pass that was cut short in its first batch: it is run again from the start.
 UNFINISHED_VALIDATION = {

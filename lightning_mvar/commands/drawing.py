@@ -26,6 +26,7 @@ from lightning_mvar.sampling import (
     Precision,
     check_arguments,
     compile_steps,
+    decoded,
     draw_scales,
     generate,
     image_generators,
@@ -53,14 +54,25 @@ class Drawing:
         network, tokenizer, _ = self.model
         return to_uint8(generate(network, tokenizer, labels.to(self.device), generator=generators, **self.settings))
 
-    @torch.no_grad()
     def forming(self, labels: Tensor, numbers: list[int]) -> Iterator[Tensor]:
         """The same images (b, 3, H, W) in [0, 1] as they are after each scale."""
         generators = image_generators(self.seed, numbers)
         network, tokenizer, _ = self.model
         steps = draw_scales(network, tokenizer, labels.to(self.device), generator=generators, **self.settings)
         for step in steps:
-            yield (tokenizer.decode_features(step.f_hat).clamp(-1, 1) + 1) / 2
+            yield decoded(tokenizer, step.f_hat)
+
+    def about(self, precision: Precision) -> dict[str, Any]:
+        """All that the images depend on, as JSON can hold it."""
+        chosen = self.labels[:: self.per_class].tolist()
+        return self.settings | {
+            "seed": self.seed,
+            "per_class": self.per_class,
+            "dtype": precision,  # "precision" is a score
+            "classes": "all" if chosen == list(range(self.classes.count)) else ",".join(map(str, chosen)),
+            "network": fingerprint(self.model.network),
+            "network_tokenizer": self.model.tokenizer.fingerprint(),
+        }
 
     def batches(self, numbers: list[int], batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
         """This rank's share of some images of the set."""
@@ -80,6 +92,11 @@ class Rejection:
 
     classifier: nn.Module
     keep: float
+
+    def about(self) -> dict[str, Any]:
+        """What decides which images stay."""
+        name = type(self.classifier).__name__
+        return {"reject": name, "reject_weights": fingerprint(self.classifier), "keep": self.keep}
 
     def batches(self, drawing: Drawing, numbers: list[int], batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
         """This rank's share of the classes that have some of `numbers`, each class as a whole."""
@@ -171,29 +188,29 @@ def draw_set(
     check_arguments(model.network, model.tokenizer, labels, guidance, top_k, top_p, None)  # before anything is written
     drawing = Drawing(model, names, labels, per_class, seed, settings, fabric.device)
     rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
-    about = settings | {"seed": seed, "per_class": per_class, "dtype": precision}  # "precision" is a score
-    about["classes"] = "all" if classes is None else ",".join(map(str, chosen))
-    if rejection is not None:
-        about |= {"reject": type(reject).__name__, "reject_weights": fingerprint(rejection.classifier)}
-        about["keep"] = rejection.keep
-    about |= {"network": fingerprint(model.network), "network_tokenizer": model.tokenizer.fingerprint()}
+    about = drawing.about(precision) | ({} if rejection is None else rejection.about())
     images = open_set(target, about, drawing)
     for part in (model.network, model.tokenizer):
         part.to(fabric.device).lower(DTYPES[precision])
     if compile:
         compile_steps(model.network)
+    fill(images, drawing, rejection, fabric, batch_size)
+    return drawing
+
+
+def fill(images: SampleSet, drawing: Drawing, rejection: Rejection | None, fabric: Fabric, batch_size: int) -> None:
+    """Draw what is missing of a set, each rank its share, and finish it."""
     missing = fabric.broadcast(images.missing() if fabric.is_global_zero else [])
     share = (missing, batch_size, fabric.global_rank, fabric.world_size)
     batches = drawing.batches(*share) if rejection is None else rejection.batches(drawing, *share)
-    with progress(fabric, len(labels), len(missing)) as bar:
+    with progress(fabric, images.count, len(missing)) as bar:
         for numbers, pixels in batches:
             images.write(numbers, pixels)
-            bar.update(min(len(numbers) * fabric.world_size, len(labels) - bar.n))
+            bar.update(min(len(numbers) * fabric.world_size, images.count - bar.n))
     fabric.barrier()
     if fabric.is_global_zero:
-        images.finish(labels.numpy())
+        images.finish(drawing.labels.numpy())
     fabric.barrier()
-    return drawing
 
 
 def progress(fabric: Fabric, count: int, missing: int) -> tqdm:

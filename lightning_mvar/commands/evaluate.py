@@ -114,9 +114,7 @@ def evaluate(
         record |= {"num_samples": len(images), "resolution": images.resolution}
         record |= judge.score(Pictures(images, num_workers), real, "features of the samples")
         if floor is not None:
-            distance = frechet_distance(real.statistics, judge.reference(floor).statistics)
-            record["floor_frechet_distance"] = distance
-            record["frechet_distance_over_floor"] = record["frechet_distance"] / distance
+            record |= judge.over_floor(record["frechet_distance"], real, floor)
         if rebuilder is not None:
             decoded = Reconstructions(open_image_set(reference, images.resolution, decoder, num_workers), rebuilder)
             scores = judge.score(decoded, real, "features of the reconstructions")
@@ -188,6 +186,11 @@ class Judge:
         scores = Scores(self.extractor, real, len(images), NEIGHBOURS if len(images) > NEIGHBOURS else 0)
         hand_over(images, scores, progress)
         return {FULL_NAMES[name]: value for name, value in scores.compute().items()}
+
+    def over_floor(self, distance: float, real: Summary, floor: str) -> Record:
+        """The distance of other real images to the reference, and how many times as far the samples are."""
+        least = frechet_distance(real.statistics, self.reference(floor).statistics)
+        return {"floor_frechet_distance": least, "frechet_distance_over_floor": distance / least}
 
 
 def warn_of_few(count: int, extractor: nn.Module) -> None:

@@ -6,14 +6,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
 from lightning_mvar.classes import Classes
 from lightning_mvar.commands.parsing import call
+from lightning_mvar.commands.reading import check_reading, read_images
 from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.data.images import Example, ImageBatch, OnCorrupt, collate, open_images
+from lightning_mvar.data.images import OnCorrupt, open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 
@@ -47,30 +46,17 @@ def likelihood(
         on_corrupt: what an image that cannot be decoded does: raise, or be skipped, named and counted.
         device: auto, cpu, cuda or cuda:N.
     """
-    if batch_size < 1 or num_workers < 0:
-        raise InputError("--batch_size must be at least 1, --num_workers not negative")
+    check_reading(batch_size, num_workers)
     where, model = choose_device(device), load_trained(ckpt_path, tokenizer, weights)
     source = open_images(images, model.tokenizer.config.resolution, on_corrupt)
     labels = labels_of(model, source.class_names, classes)
     for part in (model.network, model.tokenizer):
         part.to(where)
-    loader = DataLoader[Example](
-        source,  # type: ignore[arg-type]
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate,
-    )
     keys: list[str] = []
     found = []
-    with tqdm(total=len(source), unit="img", desc="likelihood") as bar:
-        batch: ImageBatch
-        for batch in loader:
-            for message in batch.errors:
-                tqdm.write(f"skipped: {message}")
-            if len(batch.images):
-                found.append(bits_per_scale(model, batch.images.to(where), labels[batch.labels].to(where)).cpu())
-                keys += batch.keys
-            bar.update(len(batch.images) + len(batch.errors))
+    for batch in read_images(source, batch_size, num_workers, "likelihood"):
+        found.append(bits_per_scale(model, batch.images.to(where), labels[batch.labels].to(where)).cpu())
+        keys += batch.keys
     if not keys:
         raise InputError(f"not one image of {images} could be decoded")
     bits = torch.cat(found)

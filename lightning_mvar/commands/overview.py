@@ -14,7 +14,8 @@ from tensorboard.plugins.hparams.summary_v2 import Metric, hparams_pb
 from torch.utils.tensorboard.summary import custom_scalars, text
 
 from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, writers
-from lightning_mvar.module import LitMVAR, ScheduledModule
+from lightning_mvar.module import LitMVAR
+from lightning_mvar.scheduled_module import ScheduledModule
 from lightning_mvar.tokenizer_module import LitTokenizer
 
 # What runs are compared by, the last value of each.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
+from lightning_mvar.commands.reading import check_reading, read_images
 from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.data.images import Example, ImageBatch, OnCorrupt, collate, open_images
+from lightning_mvar.data.images import OnCorrupt, open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.digits import DigitsClassifier
@@ -53,28 +52,15 @@ def reconstruct(
         cache: folder that keeps the digits classifier.
         device: auto, cpu, cuda or cuda:N.
     """
-    if batch_size < 1 or num_workers < 0:
-        raise InputError("--batch_size must be at least 1, --num_workers not negative")
+    check_reading(batch_size, num_workers)
     where = choose_device(device)
     model = load_tokenizer(tokenizer).to(where)
     source = open_images(images, model.config.resolution, on_corrupt)
     if extractor is None and images.startswith("digits:"):
         extractor = DigitsClassifier.kept_in(cache)
     comparison = Comparison(model, None if extractor is None else prepare(extractor, where), where)
-    loader = DataLoader[Example](
-        source,  # type: ignore[arg-type]
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate,
-    )
-    with tqdm(total=len(source), unit="img", desc="reconstruct") as bar:
-        batch: ImageBatch
-        for batch in loader:
-            for message in batch.errors:
-                tqdm.write(f"skipped: {message}")
-            if len(batch.images):
-                comparison.update(batch.images.to(where))
-            bar.update(len(batch.images) + len(batch.errors))
+    for batch in read_images(source, batch_size, num_workers, "reconstruct"):
+        comparison.update(batch.images.to(where))
     record: Record = {
         "tokenizer": tokenizer,
         "fingerprint": model.fingerprint(),

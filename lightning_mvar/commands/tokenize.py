@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
-from lightning_mvar.data.images import Example, ImageBatch, ImageSource, OnCorrupt, Views, collate, open_images
+from lightning_mvar.data.images import ImageBatch, ImageSource, OnCorrupt, Views, image_loader, open_images
 from lightning_mvar.data.shards import MANIFEST, Manifest, checksum, shard_name, write_shard
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
@@ -65,13 +65,8 @@ def tokenize(
             if name in done:
                 continue
             chosen = order[index * shard_size : (index + 1) * shard_size].tolist()
-            loader = DataLoader[Example](
-                Subset(examples, chosen),  # type: ignore[arg-type]
-                batch_size=batch_size,
-                num_workers=num_workers,
-                collate_fn=collate,
-            )
-            batches = list(encode(model, loader, where, bar.update))  # type: ignore[arg-type]
+            loader = image_loader(examples, batch_size, num_workers, chosen)
+            batches = list(encode(model, loader, where, bar.update))
             tokens, labels, keys, errors = zip(*batches, strict=True)
             shard = write_shard(folder / name, np.concatenate(tokens), np.concatenate(labels), list(chain(*keys)))
             manifest.shards = sorted([*manifest.shards, shard], key=lambda s: s.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Subset
 
 from lightning_mvar.data.digits import RESOLUTION, DigitsSplit, load_digits
 from lightning_mvar.errors import InputError
@@ -55,18 +56,22 @@ class ImageBatch:
     errors: list[str]
 
 
-class Images(Protocol):
-    """Labelled images by index, each cropped at its centre."""
+class Examples(Protocol):
+    """Labelled images by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Images(Examples, Protocol):
+    """Labelled images of a source, each cropped at its centre."""
 
     class_names: list[str]
     resolution: int
 
     @property
     def identity(self) -> str: ...  # changes when the images do
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
 
 
 class ImageSource(Images, Protocol):
@@ -212,6 +217,19 @@ def generator_for(*key: int) -> Generator:
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def image_loader(
+    images: Examples, batch_size: int, num_workers: int, chosen: Sequence[int] | None = None
+) -> DataLoader[ImageBatch]:
+    """Batches of all images in order, or of those `chosen` by number, read in processes, or in this one for 0."""
+    return DataLoader[Example](  # type: ignore[return-value]  # which are collated
+        images if chosen is None else Subset(images, chosen),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # not the global one: reading must not change what is drawn elsewhere
+    )
 
 
 def collate(examples: list[Example]) -> ImageBatch:

@@ -9,9 +9,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
-from lightning_mvar.data.images import Example, ImageBatch, Images, collate, open_images
+from lightning_mvar.data.images import Images, image_loader, open_images
 from lightning_mvar.data.sample_files import NpzSamples
 from lightning_mvar.data.shards import MANIFEST, Manifest, read_shard
 from lightning_mvar.errors import InputError
@@ -51,15 +50,7 @@ class Pictures:
         return len(self.source)
 
     def batches(self, begin: int, end: int) -> Iterator[Tensor]:
-        loader = DataLoader[Example](
-            Subset(self.source, range(begin, end)),  # type: ignore[arg-type]
-            batch_size=BATCH_SIZE,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            generator=torch.Generator(),  # not the global one: measuring must not change what is drawn elsewhere
-        )
-        batch: ImageBatch
-        for batch in loader:
+        for batch in image_loader(self.source, BATCH_SIZE, self.num_workers, range(begin, end)):
             yield (batch.images + 1) / 2
 
 
