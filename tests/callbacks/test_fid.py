@@ -11,6 +11,7 @@ import torch
 from conftest import Pixels, scalars
 from processes import start
 
+from lightning_mvar import Tokenizer
 from lightning_mvar.callbacks import BestCheckpoint, FIDCallback
 from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.cli import run
@@ -73,6 +74,20 @@ def test_scores_are_those_of_the_chosen_weights_and_the_end_is_scored_without_a_
         generators = image_generators(0, range(13))
         metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(13) % 10, generator=generators)))
         assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
+
+
+def test_samples_are_scored_against_what_the_shards_decode_to(run_folder: Path, tokenizer: Tokenizer) -> None:
+    text = (run_folder / "run.yaml").read_text().replace("reference: images", "reference: shards")
+    (run_folder / "run.yaml").write_text(text)
+    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "4"], run_folder)
+    assert ranks.wait() == [0], ranks.printed()
+    ((_, value),) = scalars(run_folder / "run/logs")["val/fid"]
+    reference = measure(Pixels(), open_image_set(str(run_folder / "shards"), 8, tokenizer), "").statistics
+    model = load_trained(run_folder / "run/checkpoints/last.ckpt")
+    metric = FeatureStatistics(4)
+    generators = image_generators(0, range(13))
+    metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(13) % 10, generator=generators)))
+    assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
 
 
 def test_validate_scores_a_checkpoint(
