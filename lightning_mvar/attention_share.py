@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mixers import BlockCausalAttention
 from lightning_mvar.models.mvar import MVAR
-from lightning_mvar.scales import ScaleSchedule
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def attention_share(network: MVAR, labels: Tensor, scale_inputs: Tensor) -> Tens
     Args:
         network: one with block-causal attention, in eval mode.
         labels: (b,) int64 in [0, num_classes]; `num_classes` is unconditional.
-        scale_inputs: (b, l - first, c) what `Tokenizer.scale_inputs` gives for the images' tokens.
+        scale_inputs: (b, l - first, c) what `teacher_inputs` gives for the images' tokens.
 
     Returns:
         (depth, K, K) float32: for each block, in row i and column j, the weight that queries of scale i give to all
@@ -32,17 +32,16 @@ def attention_share(network: MVAR, labels: Tensor, scale_inputs: Tensor) -> Tens
     Raises:
         InputError: if the network has no block-causal attention.
     """
-    schedule = network.config.schedule
     mixers = [module for module in network.modules() if isinstance(module, BlockCausalAttention)]
     if not mixers:
         raise InputError(
-            f"the network's mixers are {', '.join(network.config.mixers)}: only block_causal_attention looks at more "
+            f"the network's mixers are {network.config.mixing}: only block_causal_attention looks at more "
             f"than one scale, as with configs/mixer/var.yaml"
         )
     shares: list[Tensor] = []
 
     def measure(mixer: BlockCausalAttention, inputs: tuple[Tensor, ...]) -> None:
-        shares.append(share_of(mixer, inputs[0], schedule))
+        shares.append(share_of(mixer, inputs[0], network.config))
 
     hooks = [mixer.register_forward_pre_hook(measure) for mixer in mixers]
     try:
@@ -53,16 +52,17 @@ def attention_share(network: MVAR, labels: Tensor, scale_inputs: Tensor) -> Tens
     return torch.stack(shares)
 
 
-def share_of(mixer: BlockCausalAttention, x: Tensor, schedule: ScaleSchedule) -> Tensor:
+def share_of(mixer: BlockCausalAttention, x: Tensor, config: MVARConfig) -> Tensor:
     """Tokens x (b, l, d) of all scales, as the mixer is given them -> (K, K); see `attention_share`.
 
     The values that are averaged say which scale a key is of, so the averages are the weights of the scales; the weights
     of single keys, l x l for every head, never exist.
     """
     q, k, v = mixer.queries_keys_values(x)
+    schedule = config.schedule
     scales = schedule.num_scales
     # At least as wide as a head: kernels that need no l x l memory want values like queries.
     scale_of_key = F.one_hot(schedule.scale_ids.to(x.device), max(scales, v.shape[-1])).to(v.dtype)
-    y, _ = mixer.attend(q, k, scale_of_key.expand(*v.shape[:2], -1, -1), schedule.lengths, None)
+    y, _ = mixer.attend(q, k, scale_of_key.expand(*v.shape[:2], -1, -1), config.step_lengths, None)
     weights = y[..., :scales].float().mean(dim=(0, 1))  # (l, K)
     return torch.stack([part.mean(dim=0) for part in weights.split(schedule.lengths)])

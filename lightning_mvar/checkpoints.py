@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
-from lightning_mvar.models.mvar import MVAR, MVARConfig
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.official import M_VAR, read_network, read_tokenizer, write_network, write_tokenizer
 from lightning_mvar.resume import PLAIN_PART, read_part, read_plain_part
 from lightning_mvar.sampling import check_pair

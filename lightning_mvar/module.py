@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lightning_mvar.checkpoints import CHECKPOINT_KEY, describe, load_tokenizer
 from lightning_mvar.data.loader import TokenBatch
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mvar import MVAR, Block, MVARConfig
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.optim import OptimizerConfig
-from lightning_mvar.sampling import check_pair
+from lightning_mvar.sampling import check_pair, teacher_inputs
 from lightning_mvar.scheduled_module import ScheduledModule
 from lightning_mvar.strategies import FSDP2Strategy, build, local, recompute_in_backward
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -143,7 +144,7 @@ class LitMVAR(ScheduledModule):
     def score(self, batch: TokenBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy (b, l) in nats, and whether the likeliest token is the right one (b, l), both float32."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # in float32, as in sampling
-            scale_inputs = self.tokenizer.scale_inputs(batch.tokens)
+            scale_inputs = teacher_inputs(self.network_config, self.tokenizer, batch.tokens)
         scores: tuple[Tensor, Tensor] = self.network(labels, scale_inputs, batch.tokens)
         return scores
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mvar import MVAR, MVARConfig
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from lightning_mvar.weights import StateDict, check_same, load_strictly
@@ -133,9 +134,9 @@ def network_config(state: Mapping[str, Tensor]) -> MVARConfig:
     mamba: dict[str, Any] = {}
     if A_log is not None:
         inner, heads = len(state["blocks.0.mamba.norm.weight"]), len(A_log)
-        mamba["mamba_state_dim"] = (len(state["blocks.0.mamba.in_proj.weight"]) - 2 * inner - heads) // 2
-        mamba["mamba_conv_width"] = state["blocks.0.mamba.conv1d.weight"].shape[-1]
-        mamba["mamba_expand"], mamba["mamba_head_dim"] = inner // width, inner // heads
+        mamba["state_dim"] = (len(state["blocks.0.mamba.in_proj.weight"]) - 2 * inner - heads) // 2
+        mamba["conv_width"] = state["blocks.0.mamba.conv1d.weight"].shape[-1]
+        mamba["expand"], mamba["head_dim"] = inner // width, inner // heads
     return MVARConfig(
         schedule=ScaleSchedule(tuple(round(n**0.5) for n in counts.tolist())),
         depth=count(state, "blocks.*."),
@@ -172,9 +173,9 @@ def write_network(network: MVAR) -> StateDict:
     """
     config, schedule = network.config, network.config.schedule
     if config.mixers not in (VAR, M_VAR):
-        raise InputError(f"the published code has no network with mixers {', '.join(config.mixers)}")
+        raise InputError(f"the published code has no network with mixers {config.mixing}")
     if config.mixers == M_VAR:
-        check_published(config, ("mamba_state_dim", "mamba_conv_width", "mamba_expand", "mamba_head_dim"))
+        check_published(config, ("state_dim", "conv_width", "expand", "head_dim"))
     if not config.qk_norm and config.width != HEAD_DIM * config.heads:
         raise InputError(f"without QK-norm the published format means heads of {HEAD_DIM}, got {config.heads} heads")
     if config.mixers == M_VAR and config.shared_adaln:

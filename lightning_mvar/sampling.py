@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mvar import MVAR, MVARConfig, MVARState
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR, MVARState
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 
@@ -70,7 +71,8 @@ def generate(
         model: in eval mode, on the device to sample on.
         tokenizer: in eval mode, on the same device.
         labels: (b,) int64 classes in [0, num_classes]; `num_classes` means unconditional.
-        guidance: classifier-free guidance at the finest scale, growing from 0 at the coarsest; 0 for none.
+        guidance: classifier-free guidance at the finest scale, growing from 0 at the coarsest; 0 for none. A network
+            that predicts single tokens is guided alike at all of them, as LlamaGen (arXiv 2406.06525) is.
         top_k: draw among the k most likely tokens; 0 for all.
         top_p: then among the fewest whose probability reaches p; 1 for all.
         smooth: mix the codebook by a Gumbel-softmax instead of drawing one code: for looking at, never for scores.
@@ -115,29 +117,53 @@ def draw_scales(
     check_arguments(model, tokenizer, labels, guidance, top_k, top_p, generator)
     check_known(known, len(labels), model.config.schedule.num_tokens)
     schedule, quantizer, device = model.config.schedule, tokenizer.quantizer, labels.device
+    by_token = model.config.prediction == "token"
     guided = guidance > 0
     both = torch.cat([labels, torch.full_like(labels, model.config.num_classes)]) if guided else labels
     state = model.init_state(both)
-    scale_inputs, f_hat = None, quantizer.empty(len(labels))
-    for k, (begin, n) in enumerate(zip(schedule.offsets, schedule.lengths, strict=True)):
-        logits, state = model.step(scale_inputs, state)
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            strength = guidance * schedule.ratio(k)
-            logits = (1 + strength) * conditional - strength * unconditional
-        tokens = draw(logits, uniform((len(labels), n), generator, device), top_k, top_p)
-        codes = quantizer.codebook(tokens)
-        if smooth:
-            noise = uniform((len(labels), n, logits.shape[-1]), generator, device)
-            codes = gumbel_mixture(logits, noise, schedule.ratio(k), top_k, top_p) @ quantizer.codebook.weight
-        if known is not None:
-            here = slice(begin, begin + n)
-            tokens = torch.where(known.keep[:, here], known.tokens[:, here], tokens)
-            codes = torch.where(known.keep[:, here, None], quantizer.codebook(tokens), codes)
+    inputs, f_hat = None, quantizer.empty(len(labels))
+    for k, (offset, length) in enumerate(zip(schedule.offsets, schedule.lengths, strict=True)):
+        drawn = []  # tokens and codes of each step of this scale
+        n = 1 if by_token else length
+        for begin in range(offset, offset + length, n):
+            logits, state = model.step(inputs, state)
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                strength = guidance * (1 if by_token else schedule.ratio(k))
+                logits = (1 + strength) * conditional - strength * unconditional
+            tokens = draw(logits, uniform((len(labels), n), generator, device), top_k, top_p)
+            codes = quantizer.codebook(tokens)
+            if smooth:
+                noise = uniform((len(labels), n, logits.shape[-1]), generator, device)
+                codes = gumbel_mixture(logits, noise, schedule.ratio(k), top_k, top_p) @ quantizer.codebook.weight
+            if known is not None:
+                here = slice(begin, begin + n)
+                tokens = torch.where(known.keep[:, here], known.tokens[:, here], tokens)
+                codes = torch.where(known.keep[:, here, None], quantizer.codebook(tokens), codes)
+            drawn.append((tokens, codes))
+            inputs = codes.repeat(2 if guided else 1, 1, 1)
+        tokens, codes = (torch.cat(parts, dim=1) for parts in zip(*drawn, strict=True))
         f_hat = quantizer.accumulate(f_hat, codes, k)
         yield Step(tokens, f_hat)
-        if k + 1 < schedule.num_scales:
-            scale_inputs = quantizer.downsample(f_hat, k + 1).repeat(2 if guided else 1, 1, 1)
+        if not by_token and k + 1 < schedule.num_scales:
+            inputs = quantizer.downsample(f_hat, k + 1).repeat(2 if guided else 1, 1, 1)
+
+
+def teacher_inputs(network: MVARConfig, tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
+    """What the steps of sampling would be given, had they drawn these tokens.
+
+    Args:
+        network: whose inputs they are.
+        tokenizer: that made the tokens.
+        tokens: (b, l) int64.
+
+    Returns:
+        (b, l - n, c) for the n tokens of the first step: of each scale, the image so far at its resolution; of each
+        token, the code of the one before.
+    """
+    if network.prediction == "token":
+        return tokenizer.quantizer.codebook(tokens[:, :-1])
+    return tokenizer.scale_inputs(tokens)
 
 
 def tokens_kept(schedule: ScaleSchedule, mask: Tensor) -> Tensor:
@@ -158,13 +184,13 @@ def compile_steps(network: MVAR) -> None:
 
     It takes minutes, once for each size of batch.
     """
-    limit, scales = torch._dynamo.config.recompile_limit, network.config.schedule.num_scales
-    torch._dynamo.config.recompile_limit = max(limit, 4 * scales)
+    limit, steps = torch._dynamo.config.recompile_limit, len(network.config.step_lengths)
+    torch._dynamo.config.recompile_limit = max(limit, 4 * steps)
     cuda = network.head.weight.is_cuda
     compiled = torch.compile(network.step, dynamic=False, mode="reduce-overhead" if cuda else "default")
 
     def step(scale_inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
-        if cuda and state.scale == 0:
+        if cuda and state.step == 0:
             torch.compiler.cudagraph_mark_step_begin()  # from here on, what graphs gave for other images may go
         return compiled(scale_inputs, state)
 

@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mvar import MVAR, MVARConfig
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")

@@ -23,7 +23,7 @@ def tiny_network(**overrides: object) -> MVAR:
     """Depth 2, width 64, weights large enough that every part matters to the output."""
     torch.manual_seed(0)
     config = {"depth": 2, "width": 64, "heads": 2, "vocab_size": 48, "code_dim": 8, "num_classes": 10}
-    network = MVAR(MVARConfig(SCHEDULE, **(config | {"mamba_head_dim": 32} | overrides)))
+    network = MVAR(MVARConfig(SCHEDULE, **(config | {"head_dim": 32} | overrides)))
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
@@ -134,7 +134,7 @@ trainer: {{accelerator: cpu, max_steps: 12, val_check_interval: 4, check_val_eve
                              batch_size: 3}}}}]}}
 model: {{tokenizer: {tokenizer}, ema_decay: 0.9, optimizer: {{base_lr: 0.05}},
   network: {{schedule: {{side_lengths: [1, 2, 3, 4]}}, vocab_size: 48, code_dim: 8, num_classes: 10, depth: 2,
-             width: 32, heads: 2, mamba_head_dim: 16}}}}
+             width: 32, heads: 2, head_dim: 16}}}}
 data: {{train: shards, val: shards, batch_size: 16}}
 """
 

@@ -49,7 +49,7 @@ def shards(tmp_path: Path, tokenizer: Tokenizer) -> Path:
 def make_module(tokenizer_folder: Path, model: dict[str, object] | None = None, **overrides: object) -> LitMVAR:
     """`model` are options of the module, the others of the network."""
     torch.manual_seed(0)
-    network = MVARConfig(SCHEDULE, **(NETWORK | {"mamba_head_dim": 16} | overrides))
+    network = MVARConfig(SCHEDULE, **(NETWORK | {"head_dim": 16} | overrides))
     return LitMVAR(network, str(tokenizer_folder), OptimizerConfig(base_lr=0.05), **(model or {}))
 
 

@@ -67,7 +67,7 @@ def test_a_round_trip_is_equal_to_the_bit(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", MIXERS)
 def test_the_buffers_that_the_published_code_expects(kind: str) -> None:
     """VAR hides the keys of finer scales; M-VAR those of all other scales, and keeps how many tokens each scale has."""
-    mamba = {"mamba_head_dim": 64} if kind == "mvar" else {}  # VAR has none: any values of its fields will do
+    mamba = {"head_dim": 64} if kind == "mvar" else {}  # VAR has none: any values of its fields will do
     state = write_network(tiny_network(mixers=MIXERS[kind], **mamba))
     scale = SCHEDULE.scale_ids.tolist()
     shown = {"mvar": lambda query, key: query == key, "var": lambda query, key: query >= key}[kind]
@@ -101,13 +101,13 @@ def test_the_configuration_is_read_back(variant: dict) -> None:
     ("variant", "message"),
     [
         ({"mixers": ("mamba2",)}, "no network with mixers mamba2"),
-        ({"mamba_state_dim": 16}, "mamba_state_dim is 16, there always 64"),
+        ({"state_dim": 16}, "state_dim is 16, there always 64"),
         ({"qk_norm": False}, "heads of 64, got 2 heads"),
         ({"shared_adaln": True}, "the published M-VAR cannot share AdaLN"),
     ],
 )
 def test_networks_that_the_published_code_has_not_are_refused(variant: dict, message: str) -> None:
-    config = {"mamba_head_dim": 64} | variant
+    config = {"head_dim": 64} | variant
     with pytest.raises(InputError, match=message):
         write_network(tiny_network(**config))
 

@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import SCHEDULE, random_tokens, tiny_network
+from conftest import MIXERS, SCHEDULE, random_tokens, tiny_network
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
 from lightning_mvar.errors import InputError
@@ -12,11 +12,20 @@ from lightning_mvar.sampling import (
     draw,
     gumbel_mixture,
     image_generators,
+    teacher_inputs,
     tokens_kept,
     truncate,
 )
 
 LABELS = torch.tensor([0, 3, 9, 3])
+KINDS = {name: {"mixers": mixers} for name, mixers in MIXERS.items()} | {
+    "token": {"mixers": ("block_causal_attention",), "prediction": "token"}
+}
+
+
+@pytest.fixture(params=KINDS)
+def network(request: pytest.FixtureRequest) -> MVAR:
+    return tiny_network(**KINDS[request.param])
 
 
 def test_the_samplers_inputs_equal_the_teacher_forcing_inputs(
@@ -27,20 +36,29 @@ def test_the_samplers_inputs_equal_the_teacher_forcing_inputs(
     monkeypatch.setattr(type(network), "step", lambda *args: (seen.append(args[1]), step(*args))[1])
     _, tokens = generate(network, tokenizer, LABELS, guidance=0.0, return_tokens=True)
     assert seen[0] is None
-    torch.testing.assert_close(torch.cat(seen[1:], dim=1), tokenizer.scale_inputs(tokens))
+    torch.testing.assert_close(torch.cat(seen[1:], dim=1), teacher_inputs(network.config, tokenizer, tokens))
+
+
+def test_a_token_enters_as_the_code_of_the_one_before(tokenizer: Tokenizer) -> None:
+    tokens, network = random_tokens(2), tiny_network(**KINDS["token"])
+    inputs = teacher_inputs(network.config, tokenizer, tokens)
+    assert inputs.shape == (2, SCHEDULE.num_tokens - 1, 8)
+    for i in range(SCHEDULE.num_tokens - 1):
+        assert torch.equal(inputs[1, i], tokenizer.quantizer.codebook.weight[tokens[1, i]])
 
 
 def test_greedy_tokens_are_the_likeliest_of_the_full_pass(network: MVAR, tokenizer: Tokenizer) -> None:
     _, tokens = generate(network, tokenizer, LABELS, guidance=0.0, top_k=1, return_tokens=True)
-    logits = network(LABELS, tokenizer.scale_inputs(tokens))
+    logits = network(LABELS, teacher_inputs(network.config, tokenizer, tokens))
     assert torch.equal(logits.argmax(dim=-1), tokens)
 
 
 def test_guided_greedy_tokens_follow_the_guided_logits_of_the_full_pass(network: MVAR, tokenizer: Tokenizer) -> None:
     _, tokens = generate(network, tokenizer, LABELS, guidance=2.0, top_k=1, return_tokens=True)
-    scale_inputs = tokenizer.scale_inputs(tokens)
-    conditional, unconditional = network(LABELS, scale_inputs), network(torch.full_like(LABELS, 10), scale_inputs)
-    ratio = SCHEDULE.scale_ids[None, :, None] / (SCHEDULE.num_scales - 1)
+    inputs = teacher_inputs(network.config, tokenizer, tokens)
+    conditional, unconditional = network(LABELS, inputs), network(torch.full_like(LABELS, 10), inputs)
+    by_token = network.config.prediction == "token"
+    ratio = 1.0 if by_token else SCHEDULE.scale_ids[None, :, None] / (SCHEDULE.num_scales - 1)
     logits = (1 + 2.0 * ratio) * conditional - 2.0 * ratio * unconditional
     assert torch.equal(logits.argmax(dim=-1), tokens)
 
@@ -145,14 +163,14 @@ def test_lowered_networks_keep_decays_and_codes_and_stay_near(
 ) -> None:
     network, tokenizer = deepcopy(network), deepcopy(tokenizer)  # other tests use them too
     tokens = torch.arange(4 * SCHEDULE.num_tokens).view(4, -1) % 48
-    inputs, decoded = tokenizer.scale_inputs(tokens), tokenizer.decode(tokens)
+    inputs, decoded = teacher_inputs(network.config, tokenizer, tokens), tokenizer.decode(tokens)
     logits = network(LABELS, inputs)
     exact = {name: p.clone() for name, p in network.named_parameters() if name.endswith(("A_log", "dt_bias", "log"))}
     network.lower(dtype)
     tokenizer.lower(dtype)
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, exact[name]) if name in exact else parameter.dtype == dtype
-    assert torch.equal(tokenizer.scale_inputs(tokens), inputs)
+    assert torch.equal(teacher_inputs(network.config, tokenizer, tokens), inputs)
     tolerance = 4 * torch.finfo(dtype).eps
     assert (network(LABELS, inputs) - logits).norm() < tolerance * logits.norm()
     assert 0 < (tokenizer.decode(tokens) - decoded).norm() < 0.03 * decoded.norm()
@@ -212,7 +230,7 @@ def test_the_rest_is_drawn_from_logits_that_see_what_is_kept(network: MVAR, toke
         network, tokenizer, LABELS, guidance=0.0, top_k=1, known=Known(given, keep), return_tokens=True
     )
     assert torch.equal(tokens[keep], given[keep])
-    likeliest = network(LABELS, tokenizer.scale_inputs(tokens)).argmax(dim=-1)
+    likeliest = network(LABELS, teacher_inputs(network.config, tokenizer, tokens)).argmax(dim=-1)
     assert torch.equal(tokens[~keep], likeliest[~keep])
     with pytest.raises(InputError, match=r"must both be \(4, 30\), got \(4, 30\) and \(1, 30\)"):
         generate(network, tokenizer, LABELS, known=Known(given, keep[:1]))

@@ -19,7 +19,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.cli import run
-from lightning_mvar.models.mvar import MVAR, Block, MVARConfig
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.resume import read_part, remove
 from lightning_mvar.strategies import build, gathered_copy
@@ -129,7 +130,7 @@ def test_a_sharded_checkpoint_goes_on_with_other_devices_and_becomes_a_plain_fol
 
 
 def test_every_part_of_a_network_gets_its_weights_and_is_finished_before_the_next() -> None:
-    config, cpu = MVARConfig(depth=3, width=32, heads=2, mamba_head_dim=32), torch.device("cpu")
+    config, cpu = MVARConfig(depth=3, width=32, heads=2, head_dim=32), torch.device("cpu")
     finished: list[nn.Module] = []
 
     def finish(part: nn.Module) -> None:
@@ -170,7 +171,7 @@ def test_compiled_and_recomputed_blocks_give_the_same_losses(
 def fsdp1_copy_equals(rank: int, folder: str, weights: dict[str, torch.Tensor]) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     with torch.device("meta"):
-        network = MVAR(MVARConfig(depth=2, width=32, heads=2, mamba_head_dim=32))
+        network = MVAR(MVARConfig(depth=2, width=32, heads=2, head_dim=32))
     network.load_state_dict(weights, assign=True)
     wrapped = FullyShardedDataParallel(
         nn.ModuleDict({"network": network}),
@@ -188,7 +189,7 @@ def fsdp1_copy_equals(rank: int, folder: str, weights: dict[str, torch.Tensor]) 
 def test_fsdp1_networks_are_copied_whole_on_every_rank(tmp_path: Path) -> None:
     """Lightning's FSDP1 wants GPUs, PyTorch's runs here."""
     torch.manual_seed(0)
-    network = MVAR(MVARConfig(depth=2, width=32, heads=2, mamba_head_dim=32))
+    network = MVAR(MVARConfig(depth=2, width=32, heads=2, head_dim=32))
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     ranks = [CONTEXT.Process(target=fsdp1_copy_equals, args=(rank, str(tmp_path), weights)) for rank in range(2)]
     for rank in ranks:

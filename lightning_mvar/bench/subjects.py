@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lightning_mvar.models.mixers
+import lightning_mvar.models.recurrences
 import lightning_mvar.sampling
 from lightning_mvar.bench.measure import Run, count_flops
 from lightning_mvar.errors import InputError
+from lightning_mvar.models.config import SIZES, MVARConfig
 from lightning_mvar.models.mixers import State
-from lightning_mvar.models.mvar import MVAR, SIZES, Block, MVARConfig, MVARState
+from lightning_mvar.models.mvar import MVAR, Block, MVARState
 from lightning_mvar.optim import OptimizerConfig, build_optimizer
 from lightning_mvar.sampling import DTYPES, generate, image_generators
 from lightning_mvar.scales import ScaleSchedule
@@ -142,7 +143,7 @@ class Subject:
         network, tokenizer = self.network, self.tokenizer
         parts: list[tuple[Any, str, str]] = [
             (lightning_mvar.sampling, "draw", "drawing tokens"),
-            (lightning_mvar.models.mixers, "ssd", "scan"),
+            (lightning_mvar.models.recurrences, "ssd", "scan"),
             (tokenizer, "decode_features", "decoder"),
             (tokenizer.quantizer, "accumulate", "residual pyramid"),
             (tokenizer.quantizer, "downsample", "residual pyramid"),
@@ -235,7 +236,7 @@ def operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, bool]]
     The scan and the mixers with their backward pass, and Mamba in sampling with and without its state.
     """
     with x.device:
-        block = Block(config, 0.0).to(x.dtype)
+        block = Block(config, 0, 0.0).to(x.dtype)
     cond = torch.randn(len(x), config.width, device=x.device, dtype=x.dtype)
     lengths = config.schedule.lengths
 
@@ -245,10 +246,10 @@ def operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, bool]]
     x = x.requires_grad_()
     yield "block", both_ways(lambda: block(x, cond, lengths)[0]), True
     yield "mlp", both_ways(lambda: block.mlp(x)), True
-    for name, mixer in zip(config.mixers, block.mixers, strict=True):
+    for name, mixer in zip(config.mixers_of(0), block.mixers, strict=True):
         yield name, both_ways(lambda mixer=mixer: mixer(x, lengths)[0]), True  # type: ignore[misc]
-    if "mamba2" in config.mixers:
-        mamba = block.mixers[config.mixers.index("mamba2")]
+    if "mamba2" in config.mixers_of(0):
+        mamba = block.mixers[config.mixers_of(0).index("mamba2")]
         yield "scan", both_ways(scan(config, x)), True
         yield "mamba2, state carried", torch.no_grad()(lambda: carried(mamba, x, lengths)), False
         yield "mamba2, prefix run again", torch.no_grad()(lambda: prefix_rerun(mamba, x, lengths)), False
@@ -257,8 +258,8 @@ def operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, bool]]
 def scan(config: MVARConfig, x: Tensor) -> Run:
     """The scan on random inputs of the size that x (b, l, d) gives it."""
     b, l, _ = x.shape
-    p, n = config.mamba_head_dim, config.mamba_state_dim
-    h = config.mamba_expand * config.width // p
+    p, n = config.head_dim, config.state_dim
+    h = config.expand * config.width // p
 
     def random(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
         return torch.randn(*shape, device=x.device, dtype=dtype).requires_grad_()
@@ -266,4 +267,4 @@ def scan(config: MVARConfig, x: Tensor) -> Run:
     u, B, C = random(b, l, h, p), random(b, l, n), random(b, l, n)
     dt = random(b, l, h, dtype=torch.float32)
     A = torch.linspace(-16, -1, h, device=x.device)
-    return lambda: lightning_mvar.models.mixers.ssd(u, F.softplus(dt), A, B, C)[0]
+    return lambda: lightning_mvar.models.recurrences.ssd(u, F.softplus(dt), A, B, C)[0]

@@ -15,6 +15,7 @@ from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.data.images import OnCorrupt, open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
+from lightning_mvar.sampling import teacher_inputs
 
 
 def likelihood(
@@ -73,7 +74,8 @@ def likelihood(
 def bits_per_scale(model: TrainedModel, images: Tensor, labels: Tensor) -> Tensor:
     """Images (b, 3, H, W) in [-1, 1], labels (b,) -> (b, k) mean bits of a token of each scale."""
     tokens = model.tokenizer.encode(images)
-    losses, _ = model.network(labels, model.tokenizer.scale_inputs(tokens), tokens)
+    inputs = teacher_inputs(model.network.config, model.tokenizer, tokens)
+    losses, _ = model.network(labels, inputs, tokens)
     parts = losses.double().split(model.network.config.schedule.lengths, dim=1)
     return torch.stack([part.mean(dim=1) for part in parts], dim=1) / math.log(2)
 

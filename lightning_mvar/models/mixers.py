@@ -1,4 +1,4 @@
-"""The token mixers that a block is built from.
+"""The token mixers that a block is built from: what they have in common, and those that attend.
 
 Every mixer is a module called as `y, state = mixer(x, lengths, state)`:
 
@@ -12,10 +12,10 @@ scale at a time without running a prefix again.
 | paper                             | name there             | here                                       |
 |-----------------------------------|------------------------|--------------------------------------------|
 | M-VAR, arXiv 2411.10433, sec. 3.2 | intra-scale attention  | ScaleAttention                             |
-| M-VAR, arXiv 2411.10433, sec. 3.3 | inter-scale Mamba      | Mamba2                                     |
+| M-VAR, arXiv 2411.10433, sec. 3.3 | inter-scale Mamba      | `models.recurrences`: Mamba2 and others    |
 | VAR, arXiv 2404.02905, sec. 3.2   | block-causal attention | BlockCausalAttention                       |
-| Mamba-2, arXiv 2405.21060, sec. 7 | Mamba-2 block          | Mamba2: in_proj, conv1d, A_log, ... as in  |
-|                                   |                        | the weights of `mamba_ssm.Mamba2`          |
+
+Where a network predicts token by token, every token counts as a scale of its own here.
 """
 
 from __future__ import annotations
@@ -27,16 +27,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mvar.ops.attention import attend_block_causal, attend_within_scales
-from lightning_mvar.ops.conv import causal_conv
-from lightning_mvar.ops.ssd import ssd
+from lightning_mvar.ops.attention import attend_block_causal, attend_previous, attend_window, attend_within_scales
 
 State = tuple[Tensor, ...] | None
 
 INITIAL_QK_SCALE, MAX_QK_SCALE = 4.0, 100.0
 
 
-class Attention(nn.Module, ABC):
+class Mixer(nn.Module, ABC):
+    """What the module's docstring says."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, lengths: tuple[int, ...], state: State = None) -> tuple[Tensor, State]: ...
+
+    def reset_own_parameters(self) -> None:
+        """Initialise in place what is not the weight or bias of a layer inside."""
+
+
+class Attention(Mixer):
     """Multi-head attention projections with optional QK-norm; subclasses say which tokens see which.
 
     With QK-norm, queries and keys are L2-normalised and the softmax has a learned temperature per head (starting at 4);
@@ -52,10 +60,10 @@ class Attention(nn.Module, ABC):
         self.qk_scale_log = nn.Parameter(torch.empty(heads)) if qk_norm else None
         self.softmax_scale = 1.0 if qk_norm else 0.25 / math.sqrt(width // heads)
         self.proj = nn.Linear(width, width)
-        self.reset_bias_and_scale()
+        self.reset_own_parameters()
 
     @torch.no_grad()
-    def reset_bias_and_scale(self) -> None:
+    def reset_own_parameters(self) -> None:
         self.q_bias.zero_()
         self.v_bias.zero_()
         if self.qk_scale_log is not None:
@@ -90,6 +98,17 @@ class ScaleAttention(Attention):
         return attend_within_scales(q, k, v, lengths, self.softmax_scale), None
 
 
+class WindowAttention(Attention):
+    """Attention inside each scale to the tokens in a window x window square around. Carries nothing."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, window: int) -> None:
+        super().__init__(width, heads, qk_norm)
+        self.window = window
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
+        return attend_window(q, k, v, lengths, self.window, self.softmax_scale), None
+
+
 class BlockCausalAttention(Attention):
     """Attention to the own scale and all coarser ones. Carries the keys and values seen so far, each (b, h, l, p)."""
 
@@ -99,64 +118,11 @@ class BlockCausalAttention(Attention):
         return attend_block_causal(q, k, v, lengths, self.softmax_scale), (k, v)
 
 
-class Mamba2(nn.Module):
-    """Mamba-2 over the whole packed sequence, causal token by token; weights are named as in `mamba_ssm.Mamba2`.
+class MarkovAttention(Attention):
+    """Attention to the own scale and the one before. Carries that one's keys and values, each (b, h, n, p)."""
 
-    Carries the last conv_width - 1 inputs of the convolution (b, conv_width - 1, channels) and the state of the scan
-    (b, h, p, n) in float32: the same size whatever the number of tokens seen.
-
-    Args:
-        width: d, the width of the tokens.
-        state_dim: n, the SSM state of each channel.
-        conv_width: taps of the causal depthwise convolution.
-        expand: inner width over `width`.
-        head_dim: p; the inner width must be a multiple of it.
-    """
-
-    def __init__(
-        self, width: int, state_dim: int = 64, conv_width: int = 4, expand: int = 2, head_dim: int = 64
-    ) -> None:
-        super().__init__()
-        self.inner, self.state_dim, self.head_dim = expand * width, state_dim, head_dim
-        heads = self.inner // head_dim
-        conv_channels = self.inner + 2 * state_dim  # x, B and C
-        self.in_proj = nn.Linear(width, self.inner + conv_channels + heads, bias=False)
-        self.conv1d = nn.Conv1d(conv_channels, conv_channels, conv_width, groups=conv_channels)
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.D = nn.Parameter(torch.empty(heads))
-        self.norm = nn.RMSNorm(self.inner, eps=1e-5)
-        self.out_proj = nn.Linear(self.inner, width, bias=False)
-        self.reset_scan_parameters()
-
-    @torch.no_grad()
-    def reset_scan_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
-        """A uniform in [1, 16]; dt log-uniform in [dt_min, dt_max], stored as the inverse of softplus; D one."""
-        self.A_log.uniform_(1.0, 16.0).log_()
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        self.D.fill_(1.0)
-
-    def forward(self, x: Tensor, lengths: tuple[int, ...], state: State = None) -> tuple[Tensor, State]:
-        conv_state, scan_state = state if state is not None else (None, None)
-        z, xBC, dt = self.in_proj(x).split([self.inner, self.conv1d.in_channels, len(self.A_log)], dim=-1)
-        xBC, conv_state = self.convolve(xBC, conv_state)
-        u, B, C = F.silu(xBC).split([self.inner, self.state_dim, self.state_dim], dim=-1)
-        u = u.unflatten(-1, (-1, self.head_dim))  # (b, l, h, p)
-        # Step sizes and decays in float32: their products run over the whole sequence.
-        dt = F.softplus(dt.float() + self.dt_bias.float())
-        y, scan_state = ssd(u, dt, -self.A_log.float().exp(), B, C, scan_state)
-        y = torch.addcmul(y, u, self.D[:, None].to(u.dtype))
-        return self.out_proj(self.gated_norm(y.flatten(2), z)), (conv_state, scan_state)
-
-    def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """norm(y silu(z)) of (b, l, inner), in float32: the product can pass the 65504 of float16."""
-        y = y.float() * F.silu(z.float())
-        return F.rms_norm(y, self.norm.normalized_shape, self.norm.weight.float(), self.norm.eps).to(z.dtype)
-
-    def convolve(self, xBC: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Causal depthwise convolution of (b, l, channels), continuing after the inputs in `conv_state`."""
-        past = self.conv1d.kernel_size[0] - 1
-        xBC = F.pad(xBC, (0, 0, past, 0)) if conv_state is None else torch.cat([conv_state, xBC], dim=1)
-        assert self.conv1d.bias is not None
-        return causal_conv(xBC, self.conv1d.weight[:, 0], self.conv1d.bias), xBC[:, xBC.shape[1] - past :]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
+        if state is not None:
+            k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+        last = slice(k.shape[2] - lengths[-1], None)
+        return attend_previous(q, k, v, lengths, self.softmax_scale), (k[:, :, last], v[:, :, last])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.ops.kernels import FOUND
+from lightning_mvar.ops.neighbours import neighbourhood
 
 
 def attend_within_scales(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], softmax_scale: float) -> Tensor:
@@ -66,6 +67,26 @@ def sequence_begins(lengths: tuple[int, ...], batch: int, device: torch.device) 
         return torch.cat([torch.stack(begins, dim=1).flatten(), images[-1:]])
 
 
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int, softmax_scale: float
+) -> Tensor:
+    """Attention to the tokens in a window x window square around each, inside its scale: linear in the tokens.
+
+    Args:
+        q, k, v: (b, h, l, p) with l = sum(lengths), each scale a square map in raster order.
+        lengths: tokens of each scale.
+        window: side of the square, odd.
+        softmax_scale: factor on the logits.
+
+    Returns:
+        (b, h, l, p).
+    """
+    positions, inside = neighbourhood(lengths, window, q.device)
+    keys, values = (t[:, :, positions] for t in (k, v))  # (b, h, l, w, p)
+    mask = inside[:, None]  # (l, 1, w)
+    return F.scaled_dot_product_attention(q[..., None, :], keys, values, mask, scale=softmax_scale)[..., 0, :]
+
+
 def attend_block_causal(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], softmax_scale: float) -> Tensor:
     """Attention of each scale to itself and to all that came before (VAR, arXiv 2404.02905, section 3.2).
 
@@ -79,9 +100,42 @@ def attend_block_causal(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...
         (b, h, l, p).
     """
     cached = k.shape[2] - q.shape[2]
-    ends = (cached + end for end in accumulate(lengths))
+    if max(lengths) == 1 and not cached:  # token by token, in one call
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
+    ends = [cached + end for end in accumulate(lengths)]
+    return attend_ranges(q, k, v, lengths, [0] * len(ends), ends, softmax_scale)
+
+
+def attend_previous(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], softmax_scale: float) -> Tensor:
+    """Attention of each scale to itself and the one before it.
+
+    Args:
+        q: (b, h, l, p) queries of the new scales, l = sum(lengths).
+        k, v: (b, h, cached + l, p): the keys and values of the scale before the new ones, if any, then of those.
+        lengths: tokens of each new scale.
+        softmax_scale: factor on the logits.
+
+    Returns:
+        (b, h, l, p).
+    """
+    cached = k.shape[2] - q.shape[2]
+    ends = [cached + end for end in accumulate(lengths)]
+    begins = [0, cached, *ends][: len(ends)]
+    return attend_ranges(q, k, v, lengths, begins, ends, softmax_scale)
+
+
+def attend_ranges(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    begins: list[int],
+    ends: list[int],
+    softmax_scale: float,
+) -> Tensor:
+    """Attention of each part of `lengths` queries to the keys from its begin to its end."""
     outputs = [
-        F.scaled_dot_product_attention(queries, k[:, :, :end], v[:, :, :end], scale=softmax_scale)
-        for queries, end in zip(q.split(lengths, 2), ends, strict=True)
+        F.scaled_dot_product_attention(queries, k[:, :, begin:end], v[:, :, begin:end], scale=softmax_scale)
+        for queries, begin, end in zip(q.split(lengths, 2), begins, ends, strict=True)
     ]
     return torch.cat(outputs, dim=2)

@@ -39,7 +39,7 @@ trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, check_val_every
                init_args: {extractor: {class_path: conftest.Pixels}, reference: images, num_samples: 7,
                            batch_size: 4}}]}
 model: {tokenizer: tok, network: {schedule: {side_lengths: [1, 2, 4]}, vocab_size: 24, code_dim: 4, num_classes: 3,
-                                  depth: 2, width: 32, heads: 2, mamba_head_dim: 16}}
+                                  depth: 2, width: 32, heads: 2, head_dim: 16}}
 data: {train: shards/train, val: shards/train, batch_size: 6}
 """
 

@@ -21,7 +21,7 @@ FIT = """
 trainer: {{accelerator: cpu, max_steps: 1, logger: false, enable_checkpointing: false, enable_progress_bar: false,
            enable_model_summary: false}}
 model: {{tokenizer: {tokenizer}, network: {{schedule: {{side_lengths: [1, 2, 3, 4]}}, vocab_size: 48, code_dim: 8,
-         num_classes: 10, depth: 1, width: 32, heads: 1, mamba_head_dim: 32}}}}
+         num_classes: 10, depth: 1, width: 32, heads: 1, head_dim: 32}}}}
 data: {{train: shards, val: shards, batch_size: 4}}
 """
 
@@ -61,7 +61,7 @@ def test_the_tiny_run_itself_works(here: Path) -> None:
         (["--model.network.num_classes", "5"], "num_classes is 10 in the shards and 5 in the model"),
         (["--model.network.schedule.side_lengths", "[1,2,4]"], "schedule"),
         (["--model.network.schedule.side_lengths", "[2,1]"], "strictly increasing"),
-        (["--model.network.width", "33"], "mamba_head_dim"),
+        (["--model.network.width", "33"], "head_dim"),
         (["--model.network.heads", "5"], "not a multiple of network.heads"),
         (["--model.network.mixers", "[mamba3]"], "'mamba3'"),
         (["--model.tokenizer", "nowhere"], "nowhere has no config.json"),

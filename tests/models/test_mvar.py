@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
@@ -6,8 +8,9 @@ from conftest import MIXERS, SCHEDULE, tiny_network
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mixers import Attention
-from lightning_mvar.models.mvar import SIZES, DropPath
+from lightning_mvar.models.config import INSIDE_SCALES, SIZES
+from lightning_mvar.models.mixers import Attention, Mixer
+from lightning_mvar.models.mvar import DropPath
 
 # Published counts in millions, vocabulary 4,096, code dim 32, 1,000 classes, QK-norm on.
 PARAMETERS = {
@@ -20,7 +23,19 @@ VARIANTS = [
     {"mixers": MIXERS["var"]},
     {"mixers": MIXERS["var"], "shared_adaln": True},
     {"mixers": ("mamba2",)},
+    {"mixers": ("mamba2", "scale_attention"), "parallel": True},
+    {"mixers": (("scale_attention", "mamba2"), ("scale_attention",))},
+    {"mixers": ("window_attention", "mamba2")},
+    {"mixers": ("scale_mamba", "mamba2")},
+    {"mixers": ("scale_attention", "markov_attention")},
+    *({"mixers": ("scale_attention", across)} for across in ("mamba1", "gated_linear_attention", "linear_attention")),
+    *({"scan_order": order} for order in ("column", "alternating", "both")),
+    {"mixers": ("mamba1",), "scan_order": "both"},
+    {"mixers": ("gated_linear_attention",), "scan_order": "alternating"},
+    {"mixers": ("block_causal_attention",), "prediction": "token"},
+    {"mixers": ("mamba2", "markov_attention", "linear_attention"), "prediction": "token"},
 ]
+WITHIN_SCALES = [{"mixers": ()}, {"mixers": ("scale_attention",)}, {"mixers": ("window_attention", "scale_mamba")}]
 
 
 def network_inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,12 +45,11 @@ def network_inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def steps(network: MVAR, labels: torch.Tensor, scale_inputs: torch.Tensor) -> torch.Tensor:
-    """The logits of one call of `step` for each scale, packed."""
+    """The logits of one call of `step` for each scale, or token, packed."""
     state, logits = network.init_state(labels), []
-    for k, (offset, length) in enumerate(zip(SCHEDULE.offsets, SCHEDULE.lengths, strict=True)):
-        part = None if k == 0 else scale_inputs[:, offset - 1 : offset - 1 + length]
-        scale_logits, state = network.step(part, state)
-        logits.append(scale_logits)
+    for part in (None, *scale_inputs.split(network.config.step_lengths[1:], dim=1)):
+        step_logits, state = network.step(part, state)
+        logits.append(step_logits)
     return torch.cat(logits, dim=1)
 
 
@@ -55,7 +69,7 @@ def test_drop_path_follows_the_depth() -> None:
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.05, 12))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS + WITHIN_SCALES, ids=str)
 @torch.no_grad()
 def test_the_steps_together_equal_the_full_pass(variant: dict[str, object]) -> None:
     network, inputs = tiny_network(**variant), network_inputs()
@@ -65,18 +79,107 @@ def test_the_steps_together_equal_the_full_pass(variant: dict[str, object]) -> N
     assert (steps(network, *inputs) - full).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("scale", range(SCHEDULE.num_scales - 1))
+@pytest.mark.parametrize("variant", VARIANTS + WITHIN_SCALES, ids=str)
 @torch.no_grad()
-def test_tokens_of_a_scale_change_only_the_logits_of_finer_scales(variant: dict[str, object], scale: int) -> None:
-    """The tokens of scale k enter as the inputs of scale k + 1 and later, which is what is changed here."""
+def test_tokens_of_a_step_change_only_the_logits_of_later_ones(variant: dict[str, object]) -> None:
+    """The tokens of step k enter as the inputs of step k + 1 and later, which is what is changed here."""
     network, (labels, scale_inputs) = tiny_network(**variant), network_inputs()
-    begin = SCHEDULE.offsets[scale + 1]
+    before = network(labels, scale_inputs)
+    for begin in list(accumulate(network.config.step_lengths))[:-1]:
+        changed = scale_inputs.clone()
+        changed[:, begin - 1 :] += 1.0
+        after = network(labels, changed)
+        assert torch.equal(before[:, :begin], after[:, :begin])
+        assert (before[:, begin:] - after[:, begin:]).abs().amax(dim=(0, 2)).min() > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS + WITHIN_SCALES, ids=str)
+@torch.no_grad()
+def test_a_network_sees_the_scales_that_its_mixers_are_for(variant: dict[str, object]) -> None:
+    """Which later scales the input of the second changes: its own, the next, or all."""
+    network, (labels, scale_inputs) = tiny_network(**(variant | {"depth": 1})), network_inputs()
     changed = scale_inputs.clone()
-    changed[:, begin - 1 :] += 1.0
-    before, after = network(labels, scale_inputs), network(labels, changed)
-    assert torch.equal(before[:, :begin], after[:, :begin])
-    assert (before[:, begin:] - after[:, begin:]).abs().amax(dim=(0, 2)).min() > 0
+    begin, end = SCHEDULE.offsets[1], SCHEDULE.offsets[2]
+    changed[:, begin - 1 : end - 1] += 1.0
+    moved = (network(labels, scale_inputs) - network(labels, changed)).abs().amax(dim=(0, 2)) > 0
+    reached = {SCHEDULE.scale_ids[i].item() for i in moved.nonzero().flatten()}
+    names = set(network.config.mixers_of(0))
+    if network.config.prediction == "token" or names - INSIDE_SCALES - {"markov_attention"}:
+        assert reached == {1, 2, 3}
+    else:
+        assert reached == ({1, 2} if "markov_attention" in names else {1})
+
+
+def test_parallel_mixers_all_read_what_enters_the_block() -> None:
+    """With the first mixer's gate closed, the second's part is the same in both compositions; else it is not."""
+    labels, scale_inputs = network_inputs()
+    networks = [tiny_network(parallel=parallel, depth=1) for parallel in (False, True)]
+    assert not torch.allclose(*(network(labels, scale_inputs) for network in networks), atol=1e-3)
+    for network in networks:
+        d = network.config.width
+        torch.nn.init.zeros_(network.blocks[0].adaln.weight[:d])
+        torch.nn.init.zeros_(network.blocks[0].adaln.bias[:d])
+    torch.testing.assert_close(*(network(labels, scale_inputs) for network in networks))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_mixer_learns(variant: dict[str, object]) -> None:
+    network = tiny_network(**variant)
+    network(*network_inputs()).square().mean().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@torch.no_grad()
+def test_a_lowered_network_stays_near(variant: dict[str, object]) -> None:
+    network, inputs = tiny_network(**variant), network_inputs()
+    logits = network(*inputs)
+    lowered = network.lower(torch.bfloat16)(*inputs)
+    assert 0 < (lowered - logits).norm() < 8 * torch.finfo(torch.bfloat16).eps * logits.norm()
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba1", "gated_linear_attention", "linear_attention"])
+@torch.no_grad()
+def test_a_scan_in_another_order_is_one_over_tokens_in_that_order(mixer: str) -> None:
+    """Columns: as if every scale were transposed; both: the mean of forwards and backwards."""
+
+    def made(order: str) -> Mixer:
+        return tiny_network(mixers=(mixer,), scan_order=order, depth=1).blocks[0].mixers[0]
+
+    def along(x: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        sides = zip(x.split(SCHEDULE.lengths, dim=1), SCHEDULE.side_lengths, strict=True)
+        return torch.cat([move(part.unflatten(1, (side, side))).flatten(1, 2) for part, side in sides], dim=1)
+
+    x = torch.randn(2, SCHEDULE.num_tokens, 64, generator=torch.Generator().manual_seed(0))
+    raster = made("raster")
+    rows, _ = raster(x, SCHEDULE.lengths)
+    transposed, _ = raster(along(x, lambda t: t.transpose(1, 2)), SCHEDULE.lengths)
+    columns, _ = made("column")(x, SCHEDULE.lengths)
+    assert not torch.allclose(columns, rows)
+    torch.testing.assert_close(columns, along(transposed, lambda t: t.transpose(1, 2)))
+    backwards, _ = raster(along(x, lambda t: t.flip(1, 2)), SCHEDULE.lengths)
+    both, _ = made("both")(x, SCHEDULE.lengths)
+    torch.testing.assert_close(both, (rows + along(backwards, lambda t: t.flip(1, 2))) / 2)
+
+
+def test_alternating_orders_and_mixers_follow_the_number_of_the_block() -> None:
+    network = tiny_network(mixers=(("scale_attention", "mamba2"), ("mamba1",)), scan_order="alternating", depth=4)
+    kinds = [[type(mixer).__name__ for mixer in block.mixers] for block in network.blocks]
+    assert kinds == [["ScaleAttention", "Mamba2"], ["Mamba1"]] * 2
+    assert [block.mixers[-1].orders for block in network.blocks] == [("raster",), ("column",)] * 2
+    assert network.config.mixing == "scale_attention, mamba2 / mamba1"
+
+
+@torch.no_grad()
+def test_scale_mamba_sees_all_of_its_scale() -> None:
+    mixer = tiny_network(mixers=("scale_mamba",), depth=1).blocks[0].mixers[0]
+    x = torch.randn(1, SCHEDULE.num_tokens, 64, generator=torch.Generator().manual_seed(0))
+    begin, end = SCHEDULE.offsets[2], SCHEDULE.offsets[3]
+    for token in (begin, end - 1):
+        changed = x.clone()
+        changed[:, token] += 1.0
+        moved = (mixer(x, SCHEDULE.lengths)[0] - mixer(changed, SCHEDULE.lengths)[0]).abs().sum(dim=(0, 2)) > 0
+        assert moved.nonzero().flatten().tolist() == list(range(begin, end))
 
 
 def test_the_class_reaches_every_token(network: MVAR) -> None:
@@ -84,11 +187,6 @@ def test_the_class_reaches_every_token(network: MVAR) -> None:
     with torch.no_grad():
         difference = network(labels, scale_inputs) - network((labels + 1) % 11, scale_inputs)
     assert difference.abs().amax(dim=2).min() > 0
-
-
-def test_every_parameter_receives_a_gradient(network: MVAR) -> None:
-    network(*network_inputs()).square().mean().backward()
-    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
@@ -162,10 +260,11 @@ def test_initial_weights_of_a_shared_adaln() -> None:
     assert not network.shared_adaln.bias.any()
 
 
-def test_weights_of_a_network_built_on_the_meta_device_are_all_initialised() -> None:
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_weights_of_a_network_built_on_the_meta_device_are_all_initialised(variant: dict[str, object]) -> None:
     """`to_empty` leaves garbage: init_weights must reach every parameter."""
     with torch.device("meta"):
-        network = MVAR(MVARConfig(SCHEDULE, 2, 64, 2, 48, 8, 10))
+        network = MVAR(MVARConfig(SCHEDULE, 2, 64, 2, 48, 8, 10, **variant))
     network.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in network.parameters():
@@ -213,7 +312,14 @@ def test_drop_path_rises_linearly_over_the_blocks() -> None:
     [
         ({"heads": 3}, "not a multiple of network.heads"),
         ({"mixers": ("attention",)}, "'attention'; there are scale_attention"),
-        ({"width": 48, "mamba_head_dim": 64}, "mamba_head_dim 64"),
+        ({"mixers": (("mamba2",), ("mamba3",))}, "'mamba3'; there are scale_attention"),
+        ({"mixers": (("mamba2",), ()), "shared_adaln": True}, "must give all as many"),
+        ({"prediction": "token"}, "scale_attention sees whole scales"),
+        ({"prediction": "token", "mixers": ("mamba2",), "scan_order": "both"}, "scan_order both sees whole scales"),
+        ({"prediction": "image"}, "'image' is none of scale, token"),
+        ({"scan_order": "spiral"}, "'spiral' is none of raster, column"),
+        ({"window": 4}, "odd and positive, got 4"),
+        ({"width": 48, "head_dim": 64}, "head_dim 64"),
         ({"depth": 0}, "network.depth must be at least 1"),
     ],
 )

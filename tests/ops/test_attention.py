@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_mvar import ScaleSchedule
-from lightning_mvar.ops.attention import attend_block_causal, attend_packed, attend_within_scales, sequence_begins
+from lightning_mvar.ops.attention import (
+    attend_block_causal,
+    attend_packed,
+    attend_previous,
+    attend_window,
+    attend_within_scales,
+    sequence_begins,
+)
 from lightning_mvar.ops.kernels import look_for_kernels
 
 SCHEDULE = ScaleSchedule((1, 2, 3))
@@ -89,3 +96,35 @@ def test_block_causal_continues_after_cached_keys(qkv: Tensor) -> None:
     whole = attend_block_causal(q, k, v, SCHEDULE.lengths, 0.3)
     last = attend_block_causal(q[:, :, 5:], k, v, SCHEDULE.lengths[2:], 0.3)
     torch.testing.assert_close(last, whole[:, :, 5:])
+
+
+def test_token_by_token_is_a_causal_mask(qkv: Tensor) -> None:
+    n = SCHEDULE.num_tokens
+    expected = masked_attention(*qkv, torch.ones(n, n, dtype=torch.bool).tril(), 0.3)
+    torch.testing.assert_close(attend_block_causal(*qkv, (1,) * n, 0.3), expected)
+
+
+def test_the_previous_scale_and_the_own_are_two_blocks_of_a_mask(qkv: Tensor) -> None:
+    ids = SCHEDULE.scale_ids
+    expected = masked_attention(*qkv, (ids[:, None] == ids) | (ids[:, None] == ids + 1), 0.3)
+    torch.testing.assert_close(attend_previous(*qkv, SCHEDULE.lengths, 0.3), expected)
+
+
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_a_window_is_a_mask_of_neighbours_on_the_map(qkv: Tensor, window: int) -> None:
+    places = [
+        (k, row, column)
+        for k, side in enumerate(SCHEDULE.side_lengths)
+        for row in range(side)
+        for column in range(side)
+    ]
+    reach = window // 2
+    allowed = [[a[0] == b[0] and max(abs(a[1] - b[1]), abs(a[2] - b[2])) <= reach for b in places] for a in places]
+    expected = masked_attention(*qkv, torch.tensor(allowed), 0.3)
+    torch.testing.assert_close(attend_window(*qkv, SCHEDULE.lengths, window, 0.3), expected)
+
+
+def test_a_window_as_large_as_the_map_sees_all_of_it(qkv: Tensor) -> None:
+    torch.testing.assert_close(
+        attend_window(*qkv, SCHEDULE.lengths, 5, 0.3), attend_within_scales(*qkv, SCHEDULE.lengths, 0.3)
+    )
