@@ -17,6 +17,24 @@ from lightning_mvar.data.shards import Manifest, shard_name, write_shard
 CLASSES = ["dark", "light", "mixed"]
 SCHEDULE = ScaleSchedule((1, 2, 3, 4))
 MIXERS = {"mvar": ("scale_attention", "mamba2"), "var": ("block_causal_attention",)}
+VARIANTS = [
+    {"mixers": MIXERS["mvar"]},
+    {"mixers": MIXERS["mvar"], "qk_norm": False},
+    {"mixers": MIXERS["var"]},
+    {"mixers": MIXERS["var"], "shared_adaln": True},
+    {"mixers": ("mamba2",)},
+    {"mixers": ("mamba2", "scale_attention"), "parallel": True},
+    {"mixers": (("scale_attention", "mamba2"), ("scale_attention",))},
+    {"mixers": ("window_attention", "mamba2")},
+    {"mixers": ("scale_mamba", "mamba2")},
+    {"mixers": ("scale_attention", "markov_attention")},
+    *({"mixers": ("scale_attention", across)} for across in ("mamba1", "gated_linear_attention", "linear_attention")),
+    *({"scan_order": order} for order in ("column", "alternating", "both")),
+    {"mixers": ("mamba1",), "scan_order": "both"},
+    {"mixers": ("gated_linear_attention",), "scan_order": "alternating"},
+    {"mixers": ("block_causal_attention",), "prediction": "token"},
+    {"mixers": ("mamba2", "markov_attention", "linear_attention"), "prediction": "token"},
+]
 
 
 def tiny_network(**overrides: object) -> MVAR:

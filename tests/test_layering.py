@@ -9,7 +9,7 @@ PACKAGE = Path(lightning_mvar.__file__).parent
 LAYERS = [  # each may import those before it, and its own
     ["errors", "version", "files", "npz", "devices", "classes", "fingerprint", "weights", "scales", "ops"],
     ["models", "tokenizer"],
-    ["official", "resume", "attention_share"],
+    ["official", "resume", "attention_share", "costs"],
     ["data.digits", "data.images", "data.sample_files", "data.shards", "data.loader"],
     ["sampling", "pictures", "sample_set", "checkpoints", "optim"],
     ["metrics", "pipeline", "data.datamodule", "strategies"],

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 Run = Callable[[], object]
@@ -62,13 +61,6 @@ def elapsed(run: Run, device: torch.device) -> float:
     begin = now(device)
     run()
     return now(device) - begin
-
-
-def count_flops(run: Run) -> int:
-    """Operations of all matrix products, convolutions and attentions in `run`; on the meta device it costs nothing."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    return counter.get_total_flops()
 
 
 def peak_memory(run: Run, device: torch.device) -> int:

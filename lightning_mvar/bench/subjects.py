@@ -5,7 +5,7 @@ Shapes: b images, l tokens, c code dim, d width, h heads, p head dim, n SSM stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import lightning_mvar.models.recurrences
 import lightning_mvar.sampling
-from lightning_mvar.bench.measure import Run, count_flops
+from lightning_mvar.bench.measure import Run
+from lightning_mvar.costs import META, count_flops, forward_flops, sampling_flops
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import SIZES, MVARConfig
 from lightning_mvar.models.mixers import State
@@ -27,7 +28,6 @@ from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
 
 BLOCKS = {"mvar": ("scale_attention", "mamba2"), "var": ("block_causal_attention",)}
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ class Subject:
             return Tokenizer(self.tokenizer_config).eval().requires_grad_(False).lower(self.dtype)
 
     def scale_inputs(self, batch_size: int) -> Tensor:
-        """Random (b, l - first, c)."""
-        schedule = self.network_config.schedule
-        shape = (batch_size, schedule.num_tokens - schedule.first, self.network_config.code_dim)
+        """Random (b, l - n, c), for the n tokens of the first step."""
+        config = self.network_config
+        shape = (batch_size, config.schedule.num_tokens - config.step_lengths[0], config.code_dim)
         return torch.randn(shape, device=self.device)
 
     def sample(self) -> Tensor:
@@ -133,7 +133,7 @@ class Subject:
         """The network's part of sampling alone, guided: 2 b images; its last state."""
         labels = torch.cat([self.labels, torch.full_like(self.labels, self.network_config.num_classes)])
         state = self.network.init_state(labels)
-        lengths = self.network_config.schedule.lengths[1:]
+        lengths = self.network_config.step_lengths[1:]
         for inputs in (None, *self.scale_inputs(len(labels)).split(lengths, dim=1)):
             _, state = self.network.step(inputs, state)
         return state
@@ -180,34 +180,9 @@ def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str
     f_hat = decoder.quantizer.empty(1)
     return {
         "forward": forward_flops(network),
-        "sampling": of_all_blocks(network, lambda subject: subject.step_through()),
+        "sampling": sampling_flops(network),
         "decoder": count_flops(lambda: decoder.decode_features(f_hat)),
     }
-
-
-def forward_flops(network: MVARConfig) -> int:
-    """Counted operations of a teacher-forced pass over one image."""
-    return of_all_blocks(network, lambda subject: subject.network(subject.labels, subject.scale_inputs(1)))
-
-
-def of_all_blocks(network: MVARConfig, run: Callable[[Subject], object]) -> int:
-    """Counted operations of `run`; blocks are alike, so those of one and of two tell those of any number."""
-
-    def count(depth: int) -> int:
-        subject = Subject(replace(network, depth=depth), TokenizerConfig(network.schedule), 1, device=META)
-        return count_flops(lambda: run(subject))
-
-    one, two = count(1), count(2)
-    return one + (network.depth - 1) * (two - one)
-
-
-def state_bytes(network: MVARConfig, dtype: torch.dtype) -> int:
-    """What an image carries through its whole sampling, without guidance, but for the AdaLN tables: bytes."""
-    subject = Subject(replace(network, depth=1), TokenizerConfig(network.schedule), 1, dtype, META)
-    state = subject.step_through()
-    carried = (tensor for block in state.blocks if block for mixer in block.mixers for tensor in mixer or ())
-    guided = sum(tensor.numel() * tensor.element_size() for tensor in carried)
-    return network.depth * guided // 2  # of which one half is the unconditional image's
 
 
 def carried(mixer: nn.Module, x: Tensor, lengths: tuple[int, ...]) -> Tensor:

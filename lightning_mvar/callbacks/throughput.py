@@ -6,7 +6,7 @@ import time
 
 import lightning as L
 
-from lightning_mvar.bench.subjects import forward_flops
+from lightning_mvar.costs import forward_flops
 from lightning_mvar.errors import InputError
 from lightning_mvar.module import LitMVAR
 

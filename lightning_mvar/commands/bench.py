@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from lightning_mvar.bench.measure import Run, Stopwatch, alternate, large_matmul, peak_memory
-from lightning_mvar.bench.subjects import Setting, Subject, flops_per_image, operations, state_bytes
+from lightning_mvar.bench.subjects import Setting, Subject, flops_per_image, operations
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import Record, print_table, write_records
+from lightning_mvar.costs import state_bytes
 from lightning_mvar.data.loader import TokenLoader, TokenStream
 from lightning_mvar.data.shards import Manifest, shard_name, write_shard
 from lightning_mvar.devices import choose_device

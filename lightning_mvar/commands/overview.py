@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -14,6 +16,8 @@ from tensorboard.plugins.hparams.summary_v2 import Metric, hparams_pb
 from torch.utils.tensorboard.summary import custom_scalars, text
 
 from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, writers
+from lightning_mvar.costs import costs_of
+from lightning_mvar.files import atomic_path
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.scheduled_module import ScheduledModule
 from lightning_mvar.tokenizer_module import LitTokenizer
@@ -73,12 +77,17 @@ TYPES = {
 
 
 class OverviewCallback(SaveConfigCallback):
-    """Writes config.yaml, as Lightning's does, and shows the run as a whole in TensorBoard."""
+    """Writes config.yaml, as Lightning's does, and costs.json, and shows the run as a whole in TensorBoard."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         kind, values = type(pl_module), hyperparameters(self.config, trainer, pl_module)
+        if isinstance(pl_module, LitMVAR):
+            costs = costs_of(pl_module.network_config)._asdict()
+            values |= costs
+            with atomic_path(Path(trainer.default_root_dir) / "costs.json") as path:
+                path.write_text(json.dumps(costs, indent=2) + "\n")
         yaml = self.parser.dump(self.config, skip_none=False)
         summaries = [
             text("config", f"```yaml\n{yaml}\n```"),

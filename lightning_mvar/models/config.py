@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -121,6 +122,12 @@ class MVARConfig:
         """The orders in which the recurrence of a block reads, by its number."""
         orders = SCAN_ORDERS[self.scan_order]
         return orders[block % len(orders)]
+
+    @property
+    def turn(self) -> int:
+        """After how many blocks their kinds come again."""
+        kinds = 1 if self.mixers_of(0) == self.mixers else len(self.mixers)
+        return math.lcm(kinds, len(SCAN_ORDERS[self.scan_order]))
 
     @property
     def mixing(self) -> str:

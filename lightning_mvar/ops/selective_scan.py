@@ -146,14 +146,6 @@ scan_forward.register_autograd(backward, setup_context=keep_for_backward)
 
 
 @register_flop_formula(torch.ops.lightning_mvar.selective_scan)
-def forward_flops(x: tuple[int, ...], dt: object, A: tuple[int, int], *_: object, **__: object) -> int:
+def flops(x: tuple[int, ...], dt: object, A: tuple[int, int], *_: object, **__: object) -> int:
     """Multiplications and additions of state and output."""
     return 4 * x[0] * x[1] * A[0] * A[1]
-
-
-@register_flop_formula(torch.ops.lightning_mvar.selective_scan_backward)
-def backward_flops(
-    dy: object, dfinal: object, x: tuple[int, ...], dt: object, A: tuple[int, int], *_: object, **__: object
-) -> int:
-    """Of the states again, their gradients, and those of A, dt, x, B and C."""
-    return 14 * x[0] * x[1] * A[0] * A[1]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_mvar.bench import measure
-from lightning_mvar.bench.measure import Stopwatch, alternate, count_flops, large_matmul, peak_memory
+from lightning_mvar.bench.measure import Stopwatch, alternate, large_matmul, peak_memory
+from lightning_mvar.costs import count_flops
 
 CPU = torch.device("cpu")
 

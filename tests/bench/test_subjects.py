@@ -5,7 +5,8 @@ import torch
 from conftest import MIXERS, SCHEDULE, tiny_network
 
 from lightning_mvar import MVARConfig, TokenizerConfig
-from lightning_mvar.bench.subjects import Setting, Subject, carried, flops_per_image, prefix_rerun, state_bytes
+from lightning_mvar.bench.subjects import Setting, Subject, carried, prefix_rerun
+from lightning_mvar.costs import state_bytes
 from lightning_mvar.errors import InputError
 
 TOKENIZER = TokenizerConfig(SCHEDULE, 48, 8, channels=8, multipliers=(1, 2), blocks=1, num_phi=3)
@@ -13,18 +14,6 @@ TOKENIZER = TokenizerConfig(SCHEDULE, 48, 8, channels=8, multipliers=(1, 2), blo
 
 def tiny_config(mixer: str, **overrides: object) -> MVARConfig:
     return tiny_network(mixers=MIXERS[mixer], **overrides).config
-
-
-def test_operations_of_var_are_those_of_its_formula() -> None:
-    config, l, d = tiny_config("var", depth=3), SCHEDULE.num_tokens, 64
-    flops = flops_per_image(config, TOKENIZER)
-    pairs = sum(n * (begin + n) for n, begin in zip(SCHEDULE.lengths, SCHEDULE.offsets, strict=True))
-    block = 2 * l * 12 * d * d + 2 * 2 * pairs * d  # linear layers, attention
-    adaln = 2 * 6 * d * d
-    outside = 2 * (l - 1) * config.code_dim * d + 2 * l * d * config.vocab_size + 2 * 2 * d * d
-    assert flops["forward"] == 3 * (block + adaln) + outside
-    heads = (SCHEDULE.num_scales - 1) * 2 * 2 * d * d  # the head's AdaLN, again for every scale
-    assert flops["sampling"] == 2 * (flops["forward"] + heads)
 
 
 def test_the_state_of_mvar_does_not_grow_and_that_of_var_is_a_cache() -> None:

@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback
 from test_module import make_module, make_trainer
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.bench.subjects import forward_flops
 from lightning_mvar.callbacks import ThroughputCallback
+from lightning_mvar.costs import forward_flops
 from lightning_mvar.data.datamodule import TokenDataModule
 from lightning_mvar.errors import InputError
 

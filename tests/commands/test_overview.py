@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_end_to_end import TOKENIZER_YAML
 
 from lightning_mvar import Tokenizer
+from lightning_mvar.checkpoints import load_trained
+from lightning_mvar.costs import costs_of
 
 
 def read(logs: Path) -> EventAccumulator:
@@ -85,6 +88,13 @@ def test_the_configuration_is_shown_as_text(logs: Path) -> None:
     saved = yaml.safe_load((logs / "config.yaml").read_text())
     assert yaml.safe_load(content[:-4]) == saved
     assert saved["trainer"]["max_steps"] == 4
+
+
+def test_what_the_network_costs_is_recorded(done: Path, logs: Path) -> None:
+    costs = json.loads((done / "run/costs.json").read_text())
+    network = load_trained(done / "run/checkpoints/last.ckpt").network
+    assert costs == costs_of(network.config)._asdict()
+    assert costs.items() <= hparams(logs)[2].items()
 
 
 def test_hyperparameters_are_flat_and_metrics_are_curves_without_points_of_their_own(logs: Path) -> None:

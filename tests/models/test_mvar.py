@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from conftest import MIXERS, SCHEDULE, tiny_network
+from conftest import MIXERS, SCHEDULE, VARIANTS, tiny_network
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule
 from lightning_mvar.errors import InputError
@@ -17,24 +17,6 @@ PARAMETERS = {
     "mvar": {"d12": 198.4, "d16": 464.2, "d20": 900.5, "d24": 1550.1, "d30": 3017.1, "d32": 3658.7},
     "var": {"d12": 133.2, "d16": 310.3, "d20": 600.9, "d24": 1033.4, "d30": 2010.0},
 }
-VARIANTS = [
-    {"mixers": MIXERS["mvar"]},
-    {"mixers": MIXERS["mvar"], "qk_norm": False},
-    {"mixers": MIXERS["var"]},
-    {"mixers": MIXERS["var"], "shared_adaln": True},
-    {"mixers": ("mamba2",)},
-    {"mixers": ("mamba2", "scale_attention"), "parallel": True},
-    {"mixers": (("scale_attention", "mamba2"), ("scale_attention",))},
-    {"mixers": ("window_attention", "mamba2")},
-    {"mixers": ("scale_mamba", "mamba2")},
-    {"mixers": ("scale_attention", "markov_attention")},
-    *({"mixers": ("scale_attention", across)} for across in ("mamba1", "gated_linear_attention", "linear_attention")),
-    *({"scan_order": order} for order in ("column", "alternating", "both")),
-    {"mixers": ("mamba1",), "scan_order": "both"},
-    {"mixers": ("gated_linear_attention",), "scan_order": "alternating"},
-    {"mixers": ("block_causal_attention",), "prediction": "token"},
-    {"mixers": ("mamba2", "markov_attention", "linear_attention"), "prediction": "token"},
-]
 WITHIN_SCALES = [{"mixers": ()}, {"mixers": ("scale_attention",)}, {"mixers": ("window_attention", "scale_mamba")}]
 
 

@@ -104,13 +104,9 @@ def test_the_strongest_decay_allowed_gives_finite_outputs_and_gradients() -> Non
 
 
 def test_the_selective_scan_counts_its_operations() -> None:
-    inputs = [t.requires_grad_() for t in selective_inputs(70, torch.float32)]
-    with FlopCounterMode(display=False) as forward:
-        y, _ = selective_scan(*inputs)
-    with FlopCounterMode(display=False) as backward:
-        y.sum().backward()
-    assert forward.get_total_flops() == 4 * 2 * 70 * 6 * 5
-    assert backward.get_total_flops() == 14 * 2 * 70 * 6 * 5
+    with FlopCounterMode(display=False) as counter:
+        selective_scan(*selective_inputs(70, torch.float32))
+    assert counter.get_total_flops() == 4 * 2 * 70 * 6 * 5
 
 
 def test_the_selective_scan_is_a_proper_operator() -> None:
