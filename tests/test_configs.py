@@ -16,6 +16,7 @@ from lightning_mvar.cli import run
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
 from lightning_mvar.commands.training import TrainingCLI, run_cli
 from lightning_mvar.data.datamodule import ImageDataModule, TokenDataModule
+from lightning_mvar.models.config import BASELINES
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.tokenizer_module import LitTokenizer
 
@@ -108,6 +109,14 @@ def test_sizes_carry_their_published_recipe(
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.05)
     assert (optimizer.final_lr_ratio, optimizer.final_weight_decay) == (final_lr, final_decay)
     assert (optimizer.warmup, optimizer.initial_lr_ratio, namespace.model.label_drop) == (0.02, 0.005, 0.1)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_have_overlays_of_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    values = parse(*header_commands(f"configs/mixer/{name}.yaml")[0]).model.network.as_dict()
+    network = config_from_dict(MVARConfig, values, name)
+    assert replace(network, **BASELINES[name]) == network
 
 
 @pytest.mark.parametrize("resolution", [256, 512, 1024])

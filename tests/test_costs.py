@@ -12,7 +12,6 @@ from lightning_mvar import MVAR, MVARConfig, ScaleSchedule
 from lightning_mvar.costs import costs_of, count_flops, forward_flops, matched, parameters_of, state_bytes, teach
 from lightning_mvar.errors import InputError
 
-
 TURNS = [  # after one block, two, and six, they are alike again
     {"mixers": ("scale_mamba", "mamba1")},
     {"mixers": (("scale_attention", "mamba2"), ("scale_attention",))},

@@ -19,15 +19,13 @@ import lightning_mvar.sampling
 from lightning_mvar.bench.measure import Run
 from lightning_mvar.costs import META, count_flops, forward_flops, sampling_flops
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.config import SIZES, MVARConfig
+from lightning_mvar.models.config import BASELINES, SIZES, MVARConfig
 from lightning_mvar.models.mixers import State
 from lightning_mvar.models.mvar import MVAR, Block, MVARState
 from lightning_mvar.optim import OptimizerConfig, build_optimizer
 from lightning_mvar.sampling import DTYPES, generate, image_generators
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
-
-BLOCKS = {"mvar": ("scale_attention", "mamba2"), "var": ("block_causal_attention",)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Setting:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("size", SIZES), ("mixer", BLOCKS), ("precision", DTYPES)):
+        for name, known in (("size", SIZES), ("mixer", BASELINES), ("precision", DTYPES)):
             if getattr(self, name) not in known:
                 raise InputError(f"bench: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
         if self.batch_size < 1 or self.depth < 0:
@@ -74,14 +72,18 @@ class Setting:
 
     @property
     def network(self) -> MVARConfig:
-        config = MVARConfig.for_size(
-            self.size, schedule=ScaleSchedule.for_resolution(self.resolution), mixers=BLOCKS[self.mixer]
-        )
+        config = MVARConfig.for_size(self.size, schedule=self.schedule, **BASELINES[self.mixer])
         return replace(config, depth=self.depth) if self.depth else config
 
     @property
     def tokenizer(self) -> TokenizerConfig:
-        return TokenizerConfig(ScaleSchedule.for_resolution(self.resolution))
+        return TokenizerConfig(self.schedule)
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """The published one of the resolution; its last scale alone for a network in raster order."""
+        published = ScaleSchedule.for_resolution(self.resolution)
+        return ScaleSchedule(published.side_lengths[-1:]) if self.mixer == "ar_raster" else published
 
 
 class Subject:

@@ -28,7 +28,7 @@ from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
 def bench(
     what: Literal["sample", "train", "data", "memory", "op"],
     size: str = "d16",
-    mixer: Literal["mvar", "var"] = "mvar",
+    mixer: Literal["mvar", "var", "markov", "mamba_only", "attention_only", "ar_raster"] = "mvar",
     resolution: int = 256,
     batch_size: int = 4,
     precision: Precision = "float32",
@@ -51,7 +51,8 @@ def bench(
     Args:
         what: to measure.
         size: d12, d16, d20, d24, d30, d32 or d36.
-        mixer: mvar (attention inside scales, Mamba-2 across) or var (block-causal attention).
+        mixer: mvar (attention inside scales, Mamba-2 across), var (block-causal attention), markov (attention to the
+            scale before), mamba_only, attention_only (inside scales), or ar_raster (causal attention token by token).
         resolution: 256, 512 or 1024 pixels.
         batch_size: images at once.
         precision: of sampling; in training, weights stay in float32 and products are in this precision.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.mixers import (
@@ -167,5 +167,13 @@ MIXERS: dict[str, Callable[[MVARConfig, int], Mixer]] = {
     "mamba1": lambda c, block: Mamba1(c.width, c.state_dim, c.conv_width, c.expand, c.orders_of(block)),
     "gated_linear_attention": linear(GatedLinearAttention),
     "linear_attention": linear(LinearAttention),
+}
+BASELINES: dict[str, dict[str, Any]] = {  # published divisions of labour; configs/mixer has each, and others
+    "mvar": {"mixers": ("scale_attention", "mamba2")},
+    "var": {"mixers": ("block_causal_attention",)},
+    "markov": {"mixers": ("markov_attention",)},
+    "mamba_only": {"mixers": ("mamba2",)},
+    "attention_only": {"mixers": ("scale_attention",)},
+    "ar_raster": {"mixers": ("block_causal_attention",), "prediction": "token"},
 }
 INSIDE_SCALES = {"scale_attention", "window_attention", "scale_mamba"}  # what carries nothing from scale to scale
