@@ -7,7 +7,7 @@ import lightning_mvar
 
 PACKAGE = Path(lightning_mvar.__file__).parent
 LAYERS = [  # each may import those before it, and its own
-    ["errors", "version", "files", "npz", "devices", "classes", "fingerprint", "weights", "scales", "ops"],
+    ["errors", "version", "files", "npz", "devices", "classes", "fingerprint", "weights", "scales", "ops", "hparams"],
     ["models", "tokenizer"],
     ["official", "resume", "attention_share", "costs"],
     ["data.digits", "data.images", "data.sample_files", "data.shards", "data.loader"],

@@ -9,15 +9,12 @@ from typing import Any, cast
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import api_pb2, metadata
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from tensorboard.plugins.hparams.summary_v2 import Metric, hparams_pb
 from torch.utils.tensorboard.summary import custom_scalars, text
 
 from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, writers
 from lightning_mvar.costs import costs_of
 from lightning_mvar.files import atomic_path
+from lightning_mvar.hparams import columns, row
 from lightning_mvar.module import LitMVAR
 from lightning_mvar.scheduled_module import ScheduledModule
 from lightning_mvar.tokenizer_module import LitTokenizer
@@ -67,13 +64,6 @@ FIRST = {
     *("tokenizer.code_dim", "tokenizer.vocab_size"),
 }
 WITHOUT_EFFECT = {"activation_checkpointing", "compile", "max_skipped_steps"}  # on what is learned
-TYPES = {
-    bool: api_pb2.DATA_TYPE_BOOL,
-    int: api_pb2.DATA_TYPE_FLOAT64,
-    float: api_pb2.DATA_TYPE_FLOAT64,
-    str: api_pb2.DATA_TYPE_STRING,
-    type(None): api_pb2.DATA_TYPE_UNSET,
-}
 
 
 class OverviewCallback(SaveConfigCallback):
@@ -92,9 +82,8 @@ class OverviewCallback(SaveConfigCallback):
         summaries = [
             text("config", f"```yaml\n{yaml}\n```"),
             custom_scalars(layout(CHARTS[kind])),
-            columns(values, METRICS[kind]),
-            # Left without a trial's name, each run has a row of its own, though another had the same hyperparameters.
-            hparams_pb({name: value for name, value in values.items() if value is not None}, trial_id=""),
+            columns(values, METRICS[kind], FIRST),
+            row(values),
         ]
         for writer in writers(trainer):
             for summary in summaries:
@@ -117,16 +106,6 @@ def hyperparameters(config: Namespace, trainer: L.Trainer, pl_module: L.Lightnin
         "max_epochs": config.trainer.max_epochs,
         "seed": config.seed_everything,
     }
-
-
-def columns(values: dict[str, Any], metrics: list[str]) -> Summary:
-    """The table's columns, those that are empty in this run included: TensorBoard takes one run's for all."""
-    infos = [
-        api_pb2.HParamInfo(name=name, type=TYPES[type(value)], differs=name in FIRST) for name, value in values.items()
-    ]
-    experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=[Metric(tag).as_proto() for tag in metrics])
-    about = metadata.create_summary_metadata(HParamsPluginData(experiment=experiment))
-    return Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=about, tensor=metadata.NULL_TENSOR)])
 
 
 def layout(charts: dict[str, dict[str, list[str]]]) -> dict[str, dict[str, list[Any]]]:
