@@ -35,6 +35,7 @@ COMMANDS = {  # command: (module that has `main(argv)`, help)
     "reconstruct": ("reconstruct", "compare real images with what a tokenizer makes of them"),
     "export": ("export", "write a checkpoint as one self-contained folder"),
     "bench": ("bench", "measure speed and memory on this machine"),
+    "report": ("report", "tables and figures of a sweep, with the spread over its seeds"),
     "demo": ("demo", "all of it on the embedded digits: train a tokenizer, tokenize, fit, sample, evaluate"),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.plugins.hparams.summary_v2 import Metric, hparams_pb
 
 TYPES = {
@@ -42,6 +42,15 @@ def row(values: Mapping[str, Any]) -> Summary:
     Left without a trial's name, each run has a row of its own, though another had the same hyperparameters.
     """
     return hparams_pb({name: value for name, value in values.items() if value is not None}, trial_id="")
+
+
+def ended(status: int) -> Summary:
+    """That a run has ended so: one of TensorBoard's api_pb2.STATUS_SUCCESS, STATUS_FAILURE and STATUS_RUNNING."""
+    content = HParamsPluginData(session_end_info=SessionEndInfo(status=status))
+    about = metadata.create_summary_metadata(content)
+    return Summary(
+        value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)]
+    )
 
 
 def read_row(events: EventAccumulator) -> dict[str, Any]:

@@ -9,7 +9,7 @@ PACKAGE = Path(lightning_mvar.__file__).parent
 LAYERS = [  # each may import those before it, and its own
     ["errors", "version", "files", "npz", "devices", "classes", "fingerprint", "weights", "scales", "ops", "hparams"],
     ["models", "tokenizer"],
-    ["official", "resume", "attention_share", "costs"],
+    ["official", "resume", "attention_share", "costs", "sweeps"],
     ["data.digits", "data.images", "data.sample_files", "data.shards", "data.loader"],
     ["sampling", "pictures", "sample_set", "checkpoints", "optim"],
     ["metrics", "pipeline", "data.datamodule", "strategies"],

@@ -1,0 +1,261 @@
+"""What the cells of a sweep have come to, read from the sweep's folder.
+
+A cell is one training with one seed; a variant is what its cells share, the values of the axes without the seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.hparams import read_row
+
+Axes = dict[str, str]  # axis: the name of its value
+Curve = list[tuple[int, float]]  # images trained on, value
+
+LOSSES = ("val/loss", "val/loss_last_scale", "train/loss")
+SCALE_LOSS = "val_scale_loss/"  # and the scale's side
+IN_TRAINING = ("val/fid", "val/is", "val/precision", "val/recall")
+RATE = "perf/images_per_s"
+COSTS = ("parameters", "flops_per_training_image", "flops_per_sampled_image", "state_bytes_per_image")
+SCORES = (
+    *("frechet_distance", "spatial_frechet_distance", "frechet_distance_over_floor", "inception_score"),
+    *("precision", "recall", "classifier_accuracy_on_samples", "svm_accuracy_on_samples"),
+    *("svm_accuracy_trained_on_samples", "images_per_s"),
+)
+# What scores depend on: those of different ones cannot be compared.
+CONDITIONS = ("reference", "extractor", "extractor_weights", "num_samples")
+
+FINISHED, CRASHED, INTERRUPTED = "finished", "crashed", "interrupted"
+KILLED, WAITING = "killed or still running", "not begun"
+INTERRUPTIONS = (130, 143, 138)  # exit codes of fit after Ctrl-C, SIGTERM and SIGUSR1
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One training.
+
+    Args:
+        name: of the cell's folder.
+        axes: what makes it another variant.
+        seed: of training and sampling.
+        status: FINISHED, CRASHED, INTERRUPTED, KILLED or WAITING, after its last attempt.
+        commands: what it runs; each can be run by hand after `lightning-mvar`.
+        tries: attempts begun.
+        seconds: of the attempts that have ended.
+        measures: if finished, final values by TensorBoard's tag or by the key in scores.json and costs.json; the rate
+            of training is the median over the run, in images a second.
+        curves: if finished, those of LOSSES, IN_TRAINING and each scale's validation loss.
+        tokenizer: if finished, what made the tokens: losses on tokens of another one cannot be compared.
+        conditions: if finished and evaluated, what its scores depend on.
+    """
+
+    name: str
+    axes: Axes
+    seed: int
+    status: str
+    commands: list[str] = field(default_factory=list)
+    tries: int = 0
+    seconds: float = 0.0
+    measures: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    tokenizer: str = ""
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.status == FINISHED
+
+    @property
+    def variant(self) -> str:
+        return self.name.removesuffix(f"-seed{self.seed}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All cells in the order of the sweep's file, those without a folder yet included, and the file's text."""
+
+    folder: Path
+    text: str
+    axes: dict[str, list[str]]
+    seeds: list[int]
+    cells: list[CellResult]
+
+    @cached_property
+    def finished(self) -> list[CellResult]:
+        return [cell for cell in self.cells if cell.finished]
+
+    @property
+    def unfinished(self) -> list[CellResult]:
+        return [cell for cell in self.cells if not cell.finished]
+
+
+def read_sweep(folder: str | Path) -> Sweep:
+    """Read a sweep's folder.
+
+    Raises:
+        InputError: if it is none, or a file in it is damaged or missing.
+    """
+    folder = Path(folder)
+    file = folder / "sweep.yaml"
+    if not file.is_file():
+        raise InputError(f"{folder} is not the folder of a sweep: it has no sweep.yaml")
+    plan = read_plan(file)
+    cells = [read_cell(path) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
+    axes, seeds, planned = dict(plan["axes"]), list(plan["seeds"]), list(plan["variants"])
+    for cell in cells:
+        if cell.axes not in planned:
+            raise InputError(f"{folder}/cells/{cell.name}/cell.json has axes {cell.axes} that {file} does not have")
+    begun = [(cell.axes, cell.seed) for cell in cells]
+    cells += [waiting(variant, seed) for variant, seed in product(planned, seeds) if (variant, seed) not in begun]
+    cells.sort(key=lambda cell: (planned.index(cell.axes), cell.seed))
+    return Sweep(folder, file.read_text(), axes, seeds, cells)
+
+
+def read_plan(file: Path) -> dict[str, Any]:
+    """The names of the axes' values, the variants in the file's order, and the seeds."""
+    try:
+        content = yaml.safe_load(file.read_text())
+        axes = {axis.split(".")[-1]: value_names(values) for axis, values in content.get("axes", {}).items()}
+        listed = content.get("cells") or [axes]
+        variants = [variant for choice in listed for variant in grid(choice, axes)]
+        return {"axes": axes, "seeds": [int(seed) for seed in content["seeds"]], "variants": variants}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise damaged(file, error) from error
+
+
+def value_names(values: list[Any] | dict[str, Any]) -> list[str]:
+    """Those of named pieces, of overlays by the file's stem, of numbers and words as they are."""
+    return [Path(name).stem if name.endswith(".yaml") else name for name in map(str, values)]
+
+
+def grid(choice: dict[str, Any], axes: dict[str, list[str]]) -> list[Axes]:
+    """The variants of a map that gives every axis a value or a list of them, in the order of the axes."""
+    each = [choice[axis] if isinstance(choice[axis], list) else [choice[axis]] for axis in axes]
+    return [dict(zip(axes, map(str, values), strict=True)) for values in product(*each)]
+
+
+def waiting(axes: Axes, seed: int) -> CellResult:
+    """A cell that has no folder yet."""
+    parts = [axis + value if is_number(value) else value for axis, value in axes.items()]
+    return CellResult("-".join([*parts, f"seed{seed}"]), axes, seed, WAITING)
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def read_cell(folder: Path) -> CellResult:
+    """Read a cell's folder; what it came to only if it has finished."""
+    about = read_json(folder / "cell.json")
+    try:
+        axes = {str(axis): str(value) for axis, value in about["axes"].items()}
+        name, seed, commands = str(about["name"]), int(about["seed"]), [str(line) for line in about["commands"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(folder / "cell.json", error) from error
+    status, tries, seconds = read_attempts(folder / "attempts.jsonl")
+    if status != FINISHED:
+        return CellResult(name, axes, seed, status, commands, tries, seconds)
+    curves, rate, tokenizer = read_logs(folder / "logs")
+    last = {tag: curve[-1][1] for tag, curve in curves.items()}
+    costs = numbers(folder / "costs.json", flat(read_json(folder / "costs.json"), folder / "costs.json"), COSTS)
+    scores = read_scores(folder / "scores.json")
+    found = numbers(folder / "scores.json", scores, [key for key in SCORES if key in scores])
+    measures = last | rate | costs | found
+    conditions = {key: scores[key] for key in CONDITIONS if key in scores}
+    return CellResult(name, axes, seed, status, commands, tries, seconds, measures, curves, tokenizer, conditions)
+
+
+def read_attempts(path: Path) -> tuple[str, int, float]:
+    """Status, attempts begun, and seconds of those that ended."""
+    if not path.exists():
+        return WAITING, 0, 0.0
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        begun = [line["attempt"] for line in lines if "begin" in line]
+        ended = {line["attempt"]: (int(line["code"]), float(line["seconds"])) for line in lines if "end" in line}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, error) from error
+    if not begun:
+        return WAITING, 0, 0.0
+    seconds = sum(seconds for _, seconds in ended.values())
+    if begun[-1] not in ended:
+        return KILLED, len(begun), seconds
+    code = ended[begun[-1]][0]
+    status = FINISHED if code == 0 else INTERRUPTED if code in INTERRUPTIONS else CRASHED
+    return status, len(begun), seconds
+
+
+def read_logs(logs: Path) -> tuple[dict[str, Curve], dict[str, float], str]:
+    """Curves, the rate of training and the tokenizer of the cell's fit, from TensorBoard's event files."""
+    if not list(logs.glob("events.out.tfevents.*")):
+        raise InputError(f"{logs} has no TensorBoard events: remove the cell's folder and start the sweep again")
+    events = EventAccumulator(str(logs), size_guidance={"scalars": 0, "tensors": 1, "images": 1, "histograms": 1})
+    events.Reload()
+    try:
+        row = read_row(events)
+        batch, tokenizer = int(row["global_batch"]), str(row["tokenizer"])
+    except KeyError as error:
+        raise InputError(f"{logs} has no hyperparameter {error}: it was not written by `lightning-mvar fit`") from error
+    tags = [tag for tag in events.Tags()["scalars"] if tag in (*LOSSES, *IN_TRAINING) or tag.startswith(SCALE_LOSS)]
+    curves = {tag: [((step + 1) * batch, value) for step, value in points(events, tag)] for tag in tags}
+    if "val/loss" not in curves:
+        raise InputError(f"{logs} has no val/loss: the sweep's fit must validate (--trainer.val_check_interval)")
+    rates = [value for _, value in points(events, RATE)] if RATE in events.Tags()["scalars"] else []
+    return curves, {RATE: median(rates)} if rates else {}, tokenizer
+
+
+def points(events: EventAccumulator, tag: str) -> Curve:
+    """Steps, counted from 0, and values; of a step that a killed attempt had come to before, the last value."""
+    return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """What `evaluate` wrote, nothing where the sweep does not evaluate."""
+    if not path.exists():
+        return {}
+    records = read_json(path)
+    if not isinstance(records, list) or len(records) != 1:
+        raise InputError(f"{path} is damaged: it must be a list of one record")
+    return flat(records[0], path)
+
+
+def flat(content: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict) or any(isinstance(value, dict | list) for value in content.values()):
+        raise InputError(f"{path} is damaged: it must be a flat record")
+    return content
+
+
+def numbers(path: Path, record: dict[str, Any], keys: Sequence[str]) -> dict[str, float]:
+    try:
+        return {key: float(record[key]) for key in keys}
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> InputError:
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path} is missing: start the sweep again, or remove {path.parent}")
+    reason = " ".join(str(error).split())
+    return InputError(f"{path} is damaged ({type(error).__name__}: {reason})")

@@ -1,0 +1,189 @@
+"""Tables of a sweep: in words for people, in full precision for programs."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_mvar.files import atomic_path
+from lightning_mvar.sweeps.results import COSTS, IN_TRAINING, LOSSES, RATE, SCALE_LOSS, SCORES, CellResult, Sweep
+from lightning_mvar.sweeps.variants import Comparison, Stat, Variant, smallest_visible
+
+TITLES = {
+    "val/loss": "validation loss",
+    "val/loss_last_scale": "loss of the last scale",
+    "train/loss": "training loss",
+    "frechet_distance": "Frechet distance",
+    "spatial_frechet_distance": "sFID",
+    "frechet_distance_over_floor": "distance over floor",
+    "inception_score": "inception score",
+    "precision": "precision",
+    "recall": "recall",
+    "classifier_accuracy_on_samples": "classifier reads samples",
+    "svm_accuracy_on_samples": "SVM reads samples",
+    "svm_accuracy_trained_on_samples": "SVM learnt from samples",
+    "val/fid": "Frechet distance in training",
+    "val/is": "inception score in training",
+    "val/precision": "precision in training",
+    "val/recall": "recall in training",
+    "parameters": "parameters",
+    "flops_per_training_image": "FLOPs per training image",
+    "flops_per_sampled_image": "FLOPs per sampled image",
+    "state_bytes_per_image": "state bytes per image",
+    RATE: "training images/s",
+    "images_per_s": "sampling images/s",
+}
+RATES = (RATE, "images_per_s")
+PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+
+
+@dataclass(frozen=True)
+class Table:
+    head: list[str]
+    rows: list[list[str]]
+
+    def __str__(self) -> str:
+        """As Markdown, columns aligned for reading it as it is."""
+        lines = [self.head, *self.rows]
+        widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+        rule = ["-" * width for width in widths]
+        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
+
+    def _repr_markdown_(self) -> str:
+        """For notebooks."""
+        return str(self)
+
+
+def results_table(variants: list[Variant]) -> Table:
+    """Losses and scores of every variant, mean ± standard deviation over its seeds."""
+    scores = SCORES if any(variant.stat("frechet_distance") for variant in variants) else IN_TRAINING
+    return stats_table(variants, [*LOSSES[:2], *(name for name in scores if name not in RATES)])
+
+
+def cost_table(variants: list[Variant]) -> Table:
+    return stats_table(variants, [*COSTS, *RATES])
+
+
+def scale_table(variants: list[Variant]) -> Table:
+    """Validation loss of each scale, by its side."""
+    return stats_table(variants, scale_tags(variants))
+
+
+def scale_tags(variants: list[Variant]) -> list[str]:
+    """Tags of all scales that occur, coarse to fine."""
+    measures = {tag for variant in variants for cell in variant.cells.values() for tag in cell.measures}
+    return sorted((t for t in measures if t.startswith(SCALE_LOSS)), key=lambda t: int(t.removeprefix(SCALE_LOSS)))
+
+
+def stats_table(variants: list[Variant], measures: Sequence[str]) -> Table:
+    """A row for each variant and a column for each measure that any of them has."""
+    present = [measure for measure in measures if any(variant.stat(measure) for variant in variants)]
+    titles = [TITLES.get(measure, measure.removeprefix(SCALE_LOSS)) for measure in present]
+    rows = [
+        [
+            variant.name,
+            str(len(variant.cells)),
+            *(shown(variant.stat(measure), len(variant.cells)) for measure in present),
+        ]
+        for variant in variants
+    ]
+    return Table(["variant", "seeds", *titles], rows)
+
+
+def shown(stat: Stat | None, seeds: int) -> str:
+    """Mean ± deviation, to the deviation's second digit; with the number of seeds where it is not all of them."""
+    if stat is None:
+        return ""
+    count = f" (n = {stat.n})" if stat.n != seeds else ""
+    if not stat.deviation:  # nothing varies, or there is one seed
+        return number(stat.mean) + count
+    if not math.isfinite(stat.deviation) or stat.mean >= 1e5:
+        return f"{number(stat.mean)} ± {number(stat.deviation)}{count}"
+    digits = max(0, 1 - math.floor(math.log10(stat.deviation)))
+    return f"{stat.mean:.{digits}f} ± {stat.deviation:.{digits}f}{count}"
+
+
+def number(value: float) -> str:
+    """Four digits, and the prefix of a unit where it is large."""
+    if not math.isfinite(value) or abs(value) < 1e4:
+        return f"{value:.4g}"
+    thousands = min(int(math.log10(abs(value)) / 3), len(PREFIXES) - 1)
+    return f"{value / 1000**thousands:.4g} {PREFIXES[thousands]}"
+
+
+def comparison_table(comparisons: list[Comparison]) -> Table:
+    head = ["variant", "measure", "seeds", "difference", "deviation", "95 % interval", "p", "significant (Holm)"]
+    return Table(head, [comparison_row(comparison) for comparison in comparisons])
+
+
+def comparison_row(comparison: Comparison) -> list[str]:
+    about = [comparison.variant, TITLES[comparison.measure], str(len(comparison.seeds))]
+    if math.isnan(comparison.mean):
+        return [*about, "", "", "", "", comparison.reason]
+    values = [f"{comparison.mean:+.4g}", f"{comparison.deviation:.2g}"]
+    if comparison.reason:
+        return [*about, *values, "", "", comparison.reason]
+    low, high = comparison.interval
+    significant = "**yes**" if comparison.significant else "no"
+    return [*about, *values, f"{low:+.4g} to {high:+.4g}", f"{comparison.p:.2g}", significant]
+
+
+def caution(comparisons: list[Comparison]) -> str:
+    """How many tests there are, and how little so many seeds can show."""
+    tested = [comparison for comparison in comparisons if not comparison.reason]
+    if not tested:
+        return "No variant can be tested against the baseline: that takes two seeds in common."
+    seeds, _ = Counter(len(comparison.seeds) for comparison in tested).most_common(1)[0]
+    one, all_of_them = smallest_visible(seeds, 1), smallest_visible(seeds, len(tested))
+    return (
+        f"{len(tested)} comparisons, each a two-sided t-test of differences between runs of the same seed; the last "
+        f"column is after Holm's correction for all {len(tested)}. With {seeds} seeds such a test has {seeds - 1} "
+        f"{'degree' if seeds == 2 else 'degrees'} of freedom: a mean difference must be {one:.1f} standard deviations "
+        f"of the differences for p < 0.05, and {all_of_them:.1f} with the level shared among {len(tested)}. "
+        "What is not significant is not shown to be equal; what is holds for these seeds' spread, not for other data, "
+        "sizes or lengths of training."
+    )
+
+
+def unfinished_table(sweep: Sweep) -> Table:
+    rows = [[cell.name, cell.status, str(cell.tries), f"{cell.seconds:.0f} s"] for cell in sweep.unfinished]
+    return Table(["cell", "state", "tries", "time"], rows)
+
+
+def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    """A line for each record, a column for each name in any of them."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def variant_records(variants: list[Variant]) -> list[dict[str, Any]]:
+    """All measures of each variant: `NAME_mean` and `NAME_std` (n - 1, empty for one seed)."""
+    names = list(dict.fromkeys([*TITLES, *scale_tags(variants)]))
+    records = []
+    for variant in variants:
+        seeds = {"seeds": len(variant.cells), "missing_seeds": " ".join(map(str, variant.missing))}
+        record: dict[str, Any] = {"variant": variant.name, **variant.axes, **seeds}
+        for name in names:
+            if stat := variant.stat(name):
+                record |= {f"{name}_mean": stat.mean, f"{name}_std": "" if stat.deviation is None else stat.deviation}
+        records.append(record)
+    return records
+
+
+def cell_records(cells: list[CellResult]) -> list[dict[str, Any]]:
+    """Every cell, finished or not, with its measures."""
+    return [
+        {"cell": cell.name, **cell.axes, "seed": cell.seed, "status": cell.status, "tries": cell.tries}
+        | {"attempts_s": cell.seconds}
+        | cell.measures
+        for cell in cells
+    ]

@@ -1,0 +1,106 @@
+"""The folder of a finished sweep with known numbers, as `sweep` leaves it: three mixers, two depths, three seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_mvar.hparams import row
+
+MIXERS, DEPTHS, SEEDS = ("mvar", "var", "markov"), ("2", "10"), (0, 1, 2)
+SIDES, BATCH, STEPS = (1, 2, 4), 16, (3, 7, 11)
+CONDITIONS = {
+    "reference": "digits:test",
+    "extractor": "DigitsClassifier",
+    "extractor_weights": "3180",
+    "num_samples": 200,
+}
+SWEEP_YAML = """# Three mixers at two depths.
+fit: --config run.yaml
+evaluate: --reference digits:test
+axes:
+  mixer: [configs/mixer/mvar.yaml, configs/mixer/var.yaml, configs/mixer/markov.yaml]
+  model.network.depth: [2, 10]
+seeds: [0, 1, 2]
+"""
+
+# By mixer: what is added to the loss, the distance and its change from seed to seed.
+OFFSETS = {"mvar": 0.0, "var": 0.1, "markov": 0.02}
+NOISE = {"mvar": (0.01, -0.02, 0.03), "var": (0.02, -0.03, 0.03), "markov": (0.03, 0.01, -0.05)}
+
+
+def loss(mixer: str, depth: str, seed: int, step: int = STEPS[-1]) -> float:
+    """The validation loss that a cell has come to."""
+    return 2.0 + OFFSETS[mixer] - 0.01 * int(depth) + NOISE[mixer][seed] + 1.0 / (1 + step)
+
+
+def distance(mixer: str, depth: str, seed: int) -> float:
+    return 40.0 + 100 * OFFSETS[mixer] - int(depth) + 50 * NOISE[mixer][seed]
+
+
+def scale_loss(mixer: str, depth: str, seed: int, side: int) -> float:
+    return loss(mixer, depth, seed) * (1 + side / 100)
+
+
+def parameters(mixer: str, depth: str) -> int:
+    return (100_000 + 10_000 * MIXERS.index(mixer)) * int(depth)
+
+
+def write_sweep(folder: Path) -> Path:
+    """All eighteen cells, finished at the first attempt in 60 seconds each."""
+    (folder / "cells").mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(SWEEP_YAML)
+    for mixer in MIXERS:
+        for depth in DEPTHS:
+            for seed in SEEDS:
+                write_cell(folder, mixer, depth, seed)
+    return folder
+
+
+def cell_folder(folder: Path, mixer: str, depth: str, seed: int) -> Path:
+    return folder / "cells" / f"{mixer}-depth{depth}-seed{seed}"
+
+
+def write_cell(folder: Path, mixer: str, depth: str, seed: int) -> None:
+    cell = cell_folder(folder, mixer, depth, seed)
+    cell.mkdir()
+    about = {"name": cell.name, "axes": {"mixer": mixer, "depth": depth}, "seed": seed}
+    commands = [f"fit --seed_everything {seed} --trainer.default_root_dir {cell}", f"evaluate --seed {seed}"]
+    write_json(cell / "cell.json", about | {"commands": commands})
+    write_attempts(cell, [0])
+    operations = 1_000 * parameters(mixer, depth)
+    costs = {"parameters": parameters(mixer, depth), "flops_per_training_image": 3 * operations}
+    costs |= {"flops_per_sampled_image": 2 * operations, "state_bytes_per_image": 4096 * int(depth)}
+    write_json(cell / "costs.json", costs)
+    scores = CONDITIONS | {"seed": seed, "frechet_distance": distance(mixer, depth, seed), "inception_score": 9.0}
+    scores |= {"precision": 0.8 + NOISE[mixer][seed], "recall": 0.7, "classifier_accuracy_on_samples": 0.9}
+    write_json(cell / "scores.json", [scores])
+    write_events(cell / "logs", mixer, depth, seed)
+
+
+def write_events(logs: Path, mixer: str, depth: str, seed: int, tokenizer: str = "outputs/demo/tokenizer") -> None:
+    with SummaryWriter(str(logs)) as writer:
+        writer._get_file_writer().add_summary(row({"global_batch": BATCH, "tokenizer": tokenizer, "seed": seed}), -1)
+        for step in STEPS:
+            writer.add_scalar("val/loss", loss(mixer, depth, seed, step), step)
+            writer.add_scalar("val/loss_last_scale", 1.1 * loss(mixer, depth, seed, step), step)
+            writer.add_scalar("perf/images_per_s", 100 + step, step)
+        for side in SIDES:
+            writer.add_scalar(f"val_scale_loss/{side}", scale_loss(mixer, depth, seed, side), STEPS[-1])
+
+
+def write_attempts(cell: Path, codes: list[int | None]) -> None:
+    """Attempts of a minute each that ended with these codes; None for one that was killed."""
+    lines: list[dict[str, Any]] = []
+    for number, code in enumerate(codes, start=1):
+        lines.append({"attempt": number, "begin": f"2026-11-22T10:0{number}:00"})
+        if code is not None:
+            lines.append({"attempt": number, "end": f"2026-11-22T10:0{number + 1}:00", "seconds": 60.0, "code": code})
+    (cell / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content) + "\n")
