@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +17,14 @@ from lightning_mvar.sweeps.tables import (
     TITLES,
     caution,
     cell_records,
+    comparability,
     comparison_table,
     cost_table,
     results_table,
     scale_table,
     unfinished_table,
     variant_records,
+    what_was_run,
     write_csv,
 )
 from lightning_mvar.sweeps.variants import Variant, choose_baseline, compare, variants_of
@@ -84,7 +85,7 @@ def document(sweep: Sweep, variants: list[Variant], baseline: Variant, figures: 
         "## Results",
         "Mean ± standard deviation (n - 1) over seeds of the last values; losses in nats a token.",
         str(results_table(variants)),
-        *warnings(sweep),
+        *comparability(sweep),
         "## Costs",
         "Training images/s is the median over each run on the machine it ran on.",
         str(cost_table(variants)),
@@ -104,55 +105,9 @@ def document(sweep: Sweep, variants: list[Variant], baseline: Variant, figures: 
     return "\n\n".join(parts) + "\n"
 
 
-def what_was_run(sweep: Sweep, variants: list[Variant]) -> list[str]:
-    """Axes, seeds, cells, time and tries, and which seeds a variant lacks."""
-    states = Counter(cell.status for cell in sweep.cells)
-    seconds, tries = sum(cell.seconds for cell in sweep.cells), sum(cell.tries for cell in sweep.cells)
-    lines = [f"- {axis}: {', '.join(values)}" for axis, values in sweep.axes.items()]
-    lines += [
-        f"- seeds: {', '.join(map(str, sweep.seeds))}",
-        f"- {len(sweep.cells)} cells of {len(variants)} variants: {', '.join(f'{n} {s}' for s, n in states.items())}",
-        f"- {tries} tries, {duration(seconds)} in all, without tries that were killed; "
-        f"{sum(cell.tries > 1 for cell in sweep.cells)} cells took more than one",
-    ]
-    lines += [
-        f"- {variant.name}: {len(variant.cells)} of {len(variant.cells) + len(variant.missing)} seeds, without "
-        f"{', '.join(map(str, variant.missing))}"
-        for variant in variants
-        if variant.missing
-    ]
-    return lines
-
-
-def warnings(sweep: Sweep) -> list[str]:
-    """What numbers in one table cannot be compared."""
-    found = []
-    tokenizers = sorted({cell.tokenizer for cell in sweep.finished})
-    if len(tokenizers) > 1:
-        found.append(
-            f"The cells' tokens are of {len(tokenizers)} tokenizers ({', '.join(tokenizers)}): losses compare only "
-            "among variants on the same tokens, scores of images among all."
-        )
-    conditions = [cell.conditions for cell in sweep.finished if cell.conditions]
-    if any(each != conditions[0] for each in conditions):
-        differing = [key for key in conditions[0] if len({str(each.get(key)) for each in conditions}) > 1]
-        found.append(f"The cells were not scored alike ({', '.join(differing)} differ): their scores do not compare.")
-    elif conditions:
-        found.append(f"Scored with {', '.join(f'{key} {value}' for key, value in conditions[0].items())}.")
-    return found
-
-
 def caption(name: str) -> str:
     axis = name.removeprefix("axis_")
-    return CAPTIONS.get(
-        name, f"Validation loss and Frechet distance against {axis}, a line for each variant otherwise."
-    )
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return CAPTIONS.get(name, f"Results against {axis}, a line for each value of the other axes: mean and seeds.")
 
 
 def write_figure(figure: Figure, path: Path) -> None:

@@ -21,13 +21,13 @@ Look = dict[str, Any]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX<>hp*"
 DASHES = ("-", "--", ":")
-WIDTH, HEIGHT = 9.0, 4.2  # inches; 900 pixels at DPI
+WIDTH, HEIGHT = 10.0, 4.4  # inches; 1000 pixels at DPI
 DPI = 100
 LEGEND_ROWS = 16  # of one column beside the plots
 WIDE = 5  # largest over smallest from which on an axis is logarithmic
 # A mean among points of seeds, which show through it.
 SEED: Look = {"marker": ".", "markersize": 5, "linestyle": "none", "alpha": 0.6}
-OPEN: Look = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.6}
+OPEN: Look = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.5}
 ALONE: Look = OPEN | {"linestyle": "none"}
 
 LOSS_LABEL = "validation loss (nats a token)"
@@ -211,7 +211,7 @@ def spread(plot: Plot) -> None:
         plot.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         plot.xaxis.set_minor_locator(LogLocator(subs=()))
     else:
-        plot.xaxis.set_major_locator(MaxNLocator(5))
+        plot.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     plot.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 

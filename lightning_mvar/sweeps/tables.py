@@ -42,12 +42,12 @@ RATES = (RATE, "images_per_s")
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     head: list[str]
     rows: list[list[str]]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """As Markdown, columns aligned for reading it as it is."""
         lines = [self.head, *self.rows]
         widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
@@ -57,7 +57,51 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         """For notebooks."""
-        return str(self)
+        return repr(self)
+
+
+def what_was_run(sweep: Sweep, variants: list[Variant]) -> list[str]:
+    """Axes, seeds, cells, time and tries, and which seeds a variant lacks."""
+    states = Counter(cell.status for cell in sweep.cells)
+    seconds, tries = sum(cell.seconds for cell in sweep.cells), sum(cell.tries for cell in sweep.cells)
+    lines = [f"- {axis}: {', '.join(values)}" for axis, values in sweep.axes.items()]
+    lines += [
+        f"- seeds: {', '.join(map(str, sweep.seeds))}",
+        f"- {len(sweep.cells)} cells of {len(variants)} variants: {', '.join(f'{n} {s}' for s, n in states.items())}",
+        f"- tries: {tries}, of {duration(seconds)} in all without those that were killed; cells that took more than "
+        f"one: {sum(cell.tries > 1 for cell in sweep.cells)}",
+    ]
+    lines += [
+        f"- {variant.name}: {len(variant.cells)} of {len(variant.cells) + len(variant.missing)} seeds, without "
+        f"{', '.join(map(str, variant.missing))}"
+        for variant in variants
+        if variant.missing
+    ]
+    return lines
+
+
+def comparability(sweep: Sweep) -> list[str]:
+    """What numbers in one table cannot be compared."""
+    found = []
+    tokenizers = sorted({cell.tokenizer for cell in sweep.finished})
+    if len(tokenizers) > 1:
+        found.append(
+            f"The cells' tokens are of {len(tokenizers)} tokenizers ({', '.join(tokenizers)}): losses compare only "
+            "among variants on the same tokens, scores of images among all."
+        )
+    conditions = [cell.conditions for cell in sweep.finished if cell.conditions]
+    if any(each != conditions[0] for each in conditions):
+        differing = [key for key in conditions[0] if len({str(each.get(key)) for each in conditions}) > 1]
+        found.append(f"The cells were not scored alike ({', '.join(differing)} differ): their scores do not compare.")
+    elif conditions:
+        found.append(f"Scored with {', '.join(f'{key} {value}' for key, value in conditions[0].items())}.")
+    return found
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def results_table(variants: list[Variant]) -> Table:

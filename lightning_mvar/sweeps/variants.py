@@ -47,7 +47,7 @@ class Variant:
         values = [cell.measures[measure] for cell in self.cells.values() if measure in cell.measures]
         if not values:
             return None
-        return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        return Stat(statistics.fmean(values), deviation(values) if len(values) > 1 else None, len(values))
 
     def number(self, axis: str) -> float:
         return float(self.axes[axis])
@@ -78,6 +78,11 @@ class Comparison:
     p: float = math.nan
     significant: bool = False
     reason: str = ""
+
+
+def deviation(values: list[float]) -> float:
+    """Standard deviation (n - 1); nan if a value is no number, as after a training that diverged."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def variants_of(sweep: Sweep) -> list[Variant]:
@@ -134,9 +139,10 @@ def paired(stats: ModuleType, variant: Variant, baseline: Variant, measure: str)
     if len(seeds) < 2:
         return Comparison(variant.name, measure, seeds, reason="fewer than 2 seeds in common")
     differences = [ours[seed].measures[measure] - theirs[seed].measures[measure] for seed in seeds]
-    mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
-    found = Comparison(variant.name, measure, seeds, mean, deviation)
-    if not deviation > 0:  # the seeds change nothing, or a loss is no number
+    found = Comparison(variant.name, measure, seeds, statistics.fmean(differences), deviation(differences))
+    if not math.isfinite(found.deviation):
+        return replace(found, reason="a value is no number")
+    if not found.deviation:
         return replace(found, reason="the differences do not vary")
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(1 - LEVEL)

@@ -1,0 +1,243 @@
+"""Reading a sweep's folder, and statistics over seeds against numpy and scipy on the numbers it was written with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sweep_folder
+from scipy import stats
+from sweep_folder import (
+    BATCH,
+    DEPTHS,
+    MIXERS,
+    SEEDS,
+    SIDES,
+    STEPS,
+    cell_folder,
+    write_attempts,
+    write_json,
+    write_sweep,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.sweeps.results import INTERRUPTED, KILLED, WAITING, read_sweep
+from lightning_mvar.sweeps.variants import Variant, choose_baseline, compare, holm, smallest_visible, variants_of
+
+ORDER = [(mixer, depth) for mixer in MIXERS for depth in DEPTHS]  # of the file; by name, depth 10 would be before 2
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be read only."""
+    return write_sweep(tmp_path_factory.mktemp("sweeps") / "tiny")
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    """To change."""
+    return Path(shutil.copytree(written, tmp_path / "tiny"))
+
+
+def variant(folder: Path, mixer: str, depth: str) -> Variant:
+    (found,) = [v for v in variants_of(read_sweep(folder)) if v.axes == {"mixer": mixer, "depth": depth}]
+    return found
+
+
+def test_cells_come_in_the_order_of_the_file(written: Path) -> None:
+    sweep = read_sweep(written)
+    assert [(c.axes["mixer"], c.axes["depth"], c.seed) for c in sweep.cells] == [
+        (mixer, depth, seed) for mixer, depth in ORDER for seed in SEEDS
+    ]
+    assert sweep.axes == {"mixer": ["mvar", "var", "markov"], "depth": ["2", "10"]}
+    assert all(cell.finished and cell.tries == 1 and cell.seconds == 60 for cell in sweep.cells)
+
+
+def test_a_cell_has_last_values_rates_costs_and_scores(written: Path) -> None:
+    cell = read_sweep(written).cells[7]  # of a variant that is not the first
+    mixer, depth, seed = "var", "2", 1
+    assert cell.measures == pytest.approx(
+        {
+            "val/loss": sweep_folder.loss(mixer, depth, seed),
+            "val/loss_last_scale": 1.1 * sweep_folder.loss(mixer, depth, seed),
+            **{f"val_scale_loss/{side}": sweep_folder.scale_loss(mixer, depth, seed, side) for side in SIDES},
+            "perf/images_per_s": 100 + STEPS[1],  # the middle one
+            "parameters": sweep_folder.parameters(mixer, depth),
+            "flops_per_training_image": 3000 * sweep_folder.parameters(mixer, depth),
+            "flops_per_sampled_image": 2000 * sweep_folder.parameters(mixer, depth),
+            "state_bytes_per_image": 8192,
+            "frechet_distance": sweep_folder.distance(mixer, depth, seed),
+            "inception_score": 9.0,
+            "precision": 0.8 + sweep_folder.NOISE[mixer][seed],
+            "recall": 0.7,
+            "classifier_accuracy_on_samples": 0.9,
+        },
+        rel=1e-6,
+    )
+    assert [images for images, _ in cell.curves["val/loss"]] == [(step + 1) * BATCH for step in STEPS]
+    losses = [sweep_folder.loss(mixer, depth, seed, step) for step in STEPS]
+    assert [value for _, value in cell.curves["val/loss"]] == pytest.approx(losses, rel=1e-6)
+
+
+def test_means_and_deviations_are_numpys(written: Path) -> None:
+    for mixer, depth in ORDER:
+        found = variant(written, mixer, depth)
+        for measure, function in (("val/loss", sweep_folder.loss), ("frechet_distance", sweep_folder.distance)):
+            values = [function(mixer, depth, seed) for seed in SEEDS]
+            stat = found.stat(measure)
+            assert (stat.mean, stat.deviation) == pytest.approx((np.mean(values), np.std(values, ddof=1)), rel=1e-4)
+            assert stat.n == 3
+    assert found.stat("images_per_s") is None
+
+
+def test_differences_are_paired_by_seed_and_tested_as_scipy_does(written: Path) -> None:
+    variants = variants_of(read_sweep(written))
+    found = {(c.variant, c.measure): c for c in compare(variants, choose_baseline(variants, "var-depth2"))}
+    assert len(found) == 2 * 5
+    for mixer, depth in ORDER:
+        for measure, function in (("val/loss", sweep_folder.loss), ("frechet_distance", sweep_folder.distance)):
+            if mixer == "var":  # the baseline, or it plus a constant
+                continue
+            ours = [function(mixer, depth, seed) for seed in SEEDS]
+            theirs = [function("var", "2", seed) for seed in SEEDS]
+            test, comparison = stats.ttest_rel(ours, theirs), found[f"{mixer}-depth{depth}", measure]
+            interval = test.confidence_interval(0.95)
+            assert comparison.mean == pytest.approx(np.mean(ours) - np.mean(theirs), rel=1e-4)
+            assert comparison.deviation == pytest.approx(np.std(np.subtract(ours, theirs), ddof=1), rel=1e-3)
+            assert comparison.interval == pytest.approx((interval.low, interval.high), rel=1e-3)
+            assert comparison.p == pytest.approx(test.pvalue, rel=1e-3)
+    constant = found["var-depth10", "frechet_distance"]
+    assert (constant.mean, constant.reason) == (-8.0, "the differences do not vary")
+
+
+def test_holms_correction_is_that_of_all_subsets(written: Path) -> None:
+    """Holm's procedure closes Bonferroni's test: a hypothesis falls if every set with it has a p below 0.05 / size."""
+    variants = variants_of(read_sweep(written))
+    (some, *_) = compare(variants, variants[0])
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        ps = rng.uniform(0, 0.04, 5)
+        found = holm([type(some)("v", "val/loss", [0, 1], p=p) for p in ps])
+        subsets = [s for size in range(1, 6) for s in itertools.combinations(range(5), size)]
+        expected = [all(min(ps[list(s)]) < 0.05 / len(s) for s in subsets if i in s) for i in range(5)]
+        assert [comparison.significant for comparison in found] == expected
+
+
+def test_the_smallest_visible_difference_has_just_p_at_the_level() -> None:
+    values = np.array([-1.0, 0.0, 1.0])  # deviation 1
+    visible = smallest_visible(3, 4)
+    assert stats.ttest_1samp(values + visible, 0).pvalue == pytest.approx(0.05 / 4)
+
+
+def test_cells_that_have_not_finished_are_named_and_count_for_nothing(folder: Path) -> None:
+    write_attempts(cell_folder(folder, "mvar", "2", 0), [1, 1])
+    write_attempts(cell_folder(folder, "mvar", "2", 1), [None, 130])
+    write_attempts(cell_folder(folder, "var", "2", 0), [0, None])
+    shutil.rmtree(cell_folder(folder, "var", "2", 1))
+    write_attempts(cell_folder(folder, "var", "2", 2), [None, 1, 0])
+    sweep = read_sweep(folder)
+    assert {c.name: (c.status, c.tries, c.seconds) for c in sweep.unfinished} == {
+        "mvar-depth2-seed0": ("crashed", 2, 120),
+        "mvar-depth2-seed1": (INTERRUPTED, 2, 60),
+        "var-depth2-seed0": (KILLED, 2, 60),
+        "var-depth2-seed1": (WAITING, 0, 0),
+    }
+    first = variant(folder, "mvar", "2")
+    assert (list(first.cells), first.missing) == ([2], [0, 1])
+    assert first.stat("val/loss").mean == pytest.approx(sweep_folder.loss("mvar", "2", 2))
+    assert first.stat("val/loss").deviation is None
+    variants = variants_of(sweep)
+    assert {c.reason for c in compare(variants, first)} == {"fewer than 2 seeds in common"}
+    assert sweep.cells[8].tries == 3
+
+
+def test_of_a_step_that_was_taken_twice_the_last_value_counts(folder: Path) -> None:
+    logs = cell_folder(folder, "mvar", "2", 0) / "logs"
+    shutil.rmtree(logs)
+    sweep_folder.write_events(logs, "var", "10", 2)
+    sweep_folder.write_events(logs, "mvar", "2", 0)
+    cell = read_sweep(folder).cells[0]
+    assert len(cell.curves["val/loss"]) == len(STEPS)
+    assert cell.measures["val/loss"] == pytest.approx(sweep_folder.loss("mvar", "2", 0))
+
+
+def test_what_is_of_other_tokens_or_another_protocol_is_not_compared(folder: Path) -> None:
+    for seed in SEEDS:
+        cell = cell_folder(folder, "var", "2", seed)
+        shutil.rmtree(cell / "logs")
+        sweep_folder.write_events(cell / "logs", "var", "2", seed, tokenizer="outputs/raster/tokenizer")
+        scores = json.loads((cell_folder(folder, "markov", "2", seed) / "scores.json").read_text())
+        write_json(cell_folder(folder, "markov", "2", seed) / "scores.json", [scores[0] | {"num_samples": 100}])
+    variants = variants_of(read_sweep(folder))
+    reasons = {(c.variant, c.measure): c.reason for c in compare(variants, variants[0])}
+    assert reasons["var-depth2", "val/loss"] == "tokens of another tokenizer"
+    assert reasons["markov-depth2", "frechet_distance"] == "scored under other conditions"
+    assert reasons["var-depth2", "frechet_distance"] == reasons["markov-depth2", "val/loss"] == ""
+
+
+def test_a_training_that_diverged_spoils_its_variant_and_no_other(folder: Path) -> None:
+    with SummaryWriter(str(cell_folder(folder, "var", "2", 0) / "logs")) as writer:
+        writer.add_scalar("val/loss", float("nan"), STEPS[-1] + 1)
+    variants = variants_of(read_sweep(folder))
+    found = {c.variant: c for c in compare(variants, variants[0]) if c.measure == "val/loss"}
+    assert found["var-depth2"].reason == "a value is no number"
+    assert np.isnan(variant(folder, "var", "2").stat("val/loss").deviation)
+    assert found["markov-depth2"].reason == ""
+
+
+def test_listed_cells_choose_from_the_axes(folder: Path) -> None:
+    yaml = (folder / "sweep.yaml").read_text()
+    (folder / "sweep.yaml").write_text(yaml + "cells: [{mixer: [var, mvar], depth: 10}, {mixer: mvar, depth: 2}]\n")
+    for mixer, depth in ORDER:
+        if mixer == "markov" or (mixer, depth) == ("var", "2"):
+            for seed in SEEDS:
+                shutil.rmtree(cell_folder(folder, mixer, depth, seed))
+    assert [v.name for v in variants_of(read_sweep(folder))] == ["var-depth10", "mvar-depth10", "mvar-depth2"]
+    (folder / "sweep.yaml").write_text(yaml + "cells: [{mixer: var, depth: 10}]\n")
+    with pytest.raises(InputError, match=r"mvar-depth10-seed0/cell\.json has axes .* that .*sweep\.yaml does not"):
+        read_sweep(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("sweep.yaml", None, "is not the folder of a sweep"),
+        ("sweep.yaml", "seeds: [0", r"sweep\.yaml is damaged"),
+        ("sweep.yaml", "axes: {mixer: 3}\nseeds: [0]", r"sweep\.yaml is damaged"),
+        ("cell.json", None, r"mvar-depth2-seed0/cell\.json is missing"),
+        ("cell.json", "{", r"mvar-depth2-seed0/cell\.json is damaged"),
+        ("cell.json", "[]", r"mvar-depth2-seed0/cell\.json is damaged"),
+        ("attempts.jsonl", '{"begin": 1}\n', r"attempts\.jsonl is damaged \(KeyError: 'attempt'\)"),
+        ("costs.json", None, r"costs\.json is missing"),
+        ("costs.json", '{"parameters": 3}', r"costs\.json is damaged \(KeyError: 'flops_per_training_image'\)"),
+        ("scores.json", "[]", r"scores\.json is damaged"),
+        ("scores.json", '[{"precision": "high"}]', r"scores\.json is damaged"),
+        ("logs", None, r"logs has no TensorBoard events"),
+    ],
+)
+def test_damaged_and_missing_files_are_named(folder: Path, file: str, content: str | None, message: str) -> None:
+    path = folder / file if file == "sweep.yaml" else cell_folder(folder, "mvar", "2", 0) / file
+    if content is not None:
+        path.write_text(content)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    with pytest.raises(InputError, match=message):
+        read_sweep(folder)
+
+
+def test_the_baseline_must_have_finished(folder: Path) -> None:
+    for seed in SEEDS:
+        write_attempts(cell_folder(folder, "mvar", "2", seed), [1])
+    variants = variants_of(read_sweep(folder))
+    assert choose_baseline(variants, None).name == "mvar-depth10"
+    with pytest.raises(InputError, match="--baseline mvar-depth2 is no variant with finished cells; there are mvar-"):
+        choose_baseline(variants, "mvar-depth2")
+    with pytest.raises(InputError, match="no cell of the sweep has finished"):
+        choose_baseline(variants[:1], None)
