@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from sweep_folder import write_sweep
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
@@ -17,6 +18,7 @@ TINY: dict[str, dict[str, object]] = {
     "01_quickstart": {"tokenizer_steps": 2, "network_steps": 10, "validate_every": 10, "views": 1, "per_class": 1},
     "02_inside_mvar": {"network_steps": 2, "count": 20, "resolutions": (256, 512)},
     "03_editing": {"count": 2},
+    "04_ablation_report": {"folder": "../outputs/sweep/tiny"},
 }
 PRODUCTS = ["tokenizer/config.json", "shards/train/manifest.json", "shards/val/manifest.json", "export/config.json"]
 CHECKPOINTS = ["mvar/checkpoints/step=00000010.ckpt", "var/checkpoints/step=00000002.ckpt"]
@@ -54,6 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("clone")
     (root / "configs").symlink_to(ROOT / "configs")
     (root / "notebooks").mkdir()
+    write_sweep(root / "outputs/sweep/tiny")
     return root
 
 
