@@ -12,7 +12,7 @@ from lightning_mvar.commands.parsing import call
 from lightning_mvar.files import atomic_path
 from lightning_mvar.hparams import columns, ended, row
 from lightning_mvar.sweeps.figures import all_figures
-from lightning_mvar.sweeps.results import CRASHED, FINISHED, CellResult, Sweep, is_number, read_sweep
+from lightning_mvar.sweeps.results import CRASHED, FINISHED, CellResult, Sweep, is_number, read_results
 from lightning_mvar.sweeps.tables import (
     TITLES,
     caution,
@@ -54,7 +54,7 @@ def report(folder: str, baseline: str | None = None, out: str | None = None) -> 
             has finished cells where none is named.
         out: where to write; FOLDER/report where not said.
     """
-    sweep = read_sweep(folder)
+    sweep = read_results(folder)
     variants = variants_of(sweep)
     base = choose_baseline(variants, baseline)
     target = Path(folder) / "report" if out is None else Path(out)

@@ -6,6 +6,7 @@ A cell is one training with one seed; a variant is what its cells share, the val
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,7 +39,8 @@ CONDITIONS = ("reference", "extractor", "extractor_weights", "num_samples")
 
 FINISHED, CRASHED, INTERRUPTED = "finished", "crashed", "interrupted"
 KILLED, WAITING = "killed or still running", "not begun"
-INTERRUPTIONS = (130, 143, 138)  # exit codes of fit after Ctrl-C, SIGTERM and SIGUSR1
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # to end: no fault of a cell's own
+INTERRUPTIONS = {128 + number for number in ASKED} | {-number for number in (*ASKED, signal.SIGKILL)}  # exit codes
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,27 @@ class Sweep:
         return [cell for cell in self.cells if not cell.finished]
 
 
-def read_sweep(folder: str | Path) -> Sweep:
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep's file says of its cells.
+
+    Args:
+        labels: of each axis, its values' names and what each adds to the name of a cell.
+        variants: in the file's order.
+        seeds: of every variant.
+    """
+
+    labels: dict[str, dict[str, str]]
+    variants: list[Axes]
+    seeds: list[int]
+
+    def waiting(self, axes: Axes, seed: int) -> CellResult:
+        """A cell that has no folder yet."""
+        parts = [self.labels[axis][value] for axis, value in axes.items()] or ["fit"]
+        return CellResult("-".join([*parts, f"seed{seed}"]), axes, seed, WAITING)
+
+
+def read_results(folder: str | Path) -> Sweep:
     """Read a sweep's folder.
 
     Raises:
@@ -112,43 +134,46 @@ def read_sweep(folder: str | Path) -> Sweep:
         raise InputError(f"{folder} is not the folder of a sweep: it has no sweep.yaml")
     plan = read_plan(file)
     cells = [read_cell(path) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
-    axes, seeds, planned = dict(plan["axes"]), list(plan["seeds"]), list(plan["variants"])
     for cell in cells:
-        if cell.axes not in planned:
+        if cell.axes not in plan.variants:
             raise InputError(f"{folder}/cells/{cell.name}/cell.json has axes {cell.axes} that {file} does not have")
     begun = [(cell.axes, cell.seed) for cell in cells]
-    cells += [waiting(variant, seed) for variant, seed in product(planned, seeds) if (variant, seed) not in begun]
-    cells.sort(key=lambda cell: (planned.index(cell.axes), cell.seed))
-    return Sweep(folder, file.read_text(), axes, seeds, cells)
+    planned = product(plan.variants, plan.seeds)
+    cells += [plan.waiting(axes, seed) for axes, seed in planned if (axes, seed) not in begun]
+    cells.sort(key=lambda cell: (plan.variants.index(cell.axes), cell.seed))
+    axes = {axis: list(labels) for axis, labels in plan.labels.items()}
+    return Sweep(folder, file.read_text(), axes, plan.seeds, cells)
 
 
-def read_plan(file: Path) -> dict[str, Any]:
-    """The names of the axes' values, the variants in the file's order, and the seeds."""
+def read_plan(file: Path) -> Plan:
+    """Read the copy of a sweep's file; what it names need no longer be there."""
     try:
         content = yaml.safe_load(file.read_text())
-        axes = {axis.split(".")[-1]: value_names(values) for axis, values in content.get("axes", {}).items()}
-        listed = content.get("cells") or [axes]
-        variants = [variant for choice in listed for variant in grid(choice, axes)]
-        return {"axes": axes, "seeds": [int(seed) for seed in content["seeds"]], "variants": variants}
+        labels = {
+            short(axis): value_labels(short(axis), values) for axis, values in (content.get("axes") or {}).items()
+        }
+        listed = content.get("cells") or [{axis: list(values) for axis, values in labels.items()}]
+        variants = [variant for choice in listed for variant in grid(choice, list(labels))]
+        return Plan(labels, variants, [int(seed) for seed in content.get("seeds", [0])])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise damaged(file, error) from error
 
 
-def value_names(values: list[Any] | dict[str, Any]) -> list[str]:
-    """Those of named pieces, of overlays by the file's stem, of numbers and words as they are."""
-    return [Path(name).stem if name.endswith(".yaml") else name for name in map(str, values)]
+def short(axis: str) -> str:
+    return axis.rsplit(".", 1)[-1]
 
 
-def grid(choice: dict[str, Any], axes: dict[str, list[str]]) -> list[Axes]:
+def value_labels(axis: str, values: list[Any] | dict[str, Any]) -> dict[str, str]:
+    """Named pieces and overlays are labelled by their names, values of an option with the axis before them."""
+    overlays = all(str(value).endswith((".yaml", ".yml")) for value in values)
+    names = [Path(str(value)).stem if overlays else str(value) for value in values]
+    return {name: name if overlays or isinstance(values, dict) else axis + name for name in names}
+
+
+def grid(choice: dict[str, Any], axes: list[str]) -> list[Axes]:
     """The variants of a map that gives every axis a value or a list of them, in the order of the axes."""
-    each = [choice[axis] if isinstance(choice[axis], list) else [choice[axis]] for axis in axes]
-    return [dict(zip(axes, map(str, values), strict=True)) for values in product(*each)]
-
-
-def waiting(axes: Axes, seed: int) -> CellResult:
-    """A cell that has no folder yet."""
-    parts = [axis + value if is_number(value) else value for axis, value in axes.items()]
-    return CellResult("-".join([*parts, f"seed{seed}"]), axes, seed, WAITING)
+    given = {short(axis): values if isinstance(values, list) else [values] for axis, values in choice.items()}
+    return [dict(zip(axes, map(str, values), strict=True)) for values in product(*(given[axis] for axis in axes))]
 
 
 def is_number(text: str) -> bool:

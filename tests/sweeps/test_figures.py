@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from sweep_folder import BATCH, DEPTHS, MIXERS, SEEDS, SIDES, STEPS, write_sweep
 
 from lightning_mvar.sweeps.figures import all_figures, looks_in_turn
-from lightning_mvar.sweeps.results import Sweep, read_sweep
+from lightning_mvar.sweeps.results import Sweep, read_results
 from lightning_mvar.sweeps.variants import Variant, variants_of
 
 NAMES = [f"{mixer}-depth{depth}" for mixer in MIXERS for depth in DEPTHS]
@@ -20,7 +20,7 @@ NAMES = [f"{mixer}-depth{depth}" for mixer in MIXERS for depth in DEPTHS]
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    return read_sweep(write_sweep(tmp_path_factory.mktemp("sweeps") / "tiny"))
+    return read_results(write_sweep(tmp_path_factory.mktemp("sweeps") / "tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from sweep_folder import (
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.sweeps.results import INTERRUPTED, KILLED, WAITING, read_sweep
+from lightning_mvar.sweeps.results import INTERRUPTED, KILLED, WAITING, read_results
 from lightning_mvar.sweeps.variants import Variant, choose_baseline, compare, holm, smallest_visible, variants_of
 
 ORDER = [(mixer, depth) for mixer in MIXERS for depth in DEPTHS]  # of the file; by name, depth 10 would be before 2
@@ -45,12 +45,12 @@ def folder(written: Path, tmp_path: Path) -> Path:
 
 
 def variant(folder: Path, mixer: str, depth: str) -> Variant:
-    (found,) = [v for v in variants_of(read_sweep(folder)) if v.axes == {"mixer": mixer, "depth": depth}]
+    (found,) = [v for v in variants_of(read_results(folder)) if v.axes == {"mixer": mixer, "depth": depth}]
     return found
 
 
 def test_cells_come_in_the_order_of_the_file(written: Path) -> None:
-    sweep = read_sweep(written)
+    sweep = read_results(written)
     assert [(c.axes["mixer"], c.axes["depth"], c.seed) for c in sweep.cells] == [
         (mixer, depth, seed) for mixer, depth in ORDER for seed in SEEDS
     ]
@@ -59,7 +59,7 @@ def test_cells_come_in_the_order_of_the_file(written: Path) -> None:
 
 
 def test_a_cell_has_last_values_rates_costs_and_scores(written: Path) -> None:
-    cell = read_sweep(written).cells[7]  # of a variant that is not the first
+    cell = read_results(written).cells[7]  # of a variant that is not the first
     mixer, depth, seed = "var", "2", 1
     assert cell.measures == pytest.approx(
         {
@@ -96,7 +96,7 @@ def test_means_and_deviations_are_numpys(written: Path) -> None:
 
 
 def test_differences_are_paired_by_seed_and_tested_as_scipy_does(written: Path) -> None:
-    variants = variants_of(read_sweep(written))
+    variants = variants_of(read_results(written))
     found = {(c.variant, c.measure): c for c in compare(variants, choose_baseline(variants, "var-depth2"))}
     assert len(found) == 2 * 5
     for mixer, depth in ORDER:
@@ -117,7 +117,7 @@ def test_differences_are_paired_by_seed_and_tested_as_scipy_does(written: Path) 
 
 def test_holms_correction_is_that_of_all_subsets(written: Path) -> None:
     """Holm's procedure closes Bonferroni's test: a hypothesis falls if every set with it has a p below 0.05 / size."""
-    variants = variants_of(read_sweep(written))
+    variants = variants_of(read_results(written))
     (some, *_) = compare(variants, variants[0])
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -138,13 +138,15 @@ def test_cells_that_have_not_finished_are_named_and_count_for_nothing(folder: Pa
     write_attempts(cell_folder(folder, "mvar", "2", 0), [1, 1])
     write_attempts(cell_folder(folder, "mvar", "2", 1), [None, 130])
     write_attempts(cell_folder(folder, "var", "2", 0), [0, None])
+    write_attempts(cell_folder(folder, "var", "10", 0), [-9])
     shutil.rmtree(cell_folder(folder, "var", "2", 1))
     write_attempts(cell_folder(folder, "var", "2", 2), [None, 1, 0])
-    sweep = read_sweep(folder)
+    sweep = read_results(folder)
     assert {c.name: (c.status, c.tries, c.seconds) for c in sweep.unfinished} == {
         "mvar-depth2-seed0": ("crashed", 2, 120),
         "mvar-depth2-seed1": (INTERRUPTED, 2, 60),
         "var-depth2-seed0": (KILLED, 2, 60),
+        "var-depth10-seed0": (INTERRUPTED, 1, 60),
         "var-depth2-seed1": (WAITING, 0, 0),
     }
     first = variant(folder, "mvar", "2")
@@ -161,7 +163,7 @@ def test_of_a_step_that_was_taken_twice_the_last_value_counts(folder: Path) -> N
     shutil.rmtree(logs)
     sweep_folder.write_events(logs, "var", "10", 2)
     sweep_folder.write_events(logs, "mvar", "2", 0)
-    cell = read_sweep(folder).cells[0]
+    cell = read_results(folder).cells[0]
     assert len(cell.curves["val/loss"]) == len(STEPS)
     assert cell.measures["val/loss"] == pytest.approx(sweep_folder.loss("mvar", "2", 0))
 
@@ -173,7 +175,7 @@ def test_what_is_of_other_tokens_or_another_protocol_is_not_compared(folder: Pat
         sweep_folder.write_events(cell / "logs", "var", "2", seed, tokenizer="outputs/raster/tokenizer")
         scores = json.loads((cell_folder(folder, "markov", "2", seed) / "scores.json").read_text())
         write_json(cell_folder(folder, "markov", "2", seed) / "scores.json", [scores[0] | {"num_samples": 100}])
-    variants = variants_of(read_sweep(folder))
+    variants = variants_of(read_results(folder))
     reasons = {(c.variant, c.measure): c.reason for c in compare(variants, variants[0])}
     assert reasons["var-depth2", "val/loss"] == "tokens of another tokenizer"
     assert reasons["markov-depth2", "frechet_distance"] == "scored under other conditions"
@@ -183,7 +185,7 @@ def test_what_is_of_other_tokens_or_another_protocol_is_not_compared(folder: Pat
 def test_a_training_that_diverged_spoils_its_variant_and_no_other(folder: Path) -> None:
     with SummaryWriter(str(cell_folder(folder, "var", "2", 0) / "logs")) as writer:
         writer.add_scalar("val/loss", float("nan"), STEPS[-1] + 1)
-    variants = variants_of(read_sweep(folder))
+    variants = variants_of(read_results(folder))
     found = {c.variant: c for c in compare(variants, variants[0]) if c.measure == "val/loss"}
     assert found["var-depth2"].reason == "a value is no number"
     assert np.isnan(variant(folder, "var", "2").stat("val/loss").deviation)
@@ -197,10 +199,22 @@ def test_listed_cells_choose_from_the_axes(folder: Path) -> None:
         if mixer == "markov" or (mixer, depth) == ("var", "2"):
             for seed in SEEDS:
                 shutil.rmtree(cell_folder(folder, mixer, depth, seed))
-    assert [v.name for v in variants_of(read_sweep(folder))] == ["var-depth10", "mvar-depth10", "mvar-depth2"]
-    (folder / "sweep.yaml").write_text(yaml + "cells: [{mixer: var, depth: 10}]\n")
+    assert [v.name for v in variants_of(read_results(folder))] == ["var-depth10", "mvar-depth10", "mvar-depth2"]
+    (folder / "sweep.yaml").write_text(yaml + "cells: [{mixer: var, model.network.depth: 10}]\n")
     with pytest.raises(InputError, match=r"mvar-depth10-seed0/cell\.json has axes .* that .*sweep\.yaml does not"):
-        read_sweep(folder)
+        read_results(folder)
+
+
+def test_cells_without_a_folder_are_named_as_the_sweep_will(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(
+        "axes: {mixer: [a/mvar.yaml, a/var.yaml], model.network.qk_norm: [true], recipe: {slow: --x 1, fast: --x 2}}"
+    )
+    names = ["mvar-qk_normTrue-slow", "mvar-qk_normTrue-fast", "var-qk_normTrue-slow", "var-qk_normTrue-fast"]
+    sweep = read_results(tmp_path)
+    assert [cell.name for cell in sweep.cells] == [f"{name}-seed0" for name in names]
+    assert {cell.status for cell in sweep.cells} == {WAITING}
+    (tmp_path / "sweep.yaml").write_text("fit: --config run.yaml\nseeds: [3]\n")
+    assert [(cell.name, cell.axes) for cell in read_results(tmp_path).cells] == [("fit-seed3", {})]
 
 
 @pytest.mark.parametrize(
@@ -229,13 +243,13 @@ def test_damaged_and_missing_files_are_named(folder: Path, file: str, content: s
     else:
         path.unlink()
     with pytest.raises(InputError, match=message):
-        read_sweep(folder)
+        read_results(folder)
 
 
 def test_the_baseline_must_have_finished(folder: Path) -> None:
     for seed in SEEDS:
         write_attempts(cell_folder(folder, "mvar", "2", seed), [1])
-    variants = variants_of(read_sweep(folder))
+    variants = variants_of(read_results(folder))
     assert choose_baseline(variants, None).name == "mvar-depth10"
     with pytest.raises(InputError, match="--baseline mvar-depth2 is no variant with finished cells; there are mvar-"):
         choose_baseline(variants, "mvar-depth2")
