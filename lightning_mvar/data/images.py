@@ -1,6 +1,7 @@
-"""Labelled images by index, from the embedded digits or from a folder of class folders.
+"""Labelled images by index, from an embedded data set or from a folder of class folders.
 
-A source is named by one string everywhere (command line, YAML): `digits:train`, `digits:test`, or a folder path.
+A source is named by one string everywhere (command line, YAML): `digits:train`, `digits:test`, `photos:train`,
+`photos:test`, or a folder path.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_mvar.data.digits import RESOLUTION, DigitsSplit, load_digits
+from lightning_mvar.data.digits import DIGITS
+from lightning_mvar.data.embedded import RESOLUTION, EmbeddedSet, Split
+from lightning_mvar.data.photos import PHOTOS
 from lightning_mvar.errors import InputError
+
+EMBEDDED = {embedded.name: embedded for embedded in (DIGITS, PHOTOS)}
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 RESIZE_MARGIN = 1.125  # the shorter side is resized to this times the crop (VAR's preprocessing)
-DIGITS_SHIFT = 1  # pixels of 32; by 2, a classifier of real digits begins to misread them
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 OnCorrupt = Literal["raise", "skip"]
@@ -86,34 +89,45 @@ def open_images(source: str, resolution: int, on_corrupt: OnCorrupt = "raise") -
     Raises:
         InputError: if there is no such source, it holds no images, or it has another resolution.
     """
-    if source.startswith("digits:"):
-        if resolution != RESOLUTION:
-            raise InputError(f"{source} are {RESOLUTION} x {RESOLUTION}, but {resolution} px are asked for")
-        return Digits(cast(DigitsSplit, source.removeprefix("digits:")))
-    return ImageFolder(Path(source), resolution, on_corrupt)
+    embedded = embedded_in(source)
+    if embedded is None:
+        return ImageFolder(Path(source), resolution, on_corrupt)
+    if resolution != RESOLUTION:
+        raise InputError(f"{source} are {RESOLUTION} x {RESOLUTION}, but {resolution} px are asked for")
+    return EmbeddedImages(*embedded)
 
 
-class Digits:
-    """The embedded digits; see `load_digits`. A random crop moves them by up to `DIGITS_SHIFT` pixels each way."""
+def embedded_in(source: str) -> tuple[EmbeddedSet, Split] | None:
+    """The embedded set that `source` names, and its split, not yet checked; None where it names something else."""
+    name, colon, split = source.partition(":")
+    return (EMBEDDED[name], cast(Split, split)) if colon and name in EMBEDDED else None
 
-    def __init__(self, split: DigitsSplit) -> None:
-        self.class_names, self.resolution = [str(digit) for digit in range(10)], RESOLUTION
-        self.split, self.identity = split, str(split)
-        self.images, self.labels = load_digits(split)
+
+class EmbeddedImages:
+    """A split of an embedded set. A random crop moves an image by up to the set's margin each way."""
+
+    def __init__(self, embedded: EmbeddedSet, split: Split) -> None:
+        self.class_names, self.resolution = list(embedded.class_names), RESOLUTION
+        self.name, self.split, self.margin = embedded.name, split, embedded.margin
+        self.wide, self.labels = embedded.load_wide(split)
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(self.wide.numpy().tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        return self.example(index, self.images[index])
+        return self.example(index, self.margin, self.margin)
 
     def cropped(self, index: int, generator: Generator) -> Example:
-        top, left = torch.randint(2 * DIGITS_SHIFT + 1, (2,), generator=generator).tolist()
-        padded = F.pad(self.images[index], (DIGITS_SHIFT,) * 4, mode="replicate")
-        return self.example(index, padded[:, top : top + RESOLUTION, left : left + RESOLUTION])
+        top, left = torch.randint(2 * self.margin + 1, (2,), generator=generator).tolist()
+        return self.example(index, top, left)
 
-    def example(self, index: int, image: Tensor) -> Example:
-        return Example(image, int(self.labels[index]), f"digits/{self.split}/{index:04d}")
+    def example(self, index: int, top: int, left: int) -> Example:
+        image = self.wide[index, :, top : top + RESOLUTION, left : left + RESOLUTION]
+        return Example(image, int(self.labels[index]), f"{self.name}/{self.split}/{index:04d}")
 
 
 class ImageFolder:

@@ -6,5 +6,6 @@ features (b, num_features). With a method `logits`, features -> (b, classes), it
 
 from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.inception import InceptionV3
+from lightning_mvar.metrics.photos import PhotosClassifier
 
-__all__ = ["DigitsClassifier", "InceptionV3"]
+__all__ = ["DigitsClassifier", "InceptionV3", "PhotosClassifier"]

@@ -1,0 +1,43 @@
+"""What the data sets have in common whose images come with an installed package, without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_mvar.errors import InputError
+
+Split = Literal["train", "test"]
+RESOLUTION = 32
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """Labelled RGB images of 32 x 32 pixels in two splits, each with a margin that random crops reach into.
+
+    Args:
+        name: what stands before the colon of a source, such as `digits` in `digits:train`.
+        class_names: in label order.
+        margin: pixels on each side; a random crop moves an image by at most so many.
+        load_wide: split -> images (n, 3, 32 + 2 margin, 32 + 2 margin) float32 in [-1, 1], labels (n,) int64.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    margin: int
+    load_wide: Callable[[Split], tuple[Tensor, Tensor]]
+
+    def load(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, 32, 32) float32 in [-1, 1] without their margin, and labels (n,) int64."""
+        wide, labels = self.load_wide(split)
+        return F.pad(wide, (-self.margin,) * 4), labels
+
+
+def check_split(name: str, split: str) -> None:
+    """Raise InputError unless an embedded set has such a split."""
+    if split not in get_args(Split):
+        raise InputError(f"{name} have the splits {' and '.join(get_args(Split))}, not {split!r}")
