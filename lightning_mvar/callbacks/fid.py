@@ -33,8 +33,8 @@ class FIDCallback(L.Callback):
 
     Args:
         extractor: `nn.Module` with `num_features`, images (b, 3, H, W) in [0, 1] -> (b, num_features).
-        reference: the real images: `digits:test`, a folder of class folders, an npz with mu and sigma or with images,
-            or a folder of token shards.
+        reference: the real images: `digits:test`, `photos:test`, a folder of class folders, an npz with mu and sigma
+            or with images, or a folder of token shards.
         num_samples: images to sample, classes in turn.
         batch_size: images sampled at once on each rank.
         every_n_steps: skip validations until so many steps after the last that was scored.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,17 @@ from lightning_mvar.commands.drawing import draw_set
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.ranks import ranks
 from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.data.digits import DigitsSplit, load_digits
+from lightning_mvar.data.digits import DIGITS
+from lightning_mvar.data.embedded import EmbeddedSet, Split
+from lightning_mvar.data.images import embedded_in
 from lightning_mvar.data.sample_files import Samples, open_samples
 from lightning_mvar.errors import InputError
 from lightning_mvar.fingerprint import fingerprint
-from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
+from lightning_mvar.metrics.digits import svm_accuracy
+from lightning_mvar.metrics.embedded import EmbeddedClassifier
 from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.image_sets import ImageSet, Pictures, Reconstructions, has_images, open_image_set
+from lightning_mvar.metrics.judges import kept_classifier
 from lightning_mvar.metrics.reference import load_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, hand_over, num_features, prepare
@@ -57,7 +61,7 @@ def evaluate(
     **drawing: Any,
 ) -> None:
     """Score samples against real images: Frechet distance, sFID where the extractor has spatial features, precision
-    and recall (k = 3), and the inception score where it classifies. Digits are also read by classifiers.
+    and recall (k = 3), and the inception score where it classifies. Digits and photos are also read by classifiers.
 
     Scores depend on the extractor and on the number of samples, and are comparable only with scores of the same.
 
@@ -65,18 +69,19 @@ def evaluate(
         samples: the images to score: an npz (arr_0 uint8 N x H x H x 3) or a folder of PNG files, of any origin. With
             --ckpt_path, those that are missing are drawn to it first, by the published protocol where not said
             otherwise: 50 of each class, guidance 1.5, top_k 900, top_p 0.96.
-        reference: the real images: `digits:test`; a folder of class folders; a folder of token shards, decoded by
-            --tokenizer; an npz of images (arr_0); or one of mu and sigma, such as ADM's, made with the same extractor.
+        reference: the real images: `digits:test`; `photos:test`; a folder of class folders; a folder of token shards,
+            decoded by --tokenizer; an npz of images (arr_0); or one of mu and sigma, such as ADM's, made with the same
+            extractor.
         ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`, to draw the samples from.
         per_class: with --ckpt_path, samples of each class.
         extractor: InceptionV3 (with --extractor.weights FILE), whose scores compare with published ones, or the class
-            path of an nn.Module with num_features, images in [0, 1] -> features; where the reference are digits, a
-            small classifier trained on the spot.
+            path of an nn.Module with num_features, images in [0, 1] -> features; where the reference are digits or
+            photos, a small classifier trained on the spot.
         floor: other real images, whose distance to the reference is what a perfect model would get.
         reconstructions: folder of a tokenizer, to score its reconstructions of the reference too.
         tokenizer: folder of the tokenizer that decodes token shards, and of the checkpoint's where it has moved.
         statistics: write what is known of the reference to this npz, to be named as --reference later.
-        cache: folder that keeps the statistics of real images, and the digits classifier.
+        cache: folder that keeps the statistics of real images, and the classifiers of digits and photos.
         json: write what the table shows to this file.
         num_workers: processes that read image files.
         device: auto, cpu, cuda or cuda:N.
@@ -84,17 +89,17 @@ def evaluate(
         num_nodes: machines; start the same command on each, by torchrun or Slurm.
         drawing: with --ckpt_path, how to draw the samples.
     """
-    digits = reference.startswith("digits:")
+    embedded = embedded_in(reference)
     check_options(reference, floor, reconstructions, statistics, num_workers)
     if ckpt_path is None:
         refuse_drawing(drawing)
         resolution = open_samples(samples).resolution
-        if digits:
+        if embedded is not None:
             open_image_set(reference, resolution)
     if extractor is None:
-        if not digits:
-            raise InputError("--extractor is needed for other images than digits, for instance InceptionV3")
-        extractor = DigitsClassifier.kept_in(cache)
+        extractor = kept_classifier(reference, cache)
+    if extractor is None:
+        raise InputError("--extractor is needed for other images than digits and photos, for instance InceptionV3")
     with ranks(device, devices, num_nodes) as fabric:
         prepare(extractor, fabric.device)
         decoder, rebuilder = (
@@ -121,10 +126,10 @@ def evaluate(
             record["reconstruction_frechet_distance"] = scores["frechet_distance"]
         if not fabric.is_global_zero:
             return
-        if digits:
-            record |= judge_digits(images, extractor)
+        if embedded is not None:
+            record |= judge_embedded(images, *embedded, extractor)
             if rebuilder is not None:
-                record |= judge_decoded_digits(decoded, reference)
+                record |= judge_decoded(decoded, *embedded, extractor)
         print_table([record])
         if json is not None:
             write_records([record], json)
@@ -135,7 +140,7 @@ def check_options(
 ) -> None:
     """Raise InputError for what can be told before hours of drawing."""
     for source in (reference, floor):
-        if source is not None and not source.startswith("digits:") and not Path(source).exists():
+        if source is not None and embedded_in(source) is None and not Path(source).exists():
             raise InputError(f"{source} does not exist")
     if reconstructions is not None and reference.endswith(".npz") and not has_images(Path(reference)):
         raise InputError(f"--reconstructions needs images to reconstruct: {reference} has their statistics alone")
@@ -210,31 +215,62 @@ def warn_of_few(count: int, extractor: nn.Module) -> None:
         )
 
 
-def judge_digits(images: Samples, extractor: nn.Module) -> Record:
-    """A support vector machine trained on real digits reads the samples; one trained on the samples reads real ones."""
-    train, test = real_digits("train"), real_digits("test")
-    record: Record = {"svm_accuracy_on_reference": svm_accuracy(*train, *test)}
-    found = images.labels([str(digit) for digit in range(10)])
-    if found is None or len(set(found)) < 2 or not set(found) <= set(range(10)):
-        return record  # nobody knows what digits they are meant to be, or a machine could not learn from them
-    pixels, labels = torch.cat([*Pictures(images).batches(0, len(images))]), torch.tensor(found)
-    record["svm_accuracy_on_samples"] = svm_accuracy(*train, pixels, labels)
-    record["svm_accuracy_trained_on_samples"] = svm_accuracy(pixels, labels, *test)
-    if isinstance(extractor, DigitsClassifier):
-        read = extractor.cpu().classify(pixels)
-        record["classifier_accuracy_on_samples"] = float((read == labels).float().mean())
+def judge_embedded(images: Samples, embedded: EmbeddedSet, split: Split, extractor: nn.Module) -> Record:
+    """How many samples are taken for what they are meant to be, and how many real images of the reference."""
+    samples, record = samples_and_labels(images, embedded), Record()
+    if embedded is DIGITS:
+        record |= judge_digits(samples)
+    if tells_apart(extractor, embedded):
+        record["classifier_accuracy_on_reference"] = accuracy(extractor, *real_images(embedded, split))
+        if samples is not None:
+            record["classifier_accuracy_on_samples"] = accuracy(extractor, *samples)
     return record
 
 
-def judge_decoded_digits(decoded: Reconstructions, reference: str) -> Record:
+def judge_digits(samples: tuple[Tensor, Tensor] | None) -> Record:
+    """A support vector machine trained on real digits reads the samples; one trained on the samples reads real ones."""
+    train, test = real_images(DIGITS, "train"), real_images(DIGITS, "test")
+    record: Record = {"svm_accuracy_on_reference": svm_accuracy(*train, *test)}
+    if samples is not None:
+        record["svm_accuracy_on_samples"] = svm_accuracy(*train, *samples)
+        record["svm_accuracy_trained_on_samples"] = svm_accuracy(*samples, *test)
+    return record
+
+
+def judge_decoded(decoded: Reconstructions, embedded: EmbeddedSet, split: Split, extractor: nn.Module) -> Record:
+    """The same of a tokenizer's reconstructions of the reference."""
     pixels = torch.cat([batch.cpu() for batch in decoded.batches(0, len(decoded))])
-    labels = real_digits(reference.removeprefix("digits:"))[1]
-    return {"svm_accuracy_on_reconstructions": svm_accuracy(*real_digits("train"), pixels, labels)}
+    labels, record = real_images(embedded, split)[1], Record()
+    if embedded is DIGITS:
+        record["svm_accuracy_on_reconstructions"] = svm_accuracy(*real_images(DIGITS, "train"), pixels, labels)
+    if tells_apart(extractor, embedded):
+        record["classifier_accuracy_on_reconstructions"] = accuracy(extractor, pixels, labels)
+    return record
 
 
-def real_digits(split: str) -> tuple[Tensor, Tensor]:
+def samples_and_labels(images: Samples, embedded: EmbeddedSet) -> tuple[Tensor, Tensor] | None:
+    """Samples (n, 3, 32, 32) in [0, 1] and what they are meant to be (n,).
+
+    None where nobody knows that, or a machine could not learn from them.
+    """
+    found = images.labels(list(embedded.class_names))
+    if found is None or len(set(found)) < 2 or not set(found) <= set(range(len(embedded.class_names))):
+        return None
+    return torch.cat([*Pictures(images).batches(0, len(images))]), torch.tensor(found)
+
+
+def tells_apart(extractor: nn.Module, embedded: EmbeddedSet) -> TypeGuard[EmbeddedClassifier]:
+    """Whether an extractor is a classifier of an embedded set."""
+    return isinstance(extractor, EmbeddedClassifier) and extractor.embedded is embedded
+
+
+def accuracy(classifier: EmbeddedClassifier, pixels: Tensor, labels: Tensor) -> float:
+    return float((classifier.cpu().classify(pixels) == labels).float().mean())
+
+
+def real_images(embedded: EmbeddedSet, split: Split) -> tuple[Tensor, Tensor]:
     """Images (n, 3, 32, 32) in [0, 1] and labels (n,)."""
-    images, labels = load_digits(cast(DigitsSplit, split))
+    images, labels = embedded.load(split)
     return (images + 1) / 2, labels
 
 

@@ -36,7 +36,8 @@ def likelihood(
 
     Args:
         ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`.
-        images: `digits:train`, `digits:test`, or a folder of class folders, resized and cropped at the centre.
+        images: `digits:train`, `photos:test` and the like, or a folder of class folders, resized and cropped at the
+            centre.
         classes: take all images for this class (a name, number, or "unconditional"); else for that of their folders.
         json: write what the table shows to this file.
         each: write a record for every image to this JSON file.

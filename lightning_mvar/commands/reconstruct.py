@@ -13,8 +13,8 @@ from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.data.images import OnCorrupt, open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
+from lightning_mvar.metrics.judges import kept_classifier
 from lightning_mvar.metrics.summary import num_features, prepare
 from lightning_mvar.pictures import image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -41,23 +41,25 @@ def reconstruct(
 
     Args:
         tokenizer: folder that `train-tokenizer` or `export` wrote.
-        images: `digits:train`, `digits:test`, or a folder of class folders, resized and cropped at the centre.
+        images: `digits:train`, `photos:test` and the like, or a folder of class folders, resized and cropped at the
+            centre.
         extractor: InceptionV3 (with --extractor.weights FILE), or the class path of an nn.Module with num_features,
-            images in [0, 1] -> features; for digits a small classifier; without one there is no Frechet distance.
+            images in [0, 1] -> features; for digits and photos a small classifier. Without one there is no Frechet
+            distance.
         picture: PNG file for the first 8 images, originals above reconstructions.
         json: write what the table shows to this file.
         batch_size: images at once.
         num_workers: processes that decode image files; 0 decodes in the main process.
         on_corrupt: what an image that cannot be decoded does: raise, or be skipped, named and counted.
-        cache: folder that keeps the digits classifier.
+        cache: folder that keeps the classifiers of digits and photos.
         device: auto, cpu, cuda or cuda:N.
     """
     check_reading(batch_size, num_workers)
     where = choose_device(device)
     model = load_tokenizer(tokenizer).to(where)
     source = open_images(images, model.config.resolution, on_corrupt)
-    if extractor is None and images.startswith("digits:"):
-        extractor = DigitsClassifier.kept_in(cache)
+    if extractor is None:
+        extractor = kept_classifier(images, cache)
     comparison = Comparison(model, None if extractor is None else prepare(extractor, where), where)
     for batch in read_images(source, batch_size, num_workers, "reconstruct"):
         comparison.update(batch.images.to(where))

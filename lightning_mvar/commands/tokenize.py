@@ -37,7 +37,8 @@ def tokenize(
     """Turn images into token shards. Started again, it goes on where it stopped.
 
     Args:
-        images: `digits:train`, `digits:test`, or a folder of class folders (CLASS/NAME.png|jpg|jpeg|webp).
+        images: `digits:train`, `photos:test` and the like, or a folder of class folders
+            (CLASS/NAME.png|jpg|jpeg|webp).
         tokenizer: folder that `train-tokenizer` or `export` wrote.
         out: folder for the shards and their manifest.
         views: 1 for the centre crop of each image, more for that many random crops of it.

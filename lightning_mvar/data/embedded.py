@@ -32,9 +32,13 @@ class EmbeddedSet:
     load_wide: Callable[[Split], tuple[Tensor, Tensor]]
 
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, 32, 32) float32 in [-1, 1] without their margin, and labels (n,) int64."""
+        """Images (n, 3, 32, 32) float32 in [-1, 1], and labels (n,) int64."""
         wide, labels = self.load_wide(split)
-        return F.pad(wide, (-self.margin,) * 4), labels
+        return self.centre(wide), labels
+
+    def centre(self, wide: Tensor) -> Tensor:
+        """Images (n, 3, 32, 32) without their margin."""
+        return F.pad(wide, (-self.margin,) * 4)
 
 
 def check_split(name: str, split: str) -> None:

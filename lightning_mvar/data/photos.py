@@ -75,9 +75,7 @@ def installed(file: str) -> Path:
     spec = find_spec(package)
     path = Path(spec.origin).parent / inside if spec is not None and spec.origin is not None else None
     if path is None or not path.is_file():
-        raise InputError(
-            f"the photos need {file} of scikit-learn and scikit-image: pip install 'lightning-mvar[demo]'"
-        )
+        raise InputError(f"the photos need {file} of scikit-learn and scikit-image: pip install 'lightning-mvar[demo]'")
     return path
 
 

@@ -6,6 +6,7 @@ published FID.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class EmbeddedClassifier(nn.Module):
     """A small convolutional classifier of an embedded set, trained on its real training images in seconds.
 
-    A subclass names the set.
+    A subclass names the set, and says how its images are varied in training.
 
     Args:
         weights: file the trained weights are kept in; trained and written there if it does not exist.
@@ -61,18 +62,22 @@ class EmbeddedClassifier(nn.Module):
         return self.features(images * 2 - 1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features (b, 64) -> (b, 10)."""
+        """Features (b, 64) -> (b, classes)."""
         return self.head(features)
 
     def classify(self, images: Tensor) -> Tensor:
         """Images (b, 3, 32, 32) in [0, 1] -> the likeliest class (b,) int64."""
         return self.logits(self(images)).argmax(dim=-1)
 
+    @abstractmethod
+    def vary(self, wide: Tensor) -> Tensor:
+        """A batch of images with their margin -> (b, 3, 32, 32), changed by chance as the set's images may be."""
+
     @torch.inference_mode(False)
     @torch.enable_grad()
     def train_on_real_images(self, epochs: int, batch_size: int = 64) -> None:
-        """Cross entropy on the training split, shifted by up to two pixels; the same weights from every call."""
-        images, labels = self.embedded.load("train")
+        """Cross entropy on the training split, each batch varied; the same weights from every call."""
+        wide, labels = self.embedded.load_wide("train")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for module in self.modules():
@@ -83,9 +88,7 @@ class EmbeddedClassifier(nn.Module):
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps_per_epoch)
             for _ in tqdm(range(epochs), desc=f"{self.embedded.name} classifier", leave=False):
                 for rows in torch.randperm(len(labels)).split(batch_size):
-                    shift = torch.randint(-2, 3, (2,)).tolist()
-                    batch = images[rows].roll(shift, dims=(2, 3)) / 2 + 0.5
-                    loss = F.cross_entropy(self.head(self(batch)), labels[rows])
+                    loss = F.cross_entropy(self.head(self(self.vary(wide[rows]) / 2 + 0.5)), labels[rows])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()

@@ -126,8 +126,8 @@ def open_image_set(source: str, resolution: int, tokenizer: Tokenizer | None = N
     """Real images for comparison.
 
     Args:
-        source: `digits:train` or `digits:test`; a folder of class folders, whose images are resized and cropped at the
-            centre; an npz of images (`arr_0`); or a folder of token shards, which `tokenizer` decodes.
+        source: `digits:train`, `photos:test` and the like; a folder of class folders, whose images are resized and
+            cropped at the centre; an npz of images (`arr_0`); or a folder of token shards, which `tokenizer` decodes.
         resolution: side of the images.
         tokenizer: on the device to decode on.
         num_workers: processes that read image files.
