@@ -18,8 +18,10 @@ from processes import start
 from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
+from lightning_mvar.data.photos import PHOTOS
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.image_sets import open_image_set
+from lightning_mvar.metrics.photos import PhotosClassifier
 from lightning_mvar.metrics.reference import measure
 from lightning_mvar.sampling import image_generators
 
@@ -144,6 +146,30 @@ def test_digits_of_one_class_or_none_are_scored_without_the_machines_that_read_t
         record = scored("a.npz", *against)
         assert record["frechet_distance"] > 0
         assert record.keys() & {"svm_accuracy_on_reference", "svm_accuracy_on_samples"} == {"svm_accuracy_on_reference"}
+
+
+def test_photos_are_scored_and_read_by_their_own_classifier(here: Path) -> None:
+    """Real training patches as samples: at the floor, and read as the classifier reads them, whatever their names."""
+    classifier = PhotosClassifier("cache/photos_classifier.safetensors", epochs=4)
+    images, labels = PHOTOS.load("train")
+    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    against = ["--reference", "photos:test", "--device", "cpu", "--cache", "cache", "--json", "scores.json"]
+    for shift in (0, 1):
+        np.savez("a.npz", arr_0=pixels, arr_1=(labels.numpy() + shift) % 10)
+        assert run(["evaluate", "--samples", "a.npz", *against, "--floor", "photos:train"]) == 0
+        (record,) = json.loads(Path("scores.json").read_text())
+        read = classifier.classify((images + 1) / 2)
+        assert record["classifier_accuracy_on_samples"] == pytest.approx(
+            float((read == (labels + shift) % 10).float().mean()), abs=1e-3
+        )
+    assert record["extractor"] == "PhotosClassifier"
+    assert record["frechet_distance_over_floor"] == pytest.approx(1, abs=1e-3)
+    assert record["inception_score"] > 3
+    assert 0 < record["recall"] <= 1
+    assert not any(name.startswith("svm") for name in record)
+    real, truth = PHOTOS.load("test")
+    expected = (classifier.classify((real + 1) / 2) == truth).float().mean()
+    assert record["classifier_accuracy_on_reference"] == pytest.approx(float(expected))
 
 
 def test_a_file_cannot_say_other_things_of_its_scores_than_it_is_asked(here: Path) -> None:
