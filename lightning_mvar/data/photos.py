@@ -31,7 +31,7 @@ FILES = {  # class -> package, and file in it
     "pagoda": "sklearn/datasets/images/china.jpg",
     "tissue": "skimage/data/ihc.png",
 }
-SHORTER_SIDE = 288  # pixels that a photo is reduced to: a patch shows a few stones, bricks or cells
+SHORTER_SIDE = 432  # pixels that a larger photo is reduced to: a patch shows a stone or two, blades of grass, a petal
 BANDS = {"train": (0, 80), "test": (88, 136)}  # columns of each period
 PERIOD = 144
 MARGIN = 4  # pixels that a random crop of a patch can move by, inside its band
@@ -58,9 +58,9 @@ def load_wide_photos(split: Split) -> tuple[Tensor, Tensor]:
 
 
 def read_photo(file: str) -> NDArray[np.uint8]:
-    """(H, W, 3) of a file of a package, the shorter side reduced to `SHORTER_SIDE` (Lanczos)."""
+    """(H, W, 3) of a file of a package, the shorter side reduced to `SHORTER_SIDE` where it is longer (Lanczos)."""
     with Image.open(installed(file)) as photo:
-        scale = SHORTER_SIDE / min(photo.size)
+        scale = min(SHORTER_SIDE / min(photo.size), 1)
         width, height = (round(side * scale) for side in photo.size)
         return np.asarray(photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
 
