@@ -13,7 +13,7 @@ from lightning_mvar.metrics.embedded import EmbeddedClassifier
 class PhotosClassifier(EmbeddedClassifier):
     """Tells which photo a patch is of, trained on them shifted and mirrored; see `EmbeddedClassifier`.
 
-    It tells 92 % of the test patches, which lie in other parts of the photos.
+    It tells 91 % of the test patches, which lie in other parts of the photos.
     """
 
     embedded = PHOTOS
