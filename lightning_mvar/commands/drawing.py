@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ Batch = tuple[list[int], PixelArray]  # numbers of images, and the images
 
 @dataclass
 class Drawing:
-    """A set of images that is drawn: `labels` (n,) has the class of each, `per_class` in a row of every class."""
+    """A set of images that is drawn: `labels` (n,) has the class of each, `per_class` in a row of every class.
+
+    `images_per_s` is how fast all devices together drew what was missing; None before, or where nothing was.
+    """
 
     model: TrainedModel
     classes: Classes
@@ -47,6 +51,7 @@ class Drawing:
     seed: int
     settings: dict[str, Any]
     device: torch.device
+    images_per_s: float | None = None
 
     def draw(self, labels: Tensor, numbers: list[int]) -> PixelArray:
         """Images of labels (b,), from the generators of `numbers`."""
@@ -201,6 +206,7 @@ def draw_set(
 def fill(images: SampleSet, drawing: Drawing, rejection: Rejection | None, fabric: Fabric, batch_size: int) -> None:
     """Draw what is missing of a set, each rank its share, and finish it."""
     missing = fabric.broadcast(images.missing() if fabric.is_global_zero else [])
+    begin = time.perf_counter()
     share = (missing, batch_size, fabric.global_rank, fabric.world_size)
     batches = drawing.batches(*share) if rejection is None else rejection.batches(drawing, *share)
     with progress(fabric, images.count, len(missing)) as bar:
@@ -208,6 +214,8 @@ def fill(images: SampleSet, drawing: Drawing, rejection: Rejection | None, fabri
             images.write(numbers, pixels)
             bar.update(min(len(numbers) * fabric.world_size, images.count - bar.n))
     fabric.barrier()
+    if missing:
+        drawing.images_per_s = len(missing) / (time.perf_counter() - begin)
     if fabric.is_global_zero:
         images.finish(drawing.labels.numpy())
     fabric.barrier()

@@ -106,8 +106,9 @@ def evaluate(
             None if folder is None else load_tokenizer(folder).to(fabric.device)
             for folder in (tokenizer, reconstructions)
         )
+        drawn = None
         if ckpt_path is not None:
-            draw_set(fabric, ckpt_path, samples, per_class=per_class, tokenizer=tokenizer, **drawing)
+            drawn = draw_set(fabric, ckpt_path, samples, per_class=per_class, tokenizer=tokenizer, **drawing)
         images = open_samples(samples)
         if fabric.is_global_zero:
             warn_of_few(len(images), extractor)
@@ -117,6 +118,8 @@ def evaluate(
             real.save(Path(statistics), extractor)
         record: Record = images.about | {"samples": samples, "reference": reference} | judge.about()
         record |= {"num_samples": len(images), "resolution": images.resolution}
+        if drawn is not None and drawn.images_per_s is not None:
+            record["images_per_s"] = drawn.images_per_s
         record |= judge.score(Pictures(images, num_workers), real, "features of the samples")
         if floor is not None:
             record |= judge.over_floor(record["frechet_distance"], real, floor)
