@@ -19,7 +19,7 @@ import lightning_mvar.sampling
 from lightning_mvar.bench.measure import Run
 from lightning_mvar.costs import META, count_flops, forward_flops, sampling_flops
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.config import BASELINES, SIZES, MVARConfig
+from lightning_mvar.models.config import BASELINES, MIXERS, SIZES, MVARConfig
 from lightning_mvar.models.mixers import State
 from lightning_mvar.models.mvar import MVAR, Block, MVARState
 from lightning_mvar.optim import OptimizerConfig, build_optimizer
@@ -41,9 +41,15 @@ class Setting:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("size", SIZES), ("mixer", BASELINES), ("precision", DTYPES)):
+        for name, known in (("size", SIZES), ("precision", DTYPES)):
             if getattr(self, name) not in known:
                 raise InputError(f"bench: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        unknown = [name for name in self.blocks["mixers"] if name not in MIXERS]
+        if unknown:
+            raise InputError(
+                f"bench: mixer {self.mixer!r} is none of {', '.join(BASELINES)}, and {unknown[0]!r} none to join with "
+                f"+: {', '.join(MIXERS)}"
+            )
         if self.batch_size < 1 or self.depth < 0:
             raise InputError(f"bench: batch_size {self.batch_size} or depth {self.depth} is too small")
         ScaleSchedule.for_resolution(self.resolution)
@@ -67,12 +73,17 @@ class Setting:
         return replace(self, **values)
 
     @property
+    def blocks(self) -> dict[str, Any]:
+        """What sets the network apart from others of its size."""
+        return BASELINES.get(self.mixer) or {"mixers": tuple(self.mixer.split("+"))}
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
     @property
     def network(self) -> MVARConfig:
-        config = MVARConfig.for_size(self.size, schedule=self.schedule, **BASELINES[self.mixer])
+        config = MVARConfig.for_size(self.size, schedule=self.schedule, **self.blocks)
         return replace(config, depth=self.depth) if self.depth else config
 
     @property
@@ -215,7 +226,7 @@ def operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, bool]]
     with x.device:
         block = Block(config, 0, 0.0).to(x.dtype)
     cond = torch.randn(len(x), config.width, device=x.device, dtype=x.dtype)
-    lengths = config.schedule.lengths
+    lengths = config.step_lengths
 
     def both_ways(call: Run) -> Run:
         return lambda: call().float().square().mean().backward()  # type: ignore[attr-defined]

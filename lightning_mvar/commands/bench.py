@@ -28,7 +28,7 @@ from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
 def bench(
     what: Literal["sample", "train", "data", "memory", "op"],
     size: str = "d16",
-    mixer: Literal["mvar", "var", "markov", "mamba_only", "attention_only", "ar_raster"] = "mvar",
+    mixer: str = "mvar",
     resolution: int = 256,
     batch_size: int = 4,
     precision: Precision = "float32",
@@ -52,7 +52,8 @@ def bench(
         what: to measure.
         size: d12, d16, d20, d24, d30, d32 or d36.
         mixer: mvar (attention inside scales, Mamba-2 across), var (block-causal attention), markov (attention to the
-            scale before), mamba_only, attention_only (inside scales), or ar_raster (causal attention token by token).
+            scale before), mamba_only, attention_only (inside scales), ar_raster (causal attention token by token), or
+            the mixers of a block by name, such as scale_attention+mamba1.
         resolution: 256, 512 or 1024 pixels.
         batch_size: images at once.
         precision: of sampling; in training, weights stay in float32 and products are in this precision.
@@ -178,8 +179,7 @@ def beside_matmuls(
 
 
 def measure_operations(setting: Setting, device: torch.device, repeats: int) -> list[Record]:
-    lengths = setting.network.schedule.lengths
-    shape = (setting.batch_size, sum(lengths), setting.network.width)
+    shape = (setting.batch_size, setting.network.schedule.num_tokens, setting.network.width)
     x = torch.randn(shape, device=device, dtype=setting.dtype)
     names, runs, trains = zip(*operations(setting.network, x), strict=True)
     seconds = [median(times) for times in alternate(list(runs), repeats, device)]

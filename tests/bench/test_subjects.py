@@ -23,6 +23,12 @@ def test_the_state_of_mvar_does_not_grow_and_that_of_var_is_a_cache() -> None:
     assert state_bytes(var, torch.bfloat16) == 2 * 2 * 2 * SCHEDULE.num_tokens * 64
 
 
+def test_mixers_are_baselines_or_joined_by_their_names() -> None:
+    assert Setting(mixer="scale_attention+mamba1").network.mixers == ("scale_attention", "mamba1")
+    raster = Setting(mixer="ar_raster").network
+    assert (raster.prediction, raster.schedule.side_lengths) == ("token", (16,))
+
+
 @torch.no_grad()
 def test_running_the_prefix_again_gives_the_same() -> None:
     network = tiny_network()

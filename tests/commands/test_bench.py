@@ -60,6 +60,7 @@ def test_reading_counts_every_sample() -> None:
 def test_mistakes_are_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     for options, message in [
         (["sample", "--versus", "mixer=mamba"], "none of mvar, var"),
+        (["sample", "--mixer", "mamba2+mamba3"], "'mamba3' none to join with +: scale_attention"),
         (["sample", "--versus", "width=3"], "'width=3' is not NAME=VALUE"),
         (["sample", "--size", "d13"], "'d13' is none of"),
         (["memory", "--resolution", "300"], "300"),
