@@ -174,8 +174,9 @@ def write_network(network: MVAR) -> StateDict:
     config, schedule = network.config, network.config.schedule
     if config.mixers not in (VAR, M_VAR):
         raise InputError(f"the published code has no network with mixers {config.mixing}")
+    check_published(config, ("prediction",))
     if config.mixers == M_VAR:
-        check_published(config, ("state_dim", "conv_width", "expand", "head_dim"))
+        check_published(config, ("parallel", "scan_order", "state_dim", "conv_width", "expand", "head_dim"))
     if not config.qk_norm and config.width != HEAD_DIM * config.heads:
         raise InputError(f"without QK-norm the published format means heads of {HEAD_DIM}, got {config.heads} heads")
     if config.mixers == M_VAR and config.shared_adaln:

@@ -93,10 +93,21 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(
     assert losses.val[0]["val/acc"] == pytest.approx(correct / count / SCHEDULE.num_tokens, abs=1e-6)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_training_lowers_the_loss(tokenizer_folder: Path, shards: Path, tmp_path: Path, mixer: str) -> None:
+@pytest.mark.parametrize(
+    "network",
+    [
+        *({"mixers": mixers} for mixers in MIXERS.values()),
+        {"mixers": ("mamba1", "gated_linear_attention"), "scan_order": "alternating"},
+        {"mixers": (("window_attention", "linear_attention"), ("markov_attention",)), "parallel": True},
+        {"mixers": MIXERS["var"], "prediction": "token"},
+    ],
+    ids=str,
+)
+def test_training_lowers_the_loss(
+    tokenizer_folder: Path, shards: Path, tmp_path: Path, network: dict[str, object]
+) -> None:
     losses = Losses()
-    module = make_module(tokenizer_folder, mixers=MIXERS[mixer])
+    module = make_module(tokenizer_folder, **network)
     data = TokenDataModule(str(shards), str(shards), batch_size=16)
     make_trainer(tmp_path, 60, callbacks=[losses]).fit(module, data)
     assert losses.train[0] == pytest.approx(torch.tensor(48.0).log().item(), abs=0.3)

@@ -102,6 +102,10 @@ def test_the_configuration_is_read_back(variant: dict) -> None:
     [
         ({"mixers": ("mamba2",)}, "no network with mixers mamba2"),
         ({"state_dim": 16}, "state_dim is 16, there always 64"),
+        ({"parallel": True}, "parallel is True, there always False"),
+        ({"scan_order": "column"}, "scan_order is column, there always raster"),
+        ({"mixers": ("block_causal_attention",), "prediction": "token"}, "prediction is token, there always scale"),
+        ({"mixers": (("scale_attention", "mamba2"), ())}, "no network with mixers scale_attention, mamba2 / none"),
         ({"qk_norm": False}, "heads of 64, got 2 heads"),
         ({"shared_adaln": True}, "the published M-VAR cannot share AdaLN"),
     ],
