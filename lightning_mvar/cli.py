@@ -31,6 +31,7 @@ COMMANDS = {  # command: (module that has `main(argv)`, help)
     "edit": ("edit", "draw a part of a given image anew"),
     "serve": ("serve", "a local web page that draws and in-paints"),
     "evaluate": ("evaluate", "score a checkpoint's samples, or any others"),
+    "sweep": ("sweep", "many runs of fit and evaluate from one file"),
     "likelihood": ("likelihood", "bits per token of given images"),
     "reconstruct": ("reconstruct", "compare real images with what a tokenizer makes of them"),
     "export": ("export", "write a checkpoint as one self-contained folder"),
@@ -68,7 +69,7 @@ def run(argv: list[str]) -> int:
     except argparse.ArgumentError as error:
         return fail(bad_arguments(argv, error))
     except Interrupted as stop:
-        print(f"lightning-mvar: {stop}; --resume goes on from the newest checkpoint", file=sys.stderr)
+        print(f"lightning-mvar: {stop}; {stop.remedy}", file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt:
         return interrupted()

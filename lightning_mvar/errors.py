@@ -14,8 +14,14 @@ class DivergedError(InputError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to end, on all ranks at the same step. The command line exits with 128 + `signal`."""
+    """A signal asked the run to end, on all ranks at the same step. The command line exits with 128 + `signal`.
 
-    def __init__(self, signal: int, message: str) -> None:
+    Args:
+        signal: its number.
+        message: what was interrupted, and where.
+        remedy: how to go on.
+    """
+
+    def __init__(self, signal: int, message: str, remedy: str = "--resume goes on from the newest checkpoint") -> None:
         super().__init__(message)
-        self.signal = signal
+        self.signal, self.remedy = signal, remedy

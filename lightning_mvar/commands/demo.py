@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import sys
 import time
@@ -15,10 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
-
-# A server imports everything once, which takes seconds, and starts each command's process from there.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lightning_mvar.commands.training", "lightning_mvar.metrics.digits"])
+from lightning_mvar.processes import wait_for
 
 ROOT = Path("outputs/demo")
 CONFIGS = Path("configs/experiment")
@@ -132,27 +128,6 @@ def run_stage(stage: Stage) -> None:
         sys.exit(code)
     with atomic_path(stage.record) as path:
         path.write_text(json.dumps({"identity": stage.identity, "seconds": time.monotonic() - begin}) + "\n")
-
-
-def wait_for(words: list[str]) -> int:
-    """Run a command to its end and return its code; after Ctrl-C, which it receives too, leave it time to save."""
-    process = CONTEXT.Process(target=run_alone, args=(words,))
-    process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.join()
-        raise
-    assert process.exitcode is not None
-    return process.exitcode
-
-
-def run_alone(words: list[str]) -> None:
-    """In a process of its own."""
-    from lightning_mvar.cli import main
-
-    sys.argv[1:] = words  # what Lightning starts other ranks with
-    main()
 
 
 def write_metrics() -> None:

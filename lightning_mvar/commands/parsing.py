@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, capture_parser
 
 from lightning_mvar.errors import InputError
 
@@ -28,6 +28,16 @@ def call(function: Callable[..., None], argv: list[str], positional: bool = Fals
     except ValueError as error:
         mistake = behind(error)
         raise error if mistake is None else mistake from None
+
+
+def check(function: Callable[..., None], argv: list[str]) -> None:
+    """Parse the options in `argv` as `call` does, and call nothing.
+
+    Raises:
+        argparse.ArgumentError: if the options do not fit the function's signature.
+    """
+    parser = capture_parser(lambda: auto_cli(function, as_positional=False, exit_on_error=False))
+    parser.parse_args(argv[1:])
 
 
 def behind(error: BaseException | None) -> InputError | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -99,6 +99,35 @@ class TrainingCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate", "test")}
+
+
+class Parsed(Exception):
+    """Carries the configuration out of a command line that has parsed and would now build."""
+
+    def __init__(self, config: Namespace) -> None:
+        super().__init__()
+        self.config = config
+
+
+class ParsingCLI(TrainingCLI):
+    """Parses, validates, and builds nothing."""
+
+    def parse_arguments(self, *args: Any) -> None:
+        super().parse_arguments(*args)
+        raise Parsed(self.config)
+
+
+def parsed_fit(words: list[str]) -> Namespace:
+    """What a command line of `fit`, that word included, would build.
+
+    Raises:
+        argparse.ArgumentError: if it does not parse.
+    """
+    try:
+        run_cli(ParsingCLI, LitMVAR, TokenDataModule, args=words)
+    except Parsed as parsed:
+        return parsed.config[words[0]]
+    raise AssertionError("a command line was neither parsed nor refused")
 
 
 def add_resume(parser: LightningArgumentParser) -> None:

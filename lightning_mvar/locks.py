@@ -1,0 +1,49 @@
+"""Locks on files, which end with the processes that hold them, however those end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any
+
+
+class FileLock:
+    """An flock; handed to a child process as an argument, it is held until both have ended or released it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @classmethod
+    def take(cls, path: Path) -> FileLock | None:
+        """The lock on `path`, or None while somebody else holds it."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return cls(descriptor)
+
+    def release(self) -> None:
+        """Close, which does not unlock what a child still holds."""
+        os.close(self.descriptor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return received, (DupFd(self.descriptor),)
+
+
+def received(duplicate: Any) -> FileLock:
+    """In the child."""
+    return FileLock(duplicate.detach())
+
+
+def is_locked(path: Path) -> bool:
+    """Whether anybody holds the lock on `path`."""
+    if not path.exists():
+        return False
+    lock = FileLock.take(path)
+    if lock is not None:
+        lock.release()
+    return lock is None
