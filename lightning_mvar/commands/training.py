@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -46,9 +48,12 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:  # settings that Lightning does not combine
             raise InputError(" ".join(str(error).split())) from error
+        if not sys.stdout.isatty():
+            show_progress_in_files(trainer)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         options = self.config_init[subcommand]
@@ -128,6 +133,13 @@ def parsed_fit(words: list[str]) -> Namespace:
     except Parsed as parsed:
         return parsed.config[words[0]]
     raise AssertionError("a command line was neither parsed nor refused")
+
+
+def show_progress_in_files(trainer: L.Trainer) -> None:
+    """Rich's progress bar, Lightning's choice where rich is installed, writes nothing to a file until it ends."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar):
+        trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar(refresh_rate=10)  # type: ignore[attr-defined]
 
 
 def add_resume(parser: LightningArgumentParser) -> None:

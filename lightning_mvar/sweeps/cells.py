@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import time
@@ -24,6 +25,7 @@ State = Literal["waiting", "running", "finished", "crashed", "interrupted"]
 # Codes of commands that were asked to end, or killed: no fault of their own.
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTED = {128 + number for number in ASKED} | {-number for number in (*ASKED, signal.SIGKILL)}
+TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours, and movements of progress bars
 
 
 @dataclass(frozen=True)
@@ -208,5 +210,5 @@ def last_line(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         text = file.read().decode(errors="replace")
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+    lines = [line.strip() for line in TERMINAL.sub("", text).replace("\r", "\n").split("\n")]
     return next((line for line in reversed(lines) if line), "")

@@ -64,7 +64,7 @@ def table(cells: list[Cell]) -> Any:
         log = last_line(cell.log) if state in ("running", "crashed") else ""
         seconds = elapsed(tried[-1].begin, tried[-1].seconds, state) if tried else ""
         tries = str(len(tried)) if tried else ""
-        rows.add_row(Text(cell.name), Text(state, COLOURS.get(state, "")), tries, seconds, Text.from_ansi(log))
+        rows.add_row(Text(cell.name), Text(state, COLOURS.get(state, "")), tries, seconds, Text(log))
     return rows
 
 

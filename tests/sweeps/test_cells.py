@@ -1,0 +1,175 @@
+"""What a cell remembers of its tries, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.locks import FileLock, is_locked
+from lightning_mvar.processes import CONTEXT, Stop, Surroundings, start, wait_unless
+from lightning_mvar.sweeps.cells import Cell, append, attempts, last_line, run_cell
+
+GOOD, BAD = "--version", "no-such-command"
+
+
+def make_cell(folder: Path, *commands: str) -> Cell:
+    cell = Cell(folder / "cells/mvar-seed3", {"mixer": "mvar"}, 3, commands)
+    cell.record()
+    return cell
+
+
+def test_a_cell_runs_its_commands_until_one_fails_and_is_left_alone_once_it_has_finished(tmp_path: Path) -> None:
+    cell = make_cell(tmp_path, GOOD, BAD, "never")
+    assert cell.state() == "waiting"
+    assert run_cell(cell.folder, Stop()) == 1
+    assert cell.state() == "crashed"
+    log = cell.log.read_text()
+    assert "[attempt 1] lightning-mvar --version\nlightning-mvar 0" in log
+    assert "there is no command 'no-such-command'" in log
+    assert "never" not in log
+    make_cell(tmp_path, GOOD)
+    for _ in range(2):
+        assert run_cell(cell.folder, Stop()) == 0
+        assert cell.state() == "finished"
+    first, second = attempts(cell.folder)
+    assert (first.attempt, first.code, second.attempt, second.code) == (1, 1, 2, 0)
+    assert first.seconds is not None
+    lines = [json.loads(line) for line in (cell.folder / "attempts.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [{"attempt", "begin"}, {"attempt", "end", "seconds", "code"}] * 2
+
+
+def test_cell_json_says_what_the_cell_is(tmp_path: Path) -> None:
+    cell = make_cell(tmp_path, "fit --config a.yaml", GOOD)
+    about = json.loads((cell.folder / "cell.json").read_text())
+    configs = about.pop("configs")
+    assert configs == {}  # a.yaml is not there
+    commands = ["fit --config a.yaml", GOOD]
+    assert about == {"name": "mvar-seed3", "axes": {"mixer": "mvar"}, "seed": 3, "commands": commands}
+    assert Cell.read(cell.folder) == cell
+
+
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [
+        (0, "finished"),
+        (None, "interrupted"),
+        (130, "interrupted"),
+        (143, "interrupted"),
+        (-signal.SIGKILL, "interrupted"),
+        (1, "crashed"),
+        (70, "crashed"),
+        (-signal.SIGSEGV, "crashed"),
+    ],
+)
+def test_the_state_is_that_of_the_last_attempt(tmp_path: Path, code: int | None, state: str) -> None:
+    cell = make_cell(tmp_path, GOOD)
+    for number, ended in ((1, 0 if code else 1), (2, code)):
+        append(cell.folder, {"attempt": number, "begin": "2026-01-01T00:00:00+00:00"})
+        if ended is not None:
+            append(cell.folder, {"attempt": number, "end": "2026-01-01T00:00:01+00:00", "seconds": 1.0, "code": ended})
+    assert cell.state() == state
+
+
+def test_a_cell_that_has_been_begun_must_stay_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("steps: 1")
+    cell = make_cell(tmp_path, "fit --config a.yaml")
+    changed = Cell(cell.folder, cell.axes, cell.seed, ("fit --config a.yaml --more",))
+    changed.check()  # not begun: no matter
+    append(cell.folder, {"attempt": 1, "begin": "2026-01-01T00:00:00+00:00"})
+    cell.check()
+    with pytest.raises(InputError, match=r"cell mvar-seed3 .*commands have changed.* another --out, or remove"):
+        changed.check()
+    Path("a.yaml").write_text("steps: 2")
+    with pytest.raises(InputError, match=r"cell mvar-seed3 .*a YAML file that it names has changed"):
+        cell.check()
+
+
+def test_a_cell_waits_for_whoever_still_runs_it(tmp_path: Path) -> None:
+    cell = make_cell(tmp_path, GOOD)
+    lock = FileLock.take(cell.lock)
+    assert lock is not None
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(run_cell(cell.folder, Stop())))
+    thread.start()
+    time.sleep(0.3)
+    assert (cell.state(), attempts(cell.folder)) == ("running", [])
+    lock.release()
+    thread.join()
+    assert codes == [0]
+    assert not is_locked(cell.lock)
+
+
+def test_whoever_waits_for_a_cell_can_be_stopped(tmp_path: Path) -> None:
+    cell, stop = make_cell(tmp_path, GOOD), Stop(signal.SIGTERM)
+    assert run_cell(cell.folder, stop) == 143
+    assert attempts(cell.folder) == []
+
+
+def held_up(words: list[str], lock: FileLock, ready: str) -> None:
+    """A parent that starts a command which hangs, and is killed."""
+    import lightning_mvar.processes as module
+
+    process = module.start(words, Surroundings(lock=lock), orphan_ends=True)
+    Path(ready).write_text(str(process.pid))
+    time.sleep(60)
+
+
+def test_an_orphan_holds_the_lock_and_ends_by_sigterm(tmp_path: Path) -> None:
+    """Its command takes longer than the test: its file is a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "sweep.yaml")
+    lock = FileLock.take(tmp_path / "lock")
+    assert lock is not None
+    ready = tmp_path / "ready"
+    parent = CONTEXT.Process(target=held_up, args=(["sweep", str(tmp_path / "sweep.yaml")], lock, str(ready)))
+    parent.start()
+    lock.release()
+    while not ready.exists() or not ready.read_text():
+        time.sleep(0.02)
+    assert is_locked(tmp_path / "lock")
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    end = time.monotonic() + 30
+    while is_locked(tmp_path / "lock"):
+        assert time.monotonic() < end, "the orphan goes on"
+        time.sleep(0.02)
+
+
+def test_stop_ends_a_command_that_is_under_way(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "sweep.yaml")
+    stop = Stop()
+    timer = threading.Timer(1.0, lambda: setattr(stop, "signal", signal.SIGINT))
+    timer.start()
+    assert wait_unless(stop, ["sweep", str(tmp_path / "sweep.yaml")]) == -signal.SIGTERM
+    assert wait_unless(stop, [GOOD]) == 130
+
+
+def test_a_command_has_its_share_of_the_threads_and_its_own_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("before\n")
+    process = start([GOOD], Surroundings(log=log, share=2))
+    process.join()
+    assert process.exitcode == 0
+    assert log.read_text().startswith("before\nlightning-mvar 0")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", ""),
+        ("a\nlast\n\n", "last"),
+        ("bar 1%\rbar 50%\rbar 99%", "bar 99%"),
+        ("text\n\x1b[32mgreen\x1b[0m\n\x1b[A\x1b[2K\r", "green"),
+    ],
+)
+def test_the_last_line_of_a_log(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "log.txt").write_text(content)
+    assert last_line(tmp_path / "log.txt") == expected
+    assert last_line(tmp_path / "none.txt") == ""

@@ -1,0 +1,156 @@
+"""What a sweep file means, and what it may not say."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.sweeps.plan import Budget, read_sweep
+
+FULL = """
+prepare: [tokenize --images "my images" --out shards]
+fit: --config run.yaml --trainer.max_steps 300
+evaluate: --reference digits:test --per_class 30
+axes:
+  mixer: [mixers/mvar.yaml, mixers/var.yaml]
+  model.network.depth: [2, 4]
+  recipe: {slow: "--model.optimizer.base_lr 1e-3", fast: --config other.yaml --data.batch_size 8}
+seeds: [0, 7]
+budget: {parameters: 5e5, by: width}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("mixers").mkdir()
+    for name in ("mvar", "var"):
+        Path(f"mixers/{name}.yaml").write_text("model: {}")
+    path = Path("sweep.yaml")
+    path.write_text(FULL)
+    return path
+
+
+def edited(file: Path, *changes: tuple[str, str]) -> Path:
+    text = file.read_text()
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    file.write_text(text)
+    return file
+
+
+def test_the_grid_is_the_product_of_the_axes_in_order(file: Path) -> None:
+    names = [variant.name for variant in read_sweep(file).variants()]
+    mixers = [
+        [f"{mixer}-depth{depth}-{recipe}" for depth in (2, 4) for recipe in ("slow", "fast")]
+        for mixer in ("mvar", "var")
+    ]
+    assert names == [*mixers[0], *mixers[1]]
+
+
+def test_a_cell_has_the_words_of_its_values_then_of_budget_seed_and_folder(file: Path) -> None:
+    sweep = read_sweep(file)
+    cell = sweep.cell(sweep.variants()[5], 7, Path("out put"), ("--model.network.width", "48"))
+    assert cell.folder == Path("out put/cells/var-depth2-fast-seed7")
+    assert cell.axes == {"mixer": "var", "depth": "2", "recipe": "fast"}
+    folder = str(cell.folder)
+    fit, evaluate = (shlex.split(command) for command in cell.commands)
+    assert fit == [
+        *("fit", "--config", "run.yaml", "--trainer.max_steps", "300", "--config", "mixers/var.yaml"),
+        *("--model.network.depth", "2", "--config", "other.yaml", "--data.batch_size", "8"),
+        *("--model.network.width", "48", "--seed_everything", "7", "--trainer.default_root_dir", folder, "--resume"),
+    ]
+    assert evaluate == [
+        *("evaluate", "--ckpt_path", f"{folder}/checkpoints/last.ckpt", "--samples", f"{folder}/samples.npz"),
+        *("--json", f"{folder}/scores.json", "--seed", "7", "--reference", "digits:test", "--per_class", "30"),
+    ]
+
+
+def test_the_rest_of_the_file(file: Path) -> None:
+    sweep = read_sweep(file)
+    assert sweep.prepare == (("tokenize", "--images", "my images", "--out", "shards"),)
+    assert sweep.budget == Budget("width", parameters=500_000)
+    assert sweep.seeds == (0, 7)
+
+
+def test_a_file_of_fit_alone_is_one_cell_without_scores(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("fit: --config run.yaml")
+    sweep = read_sweep(tmp_path / "a.yaml")
+    (variant,) = sweep.variants()
+    cell = sweep.cell(variant, 0, Path("out"))
+    assert (cell.name, cell.axes, len(cell.commands)) == ("fit-seed0", {}, 1)
+
+
+def test_listed_cells_replace_the_grid_and_lists_in_them_are_products(file: Path) -> None:
+    cells = "cells: [{mixer: var, depth: 2, recipe: slow}, {mixer: [mvar, var], model.network.depth: 4, recipe: fast}]"
+    edited(file, ("seeds", f"{cells}\nseeds"))
+    names = [variant.name for variant in read_sweep(file).variants()]
+    assert names == ["var-depth2-slow", "mvar-depth4-fast", "var-depth4-fast"]
+
+
+def test_values_become_words_as_the_command_line_takes_them_and_names_that_a_folder_can_have(file: Path) -> None:
+    values = "[true, null, 1e-3, 0.5, [a, b], text]"
+    edited(file, ("model.network.depth: [2, 4]", f"model.x: {values}"), ("  recipe", "  r"))
+    (choices,) = (choices for axis, choices in read_sweep(file).axes.items() if axis == "x")
+    assert [choice.words[1] for choice in choices] == ["true", "null", "1e-3", "0.5", '["a", "b"]', "text"]
+    assert [choice.label for choice in choices] == ["xTrue", "xNone", "x1e-3", "x0.5", "xa_b", "xtext"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("seeds:", "sedes:", "no 'sedes' in a sweep; there are fit, prepare"),
+        ("fit: --config run.yaml", "fits: --config run.yaml", "'fits'"),
+        ("300", "300 --seed_everything 3", "`fit` has --seed_everything, which the sweep gives"),
+        ("300", "300 --trainer.default_root_dir=x", "leave it out"),
+        ("--per_class 30", "--per_class 30 --json x", "`evaluate` has --json"),
+        ("300", "300 'open", "No closing quotation"),
+        ("mixers/var.yaml", "mixers/rav.yaml", "axis mixer names mixers/rav.yaml, which is not here"),
+        ("mixers/var.yaml", "4", "axis mixer has YAML files and other values"),
+        ("mixers/var.yaml", "mixers/mvar.yaml", "axis mixer has two values named mvar"),
+        ("[2, 4]", "[]", "axis model.network.depth needs a list of values"),
+        ("[2, 4]", "2", "axis model.network.depth needs a list of values"),
+        ("model.network.depth", "model.mixer", "two axes are named mixer"),
+        ("model.network.depth", "seed", "seed is no axis"),
+        ("[0, 7]", "[0, 0]", "`seeds` names one twice"),
+        ("[0, 7]", "3", "`seeds` must be a list"),
+        ("[0, 7]", "[]", "`seeds` must be a list"),
+        ("[0, 7]", "[true]", "`seeds` must be a list"),
+        ("by: width", "by: heads", "`budget` must be"),
+        ("parameters: 5e5", "params: 5e5", "`budget` must be"),
+        ("parameters: 5e5", "parameters: many", "number of parameters from 1 on, got 'many'"),
+        ("parameters: 5e5", "parameters: 0", "number of parameters from 1 on"),
+        ("prepare: [tok", "prepare: tok [", "`prepare` must be a list"),
+        ("seeds", "cells: [{mixer: var, depth: 2}]\nseeds", "does not say its recipe"),
+        ("seeds", "cells: [{mixer: var, depth: 2, recipe: slow, width: 3}]\nseeds", "no axis to go with 'width'"),
+        (
+            "seeds",
+            "cells: [{mixer: var, depth: 3, recipe: slow}]\nseeds",
+            "axis depth has no value '3'; there are 2, 4",
+        ),
+        ("seeds", "cells: []\nseeds", "`cells` must list maps"),
+        ("axes:", "axes: [", "is not valid YAML"),
+    ],
+)
+def test_mistakes_are_named_with_the_file(file: Path, before: str, after: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_sweep(edited(file, (before, after)))
+    assert message in str(error.value)
+    assert str(error.value).startswith("sweep.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_cell_that_is_listed_twice_is_refused(file: Path) -> None:
+    one = "{mixer: var, depth: 2, recipe: slow}"
+    sweep = read_sweep(edited(file, ("seeds", f"cells: [{one}, {one}]\nseeds")))
+    with pytest.raises(InputError, match="two cells would be named var-depth2-slow"):
+        sweep.variants()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot read .*nowhere\.yaml"):
+        read_sweep(tmp_path / "nowhere.yaml")
