@@ -18,7 +18,7 @@ from lightning_mvar.locks import FileLock
 
 # A server imports everything once, which takes seconds, and starts each command's process from there.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lightning_mvar.commands.training", "lightning_mvar.metrics.digits"])
+CONTEXT.set_forkserver_preload(["lightning_mvar.commands.training", "lightning_mvar.commands.evaluate"])
 
 # Starting a process looks at all others of this one, and an exit code can be read only once: one thread at a time.
 ONE_AT_A_TIME = threading.Lock()

@@ -1,0 +1,114 @@
+"""Every launcher runs the same cells to the same results."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import prepare_run
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.errors import InputError
+from lightning_mvar.processes import Stop
+from lightning_mvar.resume import read_part
+from lightning_mvar.sweeps import launchers
+from lightning_mvar.sweeps.cells import Cell, attempts
+from lightning_mvar.sweeps.launchers import CellJob, Launcher, local_launcher, ray_launcher, submitit_launcher
+
+CHOOSE: dict[str, Callable[[Path], Launcher]] = {
+    "submitit": lambda folder: submitit_launcher(2, folder / "submitit", {"cluster": "local", "timeout_min": 5}),
+    "ray": lambda folder: ray_launcher(2, folder / "ray", {"cpu": 1}),
+}
+
+
+def make_cells(root: Path) -> list[Cell]:
+    """Two cells that train the tiny network, and one that cannot."""
+    cells = []
+    for name, options in (("a", "--seed_everything 0"), ("b", "--seed_everything 1"), ("bad", "--data.train nowhere")):
+        folder = root / "cells" / name
+        fit = f"fit --config run.yaml {options} --trainer.default_root_dir {folder} --resume"
+        cells.append(Cell(folder, {}, 0, (fit,)))
+        cells[-1].record()
+    return cells
+
+
+def weights(cell: Cell) -> dict[str, torch.Tensor]:
+    return read_part((cell.folder / "checkpoints/last.ckpt").resolve(), "")
+
+
+@pytest.mark.parametrize("name", CHOOSE)
+def test_cells_end_as_with_the_local_launcher(
+    name: str, tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
+    expected, cells = make_cells(Path("local")), make_cells(Path(name))
+    local_launcher(1)([cell.folder for cell in expected], Stop())
+    CHOOSE[name](Path(name))([cell.folder for cell in cells], Stop())
+    assert (
+        [cell.state() for cell in cells] == [cell.state() for cell in expected] == ["finished", "finished", "crashed"]
+    )
+    assert [len(attempts(cell.folder)) for cell in cells] == [1, 1, 1]
+    assert "no token shards in nowhere" in cells[2].log.read_text()
+    for cell, other in zip(cells[:2], expected[:2], strict=True):
+        assert weights(cell).keys() == weights(other).keys()
+        assert max(float((value - weights(other)[key]).abs().max()) for key, value in weights(cell).items()) < 1e-6
+    assert any(not torch.equal(value, weights(cells[1])[key]) for key, value in weights(cells[0]).items())
+
+
+def test_nothing_new_starts_after_a_stop(tmp_path: Path) -> None:
+    cells = make_cells(tmp_path)
+    local_launcher(2)([cell.folder for cell in cells], Stop(15))
+    assert [cell.state() for cell in cells] == ["waiting"] * 3
+
+
+def test_a_job_that_is_cut_short_saves_and_is_submitted_again(
+    tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What submitit does in the job's process before the time limit: call `checkpoint`, then leave."""
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
+    cell = make_cells(tmp_path)[0]
+    job = CellJob(cell.folder)
+    again: list[Any] = []
+
+    def leave(number: int, frame: object) -> None:
+        again.append(job.checkpoint())
+        raise SystemExit(144)
+
+    def warn_after_the_first_checkpoint() -> None:
+        while not any((cell.folder / "checkpoints").glob("step=*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, leave)
+    threading.Thread(target=warn_after_the_first_checkpoint).start()
+    try:
+        with pytest.raises(SystemExit):
+            job()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert cell.state() == "interrupted"
+    (delayed,) = pickle.loads(pickle.dumps(again))
+    assert delayed.result() == 0
+    assert cell.state() == "finished"
+    assert "resuming from" in cell.log.read_text()
+
+
+@pytest.mark.parametrize("name", ["submitit", "ray"])
+def test_a_missing_package_is_named_with_its_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "find_spec", lambda package: None)
+    with pytest.raises(
+        InputError, match=rf"needs {name}: pip install 'lightning-mvar\[{'ray' if name == 'ray' else 'sweep'}\]'"
+    ):
+        CHOOSE[name](tmp_path)
