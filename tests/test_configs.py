@@ -13,17 +13,19 @@ from jsonargparse import Namespace
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints import config_from_dict
 from lightning_mvar.cli import run
+from lightning_mvar.commands.sweep import plan_cells
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
-from lightning_mvar.commands.training import TrainingCLI, run_cli
-from lightning_mvar.data.datamodule import ImageDataModule, TokenDataModule
+from lightning_mvar.commands.training import parsed_fit, run_cli
+from lightning_mvar.data.datamodule import ImageDataModule
 from lightning_mvar.models.config import BASELINES
-from lightning_mvar.module import LitMVAR
+from lightning_mvar.sweeps.plan import read_sweep
 from lightning_mvar.tokenizer_module import LitTokenizer
 
 MIXERS = {"M-VAR": ("scale_attention", "mamba2"), "VAR": ("block_causal_attention",)}
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
-COMMAND = re.compile(r"^#\s+lightning-mvar (fit|train-tokenizer) (.*)$", re.MULTILINE)
+SWEEPS = [config for config in CONFIGS if config.startswith("configs/sweep/")]
+COMMAND = re.compile(r"^#\s+lightning-mvar (fit|train-tokenizer|sweep) (.*)$", re.MULTILINE)
 
 
 def header_commands(config: str) -> list[tuple[str, list[str]]]:
@@ -32,28 +34,36 @@ def header_commands(config: str) -> list[tuple[str, list[str]]]:
     return [(match[1], match[2].split()) for match in COMMAND.finditer(text)]
 
 
-class Parsed(Exception):
+class TokenizerParsed(Exception):
     """Carries the configuration out of a command line that has parsed and would now build."""
+
+
+class ParsingTokenizerCLI(TokenizerCLI):
+    def before_instantiate_classes(self) -> None:
+        raise TokenizerParsed(self.config)
 
 
 def parse(command: str, options: list[str]) -> Namespace:
     """What the command line would build: parsed and validated, not built."""
-    base = TokenizerCLI if command == "train-tokenizer" else TrainingCLI
-
-    class ParsingCLI(base):  # type: ignore[misc, valid-type]
-        def before_instantiate_classes(self) -> None:
-            raise Parsed(self.config.get(command, self.config))
-
-    if command == "train-tokenizer":
-        classes, settings = (LitTokenizer, ImageDataModule), {"args": options, "run": False}
-    else:
-        classes, settings = (LitMVAR, TokenDataModule), {"args": [command, *options]}
-    with pytest.raises(Parsed) as parsed:
-        run_cli(ParsingCLI, *classes, **settings)
+    if command == "fit":
+        return parsed_fit([command, *options])
+    with pytest.raises(TokenizerParsed) as parsed:
+        run_cli(ParsingTokenizerCLI, LitTokenizer, ImageDataModule, args=options, run=False)
     return parsed.value.args[0]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", SWEEPS)
+def test_every_cell_of_a_sweep_parses(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert ("sweep", config) in [(command, options[0]) for command, options in header_commands(config)]
+    plan = read_sweep(Path(config))
+    assert len(plan_cells(plan, Path("out"))) == len(plan.variants()) * len(plan.seeds)
+    for command, *options in plan.prepare:
+        if command == "train-tokenizer":
+            parse(command, options)
+
+
+@pytest.mark.parametrize("config", sorted(set(CONFIGS) - set(SWEEPS)))
 def test_the_commands_of_every_header_parse(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     commands = header_commands(config)

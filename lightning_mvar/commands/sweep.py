@@ -129,7 +129,8 @@ def check_variant(plan: SweepFile, variant: Variant, folder: Path) -> tuple[str,
         fitted = matched(network, plan.budget.by, parameters=plan.budget.parameters, flops=plan.budget.flops)
     except (argparse.ArgumentError, InputError) as error:
         raise InputError(f"{plan.path}: cell {cell.name}: {' '.join(str(error).split())}") from error
-    names = [field.name for field in fields(network) if getattr(network, field.name) != getattr(fitted, field.name)]
+    changed = [field.name for field in fields(network) if getattr(network, field.name) != getattr(fitted, field.name)]
+    names = dict.fromkeys([plan.budget.by, *changed])
     return tuple(word for name in names for word in (f"--model.network.{name}", str(getattr(fitted, name))))
 
 
