@@ -233,7 +233,7 @@ def test_mistakes_are_told_before_anything_runs(
 
 
 def test_a_budget_becomes_words_of_fit(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    text = SWEEP.replace("seeds", "budget: {parameters: 60000, by: width}\nseeds")
+    text = SWEEP.replace("seeds", "budget: {parameters: 1e6, by: width}\nseeds")
     Path("sweep.yaml").write_text(text)
     assert run(["sweep", "sweep.yaml", "--out", "out", "--dry_run", "true"]) == 0
     fits = [line.split() for line in capfd.readouterr().out.splitlines() if " fit " in line]
