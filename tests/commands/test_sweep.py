@@ -142,7 +142,7 @@ def test_a_crashing_cell_is_tried_twice_and_named_and_the_others_finish(
 
 def when(condition: Callable[[], bool], action: Callable[[], None]) -> threading.Thread:
     def wait() -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not condition() and time.monotonic() < end:
             time.sleep(0.01)
         action()
