@@ -105,6 +105,7 @@ def plan_cells(plan: SweepFile, folder: Path) -> list[Cell]:
     Raises:
         InputError: naming the cell whose command line does not parse.
     """
+    plan.check_overlays()
     for words in plan.prepare:
         if not words or words[0] not in COMMANDS:
             raise InputError(f"{plan.path}: `prepare` has {' '.join(words)!r}: there are {', '.join(COMMANDS)}")

@@ -24,7 +24,7 @@ State = Literal["waiting", "running", "finished", "crashed", "interrupted"]
 
 # Codes of commands that were asked to end, or killed: no fault of their own.
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-INTERRUPTED = {128 + number for number in ASKED} | {-number for number in (*ASKED, signal.SIGKILL)}
+ASKED_TO_END = {128 + number for number in ASKED} | {-number for number in (*ASKED, signal.SIGKILL)}
 TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours, and movements of progress bars
 
 
@@ -118,7 +118,7 @@ class Cell:
         code = tried[-1].code
         if code == 0:
             return "finished"
-        return "interrupted" if code is None or code in INTERRUPTED else "crashed"
+        return "interrupted" if code is None or code in ASKED_TO_END else "crashed"
 
 
 def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:

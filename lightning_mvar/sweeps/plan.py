@@ -98,6 +98,13 @@ class SweepFile:
             raise InputError(f"{self.path}: two cells would be named {twice[0]}: list each once, with distinct names")
         return found
 
+    def check_overlays(self) -> None:
+        """Raise InputError unless the YAML files that axes name are here."""
+        for axis, choices in self.axes.items():
+            words = [word for choice in choices for word in choice.words if word.endswith(CONFIG_SUFFIXES)]
+            if missing := [word for word in words if not Path(word).is_file()]:
+                raise InputError(f"{self.path}: axis {axis} names {missing[0]}, which is not here ({Path.cwd()})")
+
     def grid(self) -> Iterator[dict[str, str]]:
         for values in product(*self.axes.values()):
             yield {axis: value.name for axis, value in zip(self.axes, values, strict=True)}
@@ -210,8 +217,6 @@ def listed(path: Path, key: str, axis: str, values: list[Any]) -> tuple[Choice, 
         return tuple(
             Choice(str(value), f"{axis}{in_a_name(str(value))}", (f"--{key}", as_word(value))) for value in values
         )
-    if missing := [value for value in values if not Path(value).is_file()]:
-        raise InputError(f"{path}: axis {key} names {missing[0]}, which is not here ({Path.cwd()})")
     return tuple(Choice(Path(value).stem, in_a_name(Path(value).stem), ("--config", value)) for value in values)
 
 

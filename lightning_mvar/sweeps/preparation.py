@@ -10,7 +10,7 @@ from typing import Any
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 from lightning_mvar.processes import Stop, wait_unless
-from lightning_mvar.sweeps.cells import INTERRUPTED, config_hashes, read_record
+from lightning_mvar.sweeps.cells import ASKED_TO_END, config_hashes, read_record
 
 
 def prepare(commands: tuple[tuple[str, ...], ...], out: Path, stop: Stop) -> None:
@@ -36,7 +36,7 @@ def prepare(commands: tuple[tuple[str, ...], ...], out: Path, stop: Stop) -> Non
         code = wait_unless(stop, list(words))
         if stop.signal:
             return
-        if code in INTERRUPTED:
+        if code in ASKED_TO_END:
             raise InputError(f"`lightning-mvar {command}` was interrupted; the same sweep goes on with it")
         if code:
             raise InputError(f"`lightning-mvar {command}` failed with code {code}: what it printed says why")

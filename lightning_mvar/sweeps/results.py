@@ -6,7 +6,6 @@ A cell is one training with one seed; a variant is what its cells share, the val
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,11 +14,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.hparams import read_row
+from lightning_mvar.sweeps.cells import ASKED_TO_END, attempts
+from lightning_mvar.sweeps.plan import read_sweep
 
 Axes = dict[str, str]  # axis: the name of its value
 Curve = list[tuple[int, float]]  # images trained on, value
@@ -39,8 +39,6 @@ CONDITIONS = ("reference", "extractor", "extractor_weights", "num_samples")
 
 FINISHED, CRASHED, INTERRUPTED = "finished", "crashed", "interrupted"
 KILLED, WAITING = "killed or still running", "not begun"
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # to end: no fault of a cell's own
-INTERRUPTIONS = {128 + number for number in ASKED} | {-number for number in (*ASKED, signal.SIGKILL)}  # exit codes
 
 
 @dataclass(frozen=True)
@@ -102,26 +100,6 @@ class Sweep:
         return [cell for cell in self.cells if not cell.finished]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a sweep's file says of its cells.
-
-    Args:
-        labels: of each axis, its values' names and what each adds to the name of a cell.
-        variants: in the file's order.
-        seeds: of every variant.
-    """
-
-    labels: dict[str, dict[str, str]]
-    variants: list[Axes]
-    seeds: list[int]
-
-    def waiting(self, axes: Axes, seed: int) -> CellResult:
-        """A cell that has no folder yet."""
-        parts = [self.labels[axis][value] for axis, value in axes.items()] or ["fit"]
-        return CellResult("-".join([*parts, f"seed{seed}"]), axes, seed, WAITING)
-
-
 def read_results(folder: str | Path) -> Sweep:
     """Read a sweep's folder.
 
@@ -132,48 +110,19 @@ def read_results(folder: str | Path) -> Sweep:
     file = folder / "sweep.yaml"
     if not file.is_file():
         raise InputError(f"{folder} is not the folder of a sweep: it has no sweep.yaml")
-    plan = read_plan(file)
+    plan = read_sweep(file)
+    variants = plan.variants()
+    order = [variant.axes for variant in variants]
     cells = [read_cell(path) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
     for cell in cells:
-        if cell.axes not in plan.variants:
+        if cell.axes not in order:
             raise InputError(f"{folder}/cells/{cell.name}/cell.json has axes {cell.axes} that {file} does not have")
-    begun = [(cell.axes, cell.seed) for cell in cells]
-    planned = product(plan.variants, plan.seeds)
-    cells += [plan.waiting(axes, seed) for axes, seed in planned if (axes, seed) not in begun]
-    cells.sort(key=lambda cell: (plan.variants.index(cell.axes), cell.seed))
-    axes = {axis: list(labels) for axis, labels in plan.labels.items()}
-    return Sweep(folder, file.read_text(), axes, plan.seeds, cells)
-
-
-def read_plan(file: Path) -> Plan:
-    """Read the copy of a sweep's file; what it names need no longer be there."""
-    try:
-        content = yaml.safe_load(file.read_text())
-        labels = {
-            short(axis): value_labels(short(axis), values) for axis, values in (content.get("axes") or {}).items()
-        }
-        listed = content.get("cells") or [{axis: list(values) for axis, values in labels.items()}]
-        variants = [variant for choice in listed for variant in grid(choice, list(labels))]
-        return Plan(labels, variants, [int(seed) for seed in content.get("seeds", [0])])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise damaged(file, error) from error
-
-
-def short(axis: str) -> str:
-    return axis.rsplit(".", 1)[-1]
-
-
-def value_labels(axis: str, values: list[Any] | dict[str, Any]) -> dict[str, str]:
-    """Named pieces and overlays are labelled by their names, values of an option with the axis before them."""
-    overlays = all(str(value).endswith((".yaml", ".yml")) for value in values)
-    names = [Path(str(value)).stem if overlays else str(value) for value in values]
-    return {name: name if overlays or isinstance(values, dict) else axis + name for name in names}
-
-
-def grid(choice: dict[str, Any], axes: list[str]) -> list[Axes]:
-    """The variants of a map that gives every axis a value or a list of them, in the order of the axes."""
-    given = {short(axis): values if isinstance(values, list) else [values] for axis, values in choice.items()}
-    return [dict(zip(axes, map(str, values), strict=True)) for values in product(*(given[axis] for axis in axes))]
+    begun = [cell.name for cell in cells]
+    planned = [(plan.cell(variant, seed, folder), seed) for variant, seed in product(variants, plan.seeds)]
+    cells += [CellResult(cell.name, cell.axes, seed, WAITING) for cell, seed in planned if cell.name not in begun]
+    cells.sort(key=lambda cell: (order.index(cell.axes), cell.seed))
+    axes = {axis: [choice.name for choice in choices] for axis, choices in plan.axes.items()}
+    return Sweep(folder, file.read_text(), axes, list(plan.seeds), cells)
 
 
 def is_number(text: str) -> bool:
@@ -192,7 +141,7 @@ def read_cell(folder: Path) -> CellResult:
         name, seed, commands = str(about["name"]), int(about["seed"]), [str(line) for line in about["commands"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(folder / "cell.json", error) from error
-    status, tries, seconds = read_attempts(folder / "attempts.jsonl")
+    status, tries, seconds = read_attempts(folder)
     if status != FINISHED:
         return CellResult(name, axes, seed, status, commands, tries, seconds)
     curves, rate, tokenizer = read_logs(folder / "logs")
@@ -205,24 +154,14 @@ def read_cell(folder: Path) -> CellResult:
     return CellResult(name, axes, seed, status, commands, tries, seconds, measures, curves, tokenizer, conditions)
 
 
-def read_attempts(path: Path) -> tuple[str, int, float]:
+def read_attempts(folder: Path) -> tuple[str, int, float]:
     """Status, attempts begun, and seconds of those that ended."""
-    if not path.exists():
+    tried = attempts(folder)
+    if not tried:
         return WAITING, 0, 0.0
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        begun = [line["attempt"] for line in lines if "begin" in line]
-        ended = {line["attempt"]: (int(line["code"]), float(line["seconds"])) for line in lines if "end" in line}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, error) from error
-    if not begun:
-        return WAITING, 0, 0.0
-    seconds = sum(seconds for _, seconds in ended.values())
-    if begun[-1] not in ended:
-        return KILLED, len(begun), seconds
-    code = ended[begun[-1]][0]
-    status = FINISHED if code == 0 else INTERRUPTED if code in INTERRUPTIONS else CRASHED
-    return status, len(begun), seconds
+    code = tried[-1].code
+    status = {None: KILLED, 0: FINISHED}.get(code, INTERRUPTED if code in ASKED_TO_END else CRASHED)
+    return status, len(tried), sum(attempt.seconds or 0.0 for attempt in tried)
 
 
 def read_logs(logs: Path) -> tuple[dict[str, Curve], dict[str, float], str]:

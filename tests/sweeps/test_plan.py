@@ -138,7 +138,7 @@ def test_values_become_words_as_the_command_line_takes_them_and_names_that_a_fol
 )
 def test_mistakes_are_named_with_the_file(file: Path, before: str, after: str, message: str) -> None:
     with pytest.raises(InputError) as error:
-        read_sweep(edited(file, (before, after)))
+        read_sweep(edited(file, (before, after))).check_overlays()
     assert message in str(error.value)
     assert str(error.value).startswith("sweep.yaml")
     assert "\n" not in str(error.value)

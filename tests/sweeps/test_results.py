@@ -207,6 +207,7 @@ def test_listed_cells_choose_from_the_axes(folder: Path) -> None:
 
 def test_cells_without_a_folder_are_named_as_the_sweep_will(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(
+        "fit: --config run.yaml\n"
         "axes: {mixer: [a/mvar.yaml, a/var.yaml], model.network.qk_norm: [true], recipe: {slow: --x 1, fast: --x 2}}"
     )
     names = ["mvar-qk_normTrue-slow", "mvar-qk_normTrue-fast", "var-qk_normTrue-slow", "var-qk_normTrue-fast"]
@@ -221,12 +222,12 @@ def test_cells_without_a_folder_are_named_as_the_sweep_will(tmp_path: Path) -> N
     ("file", "content", "message"),
     [
         ("sweep.yaml", None, "is not the folder of a sweep"),
-        ("sweep.yaml", "seeds: [0", r"sweep\.yaml is damaged"),
-        ("sweep.yaml", "axes: {mixer: 3}\nseeds: [0]", r"sweep\.yaml is damaged"),
+        ("sweep.yaml", "seeds: [0", r"sweep\.yaml is not valid YAML"),
+        ("sweep.yaml", "fit: a\naxes: {mixer: 3}", r"sweep\.yaml: axis mixer needs a list of values"),
         ("cell.json", None, r"mvar-depth2-seed0/cell\.json is missing"),
         ("cell.json", "{", r"mvar-depth2-seed0/cell\.json is damaged"),
         ("cell.json", "[]", r"mvar-depth2-seed0/cell\.json is damaged"),
-        ("attempts.jsonl", '{"begin": 1}\n', r"attempts\.jsonl is damaged \(KeyError: 'attempt'\)"),
+        ("attempts.jsonl", '{"begin": 1}\n', r"attempts\.jsonl is damaged at"),
         ("costs.json", None, r"costs\.json is missing"),
         ("costs.json", '{"parameters": 3}', r"costs\.json is damaged \(KeyError: 'flops_per_training_image'\)"),
         ("scores.json", "[]", r"scores\.json is damaged"),
