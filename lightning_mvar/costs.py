@@ -1,7 +1,8 @@
 """What a network costs, counted without computing anything, and networks of a given cost.
 
-Operations are those of matrix products, convolutions, attention and the scan of Mamba-1, two for a multiplication and
-an addition; norms, activations and other elementwise work are not counted.
+Operations are those of matrix products, attention and the scan of Mamba-1, two for a multiplication and an addition;
+norms, activations, the short convolutions of Mamba and other elementwise work are not counted. Attention that is causal
+token by token counts in training with what its mask hides, as kernels may compute it.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.models.mvar import EXACT
 
-UNDECAYED = ("start_embed", "pos_embed", "scale_embed.weight", "adaln_table", "qk_scale_log")
+UNDECAYED = ("start_embed", "pos_embed", "scale_embed.weight", "adaln_table", *EXACT)
 PLATEAU = 0.05  # share of the steps after warm-up at the peak
 
 

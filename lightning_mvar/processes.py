@@ -18,7 +18,15 @@ from lightning_mvar.locks import FileLock
 
 # A server imports everything once, which takes seconds, and starts each command's process from there.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lightning_mvar.commands.training", "lightning_mvar.commands.evaluate"])
+CONTEXT.set_forkserver_preload(
+    ["lightning_mvar.server", "lightning_mvar.commands.training", "lightning_mvar.commands.evaluate"]
+)
+SERVER_OUTLIVES = (
+    signal.SIGHUP,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # its children begin with them held back
 
 # Starting a process looks at all others of this one, and an exit code can be read only once: one thread at a time.
 ONE_AT_A_TIME = threading.Lock()
@@ -91,6 +99,7 @@ def start(words: list[str], surroundings: Surroundings, orphan_ends: bool = Fals
 
 def run_alone(words: list[str], surroundings: Surroundings, orphan_ends: bool) -> None:
     """In a process of its own."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_OUTLIVES)
     if orphan_ends:
         threading.Thread(target=end_with_parent, daemon=True).start()
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a cluster's warning to the parent, which passes it on

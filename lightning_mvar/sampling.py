@@ -183,9 +183,14 @@ def compile_steps(network: MVAR) -> None:
     """Let torch.compile make one graph of each scale; on CUDA they are replayed, for batches of one size, as a whole.
 
     It takes minutes, once for each size of batch.
+
+    Raises:
+        InputError: if the network predicts single tokens, each of which would be another graph.
     """
-    limit, steps = torch._dynamo.config.recompile_limit, len(network.config.step_lengths)
-    torch._dynamo.config.recompile_limit = max(limit, 4 * steps)
+    if network.config.prediction == "token":
+        raise InputError("--compile makes a graph of each step: a network that predicts single tokens has too many")
+    limit, scales = torch._dynamo.config.recompile_limit, network.config.schedule.num_scales
+    torch._dynamo.config.recompile_limit = max(limit, 4 * scales)
     cuda = network.head.weight.is_cuda
     compiled = torch.compile(network.step, dynamic=False, mode="reduce-overhead" if cuda else "default")
 

@@ -54,6 +54,16 @@ def test_what_decays_and_what_does_not(shared_adaln: bool) -> None:
     assert any(n.endswith("class_embed.weight") for n in names.values() if n not in spared)
 
 
+def test_no_rate_of_forgetting_is_drawn_to_zero() -> None:
+    """Those of Mamba-1 and linear attention are matrices."""
+    network = tiny_network(mixers=("mamba1", "linear_attention"))
+    _, undecayed = parameter_groups(network)
+    spared = {id(parameter) for parameter in undecayed["params"]}
+    rates = [p for name, p in network.named_parameters() if name.endswith(("A_log", "decay_log"))]
+    assert [p.ndim for p in rates] == [2] * 4
+    assert all(id(p) in spared for p in rates)
+
+
 def test_the_schedule_reaches_both_groups_and_spares_the_undecayed() -> None:
     optimizer = build_optimizer(tiny_network(), CONFIG)
     lr, weight_decay = apply_schedule(optimizer, CONFIG, 500, TOTAL, BATCH)

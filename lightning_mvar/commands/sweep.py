@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from lightning_mvar.commands.parsing import call, check
 from lightning_mvar.commands.training import parsed_fit
 from lightning_mvar.costs import matched
 from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.files import atomic_path
 from lightning_mvar.locks import FileLock
 from lightning_mvar.models.mvar import MVARConfig
 from lightning_mvar.processes import Stop
@@ -65,15 +65,16 @@ def sweep(
             print(f"{cell.name}:", *(f"  lightning-mvar {command}" for command in cell.commands), sep="\n")
         return
     launch = choose_launcher(launcher, jobs, folder, submitit, ray)
-    with alone_in(folder), stopping() as stop:
+    with alone_in(folder) as lock, stopping() as stop:
         for cell in cells:
             cell.check()
         for cell in cells:
             cell.record()
-        shutil.copyfile(path, folder / "sweep.yaml")
+        with atomic_path(folder / "sweep.yaml") as copy:
+            copy.write_text(path.read_text())
         begin, before = time.monotonic(), [cell for cell in cells if cell.state() == "finished"]
         if len(before) < len(cells):
-            prepare(plan.prepare, folder, stop)
+            prepare(plan.prepare, folder, stop, lock)
             with shown(cells) as show:
                 run(cells, launch, stop, show)
         if stop.signal:
@@ -172,7 +173,7 @@ def refuse_unfinished(cells: list[Cell]) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[FileLock]:
     """Keep other sweeps out of a folder.
 
     Raises:
@@ -186,20 +187,20 @@ def alone_in(folder: Path) -> Iterator[None]:
     if lock is None:
         raise InputError(f"another sweep is at work in {folder}: wait for it, or choose another --out")
     try:
-        yield
+        yield lock
     finally:
         lock.release()
 
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """What turns from SIGINT and SIGTERM into the end of all work, in order."""
+    """What turns from SIGINT, SIGTERM and SIGHUP into the end of all work, in order."""
     stop = Stop()
 
     def receive(number: int, frame: FrameType | None) -> None:
         stop.signal = stop.signal or number
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield stop
     finally:

@@ -81,6 +81,8 @@ class MVARConfig:
     scan_order: Literal["raster", "column", "alternating", "both"] = "raster"
 
     def __post_init__(self) -> None:
+        if isinstance(self.mixers, str) or len({isinstance(part, str) for part in self.mixers}) > 1:
+            raise InputError(f"network.mixers must be a list of names, or of such lists, got {self.mixers!r}")
         mixers = tuple(part if isinstance(part, str) else tuple(part) for part in self.mixers)
         object.__setattr__(self, "mixers", mixers)
         positive = ("depth", "width", "heads", "vocab_size", "code_dim", "num_classes")
@@ -91,10 +93,6 @@ class MVARConfig:
             raise InputError(f"network.conv_width must be at least 2, got {self.conv_width}")
         if self.width % self.heads:
             raise InputError(f"network.width {self.width} is not a multiple of network.heads {self.heads}")
-        if self.expand * self.width % self.head_dim:
-            raise InputError(
-                f"network.width {self.width} times expand {self.expand} is not a multiple of head_dim {self.head_dim}"
-            )
         if self.window < 1 or self.window % 2 == 0:
             raise InputError(f"network.window must be odd and positive, got {self.window}")
         for name, known in (("scan_order", SCAN_ORDERS), ("prediction", ("scale", "token"))):
@@ -106,6 +104,14 @@ class MVARConfig:
         names = {name for i in range(self.depth) for name in self.mixers_of(i)}
         if unknown := sorted(names - set(MIXERS)):
             raise InputError(f"network.mixers names {unknown[0]!r}; there are {', '.join(MIXERS)}")
+        if names & WITH_HEADS and self.expand * self.width % self.head_dim:
+            raise InputError(
+                f"network.width {self.width} times expand {self.expand} is not a multiple of head_dim {self.head_dim}"
+            )
+        if self.scan_order != "raster" and not names & IN_ORDER:
+            raise InputError(
+                f"network.scan_order {self.scan_order} is for {', '.join(sorted(IN_ORDER))}: there is none"
+            )
         if self.shared_adaln and len({len(self.mixers_of(i)) for i in range(self.depth)}) > 1:
             raise InputError("network.shared_adaln is one table for all blocks: network.mixers must give all as many")
         if self.prediction == "token" and (whole := sorted(names & INSIDE_SCALES) or self.scan_order != "raster"):
@@ -119,15 +125,18 @@ class MVARConfig:
         return self.mixers[block % len(self.mixers)]  # type: ignore[return-value]
 
     def orders_of(self, block: int) -> tuple[str, ...]:
-        """The orders in which the recurrence of a block reads, by its number."""
+        """The orders in which the recurrence of a block reads, by its number: they take turns where there is one."""
         orders = SCAN_ORDERS[self.scan_order]
-        return orders[block % len(orders)]
+        before = sum(not IN_ORDER.isdisjoint(self.mixers_of(i)) for i in range(block))
+        return orders[before % len(orders)]
 
     @property
     def turn(self) -> int:
         """After how many blocks their kinds come again."""
         kinds = 1 if self.mixers_of(0) == self.mixers else len(self.mixers)
-        return math.lcm(kinds, len(SCAN_ORDERS[self.scan_order]))
+        reading = sum(not IN_ORDER.isdisjoint(self.mixers_of(i)) for i in range(kinds))
+        orders = len(SCAN_ORDERS[self.scan_order])
+        return kinds * (orders // math.gcd(orders, reading))
 
     @property
     def mixing(self) -> str:
@@ -176,4 +185,6 @@ BASELINES: dict[str, dict[str, Any]] = {  # published divisions of labour; confi
     "attention_only": {"mixers": ("scale_attention",)},
     "ar_raster": {"mixers": ("block_causal_attention",), "prediction": "token"},
 }
+WITH_HEADS = {"scale_mamba", "mamba2", "gated_linear_attention", "linear_attention"}  # of `head_dim` channels
+IN_ORDER = {"mamba2", "mamba1", "gated_linear_attention", "linear_attention"}  # what `scan_order` is for
 INSIDE_SCALES = {"scale_attention", "window_attention", "scale_mamba"}  # what carries nothing from scale to scale

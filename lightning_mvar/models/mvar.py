@@ -28,7 +28,8 @@ from lightning_mvar.models.config import MIXERS, MVARConfig
 from lightning_mvar.models.mixers import Attention, Mixer, State
 from lightning_mvar.ops.kernels import look_for_kernels
 
-EXACT = ("A_log", "dt_bias", "decay_log", "qk_scale_log")  # what is exponentiated: decays over all tokens, temperatures
+# What is exponentiated, decays over all tokens and temperatures: never in half precision, nor drawn to 0 in training.
+EXACT = ("A_log", "dt_bias", "decay_log", "qk_scale_log")
 LOGITS_AT_ONCE = 2**24  # while scoring: 64 MiB
 
 

@@ -9,7 +9,7 @@ it: the order in which it reads them is a choice, that of the scales is not.
 | Mamba, arXiv 2312.00752, section 3.4      | Mamba1, likewise, but for dt_proj, whose bias is dt_bias      |
 | RetNet, arXiv 2307.08621, section 2.2;    | LinearAttention: the decay of RWKV-5, learned for every key   |
 | RWKV-5, arXiv 2404.05892, section 4       | channel and the same at all tokens                            |
-| GLA, arXiv 2312.06635, sections 4 and 5.1 | GatedLinearAttention: the decay depends on the token          |
+| GLA, arXiv 2312.06635, section 4          | GatedLinearAttention: the decay depends on the token          |
 | Vision Mamba, arXiv 2401.09417, section 3 | ScaleMamba: two scans inside each scale, one backwards        |
 
 At the same expansion, head dim p and state dim n, the states of all but Mamba1 have the same size: (b, h, p, n) with
@@ -33,7 +33,7 @@ from lightning_mvar.ops.selective_scan import selective_scan
 from lightning_mvar.ops.ssd import ssd
 
 RASTER = ("raster",)
-GATE_RANK, GATE_TEMPERATURE = 16, 16.0  # of gated linear attention (its paper, section 5.1)
+GATE_RANK, GATE_TEMPERATURE = 16, 16.0  # of gated linear attention
 SLOWEST, FASTEST = 1e-3, 0.5  # decay a token that linear attention starts from
 
 
@@ -165,9 +165,10 @@ class Mamba1(Recurrence):
         u = F.silu(u)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         dt = F.softplus(F.linear(dt, self.dt_proj.to(dt.dtype)).float() + self.dt_bias.float())
-        y, scan_state = selective_scan(u, dt, -self.A_log.float().exp(), B, C, scan_state)
-        y = torch.addcmul(y, u, self.D.to(u.dtype))
-        return self.out_proj(y * F.silu(z)), (conv_state, scan_state)
+        # In float32 up to the gate, as in Mamba2.gated_norm.
+        y, scan_state = selective_scan(u.float(), dt, -self.A_log.float().exp(), B, C, scan_state)
+        y = torch.addcmul(y, u.float(), self.D.float()) * F.silu(z.float())
+        return self.out_proj(y.to(z.dtype)), (conv_state, scan_state)
 
 
 class LinearAttention(Recurrence):
@@ -213,8 +214,9 @@ class LinearAttention(Recurrence):
         q, k, v, z = self.in_proj(x).split([keys, keys, self.inner, self.inner], dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
         before = None if state is None else state[0]
-        y, after = linear_attention(q * self.state_dim**-0.5, k, v, self.log_decay(x), before)
-        return self.out_proj(self.norm(y).flatten(2) * F.silu(z)), (after,)
+        y, after = linear_attention(q * self.state_dim**-0.5, k, v.float(), self.log_decay(x), before)
+        y = F.rms_norm(y, self.norm.normalized_shape, self.norm.weight.float(), self.norm.eps)  # in float32
+        return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), (after,)
 
 
 class GatedLinearAttention(LinearAttention):

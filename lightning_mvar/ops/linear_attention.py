@@ -50,13 +50,15 @@ def linear_attention(
     if state is None:
         state = v.new_zeros(*v.shape[:2], v.shape[-1], k.shape[-1])
     outputs = []
-    for queries, keys, values, decay in zip(*(t.split(CHUNK_SIZE, dim=2) for t in (q, k, v, log_decay)), strict=True):
-        decay = decay.cumsum(2)  # (b, h, q, n) from the chunk's start to each token
-        end = decay[:, :, -1:]
-        reading = queries * decay.exp()
-        scores = (reading @ (keys * (-decay).exp()).transpose(2, 3)).tril()  # (b, h, q, q)
-        outputs.append(scores @ values + reading @ state.transpose(2, 3))
-        state = torch.addcmul(values.transpose(2, 3) @ (keys * (end - decay).exp()), state, end.exp())
+    pieces = zip(*(t.split(CHUNK_SIZE, dim=2) for t in (q, k, v, log_decay)), strict=True)
+    with torch.autocast("cpu" if v.is_meta else v.device.type, enabled=False):
+        for queries, keys, values, decay in pieces:
+            decay = decay.cumsum(2)  # (b, h, q, n) from the chunk's start to each token
+            end = decay[:, :, -1:]
+            reading = queries * decay.exp()
+            scores = (reading @ (keys * (-decay).exp()).transpose(2, 3)).tril()  # (b, h, q, q)
+            outputs.append(scores @ values + reading @ state.transpose(2, 3))
+            state = torch.addcmul(values.transpose(2, 3) @ (keys * (end - decay).exp()), state, end.exp())
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), state
 
 

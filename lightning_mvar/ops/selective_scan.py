@@ -54,6 +54,11 @@ def selective_scan(
     return y.to(x.dtype), states[:, -1]
 
 
+def exact(device: torch.device) -> torch.autocast:
+    """Autocast, which reaches into operators, switched off; the meta device has none."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 def selective_scan_recurrent(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -71,10 +76,11 @@ def selective_scan_recurrent(
 def scan_forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y (b, l, c), and the states (b, chunks + 1, c, n) at the start of each chunk and after the last."""
     outputs, starts = [], [state]
-    for chunk in chunks(x, dt, B, C):
-        states = states_after(chunk, A, starts[-1])
-        outputs.append(torch.einsum("bqcn,bqn->bqc", states, chunk[3]))
-        starts.append(states[:, -1])
+    with exact(x.device):
+        for chunk in chunks(x, dt, B, C):
+            states = states_after(chunk, A, starts[-1])
+            outputs.append(torch.einsum("bqcn,bqn->bqc", states, chunk[3]))
+            starts.append(states[:, -1])
     return torch.cat(outputs, dim=1), torch.stack(starts, dim=1)
 
 
@@ -86,22 +92,31 @@ def scan_backward(
     found: list[tuple[Tensor, ...]] = []
     dA, dstate = torch.zeros_like(A), dfinal
     pieces = zip(chunks(x, dt, B, C), dy.split(CHUNK_SIZE, dim=1), starts[:, :-1].unbind(1), strict=True)
-    for (u, step, b, c), dy_chunk, start in reversed(list(pieces)):
-        states = states_after((u, step, b, c), A, start)
-        before = torch.cat([start[:, None], states[:, :-1]], dim=1)
-        decay = (step[..., None] * A).exp()
-        dstates = torch.einsum("bqc,bqn->bqcn", dy_chunk, c)  # of each state: by its output, then by the states after
-        for t in range(dstates.shape[1] - 1, -1, -1):
-            dstates[:, t] += dstate
-            dstate = dstates[:, t] * decay[:, t]
-        dexponent = dstates * before * decay
-        dinput = torch.einsum("bqcn,bqn->bqc", dstates, b)  # of dt x
-        dA += torch.einsum("bqcn,bqc->cn", dexponent, step)
-        ddt = torch.einsum("bqcn,cn->bqc", dexponent, A) + u * dinput
-        dB = torch.einsum("bqcn,bqc->bqn", dstates, step * u)
-        found.append((step * dinput, ddt, dB, torch.einsum("bqc,bqcn->bqn", dy_chunk, states)))
+    with exact(x.device):
+        for chunk, dy_chunk, start in reversed(list(pieces)):
+            *gradients, dA_chunk, dstate = chunk_backward(chunk, A, start, dy_chunk, dstate)
+            found.append(tuple(gradients))
+            dA += dA_chunk
     dx, ddt, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*found, strict=True))
     return dx, ddt, dA, dB, dC, dstate
+
+
+def chunk_backward(chunk: Inputs, A: Tensor, start: Tensor, dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, B, C, A and the state `start` before the chunk, from those of its outputs and last state."""
+    x, dt, B, C = chunk
+    states = states_after(chunk, A, start)
+    before = torch.cat([start[:, None], states[:, :-1]], dim=1)
+    decay = (dt[..., None] * A).exp()
+    dstates = torch.einsum("bqc,bqn->bqcn", dy, C)  # of each state: by its output, then by the states after
+    for t in range(dstates.shape[1] - 1, -1, -1):
+        dstates[:, t] += dstate
+        dstate = dstates[:, t] * decay[:, t]
+    dexponent = dstates * before * decay
+    dinput = torch.einsum("bqcn,bqn->bqc", dstates, B)  # of dt x
+    ddt = torch.einsum("bqcn,cn->bqc", dexponent, A) + x * dinput
+    dB = torch.einsum("bqcn,bqc->bqn", dstates, dt * x)
+    dC = torch.einsum("bqc,bqcn->bqn", dy, states)
+    return dt * dinput, ddt, dB, dC, torch.einsum("bqcn,bqc->cn", dexponent, dt), dstate
 
 
 def chunks(x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Iterator[Inputs]:

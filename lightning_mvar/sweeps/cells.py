@@ -23,7 +23,7 @@ from lightning_mvar.processes import POLL_S, Stop, Surroundings, wait_unless
 State = Literal["waiting", "running", "finished", "crashed", "interrupted"]
 
 # Codes of commands that were asked to end, or killed: no fault of their own.
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 ASKED_TO_END = {128 + number for number in ASKED} | {-number for number in (*ASKED, signal.SIGKILL)}
 TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours, and movements of progress bars
 
@@ -123,7 +123,8 @@ class Cell:
 
 def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
     """SHA-256 of the YAML files that are named in commands."""
-    words = {word for command in commands for word in shlex.split(command) if word.endswith((".yaml", ".yml"))}
+    words = {word.split("=")[-1] for command in commands for word in shlex.split(command)}
+    words = {word for word in words if word.endswith((".yaml", ".yml"))}
     return {word: sha256(Path(word).read_bytes()).hexdigest() for word in sorted(words) if Path(word).is_file()}
 
 
@@ -138,10 +139,12 @@ def attempts(folder: Path) -> list[Attempt]:
     """All tries at a cell, in order."""
     path = folder / "attempts.jsonl"
     found: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    whole, _, _ = path.read_text().rpartition("\n") if path.is_file() else ("", "", "")  # one may be being written
+    for line in whole.splitlines():
         try:
             entry = json.loads(line)
             found[entry["attempt"]] = found.get(entry["attempt"], {}) | entry
+            Attempt(**found[entry["attempt"]])
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} is damaged at {line!r}: remove that line, or the folder") from error
     return [Attempt(**entry) for entry in found.values()]

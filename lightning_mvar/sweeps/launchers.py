@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning_mvar.errors import InputError
@@ -38,7 +39,7 @@ def local_launcher(jobs: int) -> Launcher:
 
     def launch(folders: list[Path], stop: Stop) -> None:
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda folder: run_cell(folder, stop, min(jobs, len(folders))), folders))
+            list(pool.map(lambda folder: run_cell(folder, stop, jobs), folders))
 
     return launch
 
@@ -53,14 +54,19 @@ class CellJob:
     def __call__(self) -> int:
         # Lightning would look for as many tasks of Slurm as there are devices; the job is one, and starts its ranks.
         os.environ["SLURM_JOB_NAME"] = "bash"
+        for number in (signal.SIGINT, signal.SIGTERM):  # of a cancelled job; submitit would not hear the second
+            signal.signal(number, self.receive)
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
         try:
             self.thread.join()
-        except BaseException:  # SIGINT, or what submitit leaves with after `checkpoint`
+        except BaseException:  # what submitit leaves with after `checkpoint`
             self.end()
             raise
         return self.code
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.stop.signal = number
 
     def run(self) -> None:
         self.code = run_cell(self.folder, self.stop)
@@ -102,17 +108,29 @@ def submitit_launcher(jobs: int, folder: Path, parameters: dict[str, Any]) -> La
         raise InputError(f"--submitit: {' '.join(str(error).split())}") from error
 
     def launch(folders: list[Path], stop: Stop) -> None:
-        waiting, running = list(folders), list[Any]()
+        waiting, running, cancelled = list(folders), list[Any](), False
         while running or (waiting and not stop.signal):
             while waiting and len(running) < jobs and not stop.signal:
                 running.append(submit(executor, waiting.pop(0)))
             time.sleep(POLL_JOBS_S)
-            if stop.signal:
+            if stop.signal and not cancelled:
+                cancelled = True
                 for job in running:
                     job.cancel(check=False)
-            running = [job for job in running if not job.done()]
+            for job in [job for job in running if job.done()]:
+                running.remove(job)
+                if not stop.signal:
+                    report_failure(job)
 
     return launch
+
+
+def report_failure(job: Any) -> None:
+    """Say so if a job ended before it could run its cell, of which the cell's own log knows nothing."""
+    error = job.exception()
+    if error is not None:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"job {job.job_id} failed: {reason[-1]}; see {job.paths.stderr}", file=sys.stderr, flush=True)
 
 
 def submit(executor: Any, folder: Path) -> Any:

@@ -21,6 +21,7 @@ By = Literal["width", "depth"]
 # What the sweep itself says on the command lines.
 OWN_FIT = ("--seed_everything", "--trainer.default_root_dir", "--resume", "--ckpt_path")
 OWN_EVALUATE = ("--ckpt_path", "--samples", "--json", "--seed")
+COLUMNS = ("cell", "variant", "status", "tries", "seconds")  # of a report's tables
 CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
@@ -190,7 +191,9 @@ def read_axes(path: Path, axes: object) -> dict[str, tuple[Choice, ...]]:
         axis = str(key).rsplit(".", 1)[-1]
         if axis in found:
             raise InputError(f"{path}: two axes are named {axis}")
-        if axis == "seed" or key in ("seed_everything", "trainer.default_root_dir"):
+        if axis in COLUMNS:
+            raise InputError(f"{path}: an axis cannot be named {axis}: tables have a column of that name")
+        if axis in ("seed", "seeds") or f"--{key}" in OWN_FIT:
             raise InputError(f"{path}: {key} is no axis: the sweep gives it each cell itself (see `seeds`)")
         if not isinstance(values, list | dict) or not values:
             raise InputError(f"{path}: axis {key} needs a list of values, or a map of names to words of fit")

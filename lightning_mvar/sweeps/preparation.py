@@ -9,11 +9,12 @@ from typing import Any
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
-from lightning_mvar.processes import Stop, wait_unless
+from lightning_mvar.locks import FileLock
+from lightning_mvar.processes import Stop, Surroundings, wait_unless
 from lightning_mvar.sweeps.cells import ASKED_TO_END, config_hashes, read_record
 
 
-def prepare(commands: tuple[tuple[str, ...], ...], out: Path, stop: Stop) -> None:
+def prepare(commands: tuple[tuple[str, ...], ...], out: Path, stop: Stop, lock: FileLock) -> None:
     """Run the commands in order, from the first on that has not finished with these words and YAML files.
 
     A command that is interrupted (see `stop`) ends the preparation; the next start runs it again.
@@ -33,7 +34,7 @@ def prepare(commands: tuple[tuple[str, ...], ...], out: Path, stop: Stop) -> Non
             continue
         before = []  # what follows is made from what is made anew
         print(f"[prepare] lightning-mvar {command}", flush=True)
-        code = wait_unless(stop, list(words))
+        code = wait_unless(stop, list(words), Surroundings(lock=lock))  # the next sweep waits for its end
         if stop.signal:
             return
         if code in ASKED_TO_END:

@@ -116,7 +116,10 @@ def read_results(folder: str | Path) -> Sweep:
     cells = [read_cell(path) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
     for cell in cells:
         if cell.axes not in order:
-            raise InputError(f"{folder}/cells/{cell.name}/cell.json has axes {cell.axes} that {file} does not have")
+            raise InputError(
+                f"{folder}/cells/{cell.name}/cell.json has axes {cell.axes} that {file} does not have: start the sweep "
+                f"with them in its file again, or move that folder away"
+            )
     begun = [cell.name for cell in cells]
     planned = [(plan.cell(variant, seed, folder), seed) for variant, seed in product(variants, plan.seeds)]
     cells += [CellResult(cell.name, cell.axes, seed, WAITING) for cell, seed in planned if cell.name not in begun]

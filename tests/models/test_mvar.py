@@ -111,6 +111,25 @@ def test_every_mixer_learns(variant: dict[str, object]) -> None:
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_under_autocast_logits_and_gradients_stay_near(variant: dict[str, object], dtype: torch.dtype) -> None:
+    network, inputs = tiny_network(**variant), network_inputs()
+    for name, parameter in network.named_parameters():
+        if name.endswith("decay_log"):  # over a chunk, beyond what float16 holds
+            torch.nn.init.zeros_(parameter)
+    logits = network(*inputs)
+    gradients = torch.autograd.grad(logits.square().mean(), list(network.parameters()))
+    with torch.autocast("cpu", dtype):
+        half = network(*inputs)
+    found = torch.autograd.grad(half.square().mean(), list(network.parameters()))
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert (half - logits).norm() < tolerance * logits.norm()
+    for a, e in zip(found, gradients, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - e).norm() < 8 * tolerance * e.norm()
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @torch.no_grad()
 def test_a_lowered_network_stays_near(variant: dict[str, object]) -> None:
@@ -150,6 +169,14 @@ def test_alternating_orders_and_mixers_follow_the_number_of_the_block() -> None:
     assert kinds == [["ScaleAttention", "Mamba2"], ["Mamba1"]] * 2
     assert [block.mixers[-1].orders for block in network.blocks] == [("raster",), ("column",)] * 2
     assert network.config.mixing == "scale_attention, mamba2 / mamba1"
+    sparse = tiny_network(mixers=(("mamba2",), ("scale_attention",)), scan_order="alternating", depth=6)
+    orders = [block.mixers[0].orders for block in sparse.blocks[::2]]
+    assert orders == [("raster",), ("column",), ("raster",)]
+    assert (network.config.turn, sparse.config.turn) == (2, 4)
+
+
+def test_attention_takes_any_width() -> None:
+    assert tiny_network(mixers=("scale_attention",), width=48, head_dim=64)(*network_inputs()).shape == (3, 30, 48)
 
 
 @torch.no_grad()
@@ -295,6 +322,12 @@ def test_drop_path_rises_linearly_over_the_blocks() -> None:
         ({"heads": 3}, "not a multiple of network.heads"),
         ({"mixers": ("attention",)}, "'attention'; there are scale_attention"),
         ({"mixers": (("mamba2",), ("mamba3",))}, "'mamba3'; there are scale_attention"),
+        ({"mixers": "mamba2"}, "must be a list of names, or of such lists, got 'mamba2'"),
+        ({"mixers": ("mamba2", ("mamba1",))}, "must be a list of names, or of such lists"),
+        (
+            {"mixers": ("scale_attention",), "scan_order": "both"},
+            "scan_order both is for gated_linear_attention, .*none",
+        ),
         ({"mixers": (("mamba2",), ()), "shared_adaln": True}, "must give all as many"),
         ({"prediction": "token"}, "scale_attention sees whole scales"),
         ({"prediction": "token", "mixers": ("mamba2",), "scan_order": "both"}, "scan_order both sees whole scales"),

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.processes import Stop
+from lightning_mvar.locks import FileLock
+from lightning_mvar.processes import Stop, Surroundings
 from lightning_mvar.sweeps import preparation
 from lightning_mvar.sweeps.preparation import prepare
 
+LOCK = FileLock(-1)  # of the sweep, held by what runs
 COMMANDS = (("train-tokenizer", "--config", "a.yaml"), ("tokenize", "--images", "my images"), ("tokenize", "--more"))
 
 
@@ -21,7 +23,8 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     Path("a.yaml").write_text("steps: 1")
     made: list[list[str]] = []
 
-    def pretend(stop: Stop, words: list[str]) -> int:
+    def pretend(stop: Stop, words: list[str], surroundings: Surroundings) -> int:
+        assert surroundings.lock is LOCK
         made.append(words)
         return int(Path(words[0]).read_text()) if Path(words[0]).exists() else 0
 
@@ -31,7 +34,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_commands_run_once_in_order(calls: list[list[str]]) -> None:
     for _ in range(2):
-        prepare(COMMANDS, Path("out"), Stop())
+        prepare(COMMANDS, Path("out"), Stop(), LOCK)
     assert calls == [list(words) for words in COMMANDS]
 
 
@@ -42,20 +45,20 @@ def test_a_failure_ends_it_and_the_next_start_goes_on_there(calls: list[list[str
     ):
         Path("tokenize").write_text(code)
         with pytest.raises(InputError, match=message):
-            prepare(COMMANDS, Path("out"), Stop())
+            prepare(COMMANDS, Path("out"), Stop(), LOCK)
     Path("tokenize").unlink()
-    prepare(COMMANDS, Path("out"), Stop())
+    prepare(COMMANDS, Path("out"), Stop(), LOCK)
     assert [words[0] for words in calls] == ["train-tokenizer", *["tokenize"] * 4]
 
 
 @pytest.mark.parametrize("change", ["words", "yaml"])
 def test_what_changed_runs_again_with_all_that_follows(calls: list[list[str]], change: str) -> None:
-    prepare(COMMANDS, Path("out"), Stop())
+    prepare(COMMANDS, Path("out"), Stop(), LOCK)
     calls.clear()
     changed = COMMANDS
     if change == "yaml":
         Path("a.yaml").write_text("steps: 2")
     else:
         changed = (COMMANDS[0], ("tokenize", "--images", "others"), COMMANDS[2])
-    prepare(changed, Path("out"), Stop())
+    prepare(changed, Path("out"), Stop(), LOCK)
     assert calls == [list(words) for words in (changed if change == "yaml" else changed[1:])]
