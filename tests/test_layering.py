@@ -7,20 +7,8 @@ import lightning_mvar
 
 PACKAGE = Path(lightning_mvar.__file__).parent
 LAYERS = [  # each may import those before it, and its own
-    [
-        "errors",
-        "version",
-        "files",
-        "locks",
-        "processes",
-        "server",
-        "npz",
-        "devices",
-        "classes",
-        "fingerprint",
-        "weights",
-    ],
-    ["scales", "ops", "hparams"],
+    ["errors", "version", "files", "locks", "processes", "server", "npz", "devices", "classes", "fingerprint"],
+    ["weights", "scales", "ops", "hparams"],
     ["models", "tokenizer"],
     ["official", "resume", "attention_share", "costs", "sweeps"],
     ["data.embedded", "data.digits", "data.photos"],
