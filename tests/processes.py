@@ -90,7 +90,9 @@ def run_rank(
     import torch
 
     from lightning_mvar.cli import main
+    from lightning_mvar.processes import SERVER_OUTLIVES
 
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_OUTLIVES)  # a process has one server, which may be that of sweeps
     torch.set_num_threads(1)
     os.environ.update(environment)
     os.chdir(folder)

@@ -23,7 +23,8 @@ MARKERS = "osD^vPX<>hp*"
 DASHES = ("-", "--", ":")
 WIDTH, HEIGHT = 10.0, 4.4  # inches; 1000 pixels at DPI
 DPI = 100
-LEGEND_ROWS = 16  # of one column beside the plots
+BESIDE = 8  # names that have room beside the plots; more stand below, in columns
+COLUMNS, LEGEND_ROW = 3, 0.2  # inches
 WIDE = 5  # largest over smallest from which on an axis is logarithmic
 # A mean among points of seeds, which show through it.
 SEED: Look = {"marker": ".", "markersize": 5, "linestyle": "none", "alpha": 0.6}
@@ -216,8 +217,11 @@ def spread(plot: Plot) -> None:
 
 
 def finish(figure: Figure, plot: Plot) -> Figure:
-    """Explain the looks beside the plots, where no data are."""
+    """Explain the looks beside the plots, or below them where there are many."""
     handles, labels = plot.get_legend_handles_labels()
-    columns = -(-len(labels) // LEGEND_ROWS)
-    figure.legend(handles, labels, loc="outside right upper", ncols=columns, fontsize="small", frameon=False)
+    below = len(labels) > BESIDE
+    if below:
+        figure.set_figheight(HEIGHT + LEGEND_ROW * -(-len(labels) // COLUMNS))
+    place = {"loc": "outside lower center", "ncols": COLUMNS} if below else {"loc": "outside right upper"}
+    figure.legend(handles, labels, fontsize="small", frameon=False, **place)
     return figure
