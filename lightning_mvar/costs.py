@@ -90,7 +90,7 @@ def num_parameters(network: MVAR) -> int:
 def teach(network: MVAR) -> None:
     """A teacher-forced pass over one image on the meta device."""
     config = network.config
-    inputs = torch.empty(1, config.schedule.num_tokens - config.step_lengths[0], config.code_dim, device=META)
+    inputs = torch.empty(1, config.num_inputs, config.code_dim, device=META)
     network(torch.zeros(1, dtype=torch.int64, device=META), inputs)
 
 

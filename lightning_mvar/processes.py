@@ -21,12 +21,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["lightning_mvar.server", "lightning_mvar.commands.training", "lightning_mvar.commands.evaluate"]
 )
-SERVER_OUTLIVES = (
-    signal.SIGHUP,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # its children begin with them held back
+# Its children begin with these held back.
+SERVER_OUTLIVES = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 # Starting a process looks at all others of this one, and an exit code can be read only once: one thread at a time.
 ONE_AT_A_TIME = threading.Lock()

@@ -133,8 +133,7 @@ class Subject:
     def scale_inputs(self, batch_size: int) -> Tensor:
         """Random (b, l - n, c), for the n tokens of the first step."""
         config = self.network_config
-        shape = (batch_size, config.schedule.num_tokens - config.step_lengths[0], config.code_dim)
-        return torch.randn(shape, device=self.device)
+        return torch.randn(batch_size, config.num_inputs, config.code_dim, device=self.device)
 
     def sample(self) -> Tensor:
         """Images (b, 3, H, W), guided."""

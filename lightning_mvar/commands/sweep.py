@@ -30,7 +30,7 @@ from lightning_mvar.sweeps.plan import SweepFile, Variant, read_sweep
 from lightning_mvar.sweeps.preparation import prepare
 from lightning_mvar.sweeps.table import shown
 
-REFRESH_S = 0.5
+REFRESH_S = 1.0
 
 
 def sweep(

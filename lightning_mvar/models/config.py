@@ -149,6 +149,11 @@ class MVARConfig:
         """Tokens of each step: of each scale, or one."""
         return self.schedule.lengths if self.prediction == "scale" else (1,) * self.schedule.num_tokens
 
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that have an input: all but those of the first step, which start from the class."""
+        return self.schedule.num_tokens - self.step_lengths[0]
+
     @classmethod
     def for_size(cls, name: str, **overrides: object) -> MVARConfig:
         """A published size, d12 to d36: depth D, width 64 D, D heads, drop path 0.1 D / 24."""

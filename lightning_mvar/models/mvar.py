@@ -161,7 +161,7 @@ class MVAR(nn.Module):
 
         Args:
             labels: (b,) int64 in [0, num_classes]; `num_classes` is unconditional.
-            scale_inputs: (b, l - first, c) what `teacher_inputs` gives for the image's tokens.
+            scale_inputs: (b, l - n, c) what `teacher_inputs` gives for the image's tokens, the first step having n.
             tokens: (b, l) int64, the image's own.
 
         Returns:
@@ -215,7 +215,7 @@ class MVAR(nn.Module):
         return self.logits(x, state.cond), MVARState(k + 1, state.cond, blocks)
 
     def start(self, cond: Tensor) -> Tensor:
-        """(b, first, d): the class embedding stands where no step precedes."""
+        """(b, n, d) for the n tokens of the first step: the class embedding stands where no step precedes."""
         return cond[:, None] + self.start_embed
 
     def project(self, scale_inputs: Tensor) -> Tensor:

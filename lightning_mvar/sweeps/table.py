@@ -11,6 +11,8 @@ from typing import Any
 
 from lightning_mvar.sweeps.cells import Cell, State, attempts, last_line
 
+# What is shown first, where a terminal is too short for all cells.
+URGENCY: tuple[State, ...] = ("crashed", "running", "interrupted", "waiting", "finished")
 COLOURS: dict[State, str] = {"running": "cyan", "finished": "green", "crashed": "red", "interrupted": "yellow"}
 
 
@@ -51,7 +53,7 @@ def line(cell: Cell, state: State) -> str:
 
 
 def table(cells: list[Cell]) -> Any:
-    """A row for each cell, for rich."""
+    """A row for each cell, for rich: first those that ask for a look."""
     from rich.table import Table
     from rich.text import Text
 
@@ -59,8 +61,9 @@ def table(cells: list[Cell]) -> Any:
     for title in ("cell", "state", "tries", "time"):
         rows.add_column(title, no_wrap=True)
     rows.add_column("last line of its log", no_wrap=True, overflow="ellipsis", ratio=1)
-    for cell in cells:
-        state, tried = cell.state(), attempts(cell.folder)
+    states = [(cell, cell.state()) for cell in cells]
+    for cell, state in sorted(states, key=lambda each: URGENCY.index(each[1])):
+        tried = attempts(cell.folder)
         log = last_line(cell.log) if state in ("running", "crashed") else ""
         seconds = elapsed(tried[-1].begin, tried[-1].seconds, state) if tried else ""
         tries = str(len(tried)) if tried else ""

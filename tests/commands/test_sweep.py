@@ -64,10 +64,9 @@ def tries(out: Path) -> dict[str, list[int | None]]:
 
 
 def results(cell: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    weights = read_part(by_time(cell / "checkpoints")[0], "")
     (scores,) = json.loads((cell / "scores.json").read_text())
-    return read_part(by_time(cell / "checkpoints")[0], ""), {
-        k: v for k, v in scores.items() if k not in ("samples", "images_per_s")
-    }
+    return weights, {name: score for name, score in scores.items() if name not in ("samples", "images_per_s")}
 
 
 def assert_half_of(out: Path, expected: Path) -> None:
