@@ -96,6 +96,7 @@ def start(words: list[str], surroundings: Surroundings, orphan_ends: bool = Fals
 def run_alone(words: list[str], surroundings: Surroundings, orphan_ends: bool) -> None:
     """In a process of its own."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_OUTLIVES)
+    multiprocessing.set_start_method(None, force=True)  # a server's is inherited, and its processes would import anew
     if orphan_ends:
         threading.Thread(target=end_with_parent, daemon=True).start()
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a cluster's warning to the parent, which passes it on

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_mvar.data.images import visible
+from lightning_mvar.data.encoded import visible
 from lightning_mvar.data.sample_files import ABOUT, NpzSamples, read_about
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path

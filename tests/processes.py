@@ -93,6 +93,7 @@ def run_rank(
     from lightning_mvar.processes import SERVER_OUTLIVES
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_OUTLIVES)  # a process has one server, which may be that of sweeps
+    multiprocessing.set_start_method(None, force=True)  # of what a command starts: as if it had been started alone
     torch.set_num_threads(1)
     os.environ.update(environment)
     os.chdir(folder)

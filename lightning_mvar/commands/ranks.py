@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher as FabricLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
 
@@ -18,7 +19,7 @@ from lightning_mvar.errors import InputError, Interrupted
 
 
 @contextmanager
-def ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
+def ranks(device: str, devices: int, num_nodes: int, strategy: DDPStrategy | None = None) -> Iterator[Fabric]:
     """Start this command once for each device, or join the processes that torchrun or Slurm has started.
 
     All that can fail in one process alone belongs inside: see `ending_together`.
@@ -27,6 +28,7 @@ def ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
         device: auto, cpu, cuda, or cuda:N for a single one.
         devices: of each node.
         num_nodes: machines.
+        strategy: of several processes, where not Fabric's own for this kind of device.
 
     Raises:
         InputError: if there are no such devices, or another rank has ended.
@@ -42,7 +44,7 @@ def ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
             accelerator=where.type,
             devices=[where.index] if one_gpu else devices,
             num_nodes=num_nodes,
-            strategy="ddp" if several else "auto",
+            strategy=(strategy or "ddp") if several else "auto",
         )
     except (ValueError, RuntimeError) as error:  # Lightning's words for devices that are not there
         raise InputError(" ".join(str(error).split())) from error

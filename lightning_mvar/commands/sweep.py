@@ -21,7 +21,7 @@ from lightning_mvar.commands.training import parsed_fit
 from lightning_mvar.costs import matched
 from lightning_mvar.errors import InputError, Interrupted
 from lightning_mvar.files import atomic_path
-from lightning_mvar.locks import FileLock
+from lightning_mvar.locks import alone_in
 from lightning_mvar.models.mvar import MVARConfig
 from lightning_mvar.processes import Stop
 from lightning_mvar.sweeps.cells import Cell
@@ -65,7 +65,7 @@ def sweep(
             print(f"{cell.name}:", *(f"  lightning-mvar {command}" for command in cell.commands), sep="\n")
         return
     launch = choose_launcher(launcher, jobs, folder, submitit, ray)
-    with alone_in(folder) as lock, stopping() as stop:
+    with alone_in(folder, "sweep") as lock, stopping() as stop:
         for cell in cells:
             cell.check()
         for cell in cells:
@@ -170,26 +170,6 @@ def refuse_unfinished(cells: list[Cell]) -> None:
     if left:
         names = "; ".join(f"{cell.name} {state}, see {cell.log}" for cell, state in left)
         raise InputError(f"{len(left)} of {len(cells)} cells have not finished: {names}; the same command tries again")
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[FileLock]:
-    """Keep other sweeps out of a folder.
-
-    Raises:
-        InputError: if another one is at work there, or nothing can be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock.take(folder / "sweep.lock")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
-    if lock is None:
-        raise InputError(f"another sweep is at work in {folder}: wait for it, or choose another --out")
-    try:
-        yield lock
-    finally:
-        lock.release()
 
 
 @contextmanager

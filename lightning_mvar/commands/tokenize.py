@@ -2,137 +2,262 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import chain
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
-from lightning_mvar.data.images import ImageBatch, ImageSource, OnCorrupt, Views, image_loader, open_images
-from lightning_mvar.data.shards import MANIFEST, Manifest, checksum, shard_name, write_shard
-from lightning_mvar.devices import choose_device
+from lightning_mvar.commands.ranks import ranks
+from lightning_mvar.data.images import ImageBatch, ImageSource, Views, batch_loader, batched, open_images
+from lightning_mvar.data.shards import MANIFEST, Manifest, save_part, shard_name, write_shard
 from lightning_mvar.errors import InputError
+from lightning_mvar.locks import alone_in
+from lightning_mvar.sampling import DTYPES, Precision
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 ORDER_SEED = 0  # images go into the shards in one fixed random order, so that every shard has all classes
+LONGEST_WAIT = timedelta(days=30)  # of a rank that is done for the others
+
+
+class Encoded(NamedTuple):
+    """A batch of images as tokens."""
+
+    tokens: NDArray[np.uint16]  # (n, l)
+    labels: NDArray[np.int64]  # (n,)
+    keys: list[str]
+    errors: list[str]  # a message for each image that could not be decoded
 
 
 def tokenize(
     images: str,
     tokenizer: str,
     out: str,
+    labels: str | None = None,
+    class_names: str | None = None,
     views: int = 1,
+    flips: bool = False,
     seed: int = 0,
     shard_size: int = 10_000,
     batch_size: int = 64,
     num_workers: int = 0,
-    on_corrupt: OnCorrupt = "raise",
+    max_failures: int = 0,
+    precision: Precision = "float32",
     device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
 ) -> None:
-    """Turn images into token shards. Started again, it goes on where it stopped.
+    """Turn images into token shards. Started again, on as many devices as one likes, it goes on where it stopped.
 
     Args:
-        images: `digits:train`, `photos:test` and the like, or a folder of class folders
-            (CLASS/NAME.png|jpg|jpeg|webp).
+        images: a folder of class folders (CLASS/NAME.png|jpg|jpeg|webp); ImageNet's tar of tars, a tar of class
+            folders, or tars of a class each; WebDataset shards with .cls, as a folder or a pattern
+            (train-{0000..0146}.tar); Parquet files with image and label; or `digits:train`, `photos:test` and the like.
         tokenizer: folder that `train-tokenizer` or `export` wrote.
         out: folder for the shards and their manifest.
+        labels: for images without classes, such as ILSVRC2012_img_val.tar: a file with lines `NAME CLASS`, or CLASS
+            alone in the order of the names, or ILSVRC2012_devkit_t12.tar.gz.
+        class_names: where classes are numbers, what they are called: `imagenet`, or a file with a name on each line.
         views: 1 for the centre crop of each image, more for that many random crops of it.
+        flips: mirror half of the random crops.
         seed: of the random crops.
         shard_size: samples in a shard.
         batch_size: images encoded at once.
-        num_workers: processes that decode images; 0 decodes in the main process.
-        on_corrupt: what an image that cannot be decoded does: raise, or be skipped, named and counted.
+        num_workers: processes of each device that decode images; 0 decodes in the process that encodes.
+        max_failures: images that may be undecodable and are left out; each is named, and listed in the manifest.
+        precision: of the encoder; codes are chosen in float32.
         device: auto, cpu, cuda or cuda:N.
+        devices: processes on each machine, each with a GPU of its own where `device` is cuda.
+        num_nodes: machines; start the same command on each, by torchrun or Slurm.
     """
-    if min(views, shard_size, batch_size) < 1 or num_workers < 0:
-        raise InputError("--views, --shard_size and --batch_size must be at least 1, --num_workers not negative")
-    where, folder = choose_device(device), Path(out)
+    if min(views, shard_size, batch_size) < 1 or min(num_workers, max_failures) < 0:
+        raise InputError(
+            "--views, --shard_size and --batch_size must be at least 1, --num_workers and --max_failures not negative"
+        )
+    if flips and views == 1:
+        raise InputError("--flips is for random crops: it needs --views 2 or more")
+    folder = Path(out)
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; name a folder")
-    model = load_tokenizer(tokenizer).to(where)
-    source = open_images(images, model.config.resolution, on_corrupt)
-    manifest = resume(folder, new_manifest(model, source, images, views, seed, shard_size))
-    examples = source if views == 1 else Views(source, views, seed)
-    order = np.random.default_rng(ORDER_SEED).permutation(len(examples))
-    done = {shard.name for shard in manifest.shards}
-    with tqdm(total=len(examples), initial=sum(s.samples for s in manifest.shards), unit="img", desc="tokenize") as bar:
-        for index in range(manifest.num_shards):
-            name = shard_name(index)
-            if name in done:
-                continue
-            chosen = order[index * shard_size : (index + 1) * shard_size].tolist()
-            loader = image_loader(examples, batch_size, num_workers, chosen)
-            batches = list(encode(model, loader, where, bar.update))
-            tokens, labels, keys, errors = zip(*batches, strict=True)
-            shard = write_shard(folder / name, np.concatenate(tokens), np.concatenate(labels), list(chain(*keys)))
-            manifest.shards = sorted([*manifest.shards, shard], key=lambda s: s.name)
-            manifest.skipped = list(dict.fromkeys([*manifest.skipped, *chain(*errors)]))  # once, whatever the views
-            manifest.save(folder)
-    report(manifest, folder)
-
-
-def new_manifest(model: Tokenizer, source: ImageSource, name: str, views: int, seed: int, shard_size: int) -> Manifest:
-    return Manifest(
+    model = load_tokenizer(tokenizer)
+    source = open_images(images, model.config.resolution, "skip", labels, class_names)
+    plan = Manifest(
         side_lengths=list(model.config.schedule.side_lengths),
         vocab_size=model.config.vocab_size,
         class_names=source.class_names,
         tokenizer=model.fingerprint(),
-        source=name,
+        source=images,
         num_images=len(source),
+        shard_size=shard_size,
+        listing=source.listing,
         views=views,
         seed=seed if views > 1 else 0,
-        shard_size=shard_size,
+        flips=flips,
+        precision=precision,
     )
+    # Nothing is computed together: a rank only waits for the others in the end, and hears at once if one has died.
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=LONGEST_WAIT)
+    with ranks(device, devices, num_nodes, strategy) as fabric, ExitStack() as stack:
+        if fabric.is_global_zero:
+            stack.enter_context(alone_in(folder, "tokenize"))
+            begin(folder, plan)
+        fabric.barrier()
+        work = Work(fabric, folder, plan, Encoder(model, fabric.device, precision), max_failures)
+        work.run(source, batch_size, num_workers)
+        fabric.barrier()
+        if fabric.is_global_zero:
+            finish(folder, work.rate)
 
 
-def resume(folder: Path, planned: Manifest) -> Manifest:
-    """The manifest to go on with: an earlier run's, less the shards that are missing or damaged, or the planned one.
+def begin(folder: Path, plan: Manifest) -> None:
+    """Write the manifest of a folder that is to be filled.
 
     Raises:
         InputError: if the folder holds shards of something else.
     """
     if not (folder / MANIFEST).is_file():
-        return planned
-    found = Manifest.load(folder)
-    if not found.same_run(planned):
+        plan.save(folder)
+    elif not Manifest.load(folder).same_run(plan):
         raise InputError(
-            f"{folder} holds shards of other images, another tokenizer, or other --views, --seed or --shard_size: "
-            f"choose another --out, or remove that folder"
+            f"{folder} holds shards of other images, another tokenizer, or other --views, --flips, --seed, --precision "
+            f"or --shard_size: choose another --out, or remove that folder"
         )
-    found.shards = [
-        shard
-        for shard in tqdm(found.shards, desc="verify finished shards", leave=False)
-        if (folder / shard.name).is_file() and checksum(folder / shard.name) == shard.sha256
-    ]
-    return found
 
 
-@torch.inference_mode()
-def encode(
-    model: Tokenizer, batches: DataLoader[ImageBatch], device: torch.device, advance: Callable[[int], object]
-) -> Iterator[tuple[np.ndarray, np.ndarray, list[str], list[str]]]:
-    """Tokens (n, l) uint16, labels (n,), keys and error messages of each batch."""
-    num_tokens = model.config.schedule.num_tokens
-    for batch in batches:
-        tokens = np.empty((0, num_tokens), np.uint16)
-        if len(batch.images):
-            tokens = model.encode(batch.images.to(device)).cpu().numpy().astype(np.uint16)
-        for message in batch.errors:
-            tqdm.write(f"skipped: {message}")
-        advance(len(batch.keys) + len(batch.errors))
-        yield tokens, batch.labels.numpy(), batch.keys, batch.errors
-
-
-def report(manifest: Manifest, folder: Path) -> None:
+def finish(folder: Path, images_per_s: float | None) -> None:
+    manifest = Manifest.load(folder)
+    manifest.save(folder)
     skipped = f", {len(manifest.skipped)} images skipped" if manifest.skipped else ""
-    print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards in {folder}{skipped}")
+    rate = "" if images_per_s is None else f"; {images_per_s:.1f} images/s on each device"
+    print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards in {folder}{skipped}{rate}")
     if not manifest.num_samples:
         raise InputError(f"not one image of {manifest.source} could be decoded; the manifest in {folder} names them")
+
+
+class Encoder:
+    """Images to tokens on one device."""
+
+    def __init__(self, model: Tokenizer, device: torch.device, precision: Precision) -> None:
+        self.model, self.device, self.dtype = model.to(device), device, DTYPES[precision]
+        if self.dtype.itemsize == 2:
+            self.model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def __call__(self, batches: Iterable[ImageBatch]) -> Iterator[Encoded]:
+        for batch in batches:
+            tokens = np.empty((0, self.model.config.schedule.num_tokens), np.uint16)
+            if len(batch.images):
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    features = self.model.features(batch.images.to(self.device))
+                tokens = self.model.quantizer.encode(features.float()).cpu().numpy().astype(np.uint16)
+            yield Encoded(tokens, batch.labels.numpy(), batch.keys, batch.errors)
+
+
+class Work:
+    """One rank's shards: every so-manieth, whatever is done already, so that ranks need not talk.
+
+    Args:
+        fabric: which rank of how many.
+        folder: of the shards, with its manifest.
+        plan: what the shards hold.
+        encode: batches of images to tokens.
+        max_failures: see `tokenize`.
+    """
+
+    def __init__(self, fabric: Fabric, folder: Path, plan: Manifest, encode: Encoder, max_failures: int) -> None:
+        self.folder, self.plan, self.encode, self.max_failures = folder, plan, encode, max_failures
+        self.rank, self.world_size, self.local_rank = fabric.global_rank, fabric.world_size, fabric.local_rank
+        self.parent = os.getppid()
+        self.rate: float | None = None  # images/s
+
+    def run(self, source: ImageSource, batch_size: int, num_workers: int) -> None:
+        """Write what is missing.
+
+        Raises:
+            InputError: if too many images cannot be decoded.
+        """
+        plan, size = self.plan, self.plan.shard_size
+        examples = source if plan.views == 1 else Views(source, plan.views, plan.seed, plan.flips)
+        order = shard_order(source, plan.views)
+        todo = self.missing()
+        cut = {index: batched(order[index * size : (index + 1) * size].tolist(), batch_size) for index in todo}
+        # One loader for all shards: its processes read on while a shard is written.
+        loader = batch_loader(examples, (batch for batches in cut.values() for batch in batches), num_workers)
+        encoded, start = self.encode(loader), time.monotonic()
+        several = f" (rank {self.rank} of {self.world_size})" if self.world_size > 1 else ""
+        total = sum(len(batch) for batches in cut.values() for batch in batches)
+        with tqdm(total=total, unit="img", desc=f"tokenize{several}", disable=self.rank > 0) as bar:
+            for index, batches in cut.items():
+                self.write(index, islice(encoded, len(batches)), bar)
+        if total:
+            self.rate = total / (time.monotonic() - start)
+
+    def missing(self) -> list[int]:
+        """Numbers of this rank's shards that are not there, or are damaged."""
+        there = {shard.name: shard for shard in Manifest.load(self.folder).shards}
+        mine = range(self.rank, self.plan.num_shards, self.world_size)
+        show = self.rank > 0 or not there
+        return [
+            index
+            for index in tqdm(mine, desc="verify finished shards", leave=False, disable=show)
+            if (found := there.get(shard_name(index))) is None or not found.is_intact(self.folder)
+        ]
+
+    def write(self, index: int, batches: Iterator[Encoded], bar: tqdm[Any]) -> None:
+        """Write a shard, and then what is known of it."""
+        failed = dict.fromkeys(Manifest.load(self.folder).skipped)
+        done, errors = [], dict[str, None]()
+        for batch in batches:
+            self.check_parent()
+            for message in batch.errors:
+                if message not in errors:
+                    tqdm.write(f"skipped: {message}")
+                errors[message] = failed[message] = None
+            if len(failed) > self.max_failures:
+                raise too_many(len(failed), self.max_failures, batch.errors[-1] if batch.errors else [*failed][-1])
+            bar.update(len(batch.keys) + len(batch.errors))
+            done.append(batch)
+        tokens, labels, keys, _ = zip(*done, strict=True)
+        names = [key for batch in keys for key in batch]
+        shard = write_shard(self.folder / shard_name(index), np.concatenate(tokens), np.concatenate(labels), names)
+        shard.skipped = list(errors)
+        save_part(self.folder, shard)
+
+    def check_parent(self) -> None:
+        """End with the process that started this one: nobody would wait for what it does."""
+        if self.local_rank > 0 and os.getppid() != self.parent:
+            raise InputError(f"rank {self.rank} ends because rank 0 has: the same command goes on with what is missing")
+
+
+def shard_order(source: ImageSource, views: int) -> NDArray[np.int64]:
+    """Numbers of all examples in the order in which they go into the shards, a fixed random one.
+
+    Images that are best read together stay together, in random order of their groups.
+    """
+    rng = np.random.default_rng(ORDER_SEED)
+    if source.groups is None:
+        return rng.permutation(len(source) * views)
+    places = rng.permutation(int(source.groups.max()) + 1)
+    images = np.argsort(places[source.groups], kind="stable")
+    return (images[:, None] * views + np.arange(views)).ravel()
+
+
+def too_many(count: int, allowed: int, message: str) -> InputError:
+    if not allowed:
+        return InputError(f"{message}: repair or remove it, or allow for some with --max_failures")
+    return InputError(f"{count} images cannot be decoded, more than --max_failures {allowed}; the last is {message}")
 
 
 def main(argv: list[str]) -> None:

@@ -1,35 +1,41 @@
-"""Labelled images by index, from an embedded data set or from a folder of class folders.
+"""Labelled images by index, decoded and cropped.
 
-A source is named by one string everywhere (command line, YAML): `digits:train`, `digits:test`, `photos:train`,
-`photos:test`, or a folder path.
+A source is named by one string everywhere (command line, YAML): `digits:train`, `photos:test` and the like; a folder of
+class folders; a tar archive, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or Parquet files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from glob import glob
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
+from webdataset.shardlists import expand_urls
 
+from lightning_mvar.data.archives import TarImages
+from lightning_mvar.data.decoding import UNREADABLE, decode_image
 from lightning_mvar.data.digits import DIGITS
 from lightning_mvar.data.embedded import RESOLUTION, EmbeddedSet, Split
+from lightning_mvar.data.encoded import EncodedImages, FolderImages, visible
+from lightning_mvar.data.labels import read_class_names, read_labels
+from lightning_mvar.data.parquet import ParquetImages
 from lightning_mvar.data.photos import PHOTOS
 from lightning_mvar.errors import InputError
 
 EMBEDDED = {embedded.name: embedded for embedded in (DIGITS, PHOTOS)}
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 RESIZE_MARGIN = 1.125  # the shorter side is resized to this times the crop (VAR's preprocessing)
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+LONGEST = 16  # times the shorter side; of a longer picture the middle is used, or resizing would fill the memory
 
 OnCorrupt = Literal["raise", "skip"]
 Crop = Literal["center", "random"]
@@ -80,21 +86,82 @@ class Images(Examples, Protocol):
 class ImageSource(Images, Protocol):
     """Images that can also be cropped at a random place."""
 
+    # Of each image, a number that it shares with those it is best read together with; None where that is all the same.
+    groups: NDArray[np.int64] | None
+
+    @property
+    def listing(self) -> str: ...  # the same for the same images and labels, wherever they are stored
+
     def cropped(self, index: int, generator: Generator) -> Example: ...
 
 
-def open_images(source: str, resolution: int, on_corrupt: OnCorrupt = "raise") -> ImageSource:
+def open_images(
+    source: str,
+    resolution: int,
+    on_corrupt: OnCorrupt = "raise",
+    labels: str | None = None,
+    class_names: str | None = None,
+) -> ImageSource:
     """The images that `source` names, at `resolution` pixels a side.
+
+    Args:
+        source: see above.
+        resolution: side of the square crops, in pixels.
+        on_corrupt: what an image that cannot be decoded does: raise, or come back as an `Example` with an error.
+        labels: a file that tells the classes of images whose place does not; see `read_labels`.
+        class_names: what the classes are called that are numbers in the source: `imagenet`, or a file with a name on
+            each line.
 
     Raises:
         InputError: if there is no such source, it holds no images, or it has another resolution.
     """
     embedded = embedded_in(source)
     if embedded is None:
-        return ImageFolder(Path(source), resolution, on_corrupt)
+        names = None if class_names is None else read_class_names(class_names)
+        return DecodedImages(open_encoded(source, labels, names), resolution, on_corrupt)
+    if labels is not None or class_names is not None:
+        raise InputError(f"{source} has its own labels and classes: leave out --labels and --class_names")
     if resolution != RESOLUTION:
         raise InputError(f"{source} are {RESOLUTION} x {RESOLUTION}, but {resolution} px are asked for")
     return EmbeddedImages(*embedded)
+
+
+def open_encoded(source: str, labels: str | None, class_names: list[str] | None) -> EncodedImages:
+    """Image files in a folder or in archives."""
+    given = None if labels is None else read_labels(Path(labels), class_names)
+    folder, paths = Path(source), files_of(source)
+    if all(path.suffix == ".tar" for path in paths) and paths:
+        return TarImages(paths, given, class_names)
+    if given is not None and paths:
+        raise InputError(f"--labels is for images without classes: {source} has a column of labels")
+    if paths:
+        return ParquetImages(paths, class_names)
+    if class_names is not None and given is None:
+        raise InputError(f"--class_names is for sources with numbers: the classes of {source} are its folders")
+    return FolderImages(folder, given)
+
+
+def files_of(source: str) -> list[Path]:
+    """The archives or Parquet files that `source` names: one, those of a folder, or of a pattern; none for a folder of
+    images.
+
+    Raises:
+        InputError: if there is no such file or folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        inside = sorted(visible(path.iterdir()))
+        return [p for p in inside if p.suffix == ".tar"] or [p for p in inside if p.suffix == ".parquet"]
+    expanded = [found for part in expand_urls(source) for found in (sorted(glob(part)) or [part])]
+    paths = [Path(found) for found in expanded]
+    missing = [found for found in paths if not found.is_file()]
+    if missing:
+        raise InputError(
+            f"{missing[0]} does not exist (or is not a file): name a folder, .tar or .parquet files, or digits:train"
+        )
+    if len({found.suffix for found in paths}) > 1 or paths[0].suffix not in (".tar", ".parquet"):
+        raise InputError(f"{paths[0]} is neither a folder of class folders, nor a .tar, nor a .parquet file")
+    return paths
 
 
 def embedded_in(source: str) -> tuple[EmbeddedSet, Split] | None:
@@ -106,6 +173,8 @@ def embedded_in(source: str) -> tuple[EmbeddedSet, Split] | None:
 class EmbeddedImages:
     """A split of an embedded set. A random crop moves an image by up to the set's margin each way."""
 
+    groups: NDArray[np.int64] | None = None
+
     def __init__(self, embedded: EmbeddedSet, split: Split) -> None:
         self.class_names, self.resolution = list(embedded.class_names), RESOLUTION
         self.name, self.split, self.margin = embedded.name, split, embedded.margin
@@ -114,6 +183,10 @@ class EmbeddedImages:
     @property
     def identity(self) -> str:
         return hashlib.sha256(self.wide.numpy().tobytes()).hexdigest()
+
+    @property
+    def listing(self) -> str:
+        return self.identity
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -130,35 +203,29 @@ class EmbeddedImages:
         return Example(image, int(self.labels[index]), f"{self.name}/{self.split}/{index:04d}")
 
 
-class ImageFolder:
-    """`root/class/name.{png,jpg,jpeg,webp}`: classes are the folders in sorted order.
+class DecodedImages:
+    """Square crops of image files.
 
     Args:
-        root: the folder of class folders.
-        resolution: side of the square crop; the shorter side is first resized to 1.125 times that (Lanczos).
+        encoded: the files.
+        resolution: side of the crops; the shorter side is first resized to 1.125 times that (Lanczos).
         on_corrupt: what a file that cannot be decoded does: raise, or come back as an `Example` with an error.
     """
 
-    def __init__(self, root: Path, resolution: int, on_corrupt: OnCorrupt) -> None:
-        if not root.is_dir():
-            raise InputError(f"image folder {root} does not exist (or is not a folder)")
-        self.root, self.resolution, self.on_corrupt = root, resolution, on_corrupt
-        self.class_names = sorted(path.name for path in visible(root.iterdir()) if path.is_dir())
-        self.files = [
-            (path, label)
-            for label, name in enumerate(self.class_names)
-            for path in sorted(visible((root / name).rglob("*")))
-            if path.suffix.lower() in SUFFIXES
-        ]
-        if not self.files:
-            raise InputError(f"no images under {root}: expected {root}/CLASS/NAME with {', '.join(SUFFIXES)}")
+    def __init__(self, encoded: EncodedImages, resolution: int, on_corrupt: OnCorrupt) -> None:
+        self.encoded, self.resolution, self.on_corrupt = encoded, resolution, on_corrupt
+        self.class_names, self.groups = encoded.class_names, encoded.groups
 
     @property
     def identity(self) -> str:
-        return identity_of(path for path, _ in self.files)
+        return self.encoded.identity
+
+    @property
+    def listing(self) -> str:
+        return self.encoded.listing
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.encoded)
 
     def __getitem__(self, index: int) -> Example:
         return self.example(index, None)
@@ -167,13 +234,11 @@ class ImageFolder:
         return self.example(index, generator)
 
     def example(self, index: int, generator: Generator | None) -> Example:
-        path, label = self.files[index]
-        key = str(path.relative_to(self.root))
+        label, key = int(self.encoded.labels[index]), self.encoded.key(index)
         try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
+            image = decode_image(self.encoded.read(index))
         except UNREADABLE as error:
-            message = f"{path} cannot be decoded ({error})"
+            message = f"{self.encoded.where(index)} cannot be decoded ({error})"
             if self.on_corrupt == "skip":
                 return Example(None, label, key, message)
             raise CorruptImageError(
@@ -183,6 +248,7 @@ class ImageFolder:
 
     def cut(self, image: Image.Image, generator: Generator | None) -> Image.Image:
         """Resize the shorter side, crop a square: where the generator says, else at the centre."""
+        image = middle(image, LONGEST * min(image.size))
         scale = round(RESIZE_MARGIN * self.resolution) / min(image.size)
         width, height = (max(round(side * scale), self.resolution) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -194,32 +260,37 @@ class ImageFolder:
         return image.crop((left, top, left + self.resolution, top + self.resolution))
 
 
-def visible(paths: Iterable[Path]) -> Iterator[Path]:
-    """Those whose names do not begin with a dot, as unfinished files' names do."""
-    return (path for path in paths if not path.name.startswith("."))
-
-
-def identity_of(files: Iterable[Path]) -> str:
-    """A hash of names, sizes and times of change."""
-    about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(about).encode()).hexdigest()
+def middle(image: Image.Image, longest: int) -> Image.Image:
+    """A picture without what its longer side has beyond `longest` pixels, at both ends alike."""
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image
 
 
 class Views:
     """Several random crops of every image of a source: `views` times as many examples.
 
     Example i is drawn from (seed, i) alone, so it is the same in any process and after any interruption.
+
+    Args:
+        source: the images.
+        views: crops of each.
+        seed: of the crops.
+        flips: mirror half of them, at random.
     """
 
-    def __init__(self, source: ImageSource, views: int, seed: int) -> None:
-        self.source, self.views, self.seed = source, views, seed
+    def __init__(self, source: ImageSource, views: int, seed: int, flips: bool = False) -> None:
+        self.source, self.views, self.seed, self.flips = source, views, seed, flips
 
     def __len__(self) -> int:
         return len(self.source) * self.views
 
     def __getitem__(self, index: int) -> Example:
         image, view = divmod(index, self.views)
-        example = self.source.cropped(image, generator_for(self.seed, index))
+        generator = generator_for(self.seed, index)
+        example = self.source.cropped(image, generator)
+        if self.flips and example.image is not None and torch.rand((), generator=generator) < 0.5:
+            example = replace(example, image=example.image.flip(2))
         return replace(example, key=f"{example.key}#{view}")
 
 
@@ -237,9 +308,19 @@ def image_loader(
     images: Examples, batch_size: int, num_workers: int, chosen: Sequence[int] | None = None
 ) -> DataLoader[ImageBatch]:
     """Batches of all images in order, or of those `chosen` by number, read in processes, or in this one for 0."""
+    numbers = range(len(images)) if chosen is None else chosen
+    return batch_loader(images, batched(numbers, batch_size), num_workers)
+
+
+def batched(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+
+
+def batch_loader(images: Examples, batches: Iterable[Sequence[int]], num_workers: int) -> DataLoader[ImageBatch]:
+    """Batches of the images with these numbers, read in processes, two batches of each ahead, or in this one for 0."""
     return DataLoader[Example](  # type: ignore[return-value]  # which are collated
-        images if chosen is None else Subset(images, chosen),  # type: ignore[arg-type]
-        batch_size=batch_size,
+        images,  # type: ignore[arg-type]
+        batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=num_workers,
         collate_fn=collate,
         generator=torch.Generator(),  # not the global one: reading must not change what is drawn elsewhere

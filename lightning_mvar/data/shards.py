@@ -7,8 +7,9 @@ tar sample is a pack of up to `PACK_SIZE` images, which makes reading a slice of
     KEY.labels.npy   (n,) int64        class of each image
     KEY.keys.json    n strings         where each image came from
 
-A shard appears under its name whole or not at all, and is listed in the manifest only then. The manifest carries what
-a network must agree with: schedule, vocabulary, classes, and the fingerprint of the tokenizer.
+A shard appears under its name whole or not at all. While a folder is being written, by any number of processes, what
+the manifest will say of each finished shard is in `parts/`; in the end it is moved to the manifest. The manifest
+carries what a network must agree with: schedule, vocabulary, classes, and the fingerprint of the tokenizer.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from numpy.typing import NDArray
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACK_SIZE = 512  # images in one tar sample: 0.7 MB at 680 tokens
 MANIFEST = "manifest.json"
+PARTS = "parts"
 
 
 class Pack(NamedTuple):
@@ -44,12 +46,17 @@ class Pack(NamedTuple):
 
 @dataclass
 class Shard:
-    """One finished shard, as the manifest lists it."""
+    """One finished shard, as the manifest lists it, with a message for each image that could not be read."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    skipped: list[str] = field(default_factory=list)
+
+    def is_intact(self, folder: Path) -> bool:
+        path = folder / self.name
+        return path.is_file() and path.stat().st_size == self.bytes and checksum(path) == self.sha256
 
 
 @dataclass
@@ -64,10 +71,12 @@ class Manifest:
         source: where the images came from.
         num_images: images of the source.
         shard_size: samples that each shard covers, the last one fewer.
+        listing: a hash of the images' names and labels.
         views: token samples made of each image: random crops, or its centre where there is one.
         seed: of the random crops.
+        flips: whether half of the crops are mirrored.
+        precision: of the encoder.
         shards: the finished shards, in order.
-        skipped: a message for each image that could not be read.
         format_version: of this format.
     """
 
@@ -78,15 +87,22 @@ class Manifest:
     source: str
     num_images: int
     shard_size: int
+    listing: str = ""
     views: int = 1
     seed: int = 0
+    flips: bool = False
+    precision: str = "float32"
     shards: list[Shard] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     @property
     def num_samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def skipped(self) -> list[str]:
+        """A message for each image that could not be read, once, whatever the views."""
+        return list(dict.fromkeys(message for shard in self.shards for message in shard.skipped))
 
     @property
     def offsets(self) -> list[int]:
@@ -99,17 +115,22 @@ class Manifest:
         return -(-self.num_images * self.views // self.shard_size)
 
     def same_run(self, other: Manifest) -> bool:
-        """Whether the other describes the same images, tokenizer and cut into shards."""
+        """Whether the other describes the same images, wherever they are stored, tokenizer and cut into shards."""
         mine, theirs = asdict(self), asdict(other)
-        return all(mine[key] == theirs[key] for key in mine if key not in ("shards", "skipped"))
+        return all(mine[key] == theirs[key] for key in mine if key not in ("shards", "source"))
 
     def save(self, folder: Path) -> None:
+        """Write the manifest, with what is in `parts`, and no more parts."""
         with atomic_path(folder / MANIFEST) as path:
             path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        for part in parts_of(folder):
+            part.unlink()
+        if (folder / PARTS).is_dir():
+            (folder / PARTS).rmdir()
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read the manifest of `folder`.
+        """Read the manifest of `folder`, and what its parts say of shards that have been finished since.
 
         Raises:
             InputError: if there is none, or it is not of this format.
@@ -124,10 +145,13 @@ class Manifest:
             version = values["format_version"]
             if version != FORMAT_VERSION:
                 raise InputError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}")
-            return cls(**(values | {"shards": [Shard(**shard) for shard in values["shards"]]}))
+            shards = {shard["name"]: Shard(**shard) for shard in values["shards"]}
+            for path in parts_of(folder):
+                shards[path.stem] = Shard(**json.loads(path.read_text()))
+            return cls(**(values | {"shards": [shards[name] for name in sorted(shards)]}))
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error!r}); run `lightning-mvar tokenize` again") from error
 
     def check_model(
@@ -173,12 +197,28 @@ def sample_keys(folder: Path, manifest: Manifest, ids: list[int]) -> list[str]:
     return [keys[number] for number in ids]
 
 
+def parts_of(folder: Path) -> list[Path]:
+    """Files about shards that are finished and not yet in the manifest."""
+    return sorted((folder / PARTS).glob("*.tar.json"))
+
+
+def save_part(folder: Path, shard: Shard) -> None:
+    """Write down that a shard is finished."""
+    with atomic_path(folder / PARTS / f"{shard.name}.json") as path:
+        path.write_text(json.dumps(asdict(shard)) + "\n")
+
+
 def shard_name(index: int) -> str:
     return f"{index:06d}.tar"
 
 
 def write_shard(path: Path, tokens: NDArray[np.uint16], labels: NDArray[np.int64], keys: list[str]) -> Shard:
-    """Write one shard of tokens (n, l) atomically; the bytes depend on the content alone."""
+    """Write one shard of tokens (n, l) atomically; the bytes depend on the content alone.
+
+    It is nobody else's to write: what a killed process has left of it is removed.
+    """
+    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+        left.unlink(missing_ok=True)
     with atomic_path(path) as temporary:
         with wds.TarWriter(str(temporary), user="", group="", mtime=0.0) as writer:
             for begin in range(0, len(labels), PACK_SIZE):

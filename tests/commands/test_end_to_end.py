@@ -204,13 +204,13 @@ def test_tokenize_skips_or_refuses_corrupt_images(here: Path, capfd: pytest.Capt
     assert run(command) == 1
     assert "damaged/light/3.png cannot be decoded" in capfd.readouterr().err
     assert not list(Path("shards").glob("damaged/*.tar"))
-    assert run([*command, "--on_corrupt", "skip"]) == 0
+    assert run([*command, "--max_failures", "1"]) == 0
     captured = capfd.readouterr()
     assert "17 samples in 1 shards" in captured.out
     assert "1 images skipped" in captured.out
     manifest = Manifest.load(Path("shards/damaged"))
     assert manifest.num_samples == 17
     assert "light/3.png" in manifest.skipped[0]
-    assert run([*command, "--on_corrupt", "skip", "--views", "2", "--out", "shards/damaged_views"]) == 0
+    assert run([*command, "--max_failures", "1", "--views", "2", "--out", "shards/damaged_views"]) == 0
     manifest = Manifest.load(Path("shards/damaged_views"))
     assert (manifest.num_samples, len(manifest.skipped)) == (34, 1)  # told once, whatever the views

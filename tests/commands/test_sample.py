@@ -17,7 +17,7 @@ from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.commands import drawing
-from lightning_mvar.data.images import visible
+from lightning_mvar.data.encoded import visible
 from lightning_mvar.data.sample_files import open_samples
 from lightning_mvar.errors import InputError
 from lightning_mvar.pictures import to_uint8

@@ -199,7 +199,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_results(here: Path, whole: P
 
 def test_one_sweep_at_a_time_works_in_a_folder(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (here / "out").mkdir()
-    lock = FileLock.take(here / "out/sweep.lock")
+    lock = FileLock.take(here / "out/.sweep.lock")
     assert lock is not None
     assert run(["sweep", "sweep.yaml", "--out", "out"]) == 1
     assert "another sweep is at work in out" in capfd.readouterr().err
