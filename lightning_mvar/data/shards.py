@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -123,10 +124,8 @@ class Manifest:
         """Write the manifest, with what is in `parts`, and no more parts."""
         with atomic_path(folder / MANIFEST) as path:
             path.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        for part in parts_of(folder):
-            part.unlink()
         if (folder / PARTS).is_dir():
-            (folder / PARTS).rmdir()
+            shutil.rmtree(folder / PARTS)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
