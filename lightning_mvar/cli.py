@@ -27,6 +27,7 @@ COMMANDS = {  # command: (module that has `main(argv)`, help)
     "test": ("training", "teacher-forced loss of a checkpoint on the test shards"),
     "train-tokenizer": ("train_tokenizer", "train the tokenizer on images"),
     "tokenize": ("tokenize", "turn images into token shards"),
+    "shards": ("shards", "check token shards, print what they hold, look at them"),
     "sample": ("sample", "draw images from a checkpoint or an exported folder"),
     "edit": ("edit", "draw a part of a given image anew"),
     "serve": ("serve", "a local web page that draws and in-paints"),

@@ -16,6 +16,7 @@ from lightning_mvar.files import atomic_path
 
 PADDING = 2  # pixels between the images of a grid
 SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels
+SMALLEST_CAPTIONED = 96  # pixels of a side
 FRAME_MS, LAST_FRAME_MS = 400, 2000
 
 
@@ -59,6 +60,33 @@ def with_row_names(grid: Tensor, names: Sequence[str]) -> Tensor:
         draw.text((width - PADDING, (row + 0.5) * grid.shape[1] / len(names)), name, "white", font, anchor="rm")
     pixels = torch.from_numpy(np.array(margin)).movedim(-1, 0).to(grid) / 255
     return torch.cat([pixels, grid], dim=2)
+
+
+def captioned_pair(original: Tensor | None, made: Tensor, *captions: str) -> Tensor:
+    """A picture (3, H', W') of an original, grey where it is not to be had, above what was made of it, both (3, H, W).
+
+    Captions stand above, a line each, cut to the width; small images are magnified, so that they can be read.
+    """
+    original = torch.full_like(made, 0.5) if original is None else original
+    times = -(-SMALLEST_CAPTIONED // made.shape[-1])
+    pair = image_grid(torch.stack([original, made]), 1).repeat_interleave(times, 1).repeat_interleave(times, 2)
+    font = ImageFont.load_default(SMALLEST_FONT)
+    line = SMALLEST_FONT + 2 * PADDING
+    header = Image.new("RGB", (pair.shape[2], line * len(captions)))
+    draw = ImageDraw.Draw(header)
+    for row, caption in enumerate(captions):
+        draw.text((header.width / 2, (row + 0.5) * line), shortened(caption, font, header.width), "white", font, "mm")
+    pixels = torch.from_numpy(np.array(header)).movedim(-1, 0).to(pair) / 255
+    return torch.cat([pixels, pair], dim=1)
+
+
+def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """The end of a text that is too wide, which of a path says most."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"...{text}") > width:
+        text = text[1:]
+    return f"...{text}"
 
 
 def save_image(image: Tensor, path: str | Path) -> None:

@@ -13,7 +13,7 @@ LAYERS = [  # each may import those before it, and its own
     ["official", "resume", "attention_share", "costs", "sweeps"],
     ["data.embedded", "data.digits", "data.photos"],
     ["data.decoding", "data.labels", "data.encoded", "data.archives", "data.parquet"],
-    ["data.images", "data.sample_files", "data.shards", "data.loader"],
+    ["data.images", "data.sample_files", "data.shards", "data.inspection", "data.token_statistics", "data.loader"],
     ["sampling", "pictures", "sample_set", "checkpoints", "optim"],
     ["metrics", "pipeline", "data.datamodule", "strategies"],
     ["scheduled_module", "bench", "studio"],

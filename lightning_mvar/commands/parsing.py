@@ -9,13 +9,19 @@ from jsonargparse import auto_cli, capture_parser
 from lightning_mvar.errors import InputError
 
 
-def call(function: Callable[..., None], argv: list[str], positional: bool = False) -> None:
+def call(
+    function: Callable[..., None] | dict[str, Callable[..., None]],
+    argv: list[str],
+    positional: bool = False,
+    description: str | None = None,
+) -> None:
     """Call `function` with the options in `argv`, whose first word is the command's name.
 
     Args:
-        function: whose arguments are the options.
+        function: whose arguments are the options, or several by name, of which the second word names one.
         argv: the command line.
         positional: required arguments are words instead of options.
+        description: of several functions together.
 
     Raises:
         argparse.ArgumentError: if the options do not fit the function's signature.
@@ -23,7 +29,12 @@ def call(function: Callable[..., None], argv: list[str], positional: bool = Fals
     """
     try:
         auto_cli(
-            function, args=argv[1:], prog=f"lightning-mvar {argv[0]}", as_positional=positional, exit_on_error=False
+            function,  # type: ignore[arg-type]  # its dict has other kinds of values, too
+            args=argv[1:],
+            prog=f"lightning-mvar {argv[0]}",
+            as_positional=positional,
+            exit_on_error=False,
+            description=description,
         )
     except ValueError as error:
         mistake = behind(error)

@@ -24,6 +24,11 @@ def print_table(records: list[Record]) -> None:
         rows.insert(0, ["", "first", "versus", "ratio"])
     elif len(records) > 2:
         rows = [list(column) for column in zip(*rows, strict=True)]
+    print_rows(rows)
+
+
+def print_rows(rows: list[list[str]]) -> None:
+    """Cells in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -19,7 +19,7 @@ from lightning_mvar.data.loader import (
     TokenStream,
     leave_signals_to_the_main_process,
 )
-from lightning_mvar.data.shards import Manifest, sample_keys
+from lightning_mvar.data.shards import Manifest, chosen_samples
 from lightning_mvar.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def keys(self, batch: TokenBatch) -> list[str]:
         """Names of the images of a training batch."""
-        return sample_keys(self.folders["train"], self.manifests["train"], batch.ids.tolist())
+        return chosen_samples(self.folders["train"], self.manifests["train"], batch.ids.tolist()).keys
 
     def train_dataloader(self) -> TokenLoader:
         return following(self.loader("train", self.seed), self.trainer)

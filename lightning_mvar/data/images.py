@@ -94,6 +94,8 @@ class ImageSource(Images, Protocol):
 
     def cropped(self, index: int, generator: Generator) -> Example: ...
 
+    def key(self, index: int) -> str: ...  # of its example, without reading the image
+
 
 def open_images(
     source: str,
@@ -200,7 +202,10 @@ class EmbeddedImages:
 
     def example(self, index: int, top: int, left: int) -> Example:
         image = self.wide[index, :, top : top + RESOLUTION, left : left + RESOLUTION]
-        return Example(image, int(self.labels[index]), f"{self.name}/{self.split}/{index:04d}")
+        return Example(image, int(self.labels[index]), self.key(index))
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{self.split}/{index:04d}"
 
 
 class DecodedImages:
@@ -234,7 +239,7 @@ class DecodedImages:
         return self.example(index, generator)
 
     def example(self, index: int, generator: Generator | None) -> Example:
-        label, key = int(self.encoded.labels[index]), self.encoded.key(index)
+        label, key = int(self.encoded.labels[index]), self.key(index)
         try:
             image = decode_image(self.encoded.read(index))
         except UNREADABLE as error:
@@ -245,6 +250,9 @@ class DecodedImages:
                 f"{message}: repair or remove it (or skip it, where the command has --on_corrupt)"
             ) from error
         return Example(to_tensor(self.cut(image, generator)), label, key)
+
+    def key(self, index: int) -> str:
+        return self.encoded.key(index)
 
     def cut(self, image: Image.Image, generator: Generator | None) -> Image.Image:
         """Resize the shorter side, crop a square: where the generator says, else at the centre."""
@@ -265,6 +273,27 @@ def middle(image: Image.Image, longest: int) -> Image.Image:
     width, height = (min(side, longest) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image
+
+
+def find_by_key(
+    source: ImageSource, views: int, seed: int, flips: bool, keys: Sequence[str]
+) -> list[Example | None]:
+    """The examples, as they were tokenized, that have these keys; None for a key that the source has not.
+
+    Args:
+        source: of the images.
+        views: of each, whose number follows a "#" in the key where there are more than one.
+        seed: of the views.
+        flips: whether half of them are mirrored.
+        keys: as the shards have them.
+    """
+    examples: Examples = source if views == 1 else Views(source, views, seed, flips)
+    images = [key if views == 1 else key.rpartition("#")[0] for key in keys]
+    wanted = set(images)
+    numbers = {key: index for index in range(len(source)) if (key := source.key(index)) in wanted}
+    view = [0 if views == 1 else int(key.rpartition("#")[2]) for key in keys]
+    places = [numbers.get(image) for image in images]
+    return [None if i is None else examples[i * views + v] for i, v in zip(places, view, strict=True)]
 
 
 class Views:

@@ -186,14 +186,20 @@ class Manifest:
                 )
 
 
-def sample_keys(folder: Path, manifest: Manifest, ids: list[int]) -> list[str]:
-    """Names of the images that samples, numbered through the shards, were made of."""
-    keys: dict[int, str] = {}
+def chosen_samples(folder: Path, manifest: Manifest, ids: list[int]) -> Pack:
+    """Samples by their numbers, counted through the shards, in the order of `ids`; other shards are not read.
+
+    Raises:
+        InputError: if a shard that has one of them is missing or damaged.
+    """
+    wanted = set(ids)
+    found: dict[int, tuple[NDArray[np.uint16], np.int64, str]] = {}
     for shard, begin in zip(manifest.shards, manifest.offsets, strict=True):
-        if any(begin <= number < begin + shard.samples for number in ids):
-            names = [key for pack in read_shard(folder / shard.name) for key in pack.keys]
-            keys |= dict(enumerate(names, start=begin))
-    return [keys[number] for number in ids]
+        if any(begin <= number < begin + shard.samples for number in wanted):
+            rows = (row for pack in read_shard(folder / shard.name) for row in zip(*pack, strict=True))
+            found |= {number: row for number, row in enumerate(rows, start=begin) if number in wanted}
+    tokens, labels, keys = zip(*(found[number] for number in ids), strict=True)
+    return Pack(np.stack(tokens), np.array(labels), list(keys))
 
 
 def parts_of(folder: Path) -> list[Path]:
