@@ -60,14 +60,17 @@ def count_shard(statistics: TokenStatistics, folder: Path, shard: Shard) -> None
     Raises:
         InputError: if it is damaged, or has what the manifest does not allow.
     """
-    path = folder / shard.name
+    path, samples = folder / shard.name, 0
     for pack in read_shard(path):
-        fits = pack.tokens.shape[1:] == (statistics.schedule.num_tokens,)
+        fits = pack.tokens.shape == (len(pack.labels), statistics.schedule.num_tokens)
         for values, end in ((pack.tokens, statistics.vocab_size), (pack.labels, len(statistics.classes))):
             fits = fits and bool(((values >= 0) & (values < end)).all())
         if not fits:
-            raise InputError(f"{path} does not fit its manifest; `lightning-mvar shards verify {folder}` says where")
+            break
         statistics.update(pack)
+        samples += len(pack.labels)
+    if samples != shard.samples:
+        raise InputError(f"{path} does not fit its manifest; `lightning-mvar shards verify {folder}` says where")
 
 
 def spread_samples(count: int, wanted: int, seed: int) -> list[int]:

@@ -1,0 +1,184 @@
+"""`shards` from its command line: what it prints, against figures made another way."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from conftest import write_images, write_token_shards
+from PIL import Image
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.cli import run
+from lightning_mvar.data.images import Views, open_images
+from lightning_mvar.pictures import PADDING, SMALLEST_CAPTIONED
+
+
+@pytest.fixture
+def here(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """18 pictures of three classes in `images`, and their tokens in `tokens`."""
+    write_images(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    tokenize("tokens", tokenizer_folder)
+    return tmp_path
+
+
+def tokenize(out: str, tokenizer_folder: Path, *options: str) -> None:
+    command = ["tokenize", "--images", "images", "--tokenizer", str(tokenizer_folder), "--out", out]
+    assert run([*command, "--shard_size", "7", *options]) == 0
+
+
+def all_packs(folder: Path) -> list[dict]:
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    return list(wds.WebDataset(urls, shardshuffle=False).decode())
+
+
+def test_help_names_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["shards", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "{verify,info,decode}" in text
+    assert "shards verify DIR" in text
+    for name, option in [("verify", "--tokenizer"), ("info", "--json"), ("decode", "--images")]:
+        assert run(["shards", name, "--help"]) == 0
+        assert option in capsys.readouterr().out
+
+
+def test_a_whole_folder_passes_and_a_damaged_one_does_not(
+    here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["shards", "verify", "tokens", "--tokenizer", str(tokenizer_folder)]) == 0
+    assert "tokens is whole: 18 samples in 3 shards" in capfd.readouterr().out
+    for name in ("000000.tar", "000002.tar"):
+        path = here / "tokens" / name
+        path.write_bytes(path.read_bytes()[:-600])
+    (here / "tokens/000001.tar").unlink()
+    assert run(["shards", "verify", "tokens"]) == 1
+    out, error = capfd.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("tokens/")]
+    assert {line.split(":")[0] for line in lines} == {f"tokens/00000{i}.tar" for i in range(3)}
+    assert "tokens/000001.tar: is missing; run the same `lightning-mvar tokenize` again" in out
+    assert f"error: tokens is damaged: {len(lines)} problem(s) in 3 file(s)" in error
+    assert "Traceback" not in error
+
+
+def test_statistics_are_those_of_a_plain_count(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["shards", "info", "tokens", "--json", "info.json"]) == 0
+    printed = capsys.readouterr().out
+    (record,) = json.loads((here / "info.json").read_text())
+    packs = all_packs(here / "tokens")
+    tokens = np.concatenate([pack["tokens.npy"] for pack in packs])
+    begin = 0
+    for side, scale in zip((1, 2, 3, 4), record["scales"], strict=True):
+        counts = Counter(tokens[:, begin : begin + side**2].ravel().tolist())
+        shares = [count / counts.total() for count in counts.values()]
+        assert scale["side"] == side
+        assert scale["tokens"] == counts.total() == 18 * side**2
+        assert scale["codebook_usage"] == pytest.approx(len(counts) / 48)
+        assert scale["codebook_perplexity"] == pytest.approx(math.prod(p**-p for p in shares))
+        begin += side**2
+    assert record["samples_of_class"] == {"dark": 6, "light": 6, "mixed": 6}
+    assert record["bytes_on_disk"] == sum(path.stat().st_size for path in (here / "tokens").glob("*.tar"))
+    assert record["bytes_per_sample"] == pytest.approx(record["bytes_on_disk"] / 18)
+    assert record["theoretical_bytes_per_sample"] == pytest.approx(30 * math.log2(48) / 8)
+    assert record["source"] == "images"
+    assert "min 6, median 6, max 6" in printed
+    assert "codebook_perplexity" in printed
+
+
+def test_skipped_images_and_rare_classes_are_named(
+    here: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "images/light/3.png").write_bytes(b"no picture")
+    tokenize("fewer", tokenizer_folder, "--on_corrupt", "skip")
+    capsys.readouterr()
+    assert run(["shards", "verify", "fewer"]) == 0
+    assert run(["shards", "info", "fewer"]) == 0
+    printed = capsys.readouterr().out
+    assert "rarest: light (5), dark (6), mixed (6)" in printed
+    assert "skipped: images/light/3.png cannot be decoded" in printed
+
+
+def corner(column: int, row: int, height: int) -> tuple[int, int, int, int]:
+    """Place in `decode`'s picture of the 8 x 8 image in a column; row 0 has originals, row 1 what was made of them."""
+    times = SMALLEST_CAPTIONED // 8
+    width = (8 + 2 * PADDING) * times
+    left = PADDING + column * (width + PADDING) + PADDING * times
+    top = height - PADDING - (2 - row) * (8 + PADDING) * times
+    return left, top, left + 8 * times, top + 8 * times
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_pictures_are_the_originals_above_what_their_tokens_decode_to(
+    here: Path, tokenizer: Tokenizer, tokenizer_folder: Path, views: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenize("views", tokenizer_folder, "--views", str(views), "--seed", "5")
+    command = ["shards", "decode", "views", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png", "--n", "6"]
+    assert run(command) == 0
+    assert "6 samples of views in pairs.png, 6 of them beneath their originals" in capsys.readouterr().out
+    source = open_images("images", 8)
+    examples = source if views == 1 else Views(source, views, 5)
+    images = {examples[i].key: examples[i].image for i in range(18 * views)}
+    packs = all_packs(here / "views")
+    rows = {key: tokens for pack in packs for key, tokens in zip(pack["keys.json"], pack["tokens.npy"], strict=True)}
+    expected = {}
+    for key, image in images.items():
+        with torch.no_grad():
+            made = tokenizer.decode(torch.from_numpy(rows[key].astype(np.int64))[None])[0].clamp(-1, 1)
+        expected[key] = [((part + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).numpy() for part in (image, made)]
+    shown = set()
+    with Image.open("pairs.png") as picture:
+        for column in range(6):
+            original, made = (
+                np.asarray(picture.crop(corner(column, row, picture.height)).resize((8, 8), 0))
+                for row in (0, 1)
+            )
+            (key,) = [k for k, (image, _) in expected.items() if np.array_equal(image, original)]
+            assert np.abs(made.astype(int) - expected[key][1].astype(int)).max() <= 1
+            shown.add(key)
+    assert len(shown) == 6
+
+
+def test_originals_that_are_gone_are_left_out_and_told(
+    here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (here / "images").rename(here / "elsewhere")
+    command = ["shards", "decode", "tokens", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png", "--n", "40"]
+    assert run(command) == 0
+    out = capfd.readouterr().out
+    assert "without originals: image folder images does not exist" in out
+    assert "18 samples of tokens in pairs.png, 0 of them" in out
+    (here / "elsewhere/dark/0.png").unlink()
+    assert run([*command, "--images", "elsewhere"]) == 0
+    assert "18 samples of tokens in pairs.png, 17 of them" in capfd.readouterr().out
+    assert run([*command, "--images", "nowhere"]) == 1
+    assert "image folder nowhere does not exist" in capfd.readouterr().err
+
+
+def test_mistakes_are_told_in_a_line(here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_token_shards(here / "foreign", "abc", [5])
+    decode = ["--tokenizer", str(tokenizer_folder), "--out", "a.png"]
+    (here / "cut").mkdir()
+    for path in (here / "tokens").iterdir():
+        (here / "cut" / path.name).write_bytes(path.read_bytes()[: 3000 if path.suffix == ".tar" else None])
+    for options, message in [
+        ([], "shards --help"),
+        (["look", "tokens"], "look"),
+        (["verify"], "verify.folder"),
+        (["verify", "nowhere"], "nowhere is not a folder"),
+        (["verify", "images"], "no token shards in images"),
+        (["info", "images"], "no token shards in images"),
+        (["info", "cut"], "000000.tar is damaged"),
+        (["verify", "foreign", "--tokenizer", str(tokenizer_folder)], "foreign is damaged: 1 problem(s)"),
+        (["decode", "foreign", *decode], "the tokens in foreign are of tokenizer abc, not of"),
+        (["decode", "tokens", *decode, "--n", "0"], "--n must be at least 1, got 0"),
+    ]:
+        assert run(["shards", *options]) == 1, options
+        error = capfd.readouterr().err
+        assert message in error, options
+        assert "Traceback" not in error
