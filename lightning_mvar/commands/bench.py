@@ -18,6 +18,7 @@ from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.costs import state_bytes
 from lightning_mvar.data.loader import TokenLoader, TokenStream
+from lightning_mvar.data.remote import LocalShards
 from lightning_mvar.data.shards import Manifest, shard_name, write_shard
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
@@ -211,7 +212,7 @@ def measure_data(settings: list[Setting], num_workers: int, repeats: int, sample
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             manifest = write_random_shards(folder, setting, samples)
-            stream = TokenStream(folder, manifest, setting.batch_size, 0, 16_384, 0, 1)
+            stream = TokenStream(LocalShards(folder), manifest, setting.batch_size, 0, 16_384, 0, 1)
             loader = TokenLoader(stream, num_workers, pin_memory=torch.cuda.is_available())
             times, firsts = [], []
             for _ in range(repeats):

@@ -18,6 +18,7 @@ from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import print_rows, print_table, shown, write_records
 from lightning_mvar.data.images import find_by_key, open_images
 from lightning_mvar.data.inspection import find_problems
+from lightning_mvar.data.remote import LocalShards
 from lightning_mvar.data.shards import MANIFEST, Manifest, chosen_samples
 from lightning_mvar.data.token_statistics import TokenStatistics, count_shard, spread_samples
 from lightning_mvar.devices import choose_device
@@ -124,7 +125,8 @@ def decode(
             f"the tokens in {folder} are of tokenizer {manifest.tokenizer}, not of {model.fingerprint()} in "
             f"{tokenizer}: name theirs with --tokenizer"
         )
-    samples = chosen_samples(where, manifest, spread_samples(manifest.num_samples, n, seed))
+    chosen = spread_samples(manifest.num_samples, n, seed)
+    samples = chosen_samples(manifest, LocalShards(where).fetch, chosen)
     originals = find_originals(manifest, samples.keys, images, model.config.resolution)
     decoded = decode_all(model, samples.tokens, target)
     classes = Classes(manifest.class_names, len(manifest.class_names))

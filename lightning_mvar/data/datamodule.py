@@ -19,6 +19,7 @@ from lightning_mvar.data.loader import (
     TokenStream,
     leave_signals_to_the_main_process,
 )
+from lightning_mvar.data.remote import open_shards
 from lightning_mvar.data.shards import Manifest, chosen_samples
 from lightning_mvar.errors import InputError
 
@@ -32,13 +33,16 @@ class TokenDataModule(L.LightningDataModule):
     """Streams tokenized images from the shards that `lightning-mvar tokenize` wrote.
 
     Args:
-        train: folder of the training shards.
-        val: folder of the validation shards.
-        test: folder of the test shards; the validation shards where not given.
+        train: folder of the training shards: on this machine, `https://HOST/PATH`, or a command that prints the file
+            whose name is put for {}, such as `pipe:aws s3 cp s3://BUCKET/PATH/{} -`.
+        val: the same of the validation shards.
+        test: the same of the test shards; the validation shards where not given.
         batch_size: images per rank and step.
         num_workers: processes that read ahead; 0 reads in the training process, which suffices for local files.
         block_size: samples that are shuffled together, in memory at once.
         seed: of the shuffling, together with the epoch.
+        cache_dir: folder on this machine that keeps shards from elsewhere; nothing is ever removed from it.
+        retries: attempts to read a file from elsewhere, after one that failed: 1, 2, 4, ... seconds later.
     """
 
     def __init__(
@@ -50,12 +54,20 @@ class TokenDataModule(L.LightningDataModule):
         num_workers: int = 0,
         block_size: int = 16_384,
         seed: int = 0,
+        cache_dir: str = "outputs/shard_cache",
+        retries: int = 5,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("block_size", block_size), ("num_workers", num_workers + 1)):
-            if value < 1:
-                raise InputError(f"data.{name} is too small, got {value if name != 'num_workers' else num_workers}")
-        self.folders = {"train": Path(train), "val": Path(val), "test": Path(test or val)}
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("block_size", block_size, 1),
+            ("num_workers", num_workers, 0),
+            ("retries", retries, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name} is too small, got {value}")
+        places = {"train": train, "val": val, "test": test or val}
+        self.shards = {name: open_shards(place, Path(cache_dir), retries) for name, place in places.items()}
         self.batch_size, self.num_workers, self.block_size, self.seed = batch_size, num_workers, block_size, seed
         self.manifests: dict[str, Manifest] = {}
 
@@ -67,14 +79,12 @@ class TokenDataModule(L.LightningDataModule):
         """
         needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
         for name in needed:
-            folder = self.folders[name]
-            manifest = Manifest.load(folder)
-            manifest.check_files(folder)
+            manifest = self.shards[name].manifest()
             if self.trainer is not None:
                 model = cast("LitMVAR", self.trainer.lightning_module)
                 network = model.network_config
                 manifest.check_model(
-                    folder,
+                    self.shards[name],
                     network.schedule.side_lengths,
                     network.vocab_size,
                     network.num_classes,
@@ -83,7 +93,7 @@ class TokenDataModule(L.LightningDataModule):
             self.manifests[name] = manifest
         names = {name: manifest.class_names for name, manifest in self.manifests.items()}
         if any(classes != next(iter(names.values())) for classes in names.values()):
-            raise InputError(f"the shards in {' and '.join(str(self.folders[n]) for n in names)} have other classes")
+            raise InputError(f"the shards in {' and '.join(str(self.shards[n]) for n in names)} have other classes")
 
     @property
     def class_names(self) -> list[str]:
@@ -92,7 +102,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def keys(self, batch: TokenBatch) -> list[str]:
         """Names of the images of a training batch."""
-        return chosen_samples(self.folders["train"], self.manifests["train"], batch.ids.tolist()).keys
+        return chosen_samples(self.manifests["train"], self.shards["train"].fetch, batch.ids.tolist()).keys
 
     def train_dataloader(self) -> TokenLoader:
         return following(self.loader("train", self.seed), self.trainer)
@@ -106,7 +116,7 @@ class TokenDataModule(L.LightningDataModule):
     def loader(self, name: str, seed: int | None) -> TokenLoader:
         rank, world_size = place(self.trainer)
         stream = TokenStream(
-            self.folders[name], self.manifests[name], self.batch_size, seed, self.block_size, rank, world_size
+            self.shards[name], self.manifests[name], self.batch_size, seed, self.block_size, rank, world_size
         )
         return TokenLoader(stream, self.num_workers, pin_memory=torch.cuda.is_available())
 

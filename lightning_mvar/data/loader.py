@@ -15,7 +15,6 @@ import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from lightning_mvar.data.images import Crop, Example, ImageBatch, ImageSource, collate, generator_for
+from lightning_mvar.data.remote import ShardSource
 from lightning_mvar.data.shards import Manifest, read_shard
 from lightning_mvar.errors import InputError
 
@@ -51,11 +51,11 @@ class TokenRows(NamedTuple):
 
 
 class TokenStream(IterableDataset[TokenRows]):
-    """One pass over a folder of shards.
+    """One pass over the shards of a folder.
 
     Args:
-        folder: of the shards.
-        manifest: its manifest.
+        shards: where they are.
+        manifest: their manifest.
         batch_size: images per rank.
         seed: shuffles, together with the epoch; None keeps the order of the shards.
         block_size: samples shuffled together, in memory at once.
@@ -64,7 +64,7 @@ class TokenStream(IterableDataset[TokenRows]):
 
     def __init__(
         self,
-        folder: Path,
+        shards: ShardSource,
         manifest: Manifest,
         batch_size: int,
         seed: int | None,
@@ -72,12 +72,12 @@ class TokenStream(IterableDataset[TokenRows]):
         rank: int,
         world_size: int,
     ) -> None:
-        self.folder, self.manifest, self.seed, self.block_size = folder, manifest, seed, block_size
+        self.shards, self.manifest, self.seed, self.block_size = shards, manifest, seed, block_size
         self.batch_size, self.rank, self.global_batch = batch_size, rank, batch_size * world_size
         self.epoch, self.first_batch = 0, 0
         if len(self) == 0:
             raise InputError(
-                f"{folder} has {manifest.num_samples} samples, fewer than one global batch of {self.global_batch}: "
+                f"{shards} has {manifest.num_samples} samples, fewer than one global batch of {self.global_batch}: "
                 f"lower --data.batch_size"
             )
 
@@ -120,7 +120,7 @@ class TokenStream(IterableDataset[TokenRows]):
             shards = [shards[i] for i in rng.permutation(len(shards))]
         held: list[Block] = []
         for shard, begin in shards:
-            for pack in read_shard(self.folder / shard.name):
+            for pack in read_shard(self.shards.fetch(shard)):
                 held.append((pack.tokens, pack.labels, np.arange(begin, begin + len(pack.labels))))
                 begin += len(pack.labels)
                 if sum(len(labels) for _, labels, _ in held) >= self.block_size:

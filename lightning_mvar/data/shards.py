@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -139,24 +139,33 @@ class Manifest:
             raise InputError(
                 f"no token shards in {folder}: {path} does not exist; write them with `lightning-mvar tokenize`"
             )
+        return cls.parse(path.read_text(errors="replace"), str(path), parts_of(folder))
+
+    @classmethod
+    def parse(cls, text: str, where: str, parts: Sequence[Path] = ()) -> Manifest:
+        """The manifest that was read from `where`, with what its parts say of shards that have been finished since.
+
+        Raises:
+            InputError: if it is not of this format.
+        """
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(text)
             version = values["format_version"]
             if version != FORMAT_VERSION:
-                raise InputError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}")
-            shards = {shard["name"]: Shard(**shard) for shard in values["shards"]}
-            for path in parts_of(folder):
-                shards[path.stem] = Shard(**json.loads(path.read_text()))
-            return cls(**(values | {"shards": [shards[name] for name in sorted(shards)]}))
+                raise InputError(f"{where} has format version {version}; this release reads {FORMAT_VERSION}")
+            newer = [Shard(**json.loads(path.read_text())) for path in parts]
+            names = {shard.name for shard in newer}
+            shards = [Shard(**shard) for shard in values["shards"] if shard["name"] not in names]
+            return cls(**(values | {"shards": sorted(shards + newer, key=lambda shard: shard.name)}))
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error!r}); run `lightning-mvar tokenize` again") from error
+            raise InputError(f"{where} is damaged ({error!r}); run `lightning-mvar tokenize` again") from error
 
     def check_model(
-        self, folder: Path, side_lengths: tuple[int, ...], vocab_size: int, num_classes: int, tokenizer: str
+        self, where: object, side_lengths: tuple[int, ...], vocab_size: int, num_classes: int, tokenizer: str
     ) -> None:
-        """Raise InputError unless a network of these properties can learn these tokens."""
+        """Raise InputError unless a network of these properties can learn these tokens, which are at `where`."""
         for what, ours, theirs in (
             ("side_lengths", list(self.side_lengths), list(side_lengths)),
             ("vocab_size", self.vocab_size, vocab_size),
@@ -165,17 +174,21 @@ class Manifest:
         ):
             if ours != theirs:
                 raise InputError(
-                    f"{folder / MANIFEST} does not fit the model: {what} is {ours} in the shards and {theirs} in the "
+                    f"the shards in {where} do not fit the model: {what} is {ours} in the shards and {theirs} in the "
                     f"model; set the model's to match, or tokenize again with the model's tokenizer"
                 )
 
-    def check_files(self, folder: Path) -> None:
-        """Raise InputError unless every shard of a finished folder is there in its full size."""
+    def check_finished(self, where: object) -> None:
+        """Raise InputError unless every shard is listed."""
         if len(self.shards) < self.num_shards:
             raise InputError(
-                f"{folder} is unfinished: {len(self.shards)} of {self.num_shards} shards; run the same "
+                f"{where} is unfinished: {len(self.shards)} of {self.num_shards} shards; run the same "
                 f"`lightning-mvar tokenize` again, it continues where it stopped"
             )
+
+    def check_files(self, folder: Path) -> None:
+        """Raise InputError unless every shard of a finished folder is there in its full size."""
+        self.check_finished(folder)
         for shard in self.shards:
             path = folder / shard.name
             size = path.stat().st_size if path.is_file() else 0
@@ -186,17 +199,22 @@ class Manifest:
                 )
 
 
-def chosen_samples(folder: Path, manifest: Manifest, ids: list[int]) -> Pack:
-    """Samples by their numbers, counted through the shards, in the order of `ids`; other shards are not read.
+def chosen_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list[int]) -> Pack:
+    """Samples by their numbers, counted through the shards, in the order of `ids`.
+
+    Args:
+        manifest: of the shards.
+        fetch: where a shard is to be read; asked of those that have one of the samples.
+        ids: the numbers.
 
     Raises:
-        InputError: if a shard that has one of them is missing or damaged.
+        InputError: if one of those shards is missing or damaged.
     """
     wanted = set(ids)
     found: dict[int, tuple[NDArray[np.uint16], np.int64, str]] = {}
     for shard, begin in zip(manifest.shards, manifest.offsets, strict=True):
         if any(begin <= number < begin + shard.samples for number in wanted):
-            rows = (row for pack in read_shard(folder / shard.name) for row in zip(*pack, strict=True))
+            rows = (row for pack in read_shard(fetch(shard)) for row in zip(*pack, strict=True))
             found |= {number: row for number, row in enumerate(rows, start=begin) if number in wanted}
     tokens, labels, keys = zip(*(found[number] for number in ids), strict=True)
     return Pack(np.stack(tokens), np.array(labels), list(keys))

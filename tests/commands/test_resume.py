@@ -17,7 +17,7 @@ from conftest import scalars
 from processes import Run, start
 
 from lightning_mvar.data.loader import TokenLoader, TokenStream
-from lightning_mvar.data.shards import Manifest
+from lightning_mvar.data.remote import LocalShards
 from lightning_mvar.resume import by_time, read_part
 
 FIT = ["fit", "--config", "run.yaml", "--resume"]
@@ -392,8 +392,8 @@ def test_a_run_that_is_extended_by_epochs_goes_on_with_the_next_epochs_order(run
     train(run_folder, "run", [*epochs, "2"])
     extended = start([*FIT, *epochs, "3", "--trainer.default_root_dir", "run"], run_folder, prepare=write_down_ids)
     assert extended.wait() == [0], extended.printed()
-    manifest = Manifest.load(run_folder / "shards")
-    third = TokenLoader(TokenStream(run_folder / "shards", manifest, 16, 0, 16_384, 0, 1), 0, pin_memory=False)
+    shards = LocalShards(run_folder / "shards")
+    third = TokenLoader(TokenStream(shards, shards.manifest(), 16, 0, 16_384, 0, 1), 0, pin_memory=False)
     third.load_state_dict({"epoch": 2, "samples": 0})
     assert (run_folder / "ids.txt").read_text().split() == [str(i) for batch in third for i in batch.ids.tolist()]
 

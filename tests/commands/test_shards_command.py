@@ -135,8 +135,7 @@ def test_pictures_are_the_originals_above_what_their_tokens_decode_to(
     with Image.open("pairs.png") as picture:
         for column in range(6):
             original, made = (
-                np.asarray(picture.crop(corner(column, row, picture.height)).resize((8, 8), 0))
-                for row in (0, 1)
+                np.asarray(picture.crop(corner(column, row, picture.height)).resize((8, 8), 0)) for row in (0, 1)
             )
             (key,) = [k for k, (image, _) in expected.items() if np.array_equal(image, original)]
             assert np.abs(made.astype(int) - expected[key][1].astype(int)).max() <= 1

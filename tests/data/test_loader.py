@@ -18,6 +18,7 @@ from lightning_mvar.data.loader import (
     TokenStream,
     leave_signals_to_the_main_process,
 )
+from lightning_mvar.data.remote import LocalShards
 from lightning_mvar.errors import InputError
 
 SIZES = [20, 20, 20, 7]
@@ -32,9 +33,8 @@ def folder(tmp_path: Path) -> Path:
 def make_loader(
     folder: Path, batch_size: int = 8, seed: int | None = 0, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> TokenLoader:
-    from lightning_mvar.data.shards import Manifest
-
-    stream = TokenStream(folder, Manifest.load(folder), batch_size, seed, 30, rank, world_size)
+    shards = LocalShards(folder)
+    stream = TokenStream(shards, shards.manifest(), batch_size, seed, 30, rank, world_size)
     return TokenLoader(stream, workers, pin_memory=False)
 
 

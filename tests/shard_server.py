@@ -1,0 +1,86 @@
+"""A folder of shards behind http, by a server that fails as it is told to."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Literal
+
+Failure = Literal["404", "drop", "cut", "short", "wrong", "stall"]
+
+
+class ShardServer:
+    """Serves `folder`.
+
+    `failures` are what the next requests for a file meet: an error, a connection that is dropped or cut in the middle,
+    half of a file, other bytes, or silence. While `dead`, all are dropped. `requests` are the names asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.dead = folder, False
+        self.failures: dict[str, list[Failure]] = defaultdict(list)
+        self.requests: list[str] = []
+        self.alive_for: int | None = None  # requests after which it is dead
+        self.released = threading.Event()  # ends silences
+        self.delay_s = 0.0
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        name = handler.path.strip("/").partition("?")[0]
+        self.requests.append(name)
+        if self.dead or (self.alive_for is not None and len(self.requests) > self.alive_for):
+            return
+        failure = self.failures[name].pop(0) if self.failures[name] else None
+        path = self.folder / name
+        if failure == "404" or not path.is_file():
+            handler.send_error(404)
+            return
+        content = path.read_bytes()
+        half = content[: len(content) // 2]
+        self.released.wait(self.delay_s)
+        if failure == "drop":
+            return
+        handler.send_response(200)
+        if failure != "short":
+            handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        if failure == "stall":
+            handler.wfile.write(half)
+            self.released.wait(60)
+        elif failure in ("cut", "short"):
+            handler.wfile.write(half)
+        else:
+            handler.wfile.write(bytes([content[0] ^ 1]) + content[1:] if failure == "wrong" else content)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[ShardServer]:
+    """A server in a thread of its own, as long as the context lasts."""
+    server = ShardServer(folder)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with suppress(BrokenPipeError, ConnectionResetError):  # whoever asked may have given up
+                server.answer(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        server.port = http.server_address[1]
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.released.set()
+            http.shutdown()
+            thread.join()
