@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lightning_mvar.bench.measure import Run, Stopwatch, alternate, large_matmul, peak_memory
 from lightning_mvar.bench.subjects import Setting, Subject, flops_per_image, operations
@@ -18,7 +19,7 @@ from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.costs import state_bytes
 from lightning_mvar.data.loader import TokenLoader, TokenStream
-from lightning_mvar.data.remote import LocalShards
+from lightning_mvar.data.remote import LocalShards, ShardSource, open_shards
 from lightning_mvar.data.shards import Manifest, shard_name, write_shard
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
@@ -40,6 +41,8 @@ def bench(
     num_workers: int = 1,
     device: str = "auto",
     profile: bool = False,
+    shards: str | None = None,
+    cache_dir: str = "outputs/shard_cache",
     json: str | None = None,
 ) -> None:
     """Measure. `lightning-mvar bench WHAT` is short for `bench --what WHAT`.
@@ -65,16 +68,23 @@ def bench(
         num_workers: of `data`: processes that read.
         device: auto, cpu, cuda or cuda:N.
         profile: also show the share of each part in the time (of sample).
+        shards: of `data`: token shards to read instead of random ones, named as for `data.train` of `fit`; from
+            elsewhere they come in a first pass, which is measured apart.
+        cache_dir: of `data`: folder that keeps shards from elsewhere.
         json: file for what the table shows.
     """
     if repeats < 1 or num_workers < 0:
         raise InputError("--repeats must be at least 1, --num_workers not negative")
     if profile and (compile or what != "sample"):
         raise InputError("--profile is of `bench sample` without --compile")
+    if shards is not None and (what != "data" or versus is not None):
+        raise InputError("--shards is of `bench data` without --versus")
     first = Setting(size, mixer, resolution, batch_size, precision, depth, compile)
     settings = [first] if versus is None else [first, first.changed(versus)]
     where = choose_device(device)
-    if what == "data":
+    if shards is not None:
+        records = [measure_reading(open_shards(shards, Path(cache_dir), 5), batch_size, num_workers, repeats)]
+    elif what == "data":
         records = measure_data(settings, num_workers, repeats)
     elif what == "memory":
         records = [measure_memory(setting, side) for setting in settings for side in PUBLISHED_SIDE_LENGTHS]
@@ -210,32 +220,39 @@ def measure_data(settings: list[Setting], num_workers: int, repeats: int, sample
     records = []
     for setting in settings:
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            manifest = write_random_shards(folder, setting, samples)
-            stream = TokenStream(LocalShards(folder), manifest, setting.batch_size, 0, 16_384, 0, 1)
-            loader = TokenLoader(stream, num_workers, pin_memory=torch.cuda.is_available())
-            times, firsts = [], []
-            for _ in range(repeats):
-                begin = time.perf_counter()
-                for i, _batch in enumerate(loader):
-                    if i == 0:
-                        firsts.append(time.perf_counter() - begin)
-                times.append(time.perf_counter() - begin)
-        records.append(
-            {
-                "what": "data",
-                "tokens": setting.network.schedule.num_tokens,
-                "batch_size": setting.batch_size,
-                "num_workers": num_workers,
-                "samples": len(stream) * setting.batch_size,
-                "samples_per_s": len(stream) * setting.batch_size / median(times),
-                "first_batch_s": max(firsts),
-            }
-        )
+            write_random_shards(Path(name), setting, samples)
+            record = measure_reading(LocalShards(Path(name)), setting.batch_size, num_workers, repeats)
+        del record["first_pass_samples_per_s"]  # of files that have just been written
+        records.append(record)
     return records
 
 
-def write_random_shards(folder: Path, setting: Setting, samples: int, per_shard: int = 10_000) -> Manifest:
+def measure_reading(shards: ShardSource, batch_size: int, num_workers: int, repeats: int) -> Record:
+    """A shuffled pass over shards that may have to come from elsewhere, and others after it."""
+    manifest = shards.manifest()
+    stream = TokenStream(shards, manifest, batch_size, 0, 16_384, 0, 1)
+    loader = TokenLoader(stream, num_workers, pin_memory=torch.cuda.is_available())
+    times, firsts = [], []
+    for _ in tqdm(range(repeats + 1), desc="bench", unit="pass", leave=False):
+        begin = time.perf_counter()
+        for i, _batch in enumerate(loader):
+            if i == 0:
+                firsts.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - begin)
+    read = len(stream) * batch_size
+    return {
+        "what": "data",
+        "tokens": sum(side**2 for side in manifest.side_lengths),
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "samples": read,
+        "first_pass_samples_per_s": read / times[0],
+        "samples_per_s": read / median(times[1:]),
+        "first_batch_s": max(firsts[1:]),
+    }
+
+
+def write_random_shards(folder: Path, setting: Setting, samples: int, per_shard: int = 10_000) -> None:
     config, rng = setting.network, np.random.default_rng(0)
     names = [str(label) for label in range(config.num_classes)]
     manifest = Manifest(
@@ -246,7 +263,7 @@ def write_random_shards(folder: Path, setting: Setting, samples: int, per_shard:
         tokens = rng.integers(0, config.vocab_size, (count, config.schedule.num_tokens), dtype=np.uint16)
         labels, keys = rng.integers(0, config.num_classes, count), [str(begin + i) for i in range(count)]
         manifest.shards.append(write_shard(folder / shard_name(index), tokens, labels, keys))
-    return manifest
+    manifest.save(folder)
 
 
 def profile_sampling(setting: Setting, device: torch.device) -> list[Record]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import write_token_shards
 
 from lightning_mvar import TokenizerConfig
 from lightning_mvar.bench.subjects import Setting
@@ -57,6 +58,19 @@ def test_reading_counts_every_sample() -> None:
     assert 0 < record["first_batch_s"] <= 1000 / record["samples_per_s"]
 
 
+def test_reading_of_given_shards_is_measured_here_and_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_token_shards(tmp_path / "tokens", "abc", [20, 20, 7])
+    for place in ("tokens", "pipe:cat tokens/{}"):
+        assert run(["bench", "data", "--shards", place, "--num_workers", "0", "--json", "data.json"]) == 0
+        (record,) = json.loads((tmp_path / "data.json").read_text())
+        assert (record["tokens"], record["samples"]) == (30, 44)
+        assert min(record["samples_per_s"], record["first_pass_samples_per_s"]) > 0
+    assert len(list((tmp_path / "outputs/shard_cache").glob("*.tar"))) == 3
+
+
 def test_mistakes_are_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     for options, message in [
         (["sample", "--versus", "mixer=mamba"], "none of mvar, var"),
@@ -66,6 +80,7 @@ def test_mistakes_are_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
         (["memory", "--resolution", "300"], "300"),
         (["train", "--profile", "true"], "--profile is of"),
         (["train", "--repeats", "0"], "--repeats"),
+        (["train", "--shards", "tokens"], "--shards is of `bench data`"),
         (["nothing"], "nothing"),
     ]:
         assert run(["bench", *options]) == 1

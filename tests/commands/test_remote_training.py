@@ -1,0 +1,87 @@
+"""`fit` on shards behind http: the same run as from the folder, though the server dies in the middle of it."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import prepare_run
+from processes import start
+from shard_server import ShardServer, serving
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.cli import run
+from lightning_mvar.data import remote
+
+FIT = ["fit", "--config", "run.yaml", "--data.block_size", "1"]  # shards are read one at a time
+
+
+def hurry(rank: int) -> None:
+    remote.FIRST_WAIT_S = 0.01
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture
+def here(
+    tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ShardServer]:
+    """A folder in which `fit` trains, and a server of its shards."""
+    prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    with serving(tmp_path / "shards") as server:
+        yield server
+
+
+def from_there(server: ShardServer) -> list[str]:
+    return [*FIT, "--data.train", server.url, "--data.cache_dir", "cache", "--data.retries", "2"]
+
+
+def test_a_run_whose_server_dies_tells_so_and_goes_on_as_if_nothing_had_happened(
+    here: ShardServer, tmp_path: Path
+) -> None:
+    local = start([*FIT, "--trainer.default_root_dir", "local"], tmp_path)
+    assert local.wait() == [0], local.printed()
+    here.alive_for = 3  # the manifest and two of the three shards
+    stopped = start(from_there(here), tmp_path, prepare=hurry)
+    assert stopped.wait() == [1], stopped.printed()
+    told = [line for line in stopped.printed().splitlines() if line.startswith("lightning-mvar: error:")]
+    assert len(told) == 1, stopped.printed()
+    assert f"error: {here.url}/00000" in told[0]
+    assert "cannot be read (the server sent nothing), in 3 attempt(s): check the address and the network" in told[0]
+    assert "Traceback" not in stopped.printed()
+    here.alive_for = None
+    here.requests.clear()
+    resumed = start([*from_there(here), "--resume"], tmp_path, prepare=hurry)
+    assert resumed.wait() == [0], resumed.printed()
+    assert Counter(name[-5:] for name in here.requests) == {".json": 1, "1.tar": 1}  # the one that was missing
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "local")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_data_workers_failure_is_told_as_plainly(
+    here: ShardServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    here.alive_for = 3
+    assert run([*from_there(here), "--data.num_workers", "2"]) == 1
+    error = capfd.readouterr().err
+    assert f"lightning-mvar: error: {here.url}/00000" in error
+    assert "DataLoader worker" not in error
+
+
+def test_mistakes_are_told_in_a_line(here: ShardServer, capfd: pytest.CaptureFixture[str]) -> None:
+    for options, message in [
+        (["--data.train", "s3://bucket/shards"], "webdataset does not read s3://"),
+        (["--data.train", "pipe:cat shards/{}", "--data.retries", "-1"], "data.retries is too small, got -1"),
+        (["--data.train", "pipe:cat nowhere/{}", "--data.retries", "0"], "manifest.json cannot be read (the command"),
+        (["--data.val", "pipe:sed s/48/49/ shards/{}"], "do not fit the model: vocab_size is 49 in the shards"),
+    ]:
+        assert run([*FIT, *options]) == 1
+        error = capfd.readouterr().err
+        assert message in error
+        assert error.count("lightning-mvar: error:") == 1
