@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_mvar.classes import Classes
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import print_rows, print_table, shown, write_records
 from lightning_mvar.data.images import find_by_key, open_images
-from lightning_mvar.data.inspection import find_problems
+from lightning_mvar.data.inspection import expectations, find_problems
 from lightning_mvar.data.remote import LocalShards
 from lightning_mvar.data.shards import MANIFEST, Manifest, chosen_samples
 from lightning_mvar.data.token_statistics import TokenStatistics, count_shard, spread_samples
@@ -71,7 +71,7 @@ def info(folder: str, json: str | None = None) -> None:
         json: write all of it, with every class, to this file.
     """
     where = existing(folder)
-    manifest = Manifest.load(where)
+    manifest = sound_manifest(where)
     statistics = TokenStatistics(manifest)
     with tqdm(total=manifest.num_samples, unit="sample", unit_scale=True, desc="info", leave=False) as bar:
         for shard in manifest.shards:
@@ -91,8 +91,9 @@ def info(folder: str, json: str | None = None) -> None:
     if len(manifest.skipped) > NAMED:
         print(f"and {len(manifest.skipped) - NAMED} more; --json FILE has all")
     if json is not None:
-        histogram = dict(zip(manifest.class_names, statistics.classes.tolist(), strict=True))
-        write_records([about | {"scales": scales, "samples_of_class": histogram, "skipped": manifest.skipped}], json)
+        counts = enumerate(zip(manifest.class_names, statistics.classes.tolist(), strict=True))
+        histogram = [{"label": label, "name": name, "samples": count} for label, (name, count) in counts]
+        write_records([about | {"scales": scales, "classes": histogram, "skipped": manifest.skipped}], json)
 
 
 def decode(
@@ -118,7 +119,9 @@ def decode(
     if n < 1:
         raise InputError(f"--n must be at least 1, got {n}")
     where, target = existing(folder), choose_device(device)
-    manifest = Manifest.load(where)
+    manifest = sound_manifest(where)
+    if not manifest.num_samples:
+        raise InputError(f"there are no samples in {folder} yet: let `lightning-mvar tokenize` finish")
     model = load_tokenizer(tokenizer).to(target)
     if manifest.tokenizer != model.fingerprint():
         raise InputError(
@@ -184,6 +187,14 @@ def print_classes(class_names: list[str], counts: np.ndarray) -> None:
     ends = [("rarest", order[:NAMED])] + [("commonest", order[::-1][:NAMED])] * (len(order) > NAMED)
     for what, labels in ends:
         print(f"{what}: " + ", ".join(f"{classes.name(label)} ({counts[label]})" for label in labels.tolist()))
+
+
+def sound_manifest(folder: Path) -> Manifest:
+    """Raises InputError for a manifest whose values nothing can be counted by."""
+    manifest = Manifest.load(folder)
+    if None in astuple(expectations(manifest)):
+        raise InputError(f"{folder / MANIFEST} is damaged; `lightning-mvar shards verify {folder}` says where")
+    return manifest
 
 
 def existing(folder: str) -> Path:

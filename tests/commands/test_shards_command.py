@@ -82,7 +82,9 @@ def test_statistics_are_those_of_a_plain_count(here: Path, capsys: pytest.Captur
         assert scale["codebook_usage"] == pytest.approx(len(counts) / 48)
         assert scale["codebook_perplexity"] == pytest.approx(math.prod(p**-p for p in shares))
         begin += side**2
-    assert record["samples_of_class"] == {"dark": 6, "light": 6, "mixed": 6}
+    assert record["classes"] == [
+        {"label": i, "name": n, "samples": 6} for i, n in enumerate(["dark", "light", "mixed"])
+    ]
     assert record["bytes_on_disk"] == sum(path.stat().st_size for path in (here / "tokens").glob("*.tar"))
     assert record["bytes_per_sample"] == pytest.approx(record["bytes_on_disk"] / 18)
     assert record["theoretical_bytes_per_sample"] == pytest.approx(30 * math.log2(48) / 8)
@@ -165,6 +167,10 @@ def test_mistakes_are_told_in_a_line(here: Path, tokenizer_folder: Path, capfd: 
     (here / "cut").mkdir()
     for path in (here / "tokens").iterdir():
         (here / "cut" / path.name).write_bytes(path.read_bytes()[: 3000 if path.suffix == ".tar" else None])
+    for name, values in (("odd", {"vocab_size": "48"}), ("empty", {"shards": []})):
+        (here / name).mkdir()
+        manifest = json.loads((here / "tokens/manifest.json").read_text()) | values
+        (here / name / "manifest.json").write_text(json.dumps(manifest))
     for options, message in [
         ([], "shards --help"),
         (["look", "tokens"], "look"),
@@ -175,6 +181,9 @@ def test_mistakes_are_told_in_a_line(here: Path, tokenizer_folder: Path, capfd: 
         (["info", "cut"], "000000.tar is damaged"),
         (["verify", "foreign", "--tokenizer", str(tokenizer_folder)], "foreign is damaged: 1 problem(s)"),
         (["decode", "foreign", *decode], "the tokens in foreign are of tokenizer abc, not of"),
+        (["info", "odd"], "odd/manifest.json is damaged; `lightning-mvar shards verify odd` says where"),
+        (["decode", "odd", *decode], "odd/manifest.json is damaged"),
+        (["decode", "empty", *decode], "there are no samples in empty yet"),
         (["decode", "tokens", *decode, "--n", "0"], "--n must be at least 1, got 0"),
     ]:
         assert run(["shards", *options]) == 1, options
