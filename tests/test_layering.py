@@ -22,7 +22,7 @@ LAYERS = [  # each may import those before it, and its own
         "data.remote",
         "data.loader",
     ],
-    ["sampling", "pictures", "sample_set", "checkpoints", "optim"],
+    ["sampling", "encoding", "pictures", "sample_set", "checkpoints", "optim"],
     ["metrics", "pipeline", "data.datamodule", "strategies"],
     ["scheduled_module", "bench", "studio"],
     ["module"],

@@ -23,7 +23,7 @@ from lightning_mvar.models.config import BASELINES, MIXERS, SIZES, MVARConfig
 from lightning_mvar.models.mixers import State
 from lightning_mvar.models.mvar import MVAR, Block, MVARState
 from lightning_mvar.optim import OptimizerConfig, build_optimizer
-from lightning_mvar.sampling import DTYPES, generate, image_generators
+from lightning_mvar.sampling import DTYPES, Precision, generate, image_generators
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
 
@@ -36,7 +36,7 @@ class Setting:
     mixer: str = "mvar"
     resolution: int = 256
     batch_size: int = 4
-    precision: str = "float32"
+    precision: Precision = "float32"
     depth: int = 0
     compile: bool = False
 

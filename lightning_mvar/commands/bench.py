@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from lightning_mvar.bench.measure import Run, Stopwatch, alternate, large_matmul, peak_memory
 from lightning_mvar.bench.subjects import Setting, Subject, flops_per_image, operations
+from lightning_mvar.bench.tokenizing import measure_tokenizing
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.costs import state_bytes
+from lightning_mvar.data.images import open_images
 from lightning_mvar.data.loader import TokenLoader, TokenStream
 from lightning_mvar.data.remote import LocalShards, ShardSource, open_shards
 from lightning_mvar.data.shards import Manifest, shard_name, write_shard
@@ -28,7 +30,7 @@ from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
 
 
 def bench(
-    what: Literal["sample", "train", "data", "memory", "op"],
+    what: Literal["sample", "train", "tokenize", "data", "memory", "op"],
     size: str = "d16",
     mixer: str = "mvar",
     resolution: int = 256,
@@ -41,16 +43,18 @@ def bench(
     num_workers: int = 1,
     device: str = "auto",
     profile: bool = False,
+    images: str | None = None,
     shards: str | None = None,
     cache_dir: str = "outputs/shard_cache",
     json: str | None = None,
 ) -> None:
     """Measure. `lightning-mvar bench WHAT` is short for `bench --what WHAT`.
 
-    sample: images with guidance, by network and decoder. train: a step of forward, backward, clipping and AdamW. data:
-    reading shards. memory: what sampling carries from scale to scale. op: the parts of one block, and Mamba in sampling
-    with and without its state. Times are medians of runs in turns; `matmul_share` is the rate of all counted operations
-    over that of this machine's fastest large matrix product in the same precision, measured in the same run.
+    sample: images with guidance, by network and decoder. train: a step of forward, backward, clipping and AdamW.
+    tokenize: images to tokens, by the published encoder. data: reading shards. memory: what sampling carries from scale
+    to scale. op: the parts of one block, and Mamba in sampling with and without its state. Times are medians of runs
+    in turns; `matmul_share` is the rate of all counted operations over that of this machine's fastest large matrix
+    product in the same precision, measured in the same run.
 
     Args:
         what: to measure.
@@ -65,9 +69,10 @@ def bench(
         compile: with torch.compile, which takes minutes: each scale of sampling, each block of training.
         versus: measure another setting in turns with the first, such as `mixer=var` or `size=d24,batch_size=1`.
         repeats: runs of each that count, after one that does not.
-        num_workers: of `data`: processes that read.
+        num_workers: of `data` and `tokenize`: processes that read.
         device: auto, cpu, cuda or cuda:N.
         profile: also show the share of each part in the time (of sample).
+        images: of `tokenize`: the images, named as for `lightning-mvar tokenize`.
         shards: of `data`: token shards to read instead of random ones, named as for `data.train` of `fit`; from
             elsewhere they come in a first pass, which is measured apart.
         cache_dir: of `data`: folder that keeps shards from elsewhere.
@@ -79,10 +84,14 @@ def bench(
         raise InputError("--profile is of `bench sample` without --compile")
     if shards is not None and (what != "data" or versus is not None):
         raise InputError("--shards is of `bench data` without --versus")
+    if (images is not None) != (what == "tokenize"):
+        raise InputError("`bench tokenize` needs --images, which nothing else takes")
     first = Setting(size, mixer, resolution, batch_size, precision, depth, compile)
     settings = [first] if versus is None else [first, first.changed(versus)]
     where = choose_device(device)
-    if shards is not None:
+    if images is not None:
+        records = [measure_images(images, setting, num_workers, where, repeats) for setting in settings]
+    elif shards is not None:
         records = [measure_reading(open_shards(shards, Path(cache_dir), 5), batch_size, num_workers, repeats)]
     elif what == "data":
         records = measure_data(settings, num_workers, repeats)
@@ -176,6 +185,12 @@ def measure_training(settings: list[Setting], device: torch.device, repeats: int
             }
         )
     return records
+
+
+def measure_images(images: str, setting: Setting, num_workers: int, device: torch.device, repeats: int) -> Record:
+    model = make_subject(setting.changed("precision=float32"), device).tokenizer
+    source = open_images(images, setting.resolution, "skip")
+    return measure_tokenizing(source, model, setting.batch_size, num_workers, setting.precision, device, repeats)
 
 
 def beside_matmuls(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from numpy.typing import NDArray
@@ -21,24 +20,15 @@ from tqdm import tqdm
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.ranks import ranks
-from lightning_mvar.data.images import ImageBatch, ImageSource, Views, batch_loader, batched, open_images
+from lightning_mvar.data.images import ImageSource, Views, batch_loader, batched, open_images
 from lightning_mvar.data.shards import MANIFEST, Manifest, save_part, shard_name, write_shard
+from lightning_mvar.encoding import Encoded, Encoder
 from lightning_mvar.errors import InputError
 from lightning_mvar.locks import alone_in
-from lightning_mvar.sampling import DTYPES, Precision
-from lightning_mvar.tokenizer.tokenizer import Tokenizer
+from lightning_mvar.sampling import Precision
 
 ORDER_SEED = 0  # images go into the shards in one fixed random order, so that every shard has all classes
 LONGEST_WAIT = timedelta(days=30)  # of a rank that is done for the others
-
-
-class Encoded(NamedTuple):
-    """A batch of images as tokens."""
-
-    tokens: NDArray[np.uint16]  # (n, l)
-    labels: NDArray[np.int64]  # (n,)
-    keys: list[str]
-    errors: list[str]  # a message for each image that could not be decoded
 
 
 def tokenize(
@@ -144,25 +134,6 @@ def finish(folder: Path, images_per_s: float | None) -> None:
     print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards in {folder}{skipped}{rate}")
     if not manifest.num_samples:
         raise InputError(f"not one image of {manifest.source} could be decoded; the manifest in {folder} names them")
-
-
-class Encoder:
-    """Images to tokens on one device."""
-
-    def __init__(self, model: Tokenizer, device: torch.device, precision: Precision) -> None:
-        self.model, self.device, self.dtype = model.to(device), device, DTYPES[precision]
-        if self.dtype.itemsize == 2:
-            self.model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @torch.inference_mode()
-    def __call__(self, batches: Iterable[ImageBatch]) -> Iterator[Encoded]:
-        for batch in batches:
-            tokens = np.empty((0, self.model.config.schedule.num_tokens), np.uint16)
-            if len(batch.images):
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    features = self.model.features(batch.images.to(self.device))
-                tokens = self.model.quantizer.encode(features.float()).cpu().numpy().astype(np.uint16)
-            yield Encoded(tokens, batch.labels.numpy(), batch.keys, batch.errors)
 
 
 class Work:

@@ -275,9 +275,7 @@ def middle(image: Image.Image, longest: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image
 
 
-def find_by_key(
-    source: ImageSource, views: int, seed: int, flips: bool, keys: Sequence[str]
-) -> list[Example | None]:
+def find_by_key(source: ImageSource, views: int, seed: int, flips: bool, keys: Sequence[str]) -> list[Example | None]:
     """The examples, as they were tokenized, that have these keys; None for a key that the source has not.
 
     Args:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import write_token_shards
+from conftest import write_images, write_token_shards
 
 from lightning_mvar import TokenizerConfig
 from lightning_mvar.bench.subjects import Setting
@@ -50,6 +50,20 @@ def test_training_operations_and_memory(tmp_path: Path) -> None:
     by_place = {(r["mixer"], r["resolution"]): r["state_bytes_per_image"] for r in json.loads(file.read_text())}
     assert len({by_place["mvar", side] for side in (256, 512, 1024)}) == 1
     assert by_place["var", 1024] == 2 * 4 * 9451 * 768 * 12
+
+
+def test_tokenizing_is_measured_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = property(lambda setting: TokenizerConfig(setting.network.schedule, channels=32))
+    monkeypatch.setattr(Setting, "tokenizer", narrow)
+    write_images(tmp_path / "images", per_class=1)
+    file = tmp_path / "tokenize.json"
+    command = ["bench", "tokenize", "--images", str(tmp_path / "images"), "--batch_size", "2", "--repeats", "1"]
+    assert run([*command, "--num_workers", "0", "--json", str(file)]) == 0
+    (record,) = json.loads(file.read_text())
+    assert (record["images"], record["resolution"]) == (3, 256)
+    seconds = {part: 1 / record[f"{part}_images_per_s"] for part in ("decode", "encode", "pipeline")}
+    assert all(time > 0 for time in seconds.values())
+    assert run(["bench", "sample", "--images", str(tmp_path / "images")]) == 1
 
 
 def test_reading_counts_every_sample() -> None:
