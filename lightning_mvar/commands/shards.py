@@ -16,7 +16,7 @@ from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.classes import Classes
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import print_rows, print_table, shown, write_records
-from lightning_mvar.data.images import find_by_key, open_images
+from lightning_mvar.data.images import ImageSource, find_by_key, open_images
 from lightning_mvar.data.inspection import expectations, find_problems
 from lightning_mvar.data.remote import LocalShards
 from lightning_mvar.data.shards import MANIFEST, Manifest, chosen_samples
@@ -77,7 +77,7 @@ def info(folder: str, json: str | None = None) -> None:
         for shard in manifest.shards:
             count_shard(statistics, where, shard)
             bar.update(shard.samples)
-    about = {k: v for k, v in asdict(manifest).items() if k not in ("class_names", "shards", "skipped")}
+    about = {k: v for k, v in asdict(manifest).items() if k not in ("class_names", "shards")}
     about |= {"num_classes": len(manifest.class_names), "num_shards": len(manifest.shards)}
     about |= room(manifest, where, statistics.schedule.num_tokens)
     print_table([about])
@@ -102,6 +102,8 @@ def decode(
     out: str,
     n: int = 16,
     images: str | None = None,
+    labels: str | None = None,
+    class_names: str | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -113,6 +115,8 @@ def decode(
         out: PNG file for the picture.
         n: samples, spread over the shards.
         images: where the originals are now, if they are no longer where the manifest says.
+        labels: the same as for `tokenize`, if it was given there.
+        class_names: the same as for `tokenize`, if it was given there.
         seed: chooses the samples.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -130,7 +134,14 @@ def decode(
         )
     chosen = spread_samples(manifest.num_samples, n, seed)
     samples = chosen_samples(manifest, LocalShards(where).fetch, chosen)
-    originals = find_originals(manifest, samples.keys, images, model.config.resolution)
+    try:
+        source = open_images(images or manifest.source, model.config.resolution, "skip", labels, class_names)
+        originals = find_originals(manifest, samples.keys, source)
+    except InputError as error:
+        if images is not None:
+            raise
+        print(f"without originals: {error}; --images says where they are")
+        originals = [None] * len(samples.keys)
     decoded = decode_all(model, samples.tokens, target)
     classes = Classes(manifest.class_names, len(manifest.class_names))
     names = [classes.name(int(label)) for label in samples.labels]
@@ -140,17 +151,8 @@ def decode(
     print(f"{len(pairs)} samples of {folder} in {out}, {found} of them beneath their originals")
 
 
-def find_originals(
-    manifest: Manifest, keys: Sequence[str], images: str | None, resolution: int
-) -> list[torch.Tensor | None]:
-    """The images (3, H, W) in [0, 1] that samples were made of; None for those that are not to be had any more."""
-    try:
-        source = open_images(images or manifest.source, resolution, "skip")
-    except InputError as error:
-        if images is not None:
-            raise
-        print(f"without originals: {error}; name their place with --images")
-        return [None] * len(keys)
+def find_originals(manifest: Manifest, keys: Sequence[str], source: ImageSource) -> list[torch.Tensor | None]:
+    """The images (3, H, W) in [0, 1] that samples were made of; None for those that the source no longer has."""
     examples = find_by_key(source, manifest.views, manifest.seed, manifest.flips, keys)
     return [None if example is None or example.image is None else (example.image + 1) / 2 for example in examples]
 

@@ -97,7 +97,7 @@ def test_skipped_images_and_rare_classes_are_named(
     here: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "images/light/3.png").write_bytes(b"no picture")
-    tokenize("fewer", tokenizer_folder, "--on_corrupt", "skip")
+    tokenize("fewer", tokenizer_folder, "--max_failures", "1")
     capsys.readouterr()
     assert run(["shards", "verify", "fewer"]) == 0
     assert run(["shards", "info", "fewer"]) == 0
@@ -115,16 +115,21 @@ def corner(column: int, row: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + 8 * times, top + 8 * times
 
 
-@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize(("views", "flips"), [(1, "false"), (3, "false"), (3, "true")])
 def test_pictures_are_the_originals_above_what_their_tokens_decode_to(
-    here: Path, tokenizer: Tokenizer, tokenizer_folder: Path, views: int, capsys: pytest.CaptureFixture[str]
+    here: Path,
+    tokenizer: Tokenizer,
+    tokenizer_folder: Path,
+    views: int,
+    flips: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tokenize("views", tokenizer_folder, "--views", str(views), "--seed", "5")
+    tokenize("views", tokenizer_folder, "--views", str(views), "--seed", "5", "--flips", flips)
     command = ["shards", "decode", "views", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png", "--n", "6"]
     assert run(command) == 0
     assert "6 samples of views in pairs.png, 6 of them beneath their originals" in capsys.readouterr().out
     source = open_images("images", 8)
-    examples = source if views == 1 else Views(source, views, 5)
+    examples = source if views == 1 else Views(source, views, 5, flips == "true")
     images = {examples[i].key: examples[i].image for i in range(18 * views)}
     packs = all_packs(here / "views")
     rows = {key: tokens for pack in packs for key, tokens in zip(pack["keys.json"], pack["tokens.npy"], strict=True)}
@@ -152,13 +157,13 @@ def test_originals_that_are_gone_are_left_out_and_told(
     command = ["shards", "decode", "tokens", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png", "--n", "40"]
     assert run(command) == 0
     out = capfd.readouterr().out
-    assert "without originals: image folder images does not exist" in out
+    assert "without originals: images does not exist" in out
     assert "18 samples of tokens in pairs.png, 0 of them" in out
     (here / "elsewhere/dark/0.png").unlink()
     assert run([*command, "--images", "elsewhere"]) == 0
     assert "18 samples of tokens in pairs.png, 17 of them" in capfd.readouterr().out
     assert run([*command, "--images", "nowhere"]) == 1
-    assert "image folder nowhere does not exist" in capfd.readouterr().err
+    assert "nowhere does not exist" in capfd.readouterr().err
 
 
 def test_mistakes_are_told_in_a_line(here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
