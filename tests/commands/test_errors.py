@@ -197,7 +197,7 @@ def test_tokenize_refuses_missing_and_empty_folders(
     here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--tokenizer", str(tokenizer_folder), "--out", "new"]
-    assert "image folder nowhere does not exist" in refused(capfd, "tokenize", "--images", "nowhere", *options)
+    assert "nowhere does not exist" in refused(capfd, "tokenize", "--images", "nowhere", *options)
     Path("empty").mkdir()
     assert "no images under empty" in refused(capfd, "tokenize", "--images", "empty", *options)
     assert "nowhere has no config.json" in refused(
