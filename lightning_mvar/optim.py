@@ -105,9 +105,12 @@ def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
 def apply_schedule(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int, global_batch: int
 ) -> tuple[float, float]:
-    """Set every group's learning rate and decay for `step`; returns both."""
+    """Set every group's learning rate and decay for `step`; returns both.
+
+    A group may have an `lr_factor`, by which its learning rate is another one.
+    """
     lr, weight_decay = config.learning_rate(step, total_steps, global_batch), config.decay(step, total_steps)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
     return lr, weight_decay

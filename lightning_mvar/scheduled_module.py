@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.optim import OptimizerConfig, apply_schedule, build_optimizer, skip_unless
@@ -68,7 +68,8 @@ class ScheduledModule(L.LightningModule):
         self.stepping = False  # between the last gradient and the end of the step no state is worth saving
         self.batches: list[Any] = []  # of the step under way
         self.taken: Taken | None = None  # the last step, until it is known whether it was skipped
-        self.gradient_norm, self.finite = torch.tensor(0.0), torch.tensor(True)  # of this step, on the device
+        self.gradient_norms: dict[str, Tensor] = {}  # of this step, on the device, as `clipped_apart` names them
+        self.finite = torch.tensor(True)  # of this step, on the device
 
     def setup(self, stage: str) -> None:
         self.seed = self.trainer.strategy.broadcast(self.seed)
@@ -136,16 +137,23 @@ class ScheduledModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.settle()
         self.stepping = True
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.gradient_norm = total_norm(gradients, self.trainer.strategy)
-        norm = plain(self.gradient_norm)
+        norms = {}
+        for name, part in self.clipped_apart().items():
+            gradients = [p.grad for p in part.parameters() if p.grad is not None]
+            self.gradient_norms[name] = total_norm(gradients, self.trainer.strategy)
+            norms[f"train/{name}"] = plain(self.gradient_norms[name])
+        norm = torch.stack([*norms.values()]).amax()  # not finite if one is not
         self.finite = norm.isfinite()
         skip_unless(self.finite, optimizer)
         self.taken = Taken(self.global_step, self.current_epoch, self.batches, Arriving(norm))
         self.batches = []
         if self.logs_now:
             self.settle()
-            self.log_now({"train/grad_norm": norm, "train/skipped_steps": norm.new_tensor(self.skipped_steps)})
+            self.log_now(norms | {"train/skipped_steps": norm.new_tensor(self.skipped_steps)})
+
+    def clipped_apart(self) -> dict[str, nn.Module]:
+        """What is clipped by a norm of its own, under the name that it is logged by."""
+        return {"grad_norm": self}
 
     def settle(self) -> None:
         """Find out whether the last step was skipped; on all ranks alike, for the norm is the same on all.
@@ -176,9 +184,10 @@ class ScheduledModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm that is known already, under every strategy."""
+        """Clip by the norms that are known already, under every strategy."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
+            for name, part in self.clipped_apart().items():
+                torch.nn.utils.clip_grads_with_norm_(part.parameters(), gradient_clip_val, self.gradient_norms[name])
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -23,12 +23,14 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
+from lightning_mvar.tokenizer.autoencoder import Level
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
@@ -72,12 +74,22 @@ class FSDP2Strategy(ModelParallelStrategy):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         super().setup_environment()
 
+    def shard_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Level by level, then the rest. Only its `forward` gathers weights."""
+        for part in tokenizer.modules():
+            if isinstance(part, Level):
+                self.shard(part)
+        self.shard(tokenizer)
+
     def shard(self, module: nn.Module) -> None:
         """Shard a block, or the network after its blocks: its methods for sampling gather weights as `forward` does."""
-        dtype = torch.bfloat16 if self.param_dtype == "bfloat16" and not isinstance(module, MVAR) else None
+        outermost = isinstance(module, MVAR | Tokenizer)
+        dtype = torch.bfloat16 if self.param_dtype == "bfloat16" and not outermost else None
         # Inputs keep their dtype: the scan's state is carried in float32, and autocast casts what may be cast.
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
+        # Codes are changed between forward and backward pass: what was gathered would not know.
+        reshard = True if isinstance(module, Tokenizer) else None
+        fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=reshard, mp_policy=policy)
         if isinstance(module, MVAR):
             register_fsdp_forward_method(module, "init_state")
             register_fsdp_forward_method(module, "step")
@@ -165,6 +177,23 @@ def gathered_copy(network: MVAR, strategy: FSDPStrategy) -> MVAR:
 
 def plain_name(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "")
+
+
+def whole_copy(tokenizer: Tokenizer) -> Tokenizer:
+    """In eval mode on the CPU, a sharded one put together; all ranks must call this."""
+    weights = {name: plain(tensor.detach()).cpu().clone() for name, tensor in tokenizer.state_dict().items()}
+    with torch.device("meta"):
+        copy = Tokenizer(tokenizer.config)
+    copy.load_state_dict(weights, assign=True)
+    return copy.eval()
+
+
+@torch.no_grad()
+def overwrite(parameter: Tensor, values: Tensor) -> None:
+    """Give a parameter, of which each rank may have a share, new values, which all ranks have whole."""
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)
 
 
 def local(tensors: list[Any]) -> list[Tensor]:

@@ -41,8 +41,9 @@ def fit(module: LitTokenizer, root: Path, steps: int) -> dict[str, float]:
 
 def test_the_loss_is_what_the_docstring_says() -> None:
     module, images = make_module(), torch.rand(4, 3, 32, 32) * 2 - 1
-    steps, losses = module.reconstruct(images)
-    features = module.tokenizer.features(images)
+    made = module.tokenizer(images)
+    losses, _ = module.losses(images, made, made.decoded)
+    features, steps = module.tokenizer.features(images), made.steps
     decoded = module.tokenizer.decode_features(steps[-1].f_hat)
     quantization = sum(F.mse_loss(step.f_hat, features) for step in steps) / len(steps)
     expected = F.mse_loss(decoded, images) + 0.5 * F.l1_loss(decoded, images) + 1.25 * quantization
@@ -52,7 +53,9 @@ def test_the_loss_is_what_the_docstring_says() -> None:
 def test_gradients_pass_the_quantizer_straight_through() -> None:
     """The encoder is trained by the picture alone when nothing pulls it to the codes."""
     module = make_module(commitment=0.0)
-    _, losses = module.reconstruct(torch.rand(4, 3, 32, 32) * 2 - 1)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    made = module.tokenizer(images)
+    losses, _ = module.losses(images, made, made.decoded)
     (losses["l2"]).backward()
     gradient = module.tokenizer.encoder.conv_in.weight.grad
     assert gradient is not None
@@ -65,7 +68,7 @@ def test_training_on_digits_lowers_the_error_and_uses_the_codebook(tmp_path: Pat
     metrics = fit(module, tmp_path, 30)
     images = next(iter(ImageDataModule("digits:test", "digits:test", 32).val_dataloader())).images
     with torch.no_grad():
-        before = float(make_module().eval().reconstruct(images)[1]["l2"])
+        before = float(F.mse_loss(make_module().tokenizer(images).decoded, images))
     assert metrics["val/l2"] < 0.5 * before
     assert metrics["val/codebook_usage"] > 0.3
     usage = [metrics[f"codebook_usage/{side}"] for side in SCHEDULE.side_lengths]
@@ -75,7 +78,7 @@ def test_training_on_digits_lowers_the_error_and_uses_the_codebook(tmp_path: Pat
 def test_revival_moves_unused_codes_onto_residuals_and_spares_the_others(tmp_path: Path) -> None:
     module = make_module(revive_every=0)
     fit(module, tmp_path, 1)
-    steps, _ = module.reconstruct(torch.rand(2, 3, 32, 32) * 2 - 1)
+    steps = module.tokenizer(torch.rand(2, 3, 32, 32) * 2 - 1).steps
     module.usage["train"].zero_()
     module.count_usage("train", steps)
     used = module.usage["train"].sum(dim=0) > 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from lightning_mvar.callbacks.tensorboard import log_codes, log_image
 from lightning_mvar.classes import Classes
@@ -91,12 +92,10 @@ class ReconstructionsCallback(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.sanity_checking or batch_idx > 0 or not len(batch.images):
+        if trainer.sanity_checking or batch_idx > 0 or not isinstance(outputs, Tensor):
             return
-        assert isinstance(pl_module, LitTokenizer)
         originals = batch.images[: self.images]
-        decoded = pl_module.tokenizer.decode(pl_module.tokenizer.encode(originals))
-        pairs = torch.cat([originals, decoded]) / 2 + 0.5
+        pairs = torch.cat([originals, outputs[: self.images]]) / 2 + 0.5
         log_image(trainer, "reconstructions", image_grid(pairs, len(originals)))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
@@ -13,9 +12,9 @@ from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.data.images import OnCorrupt, open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.judges import kept_classifier
-from lightning_mvar.metrics.summary import num_features, prepare
+from lightning_mvar.metrics.reconstruction import ReconstructionScores
+from lightning_mvar.metrics.summary import prepare
 from lightning_mvar.pictures import image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
@@ -91,10 +90,7 @@ class Comparison:
     def __init__(self, tokenizer: Tokenizer, extractor: nn.Module | None, device: torch.device) -> None:
         self.tokenizer, self.extractor, self.count = tokenizer, extractor, 0
         self.used = torch.zeros(tokenizer.config.vocab_size, dtype=torch.bool, device=device)
-        self.psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3)).to(device)
-        self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
-        features = 0 if extractor is None else num_features(extractor)
-        self.originals, self.decoded = (FeatureStatistics(features).to(device) for _ in range(2))
+        self.scores = ReconstructionScores(extractor, device)
         self.shown: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
@@ -103,11 +99,7 @@ class Comparison:
         tokens = self.tokenizer.encode(images)
         originals, decoded = (images + 1) / 2, (self.tokenizer.decode(tokens) + 1) / 2
         self.used[tokens.flatten()] = True
-        self.psnr.update(decoded, originals)
-        self.ssim.update(decoded, originals)
-        if self.extractor is not None:
-            self.originals.update(self.extractor(originals))
-            self.decoded.update(self.extractor(decoded))
+        self.scores.update(originals, decoded)
         room = SHOWN - self.count
         if room > 0:
             self.shown.append((originals[:room].cpu(), decoded[:room].cpu()))
@@ -121,15 +113,15 @@ class Comparison:
         """
         if self.count < (1 if self.extractor is None else 2):
             raise InputError(f"{self.count} images of {name} could be decoded: too few to compare")
+        scores = self.scores.compute()
         record: Record = {
             "num_images": self.count,
-            "psnr_db": float(self.psnr.compute()),
-            "ssim": float(torch.as_tensor(self.ssim.compute())),
+            "psnr_db": scores["psnr"],
+            "ssim": scores["ssim"],
             "codebook_usage": float(self.used.float().mean()),
         }
         if self.extractor is not None:
-            distance = frechet_distance(self.originals.compute(), self.decoded.compute())
-            record |= {"extractor": type(self.extractor).__name__, "frechet_distance": distance}
+            record |= {"extractor": type(self.extractor).__name__, "frechet_distance": scores["rfid"]}
         return record
 
     def picture(self) -> Tensor:

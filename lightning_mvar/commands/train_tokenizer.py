@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning.pytorch.strategies import FSDPStrategy
+
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.commands.training import TrainingCLI, add_resume, run_cli, together
 from lightning_mvar.data.datamodule import ImageDataModule
 from lightning_mvar.errors import InputError
-from lightning_mvar.strategies import FSDP2Strategy
+from lightning_mvar.strategies import whole_copy
 from lightning_mvar.tokenizer_module import CHECKPOINT_KEY, LitTokenizer
 
 
@@ -25,12 +27,13 @@ class TokenizerCLI(TrainingCLI):
 def main(argv: list[str]) -> None:
     cli = run_cli(TokenizerCLI, LitTokenizer, ImageDataModule, args=argv[1:], run=False)
     trainer = cli.trainer
-    if isinstance(trainer.strategy, FSDP2Strategy):
-        raise InputError("a tokenizer is too small to be sharded: use --trainer.strategy ddp")
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise InputError("train-tokenizer does not work with Lightning's fsdp: use --trainer.strategy fsdp2, or ddp")
     ckpt_path = cli.choose_checkpoint(cli.config["ckpt_path"], cli.config["resume"], training=True)
     with together(trainer):
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
+        tokenizer = whole_copy(cli.model.averaged)
     folder = Path(trainer.default_root_dir)
     if trainer.is_global_zero:
-        save_folder(folder, cli.model.tokenizer)
-        print(f"tokenizer {cli.model.tokenizer.fingerprint()} in {folder}")
+        save_folder(folder, tokenizer)
+        print(f"tokenizer {tokenizer.fingerprint()} in {folder}")

@@ -151,7 +151,11 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = group_norm(widths[0], groups), conv3x3(widths[0], 3)
 
     def forward(self, features: Tensor) -> Tensor:
+        return self.conv_out(self.maps(features))
+
+    def maps(self, features: Tensor) -> Tensor:
+        """(b, code_dim, h, w) -> (b, channels, H, W), what the last convolution sees."""
         x = self.middle(self.conv_in(features))
         for level in reversed(self.levels):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.silu(self.norm_out(x))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
-from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
+from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
 DECODER_MAP_BYTES = 2**28  # of its finest map, of which it holds a few at a time
 
@@ -64,6 +66,18 @@ class TokenizerConfig:
         return self.schedule.side_lengths[-1] * self.downsampling
 
 
+class Reconstruction(NamedTuple):
+    """What training looks at of one pass from images to images."""
+
+    features: Tensor  # (b, c, s, s) what was quantized
+    steps: list[PyramidStep]  # of each scale
+    codebook: Tensor  # () mean over scales of mse(f_hat, sg(features)), which pulls codes and phi
+    commitment: Tensor  # () mean over scales of mse(sg(f_hat), features), which pulls the features
+    codes: Tensor  # (v, c) the codebook as it was used: a copy, which may change before the backward pass
+    maps: Tensor  # (b, channels, H, W) what the decoder's last convolution saw
+    decoded: Tensor  # (b, 3, H, W) not clamped
+
+
 class Tokenizer(nn.Module):
     """Images to packed tokens and back. Give it eval mode and no_grad for use; see `LitTokenizer` for training."""
 
@@ -75,6 +89,24 @@ class Tokenizer(nn.Module):
         self.quant_conv = conv3x3(config.code_dim, config.code_dim)
         self.post_quant_conv = conv3x3(config.code_dim, config.code_dim)
         self.quantizer = ResidualQuantizer(config.schedule, config.vocab_size, config.code_dim, config.num_phi)
+
+    def forward(self, images: Tensor, scales: Tensor | None = None) -> Reconstruction:
+        """Images (b, 3, H, W) in [-1, 1] through all of it; gradients pass the quantizer straight through.
+
+        Args:
+            images: at the tokenizer's resolution.
+            scales: (b,) from how many of the first scales each image is decoded; all where not given.
+        """
+        features = self.features(images)
+        steps = list(self.quantizer.pyramid(features))
+        codebook = torch.stack([F.mse_loss(step.f_hat, features.detach()) for step in steps]).mean()
+        commitment = torch.stack([F.mse_loss(step.f_hat.detach(), features) for step in steps]).mean()
+        f_hat = steps[-1].f_hat
+        if scales is not None:
+            f_hat = torch.stack([step.f_hat for step in steps])[scales - 1, torch.arange(len(images))]
+        maps = self.decoder.maps(self.post_quant_conv(features + (f_hat - features).detach()))
+        codes = self.quantizer.codebook.weight.clone()
+        return Reconstruction(features, steps, codebook, commitment, codes, maps, self.decoder.conv_out(maps))
 
     def features(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) in [-1, 1] -> (b, c, s, s), what is quantized.

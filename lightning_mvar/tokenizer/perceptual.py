@@ -1,0 +1,143 @@
+"""Distances between images in the features of a network, for the tokenizer's perceptual loss.
+
+Any `nn.Module` will do: two batches of images (b, 3, H, W) in [-1, 1] -> distances (b,), differentiable in the first.
+`LPIPS` is the published one (arXiv 1801.03924), with VGG16 (1409.1556) from local files; `FeatureDistance` makes one of
+a feature extractor.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.weights import StateDict, check_same, load_strictly, read_torch
+
+RELEASE = "https://download.pytorch.org/models/vgg16-397923af.pth"
+BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels between the poolings
+# LPIPS's own words for ImageNet's mean and deviation, of images in [-1, 1].
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+EPSILON = 1e-8  # under the root of a feature vector's length, which has no gradient at 0
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16; images (b, 3, H, W) in [-1, 1] -> the last maps before each pooling, five of them.
+
+    Layers have the numbers that torchvision gives them.
+
+    Args:
+        weights: file of torchvision, `vgg16-397923af.pth`; its classifier is not read.
+
+    Raises:
+        InputError: if the file does not exist or is something else.
+    """
+
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        path = Path(weights)
+        if not path.exists():
+            raise InputError(f"{path} does not exist; download it from {RELEASE}")
+        layers: list[nn.Module] = []
+        self.taps: list[int] = []  # numbers of the layers whose maps are looked at
+        channels = 3
+        with torch.device("meta"):
+            for block in BLOCKS:
+                for width in block:
+                    layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                    channels = width
+                self.taps.append(len(layers) - 1)
+                layers.append(nn.MaxPool2d(2))
+            self.features = nn.Sequential(*layers[:-1])
+        state = {name: tensor for name, tensor in read_torch(path).items() if not name.startswith("classifier.")}
+        load_strictly(self, state, path)
+        self.shift: Tensor
+        self.scale: Tensor
+        self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x, found = (images - self.shift) / self.scale, []
+        for number, layer in enumerate(self.features):
+            x = layer(x)
+            if number in self.taps:
+                found.append(x)
+        return found
+
+
+class LPIPS(nn.Module):
+    """The published perceptual distance: squared differences of VGG16's normalized maps, weighted by channel.
+
+    In eval mode and without gradients of its own.
+
+    Args:
+        vgg: file of torchvision's weights, `vgg16-397923af.pth`.
+        heads: file of LPIPS's own weights, `vgg.pth` of its version 0.1; the one that torchmetrics ships where not
+            given.
+
+    Raises:
+        InputError: if a file does not exist or is something else.
+    """
+
+    def __init__(self, vgg: str, heads: str | None = None) -> None:
+        super().__init__()
+        self.vgg = VGG16(vgg)
+        for number, weight in enumerate(read_heads(shipped_heads() if heads is None else Path(heads))):
+            self.register_buffer(f"head{number}", weight)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Two batches of images (b, 3, H, W) in [-1, 1] -> distances (b,) float32."""
+        maps = self.vgg(torch.cat([images, others]))
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for number, both in enumerate(maps):
+            unit = both.float() / (both.float().square().sum(dim=1, keepdim=True) + EPSILON).sqrt()
+            a, b = unit.chunk(2)
+            total = total + ((a - b).square() * self.get_buffer(f"head{number}")).sum(dim=1).mean(dim=(1, 2))
+        return total
+
+
+def shipped_heads() -> Path:
+    spec = find_spec("torchmetrics")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "functional/image/lpips_models/vgg.pth"
+
+
+def read_heads(path: Path) -> list[Tensor]:
+    """The weights (1, c, 1, 1) of LPIPS's five linear layers.
+
+    Raises:
+        InputError: if the file does not exist or is something else.
+    """
+    state: StateDict = read_torch(path)
+    names = [f"lin{number}.model.1.weight" for number in range(len(BLOCKS))]
+    expected = {name: torch.empty(1, block[-1], 1, 1) for name, block in zip(names, BLOCKS, strict=True)}
+    known = {re.sub(r"^module\.", "", name): tensor for name, tensor in state.items()}
+    check_same(expected, known, f"{path} is not LPIPS's file of VGG's weights")
+    return [known[name].float() for name in names]
+
+
+class FeatureDistance(nn.Module):
+    """Mean squared difference of the normalized features of an extractor, as the metrics take them.
+
+    For extractors with a gradient, such as the classifiers of the embedded images. `InceptionV3` has none, because it
+    rounds images to 8 bits first, as published scores do.
+
+    Args:
+        extractor: images (b, 3, H, W) in [0, 1] -> features (b, f).
+    """
+
+    def __init__(self, extractor: nn.Module) -> None:
+        super().__init__()
+        self.extractor = extractor.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Two batches of images (b, 3, H, W) in [-1, 1] -> distances (b,) in [0, 4]."""
+        features = self.extractor(torch.cat([images, others]) / 2 + 0.5)
+        a, b = F.normalize(features.float(), dim=1).chunk(2)
+        return (a - b).square().sum(dim=1)
