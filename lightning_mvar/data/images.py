@@ -25,14 +25,14 @@ from webdataset.shardlists import expand_urls
 from lightning_mvar.data.archives import TarImages
 from lightning_mvar.data.decoding import UNREADABLE, decode_image
 from lightning_mvar.data.digits import DIGITS
-from lightning_mvar.data.embedded import RESOLUTION, EmbeddedSet, Split
+from lightning_mvar.data.embedded import EmbeddedSet, Split
 from lightning_mvar.data.encoded import EncodedImages, FolderImages, visible
 from lightning_mvar.data.labels import read_class_names, read_labels
 from lightning_mvar.data.parquet import ParquetImages
-from lightning_mvar.data.photos import PHOTOS
+from lightning_mvar.data.photos import PHOTOS, PHOTOS64
 from lightning_mvar.errors import InputError
 
-EMBEDDED = {embedded.name: embedded for embedded in (DIGITS, PHOTOS)}
+EMBEDDED = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64)}
 
 RESIZE_MARGIN = 1.125  # the shorter side is resized to this times the crop (VAR's preprocessing)
 LONGEST = 16  # times the shorter side; of a longer picture the middle is used, or resizing would fill the memory
@@ -123,8 +123,9 @@ def open_images(
         return DecodedImages(open_encoded(source, labels, names), resolution, on_corrupt)
     if labels is not None or class_names is not None:
         raise InputError(f"{source} has its own labels and classes: leave out --labels and --class_names")
-    if resolution != RESOLUTION:
-        raise InputError(f"{source} are {RESOLUTION} x {RESOLUTION}, but {resolution} px are asked for")
+    side = embedded[0].resolution
+    if resolution != side:
+        raise InputError(f"{source} are {side} x {side}, but {resolution} px are asked for")
     return EmbeddedImages(*embedded)
 
 
@@ -178,7 +179,7 @@ class EmbeddedImages:
     groups: NDArray[np.int64] | None = None
 
     def __init__(self, embedded: EmbeddedSet, split: Split) -> None:
-        self.class_names, self.resolution = list(embedded.class_names), RESOLUTION
+        self.class_names, self.resolution = list(embedded.class_names), embedded.resolution
         self.name, self.split, self.margin = embedded.name, split, embedded.margin
         self.wide, self.labels = embedded.load_wide(split)
 
@@ -201,7 +202,7 @@ class EmbeddedImages:
         return self.example(index, top, left)
 
     def example(self, index: int, top: int, left: int) -> Example:
-        image = self.wide[index, :, top : top + RESOLUTION, left : left + RESOLUTION]
+        image = self.wide[index, :, top : top + self.resolution, left : left + self.resolution]
         return Example(image, int(self.labels[index]), self.key(index))
 
     def key(self, index: int) -> str:

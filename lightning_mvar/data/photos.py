@@ -6,7 +6,8 @@ resizing mixes, so that no pixel of a photo is in both splits.
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,17 +33,34 @@ FILES = {  # class -> package, and file in it
     "tissue": "skimage/data/ihc.png",
 }
 SHORTER_SIDE = 432  # pixels that a larger photo is reduced to: a patch shows a stone or two, blades of grass, a petal
-BANDS = {"train": (0, 80), "test": (88, 136)}  # columns of each period
-PERIOD = 144
 MARGIN = 4  # pixels that a random crop of a patch can move by, inside its band
 STRIDE = 8
 PER_CLASS = {"train": 200, "test": 45}
 LEAST_CONTRAST = 0.04  # standard deviation of grey in [0, 1] below which a patch is taken for empty
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a photo's columns are divided: in each period of so many pixels one band of each split."""
+
+    resolution: int
+    train: tuple[int, int]  # first column, and the one after the last
+    test: tuple[int, int]
+    period: int
+
+    @property
+    def side(self) -> int:
+        """Of a patch with its margin."""
+        return self.resolution + 2 * MARGIN
+
+
+SMALL = Layout(RESOLUTION, (0, 80), (88, 136), 144)
+LARGE = Layout(64, (0, 96), (104, 176), 184)
+
+
 @cache
-def load_wide_photos(split: Split) -> tuple[Tensor, Tensor]:
-    """Patches with their margin (n, 3, 40, 40) float32 in [-1, 1], and labels (n,) int64, the classes in turn.
+def load_wide_photos(split: Split, layout: Layout = SMALL) -> tuple[Tensor, Tensor]:
+    """Patches with their margin (n, 3, side, side) float32 in [-1, 1], and labels (n,) int64, the classes in turn.
 
     Of the patches on a grid of `STRIDE` pixels that are not empty, every class has the same number, evenly spread:
     2,000 train, 450 test in all.
@@ -51,8 +69,8 @@ def load_wide_photos(split: Split) -> tuple[Tensor, Tensor]:
         InputError: if there is no such split, or a photo is not installed.
     """
     check_split("photos", split)
-    classes = [chosen_patches(read_photo(file), split) for file in FILES.values()]
-    patches = np.stack(classes, axis=1).reshape(-1, *classes[0].shape[1:])  # (n, 40, 40, 3) uint8
+    classes = [chosen_patches(read_photo(file), split, layout) for file in FILES.values()]
+    patches = np.stack(classes, axis=1).reshape(-1, *classes[0].shape[1:])  # (n, side, side, 3) uint8
     labels = torch.arange(len(FILES)).repeat(PER_CLASS[split])
     return torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 127.5 - 1, labels
 
@@ -79,26 +97,27 @@ def installed(file: str) -> Path:
     return path
 
 
-def chosen_patches(photo: NDArray[np.uint8], split: Split) -> NDArray[np.uint8]:
-    """(n, 40, 40, 3): as many patches of a photo (H, W, 3) as a class has, with their margin."""
-    side = RESOLUTION + 2 * MARGIN
-    wide = np.stack([photo[top : top + side, left : left + side] for top, left in places(photo, split)])
+def chosen_patches(photo: NDArray[np.uint8], split: Split, layout: Layout = SMALL) -> NDArray[np.uint8]:
+    """(n, side, side, 3): as many patches of a photo (H, W, 3) as a class has, with their margin."""
+    side = layout.side
+    wide = np.stack([photo[top : top + side, left : left + side] for top, left in places(photo, split, layout)])
     grey = wide[:, MARGIN:-MARGIN, MARGIN:-MARGIN].mean(axis=3) / 255
     textured = wide[grey.std(axis=(1, 2)) >= LEAST_CONTRAST]
     return textured[np.linspace(0, len(textured) - 1, PER_CLASS[split]).round().astype(int)]
 
 
-def places(photo: NDArray[np.uint8], split: Split) -> list[tuple[int, int]]:
+def places(photo: NDArray[np.uint8], split: Split, layout: Layout) -> list[tuple[int, int]]:
     """Top and left of every patch with its margin on the grid of the split's bands."""
     height, width = photo.shape[:2]
-    side = RESOLUTION + 2 * MARGIN
-    first, end = BANDS[split]
+    side = layout.side
+    first, end = layout.train if split == "train" else layout.test
     return [
         (top, left)
-        for period in range(0, width, PERIOD)
+        for period in range(0, width, layout.period)
         for left in range(period + first, min(period + end, width) - side + 1, STRIDE)
         for top in range(0, height - side + 1, STRIDE)
     ]
 
 
 PHOTOS = EmbeddedSet("photos", tuple(FILES), MARGIN, load_wide_photos)
+PHOTOS64 = EmbeddedSet("photos64", tuple(FILES), MARGIN, partial(load_wide_photos, layout=LARGE), LARGE.resolution)

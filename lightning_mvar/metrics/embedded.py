@@ -41,7 +41,7 @@ class EmbeddedClassifier(nn.Module):
             *(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU()),
             *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
             *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(64 * 4 * 4, self.num_features), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * (self.embedded.resolution // 8) ** 2, self.num_features), nn.ReLU()),
         )
         self.head = nn.Linear(self.num_features, len(self.embedded.class_names))
         path = Path(weights)
@@ -58,7 +58,7 @@ class EmbeddedClassifier(nn.Module):
         return cls(str(Path(folder) / f"{cls.embedded.name}_classifier.safetensors"))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (b, 3, 32, 32) float32 in [0, 1] -> features (b, 64)."""
+        """Images (b, 3, H, W) float32 in [0, 1], of the set's resolution -> features (b, 64)."""
         return self.features(images * 2 - 1)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ class EmbeddedClassifier(nn.Module):
         return self.head(features)
 
     def classify(self, images: Tensor) -> Tensor:
-        """Images (b, 3, 32, 32) in [0, 1] -> the likeliest class (b,) int64."""
+        """Images (b, 3, H, W) in [0, 1] -> the likeliest class (b,) int64."""
         return self.logits(self(images)).argmax(dim=-1)
 
     @abstractmethod
     def vary(self, wide: Tensor) -> Tensor:
-        """A batch of images with their margin -> (b, 3, 32, 32), changed by chance as the set's images may be."""
+        """A batch of images with their margin -> (b, 3, H, W), changed by chance as the set's images may be."""
 
     @torch.inference_mode(False)
     @torch.enable_grad()

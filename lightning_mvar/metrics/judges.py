@@ -5,10 +5,10 @@ from __future__ import annotations
 from lightning_mvar.data.images import embedded_in
 from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.embedded import EmbeddedClassifier
-from lightning_mvar.metrics.photos import PhotosClassifier
+from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
 
 CLASSIFIERS: dict[str, type[EmbeddedClassifier]] = {
-    classifier.embedded.name: classifier for classifier in (DigitsClassifier, PhotosClassifier)
+    classifier.embedded.name: classifier for classifier in (DigitsClassifier, PhotosClassifier, Photos64Classifier)
 }
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_mvar.data.embedded import RESOLUTION
-from lightning_mvar.data.photos import MARGIN, PHOTOS
+from lightning_mvar.data.photos import MARGIN, PHOTOS, PHOTOS64
 from lightning_mvar.metrics.embedded import EmbeddedClassifier
 
 
@@ -20,5 +19,12 @@ class PhotosClassifier(EmbeddedClassifier):
 
     def vary(self, wide: Tensor) -> Tensor:
         top, left = torch.randint(2 * MARGIN + 1, (2,)).tolist()
-        cropped = wide[:, :, top : top + RESOLUTION, left : left + RESOLUTION]
+        side = self.embedded.resolution
+        cropped = wide[:, :, top : top + side, left : left + side]
         return cropped.flip(3) if torch.rand(()) < 0.5 else cropped
+
+
+class Photos64Classifier(PhotosClassifier):
+    """The same for patches of 64 x 64 pixels."""
+
+    embedded = PHOTOS64
