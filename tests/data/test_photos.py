@@ -11,18 +11,29 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from lightning_mvar.data.embedded import EmbeddedSet
 from lightning_mvar.data.images import open_images
-from lightning_mvar.data.photos import PHOTOS, chosen_patches, installed, load_wide_photos
+from lightning_mvar.data.photos import (
+    LARGE,
+    PHOTOS,
+    PHOTOS64,
+    SMALL,
+    Layout,
+    chosen_patches,
+    installed,
+    load_wide_photos,
+)
 from lightning_mvar.errors import InputError
 
 LANCZOS_REACH = 3  # a resized pixel is a mixture of what lay up to so many resized pixels away
 
 
 def place_of(image: torch.Tensor, photo: NDArray[np.uint8]) -> tuple[int, int]:
-    """Where an image (3, 32, 32) in [-1, 1] lies in a photo (H, W, 3); fails if it does not."""
+    """Where an image (3, side, side) in [-1, 1] lies in a photo (H, W, 3); fails if it does not."""
+    side = image.shape[1]
     pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     for top, left in np.argwhere((photo == pixels[0, 0]).all(axis=2)):
-        if np.array_equal(photo[top : top + 32, left : left + 32], pixels):
+        if np.array_equal(photo[top : top + side, left : left + side], pixels):
             return int(top), int(left)
     raise AssertionError("the image is no part of the photo")
 
@@ -35,10 +46,11 @@ def gravel() -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(gravel()).resize((432, 432), Image.Resampling.LANCZOS).convert("RGB"))
 
 
-def test_every_photo_has_the_same_number_of_patches_in_range() -> None:
+@pytest.mark.parametrize("photos", [PHOTOS, PHOTOS64], ids=lambda photos: photos.name)
+def test_every_photo_has_the_same_number_of_patches_in_range(photos: EmbeddedSet) -> None:
     for split, count in (("train", 200), ("test", 45)):
-        images, labels = PHOTOS.load(split)
-        assert images.shape == (10 * count, 3, 32, 32)
+        images, labels = photos.load(split)
+        assert images.shape == (10 * count, 3, *2 * [photos.resolution])
         assert images.dtype == torch.float32
         assert labels.bincount().tolist() == [count] * 10
         assert -1 <= images.min() < -0.99 < 0.99 < images.max() <= 1
@@ -46,25 +58,31 @@ def test_every_photo_has_the_same_number_of_patches_in_range() -> None:
         assert len(images.unique(dim=0)) == len(images)
 
 
-def test_images_are_parts_of_their_photo(gravel: NDArray[np.uint8]) -> None:
+@pytest.mark.parametrize("photos", [PHOTOS, PHOTOS64], ids=lambda photos: photos.name)
+def test_images_are_parts_of_their_photo(photos: EmbeddedSet, gravel: NDArray[np.uint8]) -> None:
     label = PHOTOS.class_names.index("gravel")
     for split in ("train", "test"):
-        images, labels = PHOTOS.load(split)
+        images, labels = photos.load(split)
         places = {place_of(image, gravel) for image in images[labels == label]}
         assert len(places) == len(images) // 10
     with pytest.raises(AssertionError, match="no part"):
         place_of(images[labels != label][0], gravel)
 
 
-@pytest.mark.parametrize("size", [(432, 432), (303, 384), (330, 288)])
-def test_train_and_test_share_no_pixel_of_a_photo_nor_what_resizing_mixed(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [((432, 432), SMALL), ((303, 384), SMALL), ((330, 288), SMALL), ((432, 432), LARGE), ((303, 384), LARGE)],
+)
+def test_train_and_test_share_no_pixel_of_a_photo_nor_what_resizing_mixed(
+    size: tuple[int, int], layout: Layout
+) -> None:
     """On a picture whose every pixel has a colour of its own, which tells where it was; margins included."""
     height, width = size
     colours = np.arange(height * width) * 0x9E3779 % 2**24  # an odd factor: all differ, neighbours by much
     picture = np.stack([colours >> shift & 255 for shift in (0, 8, 16)], axis=1).astype(np.uint8)
     columns = {}
     for split in ("train", "test"):
-        seen = chosen_patches(picture.reshape(height, width, 3), split).reshape(-1, 3).astype(int)
+        seen = chosen_patches(picture.reshape(height, width, 3), split, layout).reshape(-1, 3).astype(int)
         inverse = pow(0x9E3779, -1, 2**24)
         numbers = (seen @ [1, 2**8, 2**16]) * inverse % 2**24
         columns[split] = np.unique(numbers % width)
@@ -102,6 +120,8 @@ def test_wrong_splits_and_sizes_are_refused() -> None:
         open_images("photos:val", 32)
     with pytest.raises(InputError, match="photos:test are 32 x 32"):
         open_images("photos:test", 64)
+    with pytest.raises(InputError, match="photos64:test are 64 x 64"):
+        open_images("photos64:test", 32)
 
 
 def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,10 +3,10 @@ from pathlib import Path
 import torch
 
 from lightning_mvar.data.digits import DIGITS, load_digits
-from lightning_mvar.data.photos import PHOTOS
+from lightning_mvar.data.photos import PHOTOS, PHOTOS64
 from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.judges import kept_classifier
-from lightning_mvar.metrics.photos import PhotosClassifier
+from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
 
 
 def test_the_classifier_tells_photos_apart_and_is_kept(tmp_path: Path) -> None:
@@ -21,6 +21,14 @@ def test_the_classifier_tells_photos_apart_and_is_kept(tmp_path: Path) -> None:
     assert isinstance(kept, PhotosClassifier)
     assert torch.equal(kept(images), features)
     assert kept_classifier(str(tmp_path), str(tmp_path)) is None
+
+
+def test_larger_patches_have_a_classifier_of_their_own(tmp_path: Path) -> None:
+    Photos64Classifier(str(tmp_path / "photos64_classifier.safetensors"), epochs=2)
+    classifier = kept_classifier("photos64:test", str(tmp_path))
+    assert isinstance(classifier, Photos64Classifier)
+    images, labels = PHOTOS64.load("test")
+    assert (classifier.classify((images + 1) / 2) == labels).float().mean() > 0.4
 
 
 def test_training_depends_on_nothing_outside(tmp_path: Path) -> None:
