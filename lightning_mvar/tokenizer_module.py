@@ -34,6 +34,7 @@ from lightning_mvar.tokenizer.tokenizer import Reconstruction, Tokenizer, Tokeni
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "lightning_mvar_tokenizer"
+GRADIENT_SCALE = 2.0**16  # that float16's loss scaling begins with; a power of two rounds nothing
 
 
 class LitTokenizer(ScheduledModule):
@@ -217,9 +218,10 @@ class LitTokenizer(ScheduledModule):
         The reconstructions are taken out of the graph. What the losses of the picture want of them goes back in as a
         gradient, which neither touches the discriminator's weights nor has it run twice.
         """
-        decoded = made.decoded.detach().requires_grad_()
+        outputs = made.decoded.float()  # a gradient in float16 would not have the range
+        decoded = outputs.detach().requires_grad_()
         losses, picture = self.losses(images, made, decoded)
-        (wanted,) = torch.autograd.grad(picture, decoded)
+        wanted = torch.autograd.grad(GRADIENT_SCALE * picture, decoded)[0] / GRADIENT_SCALE
         real, fake = discriminator(torch.cat([images, decoded])).chunk(2)
         (towards_real,) = torch.autograd.grad(-fake.float().sum(), decoded, retain_graph=True)
         towards_real = towards_real / fake.numel()  # not of the mean, whose gradient would vanish in float16
@@ -227,7 +229,7 @@ class LitTokenizer(ScheduledModule):
         losses |= {"adversarial": -fake.detach().float().mean(), "discriminator": hinge_loss(real, fake)}
         losses["adversary_weight"] = weight
         picture = picture + weight * losses["adversarial"]
-        again = with_gradient(picture, made.decoded, wanted + weight * towards_real)
+        again = with_gradient(picture, outputs, wanted + weight * towards_real)
         return losses, losses["codebook"] + self.commitment * losses["commitment"] + again + losses["discriminator"]
 
     def waiting(self, images: Tensor) -> Tensor | float:
@@ -346,11 +348,10 @@ class LitTokenizer(ScheduledModule):
     def check_checkpoint(self, about: dict[str, Any]) -> None:
         """Refuse to resume a checkpoint of another tokenizer, or one that lacks what this run trains (InputError)."""
         for name, ours in self.kind().items():
-            if about[name] != ours:
+            theirs = about.get(name)
+            if theirs != ours:
                 other = "tokenizer" if name == "config" else f"kind: {name}"
-                raise InputError(
-                    f"--ckpt_path is of another {other}: {about[name]} in the checkpoint, {ours} in this run"
-                )
+                raise InputError(f"--ckpt_path is of another {other}: {theirs} in the checkpoint, {ours} in this run")
 
 
 def pretrained(weights: str, config: TokenizerConfig) -> Tokenizer:
