@@ -170,8 +170,16 @@ class Work:
         several = f" (rank {self.rank} of {self.world_size})" if self.world_size > 1 else ""
         total = sum(len(batch) for batches in cut.values() for batch in batches)
         with tqdm(total=total, unit="img", desc=f"tokenize{several}", disable=self.rank > 0) as bar:
-            for index, batches in cut.items():
-                self.write(index, islice(encoded, len(batches)), bar)
+            try:
+                for index, batches in cut.items():
+                    self.write(index, islice(encoded, len(batches)), bar)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise InputError(
+                    "a process that decodes images was killed, perhaps for memory: start again, it goes on, with fewer "
+                    "--num_workers or a smaller --batch_size"
+                ) from error
         if total:
             self.rate = total / (time.monotonic() - start)
 

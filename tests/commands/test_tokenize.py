@@ -228,6 +228,14 @@ def test_a_second_start_waits_and_is_refused(
     assert run(command("train.tar", str(tmp_path / "out"))) == 0
 
 
+def test_a_decoding_process_that_is_killed_ends_the_command_in_a_line(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_mvar.data.images.decode_image", lambda data: os.kill(os.getpid(), signal.SIGKILL))
+    assert run(command("folder", str(tmp_path), "--num_workers", "1")) == 1
+    assert "a process that decodes images was killed, perhaps for memory" in capfd.readouterr().err
+
+
 def test_half_precision_finds_mostly_the_same_tokens(here: Path, tmp_path: Path) -> None:
     assert run(command("folder", str(tmp_path), "--precision", "bfloat16")) == 0
     exact, lower = samples(Path("whole")), samples(tmp_path)
