@@ -134,10 +134,6 @@ def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.Capture
     strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(InputError, match="16-mixed"):
         strategy.setup_environment()
-    images = str(make_images(here))
-    tokenizer = ["--model.tokenizer.schedule.side_lengths", "[1,2,4]", "--data.train", images, "--data.val", images]
-    options = [*tokenizer, "--trainer.strategy", "fsdp2", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
-    assert "use --trainer.strategy ddp" in refused(capfd, "train-tokenizer", *options, "--trainer.devices", "1")
 
 
 def test_fit_refuses_a_typo_in_yaml(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
