@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_mvar.callbacks import Checkpoint, InterruptionCallback
 from lightning_mvar.checkpoints import CHECKPOINT_KEY
 from lightning_mvar.commands.overview import OverviewCallback
+from lightning_mvar.commands.parsing import behind
 from lightning_mvar.commands.ranks import ending_together
 from lightning_mvar.data.datamodule import TokenDataModule
 from lightning_mvar.errors import InputError
@@ -161,7 +162,8 @@ def run_cli(cli: type[CLI], model: type, data: type, **options: Any) -> CLI:
     """Parse, build and run.
 
     Raises:
-        InputError: if this machine does not have the devices or the precision that are asked for.
+        InputError: if this machine does not have the devices or the precision that are asked for, or what a class that
+            an option names had to say of its arguments.
         Interrupted: if a signal ended the run.
     """
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # we pass on what the console script was given
@@ -181,3 +183,6 @@ def run_cli(cli: type[CLI], model: type, data: type, **options: Any) -> CLI:
         )
     except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        mistake = behind(error)
+        raise error if mistake is None else mistake from None

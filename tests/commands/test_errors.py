@@ -136,6 +136,20 @@ def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.Capture
         strategy.setup_environment()
 
 
+def test_train_tokenizer_tells_what_its_parts_miss(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images = str(make_images(here))
+    command = ["train-tokenizer", "--model.tokenizer.schedule.side_lengths", "[1,2,4]", "--data.train", images]
+    command += ["--data.val", images]
+    vgg = ["--model.perceptual", "lightning_mvar.tokenizer.perceptual.LPIPS", "--model.perceptual.vgg", "none.pth"]
+    assert "none.pth does not exist; download it" in refused(capfd, *command, *vgg)
+    scores = ["--trainer.callbacks+", "lightning_mvar.callbacks.ReconstructionScoresCallback"]
+    scores += ["--trainer.callbacks.extractor", "lightning_mvar.metrics.InceptionV3"]
+    scores += ["--trainer.callbacks.extractor.weights", "none.pth"]
+    assert "none.pth does not exist; download it" in refused(capfd, *command, *scores)
+    assert "none does not exist" in refused(capfd, *command, "--model.weights", "none")
+    assert "adversary.weight must be at least 0" in refused(capfd, *command, "--model.adversary.weight", "-1")
+
+
 def test_fit_refuses_a_typo_in_yaml(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = (here / "fit.yaml").read_text()
     (here / "typo.yaml").write_text(text.replace("batch_size", "batch_sise"))
