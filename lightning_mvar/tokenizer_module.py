@@ -325,14 +325,15 @@ class LitTokenizer(ScheduledModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = self.kind() | {
-            "train_usage": self.usage["train"].cpu(),
+            "train_usage": self.trainer.strategy.reduce(self.usage["train"].clone(), reduce_op="sum").cpu(),
             "skipped_steps": self.skipped,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         about = checkpoint[CHECKPOINT_KEY]
         self.check_checkpoint(about)
-        self.usage["train"] = about["train_usage"]
+        # Of all ranks together, so that one has it and the others begin to count anew.
+        self.usage["train"] = about["train_usage"] * (self.global_rank == 0)
         self.skipped_steps, self.skipped_in_a_row = about["skipped_steps"]
 
     def kind(self) -> dict[str, Any]:

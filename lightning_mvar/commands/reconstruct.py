@@ -40,8 +40,7 @@ def reconstruct(
 
     Args:
         tokenizer: folder that `train-tokenizer` or `export` wrote.
-        images: `digits:train`, `photos:test` and the like, or a folder of class folders, resized and cropped at the
-            centre.
+        images: named as for `lightning-mvar tokenize`; resized and cropped at the centre.
         extractor: InceptionV3 (with --extractor.weights FILE), or the class path of an nn.Module with num_features,
             images in [0, 1] -> features; for digits and photos a small classifier. Without one there is no Frechet
             distance.

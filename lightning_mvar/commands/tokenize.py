@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.ranks import ranks
 from lightning_mvar.data.images import ImageSource, Views, batch_loader, batched, open_images
-from lightning_mvar.data.shards import MANIFEST, Manifest, save_part, shard_name, write_shard
+from lightning_mvar.data.shards import MANIFEST, Manifest, parts_of, read_part, save_part, shard_name, write_shard
 from lightning_mvar.encoding import Encoded, Encoder
 from lightning_mvar.errors import InputError
 from lightning_mvar.locks import alone_in
@@ -81,31 +82,35 @@ def tokenize(
     folder = Path(out)
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; name a folder")
-    model = load_tokenizer(tokenizer)
-    source = open_images(images, model.config.resolution, "skip", labels, class_names)
-    plan = Manifest(
-        side_lengths=list(model.config.schedule.side_lengths),
-        vocab_size=model.config.vocab_size,
-        class_names=source.class_names,
-        tokenizer=model.fingerprint(),
-        source=images,
-        num_images=len(source),
-        shard_size=shard_size,
-        listing=source.listing,
-        views=views,
-        seed=seed if views > 1 else 0,
-        flips=flips,
-        precision=precision,
-    )
     # Nothing is computed together: a rank only waits for the others in the end, and hears at once if one has died.
     strategy = DDPStrategy(process_group_backend="gloo", timeout=LONGEST_WAIT)
     with ranks(device, devices, num_nodes, strategy) as fabric, ExitStack() as stack:
+        model = load_tokenizer(tokenizer)
+        source = open_images(images, model.config.resolution, "skip", labels, class_names)
+        order = shard_order(source, views)
+        plan = Manifest(
+            side_lengths=list(model.config.schedule.side_lengths),
+            vocab_size=model.config.vocab_size,
+            class_names=source.class_names,
+            tokenizer=model.fingerprint(),
+            source=images,
+            num_images=len(source),
+            shard_size=shard_size,
+            order=sha256(order.tobytes()).hexdigest(),
+            listing=source.listing,
+            views=views,
+            seed=seed if views > 1 else 0,
+            flips=flips,
+            precision=precision,
+        )
         if fabric.is_global_zero:
             stack.enter_context(alone_in(folder, "tokenize"))
             begin(folder, plan)
         fabric.barrier()
+        if not Manifest.load(folder).same_run(plan):
+            raise InputError(f"rank {fabric.global_rank} has other images, or another tokenizer, than rank 0")
         work = Work(fabric, folder, plan, Encoder(model, fabric.device, precision), max_failures)
-        work.run(source, batch_size, num_workers)
+        work.run(source, order, batch_size, num_workers)
         fabric.barrier()
         if fabric.is_global_zero:
             finish(folder, work.rate)
@@ -151,17 +156,18 @@ class Work:
         self.folder, self.plan, self.encode, self.max_failures = folder, plan, encode, max_failures
         self.rank, self.world_size, self.local_rank = fabric.global_rank, fabric.world_size, fabric.local_rank
         self.parent = os.getppid()
+        self.failed: dict[str, None] = {}  # messages of images that cannot be decoded, of all ranks
+        self.seen: set[Path] = set()  # parts whose messages are among them
         self.rate: float | None = None  # images/s
 
-    def run(self, source: ImageSource, batch_size: int, num_workers: int) -> None:
-        """Write what is missing.
+    def run(self, source: ImageSource, order: NDArray[np.int64], batch_size: int, num_workers: int) -> None:
+        """Write what is missing, of the examples in their `order`.
 
         Raises:
             InputError: if too many images cannot be decoded.
         """
         plan, size = self.plan, self.plan.shard_size
         examples = source if plan.views == 1 else Views(source, plan.views, plan.seed, plan.flips)
-        order = shard_order(source, plan.views)
         todo = self.missing()
         cut = {index: batched(order[index * size : (index + 1) * size].tolist(), batch_size) for index in todo}
         # One loader for all shards: its processes read on while a shard is written.
@@ -185,7 +191,9 @@ class Work:
 
     def missing(self) -> list[int]:
         """Numbers of this rank's shards that are not there, or are damaged."""
-        there = {shard.name: shard for shard in Manifest.load(self.folder).shards}
+        manifest = Manifest.load(self.folder)
+        there = {shard.name: shard for shard in manifest.shards}
+        self.failed = dict.fromkeys(manifest.skipped)
         mine = range(self.rank, self.plan.num_shards, self.world_size)
         show = self.rank > 0 or not there
         return [
@@ -196,16 +204,16 @@ class Work:
 
     def write(self, index: int, batches: Iterator[Encoded], bar: tqdm[Any]) -> None:
         """Write a shard, and then what is known of it."""
-        failed = dict.fromkeys(Manifest.load(self.folder).skipped)
+        self.hear_of_failures()
         done, errors = [], dict[str, None]()
         for batch in batches:
             self.check_parent()
             for message in batch.errors:
                 if message not in errors:
                     tqdm.write(f"skipped: {message}")
-                errors[message] = failed[message] = None
-            if len(failed) > self.max_failures:
-                raise too_many(len(failed), self.max_failures, batch.errors[-1] if batch.errors else [*failed][-1])
+                errors[message] = self.failed[message] = None
+            if len(self.failed) > self.max_failures:
+                raise too_many(len(self.failed), self.max_failures, [*self.failed][-1])
             bar.update(len(batch.keys) + len(batch.errors))
             done.append(batch)
         tokens, labels, keys, _ = zip(*done, strict=True)
@@ -213,6 +221,12 @@ class Work:
         shard = write_shard(self.folder / shard_name(index), np.concatenate(tokens), np.concatenate(labels), names)
         shard.skipped = list(errors)
         save_part(self.folder, shard)
+
+    def hear_of_failures(self) -> None:
+        """Read what other ranks have met since."""
+        for part in set(parts_of(self.folder)) - self.seen:
+            self.failed |= dict.fromkeys(read_part(part).skipped)
+            self.seen.add(part)
 
     def check_parent(self) -> None:
         """End with the process that started this one: nobody would wait for what it does."""
@@ -235,7 +249,7 @@ def shard_order(source: ImageSource, views: int) -> NDArray[np.int64]:
 
 def too_many(count: int, allowed: int, message: str) -> InputError:
     if not allowed:
-        return InputError(f"{message}: repair or remove it, or allow for some with --max_failures")
+        return InputError(f"{message}: repair it, or leave out up to N such images with --max_failures N")
     return InputError(f"{count} images cannot be decoded, more than --max_failures {allowed}; the last is {message}")
 
 

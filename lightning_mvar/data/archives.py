@@ -73,6 +73,7 @@ class TarImages(EncodedImages):
         elif numbers:
             named = by_number(images, self.numbers_of(images, numbers), class_names, self.paths)
         else:
+            refuse_samples(images, members, self.paths)
             named = by_place(images, self.paths)
         super().__init__(*named, np.array([(m.archive, m.offset, m.size) for m in images], np.int64))
 
@@ -119,6 +120,14 @@ def by_number(
         stems = [paths[image.archive].stem for image in images]
         keys = [f"{names[label]}/{s}/{m.name}" for label, s, m in zip(labels, stems, images, strict=True)]
     return Named(names, keys, labels)
+
+
+def refuse_samples(images: list[Member], members: list[Member], paths: Sequence[Path]) -> None:
+    """Raise InputError for WebDataset shards that do not have classes as `.cls`."""
+    others = {member.sample for member in members if not is_image(member.name)}
+    found = next((m for m in images if not m.inner and "/" not in m.path and m.sample in others), None)
+    if found is not None:
+        raise InputError(f"{paths[found.archive]} has other files beside {found.path}, and no .cls with its class")
 
 
 def by_place(images: list[Member], paths: Sequence[Path]) -> Named:
@@ -172,5 +181,8 @@ def walk(file: BinaryIO, begin: int, end: int, number: int, inner: str) -> Itera
             if member.isfile() and member.name.endswith(".tar") and not inner:
                 yield from walk(file, data, data + member.size, number, member.name)
             elif member.isfile():
-                yield Member(number, member.name.removeprefix("./"), data, member.size, inner)
+                yield Member(number, member.name.removeprefix("./").lstrip("/"), data, member.size, inner)
             archive.members.clear()  # type: ignore[attr-defined]  # which tarfile would keep
+        file.seek(archive.offset)
+        if any(file.read(min(tarfile.BLOCKSIZE, end - archive.offset))):  # where tarfile takes damage for the end
+            raise tarfile.ReadError(f"it is damaged at byte {archive.offset}")

@@ -125,8 +125,9 @@ class ImageDataModule(L.LightningDataModule):
     """Images for training a tokenizer.
 
     Args:
-        train: `digits:train`, `photos:train`, `photos64:train`, or a folder of class folders.
-        val: `digits:test`, `photos:test`, `photos64:test`, or a folder of class folders.
+        train: `digits:train`, `photos64:train` and the like, a folder of class folders, or archives as `tokenize` takes
+            them. (Not Parquet where there are many images: each is in a row group that is read as a whole.)
+        val: the same.
         resolution: side of the images in pixels.
         batch_size: images per rank and step.
         num_workers: processes that decode images; 0 decodes in the training process.

@@ -37,7 +37,10 @@ class EncodedImages(ABC):
     ) -> None:
         order = sorted(range(len(keys)), key=lambda i: keys[i].split("/"))
         self.class_names = list(class_names)
-        self.keys = np.array([keys[i].encode() for i in order], dtype=bytes)
+        try:
+            self.keys = np.array([keys[i].encode() for i in order], dtype=bytes)
+        except UnicodeEncodeError as error:
+            raise InputError(f"the name {error.object!r} is not in UTF-8: rename that image") from error
         self.labels, self.places = np.array(labels, dtype=np.int64)[order], places[order]
         repeated = np.flatnonzero(self.keys[1:] == self.keys[:-1])
         if len(repeated):

@@ -154,7 +154,10 @@ def files_of(source: str) -> list[Path]:
     path = Path(source)
     if path.is_dir():
         inside = sorted(visible(path.iterdir()))
-        return [p for p in inside if p.suffix == ".tar"] or [p for p in inside if p.suffix == ".parquet"]
+        found = [p for p in inside if p.suffix == ".tar"] or [p for p in inside if p.suffix == ".parquet"]
+        if found and any(p.is_dir() for p in inside):
+            raise InputError(f"{source} has folders and {found[0].name}: name the archives by a pattern, or move them")
+        return found
     expanded = [found for part in expand_urls(source) for found in (sorted(glob(part)) or [part])]
     paths = [Path(found) for found in expanded]
     missing = [found for found in paths if not found.is_file()]
@@ -240,11 +243,15 @@ class DecodedImages:
         return self.example(index, generator)
 
     def example(self, index: int, generator: Generator | None) -> Example:
-        label, key = int(self.encoded.labels[index]), self.key(index)
+        label, key, where = int(self.encoded.labels[index]), self.key(index), self.encoded.where(index)
         try:
-            image = decode_image(self.encoded.read(index))
+            data = self.encoded.read(index)
+        except OSError as error:  # of the disk or the network: it says nothing against the image
+            raise InputError(f"{where} cannot be read ({error}): start again once it can") from error
+        try:
+            image = decode_image(data)
         except UNREADABLE as error:
-            message = f"{self.encoded.where(index)} cannot be decoded ({error})"
+            message = f"{where} cannot be decoded ({error})"
             if self.on_corrupt == "skip":
                 return Example(None, label, key, message)
             raise CorruptImageError(

@@ -98,6 +98,11 @@ def known_classes(words: Sequence[str]) -> list[str]:
     if set(words) <= imagenet_classes().keys():
         return list(imagenet_classes())
     if all(word.isdecimal() for word in words):
+        if "0" not in words:
+            raise InputError(
+                "--labels has numbers and no 0: classes count from 0; name ILSVRC2012_devkit_t12.tar.gz itself for "
+                "ImageNet's own numbers"
+            )
         return [str(label) for label in range(max(map(int, words)) + 1)]
     return sorted(set(words))
 

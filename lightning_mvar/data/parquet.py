@@ -31,17 +31,20 @@ class ParquetImages(EncodedImages):
 
     def __init__(self, paths: Sequence[Path], class_names: Sequence[str] | None) -> None:
         self.paths = list(paths)
-        self.image, self.label, names = columns(self.paths[0])
+        found = {path: columns(path) for path in self.paths}
+        self.image, self.label, names = found[self.paths[0]]
+        if other := next((path for path, has in found.items() if has != found[self.paths[0]]), None):
+            raise InputError(f"{other} has other columns or classes than {self.paths[0]}")
         stems: list[str] = []
         labels: list[int] = []
         places: list[tuple[int, int, int]] = []
         for number, path in enumerate(self.paths):
             for group in range(open_parquet(path).num_row_groups):
                 table = read_group(path, group, (f"{self.image}.path", self.label))
-                found = [row["path"] for row in table.column(self.image).to_pylist()]
-                stems += [PurePosixPath(p or f"{path.stem}-{group}-{i}").name for i, p in enumerate(found)]
+                inside = [(row or {}).get("path") for row in table.column(self.image).to_pylist()]
+                stems += [PurePosixPath(p or f"{path.stem}-{group}-{i}").name for i, p in enumerate(inside)]
                 labels += table.column(self.label).to_pylist()
-                places += [(number, group, row) for row in range(len(found))]
+                places += [(number, group, row) for row in range(len(inside))]
         if None in labels or not labels or min(labels) < 0:
             raise InputError(f"{self.paths[0]} and the like have images without a label: leave those rows out")
         known = class_names if class_names is not None else names or [str(i) for i in range(max(labels) + 1)]
@@ -60,10 +63,7 @@ class ParquetImages(EncodedImages):
     def read(self, index: int) -> bytes:
         number, group, row = self.places[index].tolist()
         column = held_group(self.paths[number], group, (f"{self.image}.bytes",)).column(self.image)
-        data = column[row].as_py()["bytes"]
-        if data is None:
-            raise OSError("the row has a path and no bytes")
-        return bytes(data)
+        return bytes((column[row].as_py() or {}).get("bytes") or b"")  # without bytes it cannot be decoded
 
 
 def open_parquet(path: Path) -> Any:
@@ -85,9 +85,10 @@ def columns(path: Path) -> tuple[str, str, list[str]]:
     images = [field.name for field in schema if str(field.type).startswith("struct<bytes: binary, path: string")]
     labels = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
     labels = labels or [field.name for field in schema if field.name == "label"]
-    if not images or not labels or labels[0] not in schema.names:
+    if not images or not labels or labels[0] not in schema.names or "int" not in str(schema.field(labels[0]).type):
         raise InputError(
-            f"{path} has the columns {', '.join(schema.names)}: expected images (structs of bytes and path) and `label`"
+            f"{path} has the columns {', '.join(schema.names)}: expected images, as structs of bytes and path, and "
+            f"`label`, a number"
         )
     return images[0], labels[0], features.get(labels[0], {}).get("names") or []
 

@@ -72,6 +72,7 @@ class Manifest:
         source: where the images came from.
         num_images: images of the source.
         shard_size: samples that each shard covers, the last one fewer.
+        order: a hash of the order in which the images went into the shards.
         listing: a hash of the images' names and labels.
         views: token samples made of each image: random crops, or its centre where there is one.
         seed: of the random crops.
@@ -88,6 +89,7 @@ class Manifest:
     source: str
     num_images: int
     shard_size: int
+    order: str = ""
     listing: str = ""
     views: int = 1
     seed: int = 0
@@ -152,15 +154,20 @@ class Manifest:
             values = json.loads(text)
             version = values["format_version"]
             if version != FORMAT_VERSION:
-                raise InputError(f"{where} has format version {version}; this release reads {FORMAT_VERSION}")
-            newer = [Shard(**json.loads(path.read_text())) for path in parts]
+                raise InputError(
+                    f"{where} has format version {version}; this release reads {FORMAT_VERSION}: tokenize again"
+                )
+            newer = [read_part(path) for path in parts]
             names = {shard.name for shard in newer}
             shards = [Shard(**shard) for shard in values["shards"] if shard["name"] not in names]
             return cls(**(values | {"shards": sorted(shards + newer, key=lambda shard: shard.name)}))
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{where} is damaged ({error!r}); run `lightning-mvar tokenize` again") from error
+            raise InputError(
+                f"{where}, or a file of {PARTS} beside it, is damaged ({error!r}); remove that file, and run the same "
+                f"`lightning-mvar tokenize` again"
+            ) from error
 
     def check_model(
         self, where: object, side_lengths: tuple[int, ...], vocab_size: int, num_classes: int, tokenizer: str
@@ -223,6 +230,10 @@ def chosen_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list
 def parts_of(folder: Path) -> list[Path]:
     """Files about shards that are finished and not yet in the manifest."""
     return sorted((folder / PARTS).glob("*.tar.json"))
+
+
+def read_part(path: Path) -> Shard:
+    return Shard(**json.loads(path.read_text()))
 
 
 def save_part(folder: Path, shard: Shard) -> None:

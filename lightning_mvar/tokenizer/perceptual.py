@@ -92,11 +92,11 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Two batches of images (b, 3, H, W) in [-1, 1] -> distances (b,) float32."""
-        maps = self.vgg(torch.cat([images, others]))
+        with torch.no_grad():
+            expected = self.vgg(others)
         total = images.new_zeros(len(images), dtype=torch.float32)
-        for number, both in enumerate(maps):
-            unit = both.float() / (both.float().square().sum(dim=1, keepdim=True) + EPSILON).sqrt()
-            a, b = unit.chunk(2)
+        for number, both in enumerate(zip(self.vgg(images), expected, strict=True)):
+            a, b = (maps.float() / (maps.float().square().sum(dim=1, keepdim=True) + EPSILON).sqrt() for maps in both)
             total = total + ((a - b).square() * self.get_buffer(f"head{number}")).sum(dim=1).mean(dim=(1, 2))
         return total
 
@@ -138,6 +138,7 @@ class FeatureDistance(nn.Module):
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Two batches of images (b, 3, H, W) in [-1, 1] -> distances (b,) in [0, 4]."""
-        features = self.extractor(torch.cat([images, others]) / 2 + 0.5)
-        a, b = F.normalize(features.float(), dim=1).chunk(2)
+        with torch.no_grad():
+            expected = self.extractor(others / 2 + 0.5)
+        a, b = (F.normalize(f.float(), dim=1) for f in (self.extractor(images / 2 + 0.5), expected))
         return (a - b).square().sum(dim=1)

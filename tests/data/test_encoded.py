@@ -195,6 +195,75 @@ def test_sources_that_are_broken_are_refused_in_a_line(files: dict[str, bytes], 
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_an_archive_with_a_damaged_header_is_not_taken_for_a_shorter_one(
+    files: dict[str, bytes], inner: bool, tmp_path: Path
+) -> None:
+    few = dict(list(files.items())[:20])
+    path = write_tar_of_tars(few, tmp_path / "a.tar") if inner else write_tar_of_folders(few, tmp_path / "a.tar")
+    with tarfile.open(path) as archive:
+        place = archive.getmembers()[7].offset
+    data = bytearray(path.read_bytes())
+    data[place + 600 if inner else place + 30] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a.tar is no tar archive, or compressed, or damaged"):
+        open_encoded(str(path), None, None)
+
+
+def test_absolute_names_and_shards_without_classes(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "mixed.tar", "w") as archive:
+        add(archive, "/a/1.jpg", b"x")
+        add(archive, "b/1.jpg", b"x")
+    assert open_encoded(str(tmp_path / "mixed.tar"), None, None).class_names == ["a", "b"]
+    for i in range(2):
+        with tarfile.open(tmp_path / f"train-{i}.tar", "w") as archive:
+            add(archive, f"{i}.jpg", b"x")
+            add(archive, f"{i}.json", b"{}")
+    with pytest.raises(InputError, match=r"train-0.tar has other files beside 0.jpg, and no .cls"):
+        open_encoded(str(tmp_path / "train-{0..1}.tar"), None, None)
+
+
+def test_tables_that_are_not_of_images_and_numbers_are_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    rows = [{"bytes": b"x", "path": "a.jpg"}, None]
+    words = pa.table({"image": pa.array(rows, image), "label": ["cat", "dog"]})
+    parquet.write_table(words, tmp_path / "words.parquet")
+    with pytest.raises(InputError, match="`label`, a number"):
+        open_encoded(str(tmp_path / "words.parquet"), None, None)
+    parquet.write_table(pa.table({"image": pa.array(rows, image), "label": [0, 1]}), tmp_path / "0.parquet")
+    source = open_encoded(str(tmp_path / "0.parquet"), None, None)
+    assert [source.read(i) for i in range(2)] == [b"x", b""]
+    parquet.write_table(pa.table({"image": pa.array(rows, image)}), tmp_path / "1.parquet")
+    with pytest.raises(InputError, match=r"1.parquet has the columns image"):
+        open_encoded(str(tmp_path / "{0..1}.parquet"), None, None)
+
+
+def test_names_and_labels_that_mean_something_else_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder/a").mkdir(parents=True)
+    (tmp_path / "folder/a" / b"caf\xe9.jpg".decode(errors="surrogateescape")).write_bytes(b"x")
+    with pytest.raises(InputError, match="is not in UTF-8: rename that image"):
+        open_encoded(str(tmp_path / "folder"), None, None)
+    (tmp_path / "folder/b.tar").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"has folders and b.tar"):
+        open_encoded(str(tmp_path / "folder"), None, None)
+    with tarfile.open(tmp_path / "val.tar", "w") as archive:
+        add(archive, "1.jpg", b"x")
+    (tmp_path / "truth.txt").write_text("490\n")
+    with pytest.raises(InputError, match="classes count from 0"):
+        open_encoded(str(tmp_path / "val.tar"), str(tmp_path / "truth.txt"), None)
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_bad_image(files: dict[str, bytes], tmp_path: Path) -> None:
+    root = write_folder(dict(list(files.items())[:3]), tmp_path / "folder")
+    images = open_images(str(root), 8, "skip")
+    (root / images.key(1)).unlink()
+    with pytest.raises(InputError, match=r"cannot be read .*No such file.*: start again once it can"):
+        images[1]
+
+
 def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
         for name in ("a/1.jpg", "b/1.jpg", "a/1.jpg"):
