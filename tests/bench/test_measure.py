@@ -32,6 +32,19 @@ def test_the_peak_is_what_a_run_holds_at_most() -> None:
     assert 0.9 * size < held < 1.5 * size
 
 
+def test_what_an_earlier_run_has_freed_does_not_hide_what_the_next_one_takes() -> None:
+    blocks, size = 1024, 2**16  # too small for mappings of their own
+
+    def fill() -> list[torch.Tensor]:
+        return [torch.ones(size, dtype=torch.uint8) for _ in range(blocks)]
+
+    filled = fill()
+    above = filled[-1]  # as long as it lives, the heap cannot shrink
+    del filled
+    assert peak_memory(fill, CPU) > 0.9 * blocks * size
+    assert above.all()
+
+
 def test_a_part_does_not_count_what_is_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))  # every look at it takes a second
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))

@@ -30,8 +30,7 @@ def test_sampling_is_compared_and_profiled(
         assert record["flops_per_image"] == record["network_flops_per_image"] + record["decoder_flops_per_image"]
         rate = record["flops_per_image"] * record["images_per_s"]
         assert record["matmul_share"] == pytest.approx(rate / record["matmul_flops_per_s"])
-        assert record["state_bytes_per_image"] > 0
-        assert record["peak_memory_bytes"] >= 0  # beyond what earlier tests have left to this process
+        assert record["peak_memory_bytes"] > record["state_bytes_per_image"] > 0
     printed = capsys.readouterr().out
     assert "ratio" in printed
     assert "scan" in printed

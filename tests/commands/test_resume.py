@@ -59,7 +59,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("step=*")}
 
 
-@pytest.mark.parametrize(("devices", "strategy", "kills", "steps"), [(1, "auto", 3, 24), (2, "fsdp2", 1, 12)])
+@pytest.mark.parametrize(("devices", "strategy", "kills", "steps"), [(1, "auto", 4, 40), (2, "fsdp2", 2, 24)])
 def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(
     run_folder: Path, devices: int, strategy: str, kills: int, steps: int
 ) -> None:
