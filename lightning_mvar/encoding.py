@@ -20,7 +20,7 @@ class Encoded(NamedTuple):
     tokens: NDArray[np.uint16]  # (n, l)
     labels: NDArray[np.int64]  # (n,)
     keys: list[str]
-    errors: list[str]  # a message for each image that could not be decoded
+    errors: list[tuple[str, str]]  # key and message of each image that could not be decoded
 
 
 class Encoder:
@@ -39,4 +39,4 @@ class Encoder:
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     features = self.model.features(batch.images.to(self.device))
                 tokens = self.model.quantizer.encode(features.float()).cpu().numpy().astype(np.uint16)
-            yield Encoded(tokens, batch.labels.numpy(), batch.keys, batch.errors)
+            yield Encoded(tokens, batch.labels.numpy(), batch.keys, [*zip(batch.unread, batch.errors, strict=True)])

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from hashlib import sha256
 from itertools import islice
@@ -27,6 +28,7 @@ from lightning_mvar.encoding import Encoded, Encoder
 from lightning_mvar.errors import InputError
 from lightning_mvar.locks import alone_in
 from lightning_mvar.sampling import Precision
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 ORDER_SEED = 0  # images go into the shards in one fixed random order, so that every shard has all classes
 LONGEST_WAIT = timedelta(days=30)  # of a rank that is done for the others
@@ -88,21 +90,8 @@ def tokenize(
         model = load_tokenizer(tokenizer)
         source = open_images(images, model.config.resolution, "skip", labels, class_names)
         order = shard_order(source, views)
-        plan = Manifest(
-            side_lengths=list(model.config.schedule.side_lengths),
-            vocab_size=model.config.vocab_size,
-            class_names=source.class_names,
-            tokenizer=model.fingerprint(),
-            source=images,
-            num_images=len(source),
-            shard_size=shard_size,
-            order=sha256(order.tobytes()).hexdigest(),
-            listing=source.listing,
-            views=views,
-            seed=seed if views > 1 else 0,
-            flips=flips,
-            precision=precision,
-        )
+        plan = plan_of(model, source, images, order, shard_size)
+        plan = replace(plan, views=views, seed=seed if views > 1 else 0, flips=flips, precision=precision)
         if fabric.is_global_zero:
             stack.enter_context(alone_in(folder, "tokenize"))
             begin(folder, plan)
@@ -114,6 +103,21 @@ def tokenize(
         fabric.barrier()
         if fabric.is_global_zero:
             finish(folder, work.rate)
+
+
+def plan_of(model: Tokenizer, source: ImageSource, name: str, order: NDArray[np.int64], shard_size: int) -> Manifest:
+    """The manifest of the images that are called `name`, in this order, before there are shards."""
+    return Manifest(
+        side_lengths=list(model.config.schedule.side_lengths),
+        vocab_size=model.config.vocab_size,
+        class_names=source.class_names,
+        tokenizer=model.fingerprint(),
+        source=name,
+        num_images=len(source),
+        shard_size=shard_size,
+        order=sha256(order.tobytes()).hexdigest(),
+        listing=source.listing,
+    )
 
 
 def begin(folder: Path, plan: Manifest) -> None:
@@ -156,7 +160,7 @@ class Work:
         self.folder, self.plan, self.encode, self.max_failures = folder, plan, encode, max_failures
         self.rank, self.world_size, self.local_rank = fabric.global_rank, fabric.world_size, fabric.local_rank
         self.parent = os.getppid()
-        self.failed: dict[str, None] = {}  # messages of images that cannot be decoded, of all ranks
+        self.failed: dict[str, str] = {}  # messages of images that cannot be decoded, by key, of all ranks
         self.seen: set[Path] = set()  # parts whose messages are among them
         self.rate: float | None = None  # images/s
 
@@ -193,7 +197,7 @@ class Work:
         """Numbers of this rank's shards that are not there, or are damaged."""
         manifest = Manifest.load(self.folder)
         there = {shard.name: shard for shard in manifest.shards}
-        self.failed = dict.fromkeys(manifest.skipped)
+        self.failed = manifest.failures()
         mine = range(self.rank, self.plan.num_shards, self.world_size)
         show = self.rank > 0 or not there
         return [
@@ -205,27 +209,27 @@ class Work:
     def write(self, index: int, batches: Iterator[Encoded], bar: tqdm[Any]) -> None:
         """Write a shard, and then what is known of it."""
         self.hear_of_failures()
-        done, errors = [], dict[str, None]()
+        done, errors = [], dict[str, str]()
         for batch in batches:
             self.check_parent()
-            for message in batch.errors:
-                if message not in errors:
+            for key, message in batch.errors:
+                if key not in errors:
                     tqdm.write(f"skipped: {message}")
-                errors[message] = self.failed[message] = None
+                errors[key] = self.failed[key] = message
             if len(self.failed) > self.max_failures:
-                raise too_many(len(self.failed), self.max_failures, [*self.failed][-1])
+                raise too_many(len(self.failed), self.max_failures, [*self.failed.values()][-1])
             bar.update(len(batch.keys) + len(batch.errors))
             done.append(batch)
         tokens, labels, keys, _ = zip(*done, strict=True)
         names = [key for batch in keys for key in batch]
         shard = write_shard(self.folder / shard_name(index), np.concatenate(tokens), np.concatenate(labels), names)
-        shard.skipped = list(errors)
+        shard.skipped = errors
         save_part(self.folder, shard)
 
     def hear_of_failures(self) -> None:
         """Read what other ranks have met since."""
         for part in set(parts_of(self.folder)) - self.seen:
-            self.failed |= dict.fromkeys(read_part(part).skipped)
+            self.failed |= read_part(part).skipped
             self.seen.add(part)
 
     def check_parent(self) -> None:

@@ -63,6 +63,7 @@ class ImageBatch:
     labels: Tensor  # (b,) int64
     keys: list[str]
     errors: list[str]
+    unread: list[str]  # the keys of those others, without the number of a view
 
 
 class Examples(Protocol):
@@ -324,7 +325,9 @@ class Views:
         image, view = divmod(index, self.views)
         generator = generator_for(self.seed, index)
         example = self.source.cropped(image, generator)
-        if self.flips and example.image is not None and torch.rand((), generator=generator) < 0.5:
+        if example.image is None:
+            return example  # an image is told of once, whatever the views
+        if self.flips and torch.rand((), generator=generator) < 0.5:
             example = replace(example, image=example.image.flip(2))
         return replace(example, key=f"{example.key}#{view}")
 
@@ -371,4 +374,5 @@ def collate(examples: list[Example]) -> ImageBatch:
         torch.tensor([example.label for example in good], dtype=torch.int64),
         [example.key for example in good],
         [example.error for example in examples if example.error is not None],
+        [example.key for example in examples if example.error is not None],
     )

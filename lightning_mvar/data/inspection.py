@@ -129,7 +129,7 @@ def manifest_problems(manifest: Manifest, folder: Path, tokenizer: str | None) -
         ("num_images", manifest.num_images, is_count(manifest.num_images)),
         ("views", manifest.views, is_count(manifest.views, 1)),
         ("shard_size", manifest.shard_size, is_count(manifest.shard_size, 1)),
-        ("skipped", "no list", all(isinstance(shard.skipped, list) for shard in manifest.shards)),
+        ("skipped", "no mapping", all(isinstance(shard.skipped, dict) for shard in manifest.shards)),
     ):
         if not good:
             yield Problem(file, f"{name} is {value!r}, which cannot be", "write the shards again into an empty folder")
@@ -140,7 +140,7 @@ def manifest_problems(manifest: Manifest, folder: Path, tokenizer: str | None) -
         if count > 1:
             yield Problem(file, f"lists {name} {count} times", "write the shards again into an empty folder")
     counts = (manifest.num_images, manifest.views, manifest.shard_size)
-    if all(map(is_count, counts, (0, 1, 1))) and all(isinstance(shard.skipped, list) for shard in manifest.shards):
+    if all(map(is_count, counts, (0, 1, 1))) and all(isinstance(shard.skipped, dict) for shard in manifest.shards):
         yield from count_problems(manifest, file)
 
 

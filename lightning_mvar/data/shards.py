@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PACK_SIZE = 512  # images in one tar sample: 0.7 MB at 680 tokens
 MANIFEST = "manifest.json"
 PARTS = "parts"
@@ -47,13 +47,13 @@ class Pack(NamedTuple):
 
 @dataclass
 class Shard:
-    """One finished shard, as the manifest lists it, with a message for each image that could not be read."""
+    """One finished shard, as the manifest lists it, with a message for each image, by its key, that was not read."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
-    skipped: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def is_intact(self, folder: Path) -> bool:
         path = folder / self.name
@@ -105,7 +105,7 @@ class Manifest:
     @property
     def skipped(self) -> list[str]:
         """A message for each image that could not be read, once, whatever the views."""
-        return list(dict.fromkeys(message for shard in self.shards for message in shard.skipped))
+        return list(self.failures().values())
 
     @property
     def offsets(self) -> list[int]:
@@ -116,6 +116,10 @@ class Manifest:
     def num_shards(self) -> int:
         """Shards that a finished folder has."""
         return -(-self.num_images * self.views // self.shard_size)
+
+    def failures(self) -> dict[str, str]:
+        """The same by the images' keys."""
+        return {key: message for shard in self.shards for key, message in shard.skipped.items()}
 
     def same_run(self, other: Manifest) -> bool:
         """Whether the other describes the same images, wherever they are stored, tokenizer and cut into shards."""
@@ -223,6 +227,10 @@ def chosen_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list
         if any(begin <= number < begin + shard.samples for number in wanted):
             rows = (row for pack in read_shard(fetch(shard)) for row in zip(*pack, strict=True))
             found |= {number: row for number, row in enumerate(rows, start=begin) if number in wanted}
+    if wanted - found.keys():
+        raise InputError(
+            "a shard holds fewer samples than its manifest says: `lightning-mvar shards verify` says which"
+        )
     tokens, labels, keys = zip(*(found[number] for number in ids), strict=True)
     return Pack(np.stack(tokens), np.array(labels), list(keys))
 
@@ -279,5 +287,6 @@ def read_shard(path: Path) -> Iterator[Pack]:
     except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, wds.autodecode.DecodingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} is damaged or not a token shard ({reason}); run `lightning-mvar tokenize` again"
+            f"{path} is damaged or not a token shard ({reason}): remove it, and fetch it again by starting again where "
+            f"it is from a cache, or else write it again with the same `lightning-mvar tokenize`"
         ) from error

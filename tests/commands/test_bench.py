@@ -1,15 +1,20 @@
 """`bench` from its command line, on the smallest that it takes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import write_images, write_token_shards
 
-from lightning_mvar import TokenizerConfig
+from lightning_mvar import Tokenizer, TokenizerConfig
+from lightning_mvar.bench import measure
 from lightning_mvar.bench.subjects import Setting
 from lightning_mvar.cli import run
 from lightning_mvar.commands.bench import measure_data
+from lightning_mvar.data import images
 
 SMALL = ["--size", "d12", "--depth", "1", "--batch_size", "1", "--repeats", "1", "--device", "cpu"]
 
@@ -55,14 +60,26 @@ def test_training_operations_and_memory(tmp_path: Path) -> None:
 def test_tokenizing_is_measured_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = property(lambda setting: TokenizerConfig(setting.network.schedule, channels=32))
     monkeypatch.setattr(Setting, "tokenizer", narrow)
+    clock = SimpleNamespace(seconds=0)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+
+    def takes(seconds: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            clock.seconds += seconds
+            return function(*args)
+
+        return timed
+
+    monkeypatch.setattr(images, "decode_image", takes(1, images.decode_image))
+    monkeypatch.setattr(Tokenizer, "features", takes(10, Tokenizer.features))
     write_images(tmp_path / "images", per_class=1)
     file = tmp_path / "tokenize.json"
     command = ["bench", "tokenize", "--images", str(tmp_path / "images"), "--batch_size", "2", "--repeats", "1"]
     assert run([*command, "--num_workers", "0", "--json", str(file)]) == 0
     (record,) = json.loads(file.read_text())
     assert (record["images"], record["resolution"]) == (3, 256)
-    seconds = {part: 1 / record[f"{part}_images_per_s"] for part in ("decode", "encode", "pipeline")}
-    assert all(time > 0 for time in seconds.values())
+    seconds = [3 / record[f"{part}_images_per_s"] for part in ("decode", "encode", "pipeline")]
+    assert seconds == pytest.approx([3, 20, 23])  # three images, two batches
     assert run(["bench", "sample", "--images", str(tmp_path / "images")]) == 1
 
 

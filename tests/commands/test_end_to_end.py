@@ -214,3 +214,19 @@ def test_tokenize_skips_or_refuses_corrupt_images(here: Path, capfd: pytest.Capt
     assert run([*command, "--max_failures", "1", "--views", "2", "--out", "shards/damaged_views"]) == 0
     manifest = Manifest.load(Path("shards/damaged_views"))
     assert (manifest.num_samples, len(manifest.skipped)) == (34, 1)  # told once, whatever the views
+
+
+def test_a_corrupt_image_counts_once_though_its_folder_is_moved_in_between(here: Path) -> None:
+    shutil.copytree("images", "first_place")
+    Path("first_place/light/3.png").write_bytes(b"no picture")
+    options = ["--tokenizer", "tok", "--out", "shards/moved", "--max_failures", "1", "--views", "9"]
+    options += ["--shard_size", "40"]
+    assert run(["tokenize", "--images", "first_place", *options]) == 0
+    folder = Path("shards/moved")
+    tellers = [shard for shard in Manifest.load(folder).shards if shard.skipped]
+    assert len(tellers) > 1
+    (folder / tellers[0].name).unlink()
+    Path("first_place").rename("second_place")
+    assert run(["tokenize", "--images", "second_place", *options]) == 0
+    assert len({message for shard in Manifest.load(folder).shards for message in shard.skipped.values()}) == 2
+    assert len(Manifest.load(folder).skipped) == 1

@@ -276,8 +276,8 @@ def test_half_precision_finds_mostly_the_same_tokens(here: Path, tmp_path: Path)
     assert run(command("folder", str(tmp_path))) == 1
 
 
-def test_memory_holds_a_shard_and_no_more(here: Path, tmp_path: Path) -> None:
-    """Batches in flight are bounded: what the loader reads ahead of the encoder."""
+def test_decoding_is_at_most_two_batches_of_each_process_ahead(here: Path) -> None:
+    """Or a slow encoder would fill the memory."""
     from lightning_mvar.data.images import batch_loader, batched, open_images
 
     images = open_images("folder", 8, "skip")

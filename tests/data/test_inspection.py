@@ -213,9 +213,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {  # what 
         edit_manifest(lambda m: m.update(vocab_size="48")),
         {MANIFEST: "vocab_size is '48', which cannot be"},
     ),
-    "no list of skipped images": (
+    "no mapping of skipped images": (
         edit_manifest(lambda m: m["shards"][1].update(skipped=None)),
-        {MANIFEST: "skipped is 'no list', which cannot be"},
+        {MANIFEST: "skipped is 'no mapping', which cannot be"},
     ),
     "a wrong schedule": (edit_manifest(lambda m: m.update(side_lengths=[1, 3, 2])), {MANIFEST: "side_lengths is"}),
     "a cut manifest": (

@@ -7,7 +7,8 @@ import pytest
 import webdataset as wds
 from conftest import write_token_shards
 
-from lightning_mvar.data.shards import PACK_SIZE, Manifest, read_shard, write_shard
+from lightning_mvar.data.remote import LocalShards
+from lightning_mvar.data.shards import PACK_SIZE, Manifest, chosen_samples, read_shard, write_shard
 from lightning_mvar.errors import InputError
 
 
@@ -73,6 +74,15 @@ def test_a_foreign_tar_is_named(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(b"abc"))
     with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
         list(read_shard(tmp_path / "0.tar"))
+
+
+def test_a_shard_with_fewer_samples_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
+    manifest = write_token_shards(tmp_path, "abc", [5])
+    manifest.shards[0].samples = 6
+    shards = LocalShards(tmp_path)
+    assert len(chosen_samples(manifest, shards.fetch, [4, 0]).keys) == 2
+    with pytest.raises(InputError, match="shards verify"):
+        chosen_samples(manifest, shards.fetch, [0, 5])
 
 
 def test_the_manifest_survives_a_round_trip(tmp_path: Path) -> None:
