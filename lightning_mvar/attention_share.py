@@ -63,6 +63,6 @@ def share_of(mixer: BlockCausalAttention, x: Tensor, config: MVARConfig) -> Tens
     scales = schedule.num_scales
     # At least as wide as a head: kernels that need no l x l memory want values like queries.
     scale_of_key = F.one_hot(schedule.scale_ids.to(x.device), max(scales, v.shape[-1])).to(v.dtype)
-    y, _ = mixer.attend(q, k, scale_of_key.expand(*v.shape[:2], -1, -1), config.step_lengths, None)
+    y, _ = mixer.attend(q, k, scale_of_key.expand(*v.shape[:2], -1, -1), config.step_shapes, None)
     weights = y[..., :scales].float().mean(dim=(0, 1))  # (l, K)
     return torch.stack([part.mean(dim=0) for part in weights.split(schedule.lengths)])

@@ -174,8 +174,8 @@ class LitMVAR(ScheduledModule):
         }
 
     def scale_losses(self, prefix: str, losses: Tensor) -> dict[str, Tensor]:
-        sides = self.network_config.schedule.side_lengths
-        return {f"{prefix}/{side}": part.mean() for side, part in zip(sides, self.per_scale(losses), strict=True)}
+        names = self.network_config.schedule.names
+        return {f"{prefix}/{name}": part.mean() for name, part in zip(names, self.per_scale(losses), strict=True)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from PIL import Image
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
+from lightning_mvar.scales import in_words
 from lightning_mvar.studio import INSIDE, MAX_PICTURES, OUTSIDE, Drawn, Studio, class_menu
 
 MAX_WAITING = 16  # jobs
@@ -42,7 +43,7 @@ CSS = """
 def build_page(pipe: MVARPipeline, name: str) -> gr.Blocks:
     """The page of a pipeline; `name` says on it what draws."""
     studio, schedule = Studio(pipe), pipe.network.config.schedule
-    about = f"{pipe.classes.count} classes, {pipe.resolution} x {pipe.resolution} pixels, {schedule.num_scales} scales"
+    about = f"{pipe.classes.count} classes, {in_words(pipe.shape)} pixels, {schedule.num_scales} scales"
     with gr.Blocks(title="lightning_mvar", analytics_enabled=False, delete_cache=(KEEP, KEEP), fill_width=True) as page:
         gr.Markdown(f"## Pictures, scale by scale\n`{name}`: {about}")
         with gr.Row():
@@ -137,7 +138,7 @@ def painting_canvas(studio: Studio) -> gr.ImageEditor:
 
     A stroke is one and a half tokens of the finest scale wide: a token is drawn anew where half of it is covered.
     """
-    token = studio.canvas[0] / studio.pipe.network.config.schedule.side_lengths[-1]
+    token = studio.enlarged * studio.pipe.tokenizer.config.downsampling
     radius = round(0.75 * token)
     return gr.ImageEditor(
         label="Paint over a part",
@@ -169,7 +170,7 @@ def gallery(studio: Studio, label: str, name: str, kind: str) -> gr.Gallery:
 
 
 def looks(studio: Studio) -> list[str]:
-    return ["sharp"] if studio.pipe.resolution <= SHARP else []
+    return ["sharp"] if max(studio.pipe.shape) <= SHARP else []
 
 
 def shown(forming: Iterator[Drawn]) -> Iterator[Shown]:

@@ -19,6 +19,7 @@ from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.pictures import to_uint8
 from lightning_mvar.sampling import DTYPES, Known, Precision, Step, decoded, draw_scales, image_generators, tokens_kept
+from lightning_mvar.scales import Shape, in_words
 
 FILES = ["config.json", "*.safetensors"]  # of a folder of `export`
 
@@ -45,9 +46,9 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         self.classes = Classes(model.class_names, model.network.config.num_classes)
 
     @property
-    def resolution(self) -> int:
-        """Side of the pictures, in pixels."""
-        return self.tokenizer.config.resolution
+    def shape(self) -> Shape:
+        """Height and width of the pictures, in pixels."""
+        return self.tokenizer.config.shape
 
     def __call__(self, classes: Sequence[str | int] | str | int, **settings: Any) -> list[Image.Image]:
         """A picture of each class; the arguments are those of `steps`."""
@@ -82,7 +83,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
 
         Args:
             classes: a name, a number, or "unconditional" for each picture; one alone for a single picture.
-            image: a picture to keep a part of, of any size; a square is cut from its middle. See `tokens_kept`.
+            image: a picture to keep a part of, of any size; what does not fit is cut off. See `tokens_kept`.
             mask: of the size of `image`, or as large as the pictures are: white where to draw, black where to keep.
             seed: picture i of a seed is the same in any number of them.
             guidance, top_k, top_p, smooth: of the sampling; see `generate`.
@@ -110,21 +111,20 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
     @torch.no_grad()
     def known(self, image: Image.Image, mask: Image.Image | None, count: int) -> Known:
         """What is kept of an image, for each of `count` pictures; without a mask, everything."""
-        tokens = self.tokenizer.encode(to_tensor(square(image.convert("RGB"), self.resolution))[None].to(self.device))
+        tokens = self.tokenizer.encode(to_tensor(fitted(image.convert("RGB"), self.shape))[None].to(self.device))
         keep = torch.ones_like(tokens[0], dtype=torch.bool)
         if mask is not None:
-            side = (self.resolution, self.resolution)
-            if mask.size not in (image.size, side):
+            if mask.size not in (image.size, self.shape[::-1]):
                 raise InputError(
                     f"the mask is {size_of(mask)}: it must be as large as the image, {size_of(image)}, or as the "
-                    f"pictures, {self.resolution} x {self.resolution}"
+                    f"pictures, {in_words(self.shape)}"
                 )
-            black = torch.from_numpy(np.array(square(mask.convert("L"), self.resolution))) < 128
+            black = torch.from_numpy(np.array(fitted(mask.convert("L"), self.shape))) < 128
             keep = tokens_kept(self.network.config.schedule, black).to(self.device)
         return Known(tokens.expand(count, -1), keep.expand(count, -1))
 
     def pictures(self, f_hat: Tensor) -> list[Image.Image]:
-        """(b, c, s, s) -> b pictures."""
+        """(b, c, s, t) -> b pictures."""
         return [Image.fromarray(pixels) for pixels in to_uint8(decoded(self.tokenizer, f_hat))]
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -160,10 +160,10 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         return cls(load_trained(folder), device, precision)
 
 
-def square(image: Image.Image, side: int) -> Image.Image:
-    """The middle of a picture, at `side` pixels."""
-    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+def fitted(image: Image.Image, shape: Shape) -> Image.Image:
+    """The middle of a picture, resized to a height and width."""
+    return ImageOps.fit(image, shape[::-1], Image.Resampling.LANCZOS)
 
 
 def size_of(image: Image.Image) -> str:
-    return f"{image.width} x {image.height}"
+    return in_words((image.height, image.width))

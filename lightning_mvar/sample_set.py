@@ -23,6 +23,7 @@ from lightning_mvar.data.sample_files import ABOUT, NpzSamples, read_about
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 from lightning_mvar.npz import read_npz, write_npz
+from lightning_mvar.scales import Shape
 
 PixelArray = NDArray[np.uint8]  # (n, H, W, 3)
 
@@ -108,8 +109,8 @@ class NpzFile(SampleSet):
     Batches are files of their own, so that processes on several machines may add them.
     """
 
-    def __init__(self, file: Path, about: dict[str, Any], count: int, resolution: int) -> None:
-        self.file, self.shape = file, (count, resolution, resolution, 3)
+    def __init__(self, file: Path, about: dict[str, Any], count: int, shape: Shape) -> None:
+        self.file, self.shape = file, (count, *shape, 3)
         super().__init__(file.with_name(f"{file.name}.partial"), about, count)
 
     def claim(self) -> None:

@@ -173,9 +173,9 @@ def tokens_kept(schedule: ScaleSchedule, mask: Tensor) -> Tensor:
     wherever anything is (as in VAR's zero-shot editing).
     """
     kept = []
-    for side in schedule.side_lengths:
-        share = F.adaptive_avg_pool2d(mask[None, None].float(), side).flatten()
-        kept.append(share >= 0.5 if side > 1 else share > 0)
+    for shape in schedule.shapes:
+        share = F.adaptive_avg_pool2d(mask[None, None].float(), shape).flatten()
+        kept.append(share >= 0.5 if len(share) > 1 else share > 0)
     return torch.cat(kept)
 
 

@@ -13,13 +13,13 @@ from lightning_mvar.classes import UNCONDITIONAL, Classes, plain
 from lightning_mvar.data.images import UNREADABLE
 from lightning_mvar.errors import InputError
 from lightning_mvar.pictures import picture_grid
-from lightning_mvar.pipeline import MVARPipeline, square
+from lightning_mvar.pipeline import MVARPipeline, fitted
 
 MAX_PICTURES, MAX_GUIDANCE, MAX_TOP_K, MIN_TOP_P = 8, 100, 1_000_000, 0.001
 MAX_SEED = 2**53 - 1  # a browser's numbers are whole up to there
 MAX_PIXELS = 50_000_000  # of an upload
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow would start other programs for some
-CANVAS = 512  # pixels that a picture is enlarged to at least, so that one can paint on it
+CANVAS = 512  # pixels that a picture's longer side is enlarged to at least, so that one can paint on it
 INSIDE, OUTSIDE = "what is painted over", "everything else"
 
 
@@ -39,8 +39,9 @@ class Studio:
 
     def __init__(self, pipe: MVARPipeline) -> None:
         self.pipe = pipe
-        self.enlarged = -(-CANVAS // pipe.resolution)  # times
-        self.canvas = (pipe.resolution * self.enlarged,) * 2
+        height, width = pipe.shape
+        self.enlarged = -(-CANVAS // max(height, width))  # times
+        self.canvas = (width * self.enlarged, height * self.enlarged)
 
     def draw(self, *fields: Any) -> Iterator[Drawn]:
         """Pictures of a class, scale by scale; the fields are those of `settings`."""
@@ -56,9 +57,9 @@ class Studio:
         yield from self.forming(image=image, mask=mask, **settings(*fields))
 
     def forming(self, **arguments: Any) -> Iterator[Drawn]:
-        sides = self.pipe.network.config.schedule.side_lengths
-        for side, pictures in zip(sides, self.pipe.forming(**arguments), strict=True):
-            yield Drawn(pictures, sheet_of(pictures), f"{side} x {side}")
+        shapes = self.pipe.network.config.schedule.shapes
+        for (height, width), pictures in zip(shapes, self.pipe.forming(**arguments), strict=True):
+            yield Drawn(pictures, sheet_of(pictures), f"{height} x {width}")
 
     def painted(self, editor: dict[str, Any] | None) -> tuple[Image.Image, Image.Image]:
         """The picture of an editor and its mask, white where there is paint."""
@@ -76,7 +77,7 @@ class Studio:
 
     def on_canvas(self, image: Image.Image) -> Image.Image:
         """What the network sees of a picture, each pixel as a square."""
-        return square(image.convert("RGB"), self.pipe.resolution).resize(self.canvas, Image.Resampling.NEAREST)
+        return fitted(image.convert("RGB"), self.pipe.shape).resize(self.canvas, Image.Resampling.NEAREST)
 
     def upload(self, path: str) -> Image.Image:
         """A file as a picture to paint on."""

@@ -91,7 +91,7 @@ class LitTokenizer(ScheduledModule):
         self.adversary, self.codebook, self.ema_decay = adversary, codebook, ema_decay
         self.discriminator: PatchDiscriminator | None = None
         if adversary.weight:
-            self.discriminator = PatchDiscriminator(adversary, tokenizer.resolution)
+            self.discriminator = PatchDiscriminator(adversary, tokenizer.shape)
         self.code_average: CodebookAverage | None = None
         codes = self.tokenizer.quantizer.codebook.weight
         if codebook.learning == "ema":
@@ -174,7 +174,7 @@ class LitTokenizer(ScheduledModule):
         if not count:
             if not self.sharded:
                 return None
-            images = torch.zeros(1, 3, *2 * [self.tokenizer.config.resolution], device=self.device)  # as other ranks do
+            images = torch.zeros(1, 3, *self.tokenizer.config.shape, device=self.device)  # as other ranks do
         made = self.averaged(images)
         losses, _ = self.losses(images, made, made.decoded)
         if count:
@@ -189,9 +189,9 @@ class LitTokenizer(ScheduledModule):
         self.log("val/codebook_usage", used.any(dim=0).float().mean(), prog_bar=True, sync_dist=True)
         share = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
         perplexity = torch.special.entr(share).sum(dim=1).exp().float()
-        for k, side in enumerate(self.tokenizer.config.schedule.side_lengths):
-            self.log(f"codebook_usage/{side}", used[k].float().mean(), sync_dist=True)
-            self.log(f"codebook_perplexity/{side}", perplexity[k], sync_dist=True)
+        for k, name in enumerate(self.tokenizer.config.schedule.names):
+            self.log(f"codebook_usage/{name}", used[k].float().mean(), sync_dist=True)
+            self.log(f"codebook_perplexity/{name}", perplexity[k], sync_dist=True)
         self.usage["val"] = torch.zeros_like(self.usage["val"])
 
     def losses(self, images: Tensor, made: Reconstruction, decoded: Tensor) -> tuple[dict[str, Tensor], Tensor]:

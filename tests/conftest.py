@@ -16,6 +16,7 @@ from lightning_mvar.data.shards import Manifest, shard_name, write_shard
 
 CLASSES = ["dark", "light", "mixed"]
 SCHEDULE = ScaleSchedule((1, 2, 3, 4))
+OBLONG = ScaleSchedule((1, (1, 2), 3, (3, 6)))  # as many tokens
 MIXERS = {"mvar": ("scale_attention", "mamba2"), "var": ("block_causal_attention",)}
 VARIANTS = [
     {"mixers": MIXERS["mvar"]},
@@ -37,11 +38,11 @@ VARIANTS = [
 ]
 
 
-def tiny_network(**overrides: object) -> MVAR:
+def tiny_network(schedule: ScaleSchedule = SCHEDULE, **overrides: object) -> MVAR:
     """Depth 2, width 64, weights large enough that every part matters to the output."""
     torch.manual_seed(0)
     config = {"depth": 2, "width": 64, "heads": 2, "vocab_size": 48, "code_dim": 8, "num_classes": 10}
-    network = MVAR(MVARConfig(SCHEDULE, **(config | {"head_dim": 32} | overrides)))
+    network = MVAR(MVARConfig(schedule, **(config | {"head_dim": 32} | overrides)))
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:

@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import MIXERS, SCHEDULE, random_tokens, tiny_network
+from conftest import MIXERS, OBLONG, SCHEDULE, random_tokens, tiny_network
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
 from lightning_mvar.errors import InputError
@@ -248,5 +248,7 @@ def test_a_token_is_kept_where_half_of_its_cell_is() -> None:
         [3, 3, 0],  # the middle column of three is half kept
         [4, 4, 0, 0],
     ]
+    oblong = tokens_kept(OBLONG, left[:6]).split(OBLONG.lengths)
+    assert [part.int().tolist() for part in oblong] == [[1], [1, 0], [1, 1, 0] * 3, [1, 1, 1, 0, 0, 0] * 3]
     assert not tokens_kept(SCHEDULE, torch.zeros(12, 12, dtype=torch.bool)).any()
     assert tokens_kept(SCHEDULE, torch.ones(12, 12, dtype=torch.bool)).all()

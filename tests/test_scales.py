@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -24,10 +26,28 @@ def test_ratio_runs_from_0_to_1_and_is_0_for_a_single_scale() -> None:
     assert ScaleSchedule((4,)).ratio(0) == 0.0
 
 
-@pytest.mark.parametrize("sides", [(), (0, 1), (1, 1), (2, 1)])
+def test_maps_may_be_of_any_shape() -> None:
+    schedule = ScaleSchedule(((1, 1), (1, 2), 3, [3, 5]))
+    assert schedule.side_lengths == (1, (1, 2), 3, (3, 5))
+    assert schedule.shapes == ((1, 1), (1, 2), (3, 3), (3, 5))
+    assert schedule.names == ("1", "1x2", "3", "3x5")
+    assert schedule.lengths == (1, 2, 9, 15)
+    assert (schedule.num_tokens, schedule.offsets) == (27, (0, 1, 3, 12))
+    assert ScaleSchedule(tuple(json.loads(json.dumps(schedule.side_lengths)))) == schedule
+
+
+@pytest.mark.parametrize(
+    "sides", [(), (0, 1), (1, 1), (2, 1), ((1, 2), (1, 2)), ((1, 2), (2, 1)), ((2, 2), (9, 1)), ((0, 3),)]
+)
 def test_sides_that_do_not_grow_are_refused(sides: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="strictly increasing"):
         ScaleSchedule(sides)
+
+
+@pytest.mark.parametrize("size", [(), (1,), (1, 2, 3)])
+def test_a_size_is_one_number_or_two(size: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="a size is one side"):
+        ScaleSchedule((1, size))
 
 
 def test_an_unknown_resolution_is_refused() -> None:

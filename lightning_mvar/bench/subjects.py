@@ -24,7 +24,7 @@ from lightning_mvar.models.mixers import State
 from lightning_mvar.models.mvar import MVAR, Block, MVARState
 from lightning_mvar.optim import OptimizerConfig, build_optimizer
 from lightning_mvar.sampling import DTYPES, Precision, generate, image_generators
-from lightning_mvar.scales import ScaleSchedule
+from lightning_mvar.scales import ScaleSchedule, Shape, lengths_of
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
 
 
@@ -197,22 +197,22 @@ def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str
     }
 
 
-def carried(mixer: nn.Module, x: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def carried(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
     """A mixer over tokens x (b, l, d), scale by scale, with its state handed on."""
     state: State = None
     outputs = []
-    for k, part in enumerate(x.split(lengths, dim=1)):
-        y, state = mixer(part, lengths[k : k + 1], state)
+    for k, part in enumerate(x.split(lengths_of(shapes), dim=1)):
+        y, state = mixer(part, shapes[k : k + 1], state)
         outputs.append(y)
     return torch.cat(outputs, dim=1)
 
 
-def prefix_rerun(mixer: nn.Module, x: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def prefix_rerun(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
     """The same without a state: at every scale, the mixer over all tokens so far."""
     outputs, end = [], 0
-    for k, n in enumerate(lengths):
+    for k, n in enumerate(lengths_of(shapes)):
         end += n
-        y, _ = mixer(x[:, :end], lengths[: k + 1], None)
+        y, _ = mixer(x[:, :end], shapes[: k + 1], None)
         outputs.append(y[:, end - n :])
     return torch.cat(outputs, dim=1)
 
@@ -225,21 +225,21 @@ def operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, bool]]
     with x.device:
         block = Block(config, 0, 0.0).to(x.dtype)
     cond = torch.randn(len(x), config.width, device=x.device, dtype=x.dtype)
-    lengths = config.step_lengths
+    shapes = config.step_shapes
 
     def both_ways(call: Run) -> Run:
         return lambda: call().float().square().mean().backward()  # type: ignore[attr-defined]
 
     x = x.requires_grad_()
-    yield "block", both_ways(lambda: block(x, cond, lengths)[0]), True
+    yield "block", both_ways(lambda: block(x, cond, shapes)[0]), True
     yield "mlp", both_ways(lambda: block.mlp(x)), True
     for name, mixer in zip(config.mixers_of(0), block.mixers, strict=True):
-        yield name, both_ways(lambda mixer=mixer: mixer(x, lengths)[0]), True  # type: ignore[misc]
+        yield name, both_ways(lambda mixer=mixer: mixer(x, shapes)[0]), True  # type: ignore[misc]
     if "mamba2" in config.mixers_of(0):
         mamba = block.mixers[config.mixers_of(0).index("mamba2")]
         yield "scan", both_ways(scan(config, x)), True
-        yield "mamba2, state carried", torch.no_grad()(lambda: carried(mamba, x, lengths)), False
-        yield "mamba2, prefix run again", torch.no_grad()(lambda: prefix_rerun(mamba, x, lengths)), False
+        yield "mamba2, state carried", torch.no_grad()(lambda: carried(mamba, x, shapes)), False
+        yield "mamba2, prefix run again", torch.no_grad()(lambda: prefix_rerun(mamba, x, shapes)), False
 
 
 def scan(config: MVARConfig, x: Tensor) -> Run:

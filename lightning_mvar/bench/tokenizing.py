@@ -48,7 +48,7 @@ def measure_tokenizing(
     names = ("decode_images_per_s", "encode_images_per_s", "pipeline_images_per_s")
     return {
         "what": "tokenize",
-        "resolution": model.config.resolution,
+        "resolution": model.config.shape[0],
         "batch_size": batch_size,
         "num_workers": num_workers,
         "precision": precision,

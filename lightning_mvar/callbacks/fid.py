@@ -83,7 +83,7 @@ class FIDCallback(L.Callback):
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
         prepare(self.extractor, trainer.strategy.root_device)
         self.reference = load_reference(
-            self.extractor, self.source, tokenizer.config.resolution, self.cache, self.neighbours > 0, tokenizer
+            self.extractor, self.source, tokenizer.config.shape, self.cache, self.neighbours > 0, tokenizer
         )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

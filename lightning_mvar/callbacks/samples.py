@@ -22,7 +22,7 @@ class SamplesCallback(L.Callback):
     """After every validation: `samples`, a named row for each class, and `strip`, what each scale adds to some images.
 
     Drawn from the average of the weights, where one is kept. How often each code was drawn is shown as histograms:
-    `sampled_codes/K` at the scale of side K, `sampled_codes/all` at any.
+    `sampled_codes/K` at the scale named K, `sampled_codes/all` at any.
 
     Args:
         classes: number of classes to show, spread evenly over all of them.
@@ -66,7 +66,7 @@ class SamplesCallback(L.Callback):
         log_image(trainer, "strip", with_row_names(formation_strip(step / 2 + 0.5 for step in steps), names))
         scales = pl_module.per_scale(tokens)
         counts = [scale.flatten().bincount(minlength=pl_module.network_config.vocab_size) for scale in scales]
-        log_codes(trainer, "sampled_codes", torch.stack(counts), pl_module.network_config.schedule.side_lengths)
+        log_codes(trainer, "sampled_codes", torch.stack(counts), pl_module.network_config.schedule.names)
 
 
 class ReconstructionsCallback(L.Callback):
@@ -102,5 +102,5 @@ class ReconstructionsCallback(L.Callback):
         """Lightning asks callbacks before the module, which then forgets what it has counted."""
         assert isinstance(pl_module, LitTokenizer)
         if not trainer.sanity_checking:
-            sides = pl_module.tokenizer.config.schedule.side_lengths
-            log_codes(trainer, "encoded_codes", pl_module.usage["val"], sides)
+            names = pl_module.tokenizer.config.schedule.names
+            log_codes(trainer, "encoded_codes", pl_module.usage["val"], names)

@@ -28,10 +28,10 @@ def log_image(trainer: L.Trainer, tag: str, image: Tensor) -> None:
         writer.add_image(tag, image.float().cpu(), trainer.global_step)
 
 
-def log_codes(trainer: L.Trainer, tag: str, counts: Tensor, side_lengths: Sequence[int]) -> None:
-    """Show as histograms how often each code was chosen (k, v): `TAG/K` at the scale of side K, `TAG/all` at any."""
+def log_codes(trainer: L.Trainer, tag: str, counts: Tensor, names: Sequence[str]) -> None:
+    """Show as histograms how often each code was chosen (k, v): `TAG/K` at the scale named K, `TAG/all` at any."""
     for writer in writers(trainer):
-        named = dict(zip(map(str, side_lengths), counts.cpu(), strict=True)) | {"all": counts.sum(dim=0).cpu()}
+        named = dict(zip(names, counts.cpu(), strict=True)) | {"all": counts.sum(dim=0).cpu()}
         for scale, each in named.items():
             if each.any():
                 add_counts(writer, f"{tag}/{scale}", each, trainer.global_step)

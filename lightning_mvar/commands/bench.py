@@ -189,7 +189,7 @@ def measure_training(settings: list[Setting], device: torch.device, repeats: int
 
 def measure_images(images: str, setting: Setting, num_workers: int, device: torch.device, repeats: int) -> Record:
     model = make_subject(setting.changed("precision=float32"), device).tokenizer
-    source = open_images(images, setting.resolution, "skip")
+    source = open_images(images, (setting.resolution, setting.resolution), "skip")
     return measure_tokenizing(source, model, setting.batch_size, num_workers, setting.precision, device, repeats)
 
 
@@ -257,7 +257,7 @@ def measure_reading(shards: ShardSource, batch_size: int, num_workers: int, repe
     read = len(stream) * batch_size
     return {
         "what": "data",
-        "tokens": sum(side**2 for side in manifest.side_lengths),
+        "tokens": manifest.schedule.num_tokens,
         "batch_size": batch_size,
         "num_workers": num_workers,
         "samples": read,

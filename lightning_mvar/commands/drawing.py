@@ -232,10 +232,10 @@ def prepare_rejection(classifier: nn.Module, keep: float, drawing: Drawing) -> R
     if not 0 < keep <= 1:
         raise InputError(f"--keep is the share of the images that is kept, in (0, 1]: got {keep}")
     rejection = Rejection(classifier.eval().requires_grad_(False).to(drawing.device), keep)
-    resolution, known = drawing.model.tokenizer.config.resolution, drawing.classes.count
+    shape, known = drawing.model.tokenizer.config.shape, drawing.classes.count
     if (drawing.labels == known).any():
         raise InputError("--reject is for images of a class: unconditional ones have none")
-    found = rejection.probabilities(np.zeros((1, resolution, resolution, 3), np.uint8)).shape
+    found = rejection.probabilities(np.zeros((1, *shape, 3), np.uint8)).shape
     if found != (1, known):
         raise InputError(
             f"--reject {type(classifier).__name__} gives {tuple(found)} for an image; a classifier of the network's "
@@ -247,7 +247,7 @@ def prepare_rejection(classifier: nn.Module, keep: float, drawing: Drawing) -> R
 def open_set(target: Path, about: dict[str, Any], drawing: Drawing) -> SampleSet:
     """Where the images go; `about` says how they are drawn."""
     if target.suffix == ".npz":
-        return NpzFile(target, about, len(drawing.labels), drawing.model.tokenizer.config.resolution)
+        return NpzFile(target, about, len(drawing.labels), drawing.model.tokenizer.config.shape)
     return PngFolder(target, about, [drawing.classes.folder(label) for label in drawing.labels.tolist()])
 
 

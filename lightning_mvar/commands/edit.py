@@ -14,8 +14,9 @@ from lightning_mvar.data.images import UNREADABLE
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 from lightning_mvar.pictures import image_grid, save_image
-from lightning_mvar.pipeline import MVARPipeline, square
+from lightning_mvar.pipeline import MVARPipeline, fitted
 from lightning_mvar.sampling import Precision
+from lightning_mvar.scales import Shape, in_words
 
 REDRAWN = (255, 0, 255)  # what is redrawn, in the picture
 
@@ -45,11 +46,11 @@ def edit(
 
     Args:
         ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`.
-        image: a picture of any size; the largest square in its middle is taken.
+        image: a picture of any size; the largest part in its middle that has the shape of the network's is taken.
         out: folder for NUMBER.png.
         classes: comma-separated class names, WordNet ids or numbers, or "unconditional".
-        box: LEFT,TOP,RIGHT,BOTTOM in pixels of the square at the network's resolution: what to draw.
-        mask: instead, a picture of the image's size, or at the network's resolution: what is white is drawn.
+        box: LEFT,TOP,RIGHT,BOTTOM in pixels of a picture that the network draws: what to draw.
+        mask: instead, a picture of the image's size, or of the network's: what is white is drawn.
         outside: draw what is outside of the box or mask, and keep what is inside.
         count: images of each class.
         picture: PNG file for a picture with a row for each class: the image, what is redrawn, and the results.
@@ -71,7 +72,7 @@ def edit(
         raise InputError(f"--out {out} must be a folder")
     given = open_picture(image)
     pipe = MVARPipeline(load_trained(ckpt_path, tokenizer, weights), device, precision)
-    white = box_mask(box, pipe.resolution) if box is not None else open_picture(str(mask)).convert("L")
+    white = box_mask(box, pipe.shape) if box is not None else open_picture(str(mask)).convert("L")
     white = ImageOps.invert(white) if outside else white
     wanted = [name for name in classes.split(",") for _ in range(count)]
     settings = {"seed": seed, "guidance": guidance, "top_k": top_k, "top_p": top_p, "smooth": smooth}
@@ -81,24 +82,25 @@ def edit(
             result.save(path)
     print(f"{len(edited)} images in {out}")
     if picture is not None:
-        before = square(given.convert("RGB"), pipe.resolution)
-        hole = Image.composite(Image.new("RGB", before.size, REDRAWN), before, square(white, pipe.resolution))
+        before = fitted(given.convert("RGB"), pipe.shape)
+        hole = Image.composite(Image.new("RGB", before.size, REDRAWN), before, fitted(white, pipe.shape))
         rows = [edited[begin : begin + count] for begin in range(0, len(edited), count)]
         shown = torch.from_numpy(np.stack([np.asarray(p) for row in rows for p in (before, hole, *row)]))
         save_image(image_grid(shown.movedim(-1, 1) / 255, count + 2), picture)
         print(f"original, what is redrawn, results: {picture}")
 
 
-def box_mask(box: str, side: int) -> Image.Image:
+def box_mask(box: str, shape: Shape) -> Image.Image:
     """White inside the box, black outside."""
     corners = [int(part) if part.strip().isdecimal() else -1 for part in box.split(",")]
     left, top, right, bottom = corners if len(corners) == 4 else [-1] * 4
-    if not (0 <= left < right <= side and 0 <= top < bottom <= side):
+    height, width = shape
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise InputError(
-            f"--box {box} must be LEFT,TOP,RIGHT,BOTTOM within {side} x {side} pixels, left before "
+            f"--box {box} must be LEFT,TOP,RIGHT,BOTTOM within {in_words(shape)} pixels, left before "
             f"right and top before bottom"
         )
-    mask = Image.new("L", (side, side), 0)
+    mask = Image.new("L", (width, height), 0)
     ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
     return mask
 

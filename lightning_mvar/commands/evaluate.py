@@ -30,6 +30,7 @@ from lightning_mvar.metrics.judges import kept_classifier
 from lightning_mvar.metrics.reference import load_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, hand_over, num_features, prepare
+from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 NEIGHBOURS = 3  # k of precision and recall
@@ -93,9 +94,9 @@ def evaluate(
     check_options(reference, floor, reconstructions, statistics, num_workers)
     if ckpt_path is None:
         refuse_drawing(drawing)
-        resolution = open_samples(samples).resolution
+        shape = open_samples(samples).shape
         if embedded is not None:
-            open_image_set(reference, resolution)
+            open_image_set(reference, shape)
     if extractor is None:
         extractor = kept_classifier(reference, cache)
     if extractor is None:
@@ -112,19 +113,19 @@ def evaluate(
         images = open_samples(samples)
         if fabric.is_global_zero:
             warn_of_few(len(images), extractor)
-        judge = Judge(extractor, images.resolution, Path(cache), decoder, num_workers)
+        judge = Judge(extractor, images.shape, Path(cache), decoder, num_workers)
         real = judge.reference(reference)
         if statistics is not None and fabric.is_global_zero:
             real.save(Path(statistics), extractor)
         record: Record = images.about | {"samples": samples, "reference": reference} | judge.about()
-        record |= {"num_samples": len(images), "resolution": images.resolution}
+        record |= {"num_samples": len(images), "height": images.shape[0], "width": images.shape[1]}
         if drawn is not None and drawn.images_per_s is not None:
             record["images_per_s"] = drawn.images_per_s
         record |= judge.score(Pictures(images, num_workers), real, "features of the samples")
         if floor is not None:
             record |= judge.over_floor(record["frechet_distance"], real, floor)
         if rebuilder is not None:
-            decoded = Reconstructions(open_image_set(reference, images.resolution, decoder, num_workers), rebuilder)
+            decoded = Reconstructions(open_image_set(reference, images.shape, decoder, num_workers), rebuilder)
             scores = judge.score(decoded, real, "features of the reconstructions")
             record["reconstruction_frechet_distance"] = scores["frechet_distance"]
         if not fabric.is_global_zero:
@@ -162,12 +163,12 @@ def refuse_drawing(drawing: dict[str, Any]) -> None:
 
 
 class Judge:
-    """Scores sets of images of one resolution with one extractor, on all ranks together."""
+    """Scores sets of images of one size with one extractor, on all ranks together."""
 
     def __init__(
-        self, extractor: nn.Module, resolution: int, cache: Path, tokenizer: Tokenizer | None, num_workers: int
+        self, extractor: nn.Module, shape: Shape, cache: Path, tokenizer: Tokenizer | None, num_workers: int
     ) -> None:
-        self.extractor, self.resolution, self.cache = extractor, resolution, cache
+        self.extractor, self.shape, self.cache = extractor, shape, cache
         self.tokenizer, self.num_workers = tokenizer, num_workers
 
     def about(self) -> Record:
@@ -183,7 +184,7 @@ class Judge:
         return load_reference(
             self.extractor,
             source,
-            self.resolution,
+            self.shape,
             self.cache,
             tokenizer=self.tokenizer,
             num_workers=self.num_workers,

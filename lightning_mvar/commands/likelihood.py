@@ -50,7 +50,7 @@ def likelihood(
     """
     check_reading(batch_size, num_workers)
     where, model = choose_device(device), load_trained(ckpt_path, tokenizer, weights)
-    source = open_images(images, model.tokenizer.config.resolution, on_corrupt)
+    source = open_images(images, model.tokenizer.config.shape, on_corrupt)
     labels = labels_of(model, source.class_names, classes)
     for part in (model.network, model.tokenizer):
         part.to(where)
@@ -86,8 +86,8 @@ def described(model: TrainedModel, bits: Tensor) -> Record:
     schedule = model.network.config.schedule
     lengths = torch.tensor(schedule.lengths, dtype=bits.dtype)
     mean = float((bits * lengths).sum() / schedule.num_tokens)
-    scales = zip(schedule.side_lengths, bits.tolist(), strict=True)
-    return {"bits_per_token": mean} | {f"bits_per_token_scale_{side}": value for side, value in scales}
+    scales = zip(schedule.names, bits.tolist(), strict=True)
+    return {"bits_per_token": mean} | {f"bits_per_token_scale_{name}": value for name, value in scales}
 
 
 def labels_of(model: TrainedModel, folders: list[str], classes: str | None) -> Tensor:

@@ -55,7 +55,7 @@ def reconstruct(
     check_reading(batch_size, num_workers)
     where = choose_device(device)
     model = load_tokenizer(tokenizer).to(where)
-    source = open_images(images, model.config.resolution, on_corrupt)
+    source = open_images(images, model.config.shape, on_corrupt)
     if extractor is None:
         extractor = kept_classifier(images, cache)
     comparison = Comparison(model, None if extractor is None else prepare(extractor, where), where)
@@ -65,7 +65,8 @@ def reconstruct(
         "tokenizer": tokenizer,
         "fingerprint": model.fingerprint(),
         "images": images,
-        "resolution": model.config.resolution,
+        "height": model.config.shape[0],
+        "width": model.config.shape[1],
         "skipped_images": len(source) - comparison.count,
     }
     record |= comparison.compute(images)

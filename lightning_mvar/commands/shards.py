@@ -135,7 +135,7 @@ def decode(
     chosen = spread_samples(manifest.num_samples, n, seed)
     samples = chosen_samples(manifest, LocalShards(where).fetch, chosen)
     try:
-        source = open_images(images or manifest.source, model.config.resolution, "skip", labels, class_names)
+        source = open_images(images or manifest.source, model.config.shape, "skip", labels, class_names)
         originals = find_originals(manifest, samples.keys, source)
     except InputError as error:
         if images is not None:

@@ -88,7 +88,7 @@ def tokenize(
     strategy = DDPStrategy(process_group_backend="gloo", timeout=LONGEST_WAIT)
     with ranks(device, devices, num_nodes, strategy) as fabric, ExitStack() as stack:
         model = load_tokenizer(tokenizer)
-        source = open_images(images, model.config.resolution, "skip", labels, class_names)
+        source = open_images(images, model.config.shape, "skip", labels, class_names)
         order = shard_order(source, views)
         plan = plan_of(model, source, images, order, shard_size)
         plan = replace(plan, views=views, seed=seed if views > 1 else 0, flips=flips, precision=precision)

@@ -22,6 +22,7 @@ from lightning_mvar.data.loader import (
 from lightning_mvar.data.remote import open_shards
 from lightning_mvar.data.shards import Manifest, chosen_samples
 from lightning_mvar.errors import InputError
+from lightning_mvar.scales import Shape, shape_of
 
 if TYPE_CHECKING:
     from lightning_mvar.module import LitMVAR
@@ -128,7 +129,7 @@ class ImageDataModule(L.LightningDataModule):
         train: `digits:train`, `photos64:train` and the like, a folder of class folders, or archives as `tokenize` takes
             them. (Not Parquet where there are many images: each is in a row group that is read as a whole.)
         val: the same.
-        resolution: side of the images in pixels.
+        resolution: side of the images in pixels, or [height, width].
         batch_size: images per rank and step.
         num_workers: processes that decode images; 0 decodes in the training process.
         crop: of the training images, anew in every epoch; validation images are cropped at their centre.
@@ -140,7 +141,7 @@ class ImageDataModule(L.LightningDataModule):
         self,
         train: str,
         val: str,
-        resolution: int = 256,
+        resolution: int | Shape = 256,
         batch_size: int = 64,
         num_workers: int = 0,
         crop: Crop = "random",
@@ -151,7 +152,7 @@ class ImageDataModule(L.LightningDataModule):
         if batch_size < 1 or num_workers < 0:
             raise InputError(f"data.batch_size {batch_size} or data.num_workers {num_workers} is too small")
         self.sources = {"train": train, "val": val}
-        self.resolution, self.crop, self.on_corrupt = resolution, crop, on_corrupt
+        self.shape, self.crop, self.on_corrupt = shape_of(resolution), crop, on_corrupt
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
 
     def keys(self, batch: ImageBatch) -> list[str]:
@@ -159,13 +160,13 @@ class ImageDataModule(L.LightningDataModule):
         return batch.keys
 
     def train_dataloader(self) -> ImageLoader:
-        images = open_images(self.sources["train"], self.resolution, self.on_corrupt)
+        images = open_images(self.sources["train"], self.shape, self.on_corrupt)
         source = ShuffledImages(images, self.batch_size, self.seed, self.crop, *place(self.trainer))
         loader = ImageLoader(source, self.num_workers, pin_memory=torch.cuda.is_available())
         return following(loader, self.trainer)
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
-        images = open_images(self.sources["val"], self.resolution, self.on_corrupt)
+        images = open_images(self.sources["val"], self.shape, self.on_corrupt)
         return DataLoader[Example](  # type: ignore[return-value]
             images,  # type: ignore[arg-type]
             batch_size=self.batch_size,

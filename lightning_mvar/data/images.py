@@ -31,6 +31,7 @@ from lightning_mvar.data.labels import read_class_names, read_labels
 from lightning_mvar.data.parquet import ParquetImages
 from lightning_mvar.data.photos import PHOTOS, PHOTOS64
 from lightning_mvar.errors import InputError
+from lightning_mvar.scales import Shape, in_words, shape_of
 
 EMBEDDED = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64)}
 
@@ -78,7 +79,7 @@ class Images(Examples, Protocol):
     """Labelled images of a source, each cropped at its centre."""
 
     class_names: list[str]
-    resolution: int
+    shape: Shape
 
     @property
     def identity(self) -> str: ...  # changes when the images do
@@ -100,34 +101,34 @@ class ImageSource(Images, Protocol):
 
 def open_images(
     source: str,
-    resolution: int,
+    size: int | Shape,
     on_corrupt: OnCorrupt = "raise",
     labels: str | None = None,
     class_names: str | None = None,
 ) -> ImageSource:
-    """The images that `source` names, at `resolution` pixels a side.
+    """The images that `source` names, all of one size.
 
     Args:
         source: see above.
-        resolution: side of the square crops, in pixels.
+        size: side of the crops in pixels, or their (height, width).
         on_corrupt: what an image that cannot be decoded does: raise, or come back as an `Example` with an error.
         labels: a file that tells the classes of images whose place does not; see `read_labels`.
         class_names: what the classes are called that are numbers in the source: `imagenet`, or a file with a name on
             each line.
 
     Raises:
-        InputError: if there is no such source, it holds no images, or it has another resolution.
+        InputError: if there is no such source, it holds no images, or they are of another size.
     """
-    embedded = embedded_in(source)
+    embedded, shape = embedded_in(source), shape_of(size)
     if embedded is None:
         names = None if class_names is None else read_class_names(class_names)
-        return DecodedImages(open_encoded(source, labels, names), resolution, on_corrupt)
+        return DecodedImages(open_encoded(source, labels, names), shape, on_corrupt)
     if labels is not None or class_names is not None:
         raise InputError(f"{source} has its own labels and classes: leave out --labels and --class_names")
-    side = embedded[0].resolution
-    if resolution != side:
-        raise InputError(f"{source} are {side} x {side}, but {resolution} px are asked for")
-    return EmbeddedImages(*embedded)
+    images = EmbeddedImages(*embedded)
+    if shape != images.shape:
+        raise InputError(f"{source} are {in_words(images.shape)}, but {in_words(shape)} pixels are asked for")
+    return images
 
 
 def open_encoded(source: str, labels: str | None, class_names: list[str] | None) -> EncodedImages:
@@ -183,7 +184,7 @@ class EmbeddedImages:
     groups: NDArray[np.int64] | None = None
 
     def __init__(self, embedded: EmbeddedSet, split: Split) -> None:
-        self.class_names, self.resolution = list(embedded.class_names), embedded.resolution
+        self.class_names, self.shape = list(embedded.class_names), (embedded.resolution, embedded.resolution)
         self.name, self.split, self.margin = embedded.name, split, embedded.margin
         self.wide, self.labels = embedded.load_wide(split)
 
@@ -206,7 +207,8 @@ class EmbeddedImages:
         return self.example(index, top, left)
 
     def example(self, index: int, top: int, left: int) -> Example:
-        image = self.wide[index, :, top : top + self.resolution, left : left + self.resolution]
+        height, width = self.shape
+        image = self.wide[index, :, top : top + height, left : left + width]
         return Example(image, int(self.labels[index]), self.key(index))
 
     def key(self, index: int) -> str:
@@ -214,16 +216,17 @@ class EmbeddedImages:
 
 
 class DecodedImages:
-    """Square crops of image files.
+    """Crops of image files, all of one size.
 
     Args:
         encoded: the files.
-        resolution: side of the crops; the shorter side is first resized to 1.125 times that (Lanczos).
+        shape: height and width of the crops; the image is first resized (Lanczos) until it covers 1.125 times that,
+            which makes its shorter side 1.125 times that of a square.
         on_corrupt: what a file that cannot be decoded does: raise, or come back as an `Example` with an error.
     """
 
-    def __init__(self, encoded: EncodedImages, resolution: int, on_corrupt: OnCorrupt) -> None:
-        self.encoded, self.resolution, self.on_corrupt = encoded, resolution, on_corrupt
+    def __init__(self, encoded: EncodedImages, shape: Shape, on_corrupt: OnCorrupt) -> None:
+        self.encoded, self.shape, self.on_corrupt = encoded, shape, on_corrupt
         self.class_names, self.groups = encoded.class_names, encoded.groups
 
     @property
@@ -264,17 +267,18 @@ class DecodedImages:
         return self.encoded.key(index)
 
     def cut(self, image: Image.Image, generator: Generator | None) -> Image.Image:
-        """Resize the shorter side, crop a square: where the generator says, else at the centre."""
+        """Resize, and crop: where the generator says, else at the centre."""
         image = middle(image, LONGEST * min(image.size))
-        scale = round(RESIZE_MARGIN * self.resolution) / min(image.size)
-        width, height = (max(round(side * scale), self.resolution) for side in image.size)
+        crop = self.shape[::-1]  # width and height, as Pillow has sizes
+        scale = max(round(RESIZE_MARGIN * least) / side for least, side in zip(crop, image.size, strict=True))
+        width, height = (max(round(side * scale), least) for least, side in zip(crop, image.size, strict=True))
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-        room = (width - self.resolution, height - self.resolution)
+        room = (width - crop[0], height - crop[1])
         if generator is None:
             left, top = (side // 2 for side in room)
         else:
             left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in room)
-        return image.crop((left, top, left + self.resolution, top + self.resolution))
+        return image.crop((left, top, left + crop[0], top + crop[1]))
 
 
 def middle(image: Image.Image, longest: int) -> Image.Image:

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from lightning_mvar.data.shards import MANIFEST, Manifest, Shard, checksum, shard_name
 from lightning_mvar.errors import InputError
-from lightning_mvar.scales import ScaleSchedule
 
 AGAIN = "run the same `lightning-mvar tokenize` again, it rewrites that shard only"
 MEMBERS = ("tokens.npy", "labels.npy", "keys.json")
@@ -111,7 +110,7 @@ def is_count(value: Any, least: int = 0) -> bool:
 def expectations(manifest: Manifest) -> Expected:
     """What the manifest's own values allow to expect."""
     try:
-        num_tokens = ScaleSchedule(tuple(manifest.side_lengths)).num_tokens
+        num_tokens = manifest.schedule.num_tokens
     except (InputError, TypeError, ValueError):
         num_tokens = None
     vocab_size = manifest.vocab_size if is_count(manifest.vocab_size, 1) else None

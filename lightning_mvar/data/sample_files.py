@@ -15,6 +15,7 @@ from lightning_mvar.data.encoded import identity_of, visible
 from lightning_mvar.data.images import Example, Images, to_tensor
 from lightning_mvar.errors import InputError
 from lightning_mvar.npz import NpzRows, names_in, read_npz
+from lightning_mvar.scales import Shape, in_words
 
 ABOUT = "sampling.json"  # beside the pictures of a folder: how they were drawn
 MODES = ("RGB", "L", "P")  # of pictures that lose nothing as 8-bit RGB
@@ -70,10 +71,10 @@ class NpzSamples:
     def __init__(self, path: Path) -> None:
         self.rows, self.path = NpzRows(path, "arr_0"), path
         shape, dtype = self.rows.shape, self.rows.dtype
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[1] != shape[2]:
-            raise InputError(f"{path}: arr_0 must be uint8 N x H x H x 3, got {dtype} {' x '.join(map(str, shape))}")
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+            raise InputError(f"{path}: arr_0 must be uint8 N x H x W x 3, got {dtype} {' x '.join(map(str, shape))}")
         self.class_names: list[str] = []
-        self.resolution = shape[1]
+        self.shape: Shape = shape[1:3]
         self.classes: list[int] | None = None
         names = names_in(path)
         if "arr_1" in names:
@@ -113,9 +114,7 @@ class PngSamples:
         self.root = root
         self.class_names = sorted({path.parent.name for path in self.files})
         with self.open(self.files[0]) as first:
-            self.resolution, height = first.size
-        if height != self.resolution:
-            raise InputError(f"{self.files[0]} is {self.resolution} x {height}; samples are square")
+            self.shape: Shape = (first.height, first.width)
         record = root / ABOUT
         self.about = read_about(record) if record.is_file() else {}
 
@@ -140,9 +139,8 @@ class PngSamples:
             raise InputError(f"{path} cannot be decoded ({error}): remove it, and draw it again") from error
         if mode not in MODES or transparent:
             raise InputError(f"{path} is of mode {mode}: samples have 8 bits a channel and no transparency")
-        if found.shape[:2] != (self.resolution, self.resolution):
-            height, width = found.shape[:2]
-            raise InputError(f"{path} is {width} x {height}, others {self.resolution} x {self.resolution}")
+        if found.shape[:2] != self.shape:
+            raise InputError(f"{path} is {in_words(found.shape[:2])}, others {in_words(self.shape)}")
         return found
 
     @staticmethod

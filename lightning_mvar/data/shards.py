@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
+from lightning_mvar.scales import ScaleSchedule, Shape
 
 FORMAT_VERSION = 3
 PACK_SIZE = 512  # images in one tar sample: 0.7 MB at 680 tokens
@@ -82,7 +83,7 @@ class Manifest:
         format_version: of this format.
     """
 
-    side_lengths: list[int]
+    side_lengths: list[int | Shape]
     vocab_size: int
     class_names: list[str]
     tokenizer: str
@@ -97,6 +98,11 @@ class Manifest:
     precision: str = "float32"
     shards: list[Shard] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """Raises InputError for side lengths that are none."""
+        return ScaleSchedule(tuple(self.side_lengths))
 
     @property
     def num_samples(self) -> int:
@@ -164,7 +170,9 @@ class Manifest:
             newer = [read_part(path) for path in parts]
             names = {shard.name for shard in newer}
             shards = [Shard(**shard) for shard in values["shards"] if shard["name"] not in names]
-            return cls(**(values | {"shards": sorted(shards + newer, key=lambda shard: shard.name)}))
+            values["shards"] = sorted(shards + newer, key=lambda shard: shard.name)
+            values["side_lengths"] = [tuple(s) if isinstance(s, list) else s for s in values["side_lengths"]]
+            return cls(**values)
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -174,7 +182,7 @@ class Manifest:
             ) from error
 
     def check_model(
-        self, where: object, side_lengths: tuple[int, ...], vocab_size: int, num_classes: int, tokenizer: str
+        self, where: object, side_lengths: tuple[int | Shape, ...], vocab_size: int, num_classes: int, tokenizer: str
     ) -> None:
         """Raise InputError unless a network of these properties can learn these tokens, which are at `where`."""
         for what, ours, theirs in (

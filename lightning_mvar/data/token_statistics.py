@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from lightning_mvar.data.shards import Manifest, Pack, Shard, read_shard
 from lightning_mvar.errors import InputError
-from lightning_mvar.scales import ScaleSchedule
 
 
 class TokenStatistics:
@@ -22,7 +21,7 @@ class TokenStatistics:
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        self.schedule, self.vocab_size = ScaleSchedule(tuple(manifest.side_lengths)), manifest.vocab_size
+        self.schedule, self.vocab_size = manifest.schedule, manifest.vocab_size
         self.codes = np.zeros((self.schedule.num_scales, self.vocab_size), np.int64)  # how often each scale has each
         self.classes = np.zeros(len(manifest.class_names), np.int64)
 
@@ -34,15 +33,15 @@ class TokenStatistics:
         self.classes += np.bincount(pack.labels, minlength=len(self.classes))
 
     def per_scale(self) -> list[dict[str, Any]]:
-        """Of each scale: side length, tokens counted, share of the codes in use, and perplexity, exp(entropy)."""
+        """Of each scale: its name, tokens counted, share of the codes in use, and perplexity, exp(entropy)."""
         return [
             {
-                "side": side,
+                "scale": name,
                 "tokens": int(counts.sum()),
                 "codebook_usage": float((counts > 0).mean()),
                 "codebook_perplexity": perplexity(counts),
             }
-            for side, counts in zip(self.schedule.side_lengths, self.codes, strict=True)
+            for name, counts in zip(self.schedule.names, self.codes, strict=True)
         ]
 
 

@@ -15,6 +15,7 @@ from lightning_mvar.data.sample_files import NpzSamples
 from lightning_mvar.data.shards import MANIFEST, Manifest, read_shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.npz import names_in
+from lightning_mvar.scales import Shape, in_words, shape_of
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 BATCH_SIZE = 64
@@ -23,7 +24,7 @@ BATCH_SIZE = 64
 class ImageSet(Protocol):
     """Images by number; `identity` changes when they do."""
 
-    resolution: int
+    shape: Shape
 
     @property
     def identity(self) -> str: ...
@@ -40,7 +41,7 @@ class Pictures:
 
     def __init__(self, source: Images, num_workers: int = 0) -> None:
         self.source, self.num_workers = source, num_workers
-        self.resolution = source.resolution
+        self.shape = source.shape
 
     @property
     def identity(self) -> str:
@@ -73,7 +74,7 @@ class DecodedShards:
                 f"--tokenizer"
             )
         self.manifest.check_files(folder)
-        self.resolution = tokenizer.config.resolution
+        self.shape = tokenizer.config.shape
 
     @property
     def identity(self) -> str:
@@ -106,7 +107,7 @@ class Reconstructions:
 
     def __init__(self, images: ImageSet, tokenizer: Tokenizer) -> None:
         self.images, self.tokenizer = images, tokenizer
-        self.resolution = images.resolution
+        self.shape = images.shape
 
     @property
     def identity(self) -> str:
@@ -122,20 +123,22 @@ class Reconstructions:
             yield (self.tokenizer.decode(self.tokenizer.encode(images.to(device) * 2 - 1)) + 1) / 2
 
 
-def open_image_set(source: str, resolution: int, tokenizer: Tokenizer | None = None, num_workers: int = 0) -> ImageSet:
+def open_image_set(
+    source: str, size: int | Shape, tokenizer: Tokenizer | None = None, num_workers: int = 0
+) -> ImageSet:
     """Real images for comparison.
 
     Args:
         source: `digits:train`, `photos:test` and the like; a folder of class folders, whose images are resized and
             cropped at the centre; an npz of images (`arr_0`); or a folder of token shards, which `tokenizer` decodes.
-        resolution: side of the images.
+        size: side of the images in pixels, or their (height, width).
         tokenizer: on the device to decode on.
         num_workers: processes that read image files.
 
     Raises:
-        InputError: if there is no such source, it has another resolution, or is of another tokenizer.
+        InputError: if there is no such source, its images are of another size, or it is of another tokenizer.
     """
-    path = Path(source)
+    path, shape = Path(source), shape_of(size)
     if (path / MANIFEST).is_file():
         if tokenizer is None:
             raise InputError(f"{path} holds token shards: name the tokenizer that decodes them with --tokenizer")
@@ -143,9 +146,9 @@ def open_image_set(source: str, resolution: int, tokenizer: Tokenizer | None = N
     elif path.suffix == ".npz":
         found = Pictures(NpzSamples(path))
     else:
-        found = Pictures(open_images(source, resolution), num_workers)
-    if found.resolution != resolution:
-        raise InputError(f"the images of {source} are {found.resolution} px a side, those to be scored {resolution}")
+        found = Pictures(open_images(source, shape), num_workers)
+    if found.shape != shape:
+        raise InputError(f"the images of {source} are {in_words(found.shape)}, those to be scored {in_words(shape)}")
     return found
 
 

@@ -13,6 +13,7 @@ from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.metrics.image_sets import ImageSet, has_images, open_image_set
 from lightning_mvar.metrics.summary import Features, Summary, hand_over
 from lightning_mvar.npz import names_in
+from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 MAX_FEATURES = 10_000  # real images that precision and recall are taken against, as in the published protocol
@@ -21,13 +22,13 @@ MAX_FEATURES = 10_000  # real images that precision and recall are taken against
 def load_reference(
     extractor: nn.Module,
     source: str,
-    resolution: int,
+    size: int | Shape,
     cache: Path,
     with_features: bool = True,
     tokenizer: Tokenizer | None = None,
     num_workers: int = 0,
 ) -> Summary:
-    """The reference that `source` names, for images of `resolution` pixels a side.
+    """The reference that `source` names, for images of this size.
 
     Measuring is divided among the ranks, which must all call this; what is measured is kept in the folder `cache`.
 
@@ -36,7 +37,7 @@ def load_reference(
         source: images, as `open_image_set` takes them, or an npz with their statistics `mu` and `sigma`, such as the
             published ADM / OpenAI files or one that `evaluate --statistics` wrote: the extractor must be the one that
             it was made with. With the images themselves in it (`arr_0`), precision and recall can be computed too.
-        resolution: side of the images.
+        size: side of the images in pixels, or their (height, width).
         cache: folder for what is measured.
         with_features: whether precision and recall are wanted.
         tokenizer: that decodes token shards, on the device to decode on.
@@ -50,13 +51,13 @@ def load_reference(
         published = Summary.load(path, extractor)
         if published.features is not None or not with_features or not has_images(path):
             return published
-    images = open_image_set(source, resolution, tokenizer, num_workers)
+    images = open_image_set(source, size, tokenizer, num_workers)
     measured = kept_or_measured(extractor, images, source, cache)
     return measured if published is None else Summary(published.statistics, published.spatial, measured.features)
 
 
 def kept_or_measured(extractor: nn.Module, images: ImageSet, name: str, cache: Path) -> Summary:
-    identity = f"{name} {images.identity} {images.resolution} {fingerprint(extractor)}"
+    identity = f"{name} {images.identity} {images.shape} {fingerprint(extractor)}"
     path = cache / f"{type(extractor).__name__}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     if told_by_first_rank(path.is_file()):
         return Summary.load(path, extractor)

@@ -17,7 +17,7 @@ from lightning_mvar.models.mixers import (
     WindowAttention,
 )
 from lightning_mvar.models.recurrences import GatedLinearAttention, LinearAttention, Mamba1, Mamba2, ScaleMamba
-from lightning_mvar.scales import ScaleSchedule
+from lightning_mvar.scales import ScaleSchedule, Shape, lengths_of
 
 SCAN_ORDERS: dict[str, list[tuple[str, ...]]] = {  # taken in turns by the blocks; see `reading_order`
     "raster": [("raster",)],
@@ -145,9 +145,14 @@ class MVARConfig:
         return " / ".join(", ".join(names) or "none" for names in different)
 
     @property
+    def step_shapes(self) -> tuple[Shape, ...]:
+        """Height and width of each step's tokens: those of a scale, or one."""
+        return self.schedule.shapes if self.prediction == "scale" else ((1, 1),) * self.schedule.num_tokens
+
+    @property
     def step_lengths(self) -> tuple[int, ...]:
-        """Tokens of each step: of each scale, or one."""
-        return self.schedule.lengths if self.prediction == "scale" else (1,) * self.schedule.num_tokens
+        """Tokens of each step."""
+        return lengths_of(self.step_shapes)
 
     @property
     def num_inputs(self) -> int:

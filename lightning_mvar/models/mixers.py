@@ -1,9 +1,9 @@
 """The token mixers that a block is built from: what they have in common, and those that attend.
 
-Every mixer is a module called as `y, state = mixer(x, lengths, state)`:
+Every mixer is a module called as `y, state = mixer(x, shapes, state)`:
 
 - x (b, l, d): the tokens of one or more consecutive scales, y (b, l, d) likewise;
-- lengths: the number of tokens of each of those scales, l = sum(lengths);
+- shapes: (height, width) of each of those scales' token maps, which have l tokens together;
 - state: what the mixer carries from earlier scales, as it returned it; None before the first scale.
 
 One call over all scales equals a call for each scale with the state handed on, which is what lets the sampler take one
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.ops.attention import attend_block_causal, attend_previous, attend_window, attend_within_scales
+from lightning_mvar.scales import Shape, lengths_of
 
 State = tuple[Tensor, ...] | None
 
@@ -38,7 +39,7 @@ class Mixer(nn.Module, ABC):
     """What the module's docstring says."""
 
     @abstractmethod
-    def forward(self, x: Tensor, lengths: tuple[int, ...], state: State = None) -> tuple[Tensor, State]: ...
+    def forward(self, x: Tensor, shapes: tuple[Shape, ...], state: State = None) -> tuple[Tensor, State]: ...
 
     def reset_own_parameters(self) -> None:
         """Initialise in place what is not the weight or bias of a layer inside."""
@@ -69,9 +70,9 @@ class Attention(Mixer):
         if self.qk_scale_log is not None:
             self.qk_scale_log.fill_(math.log(INITIAL_QK_SCALE))
 
-    def forward(self, x: Tensor, lengths: tuple[int, ...], state: State = None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, shapes: tuple[Shape, ...], state: State = None) -> tuple[Tensor, State]:
         q, k, v = self.queries_keys_values(x)
-        y, state = self.attend(q, k, v, lengths, state)  # the kernels sum the softmax in float32
+        y, state = self.attend(q, k, v, shapes, state)  # the kernels sum the softmax in float32
         return self.proj(y.transpose(1, 2).flatten(2)), state
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,15 +88,15 @@ class Attention(Mixer):
         return q, k, v
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
-        """(b, h, l, p) queries, keys and values of the scales in `lengths` -> (b, h, l, p), and what to carry on."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
+        """(b, h, l, p) queries, keys and values of the scales of these shapes -> (b, h, l, p), and what to carry on."""
 
 
 class ScaleAttention(Attention):
     """Bidirectional attention inside each scale. Carries nothing."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
-        return attend_within_scales(q, k, v, lengths, self.softmax_scale), None
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
+        return attend_within_scales(q, k, v, lengths_of(shapes), self.softmax_scale), None
 
 
 class WindowAttention(Attention):
@@ -105,24 +106,25 @@ class WindowAttention(Attention):
         super().__init__(width, heads, qk_norm)
         self.window = window
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
-        return attend_window(q, k, v, lengths, self.window, self.softmax_scale), None
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
+        return attend_window(q, k, v, shapes, self.window, self.softmax_scale), None
 
 
 class BlockCausalAttention(Attention):
     """Attention to the own scale and all coarser ones. Carries the keys and values seen so far, each (b, h, l, p)."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
         if state is not None:
             k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
-        return attend_block_causal(q, k, v, lengths, self.softmax_scale), (k, v)
+        return attend_block_causal(q, k, v, lengths_of(shapes), self.softmax_scale), (k, v)
 
 
 class MarkovAttention(Attention):
     """Attention to the own scale and the one before. Carries that one's keys and values, each (b, h, n, p)."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: State) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
         if state is not None:
             k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+        lengths = lengths_of(shapes)
         last = slice(k.shape[2] - lengths[-1], None)
         return attend_previous(q, k, v, lengths, self.softmax_scale), (k[:, :, last], v[:, :, last])

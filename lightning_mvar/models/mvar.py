@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mvar.models.config import MIXERS, MVARConfig
 from lightning_mvar.models.mixers import Attention, Mixer, State
 from lightning_mvar.ops.kernels import look_for_kernels
+from lightning_mvar.scales import Shape
 
 # What is exponentiated, decays over all tokens and temperatures: never in half precision, nor drawn to 0 in training.
 EXACT = ("A_log", "dt_bias", "decay_log", "qk_scale_log")
@@ -92,9 +93,9 @@ class Block(nn.Module):
         return table.unflatten(2, (3, -1))
 
     def forward(
-        self, x: Tensor, cond: Tensor | None, lengths: tuple[int, ...], state: BlockState | None = None
+        self, x: Tensor, cond: Tensor | None, shapes: tuple[Shape, ...], state: BlockState | None = None
     ) -> tuple[Tensor, BlockState]:
-        """Tokens x (b, l, d) of the steps in `lengths`; `cond` to begin an image, `state` to continue one."""
+        """Tokens x (b, l, d) of steps of these shapes; `cond` to begin an image, `state` to continue one."""
         if state is None:
             assert cond is not None
             state = BlockState(self.modulation(cond), (None,) * len(self.mixers))
@@ -102,7 +103,7 @@ class Block(nn.Module):
         carried, entered = [], x
         for mixer, before in zip(self.mixers, state.mixers, strict=True):
             gate, gain, shift = next(branches)  # each (b, 1, d)
-            y, after = mixer(modulated(entered if self.config.parallel else x, gain, shift), lengths, before)
+            y, after = mixer(modulated(entered if self.config.parallel else x, gain, shift), shapes, before)
             x = torch.addcmul(x, self.drop_path(gate), y)
             carried.append(after)
         gate, gain, shift = next(branches)
@@ -173,7 +174,7 @@ class MVAR(nn.Module):
         x = x + self.positions(0, self.config.schedule.num_tokens)
         block_cond = self.block_cond(cond)
         for block in self.blocks:
-            x, _ = block(x, block_cond, self.config.step_lengths)
+            x, _ = block(x, block_cond, self.config.step_shapes)
         if tokens is None:
             return self.logits(x, cond)
         at_once = max(1, LOGITS_AT_ONCE // (x.shape[1] * self.config.vocab_size))
@@ -210,7 +211,7 @@ class MVAR(nn.Module):
         block_cond = self.block_cond(state.cond) if k == 0 else None
         blocks: list[BlockState | None] = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
-            x, after = block(x, block_cond, lengths[k : k + 1], before)
+            x, after = block(x, block_cond, self.config.step_shapes[k : k + 1], before)
             blocks.append(after)
         return self.logits(x, state.cond), MVARState(k + 1, state.cond, blocks)
 

@@ -31,6 +31,7 @@ from lightning_mvar.ops.linear_attention import MIN_LOG_DECAY, linear_attention
 from lightning_mvar.ops.neighbours import reading_order
 from lightning_mvar.ops.selective_scan import selective_scan
 from lightning_mvar.ops.ssd import ssd
+from lightning_mvar.scales import Shape, lengths_of
 
 RASTER = ("raster",)
 GATE_RANK, GATE_TEMPERATURE = 16, 16.0  # of gated linear attention
@@ -48,12 +49,12 @@ class Recurrence(Mixer):
         super().__init__()
         self.orders = orders
 
-    def forward(self, x: Tensor, lengths: tuple[int, ...], state: State = None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, shapes: tuple[Shape, ...], state: State = None) -> tuple[Tensor, State]:
         size = 0 if state is None else len(state) // len(self.orders)
         outputs: list[Tensor] = []
         carried: tuple[Tensor, ...] = ()
         for i, order in enumerate(self.orders):
-            positions = reading_order(lengths, order, x.device)
+            positions = reading_order(shapes, order, x.device)
             read = x if positions is None else x[:, positions]
             y, after = self.scan(read, None if state is None else state[i * size : (i + 1) * size])
             outputs.append(y if positions is None else y[:, positions.argsort()])
@@ -247,10 +248,10 @@ class ScaleMamba(Mixer):
         self.forwards = Mamba2(width, state_dim, conv_width, expand, head_dim)
         self.backwards = Mamba2(width, state_dim, conv_width, expand, head_dim, ("reversed",))
 
-    def forward(self, x: Tensor, lengths: tuple[int, ...], state: State = None) -> tuple[Tensor, State]:
-        scales = list(zip(x.split(lengths, dim=1), lengths, strict=True))
+    def forward(self, x: Tensor, shapes: tuple[Shape, ...], state: State = None) -> tuple[Tensor, State]:
+        scales = list(zip(x.split(lengths_of(shapes), dim=1), shapes, strict=True))
         outputs = [
-            torch.cat([mamba(scale, (n,))[0] for scale, n in scales], dim=1)
+            torch.cat([mamba(scale, (shape,))[0] for scale, shape in scales], dim=1)
             for mamba in (self.forwards, self.backwards)
         ]
         return outputs[0] + outputs[1], None

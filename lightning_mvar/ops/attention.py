@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_mvar.ops.kernels import FOUND
 from lightning_mvar.ops.neighbours import neighbourhood
+from lightning_mvar.scales import Shape
 
 
 def attend_within_scales(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], softmax_scale: float) -> Tensor:
@@ -68,20 +69,20 @@ def sequence_begins(lengths: tuple[int, ...], batch: int, device: torch.device) 
 
 
 def attend_window(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], window: int, softmax_scale: float
 ) -> Tensor:
     """Attention to the tokens in a window x window square around each, inside its scale: linear in the tokens.
 
     Args:
-        q, k, v: (b, h, l, p) with l = sum(lengths), each scale a square map in raster order.
-        lengths: tokens of each scale.
+        q, k, v: (b, h, l, p), l the tokens of all scales, each a map in raster order.
+        shapes: height and width of each scale.
         window: side of the square, odd.
         softmax_scale: factor on the logits.
 
     Returns:
         (b, h, l, p).
     """
-    positions, inside = neighbourhood(lengths, window, q.device)
+    positions, inside = neighbourhood(shapes, window, q.device)
     keys, values = (t[:, :, positions] for t in (k, v))  # (b, h, l, w, p)
     mask = inside[:, None]  # (l, 1, w)
     return F.scaled_dot_product_attention(q[..., None, :], keys, values, mask, scale=softmax_scale)[..., 0, :]

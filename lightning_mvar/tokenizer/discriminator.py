@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.scales import Shape, in_words
 
 LARGEST_WEIGHT = 1e4  # of the adaptive one, where the discriminator's gradient vanishes
 
@@ -64,17 +65,17 @@ class PatchDiscriminator(nn.Sequential):
 
     Args:
         config: its size.
-        resolution: side of the images.
+        shape: height and width of the images.
 
     Raises:
         InputError: if the images are too small for so many levels.
     """
 
-    def __init__(self, config: AdversaryConfig, resolution: int) -> None:
-        if resolution < least_side(config):
+    def __init__(self, config: AdversaryConfig, shape: Shape) -> None:
+        if min(shape) < least_side(config):
             raise InputError(
                 f"a discriminator of adversary.levels {config.levels} needs images of {least_side(config)} pixels or "
-                f"more, got {resolution}"
+                f"more a side, got {in_words(shape)}"
             )
         widths = [config.channels * min(2**level, 8) for level in range(config.levels + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]

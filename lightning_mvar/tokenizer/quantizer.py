@@ -3,8 +3,8 @@
 | paper / published code      | here         | meaning                                                       |
 |-----------------------------|--------------|---------------------------------------------------------------|
 | Z, embedding                | codebook     | (v, c) code vectors, shared by all scales                     |
-| f, f_BChw                   | features     | (b, c, s, s) what the encoder gives, s the last side length   |
-| f_hat                       | f_hat        | (b, c, s, s) sum of what the scales so far contribute         |
+| f, f_BChw                   | features     | (b, c, s, t) what the encoder gives, s x t the last token map |
+| f_hat                       | f_hat        | (b, c, s, t) sum of what the scales so far contribute         |
 | f_rest                      | residual     | features - f_hat                                              |
 | phi_k, quant_resi           | phi          | convolutions after upsampling, shared by neighbouring scales  |
 | r_k, idx_Bl                 | tokens       | (b, l) indices into the codebook, all scales packed           |
@@ -23,18 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mvar.scales import ScaleSchedule
+from lightning_mvar.scales import ScaleSchedule, Shape
 
 PHI_RATIO = 0.5
 PUBLISHED_PHI = 4  # the published four have places of their own: linspace(1/12, 11/12, 4)
 
 
 class PyramidStep(NamedTuple):
-    """One scale of quantizing an image, n = side_k ** 2."""
+    """One scale of quantizing an image, of n tokens."""
 
     queries: Tensor  # (b, n, c) the residual at this scale
     tokens: Tensor  # (b, n) int64 nearest code of each query
-    f_hat: Tensor  # (b, c, s, s) including this scale
+    f_hat: Tensor  # (b, c, s, t) including this scale
 
 
 class Phi(nn.Conv2d):
@@ -68,28 +68,28 @@ class ResidualQuantizer(nn.Module):
         self.phi_of_scale = [int(np.abs(places - schedule.ratio(k)).argmin()) for k in range(schedule.num_scales)]
 
     @property
-    def side(self) -> int:
-        """Side length of features and f_hat."""
-        return self.schedule.side_lengths[-1]
+    def shape(self) -> Shape:
+        """Height and width of features and f_hat."""
+        return self.schedule.shapes[-1]
 
     def empty(self, batch_size: int) -> Tensor:
-        """(b, c, s, s) f_hat before the first scale: zeros."""
+        """(b, c, s, t) f_hat before the first scale: zeros."""
         weight = self.codebook.weight
-        return weight.new_zeros(batch_size, weight.shape[1], self.side, self.side)
+        return weight.new_zeros(batch_size, weight.shape[1], *self.shape)
 
     def accumulate(self, f_hat: Tensor, codes: Tensor, scale: int) -> Tensor:
-        """The residual step: f_hat (b, c, s, s) plus what `codes` (b, n, c) of `scale` contribute."""
-        side = self.schedule.side_lengths[scale]
-        code_map = codes.transpose(1, 2).unflatten(2, (side, side))  # (b, c, side, side)
-        if side != self.side:
-            code_map = F.interpolate(code_map, size=(self.side, self.side), mode="bicubic")
+        """The residual step: f_hat (b, c, s, t) plus what `codes` (b, n, c) of `scale` contribute."""
+        shape = self.schedule.shapes[scale]
+        code_map = codes.transpose(1, 2).unflatten(2, shape)  # (b, c, height, width)
+        if shape != self.shape:
+            code_map = F.interpolate(code_map, size=self.shape, mode="bicubic")
         return f_hat + self.phi[self.phi_of_scale[scale]](code_map)
 
     def downsample(self, f: Tensor, scale: int) -> Tensor:
-        """(b, c, s, s) -> (b, n, c): `f` averaged to the side of `scale`, in raster order."""
-        side = self.schedule.side_lengths[scale]
-        if side != self.side:
-            f = F.interpolate(f, size=(side, side), mode="area")
+        """(b, c, s, t) -> (b, n, c): `f` averaged to the map of `scale`, in raster order."""
+        shape = self.schedule.shapes[scale]
+        if shape != self.shape:
+            f = F.interpolate(f, size=shape, mode="area")
         return f.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class ResidualQuantizer(nn.Module):
             return distances.argmin(dim=1).view(queries.shape[:2])
 
     def pyramid(self, features: Tensor) -> Iterator[PyramidStep]:
-        """Quantize `features` (b, c, s, s) scale by scale, each time what the scales before left over."""
+        """Quantize `features` (b, c, s, t) scale by scale, each time what the scales before left over."""
         f_hat = self.empty(len(features))
         for k in range(self.schedule.num_scales):
             queries = self.downsample(features.detach() - f_hat.detach(), k)
@@ -110,25 +110,25 @@ class ResidualQuantizer(nn.Module):
             yield PyramidStep(queries, tokens, f_hat)
 
     def encode(self, features: Tensor) -> Tensor:
-        """(b, c, s, s) -> tokens (b, l) int64."""
+        """(b, c, s, t) -> tokens (b, l) int64."""
         return torch.cat([step.tokens for step in self.pyramid(features)], dim=1)
 
     def f_hats(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Tokens (b, l) -> f_hat (b, c, s, s) after each scale, coarse to fine."""
+        """Tokens (b, l) -> f_hat (b, c, s, t) after each scale, coarse to fine."""
         f_hat = self.empty(len(tokens))
         for k, scale_tokens in enumerate(tokens.split(self.schedule.lengths, dim=1)):
             f_hat = self.accumulate(f_hat, self.codebook(scale_tokens), k)
             yield f_hat
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, l) -> f_hat (b, c, s, s) of all scales."""
+        """Tokens (b, l) -> f_hat (b, c, s, t) of all scales."""
         *_, f_hat = self.f_hats(tokens)
         return f_hat
 
     def scale_inputs(self, tokens: Tensor) -> Tensor:
         """Tokens (b, l) -> the network's teacher-forcing input (b, l - first, c).
 
-        The input of scale k + 1 is f_hat after scale k, averaged to the side of scale k + 1.
+        The input of scale k + 1 is f_hat after scale k, averaged to the map of scale k + 1.
         """
         last = self.schedule.num_scales - 1
         inputs = [self.downsample(f_hat, k + 1) for k, f_hat in enumerate(self.f_hats(tokens)) if k < last]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.fingerprint import fingerprint
-from lightning_mvar.scales import ScaleSchedule
+from lightning_mvar.scales import ScaleSchedule, Shape
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
@@ -25,7 +26,7 @@ class TokenizerConfig:
     """What a tokenizer is made of; the defaults are the published one.
 
     Args:
-        schedule: the scales; its last side length is the side of the encoder's features.
+        schedule: the scales; the last is of the size of the encoder's features.
         vocab_size: v, entries of the codebook.
         code_dim: c, channels of a code.
         channels: channels of the encoder's first level (upstream `ch`).
@@ -61,15 +62,16 @@ class TokenizerConfig:
         return int(2 ** (len(self.multipliers) - 1))
 
     @property
-    def resolution(self) -> int:
-        """Side of the images, in pixels."""
-        return self.schedule.side_lengths[-1] * self.downsampling
+    def shape(self) -> Shape:
+        """Height and width of the images, in pixels."""
+        height, width = self.schedule.shapes[-1]
+        return height * self.downsampling, width * self.downsampling
 
 
 class Reconstruction(NamedTuple):
     """What training looks at of one pass from images to images."""
 
-    features: Tensor  # (b, c, s, s) what was quantized
+    features: Tensor  # (b, c, s, t) what was quantized
     steps: list[PyramidStep]  # of each scale
     codebook: Tensor  # () mean over scales of mse(f_hat, sg(features)), which pulls codes and phi
     commitment: Tensor  # () mean over scales of mse(sg(f_hat), features), which pulls the features
@@ -94,7 +96,7 @@ class Tokenizer(nn.Module):
         """Images (b, 3, H, W) in [-1, 1] through all of it; gradients pass the quantizer straight through.
 
         Args:
-            images: at the tokenizer's resolution.
+            images: of the tokenizer's size.
             scales: (b,) from how many of the first scales each image is decoded; all where not given.
         """
         features = self.features(images)
@@ -109,16 +111,14 @@ class Tokenizer(nn.Module):
         return Reconstruction(features, steps, codebook, commitment, codes, maps, self.decoder.conv_out(maps))
 
     def features(self, images: Tensor) -> Tensor:
-        """(b, 3, H, W) in [-1, 1] -> (b, c, s, s), what is quantized.
+        """(b, 3, H, W) in [-1, 1] -> (b, c, s, t), what is quantized.
 
         Raises:
-            InputError: if the images do not have the resolution of the schedule.
+            InputError: if the images are not of the size that the schedule is for.
         """
-        resolution = self.config.resolution
-        if images.shape[1:] != (3, resolution, resolution):
-            raise InputError(
-                f"the tokenizer takes images (b, 3, {resolution}, {resolution}), got {tuple(images.shape)}"
-            )
+        height, width = self.config.shape
+        if images.shape[1:] != (3, height, width):
+            raise InputError(f"the tokenizer takes images (b, 3, {height}, {width}), got {tuple(images.shape)}")
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -135,12 +135,12 @@ class Tokenizer(nn.Module):
             yield self.decode_features(f_hat).clamp(-1, 1)
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
-        """(b, c, s, s) -> (b, 3, H, W) in the dtype of `f_hat`, not clamped.
+        """(b, c, s, t) -> (b, 3, H, W) in the dtype of `f_hat`, not clamped.
 
         Many images are decoded in parts, to bound memory; but not for a backward pass, which needs all maps anyway.
         """
         dtype = self.post_quant_conv.weight.dtype
-        map_bytes = self.config.channels * self.config.multipliers[0] * self.config.resolution**2 * dtype.itemsize
+        map_bytes = self.config.channels * self.config.multipliers[0] * math.prod(self.config.shape) * dtype.itemsize
         at_once = len(f_hat) if torch.is_grad_enabled() else max(1, DECODER_MAP_BYTES // map_bytes)
         parts = f_hat.to(dtype).split(at_once)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts]).to(f_hat.dtype)

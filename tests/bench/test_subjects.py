@@ -34,9 +34,9 @@ def test_running_the_prefix_again_gives_the_same() -> None:
     network = tiny_network()
     x = torch.randn(2, SCHEDULE.num_tokens, 64, generator=torch.Generator().manual_seed(0))
     for mixer in network.blocks[0].mixers:
-        whole, _ = mixer(x, SCHEDULE.lengths)
-        torch.testing.assert_close(carried(mixer, x, SCHEDULE.lengths), whole, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(prefix_rerun(mixer, x, SCHEDULE.lengths), whole, rtol=1e-4, atol=1e-5)
+        whole, _ = mixer(x, SCHEDULE.shapes)
+        torch.testing.assert_close(carried(mixer, x, SCHEDULE.shapes), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(prefix_rerun(mixer, x, SCHEDULE.shapes), whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

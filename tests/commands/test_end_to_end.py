@@ -77,7 +77,7 @@ def tags(logs: Path) -> tuple[set[str], set[str]]:
 
 
 def test_tokenizer_training_leaves_a_folder_and_its_curves(here: Path) -> None:
-    assert load_tokenizer("tok").config.resolution == 8
+    assert load_tokenizer("tok").config.shape == (8, 8)
     scalars, images = tags(here / "tok/logs")
     assert {"train/loss", "train/lr", "train/grad_norm", "val/l2", "val/codebook_usage", "perf/images_per_s"} <= scalars
     assert {f"codebook_usage/{side}" for side in (1, 2, 4)} <= scalars

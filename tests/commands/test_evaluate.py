@@ -195,7 +195,7 @@ def test_mistakes_are_told_in_a_line(here: Path, capfd: pytest.CaptureFixture[st
     np.savez("other.npz", images=pixels)
     assert "other.npz has no array arr_0; it holds images" in refused("other.npz", *AGAINST)
     np.savez("floats.npz", arr_0=pixels / 255)
-    assert "arr_0 must be uint8 N x H x H x 3, got float64 6 x 8 x 8 x 3" in refused("floats.npz", *AGAINST)
+    assert "arr_0 must be uint8 N x H x W x 3, got float64 6 x 8 x 8 x 3" in refused("floats.npz", *AGAINST)
     np.savez("one.npz", arr_0=pixels[:1])
     assert "1 samples: a distance needs at least 2" in refused("one.npz", *AGAINST)
     np.savez("good.npz", arr_0=pixels)
@@ -204,7 +204,7 @@ def test_mistakes_are_told_in_a_line(here: Path, capfd: pytest.CaptureFixture[st
     inception = ["--reference", "images", "--extractor", "InceptionV3", "--extractor.weights", "nowhere.pth"]
     assert refused("good.npz", *inception).startswith("lightning-mvar: error: nowhere.pth does not exist; download it")
     np.savez("large.npz", arr_0=np.zeros((6, 16, 16, 3), np.uint8))
-    assert "large.npz are 16 px a side, those to be scored 8" in refused(
+    assert "large.npz are 16 x 16, those to be scored 8 x 8" in refused(
         "good.npz", *AGAINST, "--reference", "large.npz"
     )
     write_token_shards(here / "shards", tokenizer.fingerprint(), [4])

@@ -68,7 +68,7 @@ def test_published_files_become_a_folder_that_samples(
 def test_a_published_tokenizer_is_converted_by_itself(here: Path, files: Path) -> None:
     assert run(["export", "--tokenizer", str(files / "vae.pth"), "--resolution", "512", "--out", "tok"]) == 0
     config = load_tokenizer("tok").config
-    assert (config.resolution, config.vocab_size, config.schedule.num_tokens) == (512, 64, 2240)
+    assert (config.shape, config.vocab_size, config.schedule.num_tokens) == ((512, 512), 64, 2240)
 
 
 class Malicious:

@@ -77,7 +77,7 @@ def test_statistics_are_those_of_a_plain_count(here: Path, capsys: pytest.Captur
     for side, scale in zip((1, 2, 3, 4), record["scales"], strict=True):
         counts = Counter(tokens[:, begin : begin + side**2].ravel().tolist())
         shares = [count / counts.total() for count in counts.values()]
-        assert scale["side"] == side
+        assert scale["scale"] == str(side)
         assert scale["tokens"] == counts.total() == 18 * side**2
         assert scale["codebook_usage"] == pytest.approx(len(counts) / 48)
         assert scale["codebook_perplexity"] == pytest.approx(math.prod(p**-p for p in shares))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lightning_mvar.data.digits import load_digits
-from lightning_mvar.data.images import CorruptImageError, Views, collate, open_images
+from lightning_mvar.data.images import CorruptImageError, Views, collate, open_images, to_tensor
 from lightning_mvar.errors import InputError
 
 
@@ -61,6 +61,20 @@ def test_the_crop_is_the_centre_of_the_resized_picture(folder: Path) -> None:
     image = open_images(str(folder), 16)[2].image
     assert image is not None
     torch.testing.assert_close(image, expected)
+
+
+def test_a_crop_of_another_shape_keeps_as_much_as_it_can(folder: Path) -> None:
+    """Of 40 x 20 pixels, resized until they cover 1.125 times the crop, the middle."""
+    with Image.open(folder / "b/1.png") as picture:
+        for shape, resized, box in (
+            ((16, 24), (36, 18), (6, 1, 30, 17)),  # as high as needed, wider
+            ((8, 32), (36, 18), (2, 5, 34, 13)),  # as wide as needed, higher
+        ):
+            expected = to_tensor(picture.resize(resized, Image.Resampling.LANCZOS).crop(box))
+            image = open_images(str(folder), shape)[2].image
+            assert image is not None
+            torch.testing.assert_close(image, expected)
+    assert open_images(str(folder), (8, 32)).cropped(2, torch.Generator().manual_seed(0)).image.shape == (3, 8, 32)
 
 
 def test_random_crops_differ_and_follow_the_generator(folder: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_second_epoch_after_a_cut_one_counts_from_its_place(folder: Path) -> N
 class Numbers:
     """Images that are their own number, and one random number."""
 
-    class_names, resolution, identity = ("0",), 1, "numbers"
+    class_names, shape, identity = ("0",), (1, 1), "numbers"
 
     def __len__(self) -> int:
         return 21

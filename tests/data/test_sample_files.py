@@ -27,7 +27,7 @@ def write_pngs(root: Path, pixels: np.ndarray, folders: list[str]) -> None:
 def test_an_npz_may_have_labels_and_say_how_it_was_drawn(tmp_path: Path, pixels: np.ndarray) -> None:
     np.savez(tmp_path / "foreign.npz", pixels)
     foreign = open_samples(tmp_path / "foreign.npz")
-    assert (len(foreign), foreign.resolution, foreign.about, foreign.labels(["a"])) == (6, 8, {}, None)
+    assert (len(foreign), foreign.shape, foreign.about, foreign.labels(["a"])) == (6, (8, 8), {}, None)
     np.savez(tmp_path / "ours.npz", arr_0=pixels, arr_1=np.arange(6), about=np.array(json.dumps({"seed": 3})))
     ours = open_samples(tmp_path / "ours.npz")
     assert (ours.about, ours.labels([])) == ({"seed": 3}, [0, 1, 2, 3, 4, 5])
@@ -65,10 +65,10 @@ def test_other_files_are_refused_by_name(tmp_path: Path, pixels: np.ndarray) -> 
         (pixels / 255, "float64 6 x 8 x 8 x 3"),
         (pixels[0], "uint8 8 x 8 x 3"),
         (pixels.transpose(0, 3, 1, 2), "uint8 6 x 3 x 8 x 8"),
-        (pixels[:, :4], "uint8 6 x 4 x 8 x 3"),
+        (pixels[..., :2], "uint8 6 x 8 x 8 x 2"),
     ):
         np.savez(tmp_path / "a.npz", arr_0=array)
-        with pytest.raises(InputError, match=f"arr_0 must be uint8 N x H x H x 3, got {said}"):
+        with pytest.raises(InputError, match=f"arr_0 must be uint8 N x H x W x 3, got {said}"):
             open_samples(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", images=pixels)
     with pytest.raises(InputError, match=r"a\.npz has no array arr_0; it holds images"):
@@ -97,5 +97,13 @@ def test_a_damaged_or_odd_picture_is_named(tmp_path: Path, pixels: np.ndarray) -
     with pytest.raises(InputError, match=r"000004\.png cannot be decoded .*: remove it, and draw it again"):
         samples.pixels(4)
     Image.new("RGB", (9, 8)).save(tmp_path / "000000.png")
-    with pytest.raises(InputError, match=r"000000\.png is 9 x 8; samples are square"):
-        open_samples(tmp_path)
+    with pytest.raises(InputError, match=r"000005\.png is 8 x 8, others 8 x 9 \(height x width\)"):
+        open_samples(tmp_path).pixels(5)
+
+
+def test_samples_may_be_of_any_shape(tmp_path: Path, pixels: np.ndarray) -> None:
+    np.savez(tmp_path / "oblong.npz", arr_0=pixels[:, :4])
+    write_pngs(tmp_path / "oblong", pixels[:, :4], [""] * 6)
+    for samples in (open_samples(tmp_path / "oblong.npz"), open_samples(tmp_path / "oblong")):
+        assert samples.shape == (4, 8)
+        assert np.array_equal(samples.pixels(5), pixels[5, :4])

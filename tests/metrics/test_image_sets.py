@@ -68,7 +68,7 @@ def test_reconstructions_are_decoded_codes(tmp_path: Path, tokenizer: Tokenizer)
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
-    with pytest.raises(InputError, match=r"a\.npz are 16 px a side, those to be scored 8"):
+    with pytest.raises(InputError, match=r"a\.npz are 16 x 16, those to be scored 8 x 8"):
         open_image_set(str(tmp_path / "a.npz"), 8)
 
 

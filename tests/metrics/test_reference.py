@@ -79,7 +79,7 @@ def test_published_statistics_load_by_path(extractor: Projection, tmp_path: Path
         assert torch.equal(reference.statistics.mu, torch.from_numpy(np.load(path)["mu"]))
     assert load_reference(extractor, str(path), 8, tmp_path, with_features=False).features is None
     published_file(path, extractor, pixels[0])
-    with pytest.raises(InputError, match="arr_0 must be uint8 N x H x H x 3, got uint8 8 x 8 x 3"):
+    with pytest.raises(InputError, match="arr_0 must be uint8 N x H x W x 3, got uint8 8 x 8 x 3"):
         load_reference(extractor, str(path), 8, tmp_path)
 
 

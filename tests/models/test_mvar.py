@@ -4,13 +4,14 @@ from itertools import accumulate
 
 import pytest
 import torch
-from conftest import MIXERS, SCHEDULE, VARIANTS, tiny_network
+from conftest import MIXERS, OBLONG, SCHEDULE, VARIANTS, tiny_network
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import INSIDE_SCALES, SIZES
 from lightning_mvar.models.mixers import Attention, Mixer
 from lightning_mvar.models.mvar import DropPath
+from lightning_mvar.scales import Shape
 
 # Published counts in millions, vocabulary 4,096, code dim 32, 1,000 classes, QK-norm on.
 PARAMETERS = {
@@ -51,10 +52,11 @@ def test_drop_path_follows_the_depth() -> None:
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.05, 12))
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, OBLONG])
 @pytest.mark.parametrize("variant", VARIANTS + WITHIN_SCALES, ids=str)
 @torch.no_grad()
-def test_the_steps_together_equal_the_full_pass(variant: dict[str, object]) -> None:
-    network, inputs = tiny_network(**variant), network_inputs()
+def test_the_steps_together_equal_the_full_pass(variant: dict[str, object], schedule: ScaleSchedule) -> None:
+    network, inputs = tiny_network(schedule, **variant), network_inputs()
     full = network(*inputs)
     assert full.dtype == torch.float32
     assert full.abs().max() > 1  # a comparison of zeros would prove nothing
@@ -140,27 +142,29 @@ def test_a_lowered_network_stays_near(variant: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba1", "gated_linear_attention", "linear_attention"])
+@pytest.mark.parametrize("schedule", [SCHEDULE, OBLONG])
 @torch.no_grad()
-def test_a_scan_in_another_order_is_one_over_tokens_in_that_order(mixer: str) -> None:
+def test_a_scan_in_another_order_is_one_over_tokens_in_that_order(mixer: str, schedule: ScaleSchedule) -> None:
     """Columns: as if every scale were transposed; both: the mean of forwards and backwards."""
 
     def made(order: str) -> Mixer:
-        return tiny_network(mixers=(mixer,), scan_order=order, depth=1).blocks[0].mixers[0]
+        return tiny_network(schedule, mixers=(mixer,), scan_order=order, depth=1).blocks[0].mixers[0]
 
-    def along(x: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        sides = zip(x.split(SCHEDULE.lengths, dim=1), SCHEDULE.side_lengths, strict=True)
-        return torch.cat([move(part.unflatten(1, (side, side))).flatten(1, 2) for part, side in sides], dim=1)
+    def along(x: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor], shapes: tuple[Shape, ...]) -> torch.Tensor:
+        maps = zip(x.split(schedule.lengths, dim=1), shapes, strict=True)
+        return torch.cat([move(part.unflatten(1, shape)).flatten(1, 2) for part, shape in maps], dim=1)
 
-    x = torch.randn(2, SCHEDULE.num_tokens, 64, generator=torch.Generator().manual_seed(0))
+    lying = tuple((width, height) for height, width in schedule.shapes)
+    x = torch.randn(2, schedule.num_tokens, 64, generator=torch.Generator().manual_seed(0))
     raster = made("raster")
-    rows, _ = raster(x, SCHEDULE.lengths)
-    transposed, _ = raster(along(x, lambda t: t.transpose(1, 2)), SCHEDULE.lengths)
-    columns, _ = made("column")(x, SCHEDULE.lengths)
+    rows, _ = raster(x, schedule.shapes)
+    transposed, _ = raster(along(x, lambda t: t.transpose(1, 2), schedule.shapes), lying)
+    columns, _ = made("column")(x, schedule.shapes)
     assert not torch.allclose(columns, rows)
-    torch.testing.assert_close(columns, along(transposed, lambda t: t.transpose(1, 2)))
-    backwards, _ = raster(along(x, lambda t: t.flip(1, 2)), SCHEDULE.lengths)
-    both, _ = made("both")(x, SCHEDULE.lengths)
-    torch.testing.assert_close(both, (rows + along(backwards, lambda t: t.flip(1, 2))) / 2)
+    torch.testing.assert_close(columns, along(transposed, lambda t: t.transpose(1, 2), lying))
+    backwards, _ = raster(along(x, lambda t: t.flip(1, 2), schedule.shapes), schedule.shapes)
+    both, _ = made("both")(x, schedule.shapes)
+    torch.testing.assert_close(both, (rows + along(backwards, lambda t: t.flip(1, 2), schedule.shapes)) / 2)
 
 
 def test_alternating_orders_and_mixers_follow_the_number_of_the_block() -> None:
@@ -187,7 +191,7 @@ def test_scale_mamba_sees_all_of_its_scale() -> None:
     for token in (begin, end - 1):
         changed = x.clone()
         changed[:, token] += 1.0
-        moved = (mixer(x, SCHEDULE.lengths)[0] - mixer(changed, SCHEDULE.lengths)[0]).abs().sum(dim=(0, 2)) > 0
+        moved = (mixer(x, SCHEDULE.shapes)[0] - mixer(changed, SCHEDULE.shapes)[0]).abs().sum(dim=(0, 2)) > 0
         assert moved.nonzero().flatten().tolist() == list(range(begin, end))
 
 
@@ -289,7 +293,7 @@ def test_the_temperature_of_qk_norm_is_capped_at_100() -> None:
     outputs = []
     for value in (math.log(100.0), 50.0):
         torch.nn.init.constant_(attention.qk_scale_log, value)
-        outputs.append(attention(x, SCHEDULE.lengths)[0])
+        outputs.append(attention(x, SCHEDULE.shapes)[0])
     torch.testing.assert_close(*outputs)
 
 

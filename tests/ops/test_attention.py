@@ -19,6 +19,7 @@ from lightning_mvar.ops.attention import (
 from lightning_mvar.ops.kernels import look_for_kernels
 
 SCHEDULE = ScaleSchedule((1, 2, 3))
+OBLONG = ScaleSchedule(((1, 2), (3, 4)))  # as many tokens
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
@@ -110,21 +111,22 @@ def test_the_previous_scale_and_the_own_are_two_blocks_of_a_mask(qkv: Tensor) ->
     torch.testing.assert_close(attend_previous(*qkv, SCHEDULE.lengths, 0.3), expected)
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, OBLONG])
 @pytest.mark.parametrize("window", [1, 3, 5])
-def test_a_window_is_a_mask_of_neighbours_on_the_map(qkv: Tensor, window: int) -> None:
+def test_a_window_is_a_mask_of_neighbours_on_the_map(qkv: Tensor, window: int, schedule: ScaleSchedule) -> None:
     places = [
         (k, row, column)
-        for k, side in enumerate(SCHEDULE.side_lengths)
-        for row in range(side)
-        for column in range(side)
+        for k, (height, width) in enumerate(schedule.shapes)
+        for row in range(height)
+        for column in range(width)
     ]
     reach = window // 2
     allowed = [[a[0] == b[0] and max(abs(a[1] - b[1]), abs(a[2] - b[2])) <= reach for b in places] for a in places]
     expected = masked_attention(*qkv, torch.tensor(allowed), 0.3)
-    torch.testing.assert_close(attend_window(*qkv, SCHEDULE.lengths, window, 0.3), expected)
+    torch.testing.assert_close(attend_window(*qkv, schedule.shapes, window, 0.3), expected)
 
 
 def test_a_window_as_large_as_the_map_sees_all_of_it(qkv: Tensor) -> None:
     torch.testing.assert_close(
-        attend_window(*qkv, SCHEDULE.lengths, 5, 0.3), attend_within_scales(*qkv, SCHEDULE.lengths, 0.3)
+        attend_window(*qkv, SCHEDULE.shapes, 5, 0.3), attend_within_scales(*qkv, SCHEDULE.lengths, 0.3)
     )

@@ -19,7 +19,7 @@ from lightning_mvar.tokenizer.discriminator import (
 
 def test_it_has_the_published_shape() -> None:
     """pix2pix: 30 x 30 scores of an image of 256 pixels; convolutions of 64, 128, 256, 512 and 1 channels."""
-    discriminator = PatchDiscriminator(AdversaryConfig(weight=1.0), 256)
+    discriminator = PatchDiscriminator(AdversaryConfig(weight=1.0), (256, 256))
     with torch.no_grad():
         assert discriminator(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
     convolutions = [module for module in discriminator if isinstance(module, nn.Conv2d)]
@@ -29,16 +29,19 @@ def test_it_has_the_published_shape() -> None:
 
 def test_a_score_depends_on_its_own_image_alone() -> None:
     torch.manual_seed(0)
-    discriminator, images = PatchDiscriminator(AdversaryConfig(channels=8, levels=2), 16), torch.rand(4, 3, 16, 16)
+    discriminator, images = (
+        PatchDiscriminator(AdversaryConfig(channels=8, levels=2), (16, 16)),
+        torch.rand(4, 3, 16, 16),
+    )
     alone = torch.cat([discriminator(image[None]) for image in images])
     torch.testing.assert_close(discriminator(images), alone)
 
 
 def test_the_smallest_image_has_one_score_and_smaller_ones_are_refused() -> None:
     config = AdversaryConfig(channels=4, levels=2)
-    assert PatchDiscriminator(config, 12)(torch.zeros(1, 3, 12, 12)).shape == (1, 1, 1, 1)
-    with pytest.raises(InputError, match="levels 2 needs images of 12 pixels or more, got 11"):
-        PatchDiscriminator(config, 11)
+    assert PatchDiscriminator(config, (12, 13))(torch.zeros(1, 3, 12, 13)).shape == (1, 1, 1, 1)
+    with pytest.raises(InputError, match="levels 2 needs images of 12 pixels or more a side, got 20 x 11"):
+        PatchDiscriminator(config, (20, 11))
 
 
 @pytest.mark.parametrize(

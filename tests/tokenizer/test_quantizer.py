@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OBLONG, SCHEDULE
 
 from lightning_mvar import ScaleSchedule, Tokenizer
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
@@ -12,23 +13,23 @@ def algorithm(
     quantizer: ResidualQuantizer, features: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """Tokens and next inputs of each scale, and f_hat, one image at a time (VAR, algorithm 1)."""
-    sides, codebook = quantizer.schedule.side_lengths, quantizer.codebook.weight
-    last, count = sides[-1], len(quantizer.phi)
+    shapes, codebook = quantizer.schedule.shapes, quantizer.codebook.weight
+    last, count = shapes[-1], len(quantizer.phi)
     places = [(2 * i + 1) / (2 * count) for i in range(count)]
     residual, f_hat, tokens, inputs = features.clone(), torch.zeros_like(features), [], []
-    for k, side in enumerate(sides):
-        small = F.adaptive_avg_pool2d(residual, side)
+    for k, shape in enumerate(shapes):
+        small = F.adaptive_avg_pool2d(residual, shape)
         queries = small.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
         chosen = torch.cdist(queries, codebook).argmin(dim=1)
-        codes = codebook[chosen].view(len(features), side, side, -1).permute(0, 3, 1, 2)
-        up = F.interpolate(codes, size=(last, last), mode="bicubic") if side != last else codes
-        ratio = k / (len(sides) - 1)
+        codes = codebook[chosen].view(len(features), *shape, -1).permute(0, 3, 1, 2)
+        up = F.interpolate(codes, size=last, mode="bicubic") if shape != last else codes
+        ratio = k / (len(shapes) - 1)
         phi = quantizer.phi[min(range(count), key=lambda i: abs(places[i] - ratio))]
         h = 0.5 * up + 0.5 * F.conv2d(up, phi.weight, phi.bias, padding=1)
         f_hat, residual = f_hat + h, residual - h
         tokens.append(chosen.view(len(features), -1))
-        if k + 1 < len(sides):
-            inputs.append(F.adaptive_avg_pool2d(f_hat, sides[k + 1]).flatten(2).transpose(1, 2))
+        if k + 1 < len(shapes):
+            inputs.append(F.adaptive_avg_pool2d(f_hat, shapes[k + 1]).flatten(2).transpose(1, 2))
     return tokens, inputs, f_hat
 
 
@@ -37,9 +38,13 @@ def features() -> torch.Tensor:
     return torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, OBLONG])
 @torch.no_grad()
-def test_encode_decode_and_scale_inputs_follow_the_algorithm(tokenizer: Tokenizer, features: torch.Tensor) -> None:
-    quantizer = tokenizer.quantizer
+def test_encode_decode_and_scale_inputs_follow_the_algorithm(schedule: ScaleSchedule) -> None:
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(schedule, 48, 8, 3)
+    torch.nn.init.normal_(quantizer.codebook.weight)
+    features = torch.randn(3, 8, *schedule.shapes[-1])
     tokens, inputs, f_hat = algorithm(quantizer, features)
     ours = quantizer.encode(features)
     assert torch.equal(ours, torch.cat(tokens, dim=1))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -5,19 +7,21 @@ from lightning_mvar import ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.errors import InputError
 
 
-@pytest.mark.parametrize("sides", [(1, 2, 3, 4), (1, 3, 6), (2, 4), (8,), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])
+@pytest.mark.parametrize(
+    "sides", [(1, 2, 3, 4), (1, 3, 6), (2, 4), (8,), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), ((1, 2), (3, 7))]
+)
 @torch.no_grad()
 def test_shapes_and_ranges_for_every_schedule(sides: tuple[int, ...]) -> None:
     tokenizer = Tokenizer(TokenizerConfig(ScaleSchedule(sides), 32, 4, 8, (1, 2), 1, 2)).eval()
-    side = tokenizer.config.resolution
-    assert side == 2 * sides[-1]
-    tokens = tokenizer.encode(torch.rand(2, 3, side, side) * 2 - 1)
-    assert tokens.shape == (2, tokenizer.config.schedule.num_tokens)
+    schedule, shape = tokenizer.config.schedule, tokenizer.config.shape
+    assert shape == tuple(2 * side for side in schedule.shapes[-1])
+    tokens = tokenizer.encode(torch.rand(2, 3, *shape) * 2 - 1)
+    assert tokens.shape == (2, schedule.num_tokens)
     assert tokens.dtype == torch.int64
     images = tokenizer.decode(tokens)
-    assert images.shape == (2, 3, side, side)
+    assert images.shape == (2, 3, *shape)
     assert images.abs().max() <= 1
-    assert tokenizer.scale_inputs(tokens).shape == (2, tokens.shape[1] - sides[0] ** 2, 4)
+    assert tokenizer.scale_inputs(tokens).shape == (2, tokens.shape[1] - schedule.first, 4)
 
 
 @torch.no_grad()
@@ -32,7 +36,7 @@ def test_many_images_are_decoded_in_parts(tokenizer: Tokenizer, monkeypatch: pyt
     tokens = torch.arange(5 * tokenizer.config.schedule.num_tokens).view(5, -1) % tokenizer.config.vocab_size
     whole, sizes = tokenizer.decode(tokens), []
     hook = tokenizer.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    map_bytes = 4 * tokenizer.config.channels * tokenizer.config.multipliers[0] * tokenizer.config.resolution**2
+    map_bytes = 4 * tokenizer.config.channels * tokenizer.config.multipliers[0] * math.prod(tokenizer.config.shape)
     for images, expected in ((1, [1] * 5), (2, [2, 2, 1]), (5, [5])):
         monkeypatch.setattr("lightning_mvar.tokenizer.tokenizer.DECODER_MAP_BYTES", images * map_bytes + 1)
         sizes.clear()
@@ -44,7 +48,7 @@ def test_many_images_are_decoded_in_parts(tokenizer: Tokenizer, monkeypatch: pyt
 def test_the_published_size_has_the_published_downsampling() -> None:
     with torch.device("meta"):
         tokenizer = Tokenizer(TokenizerConfig())
-    assert tokenizer.config.resolution == 256
+    assert tokenizer.config.shape == (256, 256)
     assert round(sum(p.numel() for p in tokenizer.parameters()) / 1e6) == 109
 
 
