@@ -94,6 +94,7 @@ def run_rank(
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_OUTLIVES)  # a process has one server, which may be that of sweeps
     multiprocessing.set_start_method(None, force=True)  # of what a command starts: as if it had been started alone
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
     torch.set_num_threads(1)
     os.environ.update(environment)
     os.chdir(folder)

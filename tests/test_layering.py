@@ -12,7 +12,7 @@ LAYERS = [  # each may import those before it, and its own
     ["models", "tokenizer"],
     ["official", "resume", "attention_share", "costs", "sweeps"],
     ["data.embedded", "data.digits", "data.photos"],
-    ["data.decoding", "data.labels", "data.encoded", "data.archives", "data.parquet"],
+    ["data.decoding", "data.fetching", "data.labels", "data.encoded", "data.archives", "data.parquet"],
     [
         "data.images",
         "data.sample_files",

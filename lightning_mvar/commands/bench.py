@@ -21,7 +21,7 @@ from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.costs import state_bytes
 from lightning_mvar.data.images import open_images
 from lightning_mvar.data.loader import TokenLoader, TokenStream
-from lightning_mvar.data.remote import LocalShards, ShardSource, open_shards
+from lightning_mvar.data.remote import SHARD_CACHE, LocalShards, ShardSource, open_shards
 from lightning_mvar.data.shards import Manifest, shard_name, write_shard
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
@@ -45,7 +45,7 @@ def bench(
     profile: bool = False,
     images: str | None = None,
     shards: str | None = None,
-    cache_dir: str = "outputs/shard_cache",
+    cache_dir: str = SHARD_CACHE,
     json: str | None = None,
 ) -> None:
     """Measure. `lightning-mvar bench WHAT` is short for `bench --what WHAT`.
@@ -92,7 +92,7 @@ def bench(
     if images is not None:
         records = [measure_images(images, setting, num_workers, where, repeats) for setting in settings]
     elif shards is not None:
-        records = [measure_reading(open_shards(shards, Path(cache_dir), 5), batch_size, num_workers, repeats)]
+        records = [measure_reading(open_shards(shards, cache_dir), batch_size, num_workers, repeats)]
     elif what == "data":
         records = measure_data(settings, num_workers, repeats)
     elif what == "memory":

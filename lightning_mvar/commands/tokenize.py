@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.ranks import ranks
-from lightning_mvar.data.images import ImageSource, Views, batch_loader, batched, open_images
+from lightning_mvar.data.images import IMAGE_CACHE, ImageSource, Views, batch_loader, batched, open_images
 from lightning_mvar.data.shards import MANIFEST, Manifest, parts_of, read_part, save_part, shard_name, write_shard
 from lightning_mvar.encoding import Encoded, Encoder
 from lightning_mvar.errors import InputError
@@ -47,6 +47,8 @@ def tokenize(
     batch_size: int = 64,
     num_workers: int = 0,
     max_failures: int = 0,
+    cache_dir: str = IMAGE_CACHE,
+    retries: int = 5,
     precision: Precision = "float32",
     device: str = "auto",
     devices: int = 1,
@@ -58,6 +60,8 @@ def tokenize(
         images: a folder of class folders (CLASS/NAME.png|jpg|jpeg|webp); ImageNet's tar of tars, a tar of class
             folders, or tars of a class each; WebDataset shards with .cls, as a folder or a pattern
             (train-{0000..0146}.tar); Parquet files with image and label; or `digits:train`, `photos:test` and the like.
+            Archives may be elsewhere: https://HOST/train-{0000..0146}.tar, or a command that prints one, such as
+            `pipe:aws s3 cp s3://BUCKET/train-{0000..0146}.tar -`.
         tokenizer: folder that `train-tokenizer` or `export` wrote.
         out: folder for the shards and their manifest.
         labels: for images without classes, such as ILSVRC2012_img_val.tar: a file with lines `NAME CLASS`, or CLASS
@@ -70,14 +74,17 @@ def tokenize(
         batch_size: images encoded at once.
         num_workers: processes of each device that decode images; 0 decodes in the process that encodes.
         max_failures: images that may be undecodable and are left out; each is named, and listed in the manifest.
+        cache_dir: folder on this machine for archives from elsewhere; nothing is ever removed from it.
+        retries: attempts to read an archive from elsewhere, after one that failed: 1, 2, 4, ... seconds later.
         precision: of the encoder; codes are chosen in float32.
         device: auto, cpu, cuda or cuda:N.
         devices: processes on each machine, each with a GPU of its own where `device` is cuda.
         num_nodes: machines; start the same command on each, by torchrun or Slurm.
     """
-    if min(views, shard_size, batch_size) < 1 or min(num_workers, max_failures) < 0:
+    if min(views, shard_size, batch_size) < 1 or min(num_workers, max_failures, retries) < 0:
         raise InputError(
-            "--views, --shard_size and --batch_size must be at least 1, --num_workers and --max_failures not negative"
+            "--views, --shard_size and --batch_size must be at least 1; --num_workers, --max_failures and --retries at "
+            "least 0"
         )
     if flips and views == 1:
         raise InputError("--flips is for random crops: it needs --views 2 or more")
@@ -88,7 +95,7 @@ def tokenize(
     strategy = DDPStrategy(process_group_backend="gloo", timeout=LONGEST_WAIT)
     with ranks(device, devices, num_nodes, strategy) as fabric, ExitStack() as stack:
         model = load_tokenizer(tokenizer)
-        source = open_images(images, model.config.shape, "skip", labels, class_names)
+        source = open_images(images, model.config.shape, "skip", labels, class_names, cache_dir, retries)
         order = shard_order(source, views)
         plan = plan_of(model, source, images, order, shard_size)
         plan = replace(plan, views=views, seed=seed if views > 1 else 0, flips=flips, precision=precision)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mvar.data.images import Crop, Example, ImageBatch, OnCorrupt, collate, open_images
+from lightning_mvar.data.images import (
+    IMAGE_CACHE,
+    Crop,
+    Example,
+    ImageBatch,
+    ImageSource,
+    OnCorrupt,
+    collate,
+    open_images,
+)
 from lightning_mvar.data.loader import (
     ImageLoader,
     ResumableLoader,
@@ -19,7 +27,7 @@ from lightning_mvar.data.loader import (
     TokenStream,
     leave_signals_to_the_main_process,
 )
-from lightning_mvar.data.remote import open_shards
+from lightning_mvar.data.remote import SHARD_CACHE, open_shards
 from lightning_mvar.data.shards import Manifest, chosen_samples
 from lightning_mvar.errors import InputError
 from lightning_mvar.scales import Shape, shape_of
@@ -55,7 +63,7 @@ class TokenDataModule(L.LightningDataModule):
         num_workers: int = 0,
         block_size: int = 16_384,
         seed: int = 0,
-        cache_dir: str = "outputs/shard_cache",
+        cache_dir: str = SHARD_CACHE,
         retries: int = 5,
     ) -> None:
         super().__init__()
@@ -68,7 +76,7 @@ class TokenDataModule(L.LightningDataModule):
             if value < least:
                 raise InputError(f"data.{name} is too small, got {value}")
         places = {"train": train, "val": val, "test": test or val}
-        self.shards = {name: open_shards(place, Path(cache_dir), retries) for name, place in places.items()}
+        self.shards = {name: open_shards(place, cache_dir, retries) for name, place in places.items()}
         self.batch_size, self.num_workers, self.block_size, self.seed = batch_size, num_workers, block_size, seed
         self.manifests: dict[str, Manifest] = {}
 
@@ -135,6 +143,8 @@ class ImageDataModule(L.LightningDataModule):
         crop: of the training images, anew in every epoch; validation images are cropped at their centre.
         on_corrupt: raise on an image that cannot be decoded, or skip it (each is named in a warning).
         seed: of the shuffling and the crops, together with the epoch.
+        cache_dir: folder on this machine that keeps archives from elsewhere; nothing is ever removed from it.
+        retries: attempts to read an archive from elsewhere, after one that failed: 1, 2, 4, ... seconds later.
     """
 
     def __init__(
@@ -147,28 +157,39 @@ class ImageDataModule(L.LightningDataModule):
         crop: Crop = "random",
         on_corrupt: OnCorrupt = "raise",
         seed: int = 0,
+        cache_dir: str = IMAGE_CACHE,
+        retries: int = 5,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise InputError(f"data.batch_size {batch_size} or data.num_workers {num_workers} is too small")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("retries", retries, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name} is too small, got {value}")
         self.sources = {"train": train, "val": val}
         self.shape, self.crop, self.on_corrupt = shape_of(resolution), crop, on_corrupt
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.cache_dir, self.retries = cache_dir, retries
+
+    def images(self, name: str) -> ImageSource:
+        return open_images(
+            self.sources[name], self.shape, self.on_corrupt, cache_dir=self.cache_dir, retries=self.retries
+        )
 
     def keys(self, batch: ImageBatch) -> list[str]:
         """Names of the images of a batch."""
         return batch.keys
 
     def train_dataloader(self) -> ImageLoader:
-        images = open_images(self.sources["train"], self.shape, self.on_corrupt)
-        source = ShuffledImages(images, self.batch_size, self.seed, self.crop, *place(self.trainer))
+        source = ShuffledImages(self.images("train"), self.batch_size, self.seed, self.crop, *place(self.trainer))
         loader = ImageLoader(source, self.num_workers, pin_memory=torch.cuda.is_available())
         return following(loader, self.trainer)
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
-        images = open_images(self.sources["val"], self.shape, self.on_corrupt)
         return DataLoader[Example](  # type: ignore[return-value]
-            images,  # type: ignore[arg-type]
+            self.images("val"),  # type: ignore[arg-type]
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             collate_fn=collate,

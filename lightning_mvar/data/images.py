@@ -2,6 +2,8 @@
 
 A source is named by one string everywhere (command line, YAML): `digits:train`, `photos:test` and the like; a folder of
 class folders; a tar archive, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or Parquet files.
+Archives may be elsewhere (`https://...`, `pipe:...`, see `fetching`): they are copied here before they are read, for
+images are read in an order of our own.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from lightning_mvar.data.decoding import UNREADABLE, decode_image
 from lightning_mvar.data.digits import DIGITS
 from lightning_mvar.data.embedded import EmbeddedSet, Split
 from lightning_mvar.data.encoded import EncodedImages, FolderImages, visible
+from lightning_mvar.data.fetching import fetch_files, is_remote
 from lightning_mvar.data.labels import read_class_names, read_labels
 from lightning_mvar.data.parquet import ParquetImages
 from lightning_mvar.data.photos import PHOTOS, PHOTOS64
@@ -37,6 +40,9 @@ EMBEDDED = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64)}
 
 RESIZE_MARGIN = 1.125  # the shorter side is resized to this times the crop (VAR's preprocessing)
 LONGEST = 16  # times the shorter side; of a longer picture the middle is used, or resizing would fill the memory
+
+IMAGE_CACHE = "outputs/image_cache"
+ARCHIVES = (".tar", ".parquet")
 
 OnCorrupt = Literal["raise", "skip"]
 Crop = Literal["center", "random"]
@@ -105,6 +111,8 @@ def open_images(
     on_corrupt: OnCorrupt = "raise",
     labels: str | None = None,
     class_names: str | None = None,
+    cache_dir: str = IMAGE_CACHE,
+    retries: int = 5,
 ) -> ImageSource:
     """The images that `source` names, all of one size.
 
@@ -115,6 +123,8 @@ def open_images(
         labels: a file that tells the classes of images whose place does not; see `read_labels`.
         class_names: what the classes are called that are numbers in the source: `imagenet`, or a file with a name on
             each line.
+        cache_dir: folder on this machine for archives from elsewhere.
+        retries: attempts to read one from elsewhere, after one that failed.
 
     Raises:
         InputError: if there is no such source, it holds no images, or they are of another size.
@@ -122,7 +132,7 @@ def open_images(
     embedded, shape = embedded_in(source), shape_of(size)
     if embedded is None:
         names = None if class_names is None else read_class_names(class_names)
-        return DecodedImages(open_encoded(source, labels, names), shape, on_corrupt)
+        return DecodedImages(open_encoded(source, labels, names, cache_dir, retries), shape, on_corrupt)
     if labels is not None or class_names is not None:
         raise InputError(f"{source} has its own labels and classes: leave out --labels and --class_names")
     images = EmbeddedImages(*embedded)
@@ -131,10 +141,16 @@ def open_images(
     return images
 
 
-def open_encoded(source: str, labels: str | None, class_names: list[str] | None) -> EncodedImages:
+def open_encoded(
+    source: str,
+    labels: str | None,
+    class_names: list[str] | None,
+    cache_dir: str = IMAGE_CACHE,
+    retries: int = 5,
+) -> EncodedImages:
     """Image files in a folder or in archives."""
     given = None if labels is None else read_labels(Path(labels), class_names)
-    folder, paths = Path(source), files_of(source)
+    paths = files_of(source, Path(cache_dir), retries)
     if all(path.suffix == ".tar" for path in paths) and paths:
         return TarImages(paths, given, class_names)
     if given is not None and paths:
@@ -143,16 +159,18 @@ def open_encoded(source: str, labels: str | None, class_names: list[str] | None)
         return ParquetImages(paths, class_names)
     if class_names is not None and given is None:
         raise InputError(f"--class_names is for sources with numbers: the classes of {source} are its folders")
-    return FolderImages(folder, given)
+    return FolderImages(Path(source), given)
 
 
-def files_of(source: str) -> list[Path]:
-    """The archives or Parquet files that `source` names: one, those of a folder, or of a pattern; none for a folder of
-    images.
+def files_of(source: str, cache_dir: Path, retries: int) -> list[Path]:
+    """The archives or Parquet files that `source` names: one, those of a folder, or of a pattern, which may have to be
+    fetched; none for a folder of images.
 
     Raises:
         InputError: if there is no such file or folder.
     """
+    if is_remote(source):
+        return only_archives(fetch_files(expand_urls(source), cache_dir, retries))
     path = Path(source)
     if path.is_dir():
         inside = sorted(visible(path.iterdir()))
@@ -167,7 +185,12 @@ def files_of(source: str) -> list[Path]:
         raise InputError(
             f"{missing[0]} does not exist (or is not a file): name a folder, .tar or .parquet files, or digits:train"
         )
-    if len({found.suffix for found in paths}) > 1 or paths[0].suffix not in (".tar", ".parquet"):
+    return only_archives(paths)
+
+
+def only_archives(paths: list[Path]) -> list[Path]:
+    """Raise InputError unless these are all tar archives, or all Parquet files."""
+    if len({found.suffix for found in paths}) > 1 or paths[0].suffix not in ARCHIVES:
         raise InputError(f"{paths[0]} is neither a folder of class folders, nor a .tar, nor a .parquet file")
     return paths
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mvar.data.images import Images, image_loader, open_images
+from lightning_mvar.data.fetching import is_remote, name_in
+from lightning_mvar.data.images import ARCHIVES, Images, image_loader, open_images
+from lightning_mvar.data.remote import ShardSource, open_shards
 from lightning_mvar.data.sample_files import NpzSamples
-from lightning_mvar.data.shards import MANIFEST, Manifest, read_shard
+from lightning_mvar.data.shards import MANIFEST, read_shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.npz import names_in
 from lightning_mvar.scales import Shape, in_words, shape_of
@@ -59,21 +61,20 @@ class DecodedShards:
     """What the tokens of a folder of shards decode to: the best that a network trained on them can draw.
 
     Args:
-        folder: of the shards.
+        shards: where they are.
         tokenizer: that made them, on the device to decode on.
 
     Raises:
         InputError: if it is another tokenizer, or a shard is missing or damaged.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        self.folder, self.tokenizer, self.manifest = folder, tokenizer, Manifest.load(folder)
+    def __init__(self, shards: ShardSource, tokenizer: Tokenizer) -> None:
+        self.shards, self.tokenizer, self.manifest = shards, tokenizer, shards.manifest()
         if self.manifest.tokenizer != (ours := tokenizer.fingerprint()):
             raise InputError(
-                f"the shards in {folder} are of tokenizer {self.manifest.tokenizer}, not of {ours}: name theirs with "
+                f"the shards in {shards} are of tokenizer {self.manifest.tokenizer}, not of {ours}: name theirs with "
                 f"--tokenizer"
             )
-        self.manifest.check_files(folder)
         self.shape = tokenizer.config.shape
 
     @property
@@ -94,7 +95,7 @@ class DecodedShards:
         for shard, first in zip(self.manifest.shards, self.manifest.offsets, strict=True):
             if first >= end or first + shard.samples <= begin:
                 continue
-            for pack in read_shard(self.folder / shard.name):
+            for pack in read_shard(self.shards.fetch(shard)):
                 mine = pack.tokens[max(begin - first, 0) : max(end - first, 0)]
                 first += len(pack.tokens)
                 for part in torch.from_numpy(mine.astype("int64")).split(BATCH_SIZE):
@@ -130,7 +131,8 @@ def open_image_set(
 
     Args:
         source: `digits:train`, `photos:test` and the like; a folder of class folders, whose images are resized and
-            cropped at the centre; an npz of images (`arr_0`); or a folder of token shards, which `tokenizer` decodes.
+            cropped at the centre; archives; an npz of images (`arr_0`); or token shards, here or elsewhere, which
+            `tokenizer` decodes.
         size: side of the images in pixels, or their (height, width).
         tokenizer: on the device to decode on.
         num_workers: processes that read image files.
@@ -139,10 +141,10 @@ def open_image_set(
         InputError: if there is no such source, its images are of another size, or it is of another tokenizer.
     """
     path, shape = Path(source), shape_of(size)
-    if (path / MANIFEST).is_file():
+    if holds_shards(source):
         if tokenizer is None:
-            raise InputError(f"{path} holds token shards: name the tokenizer that decodes them with --tokenizer")
-        found: ImageSet = DecodedShards(path, tokenizer)
+            raise InputError(f"{source} holds token shards: name the tokenizer that decodes them with --tokenizer")
+        found: ImageSet = DecodedShards(open_shards(source), tokenizer)
     elif path.suffix == ".npz":
         found = Pictures(NpzSamples(path))
     else:
@@ -150,6 +152,13 @@ def open_image_set(
     if found.shape != shape:
         raise InputError(f"the images of {source} are {in_words(found.shape)}, those to be scored {in_words(shape)}")
     return found
+
+
+def holds_shards(source: str) -> bool:
+    """Whether a source is a folder of token shards; one elsewhere is, if it is not archives."""
+    if is_remote(source):
+        return PurePosixPath(name_in(source)).suffix not in ARCHIVES
+    return (Path(source) / MANIFEST).is_file()
 
 
 def has_images(path: Path) -> bool:

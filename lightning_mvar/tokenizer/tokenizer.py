@@ -118,7 +118,10 @@ class Tokenizer(nn.Module):
         """
         height, width = self.config.shape
         if images.shape[1:] != (3, height, width):
-            raise InputError(f"the tokenizer takes images (b, 3, {height}, {width}), got {tuple(images.shape)}")
+            raise InputError(
+                f"the tokenizer takes images (b, 3, {height}, {width}), got {tuple(images.shape)}: set "
+                f"data.resolution, or the last of tokenizer.schedule.side_lengths, to match"
+            )
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ from shard_server import ShardServer, serving
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.cli import run
-from lightning_mvar.data import remote
+from lightning_mvar.data import fetching
 
 FIT = ["fit", "--config", "run.yaml", "--data.block_size", "1"]  # shards are read one at a time
 
 
 def hurry(rank: int) -> None:
-    remote.FIRST_WAIT_S = 0.01
+    fetching.FIRST_WAIT_S = 0.01
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ def test_a_run_whose_server_dies_tells_so_and_goes_on_as_if_nothing_had_happened
 def test_a_data_workers_failure_is_told_as_plainly(
     here: ShardServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(fetching, "FIRST_WAIT_S", 0.01)
     here.alive_for = 3
     assert run([*from_there(here), "--data.num_workers", "2"]) == 1
     error = capfd.readouterr().err

@@ -121,6 +121,7 @@ def test_failures_are_counted_and_named(here: Path) -> None:
         ("webdataset", ["--class_names", "imagenet"]),
         ("webdataset/train-{0000..0003}.tar", ["--class_names", "imagenet", "--batch_size", "17"]),
         ("parquet", []),
+        ("pipe:cat webdataset/train-{0000..0003}.tar", ["--class_names", "imagenet"]),
     ],
 )
 def test_tokens_are_equal_whatever_the_source(here: Path, source: str, options: list[str], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from conftest import write_token_shards
 from processes import CONTEXT
 from shard_server import ShardServer, serving
 
-from lightning_mvar.data import remote
+from lightning_mvar.data import fetching
 from lightning_mvar.data.loader import TokenBatch, TokenLoader, TokenStream
 from lightning_mvar.data.remote import LocalShards, RemoteShards, ShardSource, open_shards
 from lightning_mvar.errors import InputError
@@ -25,7 +25,7 @@ NAMES = [f"00000{i}.tar" for i in range(4)]
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(fetching, "FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -63,7 +63,7 @@ def test_failures_are_retried(
     server: ShardServer, tmp_path: Path, failures: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "stall" in failures:
-        monkeypatch.setattr(remote, "STALL_S", 1.0)
+        monkeypatch.setattr(fetching, "STALL_S", 1.0)
     server.failures[NAMES[1]] = list(failures)
     server.failures["manifest.json"] = [f for f in failures if f != "wrong"]
     shards = remote_shards(server, tmp_path / "cache")
@@ -90,7 +90,7 @@ def test_after_the_last_attempt_address_reason_and_remedy_are_told(
     server: ShardServer, tmp_path: Path, failure: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if failure == "stall":
-        monkeypatch.setattr(remote, "STALL_S", 0.5)
+        monkeypatch.setattr(fetching, "STALL_S", 0.5)
     shards = remote_shards(server, tmp_path / "cache", retries=2)
     shard = shards.manifest().shards[2]
     server.failures[NAMES[2]] = [failure] * 3  # type: ignore[list-item]
@@ -105,8 +105,8 @@ def test_after_the_last_attempt_address_reason_and_remedy_are_told(
 
 def test_waits_grow(server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(remote, "sleep", waits.append)
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 1.0)
+    monkeypatch.setattr(fetching, "sleep", waits.append)
+    monkeypatch.setattr(fetching, "FIRST_WAIT_S", 1.0)
     server.dead = True
     with pytest.raises(InputError, match=r"manifest\.json cannot be read"):
         remote_shards(server, tmp_path, retries=8).manifest()

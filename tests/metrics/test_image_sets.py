@@ -50,6 +50,15 @@ def test_shards_are_decoded_in_order_from_any_place(tmp_path: Path, tokenizer: T
         torch.testing.assert_close(found, expected[begin:end])
 
 
+def test_shards_may_be_elsewhere(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_token_shards(tmp_path / "tokens", tokenizer.fingerprint(), [70, 20])
+    here, there = (open_image_set(source, 8, tokenizer) for source in ("tokens", "pipe:cat tokens/{}"))
+    assert here.identity == there.identity
+    for one, other in zip(here.batches(60, 80), there.batches(60, 80), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_token_shards(tmp_path, "0123456789abcdef", [4])
     with pytest.raises(InputError, match="holds token shards: name the tokenizer that decodes them with --tokenizer"):
