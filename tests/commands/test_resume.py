@@ -8,14 +8,16 @@ import resource
 import shutil
 import signal
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import scalars
+from conftest import prepare_run, scalars
 from processes import Run, start
 
+from lightning_mvar import Tokenizer
 from lightning_mvar.data.loader import TokenLoader, TokenStream
 from lightning_mvar.data.remote import LocalShards
 from lightning_mvar.resume import by_time, read_part
@@ -39,6 +41,23 @@ def train(folder: Path, root: str, options: list[str], devices: int = 1, codes: 
     started = start([*FIT, *options, "--trainer.default_root_dir", root], folder, devices, name=root)
     assert started.wait() == [codes] * devices, started.printed()
     return started
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, tokenizer_folder: Path
+) -> Callable[..., Path]:
+    """What leaves the folder of a run with the given options that nothing has stopped: trained once for all tests."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    prepare_run(folder, tokenizer, tokenizer_folder)
+
+    @cache
+    def run(*options: str, devices: int = 1) -> Path:
+        root = f"run{run.cache_info().currsize}"
+        train(folder, root, [*options], devices)
+        return folder / root
+
+    return run
 
 
 def kill_and_resume(folder: Path, root: str, options: list[str], devices: int, kills: int) -> None:
@@ -110,8 +129,8 @@ def test_a_checkpoint_of_any_step_goes_on_exactly(run_folder: Path, options: lis
         assert scalars(part / "logs") == curves, step
 
 
-def test_torn_checkpoints_are_named_and_passed_over(run_folder: Path) -> None:
-    train(run_folder, "run", [])
+def test_torn_checkpoints_are_named_and_passed_over(run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
+    shutil.copytree(uninterrupted(), run_folder / "run", symlinks=True)
     expected, folder = weights(run_folder / "run"), run_folder / "run/checkpoints"
     for attempt in range(2):
         newest = by_time(folder)[0]
@@ -132,8 +151,8 @@ def test_torn_checkpoints_are_named_and_passed_over(run_folder: Path) -> None:
     assert largest_difference(expected, weights(run_folder / "run")) == 0
 
 
-def test_torn_shares_are_named_and_passed_over(run_folder: Path) -> None:
-    train(run_folder, "run", [*TWO, "fsdp2"], 2)
+def test_torn_shares_are_named_and_passed_over(run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
+    shutil.copytree(uninterrupted(*TWO, "fsdp2", devices=2), run_folder / "run", symlinks=True)
     expected, folder = weights(run_folder / "run"), run_folder / "run/checkpoints"
     share = by_time(folder)[0] / "__1_0.distcp"
     share.write_bytes(share.read_bytes()[:-1])
@@ -174,33 +193,34 @@ def signal_in_validation(rank: int, step: int) -> None:
     [(signal.SIGINT, 1, "auto"), (signal.SIGUSR1, 2, "ddp"), (signal.SIGTERM, 2, "fsdp2")],
 )
 def test_a_signal_to_one_rank_saves_and_ends_all(
-    run_folder: Path, number: signal.Signals, devices: int, strategy: str
+    run_folder: Path, uninterrupted: Callable[..., Path], number: signal.Signals, devices: int, strategy: str
 ) -> None:
     """After the step under way; several ranks take one more, for they do not wait for each other's word."""
     last = 6 if devices == 1 else 7
-    options = ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
-    train(run_folder, "whole", options, devices)
+    options = [] if devices == 1 else [*TWO, strategy]
+    whole = uninterrupted(*options, devices=devices)
     prepare = partial(signal_at_step_5, number=number)
     stopped = start([*FIT, *options, "--trainer.default_root_dir", "run"], run_folder, devices, prepare)
     assert stopped.wait() == [128 + number] + [0] * (devices - 1), stopped.printed()
     assert f"interrupted by {number.name} after step {last}; --resume goes on from the newest" in stopped.printed()
     assert by_time(run_folder / "run/checkpoints")[0].name == f"step={last:08d}.ckpt"
     train(run_folder, "run", options, devices)
-    assert largest_difference(weights(run_folder / "whole"), weights(run_folder / "run")) < 1e-6
+    assert largest_difference(weights(whole), weights(run_folder / "run")) < 1e-6
     if devices == 1:
-        assert scalars(run_folder / "run/logs") == scalars(run_folder / "whole/logs")
+        assert scalars(run_folder / "run/logs") == scalars(whole / "logs")
 
 
 @pytest.mark.parametrize("step", [8, 12])
-def test_a_signal_during_validation_runs_it_again(run_folder: Path, step: int) -> None:
+def test_a_signal_during_validation_runs_it_again(
+    run_folder: Path, uninterrupted: Callable[..., Path], step: int
+) -> None:
     """Also where it is the last thing to do."""
-    train(run_folder, "whole", [])
     prepare = partial(signal_in_validation, step=step)
     stopped = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=prepare)
     assert stopped.wait() == [143], stopped.printed()
     train(run_folder, "run", [])
-    assert largest_difference(weights(run_folder / "whole"), weights(run_folder / "run")) == 0
-    assert scalars(run_folder / "run/logs") == scalars(run_folder / "whole/logs")
+    assert largest_difference(weights(uninterrupted()), weights(run_folder / "run")) == 0
+    assert scalars(run_folder / "run/logs") == scalars(uninterrupted() / "logs")
 
 
 def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(run_folder: Path) -> None:
@@ -232,13 +252,14 @@ def test_a_signal_to_the_workers_too_is_no_failure(run_folder: Path) -> None:
     assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000006.ckpt"
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_shows_each_step_once(run_folder: Path) -> None:
-    train(run_folder, "whole", [])
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_shows_each_step_once(
+    run_folder: Path, uninterrupted: Callable[..., Path]
+) -> None:
     killed = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=die_at_step_2)
     assert killed.wait() == [-signal.SIGKILL], killed.printed()
     assert len(scalars(run_folder / "run/logs")["train/loss"]) == 2
     train(run_folder, "run", [])
-    assert scalars(run_folder / "run/logs") == scalars(run_folder / "whole/logs")
+    assert scalars(run_folder / "run/logs") == scalars(uninterrupted() / "logs")
 
 
 def die_at_step_2(rank: int) -> None:
@@ -358,7 +379,6 @@ def loses_shards_at_step_2(rank: int) -> None:
 
 
 def test_a_shard_that_vanishes_ends_the_run_which_goes_on_when_it_is_back(run_folder: Path) -> None:
-    train(run_folder, "whole", [])
     options = ["--data.block_size", "1", "--trainer.default_root_dir", "run"]
     lost = start([*FIT, *options], run_folder, prepare=loses_shards_at_step_2)
     assert lost.wait(60) == [1], lost.printed()
@@ -378,8 +398,10 @@ def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(run_folder: P
     assert "--resume needs a lightning_mvar.callbacks.Checkpoint" in without.printed()
 
 
-def test_a_finished_run_ends_at_once_and_goes_on_when_it_is_extended(run_folder: Path) -> None:
-    train(run_folder, "run", [])
+def test_a_finished_run_ends_at_once_and_goes_on_when_it_is_extended(
+    run_folder: Path, uninterrupted: Callable[..., Path]
+) -> None:
+    shutil.copytree(uninterrupted(), run_folder / "run", symlinks=True)
     before = weights(run_folder / "run")
     train(run_folder, "run", [])
     assert largest_difference(before, weights(run_folder / "run")) == 0
