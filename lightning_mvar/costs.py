@@ -8,7 +8,7 @@ token by token counts in training with what its mask hides, as kernels may compu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -61,7 +61,12 @@ def sampling_flops(config: MVARConfig) -> int:
 
 def state_bytes(config: MVARConfig, dtype: torch.dtype) -> int:
     """What an image carries through its whole sampling, without guidance, but for the AdaLN tables: bytes."""
-    return of_all_blocks(config, lambda network: sampling_costs(network.lower(dtype)))[1]
+
+    def at_the_end(network: MVAR) -> tuple[int]:
+        steps = guided_steps(network.lower(dtype))
+        return (of_all_steps([carried_bytes(state) for state in steps], config)[-1],)
+
+    return of_all_blocks(config, at_the_end)[0]
 
 
 def of_all_blocks(config: MVARConfig, measure: Callable[[MVAR], tuple[int, ...]]) -> tuple[int, ...]:
@@ -94,26 +99,35 @@ def teach(network: MVAR) -> None:
     network(torch.zeros(1, dtype=torch.int64, device=META), inputs)
 
 
-@torch.no_grad()
 def sampling_costs(network: MVAR) -> tuple[int, int]:
-    """Operations of all steps of one guided image, which are two to the network, and the bytes it carries at the end.
-
-    Steps of one token are alike, but for what they attend to, one token more each time: the first three tell of all.
-    """
-    config = network.config
-    state = network.init_state(torch.zeros(2, dtype=torch.int64, device=META))
-    alike = config.prediction == "token"
+    """Operations of all steps of one guided image, two to the network, and the bytes it carries at the end."""
     flops, carried = [], []
-    for k, n in enumerate(config.step_lengths[:3] if alike else config.step_lengths):
-        inputs = torch.empty(2, n, config.code_dim, device=META) if k else None
+    steps = guided_steps(network)
+    while True:
         with FlopCounterMode(display=False) as counter:
-            _, state = network.step(inputs, state)
+            state = next(steps, None)
+        if state is None:
+            break
         flops.append(counter.get_total_flops())
         carried.append(carried_bytes(state))
-    for costs in (flops, carried):
-        while len(costs) < len(config.step_lengths):
-            costs.append(2 * costs[-1] - costs[-2])
-    return sum(flops), carried[-1]
+    return sum(of_all_steps(flops, network.config)), of_all_steps(carried, network.config)[-1]
+
+
+@torch.no_grad()
+def guided_steps(network: MVAR) -> Iterator[MVARState]:
+    """The state after each step of one guided image; of single tokens after three, see `of_all_steps`."""
+    config = network.config
+    state = network.init_state(torch.zeros(2, dtype=torch.int64, device=META))
+    for k, n in enumerate(config.step_lengths[:3] if config.prediction == "token" else config.step_lengths):
+        inputs = torch.empty(2, n, config.code_dim, device=META) if k else None
+        _, state = network.step(inputs, state)
+        yield state
+
+
+def of_all_steps(costs: list[int], config: MVARConfig) -> list[int]:
+    """Steps of one token are alike, but for what they attend to, one token more each time: three tell of all."""
+    more = costs[-1] - costs[-2] if len(costs) > 1 else 0
+    return costs + [costs[-1] + more * (i + 1) for i in range(len(config.step_lengths) - len(costs))]
 
 
 def carried_bytes(state: MVARState) -> int:

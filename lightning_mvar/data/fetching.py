@@ -1,7 +1,9 @@
 """Files from elsewhere, by anything that webdataset's `gopen` reads: retried, and whole or not at all.
 
-https://host/path                         also http://, gs://, hf:// and what else webdataset knows
-pipe:aws s3 cp s3://bucket/file.tar -     a command that prints the file
+    https://host/path                         also http://, gs://, hf:// and what else webdataset knows
+    pipe:aws s3 cp s3://bucket/file.tar -     a command that prints the file
+
+Processes that share a machine share what they fetch: one of them downloads, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from webdataset.gopen import gopen, gopen_schemes
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.files import atomic_path
+from lightning_mvar.files import atomic_path, remove_unfinished
 from lightning_mvar.locks import FileLock
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, doubling
@@ -88,6 +90,7 @@ def fetch_file(address: str, cache_dir: Path, retries: int) -> Path:
     path = cache_dir / hashlib.sha256(address.encode()).hexdigest()[:16] / name
 
     def download() -> None:
+        remove_unfinished(path)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             receive(address, file)
 

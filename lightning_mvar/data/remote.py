@@ -21,7 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 from lightning_mvar.data.fetching import FetchError, alone, check_scheme, is_remote, persist, receive
 from lightning_mvar.data.shards import MANIFEST, Manifest, Shard
 from lightning_mvar.errors import InputError
-from lightning_mvar.files import atomic_path
+from lightning_mvar.files import atomic_path, remove_unfinished
 
 SHARD_CACHE = "outputs/shard_cache"
 
@@ -118,8 +118,7 @@ class RemoteShards:
         return path
 
     def download(self, shard: Shard, path: Path) -> None:
-        for left in path.parent.glob(f".{path.stem}.*.tmp.tar"):  # by a process that was killed
-            left.unlink()
+        remove_unfinished(path)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             size, digest = receive(self.address(shard.name), file)
             if size != shard.bytes:

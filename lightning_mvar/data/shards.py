@@ -29,7 +29,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.files import atomic_path
+from lightning_mvar.files import atomic_path, remove_unfinished
 from lightning_mvar.scales import ScaleSchedule, Shape
 
 FORMAT_VERSION = 3
@@ -267,8 +267,7 @@ def write_shard(path: Path, tokens: NDArray[np.uint16], labels: NDArray[np.int64
 
     It is nobody else's to write: what a killed process has left of it is removed.
     """
-    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
-        left.unlink(missing_ok=True)
+    remove_unfinished(path)
     with atomic_path(path) as temporary:
         with wds.TarWriter(str(temporary), user="", group="", mtime=0.0) as writer:
             for begin in range(0, len(labels), PACK_SIZE):
