@@ -165,6 +165,13 @@ def run_folder(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> 
     return tmp_path
 
 
+@pytest.fixture
+def plain_run_folder(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> Path:
+    """The same without samples and scores, for what has nothing to do with them."""
+    prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
+    return tmp_path
+
+
 def prepare_run(folder: Path, tokenizer: Tokenizer, tokenizer_folder: Path, draws: bool = True) -> None:
     """Write a run.yaml and what it names; without `draws` it is a faster one that draws nothing while training."""
     write_token_shards(folder / "shards", tokenizer.fingerprint(), [20, 20, 12])

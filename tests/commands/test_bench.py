@@ -19,11 +19,15 @@ from lightning_mvar.data import images
 SMALL = ["--size", "d12", "--depth", "1", "--batch_size", "1", "--repeats", "1", "--device", "cpu"]
 
 
-def test_sampling_is_compared_and_profiled(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def narrow_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published one takes 4 s an image."""
     narrow = property(lambda setting: TokenizerConfig(setting.network.schedule, channels=32))
-    monkeypatch.setattr(Setting, "tokenizer", narrow)  # the published one takes 4 s an image
+    monkeypatch.setattr(Setting, "tokenizer", narrow)
+
+
+@pytest.mark.usefixtures("narrow_tokenizer")
+def test_sampling_is_compared_and_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "sample.json"
     options = ["--versus", "mixer=var", "--profile", "true", "--json", str(file)]
     assert run(["bench", "sample", *SMALL, *options]) == 0
@@ -42,6 +46,7 @@ def test_sampling_is_compared_and_profiled(
     assert "BlockCausalAttention" in printed
 
 
+@pytest.mark.usefixtures("narrow_tokenizer")
 def test_training_operations_and_memory(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     assert run(["bench", "train", *SMALL, "--json", str(file)]) == 0
@@ -57,9 +62,8 @@ def test_training_operations_and_memory(tmp_path: Path) -> None:
     assert by_place["var", 1024] == 2 * 4 * 9451 * 768 * 12
 
 
+@pytest.mark.usefixtures("narrow_tokenizer")
 def test_tokenizing_is_measured_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = property(lambda setting: TokenizerConfig(setting.network.schedule, channels=32))
-    monkeypatch.setattr(Setting, "tokenizer", narrow)
     clock = SimpleNamespace(seconds=0)
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
 

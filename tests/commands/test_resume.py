@@ -223,10 +223,10 @@ def test_a_signal_during_validation_runs_it_again(
     assert scalars(run_folder / "run/logs") == scalars(uninterrupted() / "logs")
 
 
-def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(run_folder: Path) -> None:
-    stopped = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=two_interrupts_at_step_5)
+def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(plain_run_folder: Path) -> None:
+    stopped = start([*FIT, "--trainer.default_root_dir", "run"], plain_run_folder, prepare=two_interrupts_at_step_5)
     assert stopped.wait() == [130], stopped.printed()
-    assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000003.ckpt"
+    assert by_time(plain_run_folder / "run/checkpoints")[0].name == "step=00000003.ckpt"
 
 
 def two_interrupts_at_step_5(rank: int) -> None:
@@ -243,13 +243,13 @@ def two_interrupts_at_step_5(rank: int) -> None:
     LitMVAR.training_step = training_step
 
 
-def test_a_signal_to_the_workers_too_is_no_failure(run_folder: Path) -> None:
+def test_a_signal_to_the_workers_too_is_no_failure(plain_run_folder: Path) -> None:
     """As a cluster sends it, to every process of the job."""
     prepare = partial(signal_at_step_5, number=signal.SIGTERM, everywhere=True)
     command = [*FIT, "--data.num_workers", "2", "--trainer.default_root_dir", "run"]
-    stopped = start(command, run_folder, prepare=prepare)
+    stopped = start(command, plain_run_folder, prepare=prepare)
     assert stopped.wait() == [143], stopped.printed()
-    assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000006.ckpt"
+    assert by_time(plain_run_folder / "run/checkpoints")[0].name == "step=00000006.ckpt"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_shows_each_step_once(
@@ -283,19 +283,21 @@ def small_files_only(rank: int) -> None:
 
 
 @pytest.mark.parametrize(("devices", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp2")])
-def test_a_full_disk_ends_all_ranks_and_keeps_what_was_there(run_folder: Path, devices: int, strategy: str) -> None:
+def test_a_full_disk_ends_all_ranks_and_keeps_what_was_there(
+    plain_run_folder: Path, devices: int, strategy: str
+) -> None:
     options = ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
-    train(run_folder, "run", [*options, "--trainer.max_steps", "6"], devices)
-    before = by_time(run_folder / "run/checkpoints")
+    train(plain_run_folder, "run", [*options, "--trainer.max_steps", "6"], devices)
+    before = by_time(plain_run_folder / "run/checkpoints")
     command = [*FIT, *options, "--trainer.default_root_dir", "run"]
-    starved = start(command, run_folder, devices, prepare=small_files_only)
+    starved = start(command, plain_run_folder, devices, prepare=small_files_only)
     assert starved.wait() == [1] * devices, starved.printed()
     assert "cannot write the checkpoint" in starved.printed()
     if strategy != "fsdp2":  # whose writers pass on less
         assert "File too large" in starved.printed()
     assert "Traceback" not in starved.printed()
-    assert by_time(run_folder / "run/checkpoints") == before
-    assert not list((run_folder / "run/checkpoints").glob(".*unfinished"))
+    assert by_time(plain_run_folder / "run/checkpoints") == before
+    assert not list((plain_run_folder / "run/checkpoints").glob(".*unfinished"))
 
 
 def fails_at_step_5(rank: int) -> None:
@@ -312,19 +314,19 @@ def fails_at_step_5(rank: int) -> None:
 
 
 @pytest.mark.parametrize(("devices", "strategy", "saved"), [(1, "auto", 5), (2, "ddp", 5), (2, "fsdp2", 3)])
-def test_one_rank_that_raises_ends_all(run_folder: Path, devices: int, strategy: str, saved: int) -> None:
+def test_one_rank_that_raises_ends_all(plain_run_folder: Path, devices: int, strategy: str, saved: int) -> None:
     """Rank 0 of DDP has everything and saves what the last step left; a share of a sharded network is of no use."""
     options = ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
     command = [*FIT, *options, "--trainer.default_root_dir", "run"]
-    broken = start(command, run_folder, devices, prepare=fails_at_step_5)
+    broken = start(command, plain_run_folder, devices, prepare=fails_at_step_5)
     assert broken.wait(60) == [1] * (devices - 1) + [70], broken.printed()
     assert "RuntimeError: this rank breaks" in broken.printed()
     if devices > 1:
         assert "rank 0 lost another rank after step 5" in broken.printed()
-    newest = by_time(run_folder / "run/checkpoints")[0]
+    newest = by_time(plain_run_folder / "run/checkpoints")[0]
     assert newest.name == f"step={saved:08d}.ckpt"
-    assert (run_folder / "run/checkpoints/last.ckpt").resolve() == newest
-    train(run_folder, "run", options, devices)
+    assert (plain_run_folder / "run/checkpoints/last.ckpt").resolve() == newest
+    train(plain_run_folder, "run", options, devices)
 
 
 def test_an_accumulation_that_is_cut_short_is_done_again(run_folder: Path) -> None:
@@ -378,22 +380,22 @@ def loses_shards_at_step_2(rank: int) -> None:
     LitMVAR.training_step = training_step
 
 
-def test_a_shard_that_vanishes_ends_the_run_which_goes_on_when_it_is_back(run_folder: Path) -> None:
+def test_a_shard_that_vanishes_ends_the_run_which_goes_on_when_it_is_back(plain_run_folder: Path) -> None:
     options = ["--data.block_size", "1", "--trainer.default_root_dir", "run"]
-    lost = start([*FIT, *options], run_folder, prepare=loses_shards_at_step_2)
+    lost = start([*FIT, *options], plain_run_folder, prepare=loses_shards_at_step_2)
     assert lost.wait(60) == [1], lost.printed()
     assert "is damaged or not a token shard" in lost.printed()
     assert "No such file" in lost.printed()
-    for path in (run_folder / "shards").glob("*.gone"):
+    for path in (plain_run_folder / "shards").glob("*.gone"):
         path.rename(path.with_suffix(".tar"))
-    train(run_folder, "run", options)
+    train(plain_run_folder, "run", options)
 
 
-def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(run_folder: Path) -> None:
-    both = start([*FIT, "--ckpt_path", "x.ckpt"], run_folder)
+def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(plain_run_folder: Path) -> None:
+    both = start([*FIT, "--ckpt_path", "x.ckpt"], plain_run_folder)
     assert both.wait() == [1]
     assert "give --resume or --ckpt_path, not both" in both.printed()
-    without = start([*FIT, "--trainer.callbacks", "null"], run_folder)
+    without = start([*FIT, "--trainer.callbacks", "null"], plain_run_folder)
     assert without.wait() == [1]
     assert "--resume needs a lightning_mvar.callbacks.Checkpoint" in without.printed()
 
@@ -409,15 +411,17 @@ def test_a_finished_run_ends_at_once_and_goes_on_when_it_is_extended(
     assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000014.ckpt"
 
 
-def test_a_run_that_is_extended_by_epochs_goes_on_with_the_next_epochs_order(run_folder: Path) -> None:
+def test_a_run_that_is_extended_by_epochs_goes_on_with_the_next_epochs_order(plain_run_folder: Path) -> None:
     epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs"]
-    train(run_folder, "run", [*epochs, "2"])
-    extended = start([*FIT, *epochs, "3", "--trainer.default_root_dir", "run"], run_folder, prepare=write_down_ids)
+    train(plain_run_folder, "run", [*epochs, "2"])
+    extended = start(
+        [*FIT, *epochs, "3", "--trainer.default_root_dir", "run"], plain_run_folder, prepare=write_down_ids
+    )
     assert extended.wait() == [0], extended.printed()
-    shards = LocalShards(run_folder / "shards")
+    shards = LocalShards(plain_run_folder / "shards")
     third = TokenLoader(TokenStream(shards, shards.manifest(), 16, 0, 16_384, 0, 1), 0, pin_memory=False)
     third.load_state_dict({"epoch": 2, "samples": 0})
-    assert (run_folder / "ids.txt").read_text().split() == [str(i) for batch in third for i in batch.ids.tolist()]
+    assert (plain_run_folder / "ids.txt").read_text().split() == [str(i) for batch in third for i in batch.ids.tolist()]
 
 
 def write_down_ids(rank: int) -> None:
@@ -433,11 +437,11 @@ def write_down_ids(rank: int) -> None:
     LitMVAR.training_step = training_step
 
 
-def test_other_batches_keep_the_place_in_the_data(run_folder: Path) -> None:
+def test_other_batches_keep_the_place_in_the_data(plain_run_folder: Path) -> None:
     """Five steps of 16 are one epoch and two batches; with batches of 8 the next one is the fifth of the epoch."""
-    train(run_folder, "run", ["--trainer.max_steps", "5"])
-    resumed = train(run_folder, "run", ["--data.batch_size", "8", "--trainer.max_steps", "8"])
+    train(plain_run_folder, "run", ["--trainer.max_steps", "5"])
+    resumed = train(plain_run_folder, "run", ["--data.batch_size", "8", "--trainer.max_steps", "8"])
     assert "resuming with batches of 8 images over all ranks, not 16" in resumed.printed()
-    content = torch.load(run_folder / "run/checkpoints/step=00000008.ckpt", weights_only=True)
+    content = torch.load(plain_run_folder / "run/checkpoints/step=00000008.ckpt", weights_only=True)
     (place,) = content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     assert place == {"epoch": 2, "samples": 8}
