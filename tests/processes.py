@@ -17,7 +17,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lightning_mvar.commands.training", "lightning_mvar.metrics.digits"])
+CONTEXT.set_forkserver_preload(  # whichever test of a process is the first to ask, its server serves all
+    ["lightning_mvar.server", "lightning_mvar.commands.training", "lightning_mvar.metrics.digits"]
+)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Imports go down only (the order below), and few parts know of lightning."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import lightning_mvar
@@ -33,6 +34,7 @@ LAYERS = [  # each may import those before it, and its own
 LIGHTNING = ("strategies", "scheduled_module", "module", "tokenizer_module", "data.datamodule", "callbacks", "commands")
 
 
+@cache
 def package_modules() -> dict[str, ast.Module]:
     paths = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
     names = {name.removesuffix("/__init__").replace("/", "."): path for name, path in paths.items()}
