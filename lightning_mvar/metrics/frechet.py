@@ -48,8 +48,10 @@ class FeatureStatistics(Metric):
         self.n += len(features)
 
     def compute(self) -> Statistics:
-        """Needs at least two feature vectors."""
+        """Raises InputError for fewer than two feature vectors."""
         n = int(self.n)
+        if n < 2:
+            raise InputError(f"a Frechet distance needs at least 2 images, got {n}")
         mu = self.total / n
         sigma = (self.outer - n * torch.outer(mu, mu)) / (n - 1)
         return Statistics(mu.cpu(), sigma.cpu())

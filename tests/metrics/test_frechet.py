@@ -70,3 +70,8 @@ def test_statistics_of_other_extractors_are_refused(extractor: Projection, sets:
     statistics = image_statistics(extractor, sets[0])
     with pytest.raises(InputError, match="not of the same extractor"):
         frechet_distance(statistics, Statistics(torch.zeros(3), torch.eye(3)))
+
+
+def test_a_single_image_has_no_covariance(extractor: Projection, sets: tuple) -> None:
+    with pytest.raises(InputError, match="needs at least 2 images, got 1"):
+        image_statistics(extractor, sets[0][:1])
