@@ -74,12 +74,13 @@ def test_strategies_agree_on_losses_scores_and_weights(folder: Path, learning: s
 
 
 # Of 512 codes each rank uses others between the checkpoint and the next revival.
+RUNNING_MEANS = ["--model.codebook.learning", "ema", "--model.revive_every", "2"]
 MANY_CODES = ["--model.tokenizer.vocab_size", "512", "--model.revive_every", "7", "--model.revive_until", "1.0"]
 
 
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [("ddp", MANY_CODES), ("fsdp2", ["--model.codebook.learning", "ema", "--model.revive_every", "2"])],
+    [("ddp", MANY_CODES), ("ddp", RUNNING_MEANS), ("fsdp2", RUNNING_MEANS)],
 )
 def test_ranks_resume_exactly(folder: Path, strategy: str, options: list[str]) -> None:
     """Codes that are revived included: the same on all ranks."""

@@ -72,7 +72,10 @@ def test_everything_drawn_is_sampling_and_everything_kept_is_reconstruction(here
         (["--classes", "3", "--box", "0,0,8"], "--box 0,0,8 must be LEFT,TOP,RIGHT,BOTTOM"),
         (["--classes", "3", "--box", "a,0,8,8"], "--box a,0,8,8 must be"),
         (["--classes", "3", "--mask", "nowhere.png"], "nowhere.png does not exist"),
-        (["--classes", "3", "--mask", "mask.png"], "the mask is 5 x 5: it must be as large as the image, 10 x 12 (h"),
+        (
+            ["--classes", "3", "--mask", "mask.png"],
+            "the mask is 5 x 5: it must be as large as the image, 10 x 12 (height x width), or",
+        ),
         (["--classes", "3", "--mask", "text.png"], "text.png cannot be decoded"),
         (["--classes", "3", "--box", "0,0,8,8", "--image", "nowhere.png"], "nowhere.png does not exist"),
         (["--classes", "cat", "--box", "0,0,8,8"], "no class 'cat'"),

@@ -47,10 +47,14 @@ data: {train: shards/train, val: shards/train, batch_size: 6}
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every stage has been run through the command line."""
-    root = tmp_path_factory.mktemp("workspace")
+    return run_stages(tmp_path_factory.mktemp("workspace"), TOKENIZER_YAML, FIT_YAML)
+
+
+def run_stages(root: Path, tokenizer_yaml: str, fit_yaml: str) -> Path:
+    """From a folder of pictures to an exported network."""
     write_images(root / "images")
-    (root / "tokenizer.yaml").write_text(TOKENIZER_YAML)
-    (root / "fit.yaml").write_text(FIT_YAML)
+    (root / "tokenizer.yaml").write_text(tokenizer_yaml)
+    (root / "fit.yaml").write_text(fit_yaml)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert run(["train-tokenizer", "--config", "tokenizer.yaml"]) == 0
