@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lightning_mvar.data.images import to_tensor
+from lightning_mvar.data.decoding import to_tensor
 from lightning_mvar.files import atomic_path
 
 PADDING = 2  # pixels between the images of a grid

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
 from lightning_mvar.classes import Classes
-from lightning_mvar.data.images import to_tensor
+from lightning_mvar.data.decoding import to_tensor
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.pictures import to_uint8

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageChops, ImageOps
 
 from lightning_mvar.classes import UNCONDITIONAL, Classes, plain
-from lightning_mvar.data.images import UNREADABLE
+from lightning_mvar.data.decoding import UNREADABLE
 from lightning_mvar.errors import InputError
 from lightning_mvar.pictures import picture_grid
 from lightning_mvar.pipeline import MVARPipeline, fitted

@@ -103,6 +103,18 @@ def write_images(root: Path, per_class: int = 6) -> None:
             Image.fromarray(pixels).save(root / name / f"{i}.png")
 
 
+@pytest.fixture
+def pictures_folder(tmp_path: Path) -> Path:
+    """Two classes of 40 x 20 pictures, every suffix, one of them in a folder of its own."""
+    rng = np.random.default_rng(0)
+    for name in ("b/1.png", "b/2.jpg", "a/deep/3.jpeg", "a/4.webp"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 40, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "a/notes.txt").write_text("not an image")
+    return tmp_path
+
+
 class Pixels(nn.Module):
     """A feature extractor of 8 x 8 images: the grey value of each quarter."""
 

@@ -12,10 +12,10 @@ LAYERS = [  # each may import those before it, and its own
     ["weights", "scales", "ops", "hparams"],
     ["models", "tokenizer"],
     ["official", "resume", "attention_share", "costs", "sweeps"],
-    ["data.embedded", "data.digits", "data.photos"],
+    ["data.embedded", "data.digits", "data.photos", "data.images"],
     ["data.decoding", "data.fetching", "data.labels", "data.encoded", "data.archives", "data.parquet"],
+    ["data.crops", "data.sources"],
     [
-        "data.images",
         "data.sample_files",
         "data.shards",
         "data.inspection",

@@ -19,10 +19,10 @@ from lightning_mvar.bench.tokenizing import measure_tokenizing
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.costs import state_bytes
-from lightning_mvar.data.images import open_images
 from lightning_mvar.data.loader import TokenLoader, TokenStream
 from lightning_mvar.data.remote import SHARD_CACHE, LocalShards, ShardSource, open_shards
 from lightning_mvar.data.shards import Manifest, shard_name, write_shard
+from lightning_mvar.data.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling import Precision, compile_steps

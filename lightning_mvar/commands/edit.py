@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.commands.parsing import call
-from lightning_mvar.data.images import UNREADABLE
+from lightning_mvar.data.decoding import UNREADABLE
 from lightning_mvar.errors import InputError
 from lightning_mvar.files import atomic_path
 from lightning_mvar.pictures import image_grid, save_image

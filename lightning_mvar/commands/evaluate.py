@@ -18,8 +18,8 @@ from lightning_mvar.commands.ranks import ranks
 from lightning_mvar.commands.records import Record, print_table, write_records
 from lightning_mvar.data.digits import DIGITS
 from lightning_mvar.data.embedded import EmbeddedSet, Split
-from lightning_mvar.data.images import embedded_in
 from lightning_mvar.data.sample_files import Samples, open_samples
+from lightning_mvar.data.sources import embedded_in
 from lightning_mvar.errors import InputError
 from lightning_mvar.fingerprint import fingerprint
 from lightning_mvar.metrics.digits import svm_accuracy

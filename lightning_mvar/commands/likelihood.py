@@ -12,7 +12,8 @@ from lightning_mvar.classes import Classes
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.reading import check_reading, read_images
 from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.data.images import OnCorrupt, open_images
+from lightning_mvar.data.images import OnCorrupt
+from lightning_mvar.data.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling import teacher_inputs

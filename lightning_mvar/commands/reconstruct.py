@@ -9,7 +9,8 @@ from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.reading import check_reading, read_images
 from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.data.images import OnCorrupt, open_images
+from lightning_mvar.data.images import OnCorrupt
+from lightning_mvar.data.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.judges import kept_classifier

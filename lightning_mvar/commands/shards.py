@@ -16,10 +16,11 @@ from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.classes import Classes
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import print_rows, print_table, shown, write_records
-from lightning_mvar.data.images import ImageSource, find_by_key, open_images
+from lightning_mvar.data.images import ImageSource, find_by_key
 from lightning_mvar.data.inspection import expectations, find_problems
 from lightning_mvar.data.remote import LocalShards
 from lightning_mvar.data.shards import MANIFEST, Manifest, chosen_samples
+from lightning_mvar.data.sources import open_images
 from lightning_mvar.data.token_statistics import TokenStatistics, count_shard, spread_samples
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.ranks import ranks
-from lightning_mvar.data.images import IMAGE_CACHE, ImageSource, Views, batch_loader, batched, open_images
+from lightning_mvar.data.images import ImageSource, Views, batch_loader, batched
 from lightning_mvar.data.shards import MANIFEST, Manifest, parts_of, read_part, save_part, shard_name, write_shard
+from lightning_mvar.data.sources import IMAGE_CACHE, open_images
 from lightning_mvar.encoding import Encoded, Encoder
 from lightning_mvar.errors import InputError
 from lightning_mvar.locks import alone_in

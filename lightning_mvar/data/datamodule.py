@@ -8,16 +8,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mvar.data.images import (
-    IMAGE_CACHE,
-    Crop,
-    Example,
-    ImageBatch,
-    ImageSource,
-    OnCorrupt,
-    collate,
-    open_images,
-)
+from lightning_mvar.data.images import Crop, Example, ImageBatch, ImageSource, OnCorrupt, collate
 from lightning_mvar.data.loader import (
     ImageLoader,
     ResumableLoader,
@@ -29,6 +20,7 @@ from lightning_mvar.data.loader import (
 )
 from lightning_mvar.data.remote import SHARD_CACHE, open_shards
 from lightning_mvar.data.shards import Manifest, chosen_samples
+from lightning_mvar.data.sources import IMAGE_CACHE, open_images
 from lightning_mvar.errors import InputError
 from lightning_mvar.scales import Shape, shape_of
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_mvar.data.decoding import UNREADABLE
+from lightning_mvar.data.decoding import UNREADABLE, to_tensor
 from lightning_mvar.data.encoded import identity_of, visible
-from lightning_mvar.data.images import Example, Images, to_tensor
+from lightning_mvar.data.images import Example, Images
 from lightning_mvar.errors import InputError
 from lightning_mvar.npz import NpzRows, names_in, read_npz
 from lightning_mvar.scales import Shape, in_words

@@ -14,7 +14,7 @@ from lightning_mvar.bench import measure
 from lightning_mvar.bench.subjects import Setting
 from lightning_mvar.cli import run
 from lightning_mvar.commands.bench import measure_data
-from lightning_mvar.data import images
+from lightning_mvar.data import crops
 
 SMALL = ["--size", "d12", "--depth", "1", "--batch_size", "1", "--repeats", "1", "--device", "cpu"]
 
@@ -74,7 +74,7 @@ def test_tokenizing_is_measured_by_part(tmp_path: Path, monkeypatch: pytest.Monk
 
         return timed
 
-    monkeypatch.setattr(images, "decode_image", takes(1, images.decode_image))
+    monkeypatch.setattr(crops, "decode_image", takes(1, crops.decode_image))
     monkeypatch.setattr(Tokenizer, "features", takes(10, Tokenizer.features))
     write_images(tmp_path / "images", per_class=1)
     file = tmp_path / "tokenize.json"

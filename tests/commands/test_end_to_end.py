@@ -89,7 +89,7 @@ def test_tokenizer_training_leaves_a_folder_and_its_curves(here: Path) -> None:
 
 
 def test_shards_hold_what_the_tokenizer_says_of_every_image(here: Path) -> None:
-    from lightning_mvar.data.images import open_images
+    from lightning_mvar.data.sources import open_images
 
     manifest = Manifest.load(here / "shards/train")
     assert [shard.samples for shard in manifest.shards] == [7, 7, 4]

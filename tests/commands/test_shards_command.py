@@ -16,7 +16,8 @@ from PIL import Image
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.cli import run
-from lightning_mvar.data.images import Views, open_images
+from lightning_mvar.data.images import Views
+from lightning_mvar.data.sources import open_images
 from lightning_mvar.pictures import PADDING, SMALLEST_CAPTIONED
 
 

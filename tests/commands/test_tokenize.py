@@ -28,8 +28,7 @@ from processes import Run, start
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.cli import run
-from lightning_mvar.data.decoding import decode_image
-from lightning_mvar.data.images import to_tensor
+from lightning_mvar.data.decoding import decode_image, to_tensor
 from lightning_mvar.data.shards import PARTS, Manifest, read_shard
 from lightning_mvar.locks import alone_in
 
@@ -261,7 +260,7 @@ def test_a_second_start_waits_and_is_refused(
 def test_a_decoding_process_that_is_killed_ends_the_command_in_a_line(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lightning_mvar.data.images.decode_image", lambda data: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("lightning_mvar.data.crops.decode_image", lambda data: os.kill(os.getpid(), signal.SIGKILL))
     assert run(command("folder", str(tmp_path), "--num_workers", "1")) == 1
     assert "a process that decodes images was killed, perhaps for memory" in capfd.readouterr().err
 
@@ -279,7 +278,8 @@ def test_half_precision_finds_mostly_the_same_tokens(here: Path, tmp_path: Path)
 
 def test_decoding_is_at_most_two_batches_of_each_process_ahead(here: Path) -> None:
     """Or a slow encoder would fill the memory."""
-    from lightning_mvar.data.images import batch_loader, batched, open_images
+    from lightning_mvar.data.images import batch_loader, batched
+    from lightning_mvar.data.sources import open_images
 
     images = open_images("folder", 8, "skip")
     asked: list[int] = []

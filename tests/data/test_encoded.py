@@ -19,8 +19,9 @@ from imagenet_folder import (
     write_webdataset,
 )
 
+from lightning_mvar.data.crops import DecodedImages
 from lightning_mvar.data.encoded import EncodedImages
-from lightning_mvar.data.images import DecodedImages, open_encoded, open_images
+from lightning_mvar.data.sources import open_encoded, open_images
 from lightning_mvar.errors import InputError
 
 Stored = dict[str, tuple[str, list[str] | None]]

@@ -12,7 +12,8 @@ from shard_server import ShardServer, serving
 
 from lightning_mvar.data import fetching
 from lightning_mvar.data.fetching import name_in
-from lightning_mvar.data.images import ImageSource, open_images
+from lightning_mvar.data.images import ImageSource
+from lightning_mvar.data.sources import open_images
 from lightning_mvar.errors import InputError
 
 PATTERN = f"{{{','.join(CLASSES)}}}.tar"  # a tar of each class

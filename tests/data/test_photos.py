@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_mvar.data.embedded import EmbeddedSet
-from lightning_mvar.data.images import open_images
 from lightning_mvar.data.photos import (
     LARGE,
     PHOTOS,
@@ -23,6 +22,7 @@ from lightning_mvar.data.photos import (
     installed,
     load_wide_photos,
 )
+from lightning_mvar.data.sources import open_images
 from lightning_mvar.errors import InputError
 
 LANCZOS_REACH = 3  # a resized pixel is a mixture of what lay up to so many resized pixels away
