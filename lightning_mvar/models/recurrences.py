@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lightning_mvar.models.mixers import Mixer, State
 from lightning_mvar.ops.conv import causal_conv
+from lightning_mvar.ops.gated_norm import gated_rms_norm
 from lightning_mvar.ops.linear_attention import MIN_LOG_DECAY, linear_attention
 from lightning_mvar.ops.neighbours import reading_order
 from lightning_mvar.ops.selective_scan import selective_scan
@@ -35,6 +36,7 @@ from lightning_mvar.scales import Shape, lengths_of
 
 RASTER = ("raster",)
 GATE_RANK, GATE_TEMPERATURE = 16, 16.0  # of gated linear attention
+NORM_EPS = 1e-5
 SLOWEST, FASTEST = 1e-3, 0.5  # decay a token that linear attention starts from
 
 
@@ -99,7 +101,7 @@ class Mamba2(Recurrence):
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
-        self.norm = nn.RMSNorm(self.inner, eps=1e-5)
+        self.norm = nn.RMSNorm(self.inner, eps=NORM_EPS)
         self.out_proj = nn.Linear(self.inner, width, bias=False)
         self.reset_own_parameters()
 
@@ -121,12 +123,8 @@ class Mamba2(Recurrence):
         dt = F.softplus(dt.float() + self.dt_bias.float())
         y, scan_state = ssd(u, dt, -self.A_log.float().exp(), B, C, scan_state)
         y = torch.addcmul(y, u, self.D[:, None].to(u.dtype))
-        return self.out_proj(self.gated_norm(y.flatten(2), z)), (conv_state, scan_state)
-
-    def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """norm(y silu(z)) of (b, l, inner), in float32: the product can pass the 65504 of float16."""
-        y = y.float() * F.silu(z.float())
-        return F.rms_norm(y, self.norm.normalized_shape, self.norm.weight.float(), self.norm.eps).to(z.dtype)
+        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, NORM_EPS)
+        return self.out_proj(y), (conv_state, scan_state)
 
 
 class Mamba1(Recurrence):
@@ -166,7 +164,7 @@ class Mamba1(Recurrence):
         u = F.silu(u)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         dt = F.softplus(F.linear(dt, self.dt_proj.to(dt.dtype)).float() + self.dt_bias.float())
-        # In float32 up to the gate, as in Mamba2.gated_norm.
+        # In float32 up to the gate, as in `gated_rms_norm`.
         y, scan_state = selective_scan(u.float(), dt, -self.A_log.float().exp(), B, C, scan_state)
         y = torch.addcmul(y, u.float(), self.D.float()) * F.silu(z.float())
         return self.out_proj(y.to(z.dtype)), (conv_state, scan_state)
@@ -192,7 +190,7 @@ class LinearAttention(Recurrence):
         self.inner, self.state_dim, self.head_dim = expand * width, state_dim, head_dim
         self.heads = self.inner // head_dim
         self.in_proj = nn.Linear(width, 2 * self.heads * state_dim + 2 * self.inner, bias=False)  # q, k, v and z
-        self.norm = nn.RMSNorm(head_dim, eps=1e-5)
+        self.norm = nn.RMSNorm(head_dim, eps=NORM_EPS)
         self.out_proj = nn.Linear(self.inner, width, bias=False)
         self.add_decay(width)
         self.reset_own_parameters()

@@ -30,20 +30,21 @@ class CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        taps, length = weight.shape[1], x.shape[1] - weight.shape[1] + 1
-        y = torch.addcmul(bias, x[:, :length], weight[:, 0])
-        for j in range(1, taps):
-            y.addcmul_(x[:, j : j + length], weight[:, j])
+        taps = weight.t().contiguous()  # (w, c): strided, they would keep the products from being vectorised
+        ctx.save_for_backward(x, taps)
+        length = x.shape[1] - len(taps) + 1
+        y = torch.addcmul(bias, x[:, :length], taps[0])
+        for j, tap in enumerate(taps[1:], start=1):
+            y.addcmul_(x[:, j : j + length], tap)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        taps, length = weight.shape[1], dy.shape[1]
-        dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
-        for j in range(taps):
+        x, taps = ctx.saved_tensors
+        length = dy.shape[1]
+        dx, dtaps = torch.zeros_like(x), torch.empty_like(taps)
+        for j, tap in enumerate(taps):
             part = slice(j, j + length)
-            dx[:, part].addcmul_(dy, weight[:, j])
-            dweight[:, j] = (dy * x[:, part]).sum((0, 1), dtype=torch.float32)
-        return dx, dweight, dy.sum((0, 1))
+            dx[:, part].addcmul_(dy, tap)
+            dtaps[j] = (dy * x[:, part]).sum((0, 1), dtype=torch.float32)
+        return dx, dtaps.t(), dy.sum((0, 1))

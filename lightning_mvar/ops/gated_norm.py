@@ -1,0 +1,69 @@
+"""The gated norm behind the scan of Mamba-2 (arXiv 2405.21060, section 7): rms_norm(y silu(z)) weight.
+
+Shapes: r rows (tokens), c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AT_ONCE = 2**18  # elements, 1 MiB in float32: all that is made of them stays in a CPU's cache
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Computed in float32, for the product can pass the 65504 of float16; only the arguments are kept for backward.
+
+    Args:
+        y, z: (..., c).
+        weight: (c,).
+        eps: added to the mean square.
+
+    Returns:
+        (..., c) in the dtype of `z`.
+    """
+    return GatedNorm.apply(y, z, weight, eps)
+
+
+class GatedNorm(torch.autograd.Function):
+    """Some rows after the other: of all of them at once, each float32 step would go through memory."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(y, z, weight)
+        ctx.eps = eps
+        out = torch.empty_like(z, memory_format=torch.contiguous_format)
+        weight = weight.float()
+        for out_rows, y_rows, z_rows in rows_of(out, y, z):
+            out_rows.copy_(F.rms_norm(y_rows.float() * F.silu(z_rows.float()), weight.shape, weight, eps))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        y, z, weight = ctx.saved_tensors
+        dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
+        scale, dscale = weight.float(), torch.zeros_like(weight, dtype=torch.float32)
+        for dy_rows, dz_rows, *rows in rows_of(dy, dz, dout, y, z):
+            above, value, logit = (t.float() for t in rows)
+            sigmoid = logit.sigmoid()
+            gate = logit * sigmoid
+            gated = value * gate
+            inverse = gated.square().mean(-1, keepdim=True).add_(ctx.eps).rsqrt_()
+            normed = gated * inverse
+            dscale += (above * normed).sum(0)
+            dnormed = above * scale
+            dgated = (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)) * inverse
+            dy_rows.copy_(dgated * gate)
+            dz_rows.copy_(dgated * value * (sigmoid + gate * (1 - sigmoid)))
+        return dy, dz, dscale.to(weight.dtype), None
+
+
+def rows_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors (..., c) as some rows (r, c) of each at a time; on a GPU all, for there each kernel has to be started."""
+    flat = [t.flatten(0, -2) for t in tensors]
+    at_once = len(flat[0]) if flat[0].is_cuda else max(1, AT_ONCE // flat[0].shape[-1])
+    return zip(*(t.split(at_once) for t in flat), strict=True)
