@@ -128,7 +128,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         return [Image.fromarray(pixels) for pixels in to_uint8(decoded(self.tokenizer, f_hat))]
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        if self.network.head.weight.dtype != torch.float32:
+        if self.network.input_proj.weight.dtype != torch.float32:
             raise InputError("weights of lower precision are not saved: load the pipeline with precision float32")
         save_folder(save_directory, self.tokenizer, self.network, self.class_names)
 

@@ -165,7 +165,8 @@ def test_lowered_networks_keep_decays_and_codes_and_stay_near(
     tokens = torch.arange(4 * SCHEDULE.num_tokens).view(4, -1) % 48
     inputs, decoded = teacher_inputs(network.config, tokenizer, tokens), tokenizer.decode(tokens)
     logits = network(LABELS, inputs)
-    exact = {name: p.clone() for name, p in network.named_parameters() if name.endswith(("A_log", "dt_bias", "log"))}
+    kept = ("A_log", "dt_bias", "log", "head.weight", "head.bias", "head_adaln.weight", "head_adaln.bias")
+    exact = {name: p.clone() for name, p in network.named_parameters() if name.endswith(kept)}
     network.lower(dtype)
     tokenizer.lower(dtype)
     for name, parameter in network.named_parameters():

@@ -246,8 +246,8 @@ class MVAR(nn.Module):
             return F.linear(x, *float_parameters(self.head))
 
     def lower(self, dtype: torch.dtype) -> MVAR:
-        """Cast the weights in place, to sample in less memory and time; but for `EXACT`."""
-        exact = {name: p.data for name, p in self.named_parameters() if name.endswith(EXACT)}
+        """Cast the weights in place, to sample in less memory and time; but for `EXACT` and the head (see `logits`)."""
+        exact = {name: p.data for name, p in self.named_parameters() if name.endswith(EXACT) or name.startswith("head")}
         self.to(dtype)
         for name, value in exact.items():
             self.get_parameter(name).data = value

@@ -18,7 +18,9 @@ from lightning_mvar.scales import ScaleSchedule, Shape
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
-DECODER_MAP_BYTES = 2**28  # of its finest map, of which it holds a few at a time
+# Of the decoder's finest map, of which it holds a few at a time. On a CPU, what is larger comes from the system anew
+# each time, which takes longer than to decode images one by one.
+DECODER_MAP_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Tokenizer(nn.Module):
         """
         dtype = self.post_quant_conv.weight.dtype
         map_bytes = self.config.channels * self.config.multipliers[0] * math.prod(self.config.shape) * dtype.itemsize
-        at_once = len(f_hat) if torch.is_grad_enabled() else max(1, DECODER_MAP_BYTES // map_bytes)
+        most = DECODER_MAP_BYTES.get(f_hat.device.type, map_bytes)
+        at_once = len(f_hat) if torch.is_grad_enabled() else max(1, most // map_bytes)
         parts = f_hat.to(dtype).split(at_once)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts]).to(f_hat.dtype)
 
@@ -152,8 +155,8 @@ class Tokenizer(nn.Module):
         """Cast the decoder in place, to sample in less time; codes and their sum over the scales stay as they are."""
         for part in (self.post_quant_conv, self.decoder):
             part.to(dtype)
-            if dtype.itemsize == 2 and self.post_quant_conv.weight.is_cuda:
-                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # what tensor cores multiply
+            if dtype.itemsize == 2:
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # what such kernels multiply
         return self
 
     def scale_inputs(self, tokens: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from lightning_mvar import ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.errors import InputError
+from lightning_mvar.tokenizer.tokenizer import DECODER_MAP_BYTES
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_many_images_are_decoded_in_parts(tokenizer: Tokenizer, monkeypatch: pyt
     hook = tokenizer.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     map_bytes = 4 * tokenizer.config.channels * tokenizer.config.multipliers[0] * math.prod(tokenizer.config.shape)
     for images, expected in ((1, [1] * 5), (2, [2, 2, 1]), (5, [5])):
-        monkeypatch.setattr("lightning_mvar.tokenizer.tokenizer.DECODER_MAP_BYTES", images * map_bytes + 1)
+        monkeypatch.setitem(DECODER_MAP_BYTES, "cpu", images * map_bytes + 1)
         sizes.clear()
         torch.testing.assert_close(tokenizer.decode(tokens), whole)
         assert sizes == expected
