@@ -32,6 +32,7 @@ from torch import Tensor
 from lightning_mvar.ops.kernels import FOUND
 
 CHUNK_SIZE = 64
+CPU_CHUNK_SIZE = 48  # so that what a chunk needs for all heads stays in the cache
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,8 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | 
     """
     kernel = FOUND.get("scan") if x.is_cuda else None
     if kernel is None:
-        return ssd_chunked(x, dt, A, B, C, state)
+        chunk_size = CPU_CHUNK_SIZE if x.device.type == "cpu" else CHUNK_SIZE
+        return ssd_chunked(x, dt, A, B, C, state, chunk_size)
     y, final = kernel(
         x, dt, A, B[:, :, None], C[:, :, None], CHUNK_SIZE, initial_states=state, return_final_states=True
     )
