@@ -58,8 +58,11 @@ def url(pipe: Watched) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> Client:
-    return Client(url, verbose=False)
+def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Gradio's client puts each file that it gets into a folder of its own there, and leaves it.
+        patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("client")))
+        yield Client(url, verbose=False)
 
 
 def arrays(gallery: list[dict[str, Any]]) -> np.ndarray:
