@@ -18,8 +18,8 @@ from lightning_mvar.scales import ScaleSchedule, Shape
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
-# Of the decoder's finest map, of which it holds a few at a time. On a CPU, what is larger comes from the system anew
-# each time, which takes longer than to decode images one by one.
+# Of the decoder's finest map, of which it holds a few at a time; on other devices images are decoded one by one. On a
+# CPU, what is larger comes from the system anew each time, which takes longer than to decode one by one.
 DECODER_MAP_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 
