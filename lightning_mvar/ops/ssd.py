@@ -32,7 +32,7 @@ from torch import Tensor
 from lightning_mvar.ops.kernels import FOUND
 
 CHUNK_SIZE = 64
-CPU_CHUNK_SIZE = 48  # so that what a chunk needs for all heads stays in the cache
+MIN_LOG_DECAY = -80.0  # less is as good as nothing, and numbers below the normal ones of float32 take long to make
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -51,8 +51,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | 
     """
     kernel = FOUND.get("scan") if x.is_cuda else None
     if kernel is None:
-        chunk_size = CPU_CHUNK_SIZE if x.device.type == "cpu" else CHUNK_SIZE
-        return ssd_chunked(x, dt, A, B, C, state, chunk_size)
+        return ssd_chunked(x, dt, A, B, C, state)
     y, final = kernel(
         x, dt, A, B[:, :, None], C[:, :, None], CHUNK_SIZE, initial_states=state, return_final_states=True
     )
@@ -109,24 +108,29 @@ class Chunk(NamedTuple):
         return scaled(self.x, self.dt)
 
     @property
+    def from_start(self) -> Tensor:
+        """(b, q, h) decay from the chunk's start to each token."""
+        return self.decay.clamp(min=MIN_LOG_DECAY).exp_()
+
+    @property
     def to_end(self) -> Tensor:
         """(b, q, h) decay from each token to the chunk's end."""
-        return (self.decay[:, -1:] - self.decay).exp()
+        return (self.decay[:, -1:] - self.decay).clamp_(min=MIN_LOG_DECAY).exp_()
 
     @property
     def scores(self) -> Tensor:
-        """(b, 1, q, q): C_t . B_s for s <= t, else 0."""
-        return (self.C @ self.B.transpose(1, 2)).tril_()[:, None]
+        """(b, 1, q, q): C_t . B_s for s <= t, else 0; in float32, for so small a product takes no longer in it."""
+        return (self.C.float() @ self.B.float().transpose(1, 2)).tril_()[:, None]
 
     def decay_between(self) -> Tensor:
         """(b, h, q, q): decay from token s to token t for s <= t; 1 where s is later, for `scores` are 0 there."""
-        decay = self.decay.transpose(1, 2)
-        return (decay[..., :, None] - decay[..., None, :]).clamp_(max=0).exp_()
+        decay = self.decay.transpose(1, 2).contiguous()  # strided, it would keep the difference from being vectorised
+        return (decay[..., :, None] - decay[..., None, :]).clamp_(MIN_LOG_DECAY, 0).exp_()
 
     def carry(self, state: Tensor, inputs: Tensor) -> Tensor:
         """The state (b, n, h, p) after the chunk, from that before it."""
         added = self.B.transpose(1, 2) @ scaled(inputs, self.to_end).flatten(2)  # (b, n, h p)
-        return torch.addcmul(added.unflatten(2, inputs.shape[2:]).float(), state, self.decay[:, -1:].exp()[..., None])
+        return added.unflatten(2, inputs.shape[2:]).float().addcmul_(state, self.from_start[:, -1:, :, None])
 
 
 class ChunkedScan(torch.autograd.Function):
@@ -150,7 +154,7 @@ class ChunkedScan(torch.autograd.Function):
             mixing = chunk.decay_between().mul_(chunk.scores).to(dtype)  # (b, h, q, q)
             inside = (mixing @ inputs.transpose(1, 2)).transpose(1, 2)  # (b, q, h, p) from the chunk's own tokens
             carried = (chunk.C @ state.flatten(2).to(dtype)).unflatten(2, heads)  # and from those before
-            y.copy_(inside).addcmul_(carried, chunk.decay.exp()[..., None].to(dtype))
+            torch.addcmul(inside, carried, chunk.from_start[..., None].to(dtype), out=y)
             state = chunk.carry(state, inputs)
         return outputs, state.permute(0, 2, 3, 1)
 
@@ -189,7 +193,7 @@ def chunk_backward(chunk: Chunk, state: Tensor, dy: Tensor, dafter: Tensor) -> t
         dafter: (b, n, h, p) gradient of the state after it.
     """
     dtype, heads, inputs, scores = chunk.x.dtype, chunk.x.shape[2:], chunk.inputs, chunk.scores
-    from_start, to_end = chunk.decay.exp(), chunk.to_end
+    from_start, to_end = chunk.from_start, chunk.to_end
     dy_heads, inputs_heads = dy.transpose(1, 2), inputs.transpose(1, 2)  # (b, h, q, p)
 
     # Inside the chunk: y_t += sum over s of scores_ts decay_ts inputs_s.
