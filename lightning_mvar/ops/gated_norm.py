@@ -39,7 +39,8 @@ class GatedNorm(torch.autograd.Function):
         out = torch.empty_like(z, memory_format=torch.contiguous_format)
         weight = weight.float()
         for out_rows, y_rows, z_rows in rows_of(out, y, z):
-            out_rows.copy_(F.rms_norm(y_rows.float() * F.silu(z_rows.float()), weight.shape, weight, eps))
+            gated = F.silu(z_rows.float()).mul_(y_rows)
+            out_rows.copy_(gated.mul_(inverse_rms(gated, eps)).mul_(weight))
         return out
 
     @staticmethod
@@ -52,7 +53,7 @@ class GatedNorm(torch.autograd.Function):
             sigmoid = logit.sigmoid()
             gate = logit * sigmoid
             gated = value * gate
-            inverse = gated.square().mean(-1, keepdim=True).add_(ctx.eps).rsqrt_()
+            inverse = inverse_rms(gated, ctx.eps)
             normed = gated * inverse
             dscale += (above * normed).sum(0)
             dnormed = above * scale
@@ -60,6 +61,11 @@ class GatedNorm(torch.autograd.Function):
             dy_rows.copy_(dgated * gate)
             dz_rows.copy_(dgated * value * (sigmoid + gate * (1 - sigmoid)))
         return dy, dz, dscale.to(weight.dtype), None
+
+
+def inverse_rms(rows: Tensor, eps: float) -> Tensor:
+    """(r, c) -> (r, 1)."""
+    return rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def rows_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
