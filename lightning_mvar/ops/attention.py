@@ -38,7 +38,7 @@ def attend_within_scales(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ..
     if kernel is not None and len(lengths) > 1 and fits_kernel(q):
         return attend_packed(kernel, q, k, v, lengths, softmax_scale)
     splits = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*scale, scale=softmax_scale) for scale in splits], dim=2)
+    return joined([F.scaled_dot_product_attention(*scale, scale=softmax_scale) for scale in splits])
 
 
 def fits_kernel(q: Tensor) -> bool:
@@ -139,4 +139,9 @@ def attend_ranges(
         F.scaled_dot_product_attention(queries, k[:, :, begin:end], v[:, :, begin:end], scale=softmax_scale)
         for queries, begin, end in zip(q.split(lengths, 2), begins, ends, strict=True)
     ]
-    return torch.cat(outputs, dim=2)
+    return joined(outputs)
+
+
+def joined(outputs: list[Tensor]) -> Tensor:
+    """Along the tokens; of a single scale, as in sampling, without a copy."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
