@@ -3,17 +3,19 @@
 import pytest
 import torch
 
+import lightning_mvar.ops.conv
 from lightning_mvar.ops.conv import causal_conv
 
 
+@pytest.mark.parametrize("fast", [(), (torch.float32,)], ids=["sum of products", "oneDNN"])
 @pytest.mark.parametrize("taps", [1, 2, 4])
 @pytest.mark.parametrize("length", [1, 3, 20])
-def test_it_equals_a_depthwise_convolution_with_its_gradients(taps: int, length: int) -> None:
+def test_it_equals_a_depthwise_convolution_with_its_gradients(
+    taps: int, length: int, fast: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lightning_mvar.ops.conv, "FAST", fast)
     generator = torch.Generator().manual_seed(0)
-    tensors = [
-        torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((2, taps - 1 + length, 5), (5, taps), (5,))
-    ]
+    tensors = [torch.randn(*shape, generator=generator) for shape in ((2, taps - 1 + length, 5), (5, taps), (5,))]
     results = []
     for own in (True, False):
         x, weight, bias = (t.clone().requires_grad_() for t in tensors)
@@ -25,3 +27,12 @@ def test_it_equals_a_depthwise_convolution_with_its_gradients(taps: int, length:
         results.append([y.detach(), x.grad, weight.grad, bias.grad])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_its_output_lies_token_by_token_in_the_dtype_of_its_input(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(2, 9, 16), torch.randn(16, 4), torch.randn(16)
+    y = causal_conv(x.to(dtype), weight, bias)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    torch.testing.assert_close(y.float(), causal_conv(x, weight, bias), rtol=0.05, atol=0.1)
