@@ -7,7 +7,7 @@ Papers: M-VAR (arXiv 2411.10433), VAR (arXiv 2404.02905).
 | patch_nums                     | side_lengths   | side of each token map, coarse to fine                     |
 | x_BLCv_wo_first_l              | scale_inputs   | teacher-forcing input of every scale but the first         |
 | pos_start, pos_1LC, lvl_embed  | start_embed, pos_embed, scale_embed | added to the input tokens             |
-| gamma, scale, shift (AdaLN)    | gate, gain, shift | per-channel modulation of each branch by the class      |
+| gamma, 1 + scale, shift (AdaLN) | gate, gain, shift | per-channel modulation of each branch by the class     |
 | sos / cond_BD                  | cond           | class embedding: the first token, and the AdaLN's input    |
 
 Shapes: b batch, l tokens, d width, k scale, v vocabulary, c code dim, m branches of a block.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,19 @@ EXACT = ("A_log", "dt_bias", "decay_log", "qk_scale_log")
 LOGITS_AT_ONCE = 2**24  # while scoring: 64 MiB
 
 
+class Modulation(NamedTuple):
+    """What the class makes of a branch, each (b, 1, d): factors of its output and of its normalised input, a shift."""
+
+    gate: Tensor
+    gain: Tensor
+    shift: Tensor
+
+
 @dataclass
 class BlockState:
-    """What a block keeps while an image is sampled: its AdaLN table (b, 1, 3, m, d) and the states of its mixers."""
+    """What a block keeps while an image is sampled."""
 
-    modulation: Tensor
+    modulation: list[Modulation]  # of its mixers, then of its MLP
     mixers: tuple[State, ...]
 
 
@@ -84,13 +92,14 @@ class Block(nn.Module):
             self.adaln = nn.Linear(d, 3 * branches * d)
         self.drop_path = DropPath(drop_path)
 
-    def modulation(self, cond: Tensor) -> Tensor:
-        """(b, 1, 3, m, d): gate, gain and shift of each branch, from cond (b, d) or the shared table (b, 1, 3 m, d)."""
+    def modulation(self, cond: Tensor) -> list[Modulation]:
+        """Of the mixers, then of the MLP, from cond (b, d) or the shared table (b, 1, 3 m, d)."""
         if hasattr(self, "adaln"):
             table = self.adaln(F.silu(cond))[:, None].unflatten(-1, (-1, cond.shape[-1]))
         else:
             table = self.adaln_table + cond
-        return table.unflatten(2, (3, -1))
+        gates, gains, shifts = (part.unbind(2) for part in table.unflatten(2, (3, -1)).unbind(2))
+        return [Modulation(gate, 1 + gain, shift) for gate, gain, shift in zip(gates, gains, shifts, strict=True)]
 
     def forward(
         self, x: Tensor, cond: Tensor | None, shapes: tuple[Shape, ...], state: BlockState | None = None
@@ -99,15 +108,13 @@ class Block(nn.Module):
         if state is None:
             assert cond is not None
             state = BlockState(self.modulation(cond), (None,) * len(self.mixers))
-        branches = zip(*(table.unbind(2) for table in state.modulation.unbind(2)), strict=True)
+        *of_mixers, of_mlp = state.modulation
         carried, entered = [], x
-        for mixer, before in zip(self.mixers, state.mixers, strict=True):
-            gate, gain, shift = next(branches)  # each (b, 1, d)
+        for mixer, before, (gate, gain, shift) in zip(self.mixers, state.mixers, of_mixers, strict=True):
             y, after = mixer(modulated(entered if self.config.parallel else x, gain, shift), shapes, before)
             x = torch.addcmul(x, self.drop_path(gate), y)
             carried.append(after)
-        gate, gain, shift = next(branches)
-        x = torch.addcmul(x, self.drop_path(gate), self.mlp(modulated(x, gain, shift)))
+        x = torch.addcmul(x, self.drop_path(of_mlp.gate), self.mlp(modulated(x, of_mlp.gain, of_mlp.shift)))
         return x, BlockState(state.modulation, tuple(carried))
 
     @torch.no_grad()
@@ -242,7 +249,7 @@ class MVAR(nn.Module):
         device = "cpu" if x.is_meta else x.device.type  # the meta device, where operations are counted, has no autocast
         with torch.autocast(device, enabled=False):
             gain, shift = F.linear(F.silu(cond.float()), *float_parameters(self.head_adaln))[:, None].chunk(2, dim=-1)
-            x = modulated(x.float(), gain, shift)
+            x = modulated(x.float(), 1 + gain, shift)
             return F.linear(x, *float_parameters(self.head))
 
     def lower(self, dtype: torch.dtype) -> MVAR:
@@ -291,7 +298,7 @@ def draw_weights(part: nn.Module, std: float) -> None:
 
 def modulated(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     """AdaLN of x (b, l, d): LayerNorm without learned affine, then gain and shift, each (b, 1, d)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + gain)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), gain)
 
 
 def float_parameters(linear: nn.Linear) -> tuple[Tensor, Tensor]:
