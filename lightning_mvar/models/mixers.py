@@ -79,13 +79,13 @@ class Attention(Mixer):
         """Tokens x (b, l, d) -> (b, h, l, p) each, normalised and scaled where there is QK-norm."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.unbind(2)  # (b, l, h, p) each
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # (b, h, l, p) each
         if self.qk_scale_log is not None:
             # In float32: a temperature of up to 100 would multiply the rounding of unit vectors in half precision.
-            scale = self.qk_scale_log.float().clamp(max=math.log(MAX_QK_SCALE)).exp()[:, None]
-            q, k = F.normalize(qkv[:, :, :2].float(), dim=-1).unbind(2)
-            q, k = (q * scale).to(v.dtype), k.to(v.dtype)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            scale = self.qk_scale_log.float().clamp(max=math.log(MAX_QK_SCALE)).exp()[:, None, None]
+            q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
+            k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        return q, k, v
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
