@@ -63,7 +63,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def assert_agrees(case: Case, name: str, actual: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     expected = case.values[name]
-    difference = float((actual - expected).abs().max() / expected.abs().max())
+    difference = float((actual.detach() - expected).abs().max() / expected.abs().max())
     print(f"parity: {name:<24} {difference:.1e}")
     assert difference <= tolerance, name
 
