@@ -64,7 +64,7 @@ class GatedNorm(torch.autograd.Function):
 
 
 def inverse_rms(rows: Tensor, eps: float) -> Tensor:
-    """(r, c) -> (r, 1)."""
+    """One over the root mean square of each row: (r, c) -> (r, 1)."""
     return rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 

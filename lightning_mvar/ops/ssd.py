@@ -110,16 +110,16 @@ class Chunk(NamedTuple):
     @property
     def from_start(self) -> Tensor:
         """(b, q, h) decay from the chunk's start to each token."""
-        return self.decay.clamp(min=MIN_LOG_DECAY).exp_()
+        return exponential(self.decay)
 
     @property
     def to_end(self) -> Tensor:
         """(b, q, h) decay from each token to the chunk's end."""
-        return (self.decay[:, -1:] - self.decay).clamp_(min=MIN_LOG_DECAY).exp_()
+        return exponential(self.decay[:, -1:] - self.decay)
 
     @property
     def scores(self) -> Tensor:
-        """(b, 1, q, q): C_t . B_s for s <= t, else 0; in float32, for so small a product takes no longer in it."""
+        """(b, 1, q, q): C_t . B_s for s <= t, else 0; but under autocast in float32, for it is small."""
         return (self.C.float() @ self.B.float().transpose(1, 2)).tril_()[:, None]
 
     def decay_between(self) -> Tensor:
@@ -130,7 +130,7 @@ class Chunk(NamedTuple):
     def carry(self, state: Tensor, inputs: Tensor) -> Tensor:
         """The state (b, n, h, p) after the chunk, from that before it."""
         added = self.B.transpose(1, 2) @ scaled(inputs, self.to_end).flatten(2)  # (b, n, h p)
-        return added.unflatten(2, inputs.shape[2:]).float().addcmul_(state, self.from_start[:, -1:, :, None])
+        return added.unflatten(2, inputs.shape[2:]).float().addcmul_(state, exponential(self.decay[:, -1:, :, None]))
 
 
 class ChunkedScan(torch.autograd.Function):
@@ -235,6 +235,11 @@ def split(t: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
 def chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> list[Chunk]:
     parts = zip(*(split(t, chunk_size) for t in (x, dt, B, C)), strict=True)
     return [Chunk(x, dt, B, C, (dt * A).cumsum(1)) for x, dt, B, C in parts]
+
+
+def exponential(decay: Tensor) -> Tensor:
+    """What is left after a decay whose logarithm is given, any shape, but no less than e^MIN_LOG_DECAY."""
+    return decay.clamp(min=MIN_LOG_DECAY).exp_()
 
 
 def scaled(t: Tensor, factor: Tensor) -> Tensor:
