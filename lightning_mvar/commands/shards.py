@@ -16,6 +16,7 @@ from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.classes import Classes
 from lightning_mvar.commands.parsing import call
 from lightning_mvar.commands.records import print_rows, print_table, shown, write_records
+from lightning_mvar.data.fetching import is_remote
 from lightning_mvar.data.images import ImageSource, find_by_key
 from lightning_mvar.data.inspection import expectations, find_problems
 from lightning_mvar.data.remote import LocalShards
@@ -136,6 +137,8 @@ def decode(
     chosen = spread_samples(manifest.num_samples, n, seed)
     samples = chosen_samples(manifest, LocalShards(where).fetch, chosen)
     try:
+        if images is None and is_remote(manifest.source):  # a manifest may come from anybody: it names paths only
+            raise InputError(f"the manifest names {manifest.source!r}, which is no path on this machine")
         source = open_images(images or manifest.source, model.config.shape, "skip", labels, class_names)
         originals = find_originals(manifest, samples.keys, source)
     except InputError as error:
@@ -167,7 +170,7 @@ def decode_all(model: Tokenizer, tokens: np.ndarray, device: torch.device) -> li
 
 def room(manifest: Manifest, folder: Path, num_tokens: int) -> dict[str, Any]:
     """Bytes on disk, in all and of a sample, against what the tokens could take at least if all were as likely."""
-    files = [folder / shard.name for shard in manifest.shards]
+    files = [shard.path_in(folder) for shard in manifest.shards]
     size = sum(file.stat().st_size for file in files)
     least = num_tokens * math.log2(manifest.vocab_size) / 8
     each = size / max(manifest.num_samples, 1)

@@ -1,18 +1,15 @@
 """What is wrong with a folder of token shards: everything, not the first thing.
 
-Shards are read here by plain `tarfile`, not as training reads them: a reader that must tell what is wrong cannot stop
-where the other does.
+Training stops at the first damage; a reader that must name everything that is wrong goes on.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -20,11 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_mvar.data.shards import MANIFEST, Manifest, Shard, checksum, shard_name
+from lightning_mvar.data.shards import (
+    MANIFEST,
+    MEMBERS,
+    Manifest,
+    Shard,
+    checksum,
+    read_array,
+    read_packs,
+    shard_name,
+)
 from lightning_mvar.errors import InputError
 
 AGAIN = "run the same `lightning-mvar tokenize` again, it rewrites that shard only"
-MEMBERS = ("tokens.npy", "labels.npy", "keys.json")
 DTYPES = {"tokens.npy": np.dtype(np.uint16), "labels.npy": np.dtype(np.int64)}
 UNREADABLE = (OSError, EOFError, ValueError, tarfile.TarError)
 NO_ARRAY = (OSError, EOFError, ValueError, SyntaxError, TokenError, TypeError, OverflowError, MemoryError)  # of numpy
@@ -97,6 +102,9 @@ def find_problems(
     seen = Seen()
     for name in sorted({*files, *listed}):
         path, shard = folder / name, listed.get(name)
+        if shard is not None and not shard.is_file_name:
+            yield Problem(folder / MANIFEST, f"lists a shard {name!r}, which is no file name", "remove the folder")
+            continue
         if shard is None and expected is not None:
             yield Problem(path, "is not listed in the manifest", "remove it, or the manifest is another run's")
         yield from shard_problems(path, shard, expected or Expected(), seen)
@@ -175,7 +183,7 @@ def shard_problems(path: Path, shard: Shard | None, expected: Expected, seen: Se
         yield Problem(path, "has another SHA-256 than the manifest says", AGAIN)
     reading = Reading(expected)
     try:
-        for name, members in packs_of(path):
+        for name, members in read_packs(path):
             reading.take(name, members)
     except UNREADABLE as error:
         reading.found.append(f"is no whole tar file ({str(error) or type(error).__name__})")
@@ -184,20 +192,6 @@ def shard_problems(path: Path, shard: Shard | None, expected: Expected, seen: Se
         yield Problem(path, f"holds {reading.samples} samples, the manifest says {shard.samples}", AGAIN)
     for what in seen.repeated(reading.keys, path.name):
         yield Problem(path, what, "remove the folder and tokenize again: an image would count twice")
-
-
-def packs_of(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The members of each pack by what follows the first dot of their names, as WebDataset groups them."""
-    with tarfile.open(path) as tar:
-        for name, members in groupby(tar, key=lambda member: member.name.split(".", 1)[0]):
-            yield name, {m.name.partition(".")[2]: content(tar, m) for m in members}
-
-
-def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    if file is None:
-        raise ValueError(f"{member.name} is no file")
-    return file.read()
 
 
 class Reading:
@@ -240,7 +234,7 @@ class Reading:
         if data is None:
             return None
         try:
-            values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            values = read_array(data)
         except NO_ARRAY as error:
             self.found.append(f"{pack}.{name} is not a numpy array ({error})")
             return None

@@ -59,7 +59,7 @@ class LocalShards:
         return manifest
 
     def fetch(self, shard: Shard) -> Path:
-        return self.folder / shard.name
+        return shard.path_in(self.folder)
 
 
 class RemoteShards:
@@ -95,7 +95,8 @@ class RemoteShards:
         manifest = Manifest.parse(text, self.address(MANIFEST))
         manifest.check_finished(str(self))
         for shard in manifest.shards:  # names go into commands and paths
-            if not (re.fullmatch(r"\w[\w.-]*", shard.name) and re.fullmatch(r"[0-9a-f]{64}", shard.sha256)):
+            shard.path_in(self.cache_dir)
+            if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
                 raise InputError(f"{self.address(MANIFEST)} is damaged: it lists a shard {shard.name!r}")
         return manifest
 

@@ -15,14 +15,16 @@ carries what a network must agree with: schedule, vocabulary, classes, and the f
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset as wds
@@ -35,6 +37,7 @@ from lightning_mvar.scales import ScaleSchedule, Shape
 FORMAT_VERSION = 3
 PACK_SIZE = 512  # images in one tar sample: 0.7 MB at 680 tokens
 MANIFEST = "manifest.json"
+MEMBERS = ("tokens.npy", "labels.npy", "keys.json")  # of a pack
 PARTS = "parts"
 
 
@@ -56,8 +59,23 @@ class Shard:
     sha256: str
     skipped: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def is_file_name(self) -> bool:
+        """Whether the name is that of a file in the manifest's folder."""
+        return isinstance(self.name, str) and re.fullmatch(r"\w[\w.-]*", self.name) is not None
+
+    def path_in(self, folder: Path) -> Path:
+        """The shard's file in a folder.
+
+        Raises:
+            InputError: if the name is not that of a file in the folder: a manifest may come from anybody.
+        """
+        if not self.is_file_name:
+            raise InputError(f"{folder / MANIFEST} is damaged: it lists a shard {self.name!r}, which is no file name")
+        return folder / self.name
+
     def is_intact(self, folder: Path) -> bool:
-        path = folder / self.name
+        path = self.path_in(folder)
         return path.is_file() and path.stat().st_size == self.bytes and checksum(path) == self.sha256
 
 
@@ -209,7 +227,7 @@ class Manifest:
         """Raise InputError unless every shard of a finished folder is there in its full size."""
         self.check_finished(folder)
         for shard in self.shards:
-            path = folder / shard.name
+            path = shard.path_in(folder)
             size = path.stat().st_size if path.is_file() else 0
             if size != shard.bytes:
                 raise InputError(
@@ -283,17 +301,42 @@ def checksum(path: Path) -> str:
 
 
 def read_shard(path: Path) -> Iterator[Pack]:
-    """The packs of one shard.
+    """Reads the packs of one shard.
+
+    Only the three members of a pack are decoded, and arrays without pickle: a shard may come from anybody.
 
     Raises:
-        InputError: if the file is missing, truncated or not a token shard.
+        InputError: if the file is missing, truncated or not a token shard, or has other members.
     """
     try:
-        for sample in wds.DataPipeline(wds.SimpleShardList([str(path)]), wds.tarfile_to_samples(), wds.decode()):
-            yield Pack(sample["tokens.npy"], sample["labels.npy"], sample["keys.json"])
-    except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, wds.autodecode.DecodingError) as error:
+        for name, members in read_packs(path):
+            if strange := [member for member in members if member not in MEMBERS]:
+                raise ValueError(f"it has {name}.{strange[0]}, which is not of a token shard")
+            tokens, labels = (read_array(members[member]) for member in MEMBERS[:2])
+            yield Pack(tokens, labels, json.loads(members["keys.json"]))
+    except (OSError, EOFError, ValueError, KeyError, tarfile.TarError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path} is damaged or not a token shard ({reason}): remove it, and fetch it again by starting again where "
             f"it is from a cache, or else write it again with the same `lightning-mvar tokenize`"
         ) from error
+
+
+def read_packs(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Reads the members of each pack, by what follows the first dot of their names, as WebDataset groups them."""
+    with tarfile.open(path, "r:") as tar:
+        for name, members in groupby(tar, key=lambda member: member.name.partition(".")[0]):
+            yield name, {member.name.partition(".")[2]: read_member(tar, member) for member in members}
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise ValueError(f"{member.name} is no file")
+    return file.read()
+
+
+def read_array(data: bytes) -> NDArray[Any]:
+    """Decodes an npy file; ValueError for one of Python objects."""
+    array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    return array

@@ -59,7 +59,7 @@ def count_shard(statistics: TokenStatistics, folder: Path, shard: Shard) -> None
     Raises:
         InputError: if it is damaged, or has what the manifest does not allow.
     """
-    path, samples = folder / shard.name, 0
+    path, samples = shard.path_in(folder), 0
     for pack in read_shard(path):
         fits = pack.tokens.shape == (len(pack.labels), statistics.schedule.num_tokens)
         for values, end in ((pack.tokens, statistics.vocab_size), (pack.labels, len(statistics.classes))):

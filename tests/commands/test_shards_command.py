@@ -167,6 +167,17 @@ def test_originals_that_are_gone_are_left_out_and_told(
     assert "nowhere does not exist" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("source", ["pipe:touch ran; cat images/light/0.png", "https://127.0.0.1:1/images.tar"])
+def test_what_a_manifest_names_as_its_source_is_a_path_and_no_command(
+    here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str], source: str
+) -> None:
+    path = here / "tokens/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"source": source}))
+    assert run(["shards", "decode", "tokens", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png"]) == 0
+    assert f"without originals: the manifest names {source!r}, which is no path" in capfd.readouterr().out
+    assert not (here / "ran").exists()
+
+
 def test_mistakes_are_told_in_a_line(here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_token_shards(here / "foreign", "abc", [5])
     decode = ["--tokenizer", str(tokenizer_folder), "--out", "a.png"]

@@ -1,4 +1,5 @@
 import io
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -131,3 +132,58 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
 def test_a_folder_without_manifest_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="write them with `lightning-mvar tokenize`"):
         Manifest.load(tmp_path)
+
+
+def add_member(path: Path, name: str, content: bytes) -> None:
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", ["pyd", "pkl", "pickle", "pth", "tokens.pyd", "cbor"])
+def test_a_shard_with_another_member_runs_no_code(tmp_path: Path, arrays: tuple, suffix: str) -> None:
+    path, ran = tmp_path / "0.tar", tmp_path / "ran"
+    write_shard(path, *arrays)
+    add_member(path, f"0-{PACK_SIZE:06d}.{suffix}", pickle.dumps(Touch(ran)))
+    with pytest.raises(InputError, match=rf"0\.tar is damaged or not a token shard \(it has .*{suffix}"):
+        list(read_shard(path))
+    assert not ran.exists()
+
+
+def test_arrays_of_a_shard_are_read_without_pickle(tmp_path: Path) -> None:
+    ran, file = tmp_path / "ran", io.BytesIO()
+    np.save(file, np.array([Touch(ran)], dtype=object), allow_pickle=True)
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    add_member(tmp_path / "0.tar", "0.tokens.npy", file.getvalue())
+    with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
+        list(read_shard(tmp_path / "0.tar"))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["../000000.tar", "/000000.tar", "pipe:touch ran", "a/b.tar", "", ".hidden.tar", 5])
+def test_a_shard_is_a_file_in_its_folder(tmp_path: Path, name: object) -> None:
+    manifest = write_token_shards(tmp_path, "abc", [5])
+    manifest.shards[0].name = name  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: it lists a shard .*, which is no file name"):
+        LocalShards(tmp_path).fetch(manifest.shards[0])
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        manifest.check_files(tmp_path)
+
+
+def test_a_shard_called_like_a_command_is_opened_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is damaged or not a token shard"):
+        list(read_shard(Path("pipe:touch ran")))
+    assert not (tmp_path / "ran").exists()
