@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.files import path_component
 
 UNCONDITIONAL = "unconditional"
 SUGGESTIONS = 8  # names that a message lists
@@ -48,8 +49,21 @@ class Classes:
         return UNCONDITIONAL if label == self.count else self.aliases[label][0]
 
     def folder(self, label: int) -> str:
-        """What a folder of the class's images is called: of ImageNet's, its id."""
-        return UNCONDITIONAL if label == self.count else self.aliases[label][-1]
+        """Name of the folder for images of a label in [0, count]: the class's own, or its WordNet id for ImageNet.
+
+        Names come from files of others: each becomes one path component, and no two classes share one.
+        """
+        return self.folders[label]
+
+    @cached_property
+    def folders(self) -> list[str]:
+        taken = {UNCONDITIONAL: UNCONDITIONAL}  # name, ignoring case as some file systems do: folder
+        for aliases in self.aliases:
+            folder = path_component(aliases[-1])
+            while folder.casefold() in taken:
+                folder += "_"
+            taken[folder.casefold()] = folder
+        return [*taken.values()][1:] + [UNCONDITIONAL]
 
     def label(self, wanted: str | int) -> int:
         """The label of a name, in any case, or of a number; `count` for "unconditional".

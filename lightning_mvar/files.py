@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,3 +48,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def path_component(name: str) -> str:
+    """Turns any text into the name of one file or folder: no separator, not hidden, not `~` or an option's dash."""
+    text = re.sub(r"[/\\\x00-\x1f\x7f]", "_", name).strip()[:100]
+    return text if text and text[0] not in ".~-" else f"_{text}"

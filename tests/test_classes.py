@@ -1,3 +1,5 @@
+from pathlib import PurePosixPath
+
 import pytest
 
 from lightning_mvar.classes import Classes, imagenet_classes
@@ -49,3 +51,22 @@ def test_classes_of_ones_own_go_by_their_names_first() -> None:
     assert [folders.label(wanted) for wanted in ("1", 1, "2", 2)] == [0, 1, 2, 2]
     thousand = Classes([str(i) for i in range(1000)], 1000)
     assert thousand.name(207) == "207"
+
+
+@pytest.mark.parametrize("name", ["../x", "/abs", "..", ".", "", "~", "~root", "a/b", "a\\b", "x\0y", ".hidden", "-rf", "a\nb"])
+def test_a_class_name_becomes_one_visible_path_component(name: str) -> None:
+    folder = Classes([name, "other"], 2).folder(0)
+    path = PurePosixPath(folder)
+    assert path.parts == (folder,)
+    assert folder not in ("", ".", "..", "other")
+    assert folder[0] not in ".~-"
+    assert folder.isprintable()
+
+
+def test_classes_whose_names_become_one_stay_apart() -> None:
+    names = ["a/b", "a_b", "A_B", "a_b_", "unconditional", "plain"]
+    classes = Classes(names, len(names))
+    folders = [classes.folder(label) for label in range(len(names) + 1)]
+    assert len({folder.casefold() for folder in folders}) == len(folders)
+    assert folders[-2:] == ["plain", "unconditional"]
+    assert Classes([], 1000).folder(207) == "n02099601"

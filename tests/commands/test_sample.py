@@ -183,6 +183,16 @@ def test_classes_go_by_name_or_number_or_none(here: Path, tokenizer: Tokenizer) 
     assert np.abs(unconditional.astype(int) - expected).max() <= 1
 
 
+def test_a_class_name_from_a_file_never_leads_out_of_the_folder(here: Path, tokenizer: Tokenizer) -> None:
+    names = ["../outside", str(here / "abs"), *map(str, range(8))]
+    save_folder(here / "foreign", tokenizer, tiny_network(), names)
+    before = {path.name for path in here.iterdir()}
+    command = ["sample", "--ckpt_path", "foreign", "--out", "in/side", "--classes", "0,1,2"]
+    assert run(command) == 0
+    assert {path.name for path in here.iterdir()} - before == {"in"}
+    assert len(list((here / "in/side").glob("*/*.png"))) == 3
+
+
 def test_of_more_images_those_stay_that_the_classifier_is_surest_of(here: Path) -> None:
     command = [*SAMPLE, "--out", "kept.npz", "--reject", "conftest.Brightness", "--keep", "0.4", "--classes", "9,4"]
     assert run(command) == 0
