@@ -19,6 +19,15 @@ class TokenizerCLI(TrainingCLI):
 
     checkpoint_key = CHECKPOINT_KEY
 
+    def refuse_other_runs(self, ckpt_path: str | None) -> None:
+        super().refuse_other_runs(ckpt_path)
+        folder = Path(self.trainer.default_root_dir)
+        if ckpt_path is None and (folder / "config.json").exists():
+            raise InputError(
+                f"{folder} holds a finished tokenizer: continue its training with --resume, or choose another "
+                f"--trainer.default_root_dir for a new one"
+            )
+
     def add_arguments_to_parser(self, parser):  # type: ignore[no-untyped-def]
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
         add_resume(parser)

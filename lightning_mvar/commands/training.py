@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_mvar.callbacks import Checkpoint, InterruptionCallback
+from lightning_mvar.callbacks.checkpoint import AtomicCheckpoint
 from lightning_mvar.checkpoints import CHECKPOINT_KEY
 from lightning_mvar.commands.overview import OverviewCallback
 from lightning_mvar.commands.parsing import behind
@@ -23,7 +24,7 @@ from lightning_mvar.commands.ranks import ending_together
 from lightning_mvar.data.datamodule import TokenDataModule
 from lightning_mvar.errors import InputError
 from lightning_mvar.module import LitMVAR
-from lightning_mvar.resume import newest_intact, read_plain_part
+from lightning_mvar.resume import by_time, newest_intact, read_plain_part
 from lightning_mvar.strategies import FSDP2Strategy
 
 CLI = TypeVar("CLI", bound=LightningCLI)
@@ -79,6 +80,8 @@ class TrainingCLI(LightningCLI):
             if ckpt_path is not None:
                 raise InputError("give --resume or --ckpt_path, not both")
             ckpt_path = self.newest_checkpoint()
+        elif training:
+            self.refuse_other_runs(ckpt_path)
         if ckpt_path is None:
             return None
         content = read_plain_part(Path(ckpt_path))
@@ -94,13 +97,30 @@ class TrainingCLI(LightningCLI):
         self.model.check_checkpoint(content[self.checkpoint_key])
         return ckpt_path
 
+    def folders(self, kind: type[AtomicCheckpoint]) -> list[Path]:
+        """Folders that the trainer's checkpoint callbacks of a kind write to."""
+        callbacks = self.trainer.checkpoint_callbacks
+        return [Path(str(callback.dirpath)) for callback in callbacks if isinstance(callback, kind)]
+
+    def refuse_other_runs(self, ckpt_path: str | None) -> None:
+        """Raise InputError if a new run would write, and remove, among the checkpoints of an earlier one.
+
+        A run that starts from one of its own checkpoints goes on with it.
+        """
+        folders = self.folders(AtomicCheckpoint)
+        if ckpt_path is not None and Path(ckpt_path).resolve().parent in [folder.resolve() for folder in folders]:
+            return
+        if occupied := [folder for folder in folders if by_time(folder)]:
+            raise InputError(
+                f"{occupied[0]} holds the checkpoints of an earlier run: continue it with --resume, or choose another "
+                f"--trainer.default_root_dir for a new one"
+            )
+
     def newest_checkpoint(self) -> str | None:
-        folders = [
-            str(callback.dirpath) for callback in self.trainer.checkpoint_callbacks if isinstance(callback, Checkpoint)
-        ]
+        folders = self.folders(Checkpoint)
         if not folders:
             raise InputError("--resume needs a lightning_mvar.callbacks.Checkpoint among the trainer's callbacks")
-        newest = newest_intact(Path(folders[0]))
+        newest = newest_intact(folders[0])
         rank_zero_info(
             f"resuming from {newest}" if newest else f"--resume: no intact checkpoint in {folders[0]}, starting anew"
         )

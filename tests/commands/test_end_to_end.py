@@ -88,6 +88,15 @@ def test_tokenizer_training_leaves_a_folder_and_its_curves(here: Path) -> None:
     assert images == {"reconstructions"}
 
 
+def test_a_second_training_of_a_tokenizer_leaves_the_first_one_alone(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in (here / "tok").rglob("*") if path.is_file()}
+    assert run(["train-tokenizer", "--config", "tokenizer.yaml"]) == 1
+    assert "tok holds a finished tokenizer: continue its training with --resume, or choose another" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in (here / "tok").rglob("*") if path.is_file()} == before
+
+
 def test_shards_hold_what_the_tokenizer_says_of_every_image(here: Path) -> None:
     from lightning_mvar.data.sources import open_images
 

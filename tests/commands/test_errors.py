@@ -116,7 +116,7 @@ def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.Captur
     (best,) = (here / "best").iterdir()
     assert f"{best.relative_to(here)} holds weights only" in refused(capfd, *fit, "--ckpt_path", "best/" + best.name)
     assert run(["validate", *fit[1:], "--ckpt_path", "best/" + best.name]) == 0
-    (here / "same.yaml").write_text(CHECKPOINTS.replace("dirpath: best", "dirpath: state"))
+    (here / "same.yaml").write_text(CHECKPOINTS.replace("dirpath: best", "dirpath: fresh").replace("dirpath: state", "dirpath: fresh"))
     assert "give them two folders" in refused(capfd, "fit", "--config", "fit.yaml", "--config", "same.yaml")
 
 

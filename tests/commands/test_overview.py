@@ -141,6 +141,7 @@ def test_a_resumed_run_stays_one_and_shows_the_configuration_it_goes_on_with(cop
 
 def test_a_run_that_starts_anew_in_the_same_folder_keeps_its_overview(copy: Path) -> None:
     """Steps from 0 on are forgotten there, as TensorBoard's slower reader understands it."""
+    shutil.rmtree(copy / "run/checkpoints")
     fit(copy, "--trainer.max_steps", "2")
     assert b"max_steps: 2" in strings(copy / "run/logs", "config/text_summary")[-1]
     assert charts(copy / "run/logs").keys() >= {"loss", "accuracy"}

@@ -400,6 +400,27 @@ def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(plain_run_fol
     assert "--resume needs a lightning_mvar.callbacks.Checkpoint" in without.printed()
 
 
+@pytest.mark.parametrize("options", [[], ["--ckpt_path", "other/checkpoints/last.ckpt"]])
+def test_a_new_run_never_touches_the_checkpoints_of_an_earlier_one(
+    plain_run_folder: Path, options: list[str]
+) -> None:
+    for root in ("run", "other"):
+        train(plain_run_folder, root, ["--trainer.max_steps", "4"])
+    before = contents(plain_run_folder / "run")
+    new = start([*FIT[:-1], *options, "--trainer.default_root_dir", "run"], plain_run_folder)
+    assert new.wait() == [1], new.printed()
+    assert "run/checkpoints holds the checkpoints of an earlier run: continue it with --resume" in new.printed()
+    assert "Traceback" not in new.printed()
+    assert contents(plain_run_folder / "run") == before
+    again = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "run"]  # its own: it goes on
+    own = start([*FIT[:-1], *again, "--trainer.max_steps", "5"], plain_run_folder)
+    assert own.wait() == [0], own.printed()
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_finished_run_ends_at_once_and_goes_on_when_it_is_extended(
     run_folder: Path, uninterrupted: Callable[..., Path]
 ) -> None:
