@@ -1,10 +1,17 @@
-"""Where to compute."""
+"""Devices and precisions to compute on and in."""
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import Literal
+
 import torch
+from torch import nn
 
 from lightning_mvar.errors import InputError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -17,3 +24,9 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available here ({str(error).splitlines()[0]})") from error
     return device
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device of a module's first parameter or buffer; the CPU if it has none."""
+    tensors = chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

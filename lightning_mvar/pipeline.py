@@ -13,12 +13,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
-from lightning_mvar.classes import Classes
-from lightning_mvar.data.decoding import to_tensor
-from lightning_mvar.devices import choose_device
+from lightning_mvar.data.classes import Classes
+from lightning_mvar.data.images.decoding import to_tensor
+from lightning_mvar.devices import DTYPES, Precision, choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.pictures import to_uint8
-from lightning_mvar.sampling import DTYPES, Known, Precision, Step, decoded, draw_scales, image_generators, tokens_kept
+from lightning_mvar.sampling.generate import Known, Step, decoded, draw_scales, image_generators, tokens_kept
+from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.scales import Shape, in_words
 
 FILES = ["config.json", "*.safetensors"]  # of a folder of `export`

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints import save_folder
-from lightning_mvar.data.shards import Manifest, shard_name, write_shard
+from lightning_mvar.data.tokens.shards import Manifest, shard_name, write_shard
 
 CLASSES = ["dark", "light", "mixed"]
 SCHEDULE = ScaleSchedule((1, 2, 3, 4))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lightning_mvar.classes import imagenet_classes
-from lightning_mvar.data.photos import FILES, read_photo
+from lightning_mvar.data.builtin.photos import FILES, read_photo
+from lightning_mvar.data.classes import imagenet_classes
 
 CLASSES = list(imagenet_classes())
 SIDE = 24

@@ -18,7 +18,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(  # whichever test of a process is the first to ask, its server serves all
-    ["lightning_mvar.server", "lightning_mvar.commands.training", "lightning_mvar.metrics.digits"]
+    ["lightning_mvar.sweeps.server", "lightning_mvar.cli.training", "lightning_mvar.metrics.digits"]
 )
 
 
@@ -92,7 +92,7 @@ def run_rank(
     import torch
 
     from lightning_mvar.cli import main
-    from lightning_mvar.processes import SERVER_OUTLIVES
+    from lightning_mvar.sweeps.processes import SERVER_OUTLIVES
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_OUTLIVES)  # a process has one server, which may be that of sweeps
     multiprocessing.set_start_method(None, force=True)  # of what a command starts: as if it had been started alone

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_mvar.hparams import row
+from lightning_mvar.io.hparams import row
 
 MIXERS, DEPTHS, SEEDS = ("mvar", "var", "markov"), ("2", "10"), (0, 1, 2)
 SIDES, BATCH, STEPS = (1, 2, 4), 16, (3, 7, 11)

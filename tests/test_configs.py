@@ -11,15 +11,15 @@ import torch
 from jsonargparse import Namespace
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
-from lightning_mvar.checkpoints import config_from_dict
+from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.cli import run
+from lightning_mvar.cli.training import parsed_fit, run_cli
 from lightning_mvar.commands.sweep import plan_cells
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
-from lightning_mvar.commands.training import parsed_fit, run_cli
-from lightning_mvar.data.datamodule import ImageDataModule
 from lightning_mvar.models.config import BASELINES
 from lightning_mvar.sweeps.plan import read_sweep
-from lightning_mvar.tokenizer_module import LitTokenizer
+from lightning_mvar.training.datamodules import ImageDataModule
+from lightning_mvar.training.tokenizer import LitTokenizer
 
 MIXERS = {"M-VAR": ("scale_attention", "mamba2"), "VAR": ("block_causal_attention",)}
 ROOT = Path(__file__).parent.parent

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from parity.recipe import BUFFERS, image, tensor
+from parity.recipe import image
+from published_states import CASES, FOLDER, official_weights
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, generate
 from lightning_mvar.checkpoints import load_official_mvar, load_official_tokenizer
-from lightning_mvar.official import NETWORK_NAMES, rename
+from lightning_mvar.checkpoints.published import NETWORK_NAMES, rename
 
-FOLDER = Path(__file__).parent / "parity"
-CASES = sorted(path.stem for path in FOLDER.glob("*.json"))
 TOLERANCE = 1e-4  # of the largest magnitude
 GRADIENT_TOLERANCE = 1e-3
 # Under autocast: two to three times the worst that was seen, relative to the largest magnitude.
@@ -32,18 +30,6 @@ class Case:
     values: dict[str, torch.Tensor]
     network: MVAR
     tokenizer: Tokenizer
-
-
-def official_weights(shapes: dict[str, list[int]], schedule: ScaleSchedule) -> dict[str, torch.Tensor]:
-    weights = {}
-    for key, shape in shapes.items():
-        if key == "lvl_1L":
-            weights[key] = schedule.scale_ids[None]
-        elif key.rsplit(".", 1)[-1] in BUFFERS:
-            weights[key] = torch.zeros(shape)
-        else:
-            weights[key] = torch.from_numpy(tensor(key, tuple(shape)))
-    return weights
 
 
 @pytest.fixture(scope="module", params=CASES)

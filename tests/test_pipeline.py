@@ -14,9 +14,9 @@ from PIL import Image
 from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import TrainedModel, save_folder
 from lightning_mvar.errors import InputError
-from lightning_mvar.pictures import to_uint8
 from lightning_mvar.pipeline import MVARPipeline
-from lightning_mvar.sampling import image_generators
+from lightning_mvar.sampling.generate import image_generators
+from lightning_mvar.sampling.grids import to_uint8
 
 NAMES = ["zero", *map(str, range(1, 10))]
 

@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_mvar.models.recurrences
-import lightning_mvar.sampling
+import lightning_mvar.sampling.generate
 from lightning_mvar.bench.measure import Run
-from lightning_mvar.costs import META, count_flops, forward_flops, sampling_flops
+from lightning_mvar.devices import DTYPES, Precision
 from lightning_mvar.errors import InputError
+from lightning_mvar.models.base import State
 from lightning_mvar.models.config import BASELINES, MIXERS, SIZES, MVARConfig
-from lightning_mvar.models.mixers import State
-from lightning_mvar.models.mvar import MVAR, Block, MVARState
-from lightning_mvar.optim import OptimizerConfig, build_optimizer
-from lightning_mvar.sampling import DTYPES, Precision, generate, image_generators
+from lightning_mvar.models.costs import META, count_flops, forward_flops, sampling_flops
+from lightning_mvar.models.mvar import MVAR, UNDECAYED, Block, MVARState
+from lightning_mvar.sampling.generate import generate, image_generators
 from lightning_mvar.scales import ScaleSchedule, Shape, lengths_of
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
+from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Subject:
         """What a profile tells apart; see `Stopwatch.watching`."""
         network, tokenizer = self.network, self.tokenizer
         parts: list[tuple[Any, str, str]] = [
-            (lightning_mvar.sampling, "draw", "drawing tokens"),
+            (lightning_mvar.sampling.generate, "draw", "drawing tokens"),
             (lightning_mvar.models.recurrences, "ssd", "scan"),
             (tokenizer, "decode_features", "decoder"),
             (tokenizer.quantizer, "accumulate", "residual pyramid"),
@@ -169,7 +170,7 @@ class Subject:
     def training_step(self) -> Run:
         """A function that takes one training step on random tokens (b, l)."""
         network = self.network.float().train()
-        optimizer = build_optimizer(network, OptimizerConfig())
+        optimizer = build_optimizer(network, OptimizerConfig(), undecayed_names=UNDECAYED)
         schedule = self.network_config.schedule
         scale_inputs = self.scale_inputs(self.batch_size)
         shape = (self.batch_size, schedule.num_tokens)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from lightning_mvar.bench.measure import alternate
-from lightning_mvar.data.images import ImageSource, batch_loader, batched
-from lightning_mvar.encoding import Encoder
-from lightning_mvar.sampling import Precision
+from lightning_mvar.data.images.examples import ImageSource, batch_loader, batched
+from lightning_mvar.data.tokens.encode import TokenEncoder
+from lightning_mvar.devices import Precision
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 BATCHES = 8  # of each run
@@ -32,7 +32,7 @@ def measure_tokenizing(
     Of the same images, up to 8 batches at random. What cannot be decoded is left out.
     """
     chosen = np.random.default_rng(0).permutation(len(source))[: BATCHES * batch_size].tolist()
-    batches, encoder = batched(chosen, batch_size), Encoder(model, device, precision)
+    batches, encoder = batched(chosen, batch_size), TokenEncoder(model, device, precision)
     held = list(batch_loader(source, batches, num_workers))
 
     def decode() -> None:

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.distributed.checkpoint import CheckpointException
 
 from lightning_mvar.callbacks.tensorboard import writers
+from lightning_mvar.checkpoints.training import Checksums, by_time, checksums, hidden, publish, remove, remove_leftovers
 from lightning_mvar.errors import DivergedError, InputError, Interrupted
-from lightning_mvar.resume import Checksums, by_time, checksums, hidden, publish, remove, remove_leftovers
-from lightning_mvar.scheduled_module import ScheduledModule
+from lightning_mvar.training.base import ScheduledModule
+from lightning_mvar.training.lightning_internals import CheckpointHooks, dump_checkpoint
 
 # What Lightning keeps of a validation pass that was cut short in its first batch: it is run again from the start.
 UNFINISHED_VALIDATION = {
@@ -39,7 +39,7 @@ class PlainFiles(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
 
-class AtomicCheckpoint(ModelCheckpoint):
+class AtomicCheckpoint(CheckpointHooks):
     """Lightning's ModelCheckpoint, whose files and folders get their name when they are complete and on the disk."""
 
     validation_unfinished = False
@@ -51,8 +51,8 @@ class AtomicCheckpoint(ModelCheckpoint):
         if stage == "fit" and trainer.is_global_zero:
             remove_leftovers(Path(str(self.dirpath)))
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        self.save(trainer, Path(filepath), alone=False)
+    def write(self, trainer: L.Trainer, path: Path) -> None:
+        self.save(trainer, path, alone=False)
 
     def save(self, trainer: L.Trainer, path: Path, alone: bool) -> None:
         """Write a checkpoint: all ranks together, or this rank alone because the others cannot be reached.
@@ -60,7 +60,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         Raises:
             InputError: on all ranks, if one could not write.
         """
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        checkpoint = dump_checkpoint(trainer, self.save_weights_only)
         self.settle(trainer, checkpoint["loops"]["fit_loop"])
         temporary = hidden(path, "unfinished")
         error: BaseException | None = None
@@ -82,7 +82,7 @@ class AtomicCheckpoint(ModelCheckpoint):
             self.agree(trainer, path, error)
         elif error is not None:
             self.fail(trainer, path, error)
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, str(path)
+        self.mark_saved(trainer, path)
 
     def settle(self, trainer: L.Trainer, loop: dict[str, Any]) -> None:
         """Count what is complete only: a batch, the batches of a step, or a validation pass under way come again."""
@@ -103,7 +103,7 @@ class AtomicCheckpoint(ModelCheckpoint):
     def fail(self, trainer: L.Trainer, path: Path, error: BaseException | None) -> None:
         if trainer.is_global_zero:
             remove(hidden(path, "unfinished"))
-        self._last_global_step_saved = trainer.global_step  # it would fail again
+        self.mark_saved(trainer)  # it would fail again
         reason = "see the message of another rank" if error is None else reason_of(error)
         raise InputError(
             f"cannot write the checkpoint {path} ({reason}); those before it are kept: make room, then go on with "
@@ -117,23 +117,22 @@ class AtomicCheckpoint(ModelCheckpoint):
         parts: list[Checksums] = [{}] * trainer.world_size
         mine = checksums(folder, trainer.global_rank, trainer.world_size)
         dist.all_gather_object(parts, mine)
-        return {name: checksum for part in parts for name, checksum in part.items()}
+        return {name: found for part in parts for name, found in part.items()}
 
-    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+    def delete(self, trainer: L.Trainer, path: Path) -> None:
         if trainer.is_global_zero:
-            remove(Path(filepath))
+            remove(path)
 
-    @staticmethod
-    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
-        """In one step, and without waiting for other ranks, which may be gone."""
+    def link(self, trainer: L.Trainer, path: Path, link: Path) -> None:
+        """Replaces the link in one step, without waiting for other ranks, which may be gone."""
         if not trainer.is_global_zero:
             return
-        link = hidden(Path(linkpath), "link")
+        temporary = hidden(link, "link")
         try:
-            link.symlink_to(Path(filepath).name)
-            os.replace(link, linkpath)
+            temporary.symlink_to(path.name)
+            os.replace(temporary, link)
         except OSError as error:
-            raise InputError(f"cannot link {linkpath} to the checkpoint {filepath} ({error.strerror})") from error
+            raise InputError(f"cannot link {link} to the checkpoint {path} ({error.strerror})") from error
 
 
 def reason_of(error: BaseException) -> str:
@@ -184,7 +183,7 @@ class Checkpoint(AtomicCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path is not None:
-            self._last_global_step_saved = trainer.global_step
+            self.mark_saved(trainer)
             self.intact = [Path(trainer.ckpt_path).resolve()]
         forget_logged(trainer, trainer.global_step)
 
@@ -202,7 +201,7 @@ class Checkpoint(AtomicCheckpoint):
         self.validation_unfinished = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
+        if not self.needs_none(trainer):
             self.save_now(trainer, alone=False)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -215,20 +214,19 @@ class Checkpoint(AtomicCheckpoint):
         useless = isinstance(exception, DivergedError | KeyboardInterrupt) or pl_module.stepping
         # After the last step, a run that goes on from there would not make up for the validation that was cut short.
         outside = trainer.global_step in (0, trainer.max_steps)
-        if useless or outside or self._should_skip_saving_checkpoint(trainer):
+        if useless or outside or self.needs_none(trainer):
             return
         together = isinstance(exception, Interrupted) or trainer.world_size == 1
         whole = trainer.strategy.lightning_restore_optimizer  # False where each rank has a share
         if together or (whole and trainer.is_global_zero):
             self.save_now(trainer, alone=not together)
-            rank_zero_info(f"saved {self._last_checkpoint_saved}; --resume goes on from there")
+            rank_zero_info(f"saved {self.last_saved}; --resume goes on from there")
 
     def save_now(self, trainer: L.Trainer, alone: bool) -> None:
-        candidates = self._monitor_candidates(trainer)
-        path = self.format_checkpoint_name(candidates)
+        path = self.name_now(trainer)
         self.best_model_path = path
         self.save(trainer, Path(path), alone)
-        self._save_last_checkpoint(trainer, candidates)
+        self.update_last(trainer)
 
     def save(self, trainer: L.Trainer, path: Path, alone: bool) -> None:
         for logger in trainer.loggers:  # what is logged before a checkpoint must not be lost after it

@@ -17,9 +17,9 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.reference import load_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, prepare
-from lightning_mvar.module import LitMVAR
-from lightning_mvar.sampling import generate, image_generators
-from lightning_mvar.strategies import sampling_from
+from lightning_mvar.sampling.generate import generate, image_generators
+from lightning_mvar.training.mvar import LitMVAR
+from lightning_mvar.training.strategies import sampling_from
 
 
 class FIDCallback(L.Callback):
@@ -77,8 +77,15 @@ class FIDCallback(L.Callback):
         self.scored = {"step": 0, "epoch": 0}  # what was complete when samples were last scored
         self.reference: Summary | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look at the real images, before any training is spent."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measures the real images before any training is spent."""
+        self.measure_reference(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.reference is None:  # outside of `fit`
+            self.measure_reference(trainer, pl_module)
+
+    def measure_reference(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LitMVAR)
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
         prepare(self.extractor, trainer.strategy.root_device)

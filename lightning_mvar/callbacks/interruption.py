@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_mvar.errors import Interrupted
+from lightning_mvar.training.lightning_internals import silence_sigterm_broadcast
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, preemption, Slurm's warning before the time limit
 
@@ -33,8 +34,7 @@ class InterruptionCallback(L.Callback):
         if trainer.world_size > 1:
             timeout = getattr(trainer.strategy, "_timeout", None)  # not gloo's own, but what the run is to wait
             self.group = dist.new_group(backend="gloo", timeout=timeout)
-            # Lightning's own broadcast before every batch, on the GPU and waited for, is of no use beside this.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            silence_sigterm_broadcast(trainer)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.listen()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_mvar.data.images import ImageBatch
+from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.metrics.reconstruction import ReconstructionScores
 from lightning_mvar.metrics.summary import prepare
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.callbacks.tensorboard import log_codes, log_image
-from lightning_mvar.classes import Classes
-from lightning_mvar.data.images import ImageBatch
-from lightning_mvar.module import LitMVAR
-from lightning_mvar.pictures import formation_strip, image_grid, with_row_names
-from lightning_mvar.sampling import generate, image_generators
-from lightning_mvar.strategies import sampling_from
-from lightning_mvar.tokenizer_module import LitTokenizer
+from lightning_mvar.data.classes import Classes
+from lightning_mvar.data.images.examples import ImageBatch
+from lightning_mvar.sampling.generate import generate, image_generators
+from lightning_mvar.sampling.grids import formation_strip, image_grid, with_row_names
+from lightning_mvar.training.mvar import LitMVAR
+from lightning_mvar.training.strategies import sampling_from
+from lightning_mvar.training.tokenizer import LitTokenizer
 
 
 class SamplesCallback(L.Callback):
@@ -59,7 +59,7 @@ class SamplesCallback(L.Callback):
             images, tokens = generate(
                 network, pl_module.tokenizer, labels, generator=generators, return_tokens=True, **self.sampling
             )
-        classes = Classes(trainer.datamodule.class_names, total)  # type: ignore[attr-defined]
+        classes = Classes(pl_module.class_names, total)
         names = [classes.name(label) for label in shown.tolist()]
         log_image(trainer, "samples", with_row_names(image_grid(images, self.per_class), names))
         steps = pl_module.tokenizer.decode_steps(tokens[:: self.per_class])

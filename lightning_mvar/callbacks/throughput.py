@@ -6,9 +6,10 @@ import time
 
 import lightning as L
 
-from lightning_mvar.costs import forward_flops
 from lightning_mvar.errors import InputError
-from lightning_mvar.module import LitMVAR
+from lightning_mvar.models.costs import forward_flops
+from lightning_mvar.training.base import ScheduledModule
+from lightning_mvar.training.mvar import LitMVAR
 
 
 class ThroughputCallback(L.Callback):
@@ -44,11 +45,12 @@ class ThroughputCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         self.batches += 1
+        assert isinstance(pl_module, ScheduledModule)
         if not pl_module.logs_now:
             return
         end = time.perf_counter()
         if self.begin is not None:
-            images = self.batches * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
+            images = self.batches * pl_module.batch_of_all_ranks
             self.log_rates(trainer, pl_module, images / (end - self.begin))
         self.begin_anew(end)
 

@@ -16,16 +16,16 @@ from tqdm import tqdm
 from lightning_mvar.bench.measure import Run, Stopwatch, alternate, large_matmul, peak_memory
 from lightning_mvar.bench.subjects import Setting, Subject, flops_per_image, operations
 from lightning_mvar.bench.tokenizing import measure_tokenizing
-from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.costs import state_bytes
-from lightning_mvar.data.loader import TokenLoader, TokenStream
-from lightning_mvar.data.remote import SHARD_CACHE, LocalShards, ShardSource, open_shards
-from lightning_mvar.data.shards import Manifest, shard_name, write_shard
-from lightning_mvar.data.sources import open_images
-from lightning_mvar.devices import choose_device
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.data.images.sources import open_images
+from lightning_mvar.data.tokens.shards import Manifest, shard_name, write_shard
+from lightning_mvar.data.tokens.sources import SHARD_CACHE, LocalShards, ShardSource, open_shards
+from lightning_mvar.data.tokens.stream import TokenLoader, TokenStream
+from lightning_mvar.devices import Precision, choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling import Precision, compile_steps
+from lightning_mvar.models.costs import state_bytes
+from lightning_mvar.sampling.generate import compile_steps
 from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
 
 

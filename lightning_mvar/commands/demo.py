@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_mvar.commands.parsing import call
+from lightning_mvar.cli.arguments import call
 from lightning_mvar.errors import InputError
-from lightning_mvar.files import atomic_path
-from lightning_mvar.processes import wait_for
+from lightning_mvar.io.files import atomic_path
+from lightning_mvar.sweeps.processes import wait_for
 
 ROOT = Path("outputs/demo")
 CONFIGS = Path("configs/experiment")

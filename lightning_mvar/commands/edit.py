@@ -9,13 +9,13 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
-from lightning_mvar.commands.parsing import call
-from lightning_mvar.data.decoding import UNREADABLE
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.data.images.decoding import IMAGE_ERRORS
+from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
-from lightning_mvar.files import atomic_path
-from lightning_mvar.pictures import image_grid, save_image
+from lightning_mvar.io.files import atomic_path
 from lightning_mvar.pipeline import MVARPipeline, fitted
-from lightning_mvar.sampling import Precision
+from lightning_mvar.sampling.grids import image_grid, save_image
 from lightning_mvar.scales import Shape, in_words
 
 REDRAWN = (255, 0, 255)  # what is redrawn, in the picture
@@ -113,7 +113,7 @@ def open_picture(path: str) -> Image.Image:
             return upright
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except UNREADABLE as error:
+    except IMAGE_ERRORS as error:
         raise InputError(f"{path} cannot be decoded ({error})") from error
 
 

@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.commands.drawing import draw_set
-from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.ranks import ranks
-from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.data.digits import DIGITS
-from lightning_mvar.data.embedded import EmbeddedSet, Split
-from lightning_mvar.data.sample_files import Samples, open_samples
-from lightning_mvar.data.sources import embedded_in
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.ranks import ranks
+from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.data.builtin.base import EmbeddedSet, Split
+from lightning_mvar.data.builtin.digits import DIGITS
+from lightning_mvar.data.images.sources import embedded_in
 from lightning_mvar.errors import InputError
-from lightning_mvar.fingerprint import fingerprint
+from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics.digits import svm_accuracy
 from lightning_mvar.metrics.embedded import EmbeddedClassifier
 from lightning_mvar.metrics.frechet import frechet_distance
@@ -30,6 +28,8 @@ from lightning_mvar.metrics.judges import kept_classifier
 from lightning_mvar.metrics.reference import load_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, hand_over, num_features, prepare
+from lightning_mvar.sampling.draw import draw_set
+from lightning_mvar.sampling.readers import Samples, open_samples
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from lightning_mvar.checkpoints import (
     save_folder,
     save_official,
 )
-from lightning_mvar.commands.parsing import call
+from lightning_mvar.cli.arguments import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.scales import ScaleSchedule
 

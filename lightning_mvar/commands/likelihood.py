@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
-from lightning_mvar.classes import Classes
-from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.reading import check_reading, read_images
-from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.data.images import OnCorrupt
-from lightning_mvar.data.sources import open_images
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.progress import check_reading, read_images
+from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.data.classes import Classes
+from lightning_mvar.data.images.examples import OnCorrupt
+from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling import teacher_inputs
+from lightning_mvar.sampling.generate import teacher_inputs
 
 
 def likelihood(

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.reading import check_reading, read_images
-from lightning_mvar.commands.records import Record, print_table, write_records
-from lightning_mvar.data.images import OnCorrupt
-from lightning_mvar.data.sources import open_images
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.progress import check_reading, read_images
+from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.data.images.examples import OnCorrupt
+from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.judges import kept_classifier
 from lightning_mvar.metrics.reconstruction import ReconstructionScores
 from lightning_mvar.metrics.summary import prepare
-from lightning_mvar.pictures import image_grid, save_image
+from lightning_mvar.sampling.grids import image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 SHOWN = 8  # images of the picture

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from tensorboard.plugins.hparams import api_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_mvar.commands.parsing import call
-from lightning_mvar.files import atomic_path
-from lightning_mvar.hparams import columns, ended, row
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.hparams import columns, ended, row
 from lightning_mvar.sweeps.figures import all_figures
 from lightning_mvar.sweeps.results import CRASHED, FINISHED, CellResult, Sweep, is_number, read_results
 from lightning_mvar.sweeps.tables import (

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_mvar.commands.drawing import Drawing, draw_set
-from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.ranks import ranks
-from lightning_mvar.data.sample_files import open_samples
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.ranks import ranks
 from lightning_mvar.errors import InputError
-from lightning_mvar.pictures import formation_strip, image_grid, save_animation, save_image, with_row_names
+from lightning_mvar.sampling.draw import Drawing, draw_set
+from lightning_mvar.sampling.grids import formation_strip, image_grid, save_animation, save_image, with_row_names
+from lightning_mvar.sampling.readers import open_samples
 
 GRID_COLUMNS, STRIP_ROWS = 10, 10
 ANIMATIONS = (".gif", ".webp")

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from threading import Event
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
-from lightning_mvar.commands.parsing import call
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
-from lightning_mvar.sampling import Precision
 
 LOCAL = ("127.0.0.1", "localhost")
 
@@ -40,7 +40,7 @@ def serve(
         raise InputError("the page needs gradio: pip install 'lightning-mvar[serve]'")
     check_address(host, port)
     pipe = MVARPipeline(load_trained(folder, tokenizer, weights), device, precision)
-    from lightning_mvar.page import serving  # gradio takes seconds
+    from lightning_mvar.web.page import serving  # gradio takes seconds
 
     with serving(pipe, folder, host, port):
         if host not in LOCAL:

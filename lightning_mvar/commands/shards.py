@@ -13,19 +13,19 @@ import torch
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.classes import Classes
-from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.records import print_rows, print_table, shown, write_records
-from lightning_mvar.data.fetching import is_remote
-from lightning_mvar.data.images import ImageSource, find_by_key
-from lightning_mvar.data.inspection import expectations, find_problems
-from lightning_mvar.data.remote import LocalShards
-from lightning_mvar.data.shards import MANIFEST, Manifest, chosen_samples
-from lightning_mvar.data.sources import open_images
-from lightning_mvar.data.token_statistics import TokenStatistics, count_shard, spread_samples
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.tables import format_value, print_rows, print_table, write_records
+from lightning_mvar.data.classes import Classes
+from lightning_mvar.data.images.examples import ImageSource, find_by_key
+from lightning_mvar.data.images.sources import open_images
+from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, chosen_samples
+from lightning_mvar.data.tokens.sources import LocalShards
+from lightning_mvar.data.tokens.statistics import TokenStatistics, count_shard, spread_samples
+from lightning_mvar.data.tokens.verify import expectations, find_problems
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.pictures import captioned_pair, image_grid, save_image
+from lightning_mvar.io.fetch import is_remote
+from lightning_mvar.sampling.grids import captioned_pair, image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 DESCRIPTION = (
@@ -85,7 +85,7 @@ def info(folder: str, json: str | None = None) -> None:
     print_table([about])
     print()
     scales = statistics.per_scale()
-    print_rows([list(scales[0]), *([shown(value) for value in scale.values()] for scale in scales)])
+    print_rows([list(scales[0]), *([format_value(value) for value in scale.values()] for scale in scales)])
     print()
     print_classes(manifest.class_names, statistics.classes)
     for message in manifest.skipped[:NAMED]:

@@ -13,22 +13,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from lightning_mvar.checkpoints import config_from_dict
+from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.cli import COMMANDS
+from lightning_mvar.cli.arguments import call, check
+from lightning_mvar.cli.training import parsed_fit
 from lightning_mvar.commands.evaluate import evaluate
-from lightning_mvar.commands.parsing import call, check
-from lightning_mvar.commands.training import parsed_fit
-from lightning_mvar.costs import matched
 from lightning_mvar.errors import InputError, Interrupted
-from lightning_mvar.files import atomic_path
-from lightning_mvar.locks import alone_in
-from lightning_mvar.models.mvar import MVARConfig
-from lightning_mvar.processes import Stop
+from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.locks import alone_in
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.costs import matched
 from lightning_mvar.sweeps.cells import Cell
 from lightning_mvar.sweeps.launchers import Launcher, local_launcher, ray_launcher, submitit_launcher
-from lightning_mvar.sweeps.plan import SweepFile, Variant, read_sweep
+from lightning_mvar.sweeps.plan import GridPoint, SweepFile, read_sweep
 from lightning_mvar.sweeps.preparation import prepare
-from lightning_mvar.sweeps.table import shown
+from lightning_mvar.sweeps.processes import Stop
+from lightning_mvar.sweeps.table import status_table
 
 REFRESH_S = 1.0
 
@@ -75,7 +75,7 @@ def sweep(
         begin, before = time.monotonic(), [cell for cell in cells if cell.state() == "finished"]
         if len(before) < len(cells):
             prepare(plan.prepare, folder, stop, lock)
-            with shown(cells) as show:
+            with status_table(cells) as show:
                 run(cells, launch, stop, show)
         if stop.signal:
             name, remedy = signal.Signals(stop.signal).name, "the same command goes on with what is missing"
@@ -117,7 +117,7 @@ def plan_cells(plan: SweepFile, folder: Path) -> list[Cell]:
     return cells
 
 
-def check_variant(plan: SweepFile, variant: Variant, folder: Path) -> tuple[str, ...]:
+def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[str, ...]:
     """Parse a variant's command lines; the words that make its network match the budget."""
     cell = plan.cell(variant, plan.seeds[0], folder)
     try:

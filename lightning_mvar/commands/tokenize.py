@@ -20,15 +20,23 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.commands.parsing import call
-from lightning_mvar.commands.ranks import ranks
-from lightning_mvar.data.images import ImageSource, Views, batch_loader, batched
-from lightning_mvar.data.shards import MANIFEST, Manifest, parts_of, read_part, save_part, shard_name, write_shard
-from lightning_mvar.data.sources import IMAGE_CACHE, open_images
-from lightning_mvar.encoding import Encoded, Encoder
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.ranks import ranks
+from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
+from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
+from lightning_mvar.data.tokens.encode import Encoded, TokenEncoder
+from lightning_mvar.data.tokens.shards import (
+    MANIFEST,
+    Manifest,
+    read_record,
+    records_of,
+    save_record,
+    shard_name,
+    write_shard,
+)
+from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
-from lightning_mvar.locks import alone_in
-from lightning_mvar.sampling import Precision
+from lightning_mvar.io.locks import alone_in
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 ORDER_SEED = 0  # images go into the shards in one fixed random order, so that every shard has all classes
@@ -106,7 +114,7 @@ def tokenize(
         fabric.barrier()
         if not Manifest.load(folder).same_run(plan):
             raise InputError(f"rank {fabric.global_rank} has other images, or another tokenizer, than rank 0")
-        work = Work(fabric, folder, plan, Encoder(model, fabric.device, precision), max_failures)
+        work = Work(fabric, folder, plan, TokenEncoder(model, fabric.device, precision), max_failures)
         work.run(source, order, batch_size, num_workers)
         fabric.barrier()
         if fabric.is_global_zero:
@@ -164,7 +172,7 @@ class Work:
         max_failures: see `tokenize`.
     """
 
-    def __init__(self, fabric: Fabric, folder: Path, plan: Manifest, encode: Encoder, max_failures: int) -> None:
+    def __init__(self, fabric: Fabric, folder: Path, plan: Manifest, encode: TokenEncoder, max_failures: int) -> None:
         self.folder, self.plan, self.encode, self.max_failures = folder, plan, encode, max_failures
         self.rank, self.world_size, self.local_rank = fabric.global_rank, fabric.world_size, fabric.local_rank
         self.parent = os.getppid()
@@ -232,12 +240,12 @@ class Work:
         names = [key for batch in keys for key in batch]
         shard = write_shard(self.folder / shard_name(index), np.concatenate(tokens), np.concatenate(labels), names)
         shard.skipped = errors
-        save_part(self.folder, shard)
+        save_record(self.folder, shard)
 
     def hear_of_failures(self) -> None:
         """Read what other ranks have met since."""
-        for part in set(parts_of(self.folder)) - self.seen:
-            self.failed |= read_part(part).skipped
+        for part in set(records_of(self.folder)) - self.seen:
+            self.failed |= read_record(part).skipped
             self.seen.add(part)
 
     def check_parent(self) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.pytorch.strategies import FSDPStrategy
-
 from lightning_mvar.checkpoints import save_folder
-from lightning_mvar.commands.training import TrainingCLI, add_resume, run_cli, together
-from lightning_mvar.data.datamodule import ImageDataModule
+from lightning_mvar.cli.training import TrainingCLI, add_resume, run_cli, together
 from lightning_mvar.errors import InputError
-from lightning_mvar.strategies import whole_copy
-from lightning_mvar.tokenizer_module import CHECKPOINT_KEY, LitTokenizer
+from lightning_mvar.training.datamodules import ImageDataModule
+from lightning_mvar.training.strategies import whole_copy
+from lightning_mvar.training.tokenizer import TOKENIZER_KEY, LitTokenizer
 
 
 class TokenizerCLI(TrainingCLI):
     """A single command without subcommands."""
 
-    checkpoint_key = CHECKPOINT_KEY
+    checkpoint_key = TOKENIZER_KEY
 
     def refuse_other_runs(self, ckpt_path: str | None) -> None:
         super().refuse_other_runs(ckpt_path)
@@ -36,8 +34,6 @@ class TokenizerCLI(TrainingCLI):
 def main(argv: list[str]) -> None:
     cli = run_cli(TokenizerCLI, LitTokenizer, ImageDataModule, args=argv[1:], run=False)
     trainer = cli.trainer
-    if isinstance(trainer.strategy, FSDPStrategy):
-        raise InputError("train-tokenizer does not work with Lightning's fsdp: use --trainer.strategy fsdp2, or ddp")
     ckpt_path = cli.choose_checkpoint(cli.config["ckpt_path"], cli.config["resume"], training=True)
     with together(trainer):
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_mvar.data.digits import DIGITS
+from lightning_mvar.data.builtin.digits import DIGITS
 from lightning_mvar.metrics.embedded import EmbeddedClassifier
 
 SCAN_SIDE = 8  # the scans' own resolution, on which the support vector machine judges

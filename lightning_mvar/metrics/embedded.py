@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_mvar.data.embedded import EmbeddedSet
-from lightning_mvar.weights import load_strictly, read_weights, save_weights
+from lightning_mvar.data.builtin.base import EmbeddedSet
+from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self

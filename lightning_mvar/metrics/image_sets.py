@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mvar.data.fetching import is_remote, name_in
-from lightning_mvar.data.images import Images, image_loader
-from lightning_mvar.data.remote import ShardSource, open_shards
-from lightning_mvar.data.sample_files import NpzSamples
-from lightning_mvar.data.shards import MANIFEST, read_shard
-from lightning_mvar.data.sources import ARCHIVES, open_images
+from lightning_mvar.data.images.examples import Images, image_loader
+from lightning_mvar.data.images.sources import ARCHIVES, open_images
+from lightning_mvar.data.tokens.shards import MANIFEST, read_shard
+from lightning_mvar.data.tokens.sources import ShardSource, open_shards
 from lightning_mvar.errors import InputError
-from lightning_mvar.npz import names_in
+from lightning_mvar.io.fetch import is_remote, name_in
+from lightning_mvar.io.npz import names_in
+from lightning_mvar.sampling.readers import NpzSamples
 from lightning_mvar.scales import Shape, in_words, shape_of
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.weights import load_strictly, read_torch
+from lightning_mvar.io.tensors import load_strictly, read_torch
 
 SIDE = 299
 SPATIAL_CHANNELS = 7

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_mvar.data.sources import embedded_in
+from lightning_mvar.data.images.sources import embedded_in
 from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.embedded import EmbeddedClassifier
 from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_mvar.data.photos import MARGIN, PHOTOS, PHOTOS64
+from lightning_mvar.data.builtin.photos import MARGIN, PHOTOS, PHOTOS64
 from lightning_mvar.metrics.embedded import EmbeddedClassifier
 
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.fingerprint import fingerprint
+from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.npz import names_in
 from lightning_mvar.metrics.image_sets import ImageSet, has_images, open_image_set
 from lightning_mvar.metrics.summary import Features, Summary, hand_over
-from lightning_mvar.npz import names_in
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_mvar.devices import device_of
 from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.inception_score import InceptionScore
 from lightning_mvar.metrics.precision_recall import precision_recall
-from lightning_mvar.metrics.summary import Features, Summary, device_of, num_features
+from lightning_mvar.metrics.summary import Features, Summary, num_features
 
 SPLITS = 10  # of the inception score, as published
 MAX_FEATURES = 50_000  # sampled images that precision and recall are taken of, as in the published protocol

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lightning_mvar.devices import device_of
 from lightning_mvar.errors import InputError
-from lightning_mvar.files import atomic_path
-from lightning_mvar.fingerprint import fingerprint
+from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.npz import names_in, read_npz
 from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics
 from lightning_mvar.metrics.image_sets import BATCH_SIZE, ImageSet, share
 from lightning_mvar.metrics.precision_recall import FeatureBank
-from lightning_mvar.npz import names_in, read_npz
 
 SPATIAL = ("mu_s", "sigma_s")  # the published files' names
 
@@ -146,11 +146,6 @@ def num_features(extractor: nn.Module) -> int:
 def num_spatial(extractor: nn.Module) -> int:
     """Spatial features of an extractor, 0 where it gives none."""
     return getattr(extractor, "num_spatial", 0)
-
-
-def device_of(extractor: nn.Module) -> torch.device:
-    tensors = chain(extractor.parameters(), extractor.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def numbers_in(path: Path, name: str) -> NDArray[Any]:

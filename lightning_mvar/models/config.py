@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mixers import (
+from lightning_mvar.models.attention import (
     Attention,
     BlockCausalAttention,
     MarkovAttention,
-    Mixer,
     ScaleAttention,
     WindowAttention,
 )
+from lightning_mvar.models.base import Mixer
 from lightning_mvar.models.recurrences import GatedLinearAttention, LinearAttention, Mamba1, Mamba2, ScaleMamba
 from lightning_mvar.scales import ScaleSchedule, Shape, lengths_of
 

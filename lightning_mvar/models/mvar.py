@@ -24,13 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_mvar.models.attention import Attention
+from lightning_mvar.models.base import Mixer, State
 from lightning_mvar.models.config import MIXERS, MVARConfig
-from lightning_mvar.models.mixers import Attention, Mixer, State
 from lightning_mvar.ops.kernels import look_for_kernels
 from lightning_mvar.scales import Shape
 
-# What is exponentiated, decays over all tokens and temperatures: never in half precision, nor drawn to 0 in training.
-EXACT = ("A_log", "dt_bias", "decay_log", "qk_scale_log")
+# Parameters that get exponentiated (decays over all tokens, temperatures): kept in float32 and without weight decay.
+KEEP_FLOAT32 = ("A_log", "dt_bias", "decay_log", "qk_scale_log")
+UNDECAYED = ("start_embed", "pos_embed", "scale_embed.weight", "adaln_table", *KEEP_FLOAT32)
 LOGITS_AT_ONCE = 2**24  # while scoring: 64 MiB
 
 
@@ -253,8 +255,12 @@ class MVAR(nn.Module):
             return F.linear(x, *float_parameters(self.head))
 
     def lower(self, dtype: torch.dtype) -> MVAR:
-        """Cast the weights in place, to sample in less memory and time; but for `EXACT` and the head (see `logits`)."""
-        exact = {name: p.data for name, p in self.named_parameters() if name.endswith(EXACT) or name.startswith("head")}
+        """Casts the weights in place, to sample with less memory and time; `KEEP_FLOAT32` and the head stay float32."""
+        exact = {
+            name: p.data
+            for name, p in self.named_parameters()
+            if name.endswith(KEEP_FLOAT32) or name.startswith("head")
+        }
         self.to(dtype)
         for name, value in exact.items():
             self.get_parameter(name).data = value

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mvar.models.mixers import Mixer, State
+from lightning_mvar.models.base import Mixer, State
 from lightning_mvar.ops.conv import causal_conv
 from lightning_mvar.ops.gated_norm import gated_rms_norm
 from lightning_mvar.ops.linear_attention import MIN_LOG_DECAY, linear_attention

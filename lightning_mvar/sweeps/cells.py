@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.files import atomic_path
-from lightning_mvar.locks import FileLock, is_locked
-from lightning_mvar.processes import POLL_S, Stop, Surroundings, wait_unless
+from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.locks import FileLock, is_locked
+from lightning_mvar.sweeps.processes import POLL_S, Stop, Surroundings, wait_unless
 
 State = Literal["waiting", "running", "finished", "crashed", "interrupted"]
 

@@ -55,7 +55,7 @@ def numeric_axes(sweep: Sweep) -> list[str]:
 def loss_against_compute(variants: list[Variant]) -> Figure:
     """Validation loss against the operations that training has spent so far, from left to right one run."""
     figure, (plot,) = panels(1)
-    for variant, look in shown(variants):
+    for variant, look in styled(variants):
         lines = [compute_curve(cell.measures, cell.curves["val/loss"]) for cell in variant.cells.values()]
         for line in lines:
             plot.plot(*zip(*line, strict=True), color=look["color"], linewidth=0.7, alpha=0.4)
@@ -77,7 +77,7 @@ def distance_against_cost(variants: list[Variant]) -> Figure:
     assert distance is not None
     figure, plots = panels(len(COST_LABELS))
     for plot, (cost, label) in zip(plots, COST_LABELS.items(), strict=True):
-        for variant, look in shown(variants):
+        for variant, look in styled(variants):
             scatter(plot, variant, cost, distance, look)
         spread(plot)
         plot.set(xlabel=label)
@@ -99,7 +99,7 @@ def scale_losses(variants: list[Variant], baseline: Variant) -> Figure:
     others = alike(variants, baseline)
     tags = [tag for tag in next(iter(baseline.cells.values())).measures if tag.startswith(SCALE_LOSS)]
     figure, (plot,) = panels(1)
-    looks = {variant.name: look for variant, look in shown(variants)}
+    looks = {variant.name: look for variant, look in styled(variants)}
     for index, variant in enumerate(others):
         look = looks[variant.name]
         places = [place + 0.8 * ((index + 0.5) / len(others) - 0.5) for place in range(len(tags))]
@@ -171,7 +171,7 @@ def draw_line(plot: Plot, line: list[Variant], axis: str, measure: str, name: st
         plot.plot(*zip(*means, strict=True), label=name, **look | OPEN)
 
 
-def shown(variants: list[Variant]) -> Iterator[tuple[Variant, Look]]:
+def styled(variants: list[Variant]) -> Iterator[tuple[Variant, Look]]:
     """Variants with finished cells, each with the look that it has in every figure."""
     return ((v, look) for v, look in zip(variants, looks_in_turn(), strict=False) if v.cells)
 

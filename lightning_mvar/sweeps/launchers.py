@@ -20,8 +20,8 @@ from types import FrameType
 from typing import Any
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.processes import Stop
 from lightning_mvar.sweeps.cells import run_cell
+from lightning_mvar.sweeps.processes import Stop
 
 Launcher = Callable[[list[Path], Stop], None]
 

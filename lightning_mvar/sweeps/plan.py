@@ -53,7 +53,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Variant:
+class GridPoint:
     """A point of the grid, which its seeds share.
 
     Args:
@@ -91,7 +91,7 @@ class SweepFile:
     seeds: tuple[int, ...]
     budget: Budget | None
 
-    def variants(self) -> list[Variant]:
+    def variants(self) -> list[GridPoint]:
         """All points of the grid, or those that are listed, in order."""
         found = [self.variant(values) for values in self.listed or self.grid()]
         names = [variant.name for variant in found]
@@ -110,13 +110,13 @@ class SweepFile:
         for values in product(*self.axes.values()):
             yield {axis: value.name for axis, value in zip(self.axes, values, strict=True)}
 
-    def variant(self, values: dict[str, str]) -> Variant:
+    def variant(self, values: dict[str, str]) -> GridPoint:
         chosen = [next(c for c in choices if c.name == values[axis]) for axis, choices in self.axes.items()]
         words = [*self.fit, *(word for choice in chosen for word in choice.words)]
         axes = {axis: choice.name for axis, choice in zip(self.axes, chosen, strict=True)}
-        return Variant("-".join(choice.label for choice in chosen) or "fit", axes, tuple(words))
+        return GridPoint("-".join(choice.label for choice in chosen) or "fit", axes, tuple(words))
 
-    def cell(self, variant: Variant, seed: int, out: Path, budget: tuple[str, ...] = ()) -> Cell:
+    def cell(self, variant: GridPoint, seed: int, out: Path, budget: tuple[str, ...] = ()) -> Cell:
         """The run of a variant and a seed, whose fit has the words of the budget after the variant's."""
         folder = out / "cells" / f"{variant.name}-seed{seed}"
         own = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder), "--resume"]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.files import atomic_path
-from lightning_mvar.locks import FileLock
-from lightning_mvar.processes import Stop, Surroundings, wait_unless
+from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.locks import FileLock
 from lightning_mvar.sweeps.cells import ASKED_TO_END, config_hashes, read_record
+from lightning_mvar.sweeps.processes import Stop, Surroundings, wait_unless
 
 
 def prepare(commands: tuple[tuple[str, ...], ...], out: Path, stop: Stop, lock: FileLock) -> None:

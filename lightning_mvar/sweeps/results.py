@@ -17,7 +17,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.hparams import read_row
+from lightning_mvar.io.hparams import read_row
 from lightning_mvar.sweeps.cells import ASKED_TO_END, attempts
 from lightning_mvar.sweeps.plan import read_sweep
 

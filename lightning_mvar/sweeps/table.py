@@ -17,7 +17,7 @@ COLOURS: dict[State, str] = {"running": "cyan", "finished": "green", "crashed": 
 
 
 @contextmanager
-def shown(cells: list[Cell]) -> Iterator[Callable[[], None]]:
+def status_table(cells: list[Cell]) -> Iterator[Callable[[], None]]:
     """Something to call every now and then, which shows how the cells are."""
     if sys.stdout.isatty() and find_spec("rich") is not None:
         from rich.live import Live

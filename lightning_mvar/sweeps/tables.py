@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_mvar.files import atomic_path
+from lightning_mvar.io.files import atomic_path
 from lightning_mvar.sweeps.results import COSTS, IN_TRAINING, LOSSES, RATE, SCALE_LOSS, SCORES, CellResult, Sweep
 from lightning_mvar.sweeps.variants import Comparison, Stat, Variant, smallest_visible
 
@@ -133,14 +133,14 @@ def stats_table(variants: list[Variant], measures: Sequence[str]) -> Table:
         [
             variant.name,
             str(len(variant.cells)),
-            *(shown(variant.stat(measure), len(variant.cells)) for measure in present),
+            *(format_stat(variant.stat(measure), len(variant.cells)) for measure in present),
         ]
         for variant in variants
     ]
     return Table(["variant", "seeds", *titles], rows)
 
 
-def shown(stat: Stat | None, seeds: int) -> str:
+def format_stat(stat: Stat | None, seeds: int) -> str:
     """Mean ± deviation, to the deviation's second digit; with the number of seeds where it is not all of them."""
     if stat is None:
         return ""

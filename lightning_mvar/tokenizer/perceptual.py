@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.weights import StateDict, check_same, load_strictly, read_torch
+from lightning_mvar.io.tensors import StateDict, check_same, load_strictly, read_torch
 
 RELEASE = "https://download.pytorch.org/models/vgg16-397923af.pth"
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels between the poolings

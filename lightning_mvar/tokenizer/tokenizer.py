@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.fingerprint import fingerprint
+from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.scales import ScaleSchedule, Shape
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer

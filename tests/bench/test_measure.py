@@ -7,7 +7,7 @@ import torch
 
 from lightning_mvar.bench import measure
 from lightning_mvar.bench.measure import Stopwatch, alternate, large_matmul, peak_memory
-from lightning_mvar.costs import count_flops
+from lightning_mvar.models.costs import count_flops
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ from conftest import MIXERS, SCHEDULE, tiny_network
 
 from lightning_mvar import MVARConfig, TokenizerConfig
 from lightning_mvar.bench.subjects import Setting, Subject, carried, prefix_rerun
-from lightning_mvar.costs import state_bytes
 from lightning_mvar.errors import InputError
+from lightning_mvar.models.costs import state_bytes
 
 TOKENIZER = TokenizerConfig(SCHEDULE, 48, 8, channels=8, multipliers=(1, 2), blocks=1, num_phi=3)
 

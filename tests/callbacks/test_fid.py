@@ -14,13 +14,13 @@ from processes import start
 from lightning_mvar import Tokenizer
 from lightning_mvar.callbacks import BestCheckpoint, FIDCallback
 from lightning_mvar.checkpoints import load_trained
+from lightning_mvar.checkpoints.training import read_plain_part
 from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.image_sets import open_image_set
 from lightning_mvar.metrics.reference import measure
-from lightning_mvar.resume import read_plain_part
-from lightning_mvar.sampling import generate, image_generators
+from lightning_mvar.sampling.generate import generate, image_generators
 
 
 def steps_scored(

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SCHEDULE, Pixels, write_images
-from test_module import make_trainer
+from lit_modules import make_trainer
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from lightning_mvar import TokenizerConfig
 from lightning_mvar.callbacks import ReconstructionScoresCallback
-from lightning_mvar.data.datamodule import ImageDataModule
 from lightning_mvar.metrics.frechet import Statistics, frechet_distance
-from lightning_mvar.tokenizer_module import LitTokenizer
+from lightning_mvar.training.datamodules import ImageDataModule
+from lightning_mvar.training.tokenizer import LitTokenizer
 
 CONFIG = TokenizerConfig(SCHEDULE, 24, 4, channels=8, multipliers=(1, 2, 2), blocks=1, num_phi=2)
 

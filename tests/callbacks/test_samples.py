@@ -9,15 +9,15 @@ import pytest
 import torch
 from conftest import SCHEDULE, write_images, write_token_shards
 from lightning.pytorch.loggers import TensorBoardLogger
+from lit_modules import make_module, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramValue
-from test_module import make_module, make_trainer
 
 from lightning_mvar import Tokenizer, TokenizerConfig
 from lightning_mvar.callbacks import ReconstructionsCallback, SamplesCallback
 from lightning_mvar.callbacks.tensorboard import add_counts
-from lightning_mvar.data.datamodule import ImageDataModule, TokenDataModule
-from lightning_mvar.sampling import generate, image_generators
-from lightning_mvar.tokenizer_module import LitTokenizer
+from lightning_mvar.sampling.generate import generate, image_generators
+from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
+from lightning_mvar.training.tokenizer import LitTokenizer
 
 SCALES = [str(side) for side in SCHEDULE.side_lengths]
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from conftest import SCHEDULE, write_token_shards
 from lightning.pytorch.callbacks import Callback
-from test_module import make_module, make_trainer
+from lit_modules import make_module, make_trainer
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.callbacks import ThroughputCallback
-from lightning_mvar.costs import forward_flops
-from lightning_mvar.data.datamodule import TokenDataModule
 from lightning_mvar.errors import InputError
+from lightning_mvar.models.costs import forward_flops
+from lightning_mvar.training.datamodules import TokenDataModule
 
 
 class Logged(Callback):

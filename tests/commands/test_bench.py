@@ -14,7 +14,7 @@ from lightning_mvar.bench import measure
 from lightning_mvar.bench.subjects import Setting
 from lightning_mvar.cli import run
 from lightning_mvar.commands.bench import measure_data
-from lightning_mvar.data import crops
+from lightning_mvar.data.images import crops
 
 SMALL = ["--size", "d12", "--depth", "1", "--batch_size", "1", "--repeats", "1", "--device", "cpu"]
 

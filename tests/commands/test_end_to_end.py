@@ -8,40 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, write_images
+from conftest import CLASSES
 from PIL import Image
+from stages import FIT_YAML, TOKENIZER_YAML, run_stages, tags
 
 from lightning_mvar.checkpoints import load_tokenizer, load_trained
 from lightning_mvar.cli import run
-from lightning_mvar.data.shards import Manifest, read_shard
-
-TOKENIZER_YAML = """
-trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, check_val_every_n_epoch: null, log_every_n_steps: 1,
-  default_root_dir: tok, enable_progress_bar: false, enable_model_summary: false,
-  logger: {class_path: lightning.pytorch.loggers.TensorBoardLogger,
-           init_args: {save_dir: "${trainer.default_root_dir}", name: "", version: logs}},
-  callbacks: [{class_path: lightning_mvar.callbacks.ReconstructionsCallback},
-              {class_path: lightning_mvar.callbacks.ThroughputCallback}]}
-model: {tokenizer: {schedule: {side_lengths: [1, 2, 4]}, vocab_size: 24, code_dim: 4, channels: 8,
-                    multipliers: [1, 2], blocks: 1, num_phi: 2}, revive_every: 2}
-data: {train: images, val: images, resolution: 8, batch_size: 6}
-"""
-FIT_YAML = """
-trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, check_val_every_n_epoch: null, log_every_n_steps: 1,
-  default_root_dir: run, enable_progress_bar: false, enable_model_summary: false,
-  logger: {class_path: lightning.pytorch.loggers.TensorBoardLogger,
-           init_args: {save_dir: "${trainer.default_root_dir}", name: "", version: logs}},
-  callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint,
-               init_args: {dirpath: "${trainer.default_root_dir}/checkpoints", save_last: true, monitor: val/fid}},
-              {class_path: lightning_mvar.callbacks.SamplesCallback, init_args: {per_class: 2}},
-              {class_path: lightning_mvar.callbacks.ThroughputCallback},
-              {class_path: lightning_mvar.callbacks.FIDCallback,
-               init_args: {extractor: {class_path: conftest.Pixels}, reference: images, num_samples: 7,
-                           batch_size: 4}}]}
-model: {tokenizer: tok, network: {schedule: {side_lengths: [1, 2, 4]}, vocab_size: 24, code_dim: 4, num_classes: 3,
-                                  depth: 2, width: 32, heads: 2, head_dim: 16}}
-data: {train: shards/train, val: shards/train, batch_size: 6}
-"""
+from lightning_mvar.data.tokens.shards import Manifest, read_shard
 
 
 @pytest.fixture(scope="module")
@@ -50,34 +23,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_stages(tmp_path_factory.mktemp("workspace"), TOKENIZER_YAML, FIT_YAML)
 
 
-def run_stages(root: Path, tokenizer_yaml: str, fit_yaml: str) -> Path:
-    """From a folder of pictures to an exported network."""
-    write_images(root / "images")
-    (root / "tokenizer.yaml").write_text(tokenizer_yaml)
-    (root / "fit.yaml").write_text(fit_yaml)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        assert run(["train-tokenizer", "--config", "tokenizer.yaml"]) == 0
-        tokenize = ["tokenize", "--images", "images", "--tokenizer", "tok", "--out", "shards/train"]
-        assert run([*tokenize, "--shard_size", "7"]) == 0
-        assert run(["fit", "--config", "fit.yaml"]) == 0
-        assert run(["export", "--ckpt_path", "run/checkpoints/last.ckpt", "--out", "export"]) == 0
-    return root
-
-
 @pytest.fixture
 def here(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(workspace)
     return workspace
-
-
-def tags(logs: Path) -> tuple[set[str], set[str]]:
-    """Scalar and image tags in TensorBoard's files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(logs))
-    events.Reload()
-    return set(events.Tags()["scalars"]), set(events.Tags()["images"])
 
 
 def test_tokenizer_training_leaves_a_folder_and_its_curves(here: Path) -> None:
@@ -93,12 +42,15 @@ def test_a_second_training_of_a_tokenizer_leaves_the_first_one_alone(
 ) -> None:
     before = {path: path.read_bytes() for path in (here / "tok").rglob("*") if path.is_file()}
     assert run(["train-tokenizer", "--config", "tokenizer.yaml"]) == 1
-    assert "tok holds a finished tokenizer: continue its training with --resume, or choose another" in capfd.readouterr().err
+    assert (
+        "tok holds a finished tokenizer: continue its training with --resume, or choose another"
+        in capfd.readouterr().err
+    )
     assert {path: path.read_bytes() for path in (here / "tok").rglob("*") if path.is_file()} == before
 
 
 def test_shards_hold_what_the_tokenizer_says_of_every_image(here: Path) -> None:
-    from lightning_mvar.data.sources import open_images
+    from lightning_mvar.data.images.sources import open_images
 
     manifest = Manifest.load(here / "shards/train")
     assert [shard.samples for shard in manifest.shards] == [7, 7, 4]

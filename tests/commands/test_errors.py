@@ -15,7 +15,7 @@ from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.cli import COMMANDS, run
 from lightning_mvar.errors import InputError
-from lightning_mvar.strategies import FSDP2Strategy
+from lightning_mvar.training.strategies import FSDP2Strategy
 
 FIT = """
 trainer: {{accelerator: cpu, max_steps: 1, logger: false, enable_checkpointing: false, enable_progress_bar: false,
@@ -116,14 +116,16 @@ def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.Captur
     (best,) = (here / "best").iterdir()
     assert f"{best.relative_to(here)} holds weights only" in refused(capfd, *fit, "--ckpt_path", "best/" + best.name)
     assert run(["validate", *fit[1:], "--ckpt_path", "best/" + best.name]) == 0
-    (here / "same.yaml").write_text(CHECKPOINTS.replace("dirpath: best", "dirpath: fresh").replace("dirpath: state", "dirpath: fresh"))
+    (here / "same.yaml").write_text(
+        CHECKPOINTS.replace("dirpath: best", "dirpath: fresh").replace("dirpath: state", "dirpath: fresh")
+    )
     assert "give them two folders" in refused(capfd, "fit", "--config", "fit.yaml", "--config", "same.yaml")
 
 
 def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     half = [
         "--trainer.strategy",
-        "lightning_mvar.strategies.FSDP2Strategy",
+        "lightning_mvar.training.strategies.FSDP2Strategy",
         "--trainer.strategy.param_dtype",
         "bfloat16",
     ]

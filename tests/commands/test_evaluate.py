@@ -18,12 +18,12 @@ from processes import start
 from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
-from lightning_mvar.data.photos import PHOTOS
+from lightning_mvar.data.builtin.photos import PHOTOS
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.image_sets import open_image_set
 from lightning_mvar.metrics.photos import PhotosClassifier
 from lightning_mvar.metrics.reference import measure
-from lightning_mvar.sampling import image_generators
+from lightning_mvar.sampling.generate import image_generators
 
 SCORES = ("frechet_distance", "precision", "recall")
 AGAINST = ["--reference", "images", "--extractor", "conftest.Pixels", "--device", "cpu"]

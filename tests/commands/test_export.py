@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published_states import published
 from safetensors.torch import save_file
-from test_official import published
 
 from lightning_mvar.checkpoints import load_tokenizer, load_trained
 from lightning_mvar.cli import run

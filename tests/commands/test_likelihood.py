@@ -13,7 +13,7 @@ from conftest import SCHEDULE, tiny_network, write_images
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.cli import run
-from lightning_mvar.data.sources import open_images
+from lightning_mvar.data.images.sources import open_images
 
 NAMES = ["mixed", "dark", "light", *map(str, range(3, 10))]  # not in the order of the folders
 

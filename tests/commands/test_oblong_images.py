@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_end_to_end import FIT_YAML, TOKENIZER_YAML, run_stages, tags
+from stages import FIT_YAML, TOKENIZER_YAML, run_stages, tags
 
 from lightning_mvar.cli import run
-from lightning_mvar.data.shards import Manifest
+from lightning_mvar.data.tokens.shards import Manifest
 
 SIDES = "[1, [1, 2], [2, 3], [4, 6]]"
 SQUARE = "schedule: {side_lengths: [1, 2, 4]}"

@@ -11,8 +11,8 @@ import torch
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.cli import run
-from lightning_mvar.data.shards import Manifest, read_shard
-from lightning_mvar.data.sources import open_images
+from lightning_mvar.data.images.sources import open_images
+from lightning_mvar.data.tokens.shards import Manifest, read_shard
 from lightning_mvar.metrics.image_sets import open_image_set
 from lightning_mvar.metrics.photos import PhotosClassifier
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_mvar import ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints import load_tokenizer, save_folder
 from lightning_mvar.cli import run
-from lightning_mvar.data.sources import open_images
+from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.metrics.frechet import Statistics, frechet_distance
 
 CONFIG = TokenizerConfig(ScaleSchedule((1, 2, 4)), 24, 4, channels=8, multipliers=(1, 1, 2), blocks=1, num_phi=2)

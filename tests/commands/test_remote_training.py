@@ -12,7 +12,7 @@ from shard_server import ShardServer, serving
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.cli import run
-from lightning_mvar.data import fetching
+from lightning_mvar.io import fetch as fetching
 
 FIT = ["fit", "--config", "run.yaml", "--data.block_size", "1"]  # shards are read one at a time
 

@@ -18,9 +18,9 @@ from conftest import prepare_run, scalars
 from processes import Run, start
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.data.loader import TokenLoader, TokenStream
-from lightning_mvar.data.remote import LocalShards
-from lightning_mvar.resume import by_time, read_part
+from lightning_mvar.checkpoints.training import by_time, read_tensors
+from lightning_mvar.data.tokens.sources import LocalShards
+from lightning_mvar.data.tokens.stream import TokenLoader, TokenStream
 
 FIT = ["fit", "--config", "run.yaml", "--resume"]
 TWO = ["--data.batch_size", "8", "--trainer.strategy"]
@@ -28,7 +28,7 @@ TWO = ["--data.batch_size", "8", "--trainer.strategy"]
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
     """Network and average of the newest checkpoint."""
-    return read_part((root / "checkpoints/last.ckpt").resolve(), "")
+    return read_tensors((root / "checkpoints/last.ckpt").resolve(), "")
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -163,7 +163,7 @@ def test_torn_shares_are_named_and_passed_over(run_folder: Path, uninterrupted: 
 
 def signal_at_step_5(rank: int, number: int, everywhere: bool = False) -> None:
     """The last rank receives a signal in the middle of the sixth step; the others are never sent it."""
-    from lightning_mvar.module import LitMVAR
+    from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
     if everywhere:
@@ -179,7 +179,7 @@ def signal_at_step_5(rank: int, number: int, everywhere: bool = False) -> None:
 
 def signal_in_validation(rank: int, step: int) -> None:
     """As the validation after a step begins."""
-    from lightning_mvar.module import LitMVAR
+    from lightning_mvar.training.mvar import LitMVAR
 
     def on_validation_epoch_start(self):  # type: ignore[no-untyped-def]
         if self.global_step == step and rank == 0:
@@ -230,7 +230,7 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(plain_run_folder: Path)
 
 
 def two_interrupts_at_step_5(rank: int) -> None:
-    from lightning_mvar.module import LitMVAR
+    from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
 
@@ -263,7 +263,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_shows_each_ste
 
 
 def die_at_step_2(rank: int) -> None:
-    from lightning_mvar.module import LitMVAR
+    from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
 
@@ -301,7 +301,7 @@ def test_a_full_disk_ends_all_ranks_and_keeps_what_was_there(
 
 
 def fails_at_step_5(rank: int) -> None:
-    from lightning_mvar.module import LitMVAR
+    from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
 
@@ -352,7 +352,7 @@ def signal_before_the_second_half(rank: int) -> None:
 
 def in_the_middle_of_the_fifth_step(number: int | None) -> None:
     """Two epochs of two steps each are complete, and the first batch of the third epoch."""
-    from lightning_mvar.module import LitMVAR
+    from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
 
@@ -367,7 +367,7 @@ def in_the_middle_of_the_fifth_step(number: int | None) -> None:
 
 
 def loses_shards_at_step_2(rank: int) -> None:
-    from lightning_mvar.module import LitMVAR
+    from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
 
@@ -401,9 +401,7 @@ def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(plain_run_fol
 
 
 @pytest.mark.parametrize("options", [[], ["--ckpt_path", "other/checkpoints/last.ckpt"]])
-def test_a_new_run_never_touches_the_checkpoints_of_an_earlier_one(
-    plain_run_folder: Path, options: list[str]
-) -> None:
+def test_a_new_run_never_touches_the_checkpoints_of_an_earlier_one(plain_run_folder: Path, options: list[str]) -> None:
     for root in ("run", "other"):
         train(plain_run_folder, root, ["--trainer.max_steps", "4"])
     before = contents(plain_run_folder / "run")
@@ -446,7 +444,7 @@ def test_a_run_that_is_extended_by_epochs_goes_on_with_the_next_epochs_order(pla
 
 
 def write_down_ids(rank: int) -> None:
-    from lightning_mvar.module import LitMVAR
+    from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
 

@@ -16,12 +16,12 @@ from processes import start
 from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
-from lightning_mvar.commands import drawing
-from lightning_mvar.data.encoded import visible
-from lightning_mvar.data.sample_files import open_samples
+from lightning_mvar.data.images.files import visible
 from lightning_mvar.errors import InputError
-from lightning_mvar.pictures import to_uint8
-from lightning_mvar.sampling import image_generators
+from lightning_mvar.sampling import draw as drawing
+from lightning_mvar.sampling.generate import image_generators
+from lightning_mvar.sampling.grids import to_uint8
+from lightning_mvar.sampling.readers import open_samples
 
 SAMPLE = ["sample", "--ckpt_path", "model", "--per_class", "2", "--batch_size", "3", "--guidance", "0.5"]
 
@@ -160,7 +160,9 @@ def test_a_damaged_unfinished_set_is_told(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_mvar.sample_set.NpzFile.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "lightning_mvar.sampling.writers.NpzFile.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert run([*SAMPLE, "--out", "set.npz"]) == 130
     part = Path("set.npz.partial/00000003.npz")
     part.write_bytes(part.read_bytes()[:200])

@@ -82,7 +82,7 @@ def test_without_gradio_it_says_what_to_install(
 def test_others_are_warned_of(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     from contextlib import nullcontext
 
-    from lightning_mvar import page
+    from lightning_mvar.web import page
 
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt

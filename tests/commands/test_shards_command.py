@@ -16,9 +16,9 @@ from PIL import Image
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.cli import run
-from lightning_mvar.data.images import Views
-from lightning_mvar.data.sources import open_images
-from lightning_mvar.pictures import PADDING, SMALLEST_CAPTIONED
+from lightning_mvar.data.images.examples import Views
+from lightning_mvar.data.images.sources import open_images
+from lightning_mvar.sampling.grids import PADDING, SMALLEST_CAPTIONED
 
 
 @pytest.fixture

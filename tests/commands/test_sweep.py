@@ -17,9 +17,9 @@ from conftest import prepare_run
 from processes import start
 
 from lightning_mvar import Tokenizer
+from lightning_mvar.checkpoints.training import by_time, read_tensors
 from lightning_mvar.cli import run
-from lightning_mvar.locks import FileLock
-from lightning_mvar.resume import by_time, read_part
+from lightning_mvar.io.locks import FileLock
 from lightning_mvar.sweeps.cells import Cell, attempts
 
 SWEEP = """
@@ -64,7 +64,7 @@ def tries(out: Path) -> dict[str, list[int | None]]:
 
 
 def results(cell: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    weights = read_part(by_time(cell / "checkpoints")[0], "")
+    weights = read_tensors(by_time(cell / "checkpoints")[0], "")
     (scores,) = json.loads((cell / "scores.json").read_text())
     return weights, {name: score for name, score in scores.items() if name not in ("samples", "images_per_s")}
 

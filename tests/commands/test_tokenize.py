@@ -28,9 +28,9 @@ from processes import Run, start
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.cli import run
-from lightning_mvar.data.decoding import decode_image, to_tensor
-from lightning_mvar.data.shards import PARTS, Manifest, read_shard
-from lightning_mvar.locks import alone_in
+from lightning_mvar.data.images.decoding import decode_image, to_tensor
+from lightning_mvar.data.tokens.shards import PARTS, Manifest, read_shard
+from lightning_mvar.io.locks import alone_in
 
 Samples = dict[str, tuple[int, bytes]]  # label and tokens by key
 
@@ -250,7 +250,7 @@ def test_an_order_is_kept_to(here: Path, tmp_path: Path, capfd: pytest.CaptureFi
 def test_a_second_start_waits_and_is_refused(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lightning_mvar.locks.PATIENCE_S", 0.2)
+    monkeypatch.setattr("lightning_mvar.io.locks.PATIENCE_S", 0.2)
     with alone_in(tmp_path / "out", "tokenize"):
         assert run(command("folder", str(tmp_path / "out"))) == 1
     assert "another tokenize is at work in" in capfd.readouterr().err
@@ -260,7 +260,9 @@ def test_a_second_start_waits_and_is_refused(
 def test_a_decoding_process_that_is_killed_ends_the_command_in_a_line(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lightning_mvar.data.crops.decode_image", lambda data: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(
+        "lightning_mvar.data.images.crops.decode_image", lambda data: os.kill(os.getpid(), signal.SIGKILL)
+    )
     assert run(command("folder", str(tmp_path), "--num_workers", "1")) == 1
     assert "a process that decodes images was killed, perhaps for memory" in capfd.readouterr().err
 
@@ -278,8 +280,8 @@ def test_half_precision_finds_mostly_the_same_tokens(here: Path, tmp_path: Path)
 
 def test_decoding_is_at_most_two_batches_of_each_process_ahead(here: Path) -> None:
     """Or a slow encoder would fill the memory."""
-    from lightning_mvar.data.images import batch_loader, batched
-    from lightning_mvar.data.sources import open_images
+    from lightning_mvar.data.images.examples import batch_loader, batched
+    from lightning_mvar.data.images.sources import open_images
 
     images = open_images("folder", 8, "skip")
     asked: list[int] = []

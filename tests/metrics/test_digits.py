@@ -2,7 +2,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_mvar.data.digits import load_digits
+from lightning_mvar.data.builtin.digits import load_digits
 from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
 
 

@@ -10,12 +10,12 @@ import torch
 from conftest import write_images, write_token_shards
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.data.sample_files import NpzSamples
-from lightning_mvar.data.shards import read_shard
-from lightning_mvar.data.sources import open_images
+from lightning_mvar.data.images.sources import open_images
+from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics import image_sets as module
 from lightning_mvar.metrics.image_sets import BATCH_SIZE, Pictures, Reconstructions, open_image_set
+from lightning_mvar.sampling.readers import NpzSamples
 
 
 def test_pictures_come_in_order_with_and_without_workers() -> None:

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import torch
 
-from lightning_mvar.data.digits import DIGITS, load_digits
-from lightning_mvar.data.photos import PHOTOS, PHOTOS64
+from lightning_mvar.data.builtin.digits import DIGITS, load_digits
+from lightning_mvar.data.builtin.photos import PHOTOS, PHOTOS64
 from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.judges import kept_classifier
 from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier

@@ -8,8 +8,9 @@ from conftest import MIXERS, OBLONG, SCHEDULE, VARIANTS, tiny_network
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule
 from lightning_mvar.errors import InputError
+from lightning_mvar.models.attention import Attention
+from lightning_mvar.models.base import Mixer
 from lightning_mvar.models.config import INSIDE_SCALES, SIZES
-from lightning_mvar.models.mixers import Attention, Mixer
 from lightning_mvar.models.mvar import DropPath
 from lightning_mvar.scales import Shape
 

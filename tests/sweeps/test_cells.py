@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.locks import FileLock, is_locked
-from lightning_mvar.processes import CONTEXT, Stop, Surroundings, start, wait_unless
+from lightning_mvar.io.locks import FileLock, is_locked
 from lightning_mvar.sweeps.cells import Cell, append, attempts, last_line, run_cell
+from lightning_mvar.sweeps.processes import CONTEXT, Stop, Surroundings, start, wait_unless
 
 GOOD, BAD = "--version", "no-such-command"
 
@@ -115,7 +115,7 @@ def test_whoever_waits_for_a_cell_can_be_stopped(tmp_path: Path) -> None:
 
 def held_up(words: list[str], lock: FileLock, ready: str) -> None:
     """A parent that starts a command which hangs, and is killed."""
-    import lightning_mvar.processes as module
+    import lightning_mvar.sweeps.processes as module
 
     process = module.start(words, Surroundings(lock=lock), orphan_ends=True)
     Path(ready).write_text(str(process.pid))

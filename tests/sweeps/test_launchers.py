@@ -16,12 +16,12 @@ import torch
 from conftest import prepare_run
 
 from lightning_mvar import Tokenizer
+from lightning_mvar.checkpoints.training import read_tensors
 from lightning_mvar.errors import InputError
-from lightning_mvar.processes import Stop
-from lightning_mvar.resume import read_part
 from lightning_mvar.sweeps import launchers
 from lightning_mvar.sweeps.cells import Cell, attempts
 from lightning_mvar.sweeps.launchers import CellJob, Launcher, local_launcher, ray_launcher, submitit_launcher
+from lightning_mvar.sweeps.processes import Stop
 
 CHOOSE: dict[str, Callable[[Path], Launcher]] = {
     "submitit": lambda folder: submitit_launcher(2, folder / "submitit", {"cluster": "local", "timeout_min": 5}),
@@ -41,7 +41,7 @@ def make_cells(root: Path) -> list[Cell]:
 
 
 def weights(cell: Cell) -> dict[str, torch.Tensor]:
-    return read_part((cell.folder / "checkpoints/last.ckpt").resolve(), "")
+    return read_tensors((cell.folder / "checkpoints/last.ckpt").resolve(), "")
 
 
 @pytest.mark.parametrize("name", CHOOSE)

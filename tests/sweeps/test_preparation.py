@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.locks import FileLock
-from lightning_mvar.processes import Stop, Surroundings
+from lightning_mvar.io.locks import FileLock
 from lightning_mvar.sweeps import preparation
 from lightning_mvar.sweeps.preparation import prepare
+from lightning_mvar.sweeps.processes import Stop, Surroundings
 
 LOCK = FileLock(-1)  # of the sweep, held by what runs
 COMMANDS = (("train-tokenizer", "--config", "a.yaml"), ("tokenize", "--images", "my images"), ("tokenize", "--more"))

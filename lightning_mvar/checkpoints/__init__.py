@@ -1,0 +1,68 @@
+"""Networks and tokenizers on disk: exported folders, training checkpoints and published files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_mvar.checkpoints.folders import load_folder, load_tokenizer, save_folder
+from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
+from lightning_mvar.checkpoints.published import (
+    load_official,
+    load_official_mvar,
+    load_official_tokenizer,
+    save_official,
+)
+from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, load_checkpoint
+from lightning_mvar.errors import InputError
+
+PUBLISHED = (".pth", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
+
+__all__ = [
+    "TrainedModel",
+    "WhichWeights",
+    "check_pair",
+    "load_official",
+    "load_official_mvar",
+    "load_official_tokenizer",
+    "load_tokenizer",
+    "load_trained",
+    "read_model",
+    "save_folder",
+    "save_official",
+]
+
+
+def read_model(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
+    """Reads a network with its tokenizer from a training checkpoint, an exported folder or a published file.
+
+    Args:
+        path: what `load_trained` takes, or a .pth or .safetensors file of published VAR or M-VAR weights.
+        tokenizer: folder of the tokenizer, if it has moved; for a published network also a published file.
+        weights: of a training checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
+
+    Raises:
+        InputError: if a file is missing or something else, or network and tokenizer do not belong together.
+    """
+    path = Path(path)
+    if path.suffix in PUBLISHED and path.is_file():
+        return load_official(path, tokenizer)
+    return load_trained(path, tokenizer, weights)
+
+
+def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
+    """Loads a network with its tokenizer from a training checkpoint, or from a folder that `export` wrote.
+
+    Args:
+        path: a file; a folder of a sharded checkpoint, of which only weights are read; or a folder of `export`.
+        tokenizer: folder of the tokenizer, where it is no longer at the path that the checkpoint remembers.
+        weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
+
+    Raises:
+        InputError: if the file is missing or not ours, or its tokenizer is missing or another one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
+    if path.is_dir() and not (path / PLAIN_PART).is_file():
+        return load_folder(path, tokenizer)
+    return load_checkpoint(path, tokenizer, weights)

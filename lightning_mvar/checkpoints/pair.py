@@ -1,0 +1,26 @@
+"""A network and the tokenizer whose tokens it predicts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR
+from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
+
+
+class TrainedModel(NamedTuple):
+    """Everything that sampling needs: both parts in eval mode on the CPU, and the class names in label order."""
+
+    network: MVAR
+    tokenizer: Tokenizer
+    class_names: list[str]
+
+
+def check_pair(network: MVARConfig, tokenizer: TokenizerConfig, name: str) -> None:
+    """Raises InputError unless a network predicts the tokens of a tokenizer, which messages call `name`."""
+    for field in ("schedule", "vocab_size", "code_dim"):
+        ours, theirs = getattr(network, field), getattr(tokenizer, field)
+        if ours != theirs:
+            raise InputError(f"{name} does not fit the network: {field} is {theirs} there, {ours} in the network")

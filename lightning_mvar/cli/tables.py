@@ -1,0 +1,49 @@
+"""What commands measure: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning_mvar.io.files import atomic_path
+
+Record = dict[str, Any]  # flat; units are in the names
+
+
+def print_table(records: list[Record]) -> None:
+    """What all records share once, above; then a column for each of two records and their ratio, or a row for each."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    shared = {n: records[0].get(n) for n in names if len(records) > 1 and len({str(r.get(n)) for r in records}) == 1}
+    rest = [name for name in names if name not in shared]
+    if shared:
+        print(", ".join(f"{name} {format_value(value)}" for name, value in shared.items()))
+    rows = [[name, *(format_value(record.get(name, "")) for record in records)] for name in rest]
+    if len(records) == 2:
+        rows = [[*row, ratio(*(record.get(row[0]) for record in records))] for row in rows]
+        rows.insert(0, ["", "first", "versus", "ratio"])
+    elif len(records) > 2:
+        rows = [list(column) for column in zip(*rows, strict=True)]
+    print_rows(rows)
+
+
+def print_rows(rows: list[list[str]]) -> None:
+    """Cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def format_value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def ratio(first: Any, second: Any) -> str:
+    """The first over the second, where both are measures."""
+    measures = all(isinstance(value, float | int) and not isinstance(value, bool) for value in (first, second))
+    return f"{first / second:.3f}" if measures and second else ""
+
+
+def write_records(records: list[Record], path: str | Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(records, indent=2) + "\n")

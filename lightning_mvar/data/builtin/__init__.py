@@ -1,0 +1,1 @@
+"""Data sets whose images come with an installed package, without a download."""

@@ -1,0 +1,1 @@
+"""Token shards: the format, writing, streaming, verifying."""

@@ -1,0 +1,1 @@
+"""Files, locks and formats: everything that touches a disk or a network."""

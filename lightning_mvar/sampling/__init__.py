@@ -1,0 +1,1 @@
+"""Drawing images, and sets of drawn images."""

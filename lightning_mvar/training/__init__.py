@@ -1,0 +1,1 @@
+"""LightningModules, datamodules, optimizer and strategies."""

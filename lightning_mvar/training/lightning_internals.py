@@ -1,0 +1,121 @@
+"""Every use of a private member of Lightning, each with its reason.
+
+Lightning may change these without notice: an upgrade begins by reading its source against this file. Nothing else in
+the package touches a name of Lightning's that begins with an underscore.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+
+def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
+    """Returns a module's trainer; None before it has one, where the public property raises."""
+    return module._trainer
+
+
+def loggers_see_this_step(trainer: L.Trainer) -> bool:
+    """Whether loggers record the current step: values that nobody reads are never copied from the device."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def correct_logged_step(trainer: L.Trainer, step: int) -> None:
+    """Sets the step number that loggers use: Lightning's is one too high after resuming right after a validation."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def silence_sigterm_broadcast(trainer: L.Trainer) -> None:
+    """Removes Lightning's broadcast of a SIGTERM flag before every batch, for which the host waits on the device."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def dump_checkpoint(trainer: L.Trainer, weights_only: bool) -> dict[str, Any]:
+    """Collects a checkpoint without writing it: `trainer.save_checkpoint` writes and waits for all ranks."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only)
+
+
+class CheckpointHooks(ModelCheckpoint):
+    """ModelCheckpoint with its file operations open to subclasses: Lightning has no public hook for any of them."""
+
+    @abstractmethod
+    def write(self, trainer: L.Trainer, path: Path) -> None:
+        """Writes a checkpoint; called on all ranks."""
+
+    @abstractmethod
+    def delete(self, trainer: L.Trainer, path: Path) -> None:
+        """Removes a checkpoint; called on all ranks."""
+
+    @abstractmethod
+    def link(self, trainer: L.Trainer, path: Path, link: Path) -> None:
+        """Links `last.ckpt` to a checkpoint; called on all ranks."""
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        self.write(trainer, Path(filepath))
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        self.delete(trainer, Path(filepath))
+
+    def _link_checkpoint(self, trainer: L.Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
+        self.link(trainer, Path(filepath), Path(linkpath))
+
+    def mark_saved(self, trainer: L.Trainer, path: Path | None = None) -> None:
+        """Records that the current step needs no further checkpoint, and the path of its own if it has one."""
+        self._last_global_step_saved = trainer.global_step
+        if path is not None:
+            self._last_checkpoint_saved = str(path)
+
+    @property
+    def last_saved(self) -> str:
+        return self._last_checkpoint_saved
+
+    def needs_none(self, trainer: L.Trainer) -> bool:
+        """Whether this moment calls for no checkpoint: the step has one, or the run only checks itself."""
+        return self._should_skip_saving_checkpoint(trainer)
+
+    def name_now(self, trainer: L.Trainer) -> str:
+        """Path of a checkpoint of the current step."""
+        return self.format_checkpoint_name(self._monitor_candidates(trainer))
+
+    def update_last(self, trainer: L.Trainer) -> None:
+        """Points `last.ckpt` to the newest checkpoint."""
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class CommandHooks(LightningCLI):
+    """LightningCLI with its handling of subcommands open to subclasses."""
+
+    @abstractmethod
+    def add_options(self, parser: LightningArgumentParser, command: str) -> None:
+        """Adds options of one subcommand; Lightning's public hook adds to all alike."""
+
+    @abstractmethod
+    def run_command(self, command: str) -> None:
+        """Runs a subcommand, calling `super().run_command`; Lightning's hooks cannot wrap it in a context."""
+        super()._run_subcommand(command)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self.add_options(parser, subcommand)
+        return parser
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.run_command(subcommand)
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning's own lets a checkpoint's hyperparameters override the command line, silently."""
+
+
+class DataParallelStrategy(ModelParallelStrategy):
+    """ModelParallelStrategy with all devices in one data-parallel mesh; its defaults are one replica per node."""
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()

@@ -1,0 +1,189 @@
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from conftest import write_token_shards
+
+from lightning_mvar.data.tokens.shards import PACK_SIZE, Manifest, chosen_samples, read_shard, write_shard
+from lightning_mvar.data.tokens.sources import LocalShards
+from lightning_mvar.errors import InputError
+
+
+@pytest.fixture
+def arrays() -> tuple[np.ndarray, np.ndarray, list[str]]:
+    count = PACK_SIZE + 5
+    tokens = np.random.default_rng(0).integers(0, 4096, (count, 30)).astype(np.uint16)
+    return tokens, np.arange(count) % 7, [f"image{i}" for i in range(count)]
+
+
+def test_plain_webdataset_reads_what_was_written(tmp_path: Path, arrays: tuple) -> None:
+    tokens, labels, keys = arrays
+    write_shard(tmp_path / "000000.tar", *arrays)
+    samples = list(wds.WebDataset(str(tmp_path / "000000.tar"), shardshuffle=False).decode())
+    assert len(samples) == 2
+    assert samples[0]["tokens.npy"].dtype == np.uint16
+    np.testing.assert_array_equal(np.concatenate([s["tokens.npy"] for s in samples]), tokens)
+    np.testing.assert_array_equal(np.concatenate([s["labels.npy"] for s in samples]), labels)
+    assert [key for s in samples for key in s["keys.json"]] == keys
+
+
+def test_read_shard_gives_the_packs(tmp_path: Path, arrays: tuple) -> None:
+    write_shard(tmp_path / "0.tar", *arrays)
+    packs = list(read_shard(tmp_path / "0.tar"))
+    assert [len(pack.labels) for pack in packs] == [PACK_SIZE, 5]
+    np.testing.assert_array_equal(np.concatenate([pack.tokens for pack in packs]), arrays[0])
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path, arrays: tuple) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    shards = [write_shard(tmp_path / name / "0.tar", *arrays) for name in ("a", "b")]
+    assert shards[0] == shards[1]
+
+
+def test_a_failing_writer_leaves_nothing_behind(tmp_path: Path, arrays: tuple) -> None:
+    class Unwritable:
+        def __getitem__(self, _: slice) -> object:
+            raise RuntimeError("the disk is on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        write_shard(tmp_path / "0.tar", arrays[0], arrays[1], Unwritable())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("keep", [0, 700, 0.5, 0.99])
+def test_a_truncated_shard_is_named(tmp_path: Path, arrays: tuple, keep: float) -> None:
+    path = tmp_path / "0.tar"
+    write_shard(path, *arrays)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
+    if keep == 0.99:  # cut within tar's trailing padding: nothing is lost
+        assert sum(len(pack.labels) for pack in read_shard(path)) <= len(arrays[1])
+        return
+    with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
+        assert sum(len(pack.labels) for pack in read_shard(path)) == len(arrays[1])
+
+
+def test_a_foreign_tar_is_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo("000.jpg")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
+        list(read_shard(tmp_path / "0.tar"))
+
+
+def test_a_shard_with_fewer_samples_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
+    manifest = write_token_shards(tmp_path, "abc", [5])
+    manifest.shards[0].samples = 6
+    shards = LocalShards(tmp_path)
+    assert len(chosen_samples(manifest, shards.fetch, [4, 0]).keys) == 2
+    with pytest.raises(InputError, match="shards verify"):
+        chosen_samples(manifest, shards.fetch, [0, 5])
+
+
+def test_the_manifest_survives_a_round_trip(tmp_path: Path) -> None:
+    manifest = write_token_shards(tmp_path, "abc", [5, 3])
+    assert Manifest.load(tmp_path) == manifest
+    assert manifest.num_samples == 8
+    manifest.check_files(tmp_path)
+    manifest.check_model(tmp_path, (1, 2, 3, 4), 48, 10, "abc")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (((1, 2, 4), 48, 10, "abc"), "side_lengths"),
+        (((1, 2, 3, 4), 64, 10, "abc"), "vocab_size is 48 in the shards and 64 in the model"),
+        (((1, 2, 3, 4), 48, 11, "abc"), "num_classes"),
+        (((1, 2, 3, 4), 48, 10, "xyz"), "tokenizer fingerprint is abc"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, model: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write_token_shards(tmp_path, "abc", [5]).check_model(tmp_path, *model)
+
+
+def test_missing_truncated_and_unfinished_shards_are_refused(tmp_path: Path) -> None:
+    manifest = write_token_shards(tmp_path, "abc", [5, 3])
+    path = tmp_path / "000001.tar"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"000001\.tar is truncated or altered"):
+        manifest.check_files(tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"000001\.tar is missing"):
+        manifest.check_files(tmp_path)
+    manifest.shards.pop()
+    with pytest.raises(InputError, match="1 of 2 shards; run the same `lightning-mvar tokenize` again"):
+        manifest.check_files(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 99}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"manifest\.json"):
+        Manifest.load(tmp_path)
+
+
+def test_a_folder_without_manifest_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="write them with `lightning-mvar tokenize`"):
+        Manifest.load(tmp_path)
+
+
+def add_member(path: Path, name: str, content: bytes) -> None:
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", ["pyd", "pkl", "pickle", "pth", "tokens.pyd", "cbor"])
+def test_a_shard_with_another_member_runs_no_code(tmp_path: Path, arrays: tuple, suffix: str) -> None:
+    path, ran = tmp_path / "0.tar", tmp_path / "ran"
+    write_shard(path, *arrays)
+    add_member(path, f"0-{PACK_SIZE:06d}.{suffix}", pickle.dumps(Touch(ran)))
+    with pytest.raises(InputError, match=rf"0\.tar is damaged or not a token shard \(it has .*{suffix}"):
+        list(read_shard(path))
+    assert not ran.exists()
+
+
+def test_arrays_of_a_shard_are_read_without_pickle(tmp_path: Path) -> None:
+    ran, file = tmp_path / "ran", io.BytesIO()
+    np.save(file, np.array([Touch(ran)], dtype=object), allow_pickle=True)
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    add_member(tmp_path / "0.tar", "0.tokens.npy", file.getvalue())
+    with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
+        list(read_shard(tmp_path / "0.tar"))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["../000000.tar", "/000000.tar", "pipe:touch ran", "a/b.tar", "", ".hidden.tar", 5])
+def test_a_shard_is_a_file_in_its_folder(tmp_path: Path, name: object) -> None:
+    manifest = write_token_shards(tmp_path, "abc", [5])
+    manifest.shards[0].name = name  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: it lists a shard .*, which is no file name"):
+        LocalShards(tmp_path).fetch(manifest.shards[0])
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        manifest.check_files(tmp_path)
+
+
+def test_a_shard_called_like_a_command_is_opened_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is damaged or not a token shard"):
+        list(read_shard(Path("pipe:touch ran")))
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,279 @@
+"""Folders of shards damaged on purpose: each damage is found, in the file that has it."""
+
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_token_shards
+
+from lightning_mvar.data.tokens import shards
+from lightning_mvar.data.tokens.verify import Problem, find_problems
+from lightning_mvar.errors import InputError
+
+SIZES = [20, 20, 20, 7]  # samples; packs of 8
+Members = dict[str, bytes]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(shards, "PACK_SIZE", 8)
+    write_token_shards(tmp_path / "shards", "abc", SIZES)
+    return tmp_path / "shards"
+
+
+def found(folder: Path, tokenizer: str | None = None) -> list[Problem]:
+    return list(find_problems(folder, tokenizer))
+
+
+def edit_bytes(change: Callable[[bytes], bytes], name: str = "000001.tar", forge: bool = False) -> Callable[..., None]:
+    """Change a file; with `forge`, let the manifest agree with what has become of it."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+        if forge:
+            approve(folder, name)
+
+    return damage
+
+
+def approve(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = next(shard for shard in manifest["shards"] if shard["name"] == name)
+    content = (folder / name).read_bytes()
+    entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit_members(change: Callable[[Members], Members | None]) -> Callable[[Path], None]:
+    """Change the members of shard 1, and let the manifest agree with its new size and checksum."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "000001.tar"
+        with tarfile.open(path) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar}
+        with tarfile.open(path, "w") as tar:
+            for name, data in (change(members) or members).items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        approve(folder, "000001.tar")
+
+    return damage
+
+
+def edit_array(name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[Path], None]:
+    """Change an array of the second pack of shard 1; see `edit_members`."""
+    member = f"000001-000008.{name}.npy"
+
+    def changed(members: Members) -> Members:
+        values, file = np.load(io.BytesIO(members[member])), io.BytesIO()
+        result = change(values)
+        np.save(file, values if result is None else result)
+        return members | {member: file.getvalue()}
+
+    return edit_members(changed)
+
+
+def edit_keys(change: Callable[[list[str]], None]) -> Callable[[Path], None]:
+    member = "000001-000008.keys.json"
+
+    def changed(members: Members) -> Members:
+        keys = json.loads(members[member])
+        change(keys)
+        return members | {member: json.dumps(keys).encode()}
+
+    return edit_members(changed)
+
+
+def edit_manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def put(place: object, value: int) -> Callable[[np.ndarray], None]:
+    return lambda values: values.__setitem__(place, value)
+
+
+def swap(folder: Path) -> None:
+    a, b = (folder / "000001.tar").read_bytes(), (folder / "000002.tar").read_bytes()
+    (folder / "000001.tar").write_bytes(b)
+    (folder / "000002.tar").write_bytes(a)
+
+
+def flipped(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :]
+
+
+def zeroed(data: bytes) -> bytes:
+    return data[:4096] + bytes(512) + data[4608:]
+
+
+def without(*names: str) -> Callable[[Members], Members]:
+    return lambda members: {name: data for name, data in members.items() if name not in names}
+
+
+ONE, TWO, MANIFEST = "000001.tar", "000002.tar", "manifest.json"
+SECOND_PACK = [f"000001-000008.{name}" for name in ("tokens.npy", "labels.npy", "keys.json")]
+DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {  # what to do; what is said of which file
+    "half of a file": (edit_bytes(lambda data: data[: len(data) // 2]), {ONE: "bytes, the manifest says"}),
+    "its last byte": (edit_bytes(lambda data: data[:-1]), {ONE: "bytes, the manifest says"}),
+    "a byte too many": (edit_bytes(lambda data: data + b"\0"), {ONE: "bytes, the manifest says"}),
+    "a bit": (edit_bytes(flipped), {ONE: "another SHA-256"}),
+    "a block of zeros": (edit_bytes(zeroed), {ONE: "another SHA-256"}),
+    "two files swapped": (swap, {ONE: "another SHA-256", TWO: "another SHA-256"}),
+    "an empty file": (edit_bytes(lambda _: b""), {ONE: "has 0 bytes"}),
+    "a missing file": (lambda folder: (folder / ONE).unlink(), {ONE: "is missing"}),
+    "a file too many": (
+        lambda folder: shutil.copy(folder / ONE, folder / "000009.tar"),
+        {"000009.tar": "is not listed|20 keys are in 000001.tar too"},
+    ),
+    "half of a file, forged": (
+        edit_bytes(lambda data: data[: len(data) // 2], forge=True),
+        {ONE: r"is no whole tar|holds \d+ samples, the manifest says 20"},
+    ),
+    "a file of noise, forged": (
+        edit_bytes(lambda data: random.Random(0).randbytes(9000), forge=True),
+        {ONE: "no whole"},
+    ),
+    "a token too large": (edit_array("tokens", put((3, 7), 48)), {ONE: r"1 tokens outside \[0, 48\).* 48 in sample 3"}),
+    "a label too large": (
+        edit_array("labels", put(2, 10)),
+        {ONE: r"1 labels outside \[0, 10\), the first is 10 in sample 2"},
+    ),
+    "a negative label": (edit_array("labels", put(2, -1)), {ONE: r"1 labels outside .* is -1 in"}),
+    "an image twice": (
+        edit_keys(lambda keys: keys.__setitem__(0, keys[1])),
+        {ONE: "1 key is more than once in it, such as 'image29'"},
+    ),
+    "an image of another": (
+        edit_keys(lambda keys: keys.__setitem__(0, "image3")),
+        {ONE: "1 key is in 000000.tar too, such as 'image3'"},
+    ),
+    "tokens of int32": (
+        edit_array("tokens", lambda v: v.astype(np.int32)),
+        {ONE: r"tokens.npy is int32 of shape \(8, 30\)"},
+    ),
+    "labels of float": (edit_array("labels", lambda v: v.astype(float)), {ONE: "labels.npy is float64"}),
+    "a row of tokens": (edit_array("tokens", lambda v: v[0]), {ONE: r"tokens.npy is uint16 of shape \(30,\)"}),
+    "a token too few": (
+        edit_array("tokens", lambda v: v[:, :29].copy()),
+        {ONE: "29 tokens a sample, the manifest's schedule 30"},
+    ),
+    "a label too few": (
+        edit_array("labels", lambda v: v[:7]),
+        {ONE: r"8 in tokens.npy, 7 in labels.npy, 8 in keys.json"},
+    ),
+    "a key too many": (edit_keys(lambda keys: keys.append("another")), {ONE: "9 in keys.json"}),
+    "no labels": (edit_members(without(SECOND_PACK[1])), {ONE: "pack 000001-000008 has no labels.npy"}),
+    "no pack": (edit_members(without(*SECOND_PACK)), {ONE: "holds 12 samples, the manifest says 20"}),
+    "objects": (edit_array("labels", lambda v: v.astype(object)), {ONE: "labels.npy is not a numpy array"}),
+    "an array cut": (
+        edit_members(lambda members: members | {SECOND_PACK[0]: members[SECOND_PACK[0]][:-9]}),
+        {ONE: "tokens.npy is not a numpy array"},
+    ),
+    "keys that are no JSON": (edit_members(lambda m: m | {SECOND_PACK[2]: b'["a'}), {ONE: "keys.json is not JSON"}),
+    "keys that are numbers": (edit_members(lambda m: m | {SECOND_PACK[2]: b"[1]"}), {ONE: "not a list of strings"}),
+    "a picture among them": (
+        edit_members(lambda m: m | {"000001-000016.jpg": b"x"}),
+        {ONE: "has jpg, which is not of a"},
+    ),
+    "a wrong count": (
+        edit_manifest(lambda m: m["shards"][1].update(samples=19)),
+        {ONE: "holds 20 samples, the manifest says 19", MANIFEST: "the shards listed have 66"},
+    ),
+    "a wrong number of images": (
+        edit_manifest(lambda m: m.update(num_images=68)),
+        {MANIFEST: "are 68 samples, but the .* have 67"},
+    ),
+    "too few images": (
+        edit_manifest(lambda m: m.update(num_images=60)),
+        {MANIFEST: "lists 000003.tar, but 60 images make 3"},
+    ),
+    "an unlisted shard": (
+        edit_manifest(lambda m: m["shards"].pop(1)),
+        {MANIFEST: "is unfinished: 3 of 4 shards, 000001.tar is the first", ONE: "is not listed"},
+    ),
+    "a shard listed twice": (
+        edit_manifest(lambda m: m["shards"].append(m["shards"][1])),
+        {MANIFEST: "lists 000001.tar 2 times"},
+    ),
+    "a wrong vocabulary": (
+        edit_manifest(lambda m: m.update(vocab_size="48")),
+        {MANIFEST: "vocab_size is '48', which cannot be"},
+    ),
+    "no mapping of skipped images": (
+        edit_manifest(lambda m: m["shards"][1].update(skipped=None)),
+        {MANIFEST: "skipped is 'no mapping', which cannot be"},
+    ),
+    "a wrong schedule": (edit_manifest(lambda m: m.update(side_lengths=[1, 3, 2])), {MANIFEST: "side_lengths is"}),
+    "a cut manifest": (
+        lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-20]),
+        {MANIFEST: "is damaged"},
+    ),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), {MANIFEST: "does not exist"}),
+}
+
+
+def test_a_whole_folder_has_no_problem(folder: Path) -> None:
+    assert found(folder) == found(folder, "abc") == []
+    (problem,) = found(folder, "xyz")
+    assert "manifest.json: the tokens are of tokenizer abc, not of xyz; name theirs with --tokenizer" in str(problem)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_every_damage_is_found_in_the_file_that_has_it(folder: Path, name: str) -> None:
+    damage, messages = DAMAGES[name]
+    damage(folder)
+    problems = found(folder)
+    assert {problem.file.name for problem in problems} == set(messages)
+    for file, pattern in messages.items():
+        texts = [str(problem) for problem in problems if problem.file.name == file]
+        for part in pattern.split("|"):
+            assert any(re.search(part, text) for text in texts), texts
+    assert all("\n" not in str(problem) and problem.remedy for problem in problems)
+
+
+def test_one_damage_does_not_hide_the_others(folder: Path) -> None:
+    """Every file of a folder is damaged in its own way, among them one that a reader cannot get past."""
+    edit_array("tokens", put((3, 7), 60000))(folder)
+    edit_bytes(lambda data: data[:3000], "000000.tar")(folder)
+    edit_bytes(lambda _: b"", "000002.tar")(folder)
+    (folder / "000003.tar").unlink()
+    edit_manifest(lambda m: m.update(views=0))(folder)
+    assert {problem.file.name for problem in found(folder)} == {MANIFEST, *(f"00000{i}.tar" for i in range(4))}
+
+
+def test_bits_flipped_anywhere_are_found(folder: Path) -> None:
+    """Whatever bytes a reader meets, it tells of the file and goes on."""
+    rng, content = random.Random(0), (folder / ONE).read_bytes()
+    for _ in range(100):
+        place = rng.randrange(len(content))
+        (folder / ONE).write_bytes(
+            content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :]
+        )
+        problems = found(folder)
+        assert {problem.file.name for problem in problems} == {ONE}
+        assert "another SHA-256" in problems[0].what
+
+
+def test_what_is_no_folder_of_shards_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no token shards in"):
+        found(tmp_path)
+
+
+def test_progress_counts_every_byte(folder: Path) -> None:
+    steps: list[int] = []
+    list(find_problems(folder, advance=steps.append))
+    assert sum(steps) == sum(path.stat().st_size for path in folder.glob("*.tar"))

@@ -1,0 +1,255 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import MIXERS, OBLONG, SCHEDULE, random_tokens, tiny_network
+
+from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
+from lightning_mvar.errors import InputError
+from lightning_mvar.sampling.generate import (
+    Known,
+    compile_steps,
+    draw,
+    gumbel_mixture,
+    image_generators,
+    teacher_inputs,
+    tokens_kept,
+    truncate,
+)
+
+LABELS = torch.tensor([0, 3, 9, 3])
+KINDS = {name: {"mixers": mixers} for name, mixers in MIXERS.items()} | {
+    "token": {"mixers": ("block_causal_attention",), "prediction": "token"}
+}
+
+
+@pytest.fixture(params=KINDS)
+def network(request: pytest.FixtureRequest) -> MVAR:
+    return tiny_network(**KINDS[request.param])
+
+
+def test_the_samplers_inputs_equal_the_teacher_forcing_inputs(
+    network: MVAR, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    step = type(network).step
+    monkeypatch.setattr(type(network), "step", lambda *args: (seen.append(args[1]), step(*args))[1])
+    _, tokens = generate(network, tokenizer, LABELS, guidance=0.0, return_tokens=True)
+    assert seen[0] is None
+    torch.testing.assert_close(torch.cat(seen[1:], dim=1), teacher_inputs(network.config, tokenizer, tokens))
+
+
+def test_a_token_enters_as_the_code_of_the_one_before(tokenizer: Tokenizer) -> None:
+    tokens, network = random_tokens(2), tiny_network(**KINDS["token"])
+    inputs = teacher_inputs(network.config, tokenizer, tokens)
+    assert inputs.shape == (2, SCHEDULE.num_tokens - 1, 8)
+    for i in range(SCHEDULE.num_tokens - 1):
+        assert torch.equal(inputs[1, i], tokenizer.quantizer.codebook.weight[tokens[1, i]])
+
+
+def test_greedy_tokens_are_the_likeliest_of_the_full_pass(network: MVAR, tokenizer: Tokenizer) -> None:
+    _, tokens = generate(network, tokenizer, LABELS, guidance=0.0, top_k=1, return_tokens=True)
+    logits = network(LABELS, teacher_inputs(network.config, tokenizer, tokens))
+    assert torch.equal(logits.argmax(dim=-1), tokens)
+
+
+def test_guided_greedy_tokens_follow_the_guided_logits_of_the_full_pass(network: MVAR, tokenizer: Tokenizer) -> None:
+    _, tokens = generate(network, tokenizer, LABELS, guidance=2.0, top_k=1, return_tokens=True)
+    inputs = teacher_inputs(network.config, tokenizer, tokens)
+    conditional, unconditional = network(LABELS, inputs), network(torch.full_like(LABELS, 10), inputs)
+    by_token = network.config.prediction == "token"
+    ratio = 1.0 if by_token else SCHEDULE.scale_ids[None, :, None] / (SCHEDULE.num_scales - 1)
+    logits = (1 + 2.0 * ratio) * conditional - 2.0 * ratio * unconditional
+    assert torch.equal(logits.argmax(dim=-1), tokens)
+
+
+def test_images_are_the_decoded_tokens_in_the_unit_range(network: MVAR, tokenizer: Tokenizer) -> None:
+    images, tokens = generate(network, tokenizer, LABELS, return_tokens=True)
+    torch.testing.assert_close(images, (tokenizer.decode(tokens) + 1) / 2)
+
+
+def test_an_image_does_not_depend_on_its_batch(network: MVAR, tokenizer: Tokenizer) -> None:
+    whole = generate(network, tokenizer, LABELS, generator=image_generators(5, range(4)))
+    for i in range(4):
+        alone = generate(network, tokenizer, LABELS[i : i + 1], generator=image_generators(5, [i]))
+        torch.testing.assert_close(alone[0], whole[i])
+    other = generate(network, tokenizer, LABELS, generator=image_generators(6, range(4)))
+    assert (other - whole).abs().max() > 0.01
+
+
+def test_one_generator_serves_all_images(network: MVAR, tokenizer: Tokenizer) -> None:
+    images = [generate(network, tokenizer, LABELS, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*images)
+
+
+def test_smooth_sampling_mixes_codes(network: MVAR, tokenizer: Tokenizer) -> None:
+    settings = {"generator": image_generators(0, range(4))}
+    smooth = generate(network, tokenizer, LABELS, smooth=True, **settings)
+    assert smooth.shape == (4, 3, 8, 8)
+    assert smooth.isfinite().all()
+
+
+def test_top_k_and_top_p_keep_what_a_plain_loop_keeps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 20, generator=generator) * 2
+    for top_k, top_p in ((0, 1.0), (7, 1.0), (0, 0.6), (7, 0.5), (1, 0.9), (20, 1e-6)):
+        kept, tokens = truncate(logits, top_k, top_p)
+        dense = torch.zeros_like(logits).scatter(-1, tokens, kept)
+        for b in range(2):
+            for n in range(5):
+                order = logits[b, n].argsort(descending=True)[: top_k or 20].tolist()
+                mass = logits[b, n, order].softmax(dim=0).tolist()
+                expected, before = set(), 0.0
+                for token, probability in zip(order, mass, strict=True):
+                    if before < top_p:
+                        expected.add(token)
+                    before += probability
+                assert set(dense[b, n].nonzero().flatten().tolist()) == (expected or {order[0]})
+
+
+def test_draws_have_the_truncated_distribution() -> None:
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5]).expand(1, 40_000, 5)
+    uniforms = torch.rand(1, 40_000, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(draw(logits, uniforms, 3, 1.0).flatten(), minlength=5) / 40_000
+    expected = torch.tensor([2.0, -torch.inf, 1.0, -torch.inf, 1.5]).softmax(dim=0)
+    torch.testing.assert_close(counts, expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_extreme_uniforms_draw_a_token_that_is_kept(uniform: float) -> None:
+    logits = torch.randn(1, 50, 30, generator=torch.Generator().manual_seed(0)) * 3
+    tokens = draw(logits, torch.full((1, 50), uniform), 20, 0.7)
+    kept, order = truncate(logits, 20, 0.7)
+    dense = torch.zeros_like(logits).scatter(-1, order, kept)
+    assert (dense.gather(-1, tokens[..., None]) > 0).all()
+
+
+def test_the_gumbel_mixture_sharpens_with_the_scale() -> None:
+    logits, uniforms = torch.randn(2, 6, 12), torch.rand(2, 6, 12)
+    coarse, fine = (gumbel_mixture(logits, uniforms, ratio, 5, 1.0) for ratio in (0.0, 1.0))
+    for weights in (coarse, fine):
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 6))
+        assert ((weights > 0).sum(dim=-1) <= 5).all()
+    assert fine.amax(dim=-1).mean() > coarse.amax(dim=-1).mean()
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "message"),
+    [
+        ([11], {}, r"classes in \[0, 10\]"),
+        ([], {}, "classes in"),
+        ([1], {"guidance": -1.0}, "guidance"),
+        ([1], {"top_p": 0.0}, "top_p"),
+        ([1], {"generator": image_generators(0, range(2))}, "2 generators for 1 labels"),
+    ],
+)
+def test_impossible_arguments_are_refused(
+    tokenizer: Tokenizer, labels: list[int], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(tiny_network(), tokenizer, torch.tensor(labels, dtype=torch.int64), **settings)
+
+
+def test_a_tokenizer_of_another_schedule_is_refused() -> None:
+    other = Tokenizer(TokenizerConfig(ScaleSchedule((1, 4)), 48, 8, 8, (1, 2), 1))
+    with pytest.raises(InputError, match="does not fit the network: schedule"):
+        generate(tiny_network(), other, LABELS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_lowered_networks_keep_decays_and_codes_and_stay_near(
+    network: MVAR, tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
+    network, tokenizer = deepcopy(network), deepcopy(tokenizer)  # other tests use them too
+    tokens = torch.arange(4 * SCHEDULE.num_tokens).view(4, -1) % 48
+    inputs, decoded = teacher_inputs(network.config, tokenizer, tokens), tokenizer.decode(tokens)
+    logits = network(LABELS, inputs)
+    kept = ("A_log", "dt_bias", "log", "head.weight", "head.bias", "head_adaln.weight", "head_adaln.bias")
+    exact = {name: p.clone() for name, p in network.named_parameters() if name.endswith(kept)}
+    network.lower(dtype)
+    tokenizer.lower(dtype)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, exact[name]) if name in exact else parameter.dtype == dtype
+    assert torch.equal(teacher_inputs(network.config, tokenizer, tokens), inputs)
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert (network(LABELS, inputs) - logits).norm() < tolerance * logits.norm()
+    assert 0 < (tokenizer.decode(tokens) - decoded).norm() < 0.03 * decoded.norm()
+    images, drawn = generate(network, tokenizer, LABELS, return_tokens=True)
+    assert images.dtype == torch.float32
+    assert torch.equal(images, tokenizer.decode(drawn) / 2 + 0.5)
+
+
+@pytest.mark.parametrize("variant", [{}, {"mixers": ("block_causal_attention",)}])
+def test_compiled_steps_draw_the_same_by_one_graph_for_each_scale(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, variant: dict[str, object]
+) -> None:
+    """Traced as torch.compile does it, but without generating code, which takes minutes."""
+    network = tiny_network(**variant)
+    expected = generate(network, tokenizer, LABELS, top_k=1)
+    graphs, compile_function = [], torch.compile
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def traced(function, **options):  # type: ignore[no-untyped-def]
+        return compile_function(function, dynamic=options["dynamic"], backend=count)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    compile_steps(network)
+    for _ in range(2):
+        torch.testing.assert_close(generate(network, tokenizer, LABELS, top_k=1), expected)
+    assert len(graphs) == SCHEDULE.num_scales
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_keeping_nothing_is_sampling_and_keeping_everything_is_reconstruction(
+    network: MVAR, tokenizer: Tokenizer, smooth: bool
+) -> None:
+    given = random_tokens(4, seed=3)
+
+    def drawn(keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        known = None if keep is None else Known(given, keep)
+        generators = image_generators(0, range(4))
+        return generate(
+            network, tokenizer, LABELS, generator=generators, known=known, smooth=smooth, return_tokens=True
+        )
+
+    nothing = torch.zeros_like(given, dtype=torch.bool)
+    for found, expected in zip(drawn(nothing), drawn(None), strict=True):
+        assert torch.equal(found, expected)
+    images, tokens = drawn(~nothing)
+    assert torch.equal(tokens, given)
+    torch.testing.assert_close(images, (tokenizer.decode(given) + 1) / 2)
+
+
+def test_the_rest_is_drawn_from_logits_that_see_what_is_kept(network: MVAR, tokenizer: Tokenizer) -> None:
+    """Greedily drawn tokens are the likeliest of a full pass over drawn and kept ones together."""
+    given, keep = random_tokens(4, seed=3), torch.rand(4, SCHEDULE.num_tokens) < 0.5
+    _, tokens = generate(
+        network, tokenizer, LABELS, guidance=0.0, top_k=1, known=Known(given, keep), return_tokens=True
+    )
+    assert torch.equal(tokens[keep], given[keep])
+    likeliest = network(LABELS, teacher_inputs(network.config, tokenizer, tokens)).argmax(dim=-1)
+    assert torch.equal(tokens[~keep], likeliest[~keep])
+    with pytest.raises(InputError, match=r"must both be \(4, 30\), got \(4, 30\) and \(1, 30\)"):
+        generate(network, tokenizer, LABELS, known=Known(given, keep[:1]))
+
+
+def test_a_token_is_kept_where_half_of_its_cell_is() -> None:
+    left = torch.zeros(12, 12, dtype=torch.bool)
+    left[:, :6] = True
+    parts = tokens_kept(SCHEDULE, left).split(SCHEDULE.lengths)
+    assert [
+        part.view(side, side).int().sum(dim=0).tolist() for part, side in zip(parts, (1, 2, 3, 4), strict=True)
+    ] == [
+        [1],  # a scale of a single token is kept where anything is
+        [2, 0],
+        [3, 3, 0],  # the middle column of three is half kept
+        [4, 4, 0, 0],
+    ]
+    oblong = tokens_kept(OBLONG, left[:6]).split(OBLONG.lengths)
+    assert [part.int().tolist() for part in oblong] == [[1], [1, 0], [1, 1, 0] * 3, [1, 1, 1, 0, 0, 0] * 3]
+    assert not tokens_kept(SCHEDULE, torch.zeros(12, 12, dtype=torch.bool)).any()
+    assert tokens_kept(SCHEDULE, torch.ones(12, 12, dtype=torch.bool)).all()

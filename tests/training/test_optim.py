@@ -1,0 +1,123 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import tiny_network
+from torch import nn
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.models.mvar import UNDECAYED
+from lightning_mvar.training.optim import (
+    OptimizerConfig,
+    apply_schedule,
+    build_optimizer,
+    parameter_groups,
+    skip_unless,
+)
+
+CONFIG = OptimizerConfig(base_lr=1e-4, final_lr_ratio=0.1, weight_decay=0.05, final_weight_decay=0.08)
+TOTAL, BATCH = 1000, 768
+PEAK = 3e-4
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.005 * PEAK),
+        (10, (0.005 + 0.995 / 2) * PEAK),
+        (20, PEAK),
+        (60, PEAK),  # 4 % of the 979 steps after warm-up: still on the plateau
+        (999, 0.1 * PEAK),
+        (5000, 0.1 * PEAK),
+        (20 + 979 // 2, (0.1 + 0.9 * (1 - (979 // 2) / 979) / 0.95) * PEAK),
+    ],
+)
+def test_learning_rate_at_chosen_steps(step: int, expected: float) -> None:
+    assert CONFIG.learning_rate(step, TOTAL, BATCH) == pytest.approx(expected)
+
+
+def test_the_learning_rate_falls_monotonically_after_warm_up() -> None:
+    rates = [CONFIG.learning_rate(step, TOTAL, BATCH) for step in range(20, TOTAL)]
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rates))
+
+
+@pytest.mark.parametrize(("step", "progress"), [(0, 0.0), (250, 250 / 999), (999, 1.0)])
+def test_weight_decay_is_a_cosine_to_its_final_value(step: int, progress: float) -> None:
+    expected = 0.08 + (0.05 - 0.08) * (1 + math.cos(math.pi * progress)) / 2
+    assert CONFIG.decay(step, TOTAL) == pytest.approx(expected)
+    assert OptimizerConfig(weight_decay=0.05).decay(step, TOTAL) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_what_decays_and_what_does_not(shared_adaln: bool) -> None:
+    network = tiny_network(shared_adaln=shared_adaln)
+    decayed, undecayed = parameter_groups(network, UNDECAYED)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    spared = {names[id(parameter)] for parameter in undecayed["params"]}
+    ending = ("bias", "start_embed", "pos_embed", "scale_embed.weight", "adaln_table", "qk_scale_log", "A_log", ".D")
+    assert spared == {n for n in names.values() if n.endswith((*ending, "mixers.1.norm.weight"))}
+    assert len(decayed["params"]) + len(undecayed["params"]) == len(names)
+    assert any(n.endswith("class_embed.weight") for n in names.values() if n not in spared)
+
+
+def test_no_rate_of_forgetting_is_drawn_to_zero() -> None:
+    """Those of Mamba-1 and linear attention are matrices."""
+    network = tiny_network(mixers=("mamba1", "linear_attention"))
+    _, undecayed = parameter_groups(network, UNDECAYED)
+    spared = {id(parameter) for parameter in undecayed["params"]}
+    rates = [p for name, p in network.named_parameters() if name.endswith(("A_log", "decay_log"))]
+    assert [p.ndim for p in rates] == [2] * 4
+    assert all(id(p) in spared for p in rates)
+
+
+def test_the_schedule_reaches_both_groups_and_spares_the_undecayed() -> None:
+    optimizer = build_optimizer(tiny_network(), CONFIG)
+    lr, weight_decay = apply_schedule(optimizer, CONFIG, 500, TOTAL, BATCH)
+    assert [group["lr"] for group in optimizer.param_groups] == [lr, lr]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [weight_decay, 0.0]
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
+def test_a_step_is_adamw() -> None:
+    """One step from zero moments: p (1 - lr decay) - lr sign(gradient)."""
+    network = tiny_network()
+    optimizer = build_optimizer(network, CONFIG)
+    lr, weight_decay = apply_schedule(optimizer, CONFIG, 500, TOTAL, BATCH)
+    weight = network.head.weight
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before * (1 - lr * weight_decay) - lr * weight.grad.sign())
+
+
+@pytest.mark.parametrize("wrong", [{"base_lr": 0.0}, {"warmup": 1.5}, {"final_lr_ratio": -0.1}])
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        OptimizerConfig(**wrong)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("now", [True, False])
+def test_a_loaded_state_steps_as_the_optimizer_that_loads_it(before: bool, now: bool) -> None:
+    """Float16 with its loss scaling is not fused, other precisions are; a run may go on in another."""
+    going_on, whole = nn.Linear(3, 2), nn.Linear(3, 2)
+    whole.load_state_dict(going_on.state_dict())
+    first, all_along = build_optimizer(going_on, CONFIG, before), build_optimizer(whole, CONFIG, before)
+
+    def step(model: nn.Linear, optimizer: torch.optim.Optimizer, gradient: float, finite: bool = True) -> None:
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        skip_unless(torch.tensor(finite), optimizer)
+        optimizer.step()
+
+    step(going_on, first, 1.0)
+    second = build_optimizer(going_on, CONFIG, now)
+    second.load_state_dict(first.state_dict())
+    assert [group["fused"] for group in second.param_groups] == [now, now]
+    step(going_on, second, -2.0)
+    for gradient in (1.0, -2.0):
+        step(whole, all_along, gradient)
+    torch.testing.assert_close(going_on.weight, whole.weight)
+    held = going_on.weight.detach().clone()
+    step(going_on, second, torch.nan, finite=False)
+    assert torch.equal(going_on.weight, held) == now  # else it is for the loss scaling to skip

@@ -1,0 +1,171 @@
+"""One process, DDP and FSDP2 train the same network and sample the same images."""
+
+from __future__ import annotations
+
+import json
+from functools import partialmethod
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import pictures, scalars
+from lit_modules import Losses, make_module, make_trainer
+from processes import start
+from torch import nn
+
+from lightning_mvar.checkpoints import load_trained
+from lightning_mvar.checkpoints.training import read_tensors, remove
+from lightning_mvar.cli import run
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR, Block
+from lightning_mvar.training.datamodules import TokenDataModule
+from lightning_mvar.training.mvar import LitMVAR
+from lightning_mvar.training.strategies import build
+
+FIT = ["fit", "--config", "run.yaml"]
+KEEP_SHARDED = [f"--trainer.callbacks.{name}.keep_sharded=true" for name in ("SamplesCallback", "FIDCallback")]
+HALF = [
+    "--trainer.strategy",
+    "lightning_mvar.training.strategies.FSDP2Strategy",
+    "--trainer.strategy.param_dtype",
+    "bfloat16",
+]
+RUNS = {
+    "one": (1, []),
+    "ddp": (2, ["--trainer.strategy", "ddp"]),
+    "fsdp2": (2, ["--trainer.strategy", "fsdp2"]),
+    "frugal": (2, ["--trainer.strategy", "fsdp2", "--model.activation_checkpointing", "true"]),
+    "half": (2, [*HALF, "--trainer.precision", "bf16-mixed"]),
+}
+
+
+def options(name: str) -> list[str]:
+    devices, options = RUNS[name]
+    return [*options, "--data.batch_size", str(16 // devices), "--trainer.default_root_dir", name]
+
+
+def spoil_step_7(rank: int) -> None:
+    """The last rank's loss is not a number then."""
+    step = LitMVAR.training_step
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        loss = step(self, batch, batch_idx)
+        return loss * torch.nan if self.global_step == 7 and rank == self.trainer.world_size - 1 else loss
+
+    LitMVAR.training_step = training_step
+
+
+def test_strategies_agree_on_losses_weights_scores_and_samples(run_folder: Path) -> None:
+    """The same global batches, one of them skipped.
+
+    `frugal` keeps the network sharded while it samples, `half` gathers it in bfloat16.
+    """
+    text = (run_folder / "run.yaml").read_text()
+    (run_folder / "frugal.yaml").write_text(text.replace("batch_size: 3", "batch_size: 3, keep_sharded: true"))
+    for name in RUNS:
+        config = ["fit", "--config", "frugal.yaml" if name == "frugal" else "run.yaml"]
+        devices = RUNS[name][0]
+        ranks = start([*config, *options(name)], run_folder, devices, spoil_step_7, name)
+        assert ranks.wait() == [0] * devices, ranks.printed()
+        assert "step 7 is skipped: the norm of its gradients is nan" in ranks.printed()
+        for rank in range(devices):
+            (line,) = (run_folder / name / f"skipped_steps/rank{rank}.jsonl").read_text().splitlines()
+            assert len(json.loads(line)["keys"]) == 16 // devices
+    one = scalars(run_folder / "one/logs")
+    assert len(one["train/loss"]) == 12
+    assert len(one["val/fid"]) == 3
+    expected = {part: last_weights(run_folder / "one", part) for part in ("network.", "ema.")}
+    for name in ("ddp", "fsdp2", "frugal"):
+        other = scalars(run_folder / name / "logs")
+        assert other.keys() == one.keys()
+        for tag in one:
+            tolerance = {"rel": 1e-4} if "fid" in tag or "frechet" in tag else {"abs": 1e-5, "rel": 1e-4}
+            assert [step for step, _ in other[tag]] == [step for step, _ in one[tag]]
+            values = [value for _, value in one[tag]]
+            assert [value for _, value in other[tag]] == pytest.approx(values, nan_ok=True, **tolerance), (name, tag)
+        assert pictures(run_folder / name / "logs", "samples") == pictures(run_folder / "one/logs", "samples")
+        for part, weights in expected.items():
+            for key, tensor in last_weights(run_folder / name, part).items():
+                torch.testing.assert_close(tensor, weights[key], atol=1e-5, rtol=1e-4)
+    half = [value for _, value in scalars(run_folder / "half/logs")["train/loss"]]
+    assert half == pytest.approx([value for _, value in one["train/loss"]], abs=2e-3)
+
+
+def last_weights(root: Path, prefix: str) -> dict[str, torch.Tensor]:
+    return read_tensors((root / "checkpoints/last.ckpt").resolve(), prefix)
+
+
+def test_a_sharded_checkpoint_goes_on_with_other_devices_and_becomes_a_plain_folder(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = start([*FIT, *options("fsdp2")], run_folder, 2)
+    assert first.wait() == [0, 0], first.printed()
+    monkeypatch.chdir(run_folder)
+    expected = last_weights(Path("fsdp2"), "network.")
+    remove(Path("fsdp2/checkpoints/last.ckpt").resolve())
+    Path("fsdp2/checkpoints/last.ckpt").unlink()
+    Path("fsdp2/checkpoints/last.ckpt").symlink_to("step=00000009.ckpt")
+    checkpoint = Path("fsdp2/checkpoints/last.ckpt").resolve()
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "meta.pt",
+        "seal.json",
+    ]
+    assert run(["export", "--ckpt_path", str(checkpoint), "--out", "export"]) == 0
+    for weights, prefix in (("ema", "ema."), ("raw", "network.")):
+        network = load_trained(checkpoint, weights=weights).network.state_dict()
+        shares = read_tensors(checkpoint, prefix)
+        assert all(torch.equal(network[name], tensor) for name, tensor in shares.items())
+        exported = load_trained("export").network.state_dict()
+        assert all(torch.equal(exported[name], network[name]) for name in network) == (weights == "ema")
+    assert run(["sample", "--ckpt_path", str(checkpoint), "--out", "samples.npz"]) == 0
+    assert run([*FIT, "--resume", "--trainer.default_root_dir", "fsdp2"]) == 1
+    assert "has a share of each rank: it needs --trainer.strategy fsdp2" in capfd.readouterr().err
+    alone = ["--trainer.strategy", "fsdp2", "--data.batch_size", "16", "--trainer.default_root_dir", "fsdp2"]
+    resumed = start([*FIT, *alone, "--resume", "--trainer.devices", "1"], run_folder)
+    assert resumed.wait() == [0], resumed.printed()
+    assert "resuming on 1 ranks, not 2" in resumed.printed()
+    for key, tensor in last_weights(Path("fsdp2"), "network.").items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4)
+
+
+def test_every_part_of_a_network_gets_its_weights_and_is_finished_before_the_next() -> None:
+    config, cpu = MVARConfig(depth=3, width=32, heads=2, head_dim=32), torch.device("cpu")
+    finished: list[nn.Module] = []
+
+    def finish(part: nn.Module) -> None:
+        """Gives a block's memory away, as sharding does."""
+        assert all(parameter.is_meta for block in finished for parameter in block.parameters())
+        assert not any(parameter.is_meta for parameter in part.parameters(recurse=isinstance(part, Block)))
+        if isinstance(part, Block):
+            part.to("meta")
+        finished.append(part)
+
+    build(config, cpu, 0, finish)
+    assert [type(part) for part in finished] == [Block, Block, Block, MVAR]
+    first = build(config, cpu, 0).state_dict()
+    torch.manual_seed(123)
+    second = build(config, cpu, 0).state_dict()
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+        assert tensor.isfinite().all(), name
+    assert not torch.equal(first["blocks.0.mlp.0.weight"], first["blocks.1.mlp.0.weight"])
+
+
+def test_compiled_and_recomputed_blocks_give_the_same_losses(
+    tokenizer_folder: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as torch.compile does it, but without generating code, which takes minutes."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    runs = []
+    for options in ({}, {"compile": True}, {"activation_checkpointing": True}):
+        L.seed_everything(0)
+        losses, module = Losses(), make_module(tokenizer_folder, model=options)
+        data = TokenDataModule(str(run_folder / "shards"), str(run_folder / "shards"), batch_size=16)
+        make_trainer(run_folder, 3, callbacks=[losses]).fit(module, data)
+        runs.append(losses.train)
+    assert runs[1] == pytest.approx(runs[0], abs=1e-6)
+    assert runs[2] == pytest.approx(runs[0], abs=1e-6)

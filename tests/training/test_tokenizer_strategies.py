@@ -1,0 +1,94 @@
+"""One process, DDP and FSDP2 train the same tokenizer, with all that there is to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pictures, scalars, write_images
+from processes import start
+
+from lightning_mvar.checkpoints import load_tokenizer
+from lightning_mvar.checkpoints.training import remove
+
+RUN_YAML = """
+trainer: {accelerator: cpu, max_steps: 8, val_check_interval: 3, check_val_every_n_epoch: null, log_every_n_steps: 1,
+  default_root_dir: run, enable_progress_bar: false, enable_model_summary: false, num_sanity_val_steps: 0,
+  gradient_clip_val: 1.0,
+  logger: {class_path: lightning.pytorch.loggers.TensorBoardLogger,
+           init_args: {save_dir: "${trainer.default_root_dir}", name: "", version: logs}},
+  callbacks: [{class_path: lightning_mvar.callbacks.Checkpoint,
+               init_args: {dirpath: "${trainer.default_root_dir}/checkpoints", every_n_train_steps: 5}},
+              {class_path: lightning_mvar.callbacks.ReconstructionsCallback, init_args: {images: 4}},
+              {class_path: lightning_mvar.callbacks.ReconstructionScoresCallback,
+               init_args: {extractor: {class_path: conftest.Pixels}}}]}
+model: {ema_decay: 0.9, optimizer: {base_lr: 0.02}, revive_every: 0,
+  perceptual: {class_path: lightning_mvar.tokenizer.perceptual.FeatureDistance,
+               init_args: {extractor: {class_path: conftest.Pixels}}},
+  adversary: {weight: 0.5, start_step: 3, lr_factor: 0.5, channels: 8, levels: 2},
+  codebook: {entropy_weight: 0.1, entropy_queries: 10000, scale_dropout: 0.3},
+  tokenizer: {schedule: {side_lengths: [1, 2, 3, 4]}, vocab_size: 24, code_dim: 8, channels: 8, multipliers: [1, 2, 2],
+              blocks: 1, num_phi: 2, norm_groups: 4}}
+data: {train: images, val: images, resolution: 16, batch_size: 8}
+"""
+STRATEGIES = {"one": (1, []), "ddp": (2, ["--trainer.strategy", "ddp"]), "fsdp2": (2, ["--trainer.strategy", "fsdp2"])}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """24 pictures, three batches an epoch."""
+    write_images(tmp_path / "images", per_class=8)
+    (tmp_path / "run.yaml").write_text(RUN_YAML)
+    return tmp_path
+
+
+def train(folder: Path, strategy: str, out: str, *options: str) -> str:
+    """What the ranks have printed."""
+    devices, chosen = STRATEGIES[strategy]
+    command = ["train-tokenizer", "--config", "run.yaml", "--data.batch_size", str(8 // devices), *chosen]
+    ranks = start([*command, "--trainer.default_root_dir", out, *options], folder, devices, name=out)
+    assert ranks.wait() == [0] * devices, ranks.printed()
+    return ranks.printed()
+
+
+@pytest.mark.parametrize("learning", ["gradient", "ema"])
+def test_strategies_agree_on_losses_scores_and_weights(folder: Path, learning: str) -> None:
+    for name in STRATEGIES:
+        train(folder, name, name, "--model.codebook.learning", learning)
+    one = scalars(folder / "one/logs")
+    assert len(one["train/loss"]) == 8
+    assert len(one["train/adversarial"]) == 5
+    assert one["train/grad_norm_discriminator"][2][1] == 0 < one["train/grad_norm_discriminator"][3][1]
+    assert {"val/psnr", "val/ssim", "val/rfid", "codebook_perplexity/3", "train/perceptual"} <= one.keys()
+    expected = load_tokenizer(folder / "one").state_dict()
+    for name in ("ddp", "fsdp2"):
+        other = scalars(folder / name / "logs")
+        assert other.keys() == one.keys()
+        for tag in one:
+            values = [value for _, value in one[tag]]
+            assert [value for _, value in other[tag]] == pytest.approx(values, abs=1e-5, rel=1e-3), (name, tag)
+        for key, tensor in load_tokenizer(folder / name).state_dict().items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-4, rtol=1e-3)
+        assert len(pictures(folder / name / "logs", "reconstructions")) == 2
+
+
+# Of 512 codes each rank uses others between the checkpoint and the next revival.
+RUNNING_MEANS = ["--model.codebook.learning", "ema", "--model.revive_every", "2"]
+MANY_CODES = ["--model.tokenizer.vocab_size", "512", "--model.revive_every", "7", "--model.revive_until", "1.0"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("ddp", MANY_CODES), ("ddp", RUNNING_MEANS), ("fsdp2", RUNNING_MEANS)],
+)
+def test_ranks_resume_exactly(folder: Path, strategy: str, options: list[str]) -> None:
+    """Codes that are revived included: the same on all ranks."""
+    train(folder, strategy, "run", *options)
+    expected = load_tokenizer(folder / "run").state_dict()
+    remove((folder / "run/checkpoints/last.ckpt").resolve())
+    (folder / "run/config.json").unlink()
+    printed = train(folder, strategy, "run", *options, "--resume")
+    assert f"resuming from {folder}/run/checkpoints/step=00000005.ckpt" in printed
+    for key, tensor in load_tokenizer(folder / "run").state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
