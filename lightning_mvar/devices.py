@@ -1,4 +1,4 @@
-"""Devices and precisions to compute on and in."""
+"""Compute devices and precisions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` (CUDA where there is one), or a torch device such as `cpu` or `cuda:1`."""
+    """Returns the device of `name`: `auto` (CUDA if available), or a torch device such as `cpu` or `cuda:1`.
+
+    Raises:
+        InputError: if the device is not available.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not available here ({str(error).splitlines()[0]})") from error
+        raise InputError(f"--device {name} is not available on this machine ({str(error).splitlines()[0]})") from error
     return device
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Device of a module's first parameter or buffer; the CPU if it has none."""
+    """Returns the device of a module's first parameter or buffer; the CPU if it has none."""
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))

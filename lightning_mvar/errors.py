@@ -1,27 +1,30 @@
-"""The one exception that means: the user can repair this."""
+"""Exceptions for mistakes that the user can fix, and for interruptions."""
 
 
 class InputError(ValueError):
-    """A mistake in what the user handed in: a path, a value, a file or a combination of them.
+    """A user's mistake: a wrong path, value or file, or a combination that does not fit.
 
     The message is one line that names the file or value and the remedy. The command line prints it without a
-    traceback and exits with 1; every other exception is a bug of ours and keeps its traceback.
+    traceback and exits with 1; any other exception is a bug in this package and keeps its traceback.
     """
 
 
 class DivergedError(InputError):
-    """Training ends because its gradients are no numbers: the state of the run is not worth saving."""
+    """Training has diverged: its gradients are not finite, so the state of the run is not saved."""
+
+
+RESUME_REMEDY = "--resume continues from the newest checkpoint"
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to end, on all ranks at the same step. The command line exits with 128 + `signal`.
+    """A signal ended the run, on all ranks at the same step. The command line exits with 128 + `signal`.
 
     Args:
-        signal: its number.
+        signal: number of the signal.
         message: what was interrupted, and where.
-        remedy: how to go on.
+        remedy: how to continue.
     """
 
-    def __init__(self, signal: int, message: str, remedy: str = "--resume goes on from the newest checkpoint") -> None:
+    def __init__(self, signal: int, message: str, remedy: str = RESUME_REMEDY) -> None:
         super().__init__(message)
         self.signal, self.remedy = signal, remedy

@@ -1,4 +1,4 @@
-"""Pictures from a trained network in one line, from a folder or from the Hugging Face Hub."""
+"""Pipeline that draws images with a trained network, loaded from a folder or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,59 +13,58 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
-from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.decoding import to_tensor
-from lightning_mvar.devices import DTYPES, Precision, choose_device
+from lightning_mvar.devices import Precision, choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling.generate import Known, Step, decoded, draw_scales, image_generators, tokens_kept
+from lightning_mvar.sampling.generate import KnownTokens, Step, decode_images, kept_tokens_mask
 from lightning_mvar.sampling.grids import to_uint8
-from lightning_mvar.scales import Shape, in_words
+from lightning_mvar.sampling.sampler import Sampler
+from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.scales import Shape, format_shape
 
-FILES = ["config.json", "*.safetensors"]  # of a folder of `export`
+EXPORT_FILES = ["config.json", "*.safetensors"]
 
 
 class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-generation", "var", "mvar"]):
-    """Draws pictures of classes, and redraws parts of given ones.
+    """Draws images of given classes and inpaints given images.
 
         pipe = MVARPipeline.from_pretrained("outputs/demo/export")
         pipe(["3", "7"], guidance=0.45)[0].save("three.png")
 
-    `save_pretrained` and `push_to_hub` write what `lightning-mvar export` writes.
+    `save_pretrained` and `push_to_hub` write the same files as `lightning-mvar export`.
 
     Args:
-        model: network and tokenizer, which are moved to the device.
+        model: network and tokenizer; both are moved to the device.
         device: auto, cpu, cuda or cuda:N.
-        precision: of network and decoder.
+        precision: precision of network and decoder.
     """
 
     def __init__(self, model: TrainedModel, device: str = "auto", precision: Precision = "float32") -> None:
-        self.device = choose_device(device)
-        self.network = model.network.to(self.device).lower(DTYPES[precision])
-        self.tokenizer = model.tokenizer.to(self.device).lower(DTYPES[precision])
-        self.class_names = model.class_names
-        self.classes = Classes(model.class_names, model.network.config.num_classes)
+        sampler = self.sampler = Sampler(model, choose_device(device), precision)
+        self.device, self.network, self.tokenizer = sampler.device, sampler.network, sampler.tokenizer
+        self.class_names, self.classes = sampler.class_names, sampler.classes
 
     @property
     def shape(self) -> Shape:
-        """Height and width of the pictures, in pixels."""
+        """Height and width of the images, in pixels."""
         return self.tokenizer.config.shape
 
     def __call__(self, classes: Sequence[str | int] | str | int, **settings: Any) -> list[Image.Image]:
-        """A picture of each class; the arguments are those of `steps`."""
+        """Draws one image per entry of `classes`; takes the arguments of `steps`."""
         for step in self.steps(classes, **settings):
             last = step.f_hat
-        return self.pictures(last)
+        return self.to_images(last)
 
     def edit(
         self, image: Image.Image, mask: Image.Image, classes: Sequence[str | int] | str | int, **settings: Any
     ) -> list[Image.Image]:
-        """`image` with what is white in `mask` drawn anew, once for each class; see `steps`."""
+        """Redraws the white part of `mask` in `image`, once per entry of `classes`; see `steps`."""
         return self(classes, image=image, mask=mask, **settings)
 
-    def forming(self, classes: Sequence[str | int] | str | int, **settings: Any) -> Iterator[list[Image.Image]]:
-        """Pictures as they are after each scale, coarse to fine, the last ones whole; see `steps`."""
+    def stream_images(self, classes: Sequence[str | int] | str | int, **settings: Any) -> Iterator[list[Image.Image]]:
+        """Yields the images decoded after each scale, coarse to fine; the last ones are complete. See `steps`."""
         for step in self.steps(classes, **settings):
-            yield self.pictures(step.f_hat)
+            yield self.to_images(step.f_hat)
 
     def steps(
         self,
@@ -73,67 +72,52 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         *,
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
-        seed: int = 0,
-        guidance: float = 1.5,
-        top_k: int = 900,
-        top_p: float = 0.96,
-        smooth: bool = False,
+        **sampling: Any,
     ) -> Iterator[Step]:
-        """Draw scale by scale.
+        """Draws scale by scale.
 
         Args:
-            classes: a name, a number, or "unconditional" for each picture; one alone for a single picture.
-            image: a picture to keep a part of, of any size; what does not fit is cut off. See `tokens_kept`.
-            mask: of the size of `image`, or as large as the pictures are: white where to draw, black where to keep.
-            seed: picture i of a seed is the same in any number of them.
-            guidance, top_k, top_p, smooth: of the sampling; see `generate`.
+            classes: name, number or "unconditional", one per image; a single value draws one image.
+            image: image to keep a part of, of any size; it is resized and cropped to the center. See `kept_tokens_mask`.
+            mask: white where to draw, black where to keep; its size is that of `image` or of the drawn images.
+            sampling: `SamplingSettings` by name: guidance, top_k, top_p, smooth, seed.
 
         Raises:
-            InputError: if a class is unknown, an argument is out of range, or the mask is of another size.
+            InputError: if a class is unknown, an argument is out of range, or the mask has another size.
         """
         if image is None and mask is not None:
-            raise InputError("a mask needs an image to keep the rest of")
-        wanted = [classes] if isinstance(classes, str | int) else classes
-        labels = torch.tensor([self.classes.label(each) for each in wanted], device=self.device)
-        known = None if image is None else self.known(image, mask, len(labels))
-        return draw_scales(
-            self.network,
-            self.tokenizer,
-            labels,
-            guidance=guidance,
-            top_k=top_k,
-            top_p=top_p,
-            smooth=smooth,
-            generator=image_generators(seed, range(len(labels))),
-            known=known,
-        )
+            raise InputError("a mask needs an image: pass the image to edit as well")
+        names = [classes] if isinstance(classes, str | int) else classes
+        labels = torch.tensor([self.classes.label(name) for name in names], device=self.device)
+        known = None if image is None else self.known_tokens(image, mask, len(labels))
+        return self.sampler.steps(labels, SamplingSettings(**sampling), range(len(labels)), known)
 
     @torch.no_grad()
-    def known(self, image: Image.Image, mask: Image.Image | None, count: int) -> Known:
-        """What is kept of an image, for each of `count` pictures; without a mask, everything."""
+    def known_tokens(self, image: Image.Image, mask: Image.Image | None, count: int) -> KnownTokens:
+        """Returns the tokens of an image, repeated for `count` images, and which to keep; without a mask, all."""
         tokens = self.tokenizer.encode(to_tensor(fitted(image.convert("RGB"), self.shape))[None].to(self.device))
         keep = torch.ones_like(tokens[0], dtype=torch.bool)
         if mask is not None:
             if mask.size not in (image.size, self.shape[::-1]):
                 raise InputError(
-                    f"the mask is {size_of(mask)}: it must be as large as the image, {size_of(image)}, or as the "
-                    f"pictures, {in_words(self.shape)}"
+                    f"the mask is {size_of(mask)}: resize it to the size of the image, {size_of(image)}, or of the "
+                    f"drawn images, {format_shape(self.shape)}"
                 )
             black = torch.from_numpy(np.array(fitted(mask.convert("L"), self.shape))) < 128
-            keep = tokens_kept(self.network.config.schedule, black).to(self.device)
-        return Known(tokens.expand(count, -1), keep.expand(count, -1))
+            keep = kept_tokens_mask(self.network.config.schedule, black).to(self.device)
+        return KnownTokens(tokens.expand(count, -1), keep.expand(count, -1))
 
-    def pictures(self, f_hat: Tensor) -> list[Image.Image]:
-        """(b, c, s, t) -> b pictures."""
-        return [Image.fromarray(pixels) for pixels in to_uint8(decoded(self.tokenizer, f_hat))]
+    def to_images(self, f_hat: Tensor) -> list[Image.Image]:
+        """Decodes features (b, c, s, t) to b images."""
+        return [Image.fromarray(pixels) for pixels in to_uint8(decode_images(self.tokenizer, f_hat))]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         if self.network.input_proj.weight.dtype != torch.float32:
-            raise InputError("weights of lower precision are not saved: load the pipeline with precision float32")
+            raise InputError("weights in lower precision cannot be saved: load the pipeline with precision float32")
         save_folder(save_directory, self.tokenizer, self.network, self.class_names)
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]  # two options of our own
+    def _from_pretrained(  # type: ignore[override]  # adds device and precision
         cls,
         *,
         model_id: str,
@@ -145,7 +129,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         device: str = "auto",
         precision: Precision = "float32",
     ) -> MVARPipeline:
-        """From a folder of `export`, or a repository on the Hub that holds one."""
+        """Loads a folder of `export`, or a Hub repository that holds one."""
         if Path(model_id).is_dir():
             return cls(load_trained(model_id), device, precision)
         folder = snapshot_download(
@@ -155,15 +139,16 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
             force_download=force_download,
             local_files_only=local_files_only,
             token=token,
-            allow_patterns=FILES,
+            allow_patterns=EXPORT_FILES,
         )
         return cls(load_trained(folder), device, precision)
 
 
 def fitted(image: Image.Image, shape: Shape) -> Image.Image:
-    """The middle of a picture, resized to a height and width."""
+    """Crops an image around its center to the aspect ratio of `shape` (height, width) and resizes it."""
     return ImageOps.fit(image, shape[::-1], Image.Resampling.LANCZOS)
 
 
 def size_of(image: Image.Image) -> str:
-    return in_words((image.height, image.width))
+    """Formats the size of an image for a message."""
+    return format_shape((image.height, image.width))

@@ -104,7 +104,7 @@ def write_images(root: Path, per_class: int = 6) -> None:
 
 
 @pytest.fixture
-def pictures_folder(tmp_path: Path) -> Path:
+def image_folder(tmp_path: Path) -> Path:
     """Two classes of 40 x 20 pictures, every suffix, one of them in a folder of its own."""
     rng = np.random.default_rng(0)
     for name in ("b/1.png", "b/2.jpg", "a/deep/3.jpeg", "a/4.webp"):

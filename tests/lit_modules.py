@@ -1,4 +1,4 @@
-"""A tiny LitMVAR, a quiet trainer, and a callback that keeps the losses."""
+"""A tiny LitMVAR, a quiet trainer, and a callback that records losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NETWORK = {"depth": 2, "width": 32, "heads": 2, "vocab_size": 48, "code_dim": 8,
 
 
 class Losses(Callback):
-    """Keeps the loss of every step and what every validation logged."""
+    """Records the loss of each step and the metrics of each validation."""
 
     def __init__(self) -> None:
         self.train: list[float] = []
@@ -31,7 +31,7 @@ class Losses(Callback):
 
 
 def make_module(tokenizer_folder: Path, model: dict[str, object] | None = None, **overrides: object) -> LitMVAR:
-    """`model` are options of the module, the others of the network."""
+    """Builds the module; `model` holds its options, `overrides` those of the network."""
     torch.manual_seed(0)
     network = MVARConfig(SCHEDULE, **(NETWORK | {"head_dim": 16} | overrides))
     return LitMVAR(network, str(tokenizer_folder), OptimizerConfig(base_lr=0.05), **(model or {}))

@@ -1,6 +1,6 @@
-"""The command line in processes of their own, which start in a fraction of a second because a server has imported all.
+"""Runs commands in separate processes, which start in a fraction of a second because a fork server has the imports.
 
-Several ranks are started as a cluster would start them, so that each can be killed, stopped or made to fail alone.
+Ranks are started as a cluster would start them, so that a test can kill, stop or fail each one individually.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(  # whichever test of a process is the first to ask, its server serves all
+CONTEXT.set_forkserver_preload(  # of everything any test needs: a process has only one fork server
     ["lightning_mvar.sweeps.server", "lightning_mvar.cli.training", "lightning_mvar.metrics.digits"]
 )
 
 
 @dataclass
 class Run:
-    """The ranks of one command, and what each has printed."""
+    """The ranks of one command and their output files."""
 
     ranks: list[ForkServerProcess]
     outputs: list[Path]
 
     def wait(self, seconds: float = 120) -> list[int | None]:
-        """Exit codes; None for a rank that has not ended in time, which is then killed."""
-        end = time.monotonic() + seconds
+        """Returns the exit codes; ranks that have not ended in time are killed and give None."""
+        deadline = time.monotonic() + seconds
         for rank in self.ranks:
-            rank.join(max(end - time.monotonic(), 0))
+            rank.join(max(deadline - time.monotonic(), 0))
         codes = [rank.exitcode for rank in self.ranks]
         self.send(signal.SIGKILL)
         return codes
@@ -58,9 +58,9 @@ def start(
     name: str = "out",
     option: str = "--trainer.devices",
 ) -> Run:
-    """Run a command in `folder`, one process for each device, which it is told of by `option`.
+    """Starts a command in `folder` with one process per device; `option` sets the number of devices.
 
-    `prepare(rank)` is called in each of them first.
+    `prepare(rank)` is called first in each process.
     """
     outputs = [folder / f"{name}.rank{rank}.txt" for rank in range(devices)]
     cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(devices)}
@@ -92,11 +92,11 @@ def run_rank(
     import torch
 
     from lightning_mvar.cli import main
-    from lightning_mvar.sweeps.processes import SERVER_OUTLIVES
+    from lightning_mvar.sweeps.processes import SERVER_BLOCKED_SIGNALS
 
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_OUTLIVES)  # a process has one server, which may be that of sweeps
-    multiprocessing.set_start_method(None, force=True)  # of what a command starts: as if it had been started alone
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_BLOCKED_SIGNALS)  # the server may be that of sweeps
+    multiprocessing.set_start_method(None, force=True)  # the command picks its own, as if started from a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background of a shell
     torch.set_num_threads(1)
     os.environ.update(environment)
     os.chdir(folder)

@@ -1,4 +1,4 @@
-"""A folder of shards behind http, by a server that fails as it is told to."""
+"""An HTTP server of a folder of shards that fails on demand."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ Failure = Literal["404", "drop", "cut", "short", "wrong", "stall"]
 class ShardServer:
     """Serves `folder`.
 
-    `failures` are what the next requests for a file meet: an error, a connection that is dropped or cut in the middle,
-    half of a file, other bytes, or silence. While `dead`, all are dropped. `requests` are the names asked for.
+    `failures` lists how the next requests for a file fail: an error, a dropped connection, one that is cut in the
+    middle, half of the file, wrong bytes, or a stall. While `dead`, every request is dropped. `requests` lists the
+    requested names.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.dead = folder, False
         self.failures: dict[str, list[Failure]] = defaultdict(list)
         self.requests: list[str] = []
-        self.alive_for: int | None = None  # requests after which it is dead
-        self.released = threading.Event()  # ends silences
+        self.alive_for: int | None = None  # number of requests after which every request is dropped
+        self.released = threading.Event()  # ends stalls
         self.delay_s = 0.0
         self.port = 0
 
@@ -63,12 +64,12 @@ class ShardServer:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[ShardServer]:
-    """A server in a thread of its own, as long as the context lasts."""
+    """Runs a server in a separate thread while the context is open."""
     server = ShardServer(folder)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            with suppress(BrokenPipeError, ConnectionResetError):  # whoever asked may have given up
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client may have given up
                 server.answer(self)
 
         def log_message(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Every stage from a folder of pictures to an exported network, through the command line."""
+"""All stages from a folder of images to an exported network, through the command line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ data: {train: shards/train, val: shards/train, batch_size: 6}
 
 
 def run_stages(root: Path, tokenizer_yaml: str, fit_yaml: str) -> Path:
-    """From a folder of pictures to an exported network."""
+    """Runs all stages in `root` and returns it."""
     write_images(root / "images")
     (root / "tokenizer.yaml").write_text(tokenizer_yaml)
     (root / "fit.yaml").write_text(fit_yaml)
@@ -54,7 +54,7 @@ def run_stages(root: Path, tokenizer_yaml: str, fit_yaml: str) -> Path:
 
 
 def tags(logs: Path) -> tuple[set[str], set[str]]:
-    """Scalar and image tags in TensorBoard's files."""
+    """Returns the scalar and image tags in TensorBoard's files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(logs))

@@ -1,4 +1,4 @@
-"""The folder of a finished sweep with known numbers, as `sweep` leaves it: three mixers, two depths, three seeds."""
+"""Writes the folder of a finished sweep with known numbers: three mixers, two depths, three seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_mvar.io.hparams import row
+from lightning_mvar.io.hparams import row_summary
 
 MIXERS, DEPTHS, SEEDS = ("mvar", "var", "markov"), ("2", "10"), (0, 1, 2)
 SIDES, BATCH, STEPS = (1, 2, 4), 16, (3, 7, 11)
@@ -27,13 +27,13 @@ axes:
 seeds: [0, 1, 2]
 """
 
-# By mixer: what is added to the loss, the distance and its change from seed to seed.
+# Per mixer: offset of loss and distance, and their variation over seeds.
 OFFSETS = {"mvar": 0.0, "var": 0.1, "markov": 0.02}
 NOISE = {"mvar": (0.01, -0.02, 0.03), "var": (0.02, -0.03, 0.03), "markov": (0.03, 0.01, -0.05)}
 
 
 def loss(mixer: str, depth: str, seed: int, step: int = STEPS[-1]) -> float:
-    """The validation loss that a cell has come to."""
+    """Returns the validation loss of a cell at a step."""
     return 2.0 + OFFSETS[mixer] - 0.01 * int(depth) + NOISE[mixer][seed] + 1.0 / (1 + step)
 
 
@@ -50,7 +50,7 @@ def parameters(mixer: str, depth: str) -> int:
 
 
 def write_sweep(folder: Path) -> Path:
-    """All eighteen cells, finished at the first attempt in 60 seconds each."""
+    """Writes all eighteen cells, each finished at its first attempt in 60 seconds."""
     (folder / "cells").mkdir(parents=True)
     (folder / "sweep.yaml").write_text(SWEEP_YAML)
     for mixer in MIXERS:
@@ -67,9 +67,9 @@ def cell_folder(folder: Path, mixer: str, depth: str, seed: int) -> Path:
 def write_cell(folder: Path, mixer: str, depth: str, seed: int) -> None:
     cell = cell_folder(folder, mixer, depth, seed)
     cell.mkdir()
-    about = {"name": cell.name, "axes": {"mixer": mixer, "depth": depth}, "seed": seed}
+    definition = {"name": cell.name, "axes": {"mixer": mixer, "depth": depth}, "seed": seed}
     commands = [f"fit --seed_everything {seed} --trainer.default_root_dir {cell}", f"evaluate --seed {seed}"]
-    write_json(cell / "cell.json", about | {"commands": commands})
+    write_json(cell / "cell.json", definition | {"commands": commands})
     write_attempts(cell, [0])
     operations = 1_000 * parameters(mixer, depth)
     costs = {"parameters": parameters(mixer, depth), "flops_per_training_image": 3 * operations}
@@ -83,7 +83,8 @@ def write_cell(folder: Path, mixer: str, depth: str, seed: int) -> None:
 
 def write_events(logs: Path, mixer: str, depth: str, seed: int, tokenizer: str = "outputs/demo/tokenizer") -> None:
     with SummaryWriter(str(logs)) as writer:
-        writer._get_file_writer().add_summary(row({"global_batch": BATCH, "tokenizer": tokenizer, "seed": seed}), -1)
+        hparams = row_summary({"global_batch": BATCH, "tokenizer": tokenizer, "seed": seed})
+        writer._get_file_writer().add_summary(hparams, -1)
         for step in STEPS:
             writer.add_scalar("val/loss", loss(mixer, depth, seed, step), step)
             writer.add_scalar("val/loss_last_scale", 1.1 * loss(mixer, depth, seed, step), step)
@@ -93,7 +94,7 @@ def write_events(logs: Path, mixer: str, depth: str, seed: int, tokenizer: str =
 
 
 def write_attempts(cell: Path, codes: list[int | None]) -> None:
-    """Attempts of a minute each that ended with these codes; None for one that was killed."""
+    """Writes attempts of one minute each with these exit codes; None for a killed attempt."""
     lines: list[dict[str, Any]] = []
     for number, code in enumerate(codes, start=1):
         lines.append({"attempt": number, "begin": f"2026-11-22T10:0{number}:00"})

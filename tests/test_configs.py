@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.cli import run
-from lightning_mvar.cli.training import parsed_fit, run_cli
+from lightning_mvar.cli.training import parse_fit, run_cli
 from lightning_mvar.commands.sweep import plan_cells
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
 from lightning_mvar.models.config import BASELINES
@@ -25,6 +25,7 @@ MIXERS = {"M-VAR": ("scale_attention", "mamba2"), "VAR": ("block_causal_attentio
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 SWEEPS = [config for config in CONFIGS if config.startswith("configs/sweep/")]
+BLOCKS = [config for config in CONFIGS if config.startswith(("configs/base/logger", "configs/base/callbacks/"))]
 COMMAND = re.compile(r"^#\s+lightning-mvar (fit|train-tokenizer|sweep) (.*)$", re.MULTILINE)
 
 
@@ -46,7 +47,7 @@ class ParsingTokenizerCLI(TokenizerCLI):
 def parse(command: str, options: list[str]) -> Namespace:
     """What the command line would build: parsed and validated, not built."""
     if command == "fit":
-        return parsed_fit([command, *options])
+        return parse_fit([command, *options])
     with pytest.raises(TokenizerParsed) as parsed:
         run_cli(ParsingTokenizerCLI, LitTokenizer, ImageDataModule, args=options, run=False)
     return parsed.value.args[0]
@@ -63,7 +64,21 @@ def test_every_cell_of_a_sweep_parses(config: str, monkeypatch: pytest.MonkeyPat
             parse(command, options)
 
 
-@pytest.mark.parametrize("config", sorted(set(CONFIGS) - set(SWEEPS)))
+def network_config(model: Namespace, config: str) -> MVARConfig:
+    """The network of a parsed command line; what comes from tokenizer and shards is ImageNet's, as the header names it."""
+    values = {name: value for name, value in model.network.as_dict().items() if value is not None}
+    resolution = next((int(r) for r in (512, 1024) if f"imagenet_{r}" in (ROOT / config).read_text()), 256)
+    published = {"schedule": {"side_lengths": ScaleSchedule.for_resolution(resolution).side_lengths}}
+    return config_from_dict(MVARConfig, published | values, config)
+
+
+@pytest.mark.parametrize("config", BLOCKS)
+def test_blocks_are_used_by_other_configs(config: str) -> None:
+    block = config.removeprefix("configs/base/")
+    assert any(block in (ROOT / other).read_text() for other in CONFIGS if other != config)
+
+
+@pytest.mark.parametrize("config", sorted(set(CONFIGS) - set(SWEEPS) - set(BLOCKS)))
 def test_the_commands_of_every_header_parse(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     commands = header_commands(config)
@@ -73,7 +88,7 @@ def test_the_commands_of_every_header_parse(config: str, monkeypatch: pytest.Mon
         model = parse(command, options).model
         with torch.device("meta"):
             if command == "fit":
-                network = MVAR(config_from_dict(MVARConfig, model.network.as_dict(), config))
+                network = MVAR(network_config(model, config))
                 check_stated_size(config, network)
             else:
                 Tokenizer(config_from_dict(TokenizerConfig, model.tokenizer.as_dict(), config))
@@ -113,7 +128,7 @@ def test_sizes_carry_their_published_recipe(
     assert (network.depth, network.width, network.heads) == (depth, 64 * depth, depth)
     assert network.drop_path == pytest.approx(0.1 * depth / 24, rel=1e-5)
     assert network.qk_norm
-    assert namespace.data.batch_size * trainer.devices == batch
+    assert namespace.data.global_batch_size == batch
     assert (trainer.max_epochs, trainer.gradient_clip_val) == (epochs, 2.0)
     assert (optimizer.base_lr, network.adaln_gate_init) == (base_lr, gate)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.05)
@@ -124,18 +139,21 @@ def test_sizes_carry_their_published_recipe(
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_have_overlays_of_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    values = parse(*header_commands(f"configs/mixer/{name}.yaml")[0]).model.network.as_dict()
-    network = config_from_dict(MVARConfig, values, name)
+    config = "configs/prediction/next_token.yaml" if name == "ar_raster" else f"configs/mixer/{name}.yaml"
+    network = network_config(parse(*header_commands(config)[0]).model, config)
     assert replace(network, **BASELINES[name]) == network
 
 
-@pytest.mark.parametrize("resolution", [256, 512, 1024])
-def test_data_overlays_have_the_published_schedules(resolution: int) -> None:
-    config = f"configs/data/imagenet_{resolution}.yaml"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        network = parse(*header_commands(config)[0]).model.network
-    assert tuple(network.schedule.side_lengths) == ScaleSchedule.for_resolution(resolution).side_lengths
+@pytest.mark.parametrize("config", ["base/imagenet", "data/imagenet_512", "data/imagenet_1024"])
+def test_imagenet_configs_name_the_tokenizer_that_their_header_exports(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schedule comes with it."""
+    monkeypatch.chdir(ROOT)
+    model = parse("fit", ["--config=configs/base/imagenet.yaml", f"--config=configs/{config}.yaml"]).model
+    resolution = config.partition("_")[2] or "256"
+    assert f"--resolution {resolution} --out {model.tokenizer}\n" in (ROOT / f"configs/{config}.yaml").read_text()
+    assert model.network.schedule is None
 
 
 def test_interpolation_sees_overrides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The notebooks: executed in order with tiny settings in a folder like a clone, and what is committed of them."""
+"""Tests of the notebooks: run in order with tiny settings in a folder like a clone; committed cells are checked."""
 
 import ast
 import os
@@ -20,9 +20,9 @@ TINY: dict[str, dict[str, object]] = {
     "03_editing": {"count": 2},
     "04_ablation_report": {"folder": "../outputs/sweep/tiny"},
 }
-PRODUCTS = ["tokenizer/config.json", "shards/train/manifest.json", "shards/val/manifest.json", "export/config.json"]
+OUTPUT_FILES = ["tokenizer/config.json", "shards/train/manifest.json", "shards/val/manifest.json", "export/config.json"]
 CHECKPOINTS = ["mvar/checkpoints/step=00000010.ckpt", "var/checkpoints/step=00000002.ckpt"]
-LARGEST = 600_000  # bytes of a committed notebook
+MAX_NOTEBOOK_BYTES = 600_000
 ABSOLUTE_PATH = re.compile(r"""(?:^|[\s"'`(\[=:])(?:/\w|~/|[A-Z]:\\)""", re.MULTILINE)
 
 
@@ -34,20 +34,20 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def assigned(source: str) -> set[str]:
-    """Names that a cell gives values to."""
+def assigned_names(source: str) -> set[str]:
+    """Returns the names that a cell assigns."""
     return {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
-def texts(cell: NotebookNode) -> Iterator[str]:
-    """What a cell has printed or shown in words."""
+def text_outputs(cell: NotebookNode) -> Iterator[str]:
+    """Yields the text outputs of a cell."""
     for output in cell.outputs:
         yield output.get("text", "")
         yield from (text for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
 
 
-def figures(notebook: NotebookNode) -> list[int]:
-    """How many pictures each code cell shows."""
+def figure_counts(notebook: NotebookNode) -> list[int]:
+    """Returns the number of images that each code cell shows."""
     return [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code_cells(notebook)]
 
 
@@ -63,57 +63,58 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def executed(folder: Path) -> dict[str, NotebookNode]:
     notebooks = {name: read(name) for name in NOTEBOOKS}
-    where = {"metadata": {"path": str(folder / "notebooks")}}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads wait for each other where cores are shared
+    resources = {"metadata": {"path": str(folder / "notebooks")}}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more threads than free cores only wait for each other
     for name, notebook in notebooks.items():
         settings = code_cells(notebook)[0]
         settings.source += "".join(f"\n{setting} = {value!r}" for setting, value in TINY[name].items())
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute(env=environment)
+        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute(env=environment)
     return notebooks
 
 
-def test_they_run_and_leave_what_they_make(executed: dict[str, NotebookNode], folder: Path) -> None:
-    for name in [*PRODUCTS, *CHECKPOINTS]:
+def test_they_run_and_write_their_outputs(executed: dict[str, NotebookNode], folder: Path) -> None:
+    for name in [*OUTPUT_FILES, *CHECKPOINTS]:
         assert (folder / "outputs/notebooks" / name).is_file(), name
     assert {path.name for path in folder.iterdir()} == {"configs", "notebooks", "outputs"}
     assert not list((folder / "notebooks").iterdir())
     for cell in (cell for notebook in executed.values() for cell in code_cells(notebook)):
-        assert "lightning-mvar: error" not in "".join(texts(cell)), cell.source  # a command tells, and gives 1
+        # A failed command prints this and returns 1.
+        assert "lightning-mvar: error" not in "".join(text_outputs(cell)), cell.source
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_they_show_the_same_figures_as_those_committed(name: str, executed: dict[str, NotebookNode]) -> None:
-    assert figures(executed[name]) == figures(read(name))
-    assert sum(figures(read(name))) >= 4
+def test_they_show_as_many_figures_as_committed(name: str, executed: dict[str, NotebookNode]) -> None:
+    assert figure_counts(executed[name]) == figure_counts(read(name))
+    assert sum(figure_counts(read(name))) >= 4
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_their_first_cell_of_code_holds_the_settings(name: str) -> None:
+def test_their_first_code_cell_holds_the_settings(name: str) -> None:
     first, *others = code_cells(read(name))
     assert first.metadata["tags"] == ["parameters"]
-    assert set(TINY[name]) <= assigned(first.source)
+    assert set(TINY[name]) <= assigned_names(first.source)
     for cell in others:
-        assert not assigned(cell.source) & assigned(first.source)
+        assert not assigned_names(cell.source) & assigned_names(first.source)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_they_define_nothing(name: str) -> None:
+def test_they_define_no_functions_or_classes(name: str) -> None:
     definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
     for cell in code_cells(read(name)):
         assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, definitions)], cell.source
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_they_are_committed_executed_and_say_nothing_of_a_machine(name: str) -> None:
-    assert NOTEBOOKS[name].stat().st_size < LARGEST
+def test_they_are_committed_executed_without_errors_or_absolute_paths(name: str) -> None:
+    assert NOTEBOOKS[name].stat().st_size < MAX_NOTEBOOK_BYTES
     cells = code_cells(read(name))
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         assert not [o for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"], cell.source
-        assert not [text for text in texts(cell) if ABSOLUTE_PATH.search(text)], cell.source
+        assert not [text for text in text_outputs(cell) if ABSOLUTE_PATH.search(text)], cell.source
 
 
-def test_absolute_paths_are_recognised() -> None:
+def test_absolute_paths_are_recognized() -> None:
     for path in ("/home/me/x.py:3: UserWarning", "saved in '/tmp/x'", "C:\\x", "~/x", "at\n/root/x"):
         assert ABSOLUTE_PATH.search(path), path
     for harmless in ("../outputs/notebooks/export", "images/s 3/4", "1,347 samples in outputs/x", "3 / 4"):

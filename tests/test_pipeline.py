@@ -1,4 +1,4 @@
-"""Pictures in one line, saved and loaded as the Hub's libraries do."""
+"""Tests of the pipeline: drawing, editing, saving, loading and the Hub."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import TrainedModel, save_folder
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
-from lightning_mvar.sampling.generate import image_generators
 from lightning_mvar.sampling.grids import to_uint8
+from lightning_mvar.sampling.settings import image_generators
 
 NAMES = ["zero", *map(str, range(1, 10))]
 
@@ -32,43 +32,43 @@ def pipe(folder: Path) -> MVARPipeline:
     return MVARPipeline.from_pretrained(folder, device="cpu")
 
 
-def picture(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+def random_image(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def arrays(pictures: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in pictures]).astype(int)
+def arrays(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
-def test_pictures_are_those_of_generate(pipe: MVARPipeline) -> None:
-    found = pipe(["zero", 3, "unconditional"], guidance=2.0, seed=4)
+def test_images_match_generate(pipe: MVARPipeline) -> None:
+    images = pipe(["zero", 3, "unconditional"], guidance=2.0, seed=4)
     labels = torch.tensor([0, 3, 10])
     expected = generate(pipe.network, pipe.tokenizer, labels, guidance=2.0, generator=image_generators(4, range(3)))
-    assert (arrays(found) == to_uint8(expected)).all()
-    assert found[0].size == (8, 8)
+    assert (arrays(images) == to_uint8(expected)).all()
+    assert images[0].size == (8, 8)
 
 
-def test_every_scale_adds_to_the_picture_and_the_last_is_whole(pipe: MVARPipeline) -> None:
-    steps = [arrays(pictures) for pictures in pipe.forming([1, 2], seed=0)]
+def test_every_scale_changes_the_image_and_the_last_completes_it(pipe: MVARPipeline) -> None:
+    steps = [arrays(images) for images in pipe.stream_images([1, 2], seed=0)]
     assert len(steps) == SCHEDULE.num_scales
     assert (steps[-1] == arrays(pipe([1, 2], seed=0))).all()
     assert all((before != after).any() for before, after in pairwise(steps))
 
 
-def test_what_is_black_in_the_mask_is_kept_and_what_is_white_is_drawn(pipe: MVARPipeline) -> None:
-    image = picture(0)
+def test_black_in_the_mask_is_kept_and_white_is_redrawn(pipe: MVARPipeline) -> None:
+    image = random_image(0)
     white, black = Image.new("L", (8, 8), 255), Image.new("L", (8, 8), 0)
     assert (arrays(pipe.edit(image, white, [1, 2])) == arrays(pipe([1, 2]))).all()
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         reconstruction = (pipe.tokenizer.decode(pipe.tokenizer.encode(pixels)) + 1) / 2
-    found = arrays(pipe.edit(image, black, [1, 2]))
-    assert np.abs(found - to_uint8(reconstruction)).max() <= 1
-    assert (found == arrays(pipe([1, 2], image=image))).all()
+    kept = arrays(pipe.edit(image, black, [1, 2]))
+    assert np.abs(kept - to_uint8(reconstruction)).max() <= 1
+    assert (kept == arrays(pipe([1, 2], image=image))).all()
 
 
-def test_one_class_alone_is_one_picture_and_only_whole_pictures_are_decoded(
+def test_a_single_class_draws_one_image_and_only_the_last_scale_is_decoded(
     pipe: MVARPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (arrays(pipe("zero")) == arrays(pipe([0]))).all()
@@ -79,7 +79,9 @@ def test_one_class_alone_is_one_picture_and_only_whole_pictures_are_decoded(
     assert len(decoded) == 1
 
 
-def test_what_would_be_lost_or_ignored_is_refused(folder: Path, pipe: MVARPipeline, tmp_path: Path) -> None:
+def test_a_mask_without_image_and_saving_lowered_weights_are_rejected(
+    folder: Path, pipe: MVARPipeline, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="a mask needs an image"):
         pipe([1], mask=Image.new("L", (8, 8)))
     lowered = MVARPipeline.from_pretrained(folder, device="cpu", precision="bfloat16")
@@ -87,25 +89,27 @@ def test_what_would_be_lost_or_ignored_is_refused(folder: Path, pipe: MVARPipeli
         lowered.save_pretrained(tmp_path / "lowered")
 
 
-def test_images_of_any_size_are_cut_to_size_and_masks_with_them(pipe: MVARPipeline) -> None:
-    wide, mask = picture(1, (40, 16)), Image.new("L", (40, 16), 0)
+def test_images_and_masks_of_any_size_are_cropped_and_resized(pipe: MVARPipeline) -> None:
+    wide, mask = random_image(1, (40, 16)), Image.new("L", (40, 16), 0)
     mask.paste(255, (0, 0, 20, 16))
     small = Image.new("L", (8, 8), 0)
     small.paste(255, (0, 0, 4, 8))
     assert (arrays(pipe.edit(wide, mask, [5])) == arrays(pipe.edit(wide, small, [5]))).all()
-    with pytest.raises(InputError, match=r"the mask is 16 x 16: it must be as large as the image, 16 x 40 \(.*\), or"):
+    with pytest.raises(
+        InputError, match=r"the mask is 16 x 16: resize it to the size of the image, 16 x 40 \(.*\), or"
+    ):
         pipe.edit(wide, Image.new("L", (16, 16)), [5])
 
 
-def test_saved_and_loaded_it_draws_the_same(pipe: MVARPipeline, tmp_path: Path) -> None:
+def test_a_saved_and_reloaded_pipeline_draws_the_same(pipe: MVARPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "saved")
-    again = MVARPipeline.from_pretrained(tmp_path / "saved", device="cpu")
-    assert again.class_names == NAMES
-    assert (arrays(again([0])) == arrays(pipe([0]))).all()
+    reloaded = MVARPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert reloaded.class_names == NAMES
+    assert (arrays(reloaded([0])) == arrays(pipe([0]))).all()
 
 
-def test_pushing_uploads_that_folder(pipe: MVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Hub itself cannot be reached from a test: what would be uploaded is looked at."""
+def test_push_to_hub_uploads_the_export_files(pipe: MVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the Hub client and checks the files passed to it."""
     uploaded: list[str] = []
 
     class Hub:
@@ -123,20 +127,20 @@ def test_pushing_uploads_that_folder(pipe: MVARPipeline, monkeypatch: pytest.Mon
 
 
 def test_a_repository_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, object] = {}
+    request: dict[str, object] = {}
 
     def download(repo_id: str, **options: object) -> str:
-        asked.update(options, repo_id=repo_id)
+        request.update(options, repo_id=repo_id)
         return str(folder)
 
     monkeypatch.setattr("lightning_mvar.pipeline.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: folder / "config.json")
     pipe = MVARPipeline.from_pretrained("somebody/digits", revision="v1", device="cpu")
     assert pipe.shape == (8, 8)
-    assert (asked["repo_id"], asked["revision"]) == ("somebody/digits", "v1")
-    assert asked["allow_patterns"] == ["config.json", "*.safetensors"]
+    assert (request["repo_id"], request["revision"]) == ("somebody/digits", "v1")
+    assert request["allow_patterns"] == ["config.json", "*.safetensors"]
 
 
-def test_a_model_is_drawn_from_where_it_is_told(tokenizer: Tokenizer) -> None:
+def test_an_unavailable_device_is_rejected(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="warp is not available"):
         MVARPipeline(TrainedModel(tiny_network(), tokenizer, NAMES), device="warp")

@@ -26,7 +26,7 @@ def test_ratio_runs_from_0_to_1_and_is_0_for_a_single_scale() -> None:
     assert ScaleSchedule((4,)).ratio(0) == 0.0
 
 
-def test_maps_may_be_of_any_shape() -> None:
+def test_token_maps_may_be_oblong() -> None:
     schedule = ScaleSchedule(((1, 1), (1, 2), 3, [3, 5]))
     assert schedule.side_lengths == (1, (1, 2), 3, (3, 5))
     assert schedule.shapes == ((1, 1), (1, 2), (3, 3), (3, 5))

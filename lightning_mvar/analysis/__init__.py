@@ -1,1 +1,1 @@
-"""Measurements of trained networks."""
+"""Measurements on trained networks."""

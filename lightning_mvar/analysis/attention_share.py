@@ -1,7 +1,7 @@
-"""Where the attention of a VAR looks: how much at the own scale, how much at coarser ones.
+"""Share of a VAR's attention that stays within a scale or goes to coarser scales.
 
-M-VAR (arXiv 2411.10433) starts from this measurement: attention mostly stays inside a scale, so that inside it
-attention is kept, and between scales something cheaper takes its place.
+This measurement motivates M-VAR (arXiv 2411.10433): attention mostly stays within a scale, so M-VAR keeps attention
+within scales and replaces it by something cheaper between them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lightning_mvar.models.mvar import MVAR
 
 @torch.no_grad()
 def attention_share(network: MVAR, labels: Tensor, scale_inputs: Tensor) -> Tensor:
-    """Of the attention of each scale, the share that falls on each scale, in a teacher-forced pass.
+    """Measures how the attention of each scale is distributed over the scales in a teacher-forced pass.
 
     Args:
-        network: one with block-causal attention, in eval mode.
+        network: network with block-causal attention, in eval mode.
         labels: (b,) int64 in [0, num_classes]; `num_classes` is unconditional.
-        scale_inputs: (b, l - first, c) what `teacher_inputs` gives for the images' tokens.
+        scale_inputs: (b, l - first, c), the output of `teacher_inputs` for the images' tokens.
 
     Returns:
-        (depth, K, K) float32: for each block, in row i and column j, the weight that queries of scale i give to all
-        keys of scale j together, mean over images, heads and queries. Rows sum to 1; above the diagonal is 0.
+        (depth, K, K) float32: per block, row i and column j, the attention weight that a query of scale i gives to all
+        keys of scale j, averaged over images, heads and queries. Rows sum to 1; entries above the diagonal are 0.
 
     Raises:
         InputError: if the network has no block-causal attention.
@@ -35,13 +35,13 @@ def attention_share(network: MVAR, labels: Tensor, scale_inputs: Tensor) -> Tens
     mixers = [module for module in network.modules() if isinstance(module, BlockCausalAttention)]
     if not mixers:
         raise InputError(
-            f"the network's mixers are {network.config.mixing}: only block_causal_attention looks at more "
-            f"than one scale, as with configs/mixer/var.yaml"
+            f"the network's mixers are {network.config.mixer_summary}: only block_causal_attention attends "
+            f"across scales; train one with configs/mixer/var.yaml"
         )
     shares: list[Tensor] = []
 
     def measure(mixer: BlockCausalAttention, inputs: tuple[Tensor, ...]) -> None:
-        shares.append(share_of(mixer, inputs[0], network.config))
+        shares.append(mixer_share(mixer, inputs[0], network.config))
 
     hooks = [mixer.register_forward_pre_hook(measure) for mixer in mixers]
     try:
@@ -52,17 +52,17 @@ def attention_share(network: MVAR, labels: Tensor, scale_inputs: Tensor) -> Tens
     return torch.stack(shares)
 
 
-def share_of(mixer: BlockCausalAttention, x: Tensor, config: MVARConfig) -> Tensor:
-    """Tokens x (b, l, d) of all scales, as the mixer is given them -> (K, K); see `attention_share`.
+def mixer_share(mixer: BlockCausalAttention, x: Tensor, config: MVARConfig) -> Tensor:
+    """Returns the shares (K, K) of one mixer for its input x (b, l, d) of all scales; see `attention_share`.
 
-    The values that are averaged say which scale a key is of, so the averages are the weights of the scales; the weights
-    of single keys, l x l for every head, never exist.
+    Attends with the one-hot scale of each key as its value, so that the output is the weight per scale. The l x l
+    weights of single keys are never materialized.
     """
     q, k, v = mixer.queries_keys_values(x)
     schedule = config.schedule
     scales = schedule.num_scales
-    # At least as wide as a head: kernels that need no l x l memory want values like queries.
-    scale_of_key = F.one_hot(schedule.scale_ids.to(x.device), max(scales, v.shape[-1])).to(v.dtype)
-    y, _ = mixer.attend(q, k, scale_of_key.expand(*v.shape[:2], -1, -1), config.step_shapes, None)
+    # Padded to the head dim: memory-efficient kernels need values as wide as queries.
+    key_scales = F.one_hot(schedule.scale_ids.to(x.device), max(scales, v.shape[-1])).to(v.dtype)
+    y, _ = mixer.attend(q, k, key_scales.expand(*v.shape[:2], -1, -1), config.step_shapes, None)
     weights = y[..., :scales].float().mean(dim=(0, 1))  # (l, K)
     return torch.stack([part.mean(dim=0) for part in weights.split(schedule.lengths)])

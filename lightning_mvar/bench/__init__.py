@@ -1,1 +1,1 @@
-"""What `lightning-mvar bench` measures: networks with random weights, on the machine at hand."""
+"""Measurements of `lightning-mvar bench`: networks with random weights, on this machine."""

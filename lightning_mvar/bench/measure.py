@@ -1,4 +1,4 @@
-"""Time, work and memory of anything that can be called."""
+"""Measurement of the time, FLOPs and memory of any callable."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from tqdm import tqdm
 
 Run = Callable[[], object]
 
-PROCESS = Path("/proc/self")
+PROC_SELF = Path("/proc/self")
 
 
-def alternate(runs: list[Run], repeats: int, device: torch.device) -> list[list[float]]:
-    """Seconds of `repeats` calls of each, in turns after a first round that does not count.
+def time_interleaved(runs: list[Run], repeats: int, device: torch.device) -> list[list[float]]:
+    """Times `repeats` rounds that call each run once, after one warm-up round; returns the seconds of each run's calls.
 
-    Turns, because a machine that others use too is not equally fast all the time: ratios then hold where times do not.
+    On a shared machine the speed drifts. Interleaving exposes all runs to the same drift, so their ratios stay valid.
     """
     seconds: list[list[float]] = [[] for _ in runs]
     with tqdm(total=(repeats + 1) * len(runs), unit="run", desc="bench", leave=False) as bar:
-        for turn in range(repeats + 1):
+        for round_index in range(repeats + 1):
             for run, times in zip(runs, seconds, strict=True):
-                taken = elapsed(run, device)
-                if turn:
-                    times.append(taken)
+                duration = elapsed(run, device)
+                if round_index:
+                    times.append(duration)
                 bar.update()
     return seconds
 
 
-def now(device: torch.device) -> float:
-    """Seconds, after all that the device was given to do."""
+def synchronized_time(device: torch.device) -> float:
+    """Returns the clock in seconds after the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def large_matmul(dtype: torch.dtype, device: torch.device, seconds: float = 0.05) -> tuple[Run, int]:
-    """A product of two large square matrices, the most that a network could reach here, and its operations.
+    """Returns a product of two large square matrices, as the peak rate to compare with, and its FLOPs.
 
-    The matrices are doubled until a product takes `seconds`, so that a machine that only emulates `dtype` is not
-    waited for.
+    The matrices double in size until a product takes `seconds`, so that a device that only emulates `dtype` does not
+    take too long.
     """
     side = 512
     while True:
@@ -60,35 +60,35 @@ def large_matmul(dtype: torch.dtype, device: torch.device, seconds: float = 0.05
 
 
 def elapsed(run: Run, device: torch.device) -> float:
-    begin = now(device)
+    begin = synchronized_time(device)
     run()
-    return now(device) - begin
+    return synchronized_time(device) - begin
 
 
 def peak_memory(run: Run, device: torch.device) -> int:
-    """Bytes that `run` needs at most beyond what is held before it.
+    """Returns the peak memory of `run` in bytes, beyond what is allocated before it.
 
-    Of the CUDA allocator, or of the process as Linux counts it; -1 where neither is known.
+    Measured by the CUDA allocator, or by Linux for the process; -1 if neither is available.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
+        baseline = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - held
-    if not (PROCESS / "clear_refs").exists():
+        return torch.cuda.max_memory_allocated(device) - baseline
+    if not (PROC_SELF / "clear_refs").exists():
         run()
         return -1
-    give_back_freed_memory()
-    (PROCESS / "clear_refs").write_text("5")  # the peak counts from here
-    held = resident("VmRSS")
+    release_freed_memory()
+    (PROC_SELF / "clear_refs").write_text("5")  # resets the peak, VmHWM
+    baseline = read_status_bytes("VmRSS")
     run()
-    return max(resident("VmHWM") - held, 0)
+    return max(read_status_bytes("VmHWM") - baseline, 0)
 
 
-def give_back_freed_memory() -> None:
-    """To the system, or it would stay with the process and hide what the next run takes.
+def release_freed_memory() -> None:
+    """Returns freed memory to the system; kept in the process, it would hide what the next run allocates.
 
-    By glibc's own call; other C libraries have none.
+    Only glibc has a call for this; with other C libraries this only collects garbage.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -96,21 +96,22 @@ def give_back_freed_memory() -> None:
         trim(0)
 
 
-def resident(name: str) -> int:
-    line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith(name))
+def read_status_bytes(name: str) -> int:
+    """Reads a memory counter of this process, such as VmRSS, in bytes."""
+    line = next(line for line in (PROC_SELF / "status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 class Stopwatch:
-    """Where the time of a run goes: seconds inside each part, without the parts inside it.
+    """Profiler of the seconds spent in each part of a run, excluding the parts nested in it.
 
-    Parts are functions and methods, measured while `watching`; CUDA is not waited for until `seconds` is read.
+    Parts are functions and methods, measured inside `instrument`. CUDA is synchronized only when `seconds` is called.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.open: list[str] = []
-        self.marks: list[tuple[str | None, Any]] = [(None, self.mark())]  # what was under way before each mark
+        self.open_parts: list[str] = []
+        self.marks: list[tuple[str | None, Any]] = [(None, self.mark())]  # (part that ends here, time)
 
     def mark(self) -> Any:
         if self.device.type != "cuda":
@@ -121,24 +122,24 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        self.marks.append((self.open[-1] if self.open else None, self.mark()))
-        self.open.append(name)
+        self.marks.append((self.open_parts[-1] if self.open_parts else None, self.mark()))
+        self.open_parts.append(name)
         yield
-        self.marks.append((self.open.pop(), self.mark()))
+        self.marks.append((self.open_parts.pop(), self.mark()))
 
     @contextmanager
-    def watching(self, parts: list[tuple[Any, str, str]]) -> Iterator[None]:
-        """Measure calls of `owner.attribute` as the part of that name, for each (owner, attribute, name)."""
-        before = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute, _ in parts]
+    def instrument(self, parts: list[tuple[Any, str, str]]) -> Iterator[None]:
+        """Measures calls of `owner.attribute` as the part `name`, for each (owner, attribute, name)."""
+        originals = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute, _ in parts]
         for owner, attribute, name in parts:
-            setattr(owner, attribute, self.watched(getattr(owner, attribute), name))
+            setattr(owner, attribute, self.instrumented(getattr(owner, attribute), name))
         try:
             yield
         finally:
-            for owner, attribute, own in reversed(before):
-                delattr(owner, attribute) if own is None else setattr(owner, attribute, own)
+            for owner, attribute, original in reversed(originals):
+                delattr(owner, attribute) if original is None else setattr(owner, attribute, original)
 
-    def watched(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def instrumented(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):
                 return function(*args, **kwargs)
@@ -146,10 +147,10 @@ class Stopwatch:
         return call
 
     def seconds(self) -> dict[str, float]:
-        """Of each part; what was in none is not counted."""
-        now(self.device)
+        """Returns the seconds of each part; time outside of all parts is not counted."""
+        synchronized_time(self.device)
         total: dict[str, float] = defaultdict(float)
-        for (_, before), (name, after) in zip(self.marks, self.marks[1:], strict=False):
+        for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
             if name is not None:
-                total[name] += before.elapsed_time(after) / 1000 if self.device.type == "cuda" else after - before
+                total[name] += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
         return dict(total)

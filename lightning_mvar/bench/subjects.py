@@ -1,4 +1,4 @@
-"""What is measured: networks of a published size, whole and by part.
+"""Subjects of the benchmarks: networks of a published size, complete and by part.
 
 Shapes: b images, l tokens, c code dim, d width, h heads, p head dim, n SSM state.
 """
@@ -22,8 +22,10 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.base import State
 from lightning_mvar.models.config import BASELINES, MIXERS, SIZES, MVARConfig
 from lightning_mvar.models.costs import META, count_flops, forward_flops, sampling_flops
-from lightning_mvar.models.mvar import MVAR, UNDECAYED, Block, MVARState
-from lightning_mvar.sampling.generate import generate, image_generators
+from lightning_mvar.models.mvar import MVAR, Block
+from lightning_mvar.models.parameters import UNDECAYED, lower_precision
+from lightning_mvar.sampling.generate import generate
+from lightning_mvar.sampling.settings import image_generators
 from lightning_mvar.scales import ScaleSchedule, Shape, lengths_of
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
@@ -31,7 +33,7 @@ from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
 
 @dataclass(frozen=True)
 class Setting:
-    """One column of a comparison; the arguments of `lightning-mvar bench` by the same names."""
+    """One column of a comparison; its fields are the arguments of `lightning-mvar bench` of the same names."""
 
     size: str = "d16"
     mixer: str = "mvar"
@@ -44,22 +46,24 @@ class Setting:
     def __post_init__(self) -> None:
         for name, known in (("size", SIZES), ("precision", DTYPES)):
             if getattr(self, name) not in known:
-                raise InputError(f"bench: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
+                raise InputError(f"bench: {name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         unknown = [name for name in self.blocks["mixers"] if name not in MIXERS]
         if unknown:
             raise InputError(
-                f"bench: mixer {self.mixer!r} is none of {', '.join(BASELINES)}, and {unknown[0]!r} none to join with "
-                f"+: {', '.join(MIXERS)}"
+                f"bench: mixer {self.mixer!r} is unknown; choose one of {', '.join(BASELINES)}, or replace "
+                f"{unknown[0]!r} by mixers joined with +: {', '.join(MIXERS)}"
             )
         if self.batch_size < 1 or self.depth < 0:
-            raise InputError(f"bench: batch_size {self.batch_size} or depth {self.depth} is too small")
+            raise InputError(
+                f"bench: batch_size {self.batch_size} must be at least 1 and depth {self.depth} not negative"
+            )
         ScaleSchedule.for_resolution(self.resolution)
 
-    def changed(self, changes: str) -> Setting:
-        """With `changes`, such as "mixer=var,size=d24".
+    def with_changes(self, changes: str) -> Setting:
+        """Returns a copy with `changes`, such as "mixer=var,size=d24".
 
         Raises:
-            InputError: for anything else.
+            InputError: if `changes` has another form, an unknown name or an invalid value.
         """
         types = {field.name: type(getattr(self, field.name)) for field in fields(self)}
         values: dict[str, Any] = {}
@@ -69,13 +73,13 @@ class Setting:
                 values[name] = {"true": True, "false": False}[value] if types[name] is bool else types[name](value)
             except (KeyError, ValueError) as error:
                 raise InputError(
-                    f"--versus {changes}: {change!r} is not NAME=VALUE with a name of {', '.join(types)}"
+                    f"--versus {changes}: {change!r} is not NAME=VALUE; the names are {', '.join(types)}"
                 ) from error
         return replace(self, **values)
 
     @property
     def blocks(self) -> dict[str, Any]:
-        """What sets the network apart from others of its size."""
+        """Returns the config options that distinguish the network from others of its size."""
         return BASELINES.get(self.mixer) or {"mixers": tuple(self.mixer.split("+"))}
 
     @property
@@ -93,20 +97,20 @@ class Setting:
 
     @property
     def schedule(self) -> ScaleSchedule:
-        """The published one of the resolution; its last scale alone for a network in raster order."""
+        """Returns the published schedule of the resolution; only its last scale for a network in raster order."""
         published = ScaleSchedule.for_resolution(self.resolution)
         return ScaleSchedule(published.side_lengths[-1:]) if self.mixer == "ar_raster" else published
 
 
 class Subject:
-    """A network of a configuration on a device, and what can be done with it.
+    """A network and a tokenizer with random weights, and the runs to measure on them.
 
     Args:
-        network: its configuration.
-        tokenizer: of the tokenizer it samples with.
-        batch_size: images at once.
-        dtype: what sampling is lowered to; in training, weights are float32 and products in `dtype`.
-        device: where.
+        network: configuration of the network.
+        tokenizer: configuration of the tokenizer it samples with.
+        batch_size: number of images at once.
+        dtype: dtype of sampling; in training, weights are float32 and matrix products use `dtype`.
+        device: device of both.
     """
 
     def __init__(
@@ -124,7 +128,7 @@ class Subject:
     @cached_property
     def network(self) -> MVAR:
         with torch.device(self.device):
-            return MVAR(self.network_config).eval().lower(self.dtype)
+            return lower_precision(MVAR(self.network_config).eval(), self.dtype)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -132,27 +136,17 @@ class Subject:
             return Tokenizer(self.tokenizer_config).eval().requires_grad_(False).lower(self.dtype)
 
     def scale_inputs(self, batch_size: int) -> Tensor:
-        """Random (b, l - n, c), for the n tokens of the first step."""
+        """Returns random inputs (b, l - n, c); n is the number of tokens of the first step."""
         config = self.network_config
         return torch.randn(batch_size, config.num_inputs, config.code_dim, device=self.device)
 
     def sample(self) -> Tensor:
-        """Images (b, 3, H, W), guided."""
+        """Samples images (b, 3, H, W) with guidance."""
         generators = image_generators(0, range(self.batch_size))
         return generate(self.network, self.tokenizer, self.labels, generator=generators)
 
-    @torch.no_grad()
-    def step_through(self) -> MVARState:
-        """The network's part of sampling alone, guided: 2 b images; its last state."""
-        labels = torch.cat([self.labels, torch.full_like(self.labels, self.network_config.num_classes)])
-        state = self.network.init_state(labels)
-        lengths = self.network_config.step_lengths[1:]
-        for inputs in (None, *self.scale_inputs(len(labels)).split(lengths, dim=1)):
-            _, state = self.network.step(inputs, state)
-        return state
-
     def parts(self) -> list[tuple[Any, str, str]]:
-        """What a profile tells apart; see `Stopwatch.watching`."""
+        """Returns the parts that a profile distinguishes, for `Stopwatch.instrument`."""
         network, tokenizer = self.network, self.tokenizer
         parts: list[tuple[Any, str, str]] = [
             (lightning_mvar.sampling.generate, "draw", "drawing tokens"),
@@ -168,7 +162,7 @@ class Subject:
         return parts
 
     def training_step(self) -> Run:
-        """A function that takes one training step on random tokens (b, l)."""
+        """Returns a function that runs one training step on random tokens (b, l)."""
         network = self.network.float().train()
         optimizer = build_optimizer(network, OptimizerConfig(), undecayed_names=UNDECAYED)
         schedule = self.network_config.schedule
@@ -178,7 +172,7 @@ class Subject:
 
         def step() -> None:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                losses, _ = network(self.labels, scale_inputs, tokens)
+                losses, _ = network.score(self.labels, scale_inputs, tokens)
             losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
             optimizer.step()
@@ -188,7 +182,7 @@ class Subject:
 
 
 def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:
-    """Counted operations: `forward` of a teacher-forced pass, `sampling` of the guided steps, and of the `decoder`."""
+    """Counts FLOPs per image: `forward` (teacher-forced pass), `sampling` (guided steps) and `decoder`."""
     decoder = Subject(network, tokenizer, 1, device=META).tokenizer
     f_hat = decoder.quantizer.empty(1)
     return {
@@ -198,8 +192,8 @@ def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str
     }
 
 
-def carried(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
-    """A mixer over tokens x (b, l, d), scale by scale, with its state handed on."""
+def run_with_state(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
+    """Runs a mixer over tokens x (b, l, d) scale by scale with carried state."""
     state: State = None
     outputs = []
     for k, part in enumerate(x.split(lengths_of(shapes), dim=1)):
@@ -208,8 +202,8 @@ def carried(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def prefix_rerun(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
-    """The same without a state: at every scale, the mixer over all tokens so far."""
+def rerun_prefix(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
+    """Runs a mixer over tokens x (b, l, d) without state: at every scale over all tokens so far."""
     outputs, end = [], 0
     for k, n in enumerate(lengths_of(shapes)):
         end += n
@@ -218,33 +212,34 @@ def prefix_rerun(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Tens
     return torch.cat(outputs, dim=1)
 
 
-def operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, bool]]:
-    """Name, what to run on tokens x (b, l, d) of one block, and whether it is what a training step does.
+def block_operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, bool]]:
+    """Yields (name, run, is training) for the operations of one block on tokens x (b, l, d).
 
-    The scan and the mixers with their backward pass, and Mamba in sampling with and without its state.
+    Training runs the block, its mixers and the scan with their backward passes; sampling runs Mamba with and without
+    carried state.
     """
     with x.device:
         block = Block(config, 0, 0.0).to(x.dtype)
     cond = torch.randn(len(x), config.width, device=x.device, dtype=x.dtype)
     shapes = config.step_shapes
 
-    def both_ways(call: Run) -> Run:
+    def forward_backward(call: Run) -> Run:
         return lambda: call().float().square().mean().backward()  # type: ignore[attr-defined]
 
     x = x.requires_grad_()
-    yield "block", both_ways(lambda: block(x, cond, shapes)[0]), True
-    yield "mlp", both_ways(lambda: block.mlp(x)), True
+    yield "block", forward_backward(lambda: block(x, cond, shapes)[0]), True
+    yield "mlp", forward_backward(lambda: block.mlp(x)), True
     for name, mixer in zip(config.mixers_of(0), block.mixers, strict=True):
-        yield name, both_ways(lambda mixer=mixer: mixer(x, shapes)[0]), True  # type: ignore[misc]
+        yield name, forward_backward(lambda mixer=mixer: mixer(x, shapes)[0]), True  # type: ignore[misc]
     if "mamba2" in config.mixers_of(0):
         mamba = block.mixers[config.mixers_of(0).index("mamba2")]
-        yield "scan", both_ways(scan(config, x)), True
-        yield "mamba2, state carried", torch.no_grad()(lambda: carried(mamba, x, shapes)), False
-        yield "mamba2, prefix run again", torch.no_grad()(lambda: prefix_rerun(mamba, x, shapes)), False
+        yield "scan", forward_backward(scan(config, x)), True
+        yield "mamba2, state carried", torch.no_grad()(lambda: run_with_state(mamba, x, shapes)), False
+        yield "mamba2, prefix run again", torch.no_grad()(lambda: rerun_prefix(mamba, x, shapes)), False
 
 
 def scan(config: MVARConfig, x: Tensor) -> Run:
-    """The scan on random inputs of the size that x (b, l, d) gives it."""
+    """Returns the scan on random inputs of the size that follows from x (b, l, d)."""
     b, l, _ = x.shape
     p, n = config.head_dim, config.state_dim
     h = config.expand * config.width // p

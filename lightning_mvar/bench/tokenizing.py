@@ -1,4 +1,4 @@
-"""How fast images become tokens: decoding, encoding, and one beside the other."""
+"""Speed of tokenizing images: image decoding, encoding, and both as a pipeline."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_mvar.bench.measure import alternate
+from lightning_mvar.bench.measure import time_interleaved
 from lightning_mvar.data.images.examples import ImageSource, batch_loader, batched
 from lightning_mvar.data.tokens.encode import TokenEncoder
 from lightning_mvar.devices import Precision
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-BATCHES = 8  # of each run
+BATCHES = 8  # per run
 
 
 def measure_tokenizing(
@@ -27,24 +27,24 @@ def measure_tokenizing(
     device: torch.device,
     repeats: int,
 ) -> dict[str, Any]:
-    """Images/s of reading and decoding alone, of the encoder alone, and of `tokenize`, measured in turns.
+    """Measures images/s of reading and decoding, of the encoder, and of both as in `tokenize`, interleaved.
 
-    Of the same images, up to 8 batches at random. What cannot be decoded is left out.
+    All use the same random images, up to 8 batches of them. Images that cannot be decoded are skipped.
     """
-    chosen = np.random.default_rng(0).permutation(len(source))[: BATCHES * batch_size].tolist()
-    batches, encoder = batched(chosen, batch_size), TokenEncoder(model, device, precision)
-    held = list(batch_loader(source, batches, num_workers))
+    indices = np.random.default_rng(0).permutation(len(source))[: BATCHES * batch_size].tolist()
+    batches, encoder = batched(indices, batch_size), TokenEncoder(model, device, precision)
+    decoded = list(batch_loader(source, batches, num_workers))
 
     def decode() -> None:
         deque(batch_loader(source, batches, num_workers), maxlen=0)
 
     def encode() -> None:
-        deque(encoder(held), maxlen=0)
+        deque(encoder(decoded), maxlen=0)
 
-    def both() -> None:
+    def pipeline() -> None:
         deque(encoder(batch_loader(source, batches, num_workers)), maxlen=0)
 
-    rates = [len(chosen) / median(times) for times in alternate([decode, encode, both], repeats, device)]
+    rates = [len(indices) / median(times) for times in time_interleaved([decode, encode, pipeline], repeats, device)]
     names = ("decode_images_per_s", "encode_images_per_s", "pipeline_images_per_s")
     return {
         "what": "tokenize",
@@ -52,5 +52,5 @@ def measure_tokenizing(
         "batch_size": batch_size,
         "num_workers": num_workers,
         "precision": precision,
-        "images": len(chosen),
+        "images": len(indices),
     } | dict(zip(names, rates, strict=True))

@@ -1,4 +1,4 @@
-"""Lightning callbacks: sampling, scoring and looking while a network trains."""
+"""Lightning callbacks: checkpoints, samples, scores and throughput during training."""
 
 from lightning_mvar.callbacks.checkpoint import BestCheckpoint, Checkpoint
 from lightning_mvar.callbacks.fid import FIDCallback

@@ -1,4 +1,4 @@
-"""Checkpoints that a run can be killed at any moment of writing, and that a resumed run continues from exactly."""
+"""Checkpoints that survive a kill at any point and resume bit-exactly."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.distributed.checkpoint import CheckpointException
 
 from lightning_mvar.callbacks.tensorboard import writers
-from lightning_mvar.checkpoints.training import Checksums, by_time, checksums, hidden, publish, remove, remove_leftovers
+from lightning_mvar.checkpoints.training import (
+    Checksums,
+    checksums,
+    hidden_path,
+    newest_first,
+    publish,
+    remove_checkpoint,
+    remove_leftovers,
+)
 from lightning_mvar.errors import DivergedError, InputError, Interrupted
 from lightning_mvar.training.base import ScheduledModule
 from lightning_mvar.training.lightning_internals import CheckpointHooks, dump_checkpoint
 
-# What Lightning keeps of a validation pass that was cut short in its first batch: it is run again from the start.
+# Lightning's state of a validation pass interrupted in its first batch, which makes it start the pass again.
 UNFINISHED_VALIDATION = {
     "total": {"ready": 1, "started": 1, "processed": 0, "completed": 0},
     "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
@@ -30,104 +38,102 @@ UNFINISHED_VALIDATION = {
 }
 
 
-class PlainFiles(TorchCheckpointIO):
-    """Writes straight to the file; Lightning's own goes through memory and the folder for temporary files first."""
+class DirectFileIO(TorchCheckpointIO):
+    """Writes directly to the file; Lightning's own CheckpointIO goes through memory and the temporary folder first."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:  # given the path, torch would not say that the disk is full
+        with open(path, "wb") as file:  # given a path, torch does not report that the disk is full
             torch.save(checkpoint, file)
 
 
 class AtomicCheckpoint(CheckpointHooks):
-    """Lightning's ModelCheckpoint, whose files and folders get their name when they are complete and on the disk."""
+    """ModelCheckpoint that gives files and folders their final name only when they are complete and on disk."""
 
     validation_unfinished = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = PlainFiles()
+            trainer.strategy.checkpoint_io = DirectFileIO()
         if stage == "fit" and trainer.is_global_zero:
             remove_leftovers(Path(str(self.dirpath)))
 
     def write(self, trainer: L.Trainer, path: Path) -> None:
-        self.save(trainer, path, alone=False)
+        self.save(trainer, path, single_rank=False)
 
-    def save(self, trainer: L.Trainer, path: Path, alone: bool) -> None:
-        """Write a checkpoint: all ranks together, or this rank alone because the others cannot be reached.
+    def save(self, trainer: L.Trainer, path: Path, single_rank: bool) -> None:
+        """Writes a checkpoint: all ranks together, or this rank only if the others cannot be reached.
 
         Raises:
-            InputError: on all ranks, if one could not write.
+            InputError: on all ranks, if any rank could not write.
         """
         checkpoint = dump_checkpoint(trainer, self.save_weights_only)
-        self.settle(trainer, checkpoint["loops"]["fit_loop"])
-        temporary = hidden(path, "unfinished")
+        self.discard_incomplete_progress(trainer, checkpoint["loops"]["fit_loop"])
+        temporary = hidden_path(path, "unfinished")
         error: BaseException | None = None
-        seal: Checksums = {}
+        file_checksums: Checksums = {}
         try:
             trainer.strategy.save_checkpoint(checkpoint, temporary)
         except (OSError, RuntimeError, CheckpointException) as caught:
             error = caught
-        if not alone:
-            self.agree(trainer, path, error)
-            seal = self.collect_checksums(trainer, temporary)
+        if not single_rank:
+            self.raise_if_any_failed(trainer, path, error)
+            file_checksums = self.collect_checksums(trainer, temporary)
             error = None
         try:
             if error is None and trainer.is_global_zero:
-                publish(temporary, path, seal)
+                publish(temporary, path, file_checksums)
         except OSError as caught:
             error = caught
-        if not alone:
-            self.agree(trainer, path, error)
+        if not single_rank:
+            self.raise_if_any_failed(trainer, path, error)
         elif error is not None:
-            self.fail(trainer, path, error)
+            self.raise_write_error(trainer, path, error)
         self.mark_saved(trainer, path)
 
-    def settle(self, trainer: L.Trainer, loop: dict[str, Any]) -> None:
-        """Count what is complete only: a batch, the batches of a step, or a validation pass under way come again."""
+    def discard_incomplete_progress(self, trainer: L.Trainer, loop: dict[str, Any]) -> None:
+        """Resets the progress to the last complete step and validation, so that unfinished work is repeated."""
         progress = loop["epoch_loop.batch_progress"]
         done = progress["current"]["processed"]
-        progress["is_last_batch"] &= progress["current"]["ready"] == done  # told when the batch is fetched
-        again = 0 if done >= trainer.num_training_batches else done % trainer.accumulate_grad_batches
+        progress["is_last_batch"] &= progress["current"]["ready"] == done  # was set when the batch was fetched
+        repeated = 0 if done >= trainer.num_training_batches else done % trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
-            counts |= dict.fromkeys(counts, counts["processed"] - again)
+            counts |= dict.fromkeys(counts, counts["processed"] - repeated)
         if self.validation_unfinished:
             loop["epoch_loop.val_loop.batch_progress"] = UNFINISHED_VALIDATION
 
-    def agree(self, trainer: L.Trainer, path: Path, error: BaseException | None) -> None:
-        """Go on only if no rank has failed."""
+    def raise_if_any_failed(self, trainer: L.Trainer, path: Path, error: BaseException | None) -> None:
+        """Raises on all ranks if any rank has failed."""
         if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
-            self.fail(trainer, path, error)
+            self.raise_write_error(trainer, path, error)
 
-    def fail(self, trainer: L.Trainer, path: Path, error: BaseException | None) -> None:
+    def raise_write_error(self, trainer: L.Trainer, path: Path, error: BaseException | None) -> None:
         if trainer.is_global_zero:
-            remove(hidden(path, "unfinished"))
-        self.mark_saved(trainer)  # it would fail again
-        reason = "see the message of another rank" if error is None else reason_of(error)
+            remove_checkpoint(hidden_path(path, "unfinished"))
+        self.mark_saved(trainer)  # a second attempt would raise_write_error too
+        reason = "see the message of another rank" if error is None else failure_reason(error)
         raise InputError(
-            f"cannot write the checkpoint {path} ({reason}); those before it are kept: make room, then go on with "
-            f"--resume"
+            f"cannot write the checkpoint {path} ({reason}); earlier ones are kept: free disk space, then add --resume"
         ) from error
 
     def collect_checksums(self, trainer: L.Trainer, folder: Path) -> Checksums:
-        """Of all files of a sharded checkpoint, each rank reading its part of them."""
+        """Returns the checksums of all files of a sharded checkpoint; each rank reads its part of them."""
         if not folder.is_dir():
             return {}
         parts: list[Checksums] = [{}] * trainer.world_size
-        mine = checksums(folder, trainer.global_rank, trainer.world_size)
-        dist.all_gather_object(parts, mine)
-        return {name: found for part in parts for name, found in part.items()}
+        dist.all_gather_object(parts, checksums(folder, trainer.global_rank, trainer.world_size))
+        return {name: checksum for part in parts for name, checksum in part.items()}
 
     def delete(self, trainer: L.Trainer, path: Path) -> None:
         if trainer.is_global_zero:
-            remove(path)
+            remove_checkpoint(path)
 
     def link(self, trainer: L.Trainer, path: Path, link: Path) -> None:
-        """Replaces the link in one step, without waiting for other ranks, which may be gone."""
+        """Replaces the link atomically, without waiting for other ranks, which may be gone."""
         if not trainer.is_global_zero:
             return
-        temporary = hidden(link, "link")
+        temporary = hidden_path(link, "link")
         try:
             temporary.symlink_to(path.name)
             os.replace(temporary, link)
@@ -135,26 +141,26 @@ class AtomicCheckpoint(CheckpointHooks):
             raise InputError(f"cannot link {link} to the checkpoint {path} ({error.strerror})") from error
 
 
-def reason_of(error: BaseException) -> str:
-    """The system's words, where a library has wrapped them."""
+def failure_reason(error: BaseException) -> str:
+    """Returns the operating system's message of an error that a library may have wrapped."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     cause = error.__cause__ or error.__context__ or error
-    chosen = cause if isinstance(cause, OSError) else error
-    return chosen.strerror if isinstance(chosen, OSError) and chosen.strerror else str(chosen).strip().splitlines()[0]
+    error = cause if isinstance(cause, OSError) else error
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().splitlines()[0]
 
 
 class Checkpoint(AtomicCheckpoint):
-    """All of a run's state, every so many steps or minutes, at its end, and before a signal or an exception ends it.
+    """Saves the complete state of a run periodically, at its end, and before a signal or an exception ends it.
 
-    Written between two steps, when everything that belongs to the last one is logged and validated, so `--resume`
-    continues as if nothing had happened. `last.ckpt` is a link to the newest.
+    Writes between two steps, once everything of the last one is logged and validated, so that `--resume` continues as
+    if the run had never stopped. `last.ckpt` links to the newest checkpoint.
 
     Args:
         dirpath: folder of the checkpoints.
-        every_n_train_steps: steps from one to the next.
-        train_time_interval: time from one to the next instead, as `00:30:00`.
-        keep: how many of the newest are kept; two or more, so that there is one to go back to.
+        every_n_train_steps: steps between checkpoints.
+        train_time_interval: time between checkpoints instead, as `00:30:00`.
+        keep: number of newest checkpoints to keep; at least 2, so that one is left if the newest is damaged.
     """
 
     def __init__(
@@ -178,21 +184,21 @@ class Checkpoint(AtomicCheckpoint):
             enable_version_counter=False,
         )
         self.keep = keep
-        self.intact: list[Path] = []  # those that were read or written in this run, the oldest first
+        self.intact: list[Path] = []  # checkpoints that this run has read or written, oldest first
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path is not None:
             self.mark_saved(trainer)
             self.intact = [Path(trainer.ckpt_path).resolve()]
-        forget_logged(trainer, trainer.global_step)
+        purge_logged_steps(trainer, trainer.global_step)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Save, where it is due after the step before."""
+        """Saves the step before, if it is time."""
         super().on_train_batch_end(trainer, pl_module, None, *args)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Not yet: the step is not logged, and not validated where that is due."""
+        """Does nothing: the step is not logged and not validated yet."""
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validation_unfinished = not trainer.sanity_checking
@@ -202,53 +208,53 @@ class Checkpoint(AtomicCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.needs_none(trainer):
-            self.save_now(trainer, alone=False)
+            self.save_now(trainer, single_rank=False)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what the last complete step left.
+        """Saves the state after the last complete step.
 
-        An exception that is not the same on all ranks leaves them in the middle of talking to each other. Then rank 0
-        saves alone if it has everything, that is unless the network is sharded.
+        An exception on only some ranks can leave the others inside a collective operation. Then rank 0 saves without
+        them, if it holds the complete state, that is, unless the network is sharded.
         """
         assert isinstance(pl_module, ScheduledModule)
-        useless = isinstance(exception, DivergedError | KeyboardInterrupt) or pl_module.stepping
-        # After the last step, a run that goes on from there would not make up for the validation that was cut short.
+        useless = isinstance(exception, DivergedError | KeyboardInterrupt) or pl_module.in_optimizer_step
+        # A run resumed from the last step would not repeat the validation that was interrupted.
         outside = trainer.global_step in (0, trainer.max_steps)
         if useless or outside or self.needs_none(trainer):
             return
-        together = isinstance(exception, Interrupted) or trainer.world_size == 1
-        whole = trainer.strategy.lightning_restore_optimizer  # False where each rank has a share
-        if together or (whole and trainer.is_global_zero):
-            self.save_now(trainer, alone=not together)
-            rank_zero_info(f"saved {self.last_saved}; --resume goes on from there")
+        all_ranks = isinstance(exception, Interrupted) or trainer.world_size == 1
+        unsharded = trainer.strategy.lightning_restore_optimizer  # False if each rank has a shard
+        if all_ranks or (unsharded and trainer.is_global_zero):
+            self.save_now(trainer, single_rank=not all_ranks)
+            rank_zero_info(f"saved {self.last_saved}; --resume continues from there")
 
-    def save_now(self, trainer: L.Trainer, alone: bool) -> None:
+    def save_now(self, trainer: L.Trainer, single_rank: bool) -> None:
         path = self.name_now(trainer)
         self.best_model_path = path
-        self.save(trainer, Path(path), alone)
+        self.save(trainer, Path(path), single_rank)
         self.update_last(trainer)
 
-    def save(self, trainer: L.Trainer, path: Path, alone: bool) -> None:
-        for logger in trainer.loggers:  # what is logged before a checkpoint must not be lost after it
+    def save(self, trainer: L.Trainer, path: Path, single_rank: bool) -> None:
+        for logger in trainer.loggers:  # flush: values logged before a checkpoint must survive a kill after it
             logger.save()
-        super().save(trainer, path, alone)
+        super().save(trainer, path, single_rank)
         self.intact = [*self.intact, path.resolve()][-self.keep :]
         if trainer.is_global_zero and len(self.intact) == self.keep:
-            for other in by_time(path.parent):
+            for other in newest_first(path.parent):
                 if other.resolve() not in self.intact:
-                    remove(other)
+                    remove_checkpoint(other)
 
 
 class BestCheckpoint(AtomicCheckpoint):
-    """The weights that score best in validation, for `sample` and `export`.
+    """Keeps the weights that score best in validation, for `sample` and `export`.
 
-    The last weights take part only if training ends with a validation.
+    The last weights compete only if training ends with a validation.
 
     Args:
-        dirpath: folder of the checkpoints, another one than that of the run's state.
-        monitor: what is compared, as it is logged.
-        mode: whether less of it is better, or more.
-        keep: how many of the best are kept.
+        dirpath: folder of the checkpoints; not the folder of `Checkpoint`.
+        monitor: logged metric to compare.
+        mode: min if lower is better, max if higher is better.
+        keep: number of best checkpoints to keep.
     """
 
     def __init__(self, dirpath: str, monitor: str = "val/fid", mode: str = "min", keep: int = 1) -> None:
@@ -276,15 +282,15 @@ class BestCheckpoint(AtomicCheckpoint):
                 raise InputError(f"Checkpoint and BestCheckpoint both write to {self.dirpath}: give them two folders")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.callback_metrics.pop(str(self.monitor), None)  # of an earlier validation
+        trainer.callback_metrics.pop(str(self.monitor), None)  # left by an earlier validation
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor in trainer.callback_metrics:
             super().on_validation_end(trainer, pl_module)
 
 
-def forget_logged(trainer: L.Trainer, step: int) -> None:
-    """Tell TensorBoard that steps from `step` on, which a killed run may have logged, come again."""
+def purge_logged_steps(trainer: L.Trainer, step: int) -> None:
+    """Makes TensorBoard drop points from `step` on, which a killed run may have logged and this run repeats."""
     for writer in writers(trainer):
         event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
         writer._get_file_writer().add_event(event)

@@ -1,4 +1,4 @@
-"""Scores of samples, computed while a network trains."""
+"""Scores of samples during training."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lightning_mvar.callbacks.interruption import end_if_asked
+from lightning_mvar.callbacks.interruption import raise_if_interrupted
 from lightning_mvar.checkpoints import WhichWeights
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.reference import load_reference
+from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, prepare
-from lightning_mvar.sampling.generate import generate, image_generators
+from lightning_mvar.sampling.generate import draw_images
+from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.mvar import LitMVAR
-from lightning_mvar.training.strategies import sampling_from
+from lightning_mvar.training.strategies import sampling_mode
 
 
 class FIDCallback(L.Callback):
-    """Samples at the end of validation and of training, and logs how the samples compare with real images.
+    """Samples at the end of validation and of training, and logs scores of the samples against real images.
 
-    Logged are `val/fid`, and where extractor and reference allow `val/sfid`, `val/is`, `val/precision` and
-    `val/recall`, to choose models by. `val/frechet_EXTRACTOR` is `val/fid` under a name that says what it is comparable
-    with: published FID only if the extractor is InceptionV3.
+    Logs `val/fid`, and if extractor and reference allow it, `val/sfid`, `val/is`, `val/precision` and `val/recall`, for
+    model selection. `val/frechet_EXTRACTOR` repeats `val/fid` under a name that says what it is comparable with:
+    published FID only if the extractor is InceptionV3.
 
-    Every rank samples the same number of batches; image i is the same whatever the number of ranks and the batch size.
+    Each rank samples the same number of batches; image i does not depend on the number of ranks or the batch size.
 
     Args:
         extractor: `nn.Module` with `num_features`, images (b, 3, H, W) in [0, 1] -> (b, num_features).
         reference: the real images: `digits:test`, `photos:test`, a folder of class folders, an npz with mu and sigma
             or with images, or a folder of token shards.
-        num_samples: images to sample, classes in turn.
-        batch_size: images sampled at once on each rank.
-        every_n_steps: skip validations until so many steps after the last that was scored.
-        every_n_epochs: the same in epochs. Where neither is given, every validation is scored; the last always is.
-        weights: `ema` for the average where one is kept, `raw` for the weights as they are.
-        keep_sharded: gather a sharded network block by block, if the whole does not fit on a device; slower.
+        num_samples: number of images to sample, cycling through the classes.
+        batch_size: images per batch and rank.
+        every_n_steps: minimum number of steps between scored validations.
+        every_n_epochs: minimum number of epochs between them. If neither is given, every validation is scored. The last
+            one always is.
+        weights: `ema` for the weight average if one is kept, `raw` for the weights being trained.
+        keep_sharded: gather a sharded network block by block, if all of it does not fit on a device; slower.
         neighbours: k of precision and recall; 0 for neither.
-        guidance, top_k, top_p: of the sampling.
-        seed: of the sampling.
+        sampling: guidance scale, top-k, top-p and seed.
         cache: folder that keeps the statistics of the real images.
     """
 
@@ -58,27 +59,26 @@ class FIDCallback(L.Callback):
         weights: WhichWeights = "ema",
         keep_sharded: bool = False,
         neighbours: int = 3,
-        guidance: float = 1.5,
-        top_k: int = 900,
-        top_p: float = 0.96,
-        seed: int = 0,
+        sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
         cache: str = "outputs/statistics",
     ) -> None:
         if num_samples <= max(neighbours, 1) or batch_size < 1:
             raise InputError("the FID callback needs num_samples > max(neighbours, 1) and batch_size >= 1")
-        for name, every in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            if every is not None and every < 1:
-                raise InputError(f"{name} of the FID callback must be at least 1, got {every}")
-        self.extractor, self.source, self.cache = extractor, reference, Path(cache)
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        for name, period in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+            if period is not None and period < 1:
+                raise InputError(f"{name} of the FID callback must be at least 1, got {period}")
+        self.extractor, self.reference_name, self.cache = extractor, reference, Path(cache)
+        self.num_samples, self.batch_size, self.sampling = num_samples, batch_size, sampling
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.weights, self.keep_sharded, self.neighbours = weights, keep_sharded, neighbours
-        self.sampling: dict[str, Any] = {"guidance": guidance, "top_k": top_k, "top_p": top_p}
-        self.scored = {"step": 0, "epoch": 0}  # what was complete when samples were last scored
+        self.scored = {"step": 0, "epoch": 0}  # at the last scoring; epochs completed
         self.reference: Summary | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.real = open_reference(self.reference_name)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures the real images before any training is spent."""
+        """Measures the real images first, so that a bad reference fails before training."""
         self.measure_reference(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -89,8 +89,8 @@ class FIDCallback(L.Callback):
         assert isinstance(pl_module, LitMVAR)
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
         prepare(self.extractor, trainer.strategy.root_device)
-        self.reference = load_reference(
-            self.extractor, self.source, tokenizer.config.shape, self.cache, self.neighbours > 0, tokenizer
+        self.reference = self.real.summary(
+            self.extractor, tokenizer.config.shape, self.cache, self.neighbours > 0, tokenizer
         )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -98,7 +98,7 @@ class FIDCallback(L.Callback):
             pl_module.log_dict(self.score(trainer, pl_module), sync_dist=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Where training does not end with a validation; too late for `self.log`."""
+        """Scores the last weights if training did not end with a validation. `self.log` is unavailable here."""
         if self.scored["step"] != trainer.global_step:
             scores = self.score(trainer, pl_module)
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
@@ -116,36 +116,33 @@ class FIDCallback(L.Callback):
         return bool(by_step or by_epoch or (self.every_n_steps is None and self.every_n_epochs is None))
 
     def score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
-        """Sample and score; all ranks together."""
+        """Samples and returns the scores by tag; all ranks must call this."""
         assert isinstance(pl_module, LitMVAR)
         assert self.reference is not None
-        begin = time.perf_counter()
+        start = time.perf_counter()
         scores = Scores(self.extractor, self.reference, self.num_samples, self.neighbours)
         self.sample_into(scores, trainer, pl_module)
-        found = scores.compute()
+        results = scores.compute()
         self.scored = {"step": trainer.global_step, "epoch": epochs_done(trainer)}
-        logged = {f"val/{name}": value for name, value in found.items()}
-        logged[f"val/frechet_{type(self.extractor).__name__}"] = found["fid"]
-        return logged | {"perf/fid_s": time.perf_counter() - begin}
+        logged = {f"val/{name}": value for name, value in results.items()}
+        logged[f"val/frechet_{type(self.extractor).__name__}"] = results["fid"]
+        return logged | {"perf/fid_s": time.perf_counter() - start}
 
     def sample_into(self, scores: Scores, trainer: L.Trainer, pl_module: LitMVAR) -> None:
-        """Hand this rank's share of the samples to `scores`."""
+        """Feeds this rank's share of the samples to `scores`."""
         classes = pl_module.network_config.num_classes
         stride = self.batch_size * trainer.world_size
-        chosen = pl_module.averaged if self.weights == "ema" else pl_module.network
-        rounds = range(0, self.num_samples, stride)
+        weights = pl_module.averaged if self.weights == "ema" else pl_module.network
         quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
-        with sampling_from(chosen, trainer.strategy, self.keep_sharded) as network:
-            for begin in tqdm(rounds, desc="samples", leave=False, disable=quiet):
-                end_if_asked(trainer)
+        with sampling_mode(weights, trainer.strategy, self.keep_sharded) as network:
+            for begin in tqdm(range(0, self.num_samples, stride), desc="samples", leave=False, disable=quiet):
+                raise_if_interrupted(trainer)
                 first = begin + trainer.global_rank * self.batch_size
-                numbers = torch.arange(first, first + self.batch_size, device=pl_module.device)
-                generators = image_generators(self.seed, range(first, first + self.batch_size))
-                images = generate(
-                    network, pl_module.tokenizer, numbers % classes, generator=generators, **self.sampling
-                )
-                wanted = numbers < self.num_samples  # the rest fills up an equal last batch
-                scores.update(images[wanted].float(), numbers[wanted])
+                ids = torch.arange(first, first + self.batch_size, device=pl_module.device)
+                generators = self.sampling.generators(range(first, first + self.batch_size))
+                images, _ = draw_images(network, pl_module.tokenizer, ids % classes, self.sampling, generators)
+                valid = ids < self.num_samples  # the rest pads the last batch to an equal size
+                scores.update(images[valid].float(), ids[valid])
 
     def state_dict(self) -> dict[str, Any]:
         return {"scored": self.scored}

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run as a whole: configuration, hyperparameters, and which curves share a chart."""
+"""TensorBoard overview of a run: configuration, hyperparameters, and which curves share a chart."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils.tensorboard.summary import custom_scalars, text
 
 from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, writers
 from lightning_mvar.io.files import atomic_path
-from lightning_mvar.io.hparams import columns, row
+from lightning_mvar.io.hparams import columns_summary, row_summary
 from lightning_mvar.models.costs import costs_of
 from lightning_mvar.training.base import ScheduledModule
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.tokenizer import LitTokenizer
 
-# What runs are compared by, the last value of each.
+# Metrics by which runs are compared; TensorBoard takes the last value of each.
 METRICS: dict[type, list[str]] = {
     LitMVAR: ["val/loss", "val/fid", "val/is", "val/precision", "val/recall", "train/loss"],
     LitTokenizer: ["val/loss", "val/l2", "val/l1", "val/codebook_usage", "train/loss"],
 }
 
-# Of each kind of run {category: {chart: regular expressions, which tags match from their beginning}}.
+# Charts by kind of run: {category: {title: regular expressions that tags match from their start}}.
 CHARTS: dict[type, dict[str, dict[str, list[str]]]] = {
     LitMVAR: {
         "loss": {
@@ -57,23 +57,24 @@ CHARTS: dict[type, dict[str, dict[str, list[str]]]] = {
 }
 
 
-# The columns that TensorBoard's table begins with: it has room for five, and a run has one group of names or the other.
-FIRST = {
+# First columns of TensorBoard's table. It shows five; a run has names of either the network or the tokenizer group.
+TABLE_COLUMNS = {
     *("global_batch", "optimizer.base_lr"),
     *("network.depth", "network.mixers", "network.width"),
     *("tokenizer.code_dim", "tokenizer.vocab_size"),
 }
-WITHOUT_EFFECT = {"activation_checkpointing", "compile", "max_skipped_steps"}  # on what is learned
+IRRELEVANT_OPTIONS = {"activation_checkpointing", "compile", "max_skipped_steps"}  # do not affect what is learned
 
 
 class OverviewCallback(SaveConfigCallback):
-    """Writes config.yaml, as Lightning's does, and costs.json, and shows the run as a whole in TensorBoard."""
+    """Writes config.yaml, as Lightning's callback does, costs.json, and an overview of the run for TensorBoard."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         kind, values = type(pl_module), hyperparameters(self.config, trainer, pl_module)
         if isinstance(pl_module, LitMVAR):
+            values |= token_format(pl_module)
             costs = costs_of(pl_module.network_config)._asdict()
             values |= costs
             with atomic_path(Path(trainer.default_root_dir) / "costs.json") as path:
@@ -81,9 +82,9 @@ class OverviewCallback(SaveConfigCallback):
         yaml = self.parser.dump(self.config, skip_none=False)
         summaries = [
             text("config", f"```yaml\n{yaml}\n```"),
-            custom_scalars(layout(CHARTS[kind])),
-            columns(values, METRICS[kind], FIRST),
-            row(values),
+            custom_scalars(chart_layout(CHARTS[kind])),
+            columns_summary(values, METRICS[kind], TABLE_COLUMNS),
+            row_summary(values),
         ]
         for writer in writers(trainer):
             for summary in summaries:
@@ -91,8 +92,8 @@ class OverviewCallback(SaveConfigCallback):
 
 
 def hyperparameters(config: Namespace, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-    """Numbers, words and None by their name: of the model, and what else decides on a step of training."""
-    model = {name: value for name, value in config.model.items() if name not in WITHOUT_EFFECT}
+    """Returns the hyperparameters by name: of the model, and others that affect training; numbers, strings or None."""
+    model = {name: value for name, value in config.model.items() if name not in IRRELEVANT_OPTIONS}
     lists = {name: ", ".join(map(str, value)) for name, value in model.items() if isinstance(value, list | tuple)}
     return {
         **model,
@@ -108,8 +109,19 @@ def hyperparameters(config: Namespace, trainer: L.Trainer, pl_module: L.Lightnin
     }
 
 
-def layout(charts: dict[str, dict[str, list[str]]]) -> dict[str, dict[str, list[Any]]]:
-    """As TensorBoard's writer takes it: all curves of a chart as lines."""
+def token_format(pl_module: LitMVAR) -> dict[str, Any]:
+    """Returns the hyperparameters that a run takes from its tokenizer and shards if they are not given."""
+    network = pl_module.network_config
+    return {
+        "network.schedule.side_lengths": ", ".join(map(str, network.schedule.side_lengths)),
+        "network.vocab_size": network.vocab_size,
+        "network.code_dim": network.code_dim,
+        "network.num_classes": network.num_classes,
+    }
+
+
+def chart_layout(charts: dict[str, dict[str, list[str]]]) -> dict[str, dict[str, list[Any]]]:
+    """Returns the charts in the format of TensorBoard's writer, with all curves as lines."""
     return {
         category: {title: ["Multiline", tags] for title, tags in group.items()} for category, group in charts.items()
     }

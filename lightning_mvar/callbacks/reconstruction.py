@@ -1,4 +1,4 @@
-"""Scores of a tokenizer's reconstructions, computed while it trains."""
+"""Scores of a tokenizer's reconstructions during its training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_mvar.metrics.summary import prepare
 
 
 class ReconstructionScoresCallback(L.Callback):
-    """Logs what `lightning-mvar reconstruct` prints, of the validation images: `val/psnr` in dB and `val/ssim`.
+    """Logs the scores of `lightning-mvar reconstruct` on the validation images: `val/psnr` in dB and `val/ssim`.
 
-    With an extractor also `val/rfid`, the Frechet distance between originals and reconstructions, and the same as
-    `val/frechet_EXTRACTOR`, a name that says what it is comparable with: published rFID only if that is InceptionV3.
+    With an extractor, also logs `val/rfid`, the Frechet distance between originals and reconstructions, and repeats it
+    as `val/frechet_EXTRACTOR`, which says what it is comparable with: published rFID only if that is InceptionV3.
 
     Args:
         extractor: `nn.Module` with `num_features`, images (b, 3, H, W) in [0, 1] -> (b, num_features).

@@ -1,4 +1,4 @@
-"""How fast training goes."""
+"""Training throughput."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from lightning_mvar.training.mvar import LitMVAR
 
 
 class ThroughputCallback(L.Callback):
-    """Logs `perf/images_per_s` and `perf/tokens_per_s` over all ranks, and `perf/mfu` if it knows the devices' peak.
+    """Logs `perf/images_per_s` and `perf/tokens_per_s` over all ranks, and `perf/mfu` if the peak FLOP/s are given.
 
-    Waiting for data counts; validation, with the sampling and scoring in it, does not. MFU is the share of the peak
-    that the counted operations of forward and backward pass make; blocks that are run again do not count twice. Rates
-    are those since the loggers looked last (`trainer.log_every_n_steps`): only then does the host know where a GPU is.
+    Includes waiting for data, excludes validation with its sampling and scoring. MFU (model FLOPs utilisation) divides
+    the counted operations of forward and backward pass by the peak; recomputed blocks do not count twice. Rates are
+    means since the last logged step (`trainer.log_every_n_steps`): only there are host and GPU in step.
 
     Args:
-        peak_flops: operations a second of one device at best in the precision of training, from its data sheet.
+        peak_flops: peak operations per second of one device in the training precision, from its data sheet.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
         if peak_flops is not None and peak_flops <= 0:
             raise InputError(f"peak_flops of the throughput callback must be positive, got {peak_flops}")
         self.peak_flops, self.flops_per_image = peak_flops, 0
-        self.begin: float | None = None
-        self.batches = 0  # since then
+        self.start: float | None = None
+        self.batches = 0  # since start
 
-    def begin_anew(self, begin: float | None) -> None:
-        self.begin, self.batches = begin, 0
+    def restart_clock(self, start: float | None) -> None:
+        self.start, self.batches = start, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.begin_anew(None)  # the first steps are slow
+        self.restart_clock(None)  # skip the first steps, which are slow
         if self.peak_flops is not None and isinstance(pl_module, LitMVAR):
             self.flops_per_image = 3 * forward_flops(pl_module.network_config)  # a backward pass is two forwards
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.begin_anew(time.perf_counter())
+        self.restart_clock(time.perf_counter())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         self.batches += 1
         assert isinstance(pl_module, ScheduledModule)
-        if not pl_module.logs_now:
+        if not pl_module.is_logging_step:
             return
         end = time.perf_counter()
-        if self.begin is not None:
+        if self.start is not None:
             images = self.batches * pl_module.batch_of_all_ranks
-            self.log_rates(trainer, pl_module, images / (end - self.begin))
-        self.begin_anew(end)
+            self.log_rates(trainer, pl_module, images / (end - self.start))
+        self.restart_clock(end)
 
     def log_rates(self, trainer: L.Trainer, pl_module: L.LightningModule, rate: float) -> None:
         pl_module.log("perf/images_per_s", rate)

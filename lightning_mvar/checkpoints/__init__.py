@@ -36,12 +36,12 @@ def read_model(path: str | Path, tokenizer: str | Path | None = None, weights: W
     """Reads a network with its tokenizer from a training checkpoint, an exported folder or a published file.
 
     Args:
-        path: what `load_trained` takes, or a .pth or .safetensors file of published VAR or M-VAR weights.
+        path: a path that `load_trained` takes, or a .pth or .safetensors file of published VAR or M-VAR weights.
         tokenizer: folder of the tokenizer, if it has moved; for a published network also a published file.
-        weights: of a training checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
+        weights: for a training checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
 
     Raises:
-        InputError: if a file is missing or something else, or network and tokenizer do not belong together.
+        InputError: if a file is missing or has another format, or the tokenizer does not fit the network.
     """
     path = Path(path)
     if path.suffix in PUBLISHED and path.is_file():
@@ -50,15 +50,15 @@ def read_model(path: str | Path, tokenizer: str | Path | None = None, weights: W
 
 
 def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
-    """Loads a network with its tokenizer from a training checkpoint, or from a folder that `export` wrote.
+    """Loads a network with its tokenizer from a training checkpoint or an exported folder.
 
     Args:
-        path: a file; a folder of a sharded checkpoint, of which only weights are read; or a folder of `export`.
-        tokenizer: folder of the tokenizer, where it is no longer at the path that the checkpoint remembers.
-        weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
+        path: checkpoint file, folder of a sharded checkpoint (only its weights are read), or folder of `export`.
+        tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoint.
+        weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
 
     Raises:
-        InputError: if the file is missing or not ours, or its tokenizer is missing or another one.
+        InputError: if the file is missing or not ours, or its tokenizer is missing or a different one.
     """
     path = Path(path)
     if not path.exists():

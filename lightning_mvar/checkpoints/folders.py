@@ -1,8 +1,8 @@
 """Self-contained folders of a tokenizer, or of a network with its tokenizer: `config.json` and safetensors.
 
-A folder holds `config.json` and `network.safetensors`, `tokenizer.safetensors` or both. `config.json` is written last,
-so a folder that has one is complete. Networks are built on the meta device and given their weights, so that memory
-holds them once (and, for a while, the mapped pages of the file).
+A folder holds `config.json`, `tokenizer.safetensors` and, with a network, `network.safetensors`. `config.json` is
+written last, so a folder that has one is complete. Modules are built on the meta device and the loaded tensors are
+assigned to them, so memory holds the weights once (and, temporarily, the mapped pages of the file).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def save_folder(
     network: MVAR | None = None,
     class_names: list[str] | None = None,
 ) -> None:
-    """Write a tokenizer, or a network with its tokenizer, as one self-contained folder."""
+    """Writes a tokenizer, or a network with its tokenizer, as one self-contained folder."""
     folder = Path(folder)
     require_folder(folder)
     try:
@@ -54,7 +54,7 @@ def require_folder(folder: Path) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder that `train-tokenizer` or `export` wrote, in eval mode."""
+    """Loads the tokenizer of a folder that `train-tokenizer` or `export` wrote, in eval mode."""
     config = read_config(Path(folder), "tokenizer", "train one with `lightning-mvar train-tokenizer`")
     with torch.device("meta"):
         tokenizer = Tokenizer(config_from_dict(TokenizerConfig, config["tokenizer"], folder))
@@ -65,11 +65,11 @@ def load_folder(folder: Path, tokenizer: str | Path | None = None) -> TrainedMod
     """Loads an exported folder.
 
     Args:
-        folder: of `export`.
-        tokenizer: folder of another tokenizer to pair the network with.
+        folder: a folder that `export` wrote.
+        tokenizer: folder of another tokenizer to use with the network.
 
     Raises:
-        InputError: if a file is missing or damaged, or network and tokenizer do not fit.
+        InputError: if a file is missing or damaged, or the tokenizer does not fit the network.
     """
     config = read_config(folder, "network", "write one with `lightning-mvar export`")
     network = build_network(config["network"], read_weights(folder / "network.safetensors"), folder)
@@ -85,11 +85,11 @@ def build_network(config: dict[str, Any], weights: StateDict, source: Path) -> M
 
 
 def config_from_dict(cls: type[Config], values: dict[str, Any], source: str | Path) -> Config:
-    """A config from what `asdict` made of it."""
+    """Builds a config from its `asdict` form; `source` names the file in messages."""
     try:
         return cls(**(values | {"schedule": ScaleSchedule(**values["schedule"])}))
     except (TypeError, KeyError) as error:
-        raise InputError(f"{source}: not a {cls.__name__} of this version ({error})") from error
+        raise InputError(f"{source} does not describe a {cls.__name__} of this version ({error})") from error
 
 
 def read_config(folder: Path, part: str, remedy: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A network and the tokenizer whose tokens it predicts."""
+"""Pairs of a network and the tokenizer whose tokens it predicts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 
 
 class TrainedModel(NamedTuple):
-    """Everything that sampling needs: both parts in eval mode on the CPU, and the class names in label order."""
+    """Network, tokenizer and class names in label order; both modules in eval mode on the CPU."""
 
     network: MVAR
     tokenizer: Tokenizer
@@ -19,8 +19,11 @@ class TrainedModel(NamedTuple):
 
 
 def check_pair(network: MVARConfig, tokenizer: TokenizerConfig, name: str) -> None:
-    """Raises InputError unless a network predicts the tokens of a tokenizer, which messages call `name`."""
+    """Raises InputError unless the network predicts tokens of the tokenizer, which messages call `name`.
+
+    Fields that are None, as in unresolved `NetworkOptions`, fit any tokenizer.
+    """
     for field in ("schedule", "vocab_size", "code_dim"):
         ours, theirs = getattr(network, field), getattr(tokenizer, field)
-        if ours != theirs:
+        if ours is not None and ours != theirs:
             raise InputError(f"{name} does not fit the network: {field} is {theirs} there, {ours} in the network")

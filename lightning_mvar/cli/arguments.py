@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from jsonargparse import auto_cli, capture_parser
+from jsonargparse import ArgumentParser, auto_cli, capture_parser
 
 from lightning_mvar.errors import InputError
+
+BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
+SUBCLASSES = ", known subclasses: "  # jsonargparse's heading of the classes that an option accepts
+
+
+class CommandParser(ArgumentParser):
+    """Parser whose boolean options also work as flags, and whose help lists only this package's classes."""
+
+    def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        added = super().add_function_arguments(*args, **kwargs)
+        for action in self._actions:
+            if action.metavar == BOOL_METAVAR:
+                action.nargs, action.const = "?", True
+            if hasattr(action, "extra_help"):
+                action.extra_help = partial(list_own_classes, action.extra_help())
+        return added
+
+
+def list_own_classes(extra_help: str) -> str:
+    """Removes the classes of other packages, hundreds for `nn.Module`, from the help of an option."""
+    classes = [name for name in extra_help.removeprefix(SUBCLASSES).split(", ") if name.startswith("lightning_mvar.")]
+    return SUBCLASSES + ", ".join(classes) if classes else ""
 
 
 def call(
@@ -15,17 +39,17 @@ def call(
     positional: bool = False,
     description: str | None = None,
 ) -> None:
-    """Call `function` with the options in `argv`, whose first word is the command's name.
+    """Calls a function with the options in `argv`, whose first word is the name of the command.
 
     Args:
-        function: whose arguments are the options, or several by name, of which the second word names one.
-        argv: the command line.
-        positional: required arguments are words instead of options.
-        description: of several functions together.
+        function: function whose arguments are the options, or functions by subcommand name.
+        argv: command line.
+        positional: whether required arguments are positional instead of options.
+        description: description of the command, if it has subcommands.
 
     Raises:
-        argparse.ArgumentError: if the options do not fit the function's signature.
-        InputError: what the function raises, or a class that an option names.
+        argparse.ArgumentError: if the options do not match the function's signature.
+        InputError: if the function raises it, or a class named by an option does.
     """
     try:
         auto_cli(
@@ -35,24 +59,27 @@ def call(
             as_positional=positional,
             exit_on_error=False,
             description=description,
+            parser_class=CommandParser,
         )
     except ValueError as error:
-        mistake = behind(error)
-        raise error if mistake is None else mistake from None
+        input_error = find_input_error(error)
+        raise error if input_error is None else input_error from None
 
 
 def check(function: Callable[..., None], argv: list[str]) -> None:
-    """Parse the options in `argv` as `call` does, and call nothing.
+    """Parses the options in `argv` like `call`, without calling the function.
 
     Raises:
-        argparse.ArgumentError: if the options do not fit the function's signature.
+        argparse.ArgumentError: if the options do not match the function's signature.
     """
-    parser = capture_parser(lambda: auto_cli(function, as_positional=False, exit_on_error=False))
+    parser = capture_parser(
+        lambda: auto_cli(function, as_positional=False, exit_on_error=False, parser_class=CommandParser)
+    )
     parser.parse_args(argv[1:])
 
 
-def behind(error: BaseException | None) -> InputError | None:
-    """What a class that the command line names had to say of its arguments: the parser wraps it in words of its own."""
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """Returns the InputError among the causes of an error, if any: jsonargparse wraps those of classes it builds."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__
     return error

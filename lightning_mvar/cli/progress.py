@@ -1,4 +1,4 @@
-"""Reading all images of a source, with a bar."""
+"""Reading of all images of a source, with a progress bar."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_mvar.errors import InputError
 
 
 def read_images(source: ImageSource, batch_size: int, num_workers: int, progress: str) -> Iterator[ImageBatch]:
-    """Every batch of a source that has a readable image; the others are named."""
+    """Yields the batches of a source; prints the names of images that cannot be decoded and skips them."""
     with tqdm(total=len(source), unit="img", desc=progress) as bar:
         for batch in image_loader(source, batch_size, num_workers):
             for message in batch.errors:
@@ -23,4 +23,4 @@ def read_images(source: ImageSource, batch_size: int, num_workers: int, progress
 
 def check_reading(batch_size: int, num_workers: int) -> None:
     if batch_size < 1 or num_workers < 0:
-        raise InputError("--batch_size must be at least 1, --num_workers not negative")
+        raise InputError("--batch_size must be at least 1, --num_workers at least 0")

@@ -1,4 +1,4 @@
-"""Several processes for one command, one for each device."""
+"""Multi-process commands: one process per device, all of which stop if one fails."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ from lightning_mvar.errors import InputError, Interrupted
 
 
 @contextmanager
-def ranks(device: str, devices: int, num_nodes: int, strategy: DDPStrategy | None = None) -> Iterator[Fabric]:
-    """Start this command once for each device, or join the processes that torchrun or Slurm has started.
+def launch_ranks(device: str, devices: int, num_nodes: int, strategy: DDPStrategy | None = None) -> Iterator[Fabric]:
+    """Starts this command once per device, or joins the processes that torchrun or Slurm has started.
 
-    All that can fail in one process alone belongs inside: see `ending_together`.
+    Everything that can fail in one process only belongs inside the context; see `stop_ranks_on_error`.
 
     Args:
-        device: auto, cpu, cuda, or cuda:N for a single one.
-        devices: of each node.
-        num_nodes: machines.
-        strategy: of several processes, where not Fabric's own for this kind of device.
+        device: auto, cpu, cuda, or cuda:N for a single device.
+        devices: number of devices per node.
+        num_nodes: number of machines.
+        strategy: strategy if there are several processes; default: Fabric's "ddp".
 
     Raises:
-        InputError: if there are no such devices, or another rank has ended.
+        InputError: if the devices are unavailable, or another rank has ended.
     """
     if devices < 1 or num_nodes < 1:
         raise InputError(f"--devices and --num_nodes must be at least 1, got {devices} and {num_nodes}")
     where, several = choose_device(device), devices * num_nodes > 1
     one_gpu = where.type != "cpu" and where.index is not None
     if several and one_gpu:
-        raise InputError(f"--device {device} is a single one: name its kind alone for --devices {devices}")
+        raise InputError(
+            f"--device {device} is a single device: use --device {where.type} for --devices {devices}, "
+            f"--num_nodes {num_nodes}"
+        )
     try:
         fabric = Fabric(
             accelerator=where.type,
@@ -46,24 +49,24 @@ def ranks(device: str, devices: int, num_nodes: int, strategy: DDPStrategy | Non
             num_nodes=num_nodes,
             strategy=(strategy or "ddp") if several else "auto",
         )
-    except (ValueError, RuntimeError) as error:  # Lightning's words for devices that are not there
+    except (ValueError, RuntimeError) as error:  # Lightning's message for unavailable devices
         raise InputError(" ".join(str(error).split())) from error
-    with ending_together(fabric.strategy, "the same command goes on with what is missing"):
+    with stop_ranks_on_error(fabric.strategy, "run the same command again to continue"):
         fabric.launch()
         yield fabric
 
 
 @contextmanager
-def ending_together(strategy: Any, remedy: str, progress: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """End the processes that this one has started when it fails: they would wait for it until their timeout.
+def stop_ranks_on_error(strategy: Any, remedy: str, progress: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Kills the processes that this one has started if it fails: they would wait for it until their timeout.
 
     Args:
-        strategy: of the trainer or the fabric.
-        remedy: for whoever reads that another rank has ended.
-        progress: how far this one came.
+        strategy: strategy of the trainer or the fabric.
+        remedy: how to continue, for the message that another rank has ended.
+        progress: returns how far this rank got, for the same message.
 
     Raises:
-        InputError: if another rank has ended, whose own message tells why.
+        InputError: if another rank has ended; its own message gives the reason.
     """
     try:
         yield
@@ -73,10 +76,10 @@ def ending_together(strategy: Any, remedy: str, progress: Callable[[], str] = la
             for process in launcher.procs:
                 process.send_signal(signal.SIGKILL)
         if isinstance(error, Interrupted) and rank > 0:
-            sys.exit(0)  # rank 0 tells; a code here would make it kill itself
+            sys.exit(0)  # rank 0 reports it; a nonzero exit code here would make rank 0 kill itself
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             reason = str(error).split("] ", 1)[-1].split(". ")[0]
             raise InputError(
-                f"rank {rank} lost another rank{progress()} ({reason}): that one's message says why; {remedy}"
+                f"rank {rank} lost another rank{progress()} ({reason}): the message of that rank says why; {remedy}"
             ) from error
         raise

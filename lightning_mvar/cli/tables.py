@@ -1,4 +1,4 @@
-"""What commands measure: a table for people, JSON for programs."""
+"""Output of measurements: a table for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning_mvar.io.files import atomic_path
 
-Record = dict[str, Any]  # flat; units are in the names
+Record = dict[str, Any]  # flat; the keys include the units
 
 
 def print_table(records: list[Record]) -> None:
-    """What all records share once, above; then a column for each of two records and their ratio, or a row for each."""
+    """Prints shared values in one line, then a table: two records as columns with their ratio, more as rows."""
     names = list(dict.fromkeys(name for record in records for name in record))
     shared = {n: records[0].get(n) for n in names if len(records) > 1 and len({str(r.get(n)) for r in records}) == 1}
     rest = [name for name in names if name not in shared]
@@ -28,7 +28,7 @@ def print_table(records: list[Record]) -> None:
 
 
 def print_rows(rows: list[list[str]]) -> None:
-    """Cells in columns."""
+    """Prints rows with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -39,9 +39,9 @@ def format_value(value: Any) -> str:
 
 
 def ratio(first: Any, second: Any) -> str:
-    """The first over the second, where both are measures."""
-    measures = all(isinstance(value, float | int) and not isinstance(value, bool) for value in (first, second))
-    return f"{first / second:.3f}" if measures and second else ""
+    """Formats first / second; empty unless both are numbers."""
+    numeric = all(isinstance(value, float | int) and not isinstance(value, bool) for value in (first, second))
+    return f"{first / second:.3f}" if numeric and second else ""
 
 
 def write_records(records: list[Record], path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""LightningCLI as the training commands use it: resuming, refusing, overrides that win over checkpoints."""
+"""LightningCLI of the training commands: resuming, and options that take precedence over checkpoints."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_mvar.callbacks import Checkpoint, InterruptionCallback
 from lightning_mvar.callbacks.checkpoint import AtomicCheckpoint
 from lightning_mvar.callbacks.overview import OverviewCallback
-from lightning_mvar.checkpoints.training import NETWORK_KEY, by_time, newest_intact, read_plain_part
-from lightning_mvar.cli.arguments import behind
-from lightning_mvar.cli.ranks import ending_together
-from lightning_mvar.errors import InputError
+from lightning_mvar.checkpoints.training import NETWORK_KEY, newest_first, newest_intact, read_plain_part
+from lightning_mvar.cli.arguments import find_input_error
+from lightning_mvar.cli.ranks import stop_ranks_on_error
+from lightning_mvar.errors import RESUME_REMEDY, InputError
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import CommandHooks
 from lightning_mvar.training.mvar import LitMVAR
@@ -30,15 +30,15 @@ from lightning_mvar.training.strategies import FSDP2Strategy
 
 CLI = TypeVar("CLI", bound=LightningCLI)
 
-# Interpolation that sees every --config file and the overrides after them, with keys relative to the subcommand.
+# Interpolation sees all --config files and the overrides after them; its keys are relative to the subcommand.
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False}
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
 class TrainingCLI(CommandHooks):
-    """LightningCLI whose command line always wins over what a checkpoint remembers."""
+    """LightningCLI whose command line takes precedence over the hyperparameters in a checkpoint."""
 
-    checkpoint_key = NETWORK_KEY  # what a checkpoint of this command holds
+    checkpoint_key = NETWORK_KEY  # entry that checkpoints of this command have
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.command = options["args"][:1]
@@ -51,12 +51,12 @@ class TrainingCLI(CommandHooks):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # settings that Lightning does not combine
+        except ValueError as error:  # a combination that Lightning does not support
             raise InputError(" ".join(str(error).split())) from error
         if isinstance(trainer.strategy, FSDPStrategy):
-            raise InputError("--trainer.strategy fsdp is PyTorch's first FSDP, which is not supported: use fsdp2")
+            raise InputError("--trainer.strategy fsdp (FSDP1) is not supported: use fsdp2")
         if not sys.stdout.isatty():
-            show_progress_in_files(trainer)
+            replace_rich_progress_bar(trainer)
         return trainer
 
     def run_command(self, command: str) -> None:
@@ -65,14 +65,14 @@ class TrainingCLI(CommandHooks):
         options["ckpt_path"] = self.choose_checkpoint(options["ckpt_path"], options.get("resume", False), training)
         if options["ckpt_path"] is None and not training:
             raise InputError(f"{command} needs --ckpt_path: without it the network is untrained")
-        with together(self.trainer):
+        with stop_trainer_ranks_on_error(self.trainer):
             super().run_command(command)
 
     def choose_checkpoint(self, ckpt_path: str | None, resume: bool, training: bool) -> str | None:
-        """The checkpoint to go on from, if any.
+        """Returns the checkpoint to continue from, if any.
 
         Raises:
-            InputError: if it cannot be read, is of something else, or not for this strategy.
+            InputError: if it cannot be read, is not of this command, or does not suit the strategy.
         """
         if resume:
             if ckpt_path is not None:
@@ -86,29 +86,29 @@ class TrainingCLI(CommandHooks):
         if self.checkpoint_key not in content:
             raise InputError(f"--ckpt_path {ckpt_path} is not a checkpoint of this command")
         if training and "callbacks" not in content:
-            raise InputError(f"--ckpt_path {ckpt_path} holds weights only, not the state of a run to go on with")
+            raise InputError(f"--ckpt_path {ckpt_path} holds weights only, not the state of a run to continue")
         if Path(ckpt_path).is_dir() and not isinstance(self.trainer.strategy, FSDP2Strategy):
             raise InputError(
-                f"--ckpt_path {ckpt_path} has a share of each rank: it needs --trainer.strategy fsdp2, on any number "
-                f"of devices; `lightning-mvar export` makes one folder of its weights"
+                f"--ckpt_path {ckpt_path} is sharded: it needs --trainer.strategy fsdp2, on any number of devices; "
+                f"`lightning-mvar export` writes its weights to one folder"
             )
         self.model.check_checkpoint(content[self.checkpoint_key])
         return ckpt_path
 
     def folders(self, kind: type[AtomicCheckpoint]) -> list[Path]:
-        """Folders that the trainer's checkpoint callbacks of a kind write to."""
+        """Returns the folders that the trainer's checkpoint callbacks of type `kind` write to."""
         callbacks = self.trainer.checkpoint_callbacks
         return [Path(str(callback.dirpath)) for callback in callbacks if isinstance(callback, kind)]
 
     def refuse_other_runs(self, ckpt_path: str | None) -> None:
-        """Raise InputError if a new run would write, and remove, among the checkpoints of an earlier one.
+        """Raises InputError if a new run would write to, and remove from, the checkpoints of an earlier run.
 
-        A run that starts from one of its own checkpoints goes on with it.
+        A run that starts from a checkpoint in its own folder continues that run.
         """
         folders = self.folders(AtomicCheckpoint)
         if ckpt_path is not None and Path(ckpt_path).resolve().parent in [folder.resolve() for folder in folders]:
             return
-        if occupied := [folder for folder in folders if by_time(folder)]:
+        if occupied := [folder for folder in folders if newest_first(folder)]:
             raise InputError(
                 f"{occupied[0]} holds the checkpoints of an earlier run: continue it with --resume, or choose another "
                 f"--trainer.default_root_dir for a new one"
@@ -120,17 +120,19 @@ class TrainingCLI(CommandHooks):
             raise InputError("--resume needs a lightning_mvar.callbacks.Checkpoint among the trainer's callbacks")
         newest = newest_intact(folders[0])
         rank_zero_info(
-            f"resuming from {newest}" if newest else f"--resume: no intact checkpoint in {folders[0]}, starting anew"
+            f"resuming from {newest}"
+            if newest
+            else f"--resume: no intact checkpoint in {folders[0]}, starting from scratch"
         )
         return None if newest is None else str(newest)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that is asked for: parsers of the others would take as long to build, for nothing."""
+        """Returns the requested subcommand only: building the parsers of the others would take as long."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in self.command}
 
 
-class Parsed(Exception):
-    """Carries the configuration out of a command line that has parsed and would now build."""
+class ParsedConfig(Exception):
+    """Carries the parsed configuration out of LightningCLI before anything is built."""
 
     def __init__(self, config: Namespace) -> None:
         super().__init__()
@@ -138,54 +140,53 @@ class Parsed(Exception):
 
 
 class ParsingCLI(TrainingCLI):
-    """Parses, validates, and builds nothing."""
+    """TrainingCLI that parses and validates, then raises ParsedConfig instead of building."""
 
     def parse_arguments(self, *args: Any) -> None:
         super().parse_arguments(*args)
-        raise Parsed(self.config)
+        raise ParsedConfig(self.config)
 
 
-def parsed_fit(words: list[str]) -> Namespace:
-    """What a command line of `fit`, that word included, would build.
+def parse_fit(argv: list[str]) -> Namespace:
+    """Parses and validates a command line of `fit`, command name included, without building anything.
 
     Raises:
         argparse.ArgumentError: if it does not parse.
     """
     try:
-        run_cli(ParsingCLI, LitMVAR, TokenDataModule, args=words)
-    except Parsed as parsed:
-        return parsed.config[words[0]]
+        run_cli(ParsingCLI, LitMVAR, TokenDataModule, args=argv)
+    except ParsedConfig as parsed:
+        return parsed.config[argv[0]]
     raise AssertionError("a command line was neither parsed nor refused")
 
 
-def show_progress_in_files(trainer: L.Trainer) -> None:
-    """Rich's progress bar, Lightning's choice where rich is installed, writes nothing to a file until it ends."""
+def replace_rich_progress_bar(trainer: L.Trainer) -> None:
+    """Replaces Rich's progress bar, Lightning's default, by tqdm's: Rich writes nothing to a file until it ends."""
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar):
         trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar(refresh_rate=10)  # type: ignore[attr-defined]
 
 
 def add_resume(parser: LightningArgumentParser) -> None:
-    text = "go on from the newest intact checkpoint of this run, or start where there is none yet"
+    text = "continue from the newest intact checkpoint of this run; start from scratch if it has none"
     parser.add_argument("--resume", action="store_true", help=text)
 
 
-def together(trainer: L.Trainer) -> AbstractContextManager[None]:
-    """Run the trainer inside; see `ending_together`."""
-    remedy = "--resume goes on from the newest checkpoint"
-    return ending_together(trainer.strategy, remedy, lambda: f" after step {trainer.global_step}")
+def stop_trainer_ranks_on_error(trainer: L.Trainer) -> AbstractContextManager[None]:
+    """Returns a context to run the trainer in; see `stop_ranks_on_error`."""
+    return stop_ranks_on_error(trainer.strategy, RESUME_REMEDY, lambda: f" after step {trainer.global_step}")
 
 
 def run_cli(cli: type[CLI], model: type, data: type, **options: Any) -> CLI:
-    """Parse, build and run.
+    """Parses a command line, builds the objects and runs the command.
 
     Raises:
-        InputError: if this machine does not have the devices or the precision that are asked for, or what a class that
-            an option names had to say of its arguments.
+        InputError: if the requested devices or precision are unavailable, or a class named by an option rejects its
+            arguments.
         Interrupted: if a signal ended the run.
     """
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # we pass on what the console script was given
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning's own
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # intended: argv comes from `main`
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # raised by Lightning itself
     try:
         return cli(
             model,
@@ -202,5 +203,5 @@ def run_cli(cli: type[CLI], model: type, data: type, **options: Any) -> CLI:
     except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
     except ValueError as error:
-        mistake = behind(error)
-        raise error if mistake is None else mistake from None
+        input_error = find_input_error(error)
+        raise error if input_error is None else input_error from None

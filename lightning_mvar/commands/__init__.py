@@ -1,1 +1,1 @@
-"""One module for each command of the command line. Nothing else imports them."""
+"""Commands of the command line, one module per command; only the command line imports them."""

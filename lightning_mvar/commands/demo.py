@@ -1,4 +1,4 @@
-"""`demo`: the whole path on the embedded digits, through the public command line, one stage after the other."""
+"""`demo`: runs all stages on the embedded digits, one after the other, through the public command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
-from lightning_mvar.sweeps.processes import wait_for
+from lightning_mvar.sweeps.processes import run_command
 
 ROOT = Path("outputs/demo")
 CONFIGS = Path("configs/experiment")
@@ -23,33 +23,40 @@ LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
 @dataclass
 class Stage:
-    """One command, the folder or file that is its alone, and where in it lies what the next stages need."""
+    """One command of the demo.
+
+    Args:
+        name: name of the stage.
+        command: its command line.
+        output: folder or file that only this stage writes.
+        product: path in `output` that the next stages need.
+    """
 
     name: str
     command: str
-    owns: Path
+    output: Path
     product: str = ""
 
     @property
     def record(self) -> Path:
-        """Written when the stage has finished: its identity and how long it took."""
+        """File written when the stage has finished: its identity and duration."""
         return ROOT / "stages" / f"{self.name}.json"
 
     @property
     def identity(self) -> str:
-        """The command, and the content of the configuration files in it."""
+        """Command and the content of its configuration files."""
         files = [Path(word) for word in self.command.split() if word.endswith(".yaml")]
         return "\n".join([self.command, *(path.read_text() for path in files)])
 
     def finished(self) -> bool:
-        if not ((self.owns / self.product).exists() and self.record.is_file()):
+        if not ((self.output / self.product).exists() and self.record.is_file()):
             return False
         return bool(json.loads(self.record.read_text())["identity"] == self.identity)
 
-    def forget(self) -> None:
-        """Remove what the stage has made, or begun to make."""
+    def clear(self) -> None:
+        """Removes the output of the stage, finished or not."""
         self.record.unlink(missing_ok=True)
-        for path in (self.owns, self.owns.with_name(f"{self.owns.name}.partial")):
+        for path in (self.output, self.output.with_name(f"{self.output.name}.partial")):
             if path.is_dir():
                 shutil.rmtree(path)
             path.unlink(missing_ok=True)
@@ -94,36 +101,36 @@ STAGES = [
 
 
 def demo() -> None:
-    """Train a tokenizer and a network on the embedded digits, sample and score, in outputs/demo.
+    """Trains a tokenizer and a network on the embedded digits, then samples and evaluates, in outputs/demo.
 
-    A stage that has finished is skipped; an interrupted one goes on where it stopped. `make demo-clean` forgets all.
+    Finished stages are skipped and an interrupted one resumes. `make demo-clean` removes everything.
     """
     if not CONFIGS.is_dir():
-        raise InputError(f"{CONFIGS} is not here: run the demo in the root of a clone of the project")
+        raise InputError(f"{CONFIGS} does not exist: run the demo in the root of a clone of the project")
     begin = time.monotonic()
     for number, stage in enumerate(STAGES):
         if stage.finished():
             print(f"[{stage.name}] finished before, skipped")
             continue
-        if stage.record.is_file():  # finished, but of another command or configuration: nothing to go on from
-            stage.forget()
-        for later in STAGES[number + 1 :]:  # made from what is made anew
-            later.forget()
+        if stage.record.is_file():  # finished with another command or configuration: it cannot resume
+            stage.clear()
+        for later in STAGES[number + 1 :]:  # their inputs change
+            later.clear()
         run_stage(stage)
     write_metrics()
     print(f"\ndone in {time.monotonic() - begin:.0f} s; look at")
     for name in ("grid.png", "strip.png", "metrics.json"):
         print(f"  {ROOT / name}")
     tensorboard = Path(sys.executable).with_name("tensorboard")
-    print(f"curves and pictures: {tensorboard} --logdir {ROOT}")
+    print(f"curves and images: {tensorboard} --logdir {ROOT}")
 
 
 def run_stage(stage: Stage) -> None:
-    """Run the stage's command, and record that and how long it took; exits with the command's code if it fails."""
+    """Runs the stage's command and writes its record; exits with the command's code if it fails."""
     words = stage.command.split()
     print(f"[{stage.name}] lightning-mvar {' '.join(words)}", flush=True)
     begin = time.monotonic()
-    code = wait_for(words)
+    code = run_command(words)
     if code:
         sys.exit(code)
     with atomic_path(stage.record) as path:
@@ -131,7 +138,7 @@ def run_stage(stage: Stage) -> None:
 
 
 def write_metrics() -> None:
-    """Gather metrics.json: the scores, the last value of the interesting curves, the time of each stage."""
+    """Writes metrics.json: the scores, the last values of the main curves and the duration of each stage."""
     metrics = json.loads((ROOT / "scores.json").read_text())[0]
     metrics |= {f"tokenizer_{tag}": value for tag, value in last_scalars(ROOT / "tokenizer/logs", "codebook_usage")}
     metrics |= {f"tokenizer_{tag}": value for tag, value in last_scalars(ROOT / "tokenizer/logs", "val/")}
@@ -143,7 +150,7 @@ def write_metrics() -> None:
 
 
 def last_scalars(logs: Path, prefix: str) -> list[tuple[str, float]]:
-    """The last value of every TensorBoard scalar whose tag starts with `prefix`."""
+    """Returns the last value of each TensorBoard scalar whose tag starts with `prefix`."""
     events = EventAccumulator(str(logs))
     events.Reload()
     return [(tag, events.Scalars(tag)[-1].value) for tag in events.Tags()["scalars"] if tag.startswith(prefix)]

@@ -1,14 +1,15 @@
-"""`edit`: a part of an image drawn anew: in-painting, out-painting, class-conditional editing, as VAR shows them."""
+"""`edit`: inpainting, outpainting and class-conditional editing of an image, as in the VAR paper."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from lightning_mvar.checkpoints import WhichWeights, load_trained
+from lightning_mvar.checkpoints import WhichWeights, read_model
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.data.images.decoding import IMAGE_ERRORS
 from lightning_mvar.devices import Precision
@@ -16,9 +17,10 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.pipeline import MVARPipeline, fitted
 from lightning_mvar.sampling.grids import image_grid, save_image
-from lightning_mvar.scales import Shape, in_words
+from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.scales import Shape, format_shape
 
-REDRAWN = (255, 0, 255)  # what is redrawn, in the picture
+REDRAWN_COLOR = (255, 0, 255)  # marks the redrawn part in --picture
 
 
 def edit(
@@ -31,81 +33,75 @@ def edit(
     outside: bool = False,
     count: int = 1,
     picture: str | None = None,
-    seed: int = 0,
-    guidance: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
-    smooth: bool = False,
     tokenizer: str | None = None,
     weights: WhichWeights = "ema",
     device: str = "auto",
     precision: Precision = "float32",
+    **sampling: Any,
 ) -> None:
-    """Draw a part of an image anew, as a class that may be another than the image's. At every scale, the image's own
-    tokens stay outside that part, and the network draws those inside; so what is kept looks as the tokenizer has it.
+    """Redraw a part of an image, as its own or another class. At every scale, the network samples the tokens inside
+    that part and keeps the image's own tokens elsewhere; so the kept part looks as the tokenizer reconstructs it.
 
     Args:
-        ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`.
-        image: a picture of any size; the largest part in its middle that has the shape of the network's is taken.
-        out: folder for NUMBER.png.
+        ckpt_path: checkpoint of `fit` (sharded or not) or folder of `export`.
+        image: image file of any size; it is resized and cropped to the center.
+        out: folder to write NUMBER.png to.
         classes: comma-separated class names, WordNet ids or numbers, or "unconditional".
-        box: LEFT,TOP,RIGHT,BOTTOM in pixels of a picture that the network draws: what to draw.
-        mask: instead, a picture of the image's size, or of the network's: what is white is drawn.
-        outside: draw what is outside of the box or mask, and keep what is inside.
-        count: images of each class.
-        picture: PNG file for a picture with a row for each class: the image, what is redrawn, and the results.
-        seed: of the sampling.
-        guidance: classifier-free guidance, 0 for none.
-        top_k: draw among the k most likely tokens, 0 for all.
-        top_p: then among the fewest whose probability reaches p, 1 for all.
-        smooth: mix codes for smoother pictures.
-        tokenizer: folder of the tokenizer, if it is no longer where the checkpoint remembers.
-        weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
+        box: LEFT,TOP,RIGHT,BOTTOM of the part to redraw, in pixels at the network's resolution.
+        mask: instead of a box, image file that is white in the part to redraw; as large as the image or as the
+            network's images.
+        outside: redraw everything outside the box or mask and keep the inside.
+        count: images per class.
+        picture: PNG file for a figure with one row per class: the image, the part to redraw, and the results.
+        tokenizer: folder of the tokenizer, if it is no longer at the path that the checkpoint records.
+        weights: of a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         device: auto, cpu, cuda or cuda:N.
-        precision: of network and decoder.
+        precision: precision of network and decoder.
+        sampling: guidance scale, top-k, top-p, smooth and seed.
     """
     if (box is None) == (mask is None):
-        raise InputError("give --box LEFT,TOP,RIGHT,BOTTOM or --mask FILE: one of them says what to draw")
+        raise InputError("give either --box LEFT,TOP,RIGHT,BOTTOM or --mask FILE to choose the part to redraw")
+    SamplingSettings(**sampling)  # raises for values out of range before weights are read
     if count < 1:
         raise InputError(f"--count must be at least 1, got {count}")
     if Path(out).is_file() or Path(out).suffix:
         raise InputError(f"--out {out} must be a folder")
-    given = open_picture(image)
-    pipe = MVARPipeline(load_trained(ckpt_path, tokenizer, weights), device, precision)
-    white = box_mask(box, pipe.shape) if box is not None else open_picture(str(mask)).convert("L")
-    white = ImageOps.invert(white) if outside else white
-    wanted = [name for name in classes.split(",") for _ in range(count)]
-    settings = {"seed": seed, "guidance": guidance, "top_k": top_k, "top_p": top_p, "smooth": smooth}
-    edited = pipe.edit(given, white, wanted, **settings)
+    original = open_image(image)
+    pipe = MVARPipeline(read_model(ckpt_path, tokenizer, weights), device, precision)
+    region = box_mask(box, pipe.shape) if box is not None else open_image(str(mask)).convert("L")
+    region = ImageOps.invert(region) if outside else region
+    names = [name for name in classes.split(",") for _ in range(count)]
+    edited = pipe.edit(original, region, names, **sampling)
     for number, result in enumerate(edited):
         with atomic_path(Path(out) / f"{number:06d}.png") as path:
             result.save(path)
     print(f"{len(edited)} images in {out}")
     if picture is not None:
-        before = fitted(given.convert("RGB"), pipe.shape)
-        hole = Image.composite(Image.new("RGB", before.size, REDRAWN), before, fitted(white, pipe.shape))
+        before = fitted(original.convert("RGB"), pipe.shape)
+        marked = Image.composite(Image.new("RGB", before.size, REDRAWN_COLOR), before, fitted(region, pipe.shape))
         rows = [edited[begin : begin + count] for begin in range(0, len(edited), count)]
-        shown = torch.from_numpy(np.stack([np.asarray(p) for row in rows for p in (before, hole, *row)]))
-        save_image(image_grid(shown.movedim(-1, 1) / 255, count + 2), picture)
-        print(f"original, what is redrawn, results: {picture}")
+        panels = torch.from_numpy(np.stack([np.asarray(panel) for row in rows for panel in (before, marked, *row)]))
+        save_image(image_grid(panels.movedim(-1, 1) / 255, count + 2), picture)
+        print(f"original, part to redraw and results in {picture}")
 
 
 def box_mask(box: str, shape: Shape) -> Image.Image:
-    """White inside the box, black outside."""
+    """Returns a mask that is white inside the box and black outside."""
     corners = [int(part) if part.strip().isdecimal() else -1 for part in box.split(",")]
     left, top, right, bottom = corners if len(corners) == 4 else [-1] * 4
     height, width = shape
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise InputError(
-            f"--box {box} must be LEFT,TOP,RIGHT,BOTTOM within {in_words(shape)} pixels, left before "
-            f"right and top before bottom"
+            f"--box {box} must be LEFT,TOP,RIGHT,BOTTOM within {format_shape(shape)} pixels, with "
+            f"LEFT < RIGHT and TOP < BOTTOM"
         )
     mask = Image.new("L", (width, height), 0)
     ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
     return mask
 
 
-def open_picture(path: str) -> Image.Image:
+def open_image(path: str) -> Image.Image:
+    """Reads an image file and turns it upright as its EXIF data says."""
     try:
         with Image.open(path) as file:
             upright = ImageOps.exif_transpose(file)

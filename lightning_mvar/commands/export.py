@@ -1,4 +1,4 @@
-"""`export`: a checkpoint, ours or a published one, as one folder or as published files."""
+"""`export`: converts a checkpoint, ours or a published one, to one folder or to published files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_mvar.checkpoints import (
     WhichWeights,
     load_official,
     load_official_tokenizer,
-    load_trained,
+    read_model,
     save_folder,
     save_official,
 )
@@ -26,18 +26,18 @@ def export(
     to: Literal["folder", "official"] = "folder",
     weights: WhichWeights = "ema",
 ) -> None:
-    """Write network and tokenizer as one folder that `sample` takes, or as the published code reads them.
+    """Writes network and tokenizer as one self-contained folder, or in the published format.
 
     Args:
-        out: the folder to write.
-        ckpt_path: a checkpoint of `fit`, of which only weights are read, also where each rank wrote a share; or a
-            folder of `export`.
-        official: instead, a published VAR or M-VAR network (.pth, .safetensors), or a checkpoint of its trainer.
-        tokenizer: with --ckpt_path, its tokenizer's folder, if it is no longer where the checkpoint remembers; with
-            --official, the published tokenizer's file, or a folder; alone, a published file to convert by itself.
-        resolution: 256 (where not given), 512 or 1024: the images that a tokenizer converted by itself is for.
+        out: folder to write.
+        ckpt_path: checkpoint of `fit` (sharded or not; only its weights are read), or folder of `export`.
+        official: instead of --ckpt_path, a published VAR or M-VAR network (.pth, .safetensors), or a checkpoint of the
+            published trainer.
+        tokenizer: with --ckpt_path, the tokenizer's folder, if it is no longer at the path recorded in the checkpoint;
+            with --official, the published tokenizer's file or a folder; alone, a published tokenizer to convert.
+        resolution: image size for a tokenizer converted alone: 256 (default), 512 or 1024.
         to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code.
-        weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
+        weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
     """
     if ckpt_path is not None and official is not None:
         raise InputError("give --ckpt_path or --official, not both")
@@ -45,9 +45,9 @@ def export(
         export_tokenizer(out, tokenizer, 256 if resolution is None else resolution, to)
         return
     if resolution is not None:
-        raise InputError("--resolution is only for a tokenizer converted by itself: a network knows its scales")
+        raise InputError("--resolution is only for a tokenizer converted alone: a network has its own schedule")
     if ckpt_path is not None:
-        model = load_trained(ckpt_path, tokenizer, weights)
+        model = read_model(ckpt_path, tokenizer, weights)
     else:
         model = load_official(str(official), tokenizer)
     if to == "official":
@@ -59,7 +59,7 @@ def export(
 
 
 def export_tokenizer(out: str, tokenizer: str | None, resolution: int, to: str) -> None:
-    """Convert a published tokenizer by itself."""
+    """Converts a published tokenizer alone."""
     if tokenizer is None:
         raise InputError("give --ckpt_path CKPT, --official FILE, or the file of a published tokenizer as --tokenizer")
     if to == "official":

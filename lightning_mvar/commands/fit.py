@@ -1,4 +1,4 @@
-"""`fit`, `validate` and `test`: LightningCLI over LitMVAR and the token datamodule."""
+"""`fit`, `validate` and `test`: LightningCLI of LitMVAR and the token datamodule."""
 
 from __future__ import annotations
 

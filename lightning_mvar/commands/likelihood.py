@@ -1,4 +1,4 @@
-"""`likelihood`: how surely a network predicts given images."""
+"""`likelihood`: measures the log-likelihood of given images, in bits per token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
+from lightning_mvar.checkpoints import TrainedModel, WhichWeights, read_model
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.cli.progress import check_reading, read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
@@ -32,58 +32,61 @@ def likelihood(
     on_corrupt: OnCorrupt = "raise",
     device: str = "auto",
 ) -> None:
-    """Bits that the network takes to tell a token of given images, from what precedes it: means over all tokens, and
-    over those of each scale. With v codes, log2(v) would be guessing.
+    """Measures the negative log-likelihood of given images in bits per token, over all tokens and per scale.
+
+    A uniform guess among v codes costs log2(v) bits.
 
     Args:
-        ckpt_path: a checkpoint of `fit`, sharded or not, or a folder of `export`.
-        images: `digits:train`, `photos:test` and the like, or a folder of class folders, resized and cropped at the
-            centre.
-        classes: take all images for this class (a name, number, or "unconditional"); else for that of their folders.
-        json: write what the table shows to this file.
-        each: write a record for every image to this JSON file.
-        tokenizer: folder of the tokenizer, if it is no longer where the checkpoint remembers.
-        weights: of a checkpoint, `ema` for those averaged over training where it has them, `raw` for the last.
-        batch_size: images at once.
+        ckpt_path: checkpoint of `fit`, sharded or not, or folder of `export`.
+        images: a builtin set such as `digits:train` or `photos:test`, or a folder of class folders; images are resized
+            and center-cropped.
+        classes: class to condition all images on (a name, number or "unconditional"); default: the class of the
+            image's folder.
+        json: JSON file for the values of the table.
+        each: JSON file for one record per image.
+        tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoint.
+        weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
+        batch_size: images per batch.
         num_workers: processes that decode image files; 0 decodes in the main process.
-        on_corrupt: what an image that cannot be decoded does: raise, or be skipped, named and counted.
+        on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a message.
         device: auto, cpu, cuda or cuda:N.
     """
     check_reading(batch_size, num_workers)
-    where, model = choose_device(device), load_trained(ckpt_path, tokenizer, weights)
+    torch_device, model = choose_device(device), read_model(ckpt_path, tokenizer, weights)
     source = open_images(images, model.tokenizer.config.shape, on_corrupt)
-    labels = labels_of(model, source.class_names, classes)
+    labels = folder_labels(model, source.class_names, classes)
     for part in (model.network, model.tokenizer):
-        part.to(where)
+        part.to(torch_device)
     keys: list[str] = []
-    found = []
+    batches = []
     for batch in read_images(source, batch_size, num_workers, "likelihood"):
-        found.append(bits_per_scale(model, batch.images.to(where), labels[batch.labels].to(where)).cpu())
+        batch_bits = bits_per_scale(model, batch.images.to(torch_device), labels[batch.labels].to(torch_device))
+        batches.append(batch_bits.cpu())
         keys += batch.keys
     if not keys:
-        raise InputError(f"not one image of {images} could be decoded")
-    bits = torch.cat(found)
-    about: Record = {"ckpt_path": ckpt_path, "images": images, "classes": classes or "their own"}
-    record = about | {"num_images": len(keys)} | described(model, bits.mean(dim=0))
+        raise InputError(f"no image of {images} could be decoded")
+    bits = torch.cat(batches)
+    source_record: Record = {"ckpt_path": ckpt_path, "images": images, "classes": classes or "their own"}
+    record = source_record | {"num_images": len(keys)} | bits_record(model, bits.mean(dim=0))
     print_table([record])
     if json is not None:
         write_records([record], json)
     if each is not None:
-        write_records([{"image": key} | described(model, row) for key, row in zip(keys, bits, strict=True)], each)
+        write_records([{"image": key} | bits_record(model, row) for key, row in zip(keys, bits, strict=True)], each)
 
 
 @torch.no_grad()
 def bits_per_scale(model: TrainedModel, images: Tensor, labels: Tensor) -> Tensor:
-    """Images (b, 3, H, W) in [-1, 1], labels (b,) -> (b, k) mean bits of a token of each scale."""
+    """Returns mean bits per token and scale (b, k) of images (b, 3, H, W) in [-1, 1] with labels (b,)."""
     tokens = model.tokenizer.encode(images)
     inputs = teacher_inputs(model.network.config, model.tokenizer, tokens)
-    losses, _ = model.network(labels, inputs, tokens)
+    losses, _ = model.network.score(labels, inputs, tokens)
     parts = losses.double().split(model.network.config.schedule.lengths, dim=1)
     return torch.stack([part.mean(dim=1) for part in parts], dim=1) / math.log(2)
 
 
-def described(model: TrainedModel, bits: Tensor) -> Record:
-    """Bits (k,) of a token of each scale, by name; first the mean over all tokens."""
+def bits_record(model: TrainedModel, bits: Tensor) -> Record:
+    """Returns a record of bits per token: the mean over all tokens, then those of each scale, given as (k,)."""
     schedule = model.network.config.schedule
     lengths = torch.tensor(schedule.lengths, dtype=bits.dtype)
     mean = float((bits * lengths).sum() / schedule.num_tokens)
@@ -91,11 +94,11 @@ def described(model: TrainedModel, bits: Tensor) -> Record:
     return {"bits_per_token": mean} | {f"bits_per_token_scale_{name}": value for name, value in scales}
 
 
-def labels_of(model: TrainedModel, folders: list[str], classes: str | None) -> Tensor:
-    """The network's label of each folder.
+def folder_labels(model: TrainedModel, folders: list[str], classes: str | None) -> Tensor:
+    """Returns the network's label of each class folder.
 
     Raises:
-        InputError: if it does not know one.
+        InputError: if the network has no such class.
     """
     names = Classes(model.class_names, model.network.config.num_classes)
     if classes is not None:
@@ -103,7 +106,7 @@ def labels_of(model: TrainedModel, folders: list[str], classes: str | None) -> T
     try:
         return torch.tensor([names.label(folder) for folder in folders])
     except InputError as error:
-        raise InputError(f"{error}: rename the folder of images, or name one class for all with --classes") from error
+        raise InputError(f"{error}: rename the folder of images, or set one class for all with --classes") from error
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`reconstruct`: what a tokenizer loses of real images."""
+"""The `reconstruct` command: measures how well a tokenizer reconstructs real images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.judges import kept_classifier
+from lightning_mvar.metrics.judges import classifier_for
 from lightning_mvar.metrics.reconstruction import ReconstructionScores
+from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.summary import prepare
 from lightning_mvar.sampling.grids import image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-SHOWN = 8  # images of the picture
+PICTURE_IMAGES = 8
 
 
 def reconstruct(
@@ -34,34 +35,34 @@ def reconstruct(
     cache: str = "outputs/statistics",
     device: str = "auto",
 ) -> None:
-    """Encode and decode real images, and compare: PSNR and SSIM (means over the images, of RGB in [0, 1]), how many of
-    the codes are used, and the Frechet distance between the two sets in the features of an extractor.
+    """Encodes and decodes real images and scores the result: PSNR and SSIM (means over images, RGB in [0, 1]), codebook
+    usage, and the Frechet distance between originals and reconstructions.
 
-    With InceptionV3 that distance is rFID. PSNR has no upper end, SSIM at most 1.
+    With InceptionV3 the Frechet distance is rFID. PSNR is unbounded, SSIM is at most 1.
 
     Args:
         tokenizer: folder that `train-tokenizer` or `export` wrote.
-        images: named as for `lightning-mvar tokenize`; resized and cropped at the centre.
+        images: image source, as for `lightning-mvar tokenize`; images are resized and centre-cropped.
         extractor: InceptionV3 (with --extractor.weights FILE), or the class path of an nn.Module with num_features,
-            images in [0, 1] -> features; for digits and photos a small classifier. Without one there is no Frechet
-            distance.
+            images in [0, 1] -> features. The default for digits and photos is a small classifier. Without an extractor
+            there is no Frechet distance.
         picture: PNG file for the first 8 images, originals above reconstructions.
-        json: write what the table shows to this file.
-        batch_size: images at once.
+        json: write the scores to this JSON file.
+        batch_size: images per batch.
         num_workers: processes that decode image files; 0 decodes in the main process.
-        on_corrupt: what an image that cannot be decoded does: raise, or be skipped, named and counted.
-        cache: folder that keeps the classifiers of digits and photos.
+        on_corrupt: `raise` an error for an image that cannot be decoded, or `skip`, report and count it.
+        cache: folder that caches the classifiers of digits and photos.
         device: auto, cpu, cuda or cuda:N.
     """
     check_reading(batch_size, num_workers)
-    where = choose_device(device)
-    model = load_tokenizer(tokenizer).to(where)
+    target = choose_device(device)
+    model = load_tokenizer(tokenizer).to(target)
     source = open_images(images, model.config.shape, on_corrupt)
     if extractor is None:
-        extractor = kept_classifier(images, cache)
-    comparison = Comparison(model, None if extractor is None else prepare(extractor, where), where)
+        extractor = classifier_for(open_reference(images), cache)
+    comparison = Comparison(model, None if extractor is None else prepare(extractor, target), target)
     for batch in read_images(source, batch_size, num_workers, "reconstruct"):
-        comparison.update(batch.images.to(where))
+        comparison.update(batch.images.to(target))
     record: Record = {
         "tokenizer": tokenizer,
         "fingerprint": model.fingerprint(),
@@ -80,37 +81,37 @@ def reconstruct(
 
 
 class Comparison:
-    """Accumulates images and their reconstructions, in bounded memory.
+    """Reconstructs images and accumulates their scores in bounded memory.
 
     Args:
         tokenizer: on `device`, in eval mode.
-        extractor: prepared, on `device`; None for no Frechet distance.
-        device: where to compute.
+        extractor: prepared, on `device`; None to skip the Frechet distance.
+        device: device to compute on.
     """
 
     def __init__(self, tokenizer: Tokenizer, extractor: nn.Module | None, device: torch.device) -> None:
         self.tokenizer, self.extractor, self.count = tokenizer, extractor, 0
-        self.used = torch.zeros(tokenizer.config.vocab_size, dtype=torch.bool, device=device)
+        self.used_codes = torch.zeros(tokenizer.config.vocab_size, dtype=torch.bool, device=device)
         self.scores = ReconstructionScores(extractor, device)
-        self.shown: list[tuple[Tensor, Tensor]] = []
+        self.picture_pairs: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def update(self, images: Tensor) -> None:
-        """Images (b, 3, H, W) in [-1, 1]."""
+        """Reconstructs and scores images (b, 3, H, W) in [-1, 1]."""
         tokens = self.tokenizer.encode(images)
         originals, decoded = (images + 1) / 2, (self.tokenizer.decode(tokens) + 1) / 2
-        self.used[tokens.flatten()] = True
+        self.used_codes[tokens.flatten()] = True
         self.scores.update(originals, decoded)
-        room = SHOWN - self.count
-        if room > 0:
-            self.shown.append((originals[:room].cpu(), decoded[:room].cpu()))
+        missing = PICTURE_IMAGES - self.count
+        if missing > 0:
+            self.picture_pairs.append((originals[:missing].cpu(), decoded[:missing].cpu()))
         self.count += len(images)
 
     def compute(self, name: str) -> Record:
-        """All scores.
+        """Returns all scores of the images in source `name`.
 
         Raises:
-            InputError: if there was no image, or but one and a Frechet distance is wanted.
+            InputError: if there was no image, or only one and the Frechet distance is requested.
         """
         if self.count < (1 if self.extractor is None else 2):
             raise InputError(f"{self.count} images of {name} could be decoded: too few to compare")
@@ -119,15 +120,15 @@ class Comparison:
             "num_images": self.count,
             "psnr_db": scores["psnr"],
             "ssim": scores["ssim"],
-            "codebook_usage": float(self.used.float().mean()),
+            "codebook_usage": float(self.used_codes.float().mean()),
         }
         if self.extractor is not None:
             record |= {"extractor": type(self.extractor).__name__, "frechet_distance": scores["rfid"]}
         return record
 
     def picture(self) -> Tensor:
-        """(3, H, W): originals above reconstructions."""
-        originals, decoded = (torch.cat(part) for part in zip(*self.shown, strict=True))
+        """Returns a grid (3, H, W) of originals above reconstructions."""
+        originals, decoded = (torch.cat(part) for part in zip(*self.picture_pairs, strict=True))
         return image_grid(torch.cat([originals, decoded]), len(originals))
 
 

@@ -1,4 +1,4 @@
-"""`shards`: whether a folder of token shards is whole, what is in it, and what its tokens look like."""
+"""`shards`: verifies, summarises and decodes a folder of token shards."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_mvar.cli.tables import format_value, print_rows, print_table, wri
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
 from lightning_mvar.data.images.sources import open_images
-from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, chosen_samples
+from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, read_samples
 from lightning_mvar.data.tokens.sources import LocalShards
-from lightning_mvar.data.tokens.statistics import TokenStatistics, count_shard, spread_samples
-from lightning_mvar.data.tokens.verify import expectations, find_problems
+from lightning_mvar.data.tokens.statistics import TokenStatistics, count_shard, stratified_ids
+from lightning_mvar.data.tokens.verify import find_problems, token_spec
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import is_remote
@@ -29,73 +29,73 @@ from lightning_mvar.sampling.grids import captioned_pair, image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 DESCRIPTION = (
-    "Look at a folder of token shards. `lightning-mvar shards verify DIR` checks every file, `info DIR` prints what is "
-    "in it, `decode DIR --tokenizer DIR --out PNG` draws some samples; each has --help."
+    "Inspect a folder of token shards. `lightning-mvar shards verify DIR` checks every file, `info DIR` prints its "
+    "contents, `decode DIR --tokenizer DIR --out PNG` draws some samples; each has --help."
 )
-NAMED = 5  # classes at each end of the histogram, and skipped images, that are named
-COLUMNS = 8  # of a picture
+MAX_LISTED = 5  # classes at each end of the histogram, and skipped images
+COLUMNS = 8  # of the picture
 
 
 def verify(folder: str, tokenizer: str | None = None) -> None:
-    """Check every shard, and name everything that is wrong, a line each; exit code 1 if anything is.
+    """Check every shard and print every problem on its own line; exit code 1 if there is one.
 
-    Of the folder: that the manifest can be read and lists exactly the shards that are there. Of each shard: size,
-    SHA-256, that every pack is whole, types, shapes and ranges of tokens and labels, counts, and that no image is
-    there twice, in it or in another.
+    The manifest must be readable and list exactly the existing shards. Every shard must have the listed size, SHA-256
+    and number of samples, only complete packs, tokens and labels of the right types, shapes and ranges, and no image
+    that occurs twice, in this shard or another.
 
     Args:
-        folder: of token shards; `shards verify DIR` is short for it.
-        tokenizer: folder of the tokenizer that the tokens are to be of.
+        folder: folder of token shards; may be given without its name: `shards verify DIR`.
+        tokenizer: folder of the tokenizer that must have made the tokens.
     """
-    where = existing(folder)
+    path = require_folder(folder)
     fingerprint = None if tokenizer is None else load_tokenizer(tokenizer).fingerprint()
-    total = sum(path.stat().st_size for path in where.glob("[!.]*.tar"))
-    found = []
+    total = sum(file.stat().st_size for file in path.glob("[!.]*.tar"))
+    problems = []
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
-        for problem in find_problems(where, fingerprint, bar.update):
-            found.append(problem)
+        for problem in find_problems(path, fingerprint, bar.update):
+            problems.append(problem)
             tqdm.write(str(problem))
-    if found:
-        files = len({problem.file for problem in found})
-        raise InputError(f"{folder} is damaged: {len(found)} problem(s) in {files} file(s), each named above")
-    manifest = Manifest.load(where)
-    print(f"{folder} is whole: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    if problems:
+        files = len({problem.file for problem in problems})
+        raise InputError(f"{folder} is damaged: {len(problems)} problem(s) in {files} file(s), each listed above")
+    manifest = Manifest.load(path)
+    print(f"{folder} is intact: {manifest.num_samples} samples in {len(manifest.shards)} shards")
 
 
 def info(folder: str, json: str | None = None) -> None:
-    """Print the manifest, how much room the samples take, how many codes each scale uses, and the classes' samples.
+    """Print the manifest, the size on disk, the codebook usage per scale and the number of samples per class.
 
-    `codebook_usage` is the share of the codes that a scale has at all, `codebook_perplexity` how many equally frequent
-    ones would be as hard to guess.
+    `codebook_usage` is the fraction of the codes that a scale uses; `codebook_perplexity` is the number of equally
+    frequent codes with the same entropy.
 
     Args:
-        folder: of token shards; `shards info DIR` is short for it.
-        json: write all of it, with every class, to this file.
+        folder: folder of token shards; may be given without its name: `shards info DIR`.
+        json: write everything, with every class, to this file.
     """
-    where = existing(folder)
-    manifest = sound_manifest(where)
+    path = require_folder(folder)
+    manifest = load_valid_manifest(path)
     statistics = TokenStatistics(manifest)
     with tqdm(total=manifest.num_samples, unit="sample", unit_scale=True, desc="info", leave=False) as bar:
         for shard in manifest.shards:
-            count_shard(statistics, where, shard)
+            count_shard(statistics, path, shard)
             bar.update(shard.samples)
-    about = {k: v for k, v in asdict(manifest).items() if k not in ("class_names", "shards")}
-    about |= {"num_classes": len(manifest.class_names), "num_shards": len(manifest.shards)}
-    about |= room(manifest, where, statistics.schedule.num_tokens)
-    print_table([about])
+    summary = {k: v for k, v in asdict(manifest).items() if k not in ("class_names", "shards")}
+    summary |= {"num_classes": len(manifest.class_names), "num_shards": len(manifest.shards)}
+    summary |= storage_summary(manifest, path, statistics.schedule.num_tokens)
+    print_table([summary])
     print()
     scales = statistics.per_scale()
     print_rows([list(scales[0]), *([format_value(value) for value in scale.values()] for scale in scales)])
     print()
     print_classes(manifest.class_names, statistics.classes)
-    for message in manifest.skipped[:NAMED]:
+    for message in manifest.skipped[:MAX_LISTED]:
         print(f"skipped: {message}")
-    if len(manifest.skipped) > NAMED:
-        print(f"and {len(manifest.skipped) - NAMED} more; --json FILE has all")
+    if len(manifest.skipped) > MAX_LISTED:
+        print(f"and {len(manifest.skipped) - MAX_LISTED} more; --json FILE lists all of them")
     if json is not None:
         counts = enumerate(zip(manifest.class_names, statistics.classes.tolist(), strict=True))
         histogram = [{"label": label, "name": name, "samples": count} for label, (name, count) in counts]
-        write_records([about | {"scales": scales, "classes": histogram, "skipped": manifest.skipped}], json)
+        write_records([summary | {"scales": scales, "classes": histogram, "skipped": manifest.skipped}], json)
 
 
 def decode(
@@ -109,102 +109,102 @@ def decode(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Write a picture of what the tokens of some samples decode to, each beneath the image that it was made of.
+    """Decode some samples into a picture, each beneath its original image.
 
     Args:
-        folder: of token shards; `shards decode DIR` is short for it.
+        folder: folder of token shards; may be given without its name: `shards decode DIR`.
         tokenizer: folder of the tokenizer that made the tokens.
         out: PNG file for the picture.
-        n: samples, spread over the shards.
-        images: where the originals are now, if they are no longer where the manifest says.
+        n: number of samples, spread over the shards.
+        images: location of the original images, if they have moved since `tokenize`.
         labels: the same as for `tokenize`, if it was given there.
         class_names: the same as for `tokenize`, if it was given there.
-        seed: chooses the samples.
+        seed: seed that chooses the samples.
         device: auto, cpu, cuda or cuda:N.
     """
     if n < 1:
         raise InputError(f"--n must be at least 1, got {n}")
-    where, target = existing(folder), choose_device(device)
-    manifest = sound_manifest(where)
+    path, torch_device = require_folder(folder), choose_device(device)
+    manifest = load_valid_manifest(path)
     if not manifest.num_samples:
         raise InputError(f"there are no samples in {folder} yet: let `lightning-mvar tokenize` finish")
-    model = load_tokenizer(tokenizer).to(target)
+    model = load_tokenizer(tokenizer).to(torch_device)
     if manifest.tokenizer != model.fingerprint():
         raise InputError(
-            f"the tokens in {folder} are of tokenizer {manifest.tokenizer}, not of {model.fingerprint()} in "
-            f"{tokenizer}: name theirs with --tokenizer"
+            f"the tokens in {folder} were made by tokenizer {manifest.tokenizer}, not by {model.fingerprint()} in "
+            f"{tokenizer}: pass the folder of their tokenizer as --tokenizer"
         )
-    chosen = spread_samples(manifest.num_samples, n, seed)
-    samples = chosen_samples(manifest, LocalShards(where).fetch, chosen)
+    ids = stratified_ids(manifest.num_samples, n, seed)
+    samples = read_samples(manifest, LocalShards(path).fetch, ids)
     try:
-        if images is None and is_remote(manifest.source):  # a manifest may come from anybody: it names paths only
-            raise InputError(f"the manifest names {manifest.source!r}, which is no path on this machine")
+        if images is None and is_remote(manifest.source):  # untrusted: it may name paths only
+            raise InputError(f"the manifest names {manifest.source!r}, which is not a path on this machine")
         source = open_images(images or manifest.source, model.config.shape, "skip", labels, class_names)
         originals = find_originals(manifest, samples.keys, source)
     except InputError as error:
         if images is not None:
             raise
-        print(f"without originals: {error}; --images says where they are")
+        print(f"without originals: {error}; pass their location as --images")
         originals = [None] * len(samples.keys)
-    decoded = decode_all(model, samples.tokens, target)
+    decoded = decode_all(model, samples.tokens, torch_device)
     classes = Classes(manifest.class_names, len(manifest.class_names))
     names = [classes.name(int(label)) for label in samples.labels]
-    pairs = [captioned_pair(*part) for part in zip(originals, decoded, names, samples.keys, strict=True)]
+    pairs = [captioned_pair(*pair) for pair in zip(originals, decoded, names, samples.keys, strict=True)]
     save_image(image_grid(torch.stack(pairs), min(len(pairs), COLUMNS)), out)
-    found = sum(original is not None for original in originals)
-    print(f"{len(pairs)} samples of {folder} in {out}, {found} of them beneath their originals")
+    num_originals = sum(original is not None for original in originals)
+    print(f"{len(pairs)} samples of {folder} in {out}, {num_originals} of them beneath their originals")
 
 
 def find_originals(manifest: Manifest, keys: Sequence[str], source: ImageSource) -> list[torch.Tensor | None]:
-    """The images (3, H, W) in [0, 1] that samples were made of; None for those that the source no longer has."""
+    """Returns the source image (3, H, W) in [0, 1] of each key; None if the source no longer has it."""
     examples = find_by_key(source, manifest.views, manifest.seed, manifest.flips, keys)
     return [None if example is None or example.image is None else (example.image + 1) / 2 for example in examples]
 
 
 @torch.inference_mode()
 def decode_all(model: Tokenizer, tokens: np.ndarray, device: torch.device) -> list[torch.Tensor]:
-    """Images (3, H, W) in [0, 1] of tokens (n, l), one at a time: a few are wanted, and memory may be small."""
+    """Decodes tokens (n, l) to images (3, H, W) in [0, 1], one at a time to save memory."""
     rows = torch.from_numpy(tokens.astype(np.int64)).to(device)
     return [((model.decode(row[None])[0] + 1) / 2).clamp(0, 1).cpu() for row in tqdm(rows, desc="decode", leave=False)]
 
 
-def room(manifest: Manifest, folder: Path, num_tokens: int) -> dict[str, Any]:
-    """Bytes on disk, in all and of a sample, against what the tokens could take at least if all were as likely."""
+def storage_summary(manifest: Manifest, folder: Path, num_tokens: int) -> dict[str, Any]:
+    """Returns bytes on disk, in total and per sample, relative to the minimum for uniformly distributed tokens."""
     files = [shard.path_in(folder) for shard in manifest.shards]
     size = sum(file.stat().st_size for file in files)
-    least = num_tokens * math.log2(manifest.vocab_size) / 8
-    each = size / max(manifest.num_samples, 1)
+    minimum = num_tokens * math.log2(manifest.vocab_size) / 8
+    per_sample = size / max(manifest.num_samples, 1)
     return {
         "num_samples": manifest.num_samples,
         "bytes_on_disk": size,
         "tokens_per_sample": num_tokens,
-        "bytes_per_sample": each,
+        "bytes_per_sample": per_sample,
         "bits_per_token": math.log2(manifest.vocab_size),
-        "theoretical_bytes_per_sample": least,
-        "bytes_over_theoretical": each / least,
+        "theoretical_bytes_per_sample": minimum,
+        "bytes_over_theoretical": per_sample / minimum,
     }
 
 
 def print_classes(class_names: list[str], counts: np.ndarray) -> None:
-    """How many samples classes have, with the names of those that have the fewest and the most."""
+    """Prints the range of samples per class, and the classes with the fewest and the most."""
     classes = Classes(class_names, len(class_names))
-    print(f"samples of a class: min {counts.min()}, median {np.median(counts):g}, max {counts.max()}")
+    print(f"samples per class: min {counts.min()}, median {np.median(counts):g}, max {counts.max()}")
     order = np.argsort(counts, kind="stable")
-    ends = [("rarest", order[:NAMED])] + [("commonest", order[::-1][:NAMED])] * (len(order) > NAMED)
-    for what, labels in ends:
-        print(f"{what}: " + ", ".join(f"{classes.name(label)} ({counts[label]})" for label in labels.tolist()))
+    ends = [("rarest", order[:MAX_LISTED])] + [("most common", order[::-1][:MAX_LISTED])] * (len(order) > MAX_LISTED)
+    for title, labels in ends:
+        print(f"{title}: " + ", ".join(f"{classes.name(label)} ({counts[label]})" for label in labels.tolist()))
 
 
-def sound_manifest(folder: Path) -> Manifest:
-    """Raises InputError for a manifest whose values nothing can be counted by."""
+def load_valid_manifest(folder: Path) -> Manifest:
+    """Loads a manifest; raises InputError if its schedule, vocabulary or classes are invalid."""
     manifest = Manifest.load(folder)
-    if None in astuple(expectations(manifest)):
-        raise InputError(f"{folder / MANIFEST} is damaged; `lightning-mvar shards verify {folder}` says where")
+    if None in astuple(token_spec(manifest)):
+        raise InputError(f"{folder / MANIFEST} is damaged; run `lightning-mvar shards verify {folder}` for details")
     return manifest
 
 
-def existing(folder: str) -> Path:
-    """Raises InputError unless it is a folder."""
+def require_folder(folder: str) -> Path:
+    """Returns the folder's path; raises InputError if it is not a folder."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder; name one that `lightning-mvar tokenize` wrote, with a {MANIFEST}")
     return Path(folder)

@@ -1,4 +1,4 @@
-"""`sweep`: many runs of `fit` and `evaluate` from one file."""
+"""`sweep`: runs `fit` and `evaluate` for every cell of a sweep file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any, Literal
 from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.cli import COMMANDS
 from lightning_mvar.cli.arguments import call, check
-from lightning_mvar.cli.training import parsed_fit
+from lightning_mvar.cli.training import parse_fit
 from lightning_mvar.commands.evaluate import evaluate
 from lightning_mvar.errors import InputError, Interrupted
 from lightning_mvar.io.files import atomic_path
-from lightning_mvar.io.locks import alone_in
+from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.models.config import MVARConfig
-from lightning_mvar.models.costs import matched
+from lightning_mvar.models.costs import match_budget
 from lightning_mvar.sweeps.cells import Cell
 from lightning_mvar.sweeps.launchers import Launcher, local_launcher, ray_launcher, submitit_launcher
 from lightning_mvar.sweeps.plan import GridPoint, SweepFile, read_sweep
@@ -42,19 +42,19 @@ def sweep(
     ray: dict[str, float] | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Run the cells of a sweep file, each an ordinary `fit` and `evaluate`, and go on with them when started again.
+    """Runs the cells of a sweep file, each an ordinary `fit` and `evaluate`; run it again to resume.
 
-    Finished cells are skipped, interrupted ones go on, crashed ones are tried once more. Ctrl-C saves what is running.
-    docs/sweeps.md has the format of the file.
+    Finished cells are skipped, interrupted ones resume, crashed ones are retried once. Ctrl-C saves the running cells.
+    docs/sweeps.md describes the format of the file.
 
     Args:
-        file: the sweep file, such as configs/sweep/digits_quick.yaml.
-        out: folder of the sweep; outputs/sweep/NAME for NAME.yaml where not given.
-        jobs: cells at once.
-        launcher: where they run: `local`, on this machine; `submitit`, as jobs of Slurm; `ray`, on a Ray cluster.
-        submitit: of the launcher submitit, parameters of its executor: --submitit.cluster slurm or local,
+        file: sweep file, such as configs/sweep/digits_quick.yaml.
+        out: folder of the sweep; default outputs/sweep/NAME for NAME.yaml.
+        jobs: number of cells to run at once.
+        launcher: where cells run: `local` on this machine, `submitit` as Slurm jobs, `ray` on a Ray cluster.
+        submitit: executor parameters for --launcher submitit: --submitit.cluster slurm or local,
             --submitit.timeout_min 600, --submitit.gpus_per_node 1, --submitit.slurm_partition NAME.
-        ray: of the launcher ray, what a cell needs: --ray.cpu 4 --ray.gpu 1.
+        ray: resources per cell for --launcher ray: --ray.cpu 4 --ray.gpu 1.
         dry_run: print the commands of every cell and run nothing.
     """
     plan, path = read_sweep(Path(file)), Path(file)
@@ -65,24 +65,24 @@ def sweep(
             print(f"{cell.name}:", *(f"  lightning-mvar {command}" for command in cell.commands), sep="\n")
         return
     launch = choose_launcher(launcher, jobs, folder, submitit, ray)
-    with alone_in(folder, "sweep") as lock, stopping() as stop:
+    with lock_folder(folder, "sweep") as lock, handle_stop_signals() as stop:
         for cell in cells:
             cell.check()
         for cell in cells:
             cell.record()
         with atomic_path(folder / "sweep.yaml") as copy:
             copy.write_text(path.read_text())
-        begin, before = time.monotonic(), [cell for cell in cells if cell.state() == "finished"]
-        if len(before) < len(cells):
+        begin, finished_before = time.monotonic(), [cell for cell in cells if cell.state() == "finished"]
+        if len(finished_before) < len(cells):
             prepare(plan.prepare, folder, stop, lock)
-            with status_table(cells) as show:
-                run(cells, launch, stop, show)
+            with status_table(cells) as refresh:
+                run_cells(cells, launch, stop, refresh)
         if stop.signal:
-            name, remedy = signal.Signals(stop.signal).name, "the same command goes on with what is missing"
-            raise Interrupted(stop.signal, f"interrupted by {name}; {count(cells)}", remedy)
+            name, remedy = signal.Signals(stop.signal).name, "run the same command again to resume"
+            raise Interrupted(stop.signal, f"interrupted by {name}; {count_states(cells)}", remedy)
         seconds = time.monotonic() - begin
-        print(f"{count(cells)}, {len(before)} of them before; {seconds:.0f} s, in {folder}", flush=True)
-        refuse_unfinished(cells)
+        print(f"{count_states(cells)}, {len(finished_before)} earlier; {seconds:.0f} s, in {folder}", flush=True)
+        raise_if_unfinished(cells)
 
 
 def choose_launcher(
@@ -101,15 +101,18 @@ def choose_launcher(
 
 
 def plan_cells(plan: SweepFile, folder: Path) -> list[Cell]:
-    """All cells, after their command lines have been parsed.
+    """Returns all cells of a sweep, after checking that their command lines parse.
 
     Raises:
-        InputError: naming the cell whose command line does not parse.
+        InputError: if a command line does not parse; the message names its cell.
     """
     plan.check_overlays()
-    for words in plan.prepare:
-        if not words or words[0] not in COMMANDS:
-            raise InputError(f"{plan.path}: `prepare` has {' '.join(words)!r}: there are {', '.join(COMMANDS)}")
+    for args in plan.prepare:
+        if not args or args[0] not in COMMANDS:
+            raise InputError(
+                f"{plan.path}: `prepare` has {' '.join(args)!r}, which is not a command; "
+                f"the commands are {', '.join(COMMANDS)}"
+            )
     cells = []
     for variant in plan.variants():
         budget = check_variant(plan, variant, folder)
@@ -118,73 +121,81 @@ def plan_cells(plan: SweepFile, folder: Path) -> list[Cell]:
 
 
 def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[str, ...]:
-    """Parse a variant's command lines; the words that make its network match the budget."""
+    """Parses a variant's command lines and returns the arguments that make its network match the budget."""
     cell = plan.cell(variant, plan.seeds[0], folder)
     try:
-        words = cell.words()
-        namespace = parsed_fit(words[0])
-        for rest in words[1:]:
-            check(evaluate, rest)
+        fit_args, *evaluate_args = cell.argument_lists()
+        namespace = parse_fit(fit_args)
+        for args in evaluate_args:
+            check(evaluate, args)
         if plan.budget is None:
             return ()
-        network = config_from_dict(MVARConfig, namespace.model.network.as_dict(), plan.path)
-        fitted = matched(network, plan.budget.by, parameters=plan.budget.parameters, flops=plan.budget.flops)
+        options = namespace.model.network.as_dict()
+        if missing := [name for name, value in options.items() if value is None]:
+            raise InputError(
+                f"a budget needs network.{missing[0]}, which only the tokenizer or the shards would say: add "
+                f"--model.network.{missing[0]} to `fit`"
+            )
+        network = config_from_dict(MVARConfig, options, plan.path)
+        fitted = match_budget(network, plan.budget.by, parameters=plan.budget.parameters, flops=plan.budget.flops)
     except (argparse.ArgumentError, InputError) as error:
         raise InputError(f"{plan.path}: cell {cell.name}: {' '.join(str(error).split())}") from error
     changed = [field.name for field in fields(network) if getattr(network, field.name) != getattr(fitted, field.name)]
     names = dict.fromkeys([plan.budget.by, *changed])
-    return tuple(word for name in names for word in (f"--model.network.{name}", str(getattr(fitted, name))))
+    return tuple(arg for name in names for arg in (f"--model.network.{name}", str(getattr(fitted, name))))
 
 
-def run(cells: list[Cell], launch: Launcher, stop: Stop, show: Callable[[], None]) -> None:
-    """Try what is not finished, and once more what has crashed."""
+def run_cells(cells: list[Cell], launch: Launcher, stop: Stop, refresh: Callable[[], None]) -> None:
+    """Runs all cells that have not finished, then retries once those that have crashed."""
     todo = [cell for cell in cells if cell.state() != "finished"]
     for _ in range(2):
         with ThreadPoolExecutor(1) as pool:
-            trying = pool.submit(launch, [cell.folder for cell in todo], stop)
+            pending = pool.submit(launch, [cell.folder for cell in todo], stop)
             try:
-                while not trying.done():
-                    show()
+                while not pending.done():
+                    refresh()
                     time.sleep(REFRESH_S)
             except BaseException:
-                stop.signal = signal.SIGTERM  # or leaving here would wait for all cells
+                stop.signal = signal.SIGTERM  # otherwise leaving the pool would wait for all cells
                 raise
-            trying.result()
+            pending.result()
         todo = [cell for cell in todo if cell.state() == "crashed"]
         if stop.signal or not todo:
             break
-    while any(cell.state() == "running" for cell in cells):  # a launcher has left it saving its state
-        show()
+    while any(cell.state() == "running" for cell in cells):  # a launcher has returned while a cell saves its state
+        refresh()
         time.sleep(REFRESH_S)
 
 
-def count(cells: list[Cell]) -> str:
-    """How many cells there are of each state."""
+def count_states(cells: list[Cell]) -> str:
+    """Summarizes how many cells are in each state."""
     states = [cell.state() for cell in cells]
-    each = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "finished"]
-    return ", ".join([f"{states.count('finished')} of {len(cells)} cells finished", *each])
+    others = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "finished"]
+    return ", ".join([f"{states.count('finished')} of {len(cells)} cells finished", *others])
 
 
-def refuse_unfinished(cells: list[Cell]) -> None:
-    left = [(cell, state) for cell in cells if (state := cell.state()) != "finished"]
-    if left:
-        names = "; ".join(f"{cell.name} {state}, see {cell.log}" for cell, state in left)
-        raise InputError(f"{len(left)} of {len(cells)} cells have not finished: {names}; the same command tries again")
+def raise_if_unfinished(cells: list[Cell]) -> None:
+    unfinished = [(cell, state) for cell in cells if (state := cell.state()) != "finished"]
+    if unfinished:
+        names = "; ".join(f"{cell.name} {state}, see {cell.log}" for cell, state in unfinished)
+        raise InputError(
+            f"{len(unfinished)} of {len(cells)} cells have not finished: {names}; run the same command again to retry"
+        )
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
-    """What turns from SIGINT, SIGTERM and SIGHUP into the end of all work, in order."""
+def handle_stop_signals() -> Iterator[Stop]:
+    """Turns SIGINT, SIGTERM and SIGHUP into a `Stop`, so that all work ends in order; restores the handlers."""
     stop = Stop()
 
     def receive(number: int, frame: FrameType | None) -> None:
         stop.signal = stop.signal or number
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 

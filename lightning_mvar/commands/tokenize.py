@@ -1,4 +1,4 @@
-"""`tokenize`: images to token shards."""
+"""`tokenize`: encodes images into token shards."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.cli.arguments import call
-from lightning_mvar.cli.ranks import ranks
+from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
-from lightning_mvar.data.tokens.encode import Encoded, TokenEncoder
+from lightning_mvar.data.tokens.encode import EncodedBatch, TokenEncoder
 from lightning_mvar.data.tokens.shards import (
     MANIFEST,
     Manifest,
     read_record,
-    records_of,
+    record_paths,
     save_record,
     shard_name,
     write_shard,
 )
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.locks import alone_in
+from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-ORDER_SEED = 0  # images go into the shards in one fixed random order, so that every shard has all classes
-LONGEST_WAIT = timedelta(days=30)  # of a rank that is done for the others
+ORDER_SEED = 0  # images go into the shards in a fixed random order, so that every shard has all classes
+BARRIER_TIMEOUT = timedelta(days=30)  # for ranks that finish early and wait for the others
 
 
 def tokenize(
@@ -63,66 +63,66 @@ def tokenize(
     devices: int = 1,
     num_nodes: int = 1,
 ) -> None:
-    """Turn images into token shards. Started again, on as many devices as one likes, it goes on where it stopped.
+    """Encode images into token shards. Run again, on any number of devices, it continues where it stopped.
 
     Args:
         images: a folder of class folders (CLASS/NAME.png|jpg|jpeg|webp); ImageNet's tar of tars, a tar of class
-            folders, or tars of a class each; WebDataset shards with .cls, as a folder or a pattern
+            folders, or one tar per class; WebDataset shards with .cls, as a folder or a pattern
             (train-{0000..0146}.tar); Parquet files with image and label; or `digits:train`, `photos:test` and the like.
-            Archives may be elsewhere: https://HOST/train-{0000..0146}.tar, or a command that prints one, such as
+            Archives may be remote: https://HOST/train-{0000..0146}.tar, or a command that prints an archive, such as
             `pipe:aws s3 cp s3://BUCKET/train-{0000..0146}.tar -`.
         tokenizer: folder that `train-tokenizer` or `export` wrote.
         out: folder for the shards and their manifest.
-        labels: for images without classes, such as ILSVRC2012_img_val.tar: a file with lines `NAME CLASS`, or CLASS
-            alone in the order of the names, or ILSVRC2012_devkit_t12.tar.gz.
-        class_names: where classes are numbers, what they are called: `imagenet`, or a file with a name on each line.
-        views: 1 for the centre crop of each image, more for that many random crops of it.
+        labels: for images without classes, such as ILSVRC2012_img_val.tar: a file with lines `NAME CLASS`, or only
+            CLASS in the order of the names, or ILSVRC2012_devkit_t12.tar.gz.
+        class_names: names of classes that are numbers: `imagenet`, or a file with one name per line.
+        views: samples per image: 1 is the centre crop, more are random crops.
         flips: mirror half of the random crops.
-        seed: of the random crops.
-        shard_size: samples in a shard.
+        seed: seed of the random crops.
+        shard_size: samples per shard.
         batch_size: images encoded at once.
-        num_workers: processes of each device that decode images; 0 decodes in the process that encodes.
-        max_failures: images that may be undecodable and are left out; each is named, and listed in the manifest.
-        cache_dir: folder on this machine for archives from elsewhere; nothing is ever removed from it.
-        retries: attempts to read an archive from elsewhere, after one that failed: 1, 2, 4, ... seconds later.
-        precision: of the encoder; codes are chosen in float32.
+        num_workers: image-decoding processes per device; 0 decodes in the encoding process.
+        max_failures: number of undecodable images to tolerate; they are skipped, reported and listed in the manifest.
+        cache_dir: folder on this machine for downloaded archives; nothing is ever removed from it.
+        retries: further attempts to read a remote archive after a failed one: 1, 2, 4, ... seconds later.
+        precision: precision of the encoder; codes are chosen in float32.
         device: auto, cpu, cuda or cuda:N.
-        devices: processes on each machine, each with a GPU of its own where `device` is cuda.
-        num_nodes: machines; start the same command on each, by torchrun or Slurm.
+        devices: processes per machine, each with its own GPU if `device` is cuda.
+        num_nodes: number of machines; start the same command on each, by torchrun or Slurm.
     """
     if min(views, shard_size, batch_size) < 1 or min(num_workers, max_failures, retries) < 0:
         raise InputError(
-            "--views, --shard_size and --batch_size must be at least 1; --num_workers, --max_failures and --retries at "
-            "least 0"
+            "--views, --shard_size and --batch_size must be at least 1; --num_workers, --max_failures and --retries "
+            "must be at least 0"
         )
     if flips and views == 1:
-        raise InputError("--flips is for random crops: it needs --views 2 or more")
+        raise InputError("--flips applies to random crops: set --views to 2 or more")
     folder = Path(out)
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; name a folder")
-    # Nothing is computed together: a rank only waits for the others in the end, and hears at once if one has died.
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=LONGEST_WAIT)
-    with ranks(device, devices, num_nodes, strategy) as fabric, ExitStack() as stack:
+    # Ranks work independently and only wait for each other at the end; gloo reports a dead rank at once.
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=BARRIER_TIMEOUT)
+    with launch_ranks(device, devices, num_nodes, strategy) as fabric, ExitStack() as stack:
         model = load_tokenizer(tokenizer)
         source = open_images(images, model.config.shape, "skip", labels, class_names, cache_dir, retries)
         order = shard_order(source, views)
-        plan = plan_of(model, source, images, order, shard_size)
+        plan = make_plan(model, source, images, order, shard_size)
         plan = replace(plan, views=views, seed=seed if views > 1 else 0, flips=flips, precision=precision)
         if fabric.is_global_zero:
-            stack.enter_context(alone_in(folder, "tokenize"))
-            begin(folder, plan)
+            stack.enter_context(lock_folder(folder, "tokenize"))
+            prepare_folder(folder, plan)
         fabric.barrier()
         if not Manifest.load(folder).same_run(plan):
-            raise InputError(f"rank {fabric.global_rank} has other images, or another tokenizer, than rank 0")
-        work = Work(fabric, folder, plan, TokenEncoder(model, fabric.device, precision), max_failures)
-        work.run(source, order, batch_size, num_workers)
+            raise InputError(f"rank {fabric.global_rank} has different images, or a different tokenizer, than rank 0")
+        writer = ShardWriter(fabric, folder, plan, TokenEncoder(model, fabric.device, precision), max_failures)
+        writer.run(source, order, batch_size, num_workers)
         fabric.barrier()
         if fabric.is_global_zero:
-            finish(folder, work.rate)
+            finalize(folder, writer.images_per_s)
 
 
-def plan_of(model: Tokenizer, source: ImageSource, name: str, order: NDArray[np.int64], shard_size: int) -> Manifest:
-    """The manifest of the images that are called `name`, in this order, before there are shards."""
+def make_plan(model: Tokenizer, source: ImageSource, name: str, order: NDArray[np.int64], shard_size: int) -> Manifest:
+    """Returns the manifest, still without shards, of the images `name` in this order."""
     return Manifest(
         side_lengths=list(model.config.schedule.side_lengths),
         vocab_size=model.config.vocab_size,
@@ -136,11 +136,11 @@ def plan_of(model: Tokenizer, source: ImageSource, name: str, order: NDArray[np.
     )
 
 
-def begin(folder: Path, plan: Manifest) -> None:
-    """Write the manifest of a folder that is to be filled.
+def prepare_folder(folder: Path, plan: Manifest) -> None:
+    """Writes the plan as the folder's manifest, or checks that the manifest already there matches it.
 
     Raises:
-        InputError: if the folder holds shards of something else.
+        InputError: if the folder holds other shards.
     """
     if not (folder / MANIFEST).is_file():
         plan.save(folder)
@@ -151,24 +151,25 @@ def begin(folder: Path, plan: Manifest) -> None:
         )
 
 
-def finish(folder: Path, images_per_s: float | None) -> None:
+def finalize(folder: Path, images_per_s: float | None) -> None:
+    """Moves the records of all shards into the manifest and prints a summary."""
     manifest = Manifest.load(folder)
     manifest.save(folder)
     skipped = f", {len(manifest.skipped)} images skipped" if manifest.skipped else ""
-    rate = "" if images_per_s is None else f"; {images_per_s:.1f} images/s on each device"
+    rate = "" if images_per_s is None else f"; {images_per_s:.1f} images/s per device"
     print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards in {folder}{skipped}{rate}")
     if not manifest.num_samples:
-        raise InputError(f"not one image of {manifest.source} could be decoded; the manifest in {folder} names them")
+        raise InputError(f"no image of {manifest.source} could be decoded; the manifest in {folder} lists the errors")
 
 
-class Work:
-    """One rank's shards: every so-manieth, whatever is done already, so that ranks need not talk.
+class ShardWriter:
+    """Writes one rank's shards: every world_size-th shard, done or not, so ranks need no communication.
 
     Args:
-        fabric: which rank of how many.
-        folder: of the shards, with its manifest.
-        plan: what the shards hold.
-        encode: batches of images to tokens.
+        fabric: gives rank and world size.
+        folder: folder of the shards and their manifest.
+        plan: manifest without shards.
+        encode: encodes batches of images into tokens.
         max_failures: see `tokenize`.
     """
 
@@ -176,56 +177,58 @@ class Work:
         self.folder, self.plan, self.encode, self.max_failures = folder, plan, encode, max_failures
         self.rank, self.world_size, self.local_rank = fabric.global_rank, fabric.world_size, fabric.local_rank
         self.parent = os.getppid()
-        self.failed: dict[str, str] = {}  # messages of images that cannot be decoded, by key, of all ranks
-        self.seen: set[Path] = set()  # parts whose messages are among them
-        self.rate: float | None = None  # images/s
+        self.failed: dict[str, str] = {}  # messages of undecodable images by key, of all ranks
+        self.seen_records: set[Path] = set()  # whose messages are in `failed`
+        self.images_per_s: float | None = None
 
     def run(self, source: ImageSource, order: NDArray[np.int64], batch_size: int, num_workers: int) -> None:
-        """Write what is missing, of the examples in their `order`.
+        """Writes this rank's missing shards, with the examples in the given `order`.
 
         Raises:
             InputError: if too many images cannot be decoded.
         """
         plan, size = self.plan, self.plan.shard_size
         examples = source if plan.views == 1 else Views(source, plan.views, plan.seed, plan.flips)
-        todo = self.missing()
-        cut = {index: batched(order[index * size : (index + 1) * size].tolist(), batch_size) for index in todo}
-        # One loader for all shards: its processes read on while a shard is written.
-        loader = batch_loader(examples, (batch for batches in cut.values() for batch in batches), num_workers)
+        missing = self.missing_shards()
+        batches_of = {
+            index: batched(order[index * size : (index + 1) * size].tolist(), batch_size) for index in missing
+        }
+        # One loader for all shards, so that its workers keep reading while a shard is written.
+        loader = batch_loader(examples, (batch for batches in batches_of.values() for batch in batches), num_workers)
         encoded, start = self.encode(loader), time.monotonic()
-        several = f" (rank {self.rank} of {self.world_size})" if self.world_size > 1 else ""
-        total = sum(len(batch) for batches in cut.values() for batch in batches)
-        with tqdm(total=total, unit="img", desc=f"tokenize{several}", disable=self.rank > 0) as bar:
+        rank_suffix = f" (rank {self.rank} of {self.world_size})" if self.world_size > 1 else ""
+        total = sum(len(batch) for batches in batches_of.values() for batch in batches)
+        with tqdm(total=total, unit="img", desc=f"tokenize{rank_suffix}", disable=self.rank > 0) as bar:
             try:
-                for index, batches in cut.items():
+                for index, batches in batches_of.items():
                     self.write(index, islice(encoded, len(batches)), bar)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise InputError(
-                    "a process that decodes images was killed, perhaps for memory: start again, it goes on, with fewer "
-                    "--num_workers or a smaller --batch_size"
+                    "a process that decodes images was killed, perhaps for lack of memory: run again with fewer "
+                    "--num_workers or a smaller --batch_size; it continues where it stopped"
                 ) from error
         if total:
-            self.rate = total / (time.monotonic() - start)
+            self.images_per_s = total / (time.monotonic() - start)
 
-    def missing(self) -> list[int]:
-        """Numbers of this rank's shards that are not there, or are damaged."""
+    def missing_shards(self) -> list[int]:
+        """Returns the indices of this rank's shards that are missing or damaged."""
         manifest = Manifest.load(self.folder)
-        there = {shard.name: shard for shard in manifest.shards}
+        finished = {shard.name: shard for shard in manifest.shards}
         self.failed = manifest.failures()
-        mine = range(self.rank, self.plan.num_shards, self.world_size)
-        show = self.rank > 0 or not there
+        indices = range(self.rank, self.plan.num_shards, self.world_size)
+        hide_bar = self.rank > 0 or not finished
         return [
             index
-            for index in tqdm(mine, desc="verify finished shards", leave=False, disable=show)
-            if (found := there.get(shard_name(index))) is None or not found.is_intact(self.folder)
+            for index in tqdm(indices, desc="verify finished shards", leave=False, disable=hide_bar)
+            if (shard := finished.get(shard_name(index))) is None or not shard.is_intact(self.folder)
         ]
 
-    def write(self, index: int, batches: Iterator[Encoded], bar: tqdm[Any]) -> None:
-        """Write a shard, and then what is known of it."""
-        self.hear_of_failures()
-        done, errors = [], dict[str, str]()
+    def write(self, index: int, batches: Iterator[EncodedBatch], bar: tqdm[Any]) -> None:
+        """Writes one shard and then its record."""
+        self.collect_failures()
+        encoded, errors = [], dict[str, str]()
         for batch in batches:
             self.check_parent()
             for key, message in batch.errors:
@@ -233,43 +236,43 @@ class Work:
                     tqdm.write(f"skipped: {message}")
                 errors[key] = self.failed[key] = message
             if len(self.failed) > self.max_failures:
-                raise too_many(len(self.failed), self.max_failures, [*self.failed.values()][-1])
+                raise too_many_failures(len(self.failed), self.max_failures, [*self.failed.values()][-1])
             bar.update(len(batch.keys) + len(batch.errors))
-            done.append(batch)
-        tokens, labels, keys, _ = zip(*done, strict=True)
-        names = [key for batch in keys for key in batch]
-        shard = write_shard(self.folder / shard_name(index), np.concatenate(tokens), np.concatenate(labels), names)
+            encoded.append(batch)
+        tokens, labels, keys, _ = zip(*encoded, strict=True)
+        all_keys = [key for batch in keys for key in batch]
+        shard = write_shard(self.folder / shard_name(index), np.concatenate(tokens), np.concatenate(labels), all_keys)
         shard.skipped = errors
         save_record(self.folder, shard)
 
-    def hear_of_failures(self) -> None:
-        """Read what other ranks have met since."""
-        for part in set(records_of(self.folder)) - self.seen:
-            self.failed |= read_record(part).skipped
-            self.seen.add(part)
+    def collect_failures(self) -> None:
+        """Adds the failures of shards that other ranks have finished in the meantime."""
+        for path in set(record_paths(self.folder)) - self.seen_records:
+            self.failed |= read_record(path).skipped
+            self.seen_records.add(path)
 
     def check_parent(self) -> None:
-        """End with the process that started this one: nobody would wait for what it does."""
+        """Raises InputError if the process that started this one has ended: nothing would finalize the folder."""
         if self.local_rank > 0 and os.getppid() != self.parent:
-            raise InputError(f"rank {self.rank} ends because rank 0 has: the same command goes on with what is missing")
+            raise InputError(f"rank {self.rank} ends because rank 0 has ended: run the same command again to continue")
 
 
 def shard_order(source: ImageSource, views: int) -> NDArray[np.int64]:
-    """Numbers of all examples in the order in which they go into the shards, a fixed random one.
+    """Returns the indices of all examples in the order in which they go into the shards: a fixed random permutation.
 
-    Images that are best read together stay together, in random order of their groups.
+    If the source has read-locality groups, the images of a group stay together and the groups are permuted.
     """
     rng = np.random.default_rng(ORDER_SEED)
     if source.groups is None:
         return rng.permutation(len(source) * views)
-    places = rng.permutation(int(source.groups.max()) + 1)
-    images = np.argsort(places[source.groups], kind="stable")
+    positions = rng.permutation(int(source.groups.max()) + 1)
+    images = np.argsort(positions[source.groups], kind="stable")
     return (images[:, None] * views + np.arange(views)).ravel()
 
 
-def too_many(count: int, allowed: int, message: str) -> InputError:
+def too_many_failures(count: int, allowed: int, message: str) -> InputError:
     if not allowed:
-        return InputError(f"{message}: repair it, or leave out up to N such images with --max_failures N")
+        return InputError(f"{message}: repair it, or skip up to N such images with --max_failures N")
     return InputError(f"{count} images cannot be decoded, more than --max_failures {allowed}; the last is {message}")
 
 

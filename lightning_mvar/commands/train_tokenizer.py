@@ -1,19 +1,19 @@
-"""`train-tokenizer`: LightningCLI over LitTokenizer; leaves the tokenizer's folder where the trainer's root is."""
+"""`train-tokenizer`: LightningCLI of LitTokenizer; writes the tokenizer to the trainer's root folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lightning_mvar.checkpoints import save_folder
-from lightning_mvar.cli.training import TrainingCLI, add_resume, run_cli, together
+from lightning_mvar.cli.training import TrainingCLI, add_resume, run_cli, stop_trainer_ranks_on_error
 from lightning_mvar.errors import InputError
 from lightning_mvar.training.datamodules import ImageDataModule
-from lightning_mvar.training.strategies import whole_copy
+from lightning_mvar.training.strategies import unsharded_copy
 from lightning_mvar.training.tokenizer import TOKENIZER_KEY, LitTokenizer
 
 
 class TokenizerCLI(TrainingCLI):
-    """A single command without subcommands."""
+    """TrainingCLI of a single command without subcommands."""
 
     checkpoint_key = TOKENIZER_KEY
 
@@ -35,9 +35,9 @@ def main(argv: list[str]) -> None:
     cli = run_cli(TokenizerCLI, LitTokenizer, ImageDataModule, args=argv[1:], run=False)
     trainer = cli.trainer
     ckpt_path = cli.choose_checkpoint(cli.config["ckpt_path"], cli.config["resume"], training=True)
-    with together(trainer):
+    with stop_trainer_ranks_on_error(trainer):
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
-        tokenizer = whole_copy(cli.model.averaged)
+        tokenizer = unsharded_copy(cli.model.averaged)
     folder = Path(trainer.default_root_dir)
     if trainer.is_global_zero:
         save_folder(folder, tokenizer)

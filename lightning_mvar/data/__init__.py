@@ -1,1 +1,1 @@
-"""Images in, token shards out and in again."""
+"""Image sources, token shards and the loaders that read them."""

@@ -1,4 +1,4 @@
-"""The classes of a network by name: those of its training images, and ImageNet's 1,000 in words."""
+"""Class names and labels: those of the training images, or ImageNet's 1,000."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import path_component
 
 UNCONDITIONAL = "unconditional"
-SUGGESTIONS = 8  # names that a message lists
+MAX_SUGGESTIONS = 8  # maximum number of names in a message
 
 
 @cache
 def imagenet_classes() -> dict[str, list[str]]:
-    """WordNet's id of each class, in label order, and its names, the usual one first (ILSVRC 2012)."""
+    """Returns the names of each class by WordNet id, in label order, the usual name first (ILSVRC 2012)."""
     text = (files("lightning_mvar.data") / "imagenet_classes.tsv").read_text()
     rows = [line.split("\t") for line in text.splitlines()]
     return {synset: names.split(", ") for synset, names in rows}
 
 
 class Classes:
-    """What the classes of a network may be called.
+    """Names and labels of a network's classes.
 
-    A network of 1,000 classes that have no names, as a published one, or have WordNet's ids as ImageNet's folders, has
-    ImageNet's.
+    A network of 1,000 classes gets ImageNet's names if its classes have no names (published checkpoints) or are WordNet
+    ids (ImageNet's folders).
 
     Args:
-        names: of the classes, in label order; empty where they are unknown.
-        count: of classes.
+        names: names of the classes, in label order; empty if unknown.
+        count: number of classes.
     """
 
     def __init__(self, names: Sequence[str], count: int) -> None:
@@ -38,71 +38,73 @@ class Classes:
         self.aliases = [[name] for name in names] or [[str(label)] for label in range(count)]
         imagenet = imagenet_classes()
         if count == len(imagenet) and list(names) in ([], list(imagenet)):
-            self.aliases = [[*words, synset] for synset, words in imagenet.items()]
-        self.labels: dict[str, list[int]] = defaultdict(list)  # of each name; a few words name several classes
+            self.aliases = [[*synonyms, synset] for synset, synonyms in imagenet.items()]
+        self.labels: dict[str, list[int]] = defaultdict(list)  # by name; a few names belong to several classes
         for label, aliases in enumerate(self.aliases):
             for alias in aliases:
-                self.labels[plain(alias)].append(label)
+                self.labels[normalized(alias)].append(label)
 
     def name(self, label: int) -> str:
-        """The usual name of a label in [0, count]; `count` is unconditional."""
+        """Returns the usual name of a label in [0, count]; `count` is unconditional."""
         return UNCONDITIONAL if label == self.count else self.aliases[label][0]
 
     def folder(self, label: int) -> str:
-        """Name of the folder for images of a label in [0, count]: the class's own, or its WordNet id for ImageNet.
+        """Returns the folder name for images of a label in [0, count]: the class name, or the WordNet id for ImageNet.
 
-        Names come from files of others: each becomes one path component, and no two classes share one.
+        Names may come from untrusted files: each becomes one path component, and no two classes share a folder.
         """
         return self.folders[label]
 
     @cached_property
     def folders(self) -> list[str]:
-        taken = {UNCONDITIONAL: UNCONDITIONAL}  # name, ignoring case as some file systems do: folder
+        used = {UNCONDITIONAL: UNCONDITIONAL}  # folder by case-folded name, as some file systems ignore case
         for aliases in self.aliases:
             folder = path_component(aliases[-1])
-            while folder.casefold() in taken:
+            while folder.casefold() in used:
                 folder += "_"
-            taken[folder.casefold()] = folder
-        return [*taken.values()][1:] + [UNCONDITIONAL]
+            used[folder.casefold()] = folder
+        return [*used.values()][1:] + [UNCONDITIONAL]
 
-    def label(self, wanted: str | int) -> int:
-        """The label of a name, in any case, or of a number; `count` for "unconditional".
+    def label(self, query: str | int) -> int:
+        """Returns the label of a name, ignoring case, or of a number; `count` for "unconditional".
 
-        A word is a name first: of folders called 1 ... 10, "1" is the one called so, whereas the number 1 is label 1.
+        A string is looked up as a name first: if classes are named 1 to 10, "1" is the class of that name, whereas the
+        integer 1 is label 1.
 
         Raises:
-            InputError: if there is no such class, or several go by the name; with the candidates.
+            InputError: if no class matches, or several do; the message lists candidates.
         """
-        if isinstance(wanted, int) and 0 <= wanted < self.count:
-            return wanted
-        found = [] if isinstance(wanted, int) else self.labels.get(plain(wanted), [])
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise InputError(f"{len(found)} classes are called {wanted!r}: {self.list(found)}; use the number")
-        if not isinstance(wanted, int) and wanted.strip().isdecimal() and int(wanted) < self.count:
-            return int(wanted)
-        if plain(str(wanted)) == UNCONDITIONAL:
+        if isinstance(query, int) and 0 <= query < self.count:
+            return query
+        labels = [] if isinstance(query, int) else self.labels.get(normalized(query), [])
+        if len(labels) == 1:
+            return labels[0]
+        if labels:
+            raise InputError(f"{len(labels)} classes are called {query!r}: {self.describe(labels)}; use the number")
+        if not isinstance(query, int) and query.strip().isdecimal() and int(query) < self.count:
+            return int(query)
+        if normalized(str(query)) == UNCONDITIONAL:
             return self.count
-        raise InputError(f"there is no class {wanted!r}; {self.suggest(str(wanted))}")
+        raise InputError(f"there is no class {query!r}; {self.suggest(str(query))}")
 
-    def suggest(self, wanted: str) -> str:
-        """What to use instead of a name that is none."""
-        near = [i for i, names in enumerate(self.aliases) if any(plain(wanted) in plain(name) for name in names)]
+    def suggest(self, query: str) -> str:
+        """Returns a hint for an unknown class: similar names, or the valid range."""
+        part = normalized(query)
+        similar = [i for i, names in enumerate(self.aliases) if any(part in normalized(name) for name in names)]
         numbers = f"use numbers 0 to {self.count - 1} or {UNCONDITIONAL!r}"
-        if near and plain(wanted):
-            return f"perhaps {self.list(near)}? Or {numbers}"
-        names = [self.name(label) for label in range(min(self.count, SUGGESTIONS))]
+        if similar and part:
+            return f"perhaps {self.describe(similar)}? Or {numbers}"
+        names = [self.name(label) for label in range(min(self.count, MAX_SUGGESTIONS))]
         if names == [*map(str, range(len(names)))]:
             return numbers
         return f"{numbers}, or names ({', '.join(names)}{', ...' if len(names) < self.count else ''})"
 
-    def list(self, labels: Iterable[int]) -> str:
-        """Some labels with their names."""
+    def describe(self, labels: Iterable[int]) -> str:
+        """Formats labels with their names, at most `MAX_SUGGESTIONS` of them."""
         chosen = [*labels]
-        named = [f"{label} ({', '.join(self.aliases[label])})" for label in chosen[:SUGGESTIONS]]
-        return "; ".join(named) + ("; ..." if len(chosen) > SUGGESTIONS else "")
+        shown = [f"{label} ({', '.join(self.aliases[label])})" for label in chosen[:MAX_SUGGESTIONS]]
+        return "; ".join(shown) + ("; ..." if len(chosen) > MAX_SUGGESTIONS else "")
 
 
-def plain(name: str) -> str:
+def normalized(name: str) -> str:
     return name.strip().lower().replace("_", " ")

@@ -1,4 +1,4 @@
-"""Loaders that a run can be resumed with at any batch, as Lightning's loops want them."""
+"""Data loaders that can resume at any batch, as Lightning's loops expect of stateful loaders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class BatchSource(Protocol):
-    """What a loader reads: a length in batches of this rank, and the place to begin at."""
+    """A source of one rank's batches: its length in batches, and the position to start from."""
 
     epoch: int
     first_batch: int
@@ -23,26 +23,26 @@ class BatchSource(Protocol):
 
 
 class ResumableLoader(ABC):
-    """A loader as Lightning's loops want it: sized, and with a position in the epoch that is checkpointed.
+    """A sized loader whose position in the epoch is checkpointed.
 
-    Every pass is a new epoch, except the first one after `load_state_dict`, which goes on at the saved position. The
-    state says where the next batch comes from: {epoch, samples}, the same on every rank, and in samples, so that it
-    means the same to a run with another global batch.
+    Every pass is a new epoch, except the first one after `load_state_dict`, which resumes at the saved position. The
+    state {epoch, samples} is the position of the next batch. It is the same on every rank, and counts samples so that a
+    run with another global batch size can resume from it.
 
     Args:
-        source: what to read.
+        source: source of the batches.
         num_workers: processes that read ahead.
-        pin_memory: whether batches are to be copied to a GPU.
+        pin_memory: whether to pin batches for the copy to a GPU.
     """
 
     def __init__(self, source: BatchSource, num_workers: int, pin_memory: bool) -> None:
         self.source, self.num_workers, self.pin_memory = source, num_workers, pin_memory
         self.epoch, self.position, self.resumed = -1, 0, False
-        # How many batches have been trained on, where that is known: one that was handed out but interrupted is to
-        # come again. Counted from `skipped` on.
-        self.trained: Callable[[], int] = lambda: self.position
-        self.skipped = 0
-        self.limit = lambda: len(self)  # batches of an epoch that are used
+        # Number of batches trained on, counted from batch `start` of the epoch. A batch that was yielded but
+        # interrupted does not count: it must come again after resuming.
+        self.batches_trained: Callable[[], int] = lambda: self.position
+        self.start = 0
+        self.batches_per_epoch = lambda: len(self)  # may be limited to less than all
 
     def __len__(self) -> int:
         return len(self.source)
@@ -51,7 +51,7 @@ class ResumableLoader(ABC):
         if not self.resumed:
             self.epoch, self.position = self.epoch + 1, 0
         self.resumed = False
-        self.skipped = self.position - self.trained()
+        self.start = self.position - self.batches_trained()
         self.source.epoch, self.source.first_batch = self.epoch, self.position
         for batch in self.batches():
             self.position += 1
@@ -59,32 +59,32 @@ class ResumableLoader(ABC):
 
     @abstractmethod
     def batches(self) -> Iterable[Any]:
-        """This rank's batches of the source's epoch, from its first batch on."""
+        """Yields this rank's batches of `source.epoch`, starting at `source.first_batch`."""
 
     def state_dict(self) -> dict[str, int]:
-        position = min(self.position, self.skipped + self.trained())
-        if self.epoch < 0 or position >= self.limit():
+        position = min(self.position, self.start + self.batches_trained())
+        if self.epoch < 0 or position >= self.batches_per_epoch():
             return {"epoch": self.epoch + 1, "samples": 0}
         return {"epoch": self.epoch, "samples": position * self.source.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["samples"] // self.source.global_batch
-        if self.position >= len(self):  # larger batches than when it was saved, and the rest does not fill one
+        if self.position >= len(self):  # the batches are larger now, and the rest does not fill one
             self.epoch, self.position = self.epoch + 1, 0
         self.resumed = True
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """A cluster sends them to all processes of a job, and a worker that died would take the run with it."""
+def ignore_signals_in_worker(worker_id: int) -> None:
+    """Leaves signals to the main process: a cluster signals all processes of a job, and a dead worker ends the run."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=end_when_the_main_process_asks, daemon=True).start()
+        Thread(target=exit_on_sigterm_from_main, daemon=True).start()
 
 
-def end_when_the_main_process_asks() -> None:
-    """Python ends the workers that are left at exit by SIGTERM, and waits for them: that one is to be heeded."""
+def exit_on_sigterm_from_main() -> None:
+    """Exits on a SIGTERM from the main process, which at exit terminates the remaining workers and waits for them."""
     main = multiprocessing.parent_process()
     while main and signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
         pass

@@ -1,1 +1,1 @@
-"""Files, locks and formats: everything that touches a disk or a network."""
+"""File formats, locks and downloads."""

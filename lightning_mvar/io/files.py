@@ -1,4 +1,4 @@
-"""Files that are on disk whole or not at all."""
+"""Atomic file writes and safe file names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_mvar.errors import InputError
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the final name when the block ends without an exception.
+    """Yields a temporary path next to `path`, which is renamed to `path` if the block ends without an exception.
 
-    A process killed inside the block leaves a `.NAME.PID.tmp` and never a torn file under the final name. The
+    A process killed inside the block leaves a `.NAME.PID.tmp` file, never a partial file under the final name. The
     temporary name keeps the suffix, for writers that choose a format by it.
 
     Raises:
-        InputError: if the file cannot be written there.
+        InputError: if the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -36,13 +36,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what killed processes have left of a file that only this one writes now."""
-    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
-        left.unlink(missing_ok=True)
+    """Removes the temporary files that killed writers of `path` left; call it while no other process writes `path`."""
+    for leftover in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+        leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,6 +51,6 @@ def sync(path: Path) -> None:
 
 
 def path_component(name: str) -> str:
-    """Turns any text into the name of one file or folder: no separator, not hidden, not `~` or an option's dash."""
+    """Turns any text into one path component: no separators, and no leading `.`, `~` or `-`."""
     text = re.sub(r"[/\\\x00-\x1f\x7f]", "_", name).strip()[:100]
     return text if text and text[0] not in ".~-" else f"_{text}"

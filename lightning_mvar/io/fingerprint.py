@@ -1,4 +1,4 @@
-"""A short name for exactly these weights."""
+"""Short hashes that identify a module's weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def fingerprint(module: nn.Module, description: str = "") -> str:
-    """16 hex digits from `description` and every weight (as float32), the same on every machine and device."""
+    """Returns 16 hex digits that hash `description` and all weights (as float32), equal on all machines and devices."""
     digest = hashlib.sha256(description.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""A run's row in TensorBoard's table of hyperparameters, the table's columns, and reading a row back."""
+"""Writes and reads the rows and columns of TensorBoard's hyperparameter table."""
 
 from __future__ import annotations
 
@@ -20,44 +20,46 @@ TYPES = {
 }
 
 
-def columns(values: Mapping[str, Any], metrics: Collection[str], first: Collection[str]) -> Summary:
-    """The table's columns, those that are empty in this run included: TensorBoard takes one run's for all.
+def columns_summary(values: Mapping[str, Any], metrics: Collection[str], first: Collection[str]) -> Summary:
+    """Returns the table's columns, including those empty in this run: TensorBoard uses one run's columns for all.
 
     Args:
-        values: numbers, words, truths and None by the hyperparameter's name.
-        metrics: tags of the scalars whose latest values are shown.
-        first: hyperparameters that the table begins with: it has room for five.
+        values: hyperparameters by name: numbers, strings, booleans or None.
+        metrics: tags of the scalars whose latest values the table shows.
+        first: hyperparameters shown first; the table has room for five.
     """
-    infos = [
+    hparam_infos = [
         api_pb2.HParamInfo(name=name, type=TYPES[type(value)], differs=name in first) for name, value in values.items()
     ]
-    experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=[Metric(tag).as_proto() for tag in metrics])
-    about = metadata.create_summary_metadata(HParamsPluginData(experiment=experiment))
-    return Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=about, tensor=metadata.NULL_TENSOR)])
+    experiment = api_pb2.Experiment(hparam_infos=hparam_infos, metric_infos=[Metric(tag).as_proto() for tag in metrics])
+    description = metadata.create_summary_metadata(HParamsPluginData(experiment=experiment))
+    return Summary(
+        value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=description, tensor=metadata.NULL_TENSOR)]
+    )
 
 
-def row(values: Mapping[str, Any]) -> Summary:
-    """A run's hyperparameters, without those that are None.
+def row_summary(values: Mapping[str, Any]) -> Summary:
+    """Returns a run's hyperparameters, without those that are None.
 
-    Left without a trial's name, each run has a row of its own, though another had the same hyperparameters.
+    Without a trial name, runs with equal hyperparameters still get separate rows.
     """
     return hparams_pb({name: value for name, value in values.items() if value is not None}, trial_id="")
 
 
-def ended(status: int) -> Summary:
-    """That a run has ended so: one of TensorBoard's api_pb2.STATUS_SUCCESS, STATUS_FAILURE and STATUS_RUNNING."""
+def end_summary(status: int) -> Summary:
+    """Returns a run's status: TensorBoard's api_pb2.STATUS_SUCCESS, STATUS_FAILURE or STATUS_RUNNING."""
     content = HParamsPluginData(session_end_info=SessionEndInfo(status=status))
-    about = metadata.create_summary_metadata(content)
+    description = metadata.create_summary_metadata(content)
     return Summary(
-        value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)]
+        value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=description, tensor=metadata.NULL_TENSOR)]
     )
 
 
 def read_row(events: EventAccumulator) -> dict[str, Any]:
-    """The hyperparameters of a run whose events have been loaded; numbers come back as floats.
+    """Returns the hyperparameters of a run whose events are loaded; numbers come back as floats.
 
     Raises:
-        KeyError: if none were written.
+        KeyError: if the run has none.
     """
     content = events.PluginTagToContent(metadata.PLUGIN_NAME)[metadata.SESSION_START_INFO_TAG]
     session = HParamsPluginData.FromString(content).session_start_info

@@ -1,4 +1,4 @@
-"""Locks on files, which end with the processes that hold them, however those end."""
+"""File locks, released when the processes that hold them exit, even if killed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 
 from lightning_mvar.errors import InputError
 
-PATIENCE_S, POLL_S = 8.0, 0.1  # processes that read for one that was killed notice after five seconds
+LOCK_TIMEOUT_S, POLL_S = 8.0, 0.1  # loader workers of a killed process hold its lock for about 5 s more
 
 
 class FileLock:
-    """An flock; handed to a child process as an argument, it is held until both have ended or released it."""
+    """An flock; if passed to a child process, it is held until both processes have exited or released it."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
     @classmethod
-    def take(cls, path: Path) -> FileLock | None:
-        """The lock on `path`, or None while somebody else holds it."""
+    def try_acquire(cls, path: Path) -> FileLock | None:
+        """Returns the lock on `path`, or None if it is already held."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,36 +34,36 @@ class FileLock:
         return cls(descriptor)
 
     def release(self) -> None:
-        """Close, which does not unlock what a child still holds."""
+        """Closes this process's handle; the lock stays held while a child holds it."""
         os.close(self.descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return received, (DupFd(self.descriptor),)
+        return rebuild_lock, (DupFd(self.descriptor),)
 
 
-def received(duplicate: Any) -> FileLock:
-    """In the child."""
+def rebuild_lock(duplicate: Any) -> FileLock:
+    """Unpickles a lock in a child process."""
     return FileLock(duplicate.detach())
 
 
 @contextmanager
-def alone_in(folder: Path, command: str) -> Iterator[FileLock]:
-    """Keep others of a command out of a folder, which is made.
+def lock_folder(folder: Path, command: str) -> Iterator[FileLock]:
+    """Creates a folder and keeps other runs of a command out of it.
 
     Raises:
-        InputError: if another one is at work there, or nothing can be written.
+        InputError: if another run of the command uses the folder, or it is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock.take(folder / f".{command}.lock")
-        end = time.monotonic() + PATIENCE_S
-        while lock is None and time.monotonic() < end:
+        lock = FileLock.try_acquire(folder / f".{command}.lock")
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while lock is None and time.monotonic() < deadline:
             time.sleep(POLL_S)
-            lock = FileLock.take(folder / f".{command}.lock")
+            lock = FileLock.try_acquire(folder / f".{command}.lock")
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
     if lock is None:
-        raise InputError(f"another {command} is at work in {folder}: wait for it, or choose another --out")
+        raise InputError(f"another {command} is running in {folder}: wait for it, or choose another --out")
     try:
         yield lock
     finally:
@@ -71,10 +71,10 @@ def alone_in(folder: Path, command: str) -> Iterator[FileLock]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether anybody holds the lock on `path`."""
+    """Returns whether any process holds the lock on `path`."""
     if not path.exists():
         return False
-    lock = FileLock.take(path)
+    lock = FileLock.try_acquire(path)
     if lock is not None:
         lock.release()
     return lock is None

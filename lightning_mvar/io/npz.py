@@ -1,4 +1,4 @@
-"""Arrays in npz files: read without running code, one by one or row by row; written row by row."""
+"""Arrays in npz files, read without executing code, whole or row by row, and written row by row."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFil
 
 
 def read_npz(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
-    """Some arrays of a file, and no others.
+    """Reads the named arrays of a file.
 
     Raises:
-        InputError: if it is missing or damaged, or an array is not in it.
+        InputError: if the file is missing or damaged, or lacks an array.
     """
     require_array(path, *names)
-    with readable(path), np.load(path, allow_pickle=False) as file:
+    with reading(path), np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in names}
 
 
 def require_array(path: Path, *names: str) -> None:
-    """Raise InputError where an array is not in a file."""
-    found = names_in(path)
-    if missing := [name for name in names if name not in found]:
-        raise InputError(f"{path} has no array {missing[0]}; it holds {', '.join(found) or 'none'}")
+    """Raises InputError if an array is not in the file."""
+    available = array_names(path)
+    if missing := [name for name in names if name not in available]:
+        raise InputError(f"{path} has no array {missing[0]}; it holds {', '.join(available) or 'none'}")
 
 
-def names_in(path: Path) -> list[str]:
-    with readable(path), np.load(path, allow_pickle=False) as file:
+def array_names(path: Path) -> list[str]:
+    with reading(path), np.load(path, allow_pickle=False) as file:
         return list(file.files)
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Raise InputError where a file is missing, or cannot be read as an npz of arrays."""
+def reading(path: Path) -> Iterator[None]:
+    """Raises InputError if the file is missing or cannot be read as an npz of arrays."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
@@ -54,26 +54,26 @@ def readable(path: Path) -> Iterator[None]:
 
 
 class NpzRows:
-    """The rows of one array of a file, read as they are asked for: fast in ascending order.
+    """Rows of one array in an npz file, read on access; fastest in ascending order.
 
     Args:
         path: the file.
-        name: of the array.
+        name: name of the array.
 
     Raises:
-        InputError: if it is missing or damaged, or has no such array.
+        InputError: if the file is missing or damaged, or has no such array.
     """
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.member = path, f"{name}.npy"
         require_array(path, name)
-        with readable(path), ZipFile(path) as archive, archive.open(self.member) as stream:
+        with reading(path), ZipFile(path) as archive, archive.open(self.member) as stream:
             self.shape, fortran_order, self.dtype = read_header(stream)
             self.begin = stream.tell()
         if fortran_order or self.dtype.hasobject:
             raise InputError(f"{path}: {name} must be an array in C order, without Python objects")
         self.stream: IO[bytes] | None = None
-        self.opened_by = 0  # a process: a loader forks others, which must not share a place in the file
+        self.owner_pid = 0  # process id: forked loader workers must not share a file position
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -82,10 +82,10 @@ class NpzRows:
         if not 0 <= index < len(self):
             raise IndexError(index)
         size = int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        with readable(self.path):
-            if self.stream is None or self.opened_by != os.getpid():
-                self.opened_by = os.getpid()
-                self.stream = ZipFile(self.path).open(self.member)  # noqa: SIM115 (read from as long as this lives)
+        with reading(self.path):
+            if self.stream is None or self.owner_pid != os.getpid():
+                self.owner_pid = os.getpid()
+                self.stream = ZipFile(self.path).open(self.member)  # noqa: SIM115 (stays open as long as this object)
             self.stream.seek(self.begin + index * size)
             content = self.stream.read(size)
             return np.frombuffer(bytearray(content), self.dtype).reshape(self.shape[1:])
@@ -95,18 +95,18 @@ class NpzRows:
 
 
 def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran's order, and dtype of the array that a stream holds."""
+    """Returns the shape, whether the order is Fortran's, and the dtype of the array in a stream."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(stream)
 
 
 def write_npz(
-    path: Path, name: str, rows: Iterable[NDArray[Any]], shape: tuple[int, ...], others: Mapping[str, NDArray[Any]]
+    path: Path, name: str, rows: Iterable[NDArray[Any]], shape: tuple[int, ...], extras: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Write an array of which only some `rows`, each uint8 of `shape[1:]`, are in memory at once, and small `others`.
+    """Writes an array of `shape` row by row, without holding it in memory, and the small arrays `extras`.
 
-    The bytes depend on the content alone.
+    Each row is uint8 of `shape[1:]`. The bytes of the file depend on the content alone.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with atomic_path(path) as temporary, ZipFile(temporary, "w") as archive:
@@ -114,6 +114,6 @@ def write_npz(
             np.lib.format.write_array_header_1_0(stream, header)
             for row in rows:
                 stream.write(row.tobytes())
-        for other, array in others.items():
-            with archive.open(ZipInfo(f"{other}.npy"), "w") as stream:
+        for extra, array in extras.items():
+            with archive.open(ZipInfo(f"{extra}.npy"), "w") as stream:
                 np.lib.format.write_array(stream, np.asanyarray(array), allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Flat state dicts: from files, into modules, and back. Nothing here ever executes code from a file."""
+"""Reads, loads and saves flat state dicts without executing code from a file."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from lightning_mvar.io.files import atomic_path
 StateDict = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
-# What the readers raise on a file that is not theirs, or is cut short anywhere.
+# Raised by the readers for truncated files and files of another format.
 TENSOR_ERRORS = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AssertionError, struct.error)
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write all parameters and buffers as .safetensors."""
+    """Writes all parameters and buffers as .safetensors."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     write(path, lambda temporary: save_file(weights, temporary))
 
 
 def save_torch(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write a state dict as `torch.save` does."""
+    """Writes a state dict with `torch.save`."""
     write(path, lambda temporary: torch.save(dict(state), temporary))
 
 
 def write(path: Path, writer: Callable[[Path], None]) -> None:
-    """Let `writer` make the file, whole or not at all.
+    """Calls `writer` to create the file atomically.
 
     Raises:
-        InputError: if it cannot be written, for instance because the disk is full.
+        InputError: if the file cannot be written, for example because the disk is full.
     """
     with atomic_path(path) as temporary:
         try:
             writer(temporary)
-        except (SafetensorError, RuntimeError) as error:  # both libraries have their own words for an OSError
+        except (SafetensorError, RuntimeError) as error:  # both libraries wrap OSError
             raise OSError(first_line(error)) from error
 
 
 def read_weights(path: Path) -> StateDict:
-    """A flat state dict from .safetensors.
+    """Reads a flat state dict from .safetensors.
 
     Raises:
-        InputError: if the file is missing or is something else.
+        InputError: if the file is missing, damaged or of another format.
     """
     require_file(path)
     try:
@@ -62,15 +62,15 @@ def read_weights(path: Path) -> StateDict:
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, without running any code from the file; tensors are read when they are used.
+    """Reads a file of `torch.save` without executing code from it; tensors are memory-mapped and read on use.
 
     Raises:
-        InputError: if the file is missing, is something else, or holds more than plain weights.
+        InputError: if the file is missing, damaged, of another format, or holds more than plain weights.
     """
     require_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:  # torch's own message recommends to run the code
+    except pickle.UnpicklingError as error:  # torch's own message suggests weights_only=False
         raise InputError(
             f"{path} is damaged or not a file of plain weights (it holds other objects or code)"
         ) from error
@@ -83,7 +83,7 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 def require_file(path: Path) -> None:
     if path.is_dir():
-        raise InputError(f"{path} is a folder, not a file of weights")
+        raise InputError(f"{path} is a folder, not a weights file")
     if not path.is_file():
         raise InputError(f"{path} does not exist")
 
@@ -93,30 +93,30 @@ def first_line(error: Exception) -> str:
 
 
 def load_strictly(module: Module, weights: Mapping[str, Tensor], source: object) -> Module:
-    """Give `module` all of `weights` and no others, on the CPU, and put it in eval mode.
+    """Loads `weights` into `module` on the CPU, with exactly matching keys and shapes, and sets eval mode.
 
-    `module` is best built on the meta device: then memory holds its weights once. They are copied, because those
-    of a mapped file would change, or crash the process, when somebody writes to that file.
+    Build `module` on the meta device, so that memory holds its weights once. Weights are copied, because those of a
+    memory-mapped file would change, or crash the process, if the file is written to.
 
     Raises:
-        InputError: naming the first keys that are missing, too many, or of another shape.
+        InputError: naming the first keys that are missing, unexpected or of another shape.
     """
-    own = module.state_dict()
-    check_same(own, weights, f"{source} does not fit {type(module).__name__}")
-    copies = {name: weights[name].to("cpu", tensor.dtype, copy=True).contiguous() for name, tensor in own.items()}
+    expected = module.state_dict()
+    check_state_dict(expected, weights, f"{source} does not fit {type(module).__name__}")
+    copies = {name: weights[name].to("cpu", tensor.dtype, copy=True).contiguous() for name, tensor in expected.items()}
     module.load_state_dict(copies, assign=True)
     return module.eval()
 
 
-def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], complaint: str) -> None:
-    """Raise InputError, beginning with `complaint`, unless keys and shapes are those expected."""
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
+def check_state_dict(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], message: str) -> None:
+    """Raises InputError, starting with `message`, unless keys and shapes match."""
+    problems = [f"missing {name}" for name in expected if name not in actual]
+    problems += [f"unexpected {name}" for name in actual if name not in expected]
     problems += [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
+        f"{name} is {tuple(actual[name].shape)}, not {tuple(expected[name].shape)}"
         for name in expected
-        if name in found and found[name].shape != expected[name].shape
+        if name in actual and actual[name].shape != expected[name].shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(f"{complaint}: {'; '.join(problems[:3])}{more}")
+        raise InputError(f"{message}: {'; '.join(problems[:3])}{more}")

@@ -1,7 +1,6 @@
 """Classifiers of the embedded images, as feature extractors.
 
-Distances in their features say how images of this project compare with each other; they are not comparable to any
-published FID.
+Distances in their features compare images within this project only, not with published FID.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
 class EmbeddedClassifier(nn.Module):
     """A small convolutional classifier of an embedded set, trained on its real training images in seconds.
 
-    A subclass names the set, and says how its images are varied in training.
+    A subclass names the set and defines its data augmentation.
 
     Args:
-        weights: file the trained weights are kept in; trained and written there if it does not exist.
+        weights: file of the trained weights; if it does not exist, the classifier is trained and written to it.
         epochs: passes over the training images.
     """
 
@@ -53,31 +52,31 @@ class EmbeddedClassifier(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def kept_in(cls, folder: str) -> Self:
-        """The one that commands share, kept among the statistics of real images."""
+    def cached_in(cls, folder: str) -> Self:
+        """Loads the classifier that commands share from the cache folder; trains it the first time."""
         return cls(str(Path(folder) / f"{cls.embedded.name}_classifier.safetensors"))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (b, 3, H, W) float32 in [0, 1], of the set's resolution -> features (b, 64)."""
+        """Maps images (b, 3, H, W) float32 in [0, 1], at the set's resolution, to features (b, 64)."""
         return self.features(images * 2 - 1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features (b, 64) -> (b, classes)."""
+        """Maps features (b, 64) to logits (b, classes)."""
         return self.head(features)
 
     def classify(self, images: Tensor) -> Tensor:
-        """Images (b, 3, H, W) in [0, 1] -> the likeliest class (b,) int64."""
+        """Returns the most likely class (b,) int64 of images (b, 3, H, W) in [0, 1]."""
         return self.logits(self(images)).argmax(dim=-1)
 
     @abstractmethod
-    def vary(self, wide: Tensor) -> Tensor:
-        """A batch of images with their margin -> (b, 3, H, W), changed by chance as the set's images may be."""
+    def augment(self, images: Tensor) -> Tensor:
+        """Augments a batch of images with margin at random and crops it to (b, 3, H, W)."""
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def train_on_real_images(self, epochs: int, batch_size: int = 64) -> None:
-        """Cross entropy on the training split, each batch varied; the same weights from every call."""
-        wide, labels = self.embedded.load_wide("train")
+        """Minimizes cross entropy on the augmented training split, with a fixed seed."""
+        images, labels = self.embedded.load_with_margin("train")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for module in self.modules():
@@ -88,7 +87,7 @@ class EmbeddedClassifier(nn.Module):
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps_per_epoch)
             for _ in tqdm(range(epochs), desc=f"{self.embedded.name} classifier", leave=False):
                 for rows in torch.randperm(len(labels)).split(batch_size):
-                    loss = F.cross_entropy(self.head(self(self.vary(wide[rows]) / 2 + 0.5)), labels[rows])
+                    loss = F.cross_entropy(self.head(self(self.augment(images[rows]) / 2 + 0.5)), labels[rows])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()

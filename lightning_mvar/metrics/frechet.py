@@ -1,10 +1,10 @@
-"""Frechet distance between the features of two sets of images (FID, arXiv 1706.08500).
+"""Frechet distance between the features of two image sets (FID, arXiv 1706.08500).
 
     |mu_1 - mu_2|^2 + tr(sigma_1) + tr(sigma_2) - 2 tr((sigma_1 sigma_2)^(1/2))
 
-The value depends on the extractor: only InceptionV3's, with the published preprocessing, is comparable to published
-FID. The last trace is computed as the nuclear norm of sigma_1^(1/2) sigma_2^(1/2), which keeps a set against itself at
-0 to rounding, also where a covariance is singular.
+The value depends on the extractor: only InceptionV3 with the published preprocessing is comparable to published FID.
+The last trace is computed as the nuclear norm of sigma_1^(1/2) sigma_2^(1/2): the distance of a set to itself is then 0
+up to rounding, even if its covariance is singular.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Statistics:
 
 
 class FeatureStatistics(Metric):
-    """Accumulates features (b, f) into `Statistics`, exactly and over all ranks: the float64 sums add up."""
+    """Accumulates features (b, f) into `Statistics`, as float64 sums that are added over all ranks."""
 
     full_state_update = False
 
@@ -48,7 +48,7 @@ class FeatureStatistics(Metric):
         self.n += len(features)
 
     def compute(self) -> Statistics:
-        """Raises InputError for fewer than two feature vectors."""
+        """Returns mean and covariance; raises InputError for fewer than two feature vectors."""
         n = int(self.n)
         if n < 2:
             raise InputError(f"a Frechet distance needs at least 2 images, got {n}")
@@ -58,18 +58,20 @@ class FeatureStatistics(Metric):
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The distance between two sets of features of the same extractor.
+    """Returns the distance between two sets of features of the same extractor.
 
     Raises:
         InputError: if the numbers of features differ.
     """
     if a.mu.shape != b.mu.shape:
-        raise InputError(f"statistics of {len(a.mu)} and of {len(b.mu)} features: not of the same extractor")
-    cross = torch.linalg.matrix_norm(square_root(a.sigma) @ square_root(b.sigma), ord="nuc")
+        raise InputError(
+            f"cannot compare statistics of {len(a.mu)} and {len(b.mu)} features: use the same extractor for both"
+        )
+    cross = torch.linalg.matrix_norm(matrix_sqrt(a.sigma) @ matrix_sqrt(b.sigma), ord="nuc")
     return float((a.mu - b.mu).square().sum() + a.sigma.trace() + b.sigma.trace() - 2 * cross)
 
 
-def square_root(sigma: Tensor) -> Tensor:
-    """Of a positive semi-definite matrix; eigenvalues that rounding made negative count as 0."""
+def matrix_sqrt(sigma: Tensor) -> Tensor:
+    """Returns the square root of a positive semi-definite matrix; clamps eigenvalues that rounding made negative."""
     values, vectors = torch.linalg.eigh(sigma)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -1,8 +1,8 @@
-"""The InceptionV3 of December 2015, from which published FID and inception scores are computed.
+"""The InceptionV3 of December 2015, on which published FID and inception scores are computed.
 
-It is the network of arXiv 1512.00567 as TensorFlow released it. Unlike later releases it leaves padded zeros out of the
-average pools, pools by maximum in its last block, and has 1008 classes. Layers have the names that the two published
-conversions to PyTorch, torch-fidelity's and pytorch-fid's, give them.
+It is the network of arXiv 1512.00567 as TensorFlow released it. Unlike later releases, it excludes padding from average
+pooling, uses max pooling in its last block, and has 1008 classes. Layers are named as in the two published conversions
+to PyTorch, torch-fidelity and pytorch-fid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/wei
 class Convolution(nn.Sequential):
     """Convolution, batch norm and ReLU: (b, inputs, h, w) -> (b, outputs, h', w').
 
-    `padding` is TensorFlow's: "same" adds zeros that keep height and width, "valid" adds none.
+    `padding` is TensorFlow's: "same" zero-pads to keep height and width, "valid" adds no padding.
     """
 
     def __init__(
@@ -36,30 +36,30 @@ class Convolution(nn.Sequential):
 
 
 class Mixed(nn.ModuleDict):
-    """Several branches over one input: (b, c, h, w) -> (b, c', h', w').
+    """Inception block of parallel branches: (b, c, h, w) -> (b, c', h', w').
 
     Args:
-        layers: what each one reads ("input" or an earlier layer), and the layer itself. The outputs that no other layer
-            reads are concatenated in this order.
+        layers: pairs of source ("input" or the name of an earlier layer) and layer. Outputs that no other layer reads
+            are concatenated in this order.
     """
 
     def __init__(self, **layers: tuple[str, nn.Module]) -> None:
         super().__init__({name: layer for name, (_, layer) in layers.items()})
-        self.reads = {name: source for name, (source, _) in layers.items()}
+        self.sources = {name: source for name, (source, _) in layers.items()}
 
     def forward(self, x: Tensor) -> Tensor:
         values = {"input": x}
         for name, layer in self.items():
-            values[name] = layer(values[self.reads[name]])
-        return torch.cat([values[name] for name in self if name not in self.reads.values()], dim=1)
+            values[name] = layer(values[self.sources[name]])
+        return torch.cat([values[name] for name in self if name not in self.sources.values()], dim=1)
 
 
 def average_pool() -> nn.Module:
-    """Over 3 x 3; at the border the mean of the pixels that exist."""
+    """Returns a 3 x 3 average pool that excludes padding from the mean."""
     return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 
-def block_a(inputs: int, pooled: int) -> Mixed:
+def block_a(inputs: int, pool_outputs: int) -> Mixed:
     return Mixed(
         branch1x1=("input", Convolution(inputs, 64, 1)),
         branch5x5_1=("input", Convolution(inputs, 48, 1)),
@@ -68,7 +68,7 @@ def block_a(inputs: int, pooled: int) -> Mixed:
         branch3x3dbl_2=("branch3x3dbl_1", Convolution(64, 96, 3)),
         branch3x3dbl_3=("branch3x3dbl_2", Convolution(96, 96, 3)),
         pool=("input", average_pool()),
-        branch_pool=("pool", Convolution(inputs, pooled, 1)),
+        branch_pool=("pool", Convolution(inputs, pool_outputs, 1)),
     )
 
 
@@ -126,7 +126,7 @@ def block_e(inputs: int, pool: nn.Module) -> Mixed:
 
 
 class InceptionNetwork(nn.Module):
-    """The network with random weights; `InceptionV3` has the published ones."""
+    """Network with random weights; `InceptionV3` loads the published ones."""
 
     num_features = 2048
     num_spatial = 2023
@@ -160,40 +160,40 @@ class InceptionNetwork(nn.Module):
         self.fc = nn.Linear(self.num_features, 1008)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (b, 3, H, W) in [0, 1] -> pool features (b, 2048), in float32 even under autocast.
+        """Maps images (b, 3, H, W) in [0, 1] to pool features (b, 2048), in float32 even under autocast.
 
-        Images are rounded to 8 bits first, because published scores are those of image files.
+        Images are first rounded to 8 bits, because published scores are computed from image files.
         """
         return self.features_and_spatial(images)[0]
 
     def features_and_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The pool features, and those of sFID (b, 2023): 7 channels of the 17 x 17 map "mixed_6/conv", row by row."""
-        # cuDNN's convolutions would otherwise round their inputs to TF32.
+        """Returns pool features and sFID features (b, 2023): 7 channels of the 17 x 17 map "mixed_6/conv", row-major."""
+        # By default cuDNN convolutions round their inputs to TF32.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), exact:
             x = resize_like_tensorflow((images.float() * 255).round(), (SIDE, SIDE))
             x = (x - 128) / 128
             for name in self.sequence:
                 x = self.get_submodule(name)(x)
-                if name == "Mixed_6d":  # whose first branch is that map
+                if name == "Mixed_6d":  # its first branch is mixed_6/conv
                     spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
             return x.mean(dim=(2, 3)), spatial
 
     def logits(self, features: Tensor) -> Tensor:
-        """Pool features (b, 2048) -> (b, 1008), without the bias: the published inception score leaves it out."""
+        """Maps pool features (b, 2048) to logits (b, 1008), without bias, as in the published inception score."""
         with torch.autocast(features.device.type, enabled=False):
             return features.float() @ self.fc.weight.T
 
 
 class InceptionV3(InceptionNetwork):
-    """The published network, in eval mode and without gradients.
+    """InceptionV3 with the published weights, in eval mode and without gradients.
 
     Args:
         weights: file of torch-fidelity (`weights-inception-2015-12-05-6726825d.pth`) or of pytorch-fid
             (`pt_inception-2015-12-05-6726825d.pth`); both hold the same weights.
 
     Raises:
-        InputError: if the file does not exist or is something else.
+        InputError: if the file does not exist or holds anything else.
     """
 
     def __init__(self, weights: str) -> None:
@@ -202,18 +202,18 @@ class InceptionV3(InceptionNetwork):
             raise InputError(f"{path} does not exist; download it from {RELEASE}")
         with torch.device("meta"):
             super().__init__()
-        # Batch norm's counters, which evaluation does not use, are not in every conversion of these weights.
+        # Some conversions lack the batch-norm counters, which evaluation does not use.
         counters = {name: torch.tensor(0) for name in self.state_dict() if name.endswith(".num_batches_tracked")}
         load_strictly(self, read_torch(path) | counters, path).requires_grad_(False)
 
 
 def resize_like_tensorflow(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """TensorFlow 1's bilinear resize (align_corners=False): (b, c, H, W) float32 -> (b, c, *size).
+    """Resizes as TensorFlow 1's bilinear resize (align_corners=False): (b, c, H, W) float32 -> (b, c, *size).
 
-    Pixel i is read at i * in / out: what lines up are the first pixels, not the images' centres. Nothing is smoothed
-    when the image gets smaller.
+    Output pixel i is sampled at i * in / out, which aligns the first pixels instead of the image centres. There is no
+    antialiasing.
     """
-    for dim in (3, 2):  # TensorFlow's order, so that rounding is the same
+    for dim in (3, 2):  # TensorFlow's order, for identical rounding
         old, new = images.shape[dim], size[dim - 2]
         position = torch.arange(new, dtype=torch.float32, device=images.device) * (old / new)
         lower = position.long()

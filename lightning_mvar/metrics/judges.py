@@ -1,18 +1,87 @@
-"""Which classifier judges images of which embedded set."""
+"""Classifier accuracy on samples and reconstructions of the embedded sets."""
 
 from __future__ import annotations
 
-from lightning_mvar.data.images.sources import embedded_in
-from lightning_mvar.metrics.digits import DigitsClassifier
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mvar.data.builtin.base import EmbeddedSet, Split
+from lightning_mvar.data.builtin.digits import DIGITS
+from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
 from lightning_mvar.metrics.embedded import EmbeddedClassifier
+from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
+from lightning_mvar.metrics.reference import Reference
+from lightning_mvar.sampling.readers import Samples
 
 CLASSIFIERS: dict[str, type[EmbeddedClassifier]] = {
     classifier.embedded.name: classifier for classifier in (DigitsClassifier, PhotosClassifier, Photos64Classifier)
 }
 
 
-def kept_classifier(source: str, folder: str) -> EmbeddedClassifier | None:
-    """The classifier of the embedded set that `source` names, kept in a folder; None for a source of anything else."""
-    embedded = embedded_in(source)
-    return None if embedded is None else CLASSIFIERS[embedded[0].name].kept_in(folder)
+def classifier_for(reference: Reference, folder: str) -> EmbeddedClassifier | None:
+    """Returns the classifier of an embedded reference, cached in `folder`; None for any other reference."""
+    return None if reference.embedded is None else CLASSIFIERS[reference.embedded[0].name].cached_in(folder)
+
+
+def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extractor: nn.Module) -> dict[str, Any]:
+    """Returns classifier accuracies on the samples, with their intended classes as labels, and on the reference."""
+    samples, record = samples_and_labels(images, embedded), dict[str, Any]()
+    if embedded is DIGITS:
+        record |= digits_svm_accuracy(samples)
+    if is_classifier_of(extractor, embedded):
+        record["classifier_accuracy_on_reference"] = accuracy(extractor, *real_images(embedded, split))
+        if samples is not None:
+            record["classifier_accuracy_on_samples"] = accuracy(extractor, *samples)
+    return record
+
+
+def digits_svm_accuracy(samples: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    """Returns accuracies of SVMs trained on real digits and tested on samples, and the other way round."""
+    train, test = real_images(DIGITS, "train"), real_images(DIGITS, "test")
+    record: dict[str, Any] = {"svm_accuracy_on_reference": svm_accuracy(*train, *test)}
+    if samples is not None:
+        record["svm_accuracy_on_samples"] = svm_accuracy(*train, *samples)
+        record["svm_accuracy_trained_on_samples"] = svm_accuracy(*samples, *test)
+    return record
+
+
+def reconstruction_accuracy(
+    decoded: Reconstructions, embedded: EmbeddedSet, split: Split, extractor: nn.Module
+) -> dict[str, Any]:
+    """Returns classifier accuracies on a tokenizer's reconstructions of the reference."""
+    pixels = torch.cat([batch.cpu() for batch in decoded.batches(0, len(decoded))])
+    labels, record = real_images(embedded, split)[1], dict[str, Any]()
+    if embedded is DIGITS:
+        record["svm_accuracy_on_reconstructions"] = svm_accuracy(*real_images(DIGITS, "train"), pixels, labels)
+    if is_classifier_of(extractor, embedded):
+        record["classifier_accuracy_on_reconstructions"] = accuracy(extractor, pixels, labels)
+    return record
+
+
+def samples_and_labels(images: Samples, embedded: EmbeddedSet) -> tuple[Tensor, Tensor] | None:
+    """Returns samples (n, 3, H, W) in [0, 1] and their intended classes (n,).
+
+    Returns None if the classes are unknown or not those of the set, or if there is only one, which an SVM cannot learn.
+    """
+    labels = images.labels(list(embedded.class_names))
+    if labels is None or len(set(labels)) < 2 or not set(labels) <= set(range(len(embedded.class_names))):
+        return None
+    return torch.cat([*SourceImages(images).batches(0, len(images))]), torch.tensor(labels)
+
+
+def is_classifier_of(extractor: nn.Module, embedded: EmbeddedSet) -> TypeGuard[EmbeddedClassifier]:
+    """Returns whether the extractor is a classifier of the embedded set."""
+    return isinstance(extractor, EmbeddedClassifier) and extractor.embedded is embedded
+
+
+def accuracy(classifier: EmbeddedClassifier, pixels: Tensor, labels: Tensor) -> float:
+    return float((classifier.cpu().classify(pixels) == labels).float().mean())
+
+
+def real_images(embedded: EmbeddedSet, split: Split) -> tuple[Tensor, Tensor]:
+    """Returns images (n, 3, H, W) in [0, 1] and labels (n,)."""
+    images, labels = embedded.load(split)
+    return (images + 1) / 2, labels

@@ -1,8 +1,8 @@
 """Precision and recall of generated features against real ones (arXiv 1904.06991).
 
-A set of features stands for the manifold it was drawn from: the union of balls around each, with the distance to its
-k-th nearest other feature as radius. Precision is the share of generated features on the real manifold, recall the
-share of real features on the generated one. Both depend on the extractor, on k and on the sizes of the sets.
+The manifold of a feature set is estimated as the union of balls around its features; each radius is the distance to the
+k-th nearest other feature. Precision is the fraction of generated features on the real manifold, recall the fraction of
+real features on the generated one. Both depend on the extractor, on k and on the set sizes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from lightning_mvar.errors import InputError
 
-ROWS = 512  # of a distance matrix, held at once
-ROUNDING = 1e-12  # of sums of a few thousand float64 products, with room to spare
+BLOCK_ROWS = 512  # rows of the distance matrix in memory at a time
+ROUNDING = 1e-12  # generous bound on the relative error of a sum of a few thousand float64 products
 
 
 class FeatureBank(Metric):
-    """Keeps every feature vector of a set, gathered over all ranks, float32.
+    """Stores all feature vectors of a set in float32, gathered over all ranks.
 
     Args:
         num_features: length of a feature vector.
@@ -40,22 +40,22 @@ class FeatureBank(Metric):
 
     def reset(self) -> None:
         super().reset()
-        # For a rank without features torchmetrics would gather an empty (0,), which fits no other rank's (n, f).
+        # Without this, torchmetrics gathers (0,) from a rank without features, which does not concatenate with (n, f).
         self.features.append(torch.empty(0, self.num_features, device=self.device))
 
     def update(self, features: Tensor) -> None:
-        """Features (b, num_features), also with b = 0."""
+        """Adds features (b, num_features); b may be 0."""
         self.features.append(features.detach().float())
 
     def compute(self) -> Tensor:
-        """Features (n, num_features) float32, rank after rank."""
+        """Returns features (n, num_features) float32, ordered by rank."""
         return dim_zero_cat(self.features)
 
 
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Precision and recall of generated features (m, f) against real ones (n, f), each in [0, 1].
+    """Returns precision and recall of generated features (m, f) against real ones (n, f), each in [0, 1].
 
-    Computed on the tensors' device, in float64; the time grows with (n + m)^2 f, the memory with (n + m) f.
+    Computed on the tensors' device in float64, in O((n + m)^2 f) time and O((n + m) f) memory.
 
     Raises:
         InputError: if a set has no `neighbours`-th nearest other feature.
@@ -69,32 +69,39 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
 
 
 def coverage(centres: Tensor, points: Tensor, neighbours: int) -> float:
-    """Share of points (m, f) in the union of the balls around centres (n, f); a ball has its boundary."""
-    middle = centres.mean(dim=0, dtype=torch.float64)  # far from the origin, squares would cancel
-    centres, points = (features.to(torch.float64, copy=True).sub_(middle) for features in (centres, points))
+    """Returns the fraction of points (m, f) inside the union of closed balls around centres (n, f)."""
+    mean = centres.mean(dim=0, dtype=torch.float64)  # subtracted to avoid cancellation far from the origin
+    centres, points = (features.to(torch.float64, copy=True).sub_(mean) for features in (centres, points))
     squares = centres.square().sum(dim=1)
     nearest = [
         squared_distances(rows, centres, squares).topk(neighbours + 1, largest=False).values
-        for rows in in_rows(centres, "neighbours")
+        for rows in row_blocks(centres, "neighbours")
     ]
-    radii = torch.cat(nearest)[:, -1] * (1 + ROUNDING)  # a centre is its own nearest, at distance 0
-    inside = [(squared_distances(rows, centres, squares) <= radii).any(dim=1) for rows in in_rows(points, "coverage")]
+    radii = torch.cat(nearest)[:, -1] * (1 + ROUNDING)  # k + 1 because the nearest is the centre itself
+    inside = [
+        (squared_distances(rows, centres, squares) <= radii).any(dim=1) for rows in row_blocks(points, "coverage")
+    ]
     return float(torch.cat(inside).double().mean())
 
 
-def in_rows(features: Tensor, progress: str) -> Iterable[Tensor]:
-    """Features (n, f) in parts; the first rank shows how it goes, where it takes long."""
+def row_blocks(features: Tensor, progress: str) -> Iterable[Tensor]:
+    """Splits features (n, f) into blocks of rows; rank 0 shows a progress bar if it takes long."""
     hidden = dist.is_initialized() and dist.get_rank() > 0
-    return tqdm(features.split(ROWS), progress, leave=False, delay=5, disable=hidden)
+    return tqdm(features.split(BLOCK_ROWS), progress, leave=False, delay=5, disable=hidden)
 
 
 def squared_distances(rows: Tensor, centres: Tensor, squares: Tensor) -> Tensor:
-    """(r, f) and (n, f), whose squared lengths are `squares` (n,) -> (r, n), all float64.
+    """Returns the squared distances (r, n) between rows (r, f) and centres (n, f), all float64.
 
-    By |a|^2 + |b|^2 - 2 ab, a product of matrices, which takes a fraction of the time that sums of differences do. What
-    is too small for float64 to tell from rounding counts as 0: equal features are at distance 0, also where k + 1 of
-    them leave a ball of radius 0.
+    Computed as |a|^2 + |b|^2 - 2 ab, a matrix product, which is much faster than summing squared differences. Values
+    within rounding error are set to 0: equal features must be at distance 0, even in a ball of radius 0, which k + 1
+    equal features make.
+
+    Args:
+        rows: feature vectors.
+        centres: feature vectors.
+        squares: squared norms (n,) of the centres.
     """
     sums = rows.square().sum(dim=1)[:, None] + squares
-    found = torch.addmm(sums, rows, centres.T, alpha=-2)
-    return found.masked_fill_(found < ROUNDING * sums, 0)
+    distances = torch.addmm(sums, rows, centres.T, alpha=-2)
+    return distances.masked_fill_(distances < ROUNDING * sums, 0)

@@ -1,4 +1,4 @@
-"""How far reconstructions are from their originals: PSNR, SSIM, and a Frechet distance between the two sets."""
+"""Scores of reconstructions against their originals: PSNR, SSIM, and the Frechet distance between the two sets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_mvar.metrics.summary import num_features
 
 
 class PairScores(Metric):
-    """Means over pairs of images of PSNR in dB and of SSIM, over all ranks: sums that add up."""
+    """Averages PSNR in dB and SSIM over image pairs, as float64 sums that are added over all ranks."""
 
     full_state_update = False
 
@@ -25,7 +25,7 @@ class PairScores(Metric):
         self.set_dtype(torch.float64)
 
     def update(self, originals: Tensor, decoded: Tensor) -> None:
-        """Images (b, 3, H, W) float32 in [0, 1]."""
+        """Adds pairs of images (b, 3, H, W) float32 in [0, 1]."""
         psnr = -10 * (originals - decoded).square().mean(dim=(1, 2, 3)).log10()
         ssim = structural_similarity_index_measure(decoded, originals, data_range=1.0, reduction="none")
         assert isinstance(ssim, Tensor)
@@ -33,17 +33,17 @@ class PairScores(Metric):
         self.n += len(originals)
 
     def compute(self) -> tuple[float, float]:
-        """PSNR and SSIM; not a number where there was no pair."""
+        """Returns PSNR and SSIM; NaN if there are no pairs."""
         psnr, ssim = (self.totals / self.n).tolist()
         return psnr, ssim
 
 
 class ReconstructionScores:
-    """Accumulates pairs of images, in bounded memory, and scores them over all ranks.
+    """Accumulates image pairs in bounded memory and scores them over all ranks.
 
     Args:
-        extractor: prepared, on `device`; None for no Frechet distance.
-        device: where to compute.
+        extractor: prepared, on `device`; None to skip the Frechet distance.
+        device: device to compute on.
     """
 
     def __init__(self, extractor: nn.Module | None, device: torch.device) -> None:
@@ -54,14 +54,14 @@ class ReconstructionScores:
 
     @torch.no_grad()
     def update(self, originals: Tensor, decoded: Tensor) -> None:
-        """Images (b, 3, H, W) float32 in [0, 1], b at least 1."""
+        """Adds pairs of images (b, 3, H, W) float32 in [0, 1], b at least 1."""
         self.pairs.update(originals, decoded)
         if self.extractor is not None:
             self.originals.update(self.extractor(originals))
             self.decoded.update(self.extractor(decoded))
 
     def compute(self) -> dict[str, float]:
-        """`psnr` in dB, `ssim`, and with an extractor `rfid`, of two pairs or more; all ranks must call this."""
+        """Returns `psnr` in dB, `ssim` and, with an extractor, `rfid` (needs two pairs); all ranks must call this."""
         psnr, ssim = self.pairs.compute()
         scores = {"psnr": psnr, "ssim": ssim}
         if self.extractor is not None:

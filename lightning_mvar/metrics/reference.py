@@ -1,89 +1,170 @@
-"""What real images look like to a feature extractor: measured once, by all ranks together, and kept in a file."""
+"""References: real images that samples are scored against, named by one string, with cached statistics."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import torch.distributed as dist
 from torch import nn
 
+from lightning_mvar.data.builtin.base import EmbeddedSet, Split
+from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, find_embedded_set, open_images
+from lightning_mvar.data.tokens.shards import MANIFEST
+from lightning_mvar.data.tokens.sources import open_shards
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fetch import is_remote, remote_file_name
 from lightning_mvar.io.fingerprint import fingerprint
-from lightning_mvar.io.npz import names_in
-from lightning_mvar.metrics.image_sets import ImageSet, has_images, open_image_set
-from lightning_mvar.metrics.summary import Features, Summary, hand_over
-from lightning_mvar.scales import Shape
+from lightning_mvar.io.npz import array_names
+from lightning_mvar.metrics.image_sets import DecodedShards, ImageSet, SourceImages
+from lightning_mvar.metrics.summary import Features, Summary, feed_shard
+from lightning_mvar.sampling.readers import NpzSamples
+from lightning_mvar.scales import Shape, format_shape, shape_of
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-MAX_FEATURES = 10_000  # real images that precision and recall are taken against, as in the published protocol
+MAX_FEATURES = 10_000  # real images used for precision and recall, as in the published protocol
 
 
-def load_reference(
-    extractor: nn.Module,
-    source: str,
-    size: int | Shape,
-    cache: Path,
-    with_features: bool = True,
-    tokenizer: Tokenizer | None = None,
-    num_workers: int = 0,
-) -> Summary:
-    """The reference that `source` names, for images of this size.
-
-    Measuring is divided among the ranks, which must all call this; what is measured is kept in the folder `cache`.
+@dataclass(frozen=True)
+class Reference:
+    """Real images, or their statistics; created by `open_reference`.
 
     Args:
-        extractor: prepared, on the device to compute on.
-        source: images, as `open_image_set` takes them, or an npz with their statistics `mu` and `sigma`, such as the
-            published ADM / OpenAI files or one that `evaluate --statistics` wrote: the extractor must be the one that
-            it was made with. With the images themselves in it (`arr_0`), precision and recall can be computed too.
-        size: side of the images in pixels, or their (height, width).
-        cache: folder for what is measured.
-        with_features: whether precision and recall are wanted.
-        tokenizer: that decodes token shards, on the device to decode on.
-        num_workers: processes that read image files.
+        name: value of `--reference`.
+        kind: an embedded or external image source, token shards, or an npz.
+        embedded: the embedded set and its split, if the source is one.
+        arrays: array names, if the reference is an npz.
+    """
+
+    name: str
+    kind: Literal["images", "shards", "npz"]
+    embedded: tuple[EmbeddedSet, Split] | None = None
+    arrays: tuple[str, ...] = ()
+
+    @property
+    def has_images(self) -> bool:
+        """Returns whether there are images, not only statistics."""
+        return self.kind != "npz" or "arr_0" in self.arrays
+
+    def images(self, size: int | Shape, tokenizer: Tokenizer | None = None, num_workers: int = 0) -> ImageSet:
+        """Opens the images.
+
+        Args:
+            size: side of the images in pixels, or their (height, width).
+            tokenizer: tokenizer that encoded the token shards, on the device to decode on.
+            num_workers: processes that decode image files.
+
+        Raises:
+            InputError: if they are damaged or of another size, or another tokenizer encoded them.
+        """
+        shape = shape_of(size)
+        if self.kind == "shards":
+            if tokenizer is None:
+                raise InputError(f"{self.name} holds token shards: pass the tokenizer that encoded them as --tokenizer")
+            images: ImageSet = DecodedShards(open_shards(self.name), tokenizer)
+        elif self.kind == "npz":
+            images = SourceImages(NpzSamples(Path(self.name)))
+        else:
+            images = SourceImages(open_images(self.name, shape), num_workers)
+        if images.shape != shape:
+            raise InputError(
+                f"the images of {self.name} are {format_shape(images.shape)}, but the images to score are "
+                f"{format_shape(shape)}"
+            )
+        return images
+
+    def summary(
+        self,
+        extractor: nn.Module,
+        size: int | Shape,
+        cache: Path,
+        with_features: bool = True,
+        tokenizer: Tokenizer | None = None,
+        num_workers: int = 0,
+    ) -> Summary:
+        """Returns statistics and features of the images; all ranks must call this.
+
+        Each rank extracts features of its share; the result is cached. An npz with `mu` and `sigma`, such as the
+        published ADM / OpenAI files or a file written by `evaluate --statistics`, is used as it is; it is valid only
+        for the extractor that produced it.
+
+        Args:
+            extractor: prepared, on the device to compute on.
+            size: side of the images in pixels, or their (height, width).
+            cache: folder for measured statistics.
+            with_features: whether features are needed (for precision and recall); if so, images of an npz are
+                measured even if it has `mu`, unless it also has features.
+            tokenizer: tokenizer that encoded the token shards, on the device to decode on.
+            num_workers: processes that decode image files.
+
+        Raises:
+            InputError: if the images are damaged or of another size, or the statistics come from another extractor.
+        """
+        published = None
+        if "mu" in self.arrays:
+            published = Summary.load(Path(self.name), extractor)
+            if published.features is not None or not with_features or not self.has_images:
+                return published
+        measured = measure_cached(extractor, self.images(size, tokenizer, num_workers), self.name, cache)
+        if published is None:
+            return measured
+        return Summary(published.statistics, published.spatial, measured.features)
+
+
+def open_reference(name: str) -> Reference:
+    """Parses the value of `--reference`.
+
+    Args:
+        name: `digits:test`, `photos:test` or another embedded set; a folder of class folders; local or remote archives;
+            an npz of images (`arr_0`) or of statistics (`mu`, `sigma`); a local or remote folder of token shards.
 
     Raises:
-        InputError: if the source does not exist, is damaged, or is not for this extractor.
+        InputError: if an npz does not exist or is damaged, or an embedded set has no such split.
     """
-    path, published = Path(source), None
-    if path.suffix == ".npz" and "mu" in names_in(path):
-        published = Summary.load(path, extractor)
-        if published.features is not None or not with_features or not has_images(path):
-            return published
-    images = open_image_set(source, size, tokenizer, num_workers)
-    measured = kept_or_measured(extractor, images, source, cache)
-    return measured if published is None else Summary(published.statistics, published.spatial, measured.features)
+    if (embedded := find_embedded_set(name)) is not None:
+        return Reference(name, "images", embedded)
+    if is_remote(name):
+        is_archive = PurePosixPath(remote_file_name(name)).suffix in ARCHIVE_SUFFIXES
+        return Reference(name, "images" if is_archive else "shards")
+    path = Path(name)
+    if path.suffix == ".npz":
+        return Reference(name, "npz", arrays=tuple(array_names(path)))
+    if (path / MANIFEST).is_file():
+        return Reference(name, "shards")
+    return Reference(name, "images")
 
 
-def kept_or_measured(extractor: nn.Module, images: ImageSet, name: str, cache: Path) -> Summary:
+def measure_cached(extractor: nn.Module, images: ImageSet, name: str, cache: Path) -> Summary:
+    """Returns the summary of an image set from the folder `cache`; measures and caches it if it is not there."""
     identity = f"{name} {images.identity} {images.shape} {fingerprint(extractor)}"
     path = cache / f"{type(extractor).__name__}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
-    if told_by_first_rank(path.is_file()):
+    if broadcast_from_rank_zero(path.is_file()):
         return Summary.load(path, extractor)
-    reference = measure(extractor, images, f"features of {name}")
+    summary = measure(extractor, images, f"features of {name}")
     if not dist.is_initialized() or dist.get_rank() == 0:
-        reference.save(path, extractor)
-    return reference
+        summary.save(path, extractor)
+    return summary
 
 
-def told_by_first_rank(value: bool) -> bool:
-    """The same on all ranks, though files may appear between their looks."""
-    told = [value]
+def broadcast_from_rank_zero(value: bool) -> bool:
+    """Returns rank 0's value on all ranks, because a file may appear between the checks of two ranks."""
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return told[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def measure(extractor: nn.Module, images: ImageSet, progress: str) -> Summary:
-    """Of all images of a set, each rank computing its share.
+    """Returns the summary of an image set; each rank extracts features of its share.
 
     Raises:
-        InputError: unless there are at least 2.
+        InputError: if there are fewer than 2.
     """
     if len(images) < 2:
         raise InputError(f"a covariance needs at least 2 images, got {len(images)}")
     features = Features(extractor, len(images), MAX_FEATURES)
-    hand_over(images, features, progress)
-    found = features.compute()
-    return Summary(found.statistics, found.spatial, None if found.features is None else found.features.cpu())
+    feed_shard(images, features, progress)
+    summary = features.compute()
+    return Summary(summary.statistics, summary.spatial, None if summary.features is None else summary.features.cpu())

@@ -1,4 +1,4 @@
-"""All scores of a set of images, on the same features: Frechet distances, inception score, precision and recall."""
+"""Frechet distances, inception score, precision and recall of an image set, from the same features."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from lightning_mvar.metrics.inception_score import InceptionScore
 from lightning_mvar.metrics.precision_recall import precision_recall
 from lightning_mvar.metrics.summary import Features, Summary, num_features
 
-SPLITS = 10  # of the inception score, as published
-MAX_FEATURES = 50_000  # sampled images that precision and recall are taken of, as in the published protocol
+SPLITS = 10  # splits of the inception score, as published
+MAX_FEATURES = 50_000  # samples used for precision and recall, as in the published protocol
 
 
 class Scores:
-    """Accumulates images, and scores them over all ranks.
+    """Accumulates images and scores them over all ranks.
 
-    The inception score takes an extractor that has `logits` (features (b, f) -> (b, classes)); precision and recall
-    take features of real images; sFID an extractor and a reference that have spatial features.
+    The inception score requires an extractor with `logits` (features (b, f) -> (b, classes)), precision and recall a
+    reference with features, and sFID an extractor and a reference with spatial features.
 
     Args:
         extractor: prepared, on the device to compute on.
-        reference: the real images.
+        reference: summary of the real images.
         num_samples: images in the set, over all ranks.
-        neighbours: k of precision and recall; 0 for neither.
+        neighbours: k of precision and recall; 0 to skip them.
     """
 
     def __init__(self, extractor: nn.Module, reference: Summary, num_samples: int, neighbours: int = 3) -> None:
         self.extractor, self.reference, self.neighbours = extractor, reference, neighbours
         device = device_of(extractor)
-        compares_features = neighbours and reference.features is not None
-        self.features = Features(extractor, num_samples, MAX_FEATURES if compares_features else 0)
+        needs_features = neighbours and reference.features is not None
+        self.features = Features(extractor, num_samples, MAX_FEATURES if needs_features else 0)
         self.inception: InceptionScore | None = None
         if hasattr(extractor, "logits"):
-            empty = torch.zeros(1, num_features(extractor), device=device)
-            classes = extractor.logits(empty).shape[1]  # type: ignore[operator]
+            zeros = torch.zeros(1, num_features(extractor), device=device)
+            classes = extractor.logits(zeros).shape[1]  # type: ignore[operator]
             self.inception = InceptionScore(classes, num_samples, min(SPLITS, num_samples)).to(device)
 
     @torch.no_grad()
-    def update(self, images: Tensor, numbers: Tensor) -> None:
-        """Images (b, 3, H, W) float32 in [0, 1] with their numbers (b,) in the set; b may be 0, so that ranks agree."""
+    def update(self, images: Tensor, indices: Tensor) -> None:
+        """Adds images (b, 3, H, W) float32 in [0, 1] with their indices (b,) in the set; b may be 0."""
         if not len(images):
             return
-        features = self.features.update(images, numbers)
+        features = self.features.update(images, indices)
         if self.inception is not None:
             logits = self.extractor.logits(features)  # type: ignore[operator]
-            self.inception.update(logits, numbers.to(features.device))
+            self.inception.update(logits, indices.to(features.device))
 
     def compute(self) -> dict[str, float]:
-        """`fid`, and where they can be computed `sfid`, `is`, `precision` and `recall`; all ranks must call this.
+        """Returns `fid` and, if available, `sfid`, `is`, `precision` and `recall`; all ranks must call this.
 
         Raises:
-            InputError: if there are no more images than neighbours.
+            InputError: if there are not more images than neighbours.
         """
         real, generated = self.reference, self.features.compute()
         scores = {"fid": frechet_distance(real.statistics, generated.statistics)}

@@ -1,4 +1,4 @@
-"""What is kept of the features of a set of images, however many there are: statistics, and some of the features."""
+"""Summaries of an image set's features in bounded memory: statistics of all, and a subset of the features."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lightning_mvar.devices import device_of
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.fingerprint import fingerprint
-from lightning_mvar.io.npz import names_in, read_npz
+from lightning_mvar.io.npz import array_names, read_npz
 from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics
-from lightning_mvar.metrics.image_sets import BATCH_SIZE, ImageSet, share
+from lightning_mvar.metrics.image_sets import BATCH_SIZE, ImageSet, shard_range
 from lightning_mvar.metrics.precision_recall import FeatureBank
 
-SPATIAL = ("mu_s", "sigma_s")  # the published files' names
+SPATIAL = ("mu_s", "sigma_s")  # array names in published files
 
 
 @dataclass
 class Summary:
-    """Statistics of all images, and features (n, f) float32 of some; None where unknown."""
+    """Statistics of all images and features (n, f) float32 of a subset; None if unknown."""
 
     statistics: Statistics
     spatial: Statistics | None = None
     features: Tensor | None = None
 
     def save(self, path: Path, extractor: nn.Module) -> None:
-        """Write an npz that `Summary.load` and programs of other projects read."""
+        """Writes an npz that `Summary.load` and other projects can read."""
         arrays: dict[str, Any] = {"mu": self.statistics.mu.numpy(), "sigma": self.statistics.sigma.numpy()}
         if self.spatial is not None:
             arrays |= dict(zip(SPATIAL, (self.spatial.mu.numpy(), self.spatial.sigma.numpy()), strict=True))
@@ -44,17 +44,17 @@ class Summary:
 
     @classmethod
     def load(cls, path: Path, extractor: nn.Module) -> Summary:
-        """Read what `save`, or another project, wrote with the same extractor.
+        """Reads an npz that `save` or another project wrote with the same extractor.
 
         Raises:
-            InputError: if the file is missing or damaged, or was made with another extractor.
+            InputError: if the file is missing or damaged, or was written with another extractor.
         """
-        names = names_in(path)
+        names = array_names(path)
         if "extractor" in names:
-            theirs, ours = str(read_npz(path, ["extractor"])["extractor"]), fingerprint(extractor)
-            if theirs != ours:
-                raise InputError(f"{path} was made with an extractor of weights {theirs}, not {ours}")
-        features = numbers_in(path, "features") if "features" in names else None
+            saved, current = str(read_npz(path, ["extractor"])["extractor"]), fingerprint(extractor)
+            if saved != current:
+                raise InputError(f"{path} was made with extractor weights {saved}, not {current}: use the same weights")
+        features = read_finite_array(path, "features") if "features" in names else None
         if features is not None and (features.ndim != 2 or features.shape[1] != num_features(extractor)):
             raise InputError(f"{path} has features {features.shape}, not (n, {num_features(extractor)})")
         return cls(
@@ -72,22 +72,22 @@ class Features:
     Args:
         extractor: prepared, on the device to compute on.
         count: images in the set, over all ranks.
-        kept: features to keep at most, of images spread evenly over the set.
+        max_features: maximum number of features to keep, from images spaced evenly over the set.
     """
 
-    def __init__(self, extractor: nn.Module, count: int, kept: int) -> None:
+    def __init__(self, extractor: nn.Module, count: int, max_features: int) -> None:
         self.extractor = extractor
         device, features, spatial = device_of(extractor), num_features(extractor), num_spatial(extractor)
         self.statistics = FeatureStatistics(features).to(device)
         self.spatial = FeatureStatistics(spatial).to(device) if spatial else None
-        self.bank = FeatureBank(features).to(device) if kept else None
-        self.is_kept = torch.zeros(count, dtype=torch.bool)
-        if kept:
-            self.is_kept[np.linspace(0, count - 1, min(count, kept)).round().astype(int)] = True
+        self.bank = FeatureBank(features).to(device) if max_features else None
+        self.in_bank = torch.zeros(count, dtype=torch.bool)
+        if max_features:
+            self.in_bank[np.linspace(0, count - 1, min(count, max_features)).round().astype(int)] = True
 
     @torch.no_grad()
-    def update(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Images (b, 3, H, W) float32 in [0, 1] with their numbers (b,) in the set -> their features (b, f)."""
+    def update(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Adds images (b, 3, H, W) float32 in [0, 1] with their indices (b,) in the set; returns features (b, f)."""
         if self.spatial is None:
             features = self.extractor(images)
         else:
@@ -95,11 +95,11 @@ class Features:
             self.spatial.update(spatial)
         self.statistics.update(features)
         if self.bank is not None:
-            self.bank.update(features[self.is_kept[numbers.cpu()].to(features.device)])
+            self.bank.update(features[self.in_bank[indices.cpu()].to(features.device)])
         return features
 
     def compute(self) -> Summary:
-        """Of the images of all ranks, which must all call this."""
+        """Returns the summary over all ranks, which must all call this."""
         return Summary(
             self.statistics.compute(),
             None if self.spatial is None else self.spatial.compute(),
@@ -107,52 +107,52 @@ class Features:
         )
 
 
-class TakesImages(Protocol):
-    """What images with their numbers can be handed to: `Features`, `Scores`."""
+class ImageAccumulator(Protocol):
+    """Interface of `Features` and `Scores`: accumulates images with their indices in the set."""
 
     extractor: nn.Module
 
-    def update(self, images: Tensor, numbers: Tensor) -> object: ...
+    def update(self, images: Tensor, indices: Tensor) -> object: ...
 
 
-def hand_over(images: ImageSet, to: TakesImages, progress: str) -> None:
-    """Hand this rank's share of a set to `to`."""
-    begin, end = share(len(images))
-    device = device_of(to.extractor)
+def feed_shard(images: ImageSet, accumulator: ImageAccumulator, progress: str) -> None:
+    """Feeds this rank's shard of an image set to an accumulator."""
+    begin, end = shard_range(len(images))
+    device = device_of(accumulator.extractor)
     batches = -(-(end - begin) // BATCH_SIZE)
     for batch in tqdm(images.batches(begin, end), progress, batches, leave=False, disable=begin > 0):
-        to.update(batch.to(device), torch.arange(begin, begin + len(batch)))
+        accumulator.update(batch.to(device), torch.arange(begin, begin + len(batch)))
         begin += len(batch)
 
 
 def prepare(extractor: nn.Module, device: torch.device) -> nn.Module:
-    """In eval mode, without gradients, on a device; InputError where it is no extractor."""
+    """Moves an extractor to a device, in eval mode without gradients; raises InputError if it is not an extractor."""
     num_features(extractor)
     return extractor.eval().requires_grad_(False).to(device)
 
 
 def num_features(extractor: nn.Module) -> int:
-    """Of an extractor.
+    """Returns the number of features of an extractor.
 
     Raises:
-        InputError: where it is none.
+        InputError: if it is not an extractor.
     """
     features = getattr(extractor, "num_features", None)
     if not isinstance(features, int):
-        raise InputError(f"{type(extractor).__name__} is no feature extractor: it has no int attribute num_features")
+        raise InputError(f"{type(extractor).__name__} is not a feature extractor: it has no int attribute num_features")
     return features
 
 
 def num_spatial(extractor: nn.Module) -> int:
-    """Spatial features of an extractor, 0 where it gives none."""
+    """Returns the number of spatial features of an extractor; 0 if it has none."""
     return getattr(extractor, "num_spatial", 0)
 
 
-def numbers_in(path: Path, name: str) -> NDArray[Any]:
-    """An array of finite numbers.
+def read_finite_array(path: Path, name: str) -> NDArray[Any]:
+    """Reads an array of an npz.
 
     Raises:
-        InputError: if it is anything else.
+        InputError: if it does not hold finite numbers.
     """
     array = read_npz(path, [name])[name]
     if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
@@ -161,10 +161,10 @@ def numbers_in(path: Path, name: str) -> NDArray[Any]:
 
 
 def read_statistics(path: Path, names: tuple[str, str], expected: int, extractor: nn.Module) -> Statistics:
-    mu, sigma = (torch.from_numpy(numbers_in(path, name)).double() for name in names)
+    mu, sigma = (torch.from_numpy(read_finite_array(path, name)).double() for name in names)
     if mu.shape != (expected,) or sigma.shape != (expected, expected):
         raise InputError(
             f"{path} has {names[0]} {tuple(mu.shape)} and {names[1]} {tuple(sigma.shape)}, but "
-            f"{type(extractor).__name__} makes {expected} features: it was made with another extractor"
+            f"{type(extractor).__name__} has {expected} features: the file was made with another extractor"
         )
     return Statistics(mu, sigma)

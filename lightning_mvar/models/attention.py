@@ -1,4 +1,4 @@
-"""Token mixers that attend: inside a scale, inside a window, to coarser scales (see `models.base` for the contract)."""
+"""Token mixers that attend inside a scale, inside a window or to coarser scales (contract: `models.base`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ INITIAL_QK_SCALE, MAX_QK_SCALE = 4.0, 100.0
 
 
 class Attention(Mixer):
-    """Multi-head attention projections with optional QK-norm; subclasses say which tokens see which.
+    """Multi-head attention projections with optional QK-norm; subclasses define which tokens attend to which.
 
-    With QK-norm, queries and keys are L2-normalised and the softmax has a learned temperature per head (starting at 4);
-    without, the softmax scale is 0.25 / sqrt(p), as in VAR.
+    With QK-norm, queries and keys are L2-normalized and the softmax has a learned scale per head, initially 4. Without,
+    the softmax scale is 0.25 / sqrt(p), as in VAR.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
@@ -43,16 +43,16 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, shapes: tuple[Shape, ...], state: State = None) -> tuple[Tensor, State]:
         q, k, v = self.queries_keys_values(x)
-        y, state = self.attend(q, k, v, shapes, state)  # the kernels sum the softmax in float32
+        y, state = self.attend(q, k, v, shapes, state)  # the kernels accumulate the softmax in float32
         return self.proj(y.transpose(1, 2).flatten(2)), state
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens x (b, l, d) -> (b, h, l, p) each, normalised and scaled where there is QK-norm."""
+        """Projects tokens x (b, l, d) to q, k and v, each (b, h, l, p); normalizes q and k if QK-norm is on."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.transpose(1, 3).unbind(2)  # (b, h, l, p) each
         if self.qk_scale_log is not None:
-            # In float32: a temperature of up to 100 would multiply the rounding of unit vectors in half precision.
+            # In float32: a scale of up to 100 would amplify the rounding of unit vectors in half precision.
             scale = self.qk_scale_log.float().clamp(max=math.log(MAX_QK_SCALE)).exp()[:, None, None]
             q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
@@ -60,18 +60,18 @@ class Attention(Mixer):
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
-        """(b, h, l, p) queries, keys and values of the scales of these shapes -> (b, h, l, p), and what to carry on."""
+        """Attends with q, k and v (b, h, l, p) of scales of these `shapes`; returns (b, h, l, p) and the next state."""
 
 
 class ScaleAttention(Attention):
-    """Bidirectional attention inside each scale. Carries nothing."""
+    """Bidirectional attention inside each scale. Stateless."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
         return attend_within_scales(q, k, v, lengths_of(shapes), self.softmax_scale), None
 
 
 class WindowAttention(Attention):
-    """Attention inside each scale to the tokens in a window x window square around. Carries nothing."""
+    """Attention to the window x window square around each token, inside its scale. Stateless."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, window: int) -> None:
         super().__init__(width, heads, qk_norm)
@@ -82,7 +82,7 @@ class WindowAttention(Attention):
 
 
 class BlockCausalAttention(Attention):
-    """Attention to the own scale and all coarser ones. Carries the keys and values seen so far, each (b, h, l, p)."""
+    """Attention to the same and all coarser scales. The state is a KV cache of all scales so far, (b, h, l, p) each."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
         if state is not None:
@@ -91,7 +91,7 @@ class BlockCausalAttention(Attention):
 
 
 class MarkovAttention(Attention):
-    """Attention to the own scale and the one before. Carries that one's keys and values, each (b, h, n, p)."""
+    """Attention to the same and the previous scale. The state is a KV cache of the last scale, (b, h, n, p) each."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:
         if state is not None:

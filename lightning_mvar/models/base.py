@@ -1,13 +1,13 @@
-"""The contract of the token mixers that a block is built from.
+"""The contract of the token mixers in a block.
 
 Every mixer is a module called as `y, state = mixer(x, shapes, state)`:
 
-- x (b, l, d): the tokens of one or more consecutive scales, y (b, l, d) likewise;
-- shapes: (height, width) of each of those scales' token maps, which have l tokens together;
-- state: what the mixer carries from earlier scales, as it returned it; None before the first scale.
+- x (b, l, d): the tokens of one or more consecutive scales; y has the same shape;
+- shapes: (height, width) of each of these token maps, l tokens in total;
+- state: the state returned by the previous call; None before the first scale.
 
-One call over all scales equals a call for each scale with the state handed on, which is what lets the sampler take one
-scale at a time without running a prefix again.
+One call over all scales equals one call per scale with the state passed on, so the sampler can process one scale at a
+time without recomputing the prefix.
 
 | paper                             | name there             | here                                       |
 |-----------------------------------|------------------------|--------------------------------------------|
@@ -15,7 +15,7 @@ scale at a time without running a prefix again.
 | M-VAR, arXiv 2411.10433, sec. 3.3 | inter-scale Mamba      | `models.recurrences`: Mamba2 and others    |
 | VAR, arXiv 2404.02905, sec. 3.2   | block-causal attention | `models.attention`: BlockCausalAttention   |
 
-Where a network predicts token by token, every token counts as a scale of its own here.
+In a network that predicts single tokens, each token counts as a scale of shape (1, 1).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ State = tuple[Tensor, ...] | None
 
 
 class Mixer(nn.Module, ABC):
-    """A token mixer; the module's docstring has the contract."""
+    """Token mixer; see the module docstring for its contract."""
 
     @abstractmethod
     def forward(self, x: Tensor, shapes: tuple[Shape, ...], state: State = None) -> tuple[Tensor, State]: ...
 
     def reset_own_parameters(self) -> None:
-        """Initialises in place the parameters that are not weight or bias of a layer inside."""
+        """Initializes the parameters in place that do not belong to a child layer."""

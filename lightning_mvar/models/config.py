@@ -1,10 +1,10 @@
-"""What a network is made of: sizes, and which mixers its blocks have."""
+"""Network configuration: sizes, and the token mixers of each block."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lightning_mvar.errors import InputError
@@ -19,7 +19,7 @@ from lightning_mvar.models.base import Mixer
 from lightning_mvar.models.recurrences import GatedLinearAttention, LinearAttention, Mamba1, Mamba2, ScaleMamba
 from lightning_mvar.scales import ScaleSchedule, Shape, lengths_of
 
-SCAN_ORDERS: dict[str, list[tuple[str, ...]]] = {  # taken in turns by the blocks; see `reading_order`
+SCAN_ORDERS: dict[str, list[tuple[str, ...]]] = {  # blocks cycle through the list; see `reading_order`
     "raster": [("raster",)],
     "column": [("column",)],
     "alternating": [("raster",), ("column",)],
@@ -30,33 +30,34 @@ SIZES = {"d12": 12, "d16": 16, "d20": 20, "d24": 24, "d30": 30, "d32": 32, "d36"
 
 @dataclass(frozen=True)
 class MVARConfig:
-    """What a network is made of.
+    """Architecture of a network.
 
     Args:
         schedule: the scales of an image.
         depth: number of blocks.
-        width: d, channels of a token.
-        heads: attention heads; must divide `width`.
-        vocab_size: v, entries of the tokenizer's codebook.
-        code_dim: c, channels of a code.
-        num_classes: number of classes; the class `num_classes` means unconditional.
-        mixers: token mixers of a block, in the order in which they are applied; see `MIXERS`. A list of such lists is
-            taken in turns by the blocks: [[scale_attention, mamba2], [scale_attention]] has Mamba in every second one.
-        parallel: mixers of a block all read what enters it, instead of each what the one before has added to.
-        prediction: what a step predicts: all tokens of a `scale` at once, or one `token` from all before it. Networks
-            that predict single tokens have no scales to look at inside: they mix by attention to what came before
-            or by a recurrence.
-        qk_norm: L2-normalise queries and keys and learn a temperature per head.
-        shared_adaln: one AdaLN projection for all blocks, as in VAR-d36-s.
-        drop_path: stochastic-depth rate of the last block, rising linearly from 0 in the first.
+        width: d, channels per token.
+        heads: number of attention heads; must divide `width`.
+        vocab_size: v, size of the tokenizer's codebook.
+        code_dim: c, channels per code.
+        num_classes: number of classes; the label `num_classes` means unconditional.
+        mixers: token mixers of each block, in the order in which they are applied; see `MIXERS`. Given a list of lists,
+            blocks cycle through it: [[scale_attention, mamba2], [scale_attention]] has Mamba in every second block.
+        parallel: all mixers of a block read the block's input, instead of each reading the output of the previous one.
+        prediction: `scale` predicts all tokens of a scale per step, `token` a single token from all earlier ones.
+            Single tokens have no scale to attend inside, so `token` needs mixers that attend to earlier tokens or
+            are recurrent.
+        qk_norm: L2-normalize queries and keys, and learn a softmax scale per head.
+        shared_adaln: share one AdaLN projection among all blocks, as in VAR-d36-s.
+        drop_path: drop path rate of the last block, rising linearly from 0 in the first.
         adaln_gate_init: factor on the initial weights of the first two gates.
-        window: of `window_attention`: side of the square of tokens that a token sees, odd.
-        state_dim: of recurrences: n, numbers that a channel carries.
-        conv_width: of Mamba: taps of its convolution.
-        expand: of recurrences: inner width over `width`.
-        head_dim: of recurrences: p, channels of a head.
-        scan_order: in which recurrences read the tokens of a scale: by rows (raster), by columns, by either in every
-            second block (alternating), or by rows forwards and backwards at twice the cost (both).
+        window: side of the square that each token attends to in `window_attention`; odd.
+        state_dim: n, state size per channel in recurrences.
+        conv_width: number of taps of Mamba's convolution.
+        expand: inner width of recurrences as a multiple of `width`.
+        head_dim: p, channels per head in recurrences.
+        scan_order: order in which recurrences read the tokens of a scale: by rows (raster), by columns (column), by
+            rows and columns in alternating blocks (alternating), or by rows forwards and backwards at twice the cost
+            (both).
     """
 
     schedule: ScaleSchedule = field(default_factory=ScaleSchedule)
@@ -82,7 +83,7 @@ class MVARConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.mixers, str) or len({isinstance(part, str) for part in self.mixers}) > 1:
-            raise InputError(f"network.mixers must be a list of names, or of such lists, got {self.mixers!r}")
+            raise InputError(f"network.mixers must be a list of names or a list of such lists, got {self.mixers!r}")
         mixers = tuple(part if isinstance(part, str) else tuple(part) for part in self.mixers)
         object.__setattr__(self, "mixers", mixers)
         positive = ("depth", "width", "heads", "vocab_size", "code_dim", "num_classes")
@@ -97,97 +98,133 @@ class MVARConfig:
             raise InputError(f"network.window must be odd and positive, got {self.window}")
         for name, known in (("scan_order", SCAN_ORDERS), ("prediction", ("scale", "token"))):
             if getattr(self, name) not in known:
-                raise InputError(f"network.{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+                raise InputError(f"network.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         self.check_mixers()
 
     def check_mixers(self) -> None:
         names = {name for i in range(self.depth) for name in self.mixers_of(i)}
         if unknown := sorted(names - set(MIXERS)):
-            raise InputError(f"network.mixers names {unknown[0]!r}; there are {', '.join(MIXERS)}")
-        if names & WITH_HEADS and self.expand * self.width % self.head_dim:
+            raise InputError(f"network.mixers has an unknown mixer {unknown[0]!r}; choose from {', '.join(MIXERS)}")
+        if names & MULTI_HEAD_RECURRENCES and self.expand * self.width % self.head_dim:
             raise InputError(
                 f"network.width {self.width} times expand {self.expand} is not a multiple of head_dim {self.head_dim}"
             )
-        if self.scan_order != "raster" and not names & IN_ORDER:
-            raise InputError(
-                f"network.scan_order {self.scan_order} is for {', '.join(sorted(IN_ORDER))}: there is none"
-            )
+        if self.scan_order != "raster" and not names & ORDERED_RECURRENCES:
+            recurrences = ", ".join(sorted(ORDERED_RECURRENCES))
+            raise InputError(f"network.scan_order {self.scan_order} needs one of {recurrences} in network.mixers")
         if self.shared_adaln and len({len(self.mixers_of(i)) for i in range(self.depth)}) > 1:
-            raise InputError("network.shared_adaln is one table for all blocks: network.mixers must give all as many")
-        if self.prediction == "token" and (whole := sorted(names & INSIDE_SCALES) or self.scan_order != "raster"):
-            what = f"network.mixers {', '.join(whole)}" if isinstance(whole, list) else f"scan_order {self.scan_order}"
-            raise InputError(f"{what} sees whole scales, which network.prediction token does not have")
+            raise InputError(
+                "network.shared_adaln needs the same number of mixers in each block; change network.mixers"
+            )
+        if self.prediction == "token" and (intra := sorted(names & INTRA_SCALE_MIXERS) or self.scan_order != "raster"):
+            what = f"network.mixers {', '.join(intra)}" if isinstance(intra, list) else f"scan_order {self.scan_order}"
+            raise InputError(f"{what} needs complete scales; set network.prediction to scale")
 
     def mixers_of(self, block: int) -> tuple[str, ...]:
-        """Names of the mixers of a block, by its number."""
+        """Returns the mixer names of block number `block`."""
         if any(isinstance(part, str) for part in self.mixers) or not self.mixers:
             return self.mixers  # type: ignore[return-value]
         return self.mixers[block % len(self.mixers)]  # type: ignore[return-value]
 
     def orders_of(self, block: int) -> tuple[str, ...]:
-        """The orders in which the recurrence of a block reads, by its number: they take turns where there is one."""
+        """Returns the scan orders of block number `block`; blocks with a recurrence cycle through them."""
         orders = SCAN_ORDERS[self.scan_order]
-        before = sum(not IN_ORDER.isdisjoint(self.mixers_of(i)) for i in range(block))
-        return orders[before % len(orders)]
+        earlier = sum(not ORDERED_RECURRENCES.isdisjoint(self.mixers_of(i)) for i in range(block))
+        return orders[earlier % len(orders)]
 
     @property
-    def turn(self) -> int:
-        """After how many blocks their kinds come again."""
-        kinds = 1 if self.mixers_of(0) == self.mixers else len(self.mixers)
-        reading = sum(not IN_ORDER.isdisjoint(self.mixers_of(i)) for i in range(kinds))
+    def mixer_period(self) -> int:
+        """Number of blocks after which the mixer pattern repeats."""
+        period = 1 if self.mixers_of(0) == self.mixers else len(self.mixers)
+        recurrent_blocks = sum(not ORDERED_RECURRENCES.isdisjoint(self.mixers_of(i)) for i in range(period))
         orders = len(SCAN_ORDERS[self.scan_order])
-        return kinds * (orders // math.gcd(orders, reading))
+        return period * (orders // math.gcd(orders, recurrent_blocks))
 
     @property
-    def mixing(self) -> str:
-        """The mixers in words."""
-        different = dict.fromkeys(self.mixers_of(i) for i in range(self.depth))
-        return " / ".join(", ".join(names) or "none" for names in different)
+    def mixer_summary(self) -> str:
+        """Mixer names of each distinct block, for messages."""
+        distinct = dict.fromkeys(self.mixers_of(i) for i in range(self.depth))
+        return " / ".join(", ".join(names) or "none" for names in distinct)
 
     @property
     def step_shapes(self) -> tuple[Shape, ...]:
-        """Height and width of each step's tokens: those of a scale, or one."""
+        """Height and width of each step's token map; (1, 1) if steps predict single tokens."""
         return self.schedule.shapes if self.prediction == "scale" else ((1, 1),) * self.schedule.num_tokens
 
     @property
     def step_lengths(self) -> tuple[int, ...]:
-        """Tokens of each step."""
+        """Number of tokens per step."""
         return lengths_of(self.step_shapes)
 
     @property
     def num_inputs(self) -> int:
-        """Tokens that have an input: all but those of the first step, which start from the class."""
+        """Number of teacher-forcing inputs: all tokens except those of the first step, which start from the class."""
         return self.schedule.num_tokens - self.step_lengths[0]
 
     @classmethod
     def for_size(cls, name: str, **overrides: object) -> MVARConfig:
-        """A published size, d12 to d36: depth D, width 64 D, D heads, drop path 0.1 D / 24."""
+        """Returns a published size, d12 to d36: depth D, width 64 D, D heads, drop path 0.1 D / 24."""
         depth = SIZES[name]
         published = {"depth": depth, "width": 64 * depth, "heads": depth, "drop_path": 0.1 * depth / 24}
         return cls(**(published | overrides))  # type: ignore[arg-type]
 
 
-def attention(kind: type[Attention]) -> Callable[[MVARConfig, int], Mixer]:
+@dataclass(frozen=True)
+class NetworkOptions(MVARConfig):
+    """Network to train, described without repeating what its tokenizer and token shards say.
+
+    Args:
+        schedule: scales of an image; the tokenizer's if not given.
+        vocab_size: v; the tokenizer's if not given.
+        code_dim: c; the tokenizer's if not given.
+        num_classes: number of classes; that of the token shards if not given.
+    """
+
+    schedule: ScaleSchedule | None = None  # type: ignore[assignment]
+    vocab_size: int | None = None  # type: ignore[assignment]
+    code_dim: int | None = None  # type: ignore[assignment]
+    num_classes: int | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Checks nothing yet: `complete` does."""
+
+    def complete(self, schedule: ScaleSchedule, vocab_size: int, code_dim: int, num_classes: int) -> MVARConfig:
+        """Returns the whole configuration; options that were given win over the arguments.
+
+        Raises:
+            InputError: if the options do not make a network.
+        """
+        known: dict[str, Any] = {"schedule": schedule, "vocab_size": vocab_size, "code_dim": code_dim}
+        known["num_classes"] = num_classes
+        return MVARConfig(**(known | self.given()))
+
+    def given(self) -> dict[str, Any]:
+        """Returns the options that were given, or have a default of their own."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def attention_factory(kind: type[Attention]) -> Callable[[MVARConfig, int], Mixer]:
     return lambda c, block: kind(c.width, c.heads, c.qk_norm)
 
 
-def linear(kind: type[LinearAttention]) -> Callable[[MVARConfig, int], Mixer]:
+def linear_attention_factory(kind: type[LinearAttention]) -> Callable[[MVARConfig, int], Mixer]:
     return lambda c, block: kind(c.width, c.state_dim, c.expand, c.head_dim, c.orders_of(block))
 
 
-# By name, what makes one for a block, by its number.
+# Mixer factories by name: factory(config, block_index).
 MIXERS: dict[str, Callable[[MVARConfig, int], Mixer]] = {
-    "scale_attention": attention(ScaleAttention),
+    "scale_attention": attention_factory(ScaleAttention),
     "window_attention": lambda c, block: WindowAttention(c.width, c.heads, c.qk_norm, c.window),
     "scale_mamba": lambda c, block: ScaleMamba(c.width, c.state_dim, c.conv_width, c.expand, c.head_dim),
-    "block_causal_attention": attention(BlockCausalAttention),
-    "markov_attention": attention(MarkovAttention),
+    "block_causal_attention": attention_factory(BlockCausalAttention),
+    "markov_attention": attention_factory(MarkovAttention),
     "mamba2": lambda c, block: Mamba2(c.width, c.state_dim, c.conv_width, c.expand, c.head_dim, c.orders_of(block)),
     "mamba1": lambda c, block: Mamba1(c.width, c.state_dim, c.conv_width, c.expand, c.orders_of(block)),
-    "gated_linear_attention": linear(GatedLinearAttention),
-    "linear_attention": linear(LinearAttention),
+    "gated_linear_attention": linear_attention_factory(GatedLinearAttention),
+    "linear_attention": linear_attention_factory(LinearAttention),
 }
-BASELINES: dict[str, dict[str, Any]] = {  # published divisions of labour; configs/mixer has each, and others
+BASELINES: dict[str, dict[str, Any]] = {  # published architectures; configs/mixer has these and more
     "mvar": {"mixers": ("scale_attention", "mamba2")},
     "var": {"mixers": ("block_causal_attention",)},
     "markov": {"mixers": ("markov_attention",)},
@@ -195,6 +232,6 @@ BASELINES: dict[str, dict[str, Any]] = {  # published divisions of labour; confi
     "attention_only": {"mixers": ("scale_attention",)},
     "ar_raster": {"mixers": ("block_causal_attention",), "prediction": "token"},
 }
-WITH_HEADS = {"scale_mamba", "mamba2", "gated_linear_attention", "linear_attention"}  # of `head_dim` channels
-IN_ORDER = {"mamba2", "mamba1", "gated_linear_attention", "linear_attention"}  # what `scan_order` is for
-INSIDE_SCALES = {"scale_attention", "window_attention", "scale_mamba"}  # what carries nothing from scale to scale
+MULTI_HEAD_RECURRENCES = {"scale_mamba", "mamba2", "gated_linear_attention", "linear_attention"}  # use `head_dim`
+ORDERED_RECURRENCES = {"mamba2", "mamba1", "gated_linear_attention", "linear_attention"}  # use `scan_order`
+INTRA_SCALE_MIXERS = {"scale_attention", "window_attention", "scale_mamba"}  # keep no state between scales

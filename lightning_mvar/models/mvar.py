@@ -1,43 +1,39 @@
-"""The scale-by-scale network: M-VAR, VAR, and whatever other mixers a block is given.
+"""The scale-by-scale network: M-VAR, VAR, and any other choice of mixers.
 
 Papers: M-VAR (arXiv 2411.10433), VAR (arXiv 2404.02905).
 
-| paper / published code         | here           | meaning                                                    |
-|--------------------------------|----------------|------------------------------------------------------------|
-| patch_nums                     | side_lengths   | side of each token map, coarse to fine                     |
-| x_BLCv_wo_first_l              | scale_inputs   | teacher-forcing input of every scale but the first         |
-| pos_start, pos_1LC, lvl_embed  | start_embed, pos_embed, scale_embed | added to the input tokens             |
-| gamma, 1 + scale, shift (AdaLN) | gate, gain, shift | per-channel modulation of each branch by the class     |
-| sos / cond_BD                  | cond           | class embedding: the first token, and the AdaLN's input    |
+| paper / published code          | here              | meaning                                                  |
+|---------------------------------|-------------------|----------------------------------------------------------|
+| patch_nums                      | side_lengths      | side of each token map, coarse to fine                   |
+| x_BLCv_wo_first_l               | scale_inputs      | teacher-forcing input of every scale but the first       |
+| pos_start, pos_1LC, lvl_embed   | start_embed, pos_embed, scale_embed | added to the input tokens              |
+| gamma, 1 + scale, shift (AdaLN) | gate, gain, shift | per-channel modulation of a residual branch by the class |
+| sos / cond_BD                   | cond              | class embedding: first token, and input of the AdaLN     |
 
-Shapes: b batch, l tokens, d width, k scale, v vocabulary, c code dim, m branches of a block.
+Shapes: b batch, l tokens, d width, k scale, v vocabulary, c code dim, m branches of a block (mixers and MLP), n tokens
+of a step.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_mvar.models.attention import Attention
 from lightning_mvar.models.base import Mixer, State
 from lightning_mvar.models.config import MIXERS, MVARConfig
+from lightning_mvar.models.scoring import score_in_parts
 from lightning_mvar.ops.kernels import look_for_kernels
 from lightning_mvar.scales import Shape
 
-# Parameters that get exponentiated (decays over all tokens, temperatures): kept in float32 and without weight decay.
-KEEP_FLOAT32 = ("A_log", "dt_bias", "decay_log", "qk_scale_log")
-UNDECAYED = ("start_embed", "pos_embed", "scale_embed.weight", "adaln_table", *KEEP_FLOAT32)
-LOGITS_AT_ONCE = 2**24  # while scoring: 64 MiB
 
-
-class Modulation(NamedTuple):
-    """What the class makes of a branch, each (b, 1, d): factors of its output and of its normalised input, a shift."""
+class AdaLN(NamedTuple):
+    """AdaLN parameters of one residual branch, each (b, 1, d): output gate, input gain, input shift."""
 
     gate: Tensor
     gain: Tensor
@@ -46,17 +42,17 @@ class Modulation(NamedTuple):
 
 @dataclass
 class BlockState:
-    """What a block keeps while an image is sampled."""
+    """What a block carries from step to step while an image is sampled."""
 
-    modulation: list[Modulation]  # of its mixers, then of its MLP
+    adaln: list[AdaLN]  # of its mixers, then of its MLP; constant
     mixers: tuple[State, ...]
 
 
 @dataclass
 class MVARState:
-    """What the network keeps while an image is sampled: the step that comes next, cond (b, d), and every block's.
+    """What the network carries while images are sampled: number of the next step, cond (b, d), state of each block.
 
-    Blocks have none before the first step: their AdaLN tables are made with it, and kept.
+    A block has no state before the first step, which computes its AdaLN parameters.
     """
 
     step: int
@@ -65,7 +61,7 @@ class MVARState:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drop the branch of a whole sample with probability `rate`, rescale the rest."""
+    """Stochastic depth: in training, drops a sample's residual branch with probability `rate` and rescales the rest."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -79,7 +75,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Mixers, then an MLP, each a residual branch modulated by the class: x + drop_path(gate * branch(AdaLN(x)))."""
+    """Mixers, then an MLP, each a residual branch: x + drop_path(gate * branch(LayerNorm(x) * gain + shift))."""
 
     def __init__(self, config: MVARConfig, number: int, drop_path: float) -> None:
         super().__init__()
@@ -94,36 +90,43 @@ class Block(nn.Module):
             self.adaln = nn.Linear(d, 3 * branches * d)
         self.drop_path = DropPath(drop_path)
 
-    def modulation(self, cond: Tensor) -> list[Modulation]:
-        """Of the mixers, then of the MLP, from cond (b, d) or the shared table (b, 1, 3 m, d)."""
-        if hasattr(self, "adaln"):
-            table = self.adaln(F.silu(cond))[:, None].unflatten(-1, (-1, cond.shape[-1]))
-        else:
-            table = self.adaln_table + cond
-        gates, gains, shifts = (part.unbind(2) for part in table.unflatten(2, (3, -1)).unbind(2))
-        return [Modulation(gate, 1 + gain, shift) for gate, gain, shift in zip(gates, gains, shifts, strict=True)]
-
     def forward(
-        self, x: Tensor, cond: Tensor | None, shapes: tuple[Shape, ...], state: BlockState | None = None
+        self, x: Tensor, cond: Tensor, shapes: tuple[Shape, ...], state: BlockState | None = None
     ) -> tuple[Tensor, BlockState]:
-        """Tokens x (b, l, d) of steps of these shapes; `cond` to begin an image, `state` to continue one."""
-        if state is None:
-            assert cond is not None
-            state = BlockState(self.modulation(cond), (None,) * len(self.mixers))
-        *of_mixers, of_mlp = state.modulation
-        carried, entered = [], x
-        for mixer, before, (gate, gain, shift) in zip(self.mixers, state.mixers, of_mixers, strict=True):
-            y, after = mixer(modulated(entered if self.config.parallel else x, gain, shift), shapes, before)
-            x = torch.addcmul(x, self.drop_path(gate), y)
+        """Runs tokens x (b, l, d) of steps with these token maps, continuing from `state`.
+
+        Args:
+            x: (b, l, d).
+            cond: (b, d), or (b, 1, 3 m, d) with shared AdaLN; used only to begin an image, that is without a `state`.
+            shapes: height and width of each step's token map, l tokens together.
+            state: as returned for the step before.
+        """
+        state = state or BlockState(self.adaln_parameters(cond), (None,) * len(self.mixers))
+        *of_mixers, of_mlp = state.adaln
+        entered, carried = x, []
+        for mixer, adaln, before in zip(self.mixers, of_mixers, state.mixers, strict=True):
+            source = entered if self.config.parallel else x
+            y, after = mixer(modulate(source, adaln.gain, adaln.shift), shapes, before)  # (b, l, d)
+            x = torch.addcmul(x, self.drop_path(adaln.gate), y)  # (b, l, d)
             carried.append(after)
-        x = torch.addcmul(x, self.drop_path(of_mlp.gate), self.mlp(modulated(x, of_mlp.gain, of_mlp.shift)))
-        return x, BlockState(state.modulation, tuple(carried))
+        y = self.mlp(modulate(x, of_mlp.gain, of_mlp.shift))  # (b, l, d)
+        x = torch.addcmul(x, self.drop_path(of_mlp.gate), y)  # (b, l, d)
+        return x, BlockState(state.adaln, tuple(carried))
+
+    def adaln_parameters(self, cond: Tensor) -> list[AdaLN]:
+        """Computes the AdaLN parameters of mixers and MLP; they depend on the class alone."""
+        if self.config.shared_adaln:
+            table = self.adaln_table + cond  # (b, 1, 3 m, d)
+        else:
+            table = self.adaln(F.silu(cond))[:, None].unflatten(-1, (-1, cond.shape[-1]))  # (b, 1, 3 m, d)
+        gates, gains, shifts = (part.unbind(2) for part in table.unflatten(2, (3, -1)).unbind(2))  # m times (b, 1, d)
+        return [AdaLN(gate, 1 + gain, shift) for gate, gain, shift in zip(gates, gains, shifts, strict=True)]
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise in place: small writes to the residual stream, the first two gates nearly closed."""
+        """Initialises in place: small writes to the residual stream, the first two gates nearly closed."""
         d, output_scale = self.config.width, 1 / math.sqrt(2 * self.config.depth)
-        draw_weights(self, weight_std(d))
+        init_part(self, weight_std(d))
         self.mlp[2].weight.mul_(output_scale)  # type: ignore[operator]
         for mixer in self.mixers:
             if isinstance(mixer, Attention):
@@ -138,7 +141,7 @@ class Block(nn.Module):
 
 
 class MVAR(nn.Module):
-    """Next-scale prediction: logits of every token of scale k from the scales before it and the class."""
+    """Next-scale prediction: logits of all tokens of a scale from the scales before it and the class."""
 
     def __init__(self, config: MVARConfig) -> None:
         super().__init__()
@@ -158,82 +161,68 @@ class MVAR(nn.Module):
         self.head = nn.Linear(d, config.vocab_size)
         self.init_weights()
 
-    @overload
-    def forward(self, labels: Tensor, scale_inputs: Tensor) -> Tensor: ...
-
-    @overload
-    def forward(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def forward(
-        self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Teacher-forced logits of all scales at once, or how well they tell the tokens.
+    def forward(self, labels: Tensor, scale_inputs: Tensor) -> Tensor:
+        """Computes teacher-forced logits of all scales at once.
 
         Args:
             labels: (b,) int64 in [0, num_classes]; `num_classes` is unconditional.
-            scale_inputs: (b, l - n, c) what `teacher_inputs` gives for the image's tokens, the first step having n.
-            tokens: (b, l) int64, the image's own.
+            scale_inputs: (b, l - n, c) what `teacher_inputs` gives for the images' tokens; the first step has n.
 
         Returns:
-            (b, l, v) float32 logits; those of step k depend on tokens of steps before k only. With `tokens`, what
-            `score` gives: all logits are then never in memory at once.
+            (b, l, v) float32; logits of step k depend only on tokens of steps before k.
         """
+        x, cond = self.hidden(labels, scale_inputs)  # (b, l, d), (b, d)
+        return self.logits(x, cond)  # (b, l, v)
+
+    def score(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores the images' own tokens (b, l) with the logits that `forward` computes; see `score_in_parts`."""
+        x, cond = self.hidden(labels, scale_inputs)  # (b, l, d), (b, d)
+        return score_in_parts(self.logits, x, cond, tokens, self.config.vocab_size)  # (b, l), (b, l)
+
+    def hidden(self, labels: Tensor, scale_inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs all blocks over all scales; returns x (b, l, d) and cond (b, d)."""
         cond = self.class_embed(labels)  # (b, d)
         x = torch.cat([self.start(cond), self.project(scale_inputs)], dim=1)  # (b, l, d)
-        x = x + self.positions(0, self.config.schedule.num_tokens)
-        block_cond = self.block_cond(cond)
+        x = x + self.positions(0, self.config.schedule.num_tokens)  # (b, l, d)
+        block_cond = self.block_cond(cond)  # (b, d) or (b, 1, 3 m, d)
         for block in self.blocks:
-            x, _ = block(x, block_cond, self.config.step_shapes)
-        if tokens is None:
-            return self.logits(x, cond)
-        at_once = max(1, LOGITS_AT_ONCE // (x.shape[1] * self.config.vocab_size))
-        parts = zip(*(t.split(at_once) for t in (x, cond, tokens)), strict=True)
-        # Logits are made again in the backward pass: kept, they would take more memory than a block.
-        scores = [checkpoint(self.score, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        losses, correct = zip(*scores, strict=True)
-        return torch.cat(losses), torch.cat(correct)
-
-    def score(self, x: Tensor, cond: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the last block's x (b, l, d): cross entropy (b, l) in nats, and whether the likeliest token is right."""
-        logits = self.logits(x, cond)
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
-        return losses.view_as(tokens), (logits.detach().argmax(dim=-1) == tokens).float()
+            x, _ = block(x, block_cond, self.config.step_shapes)  # (b, l, d)
+        return x, cond
 
     def init_state(self, labels: Tensor) -> MVARState:
-        """State before the first step, for images of `labels` (b,) int64 in [0, num_classes]."""
+        """Returns the state before the first step, for images of `labels` (b,) int64 in [0, num_classes]."""
         return MVARState(0, self.class_embed(labels), [None] * self.config.depth)
 
     def step(self, scale_inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
-        """One step, continuing where `state` ends; the steps together equal `forward`.
+        """Runs one step, continuing where `state` ends; all steps together equal `forward`.
 
         Args:
-            scale_inputs: (b, n, c) input of the n tokens of step k, those of a scale or one; None for the first.
+            scale_inputs: (b, n, c) input of the step's n tokens, those of a scale or a single one; None for the first.
             state: as returned by `init_state` or the step before.
 
         Returns:
-            (b, n, v) float32 logits of step k, and the state for the next.
+            (b, n, v) float32 logits of the step, and the state for the next.
         """
-        k, lengths = state.step, self.config.step_lengths
-        begin = sum(lengths[:k])
-        x = self.start(state.cond) if scale_inputs is None else self.project(scale_inputs)
-        x = x + self.positions(begin, begin + lengths[k])
-        block_cond = self.block_cond(state.cond) if k == 0 else None
+        k, begin = state.step, sum(self.config.step_lengths[: state.step])
+        x = self.start(state.cond) if scale_inputs is None else self.project(scale_inputs)  # (b, n, d)
+        x = x + self.positions(begin, begin + self.config.step_lengths[k])  # (b, n, d)
+        block_cond = self.block_cond(state.cond) if k == 0 else state.cond
         blocks: list[BlockState | None] = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
-            x, after = block(x, block_cond, self.config.step_shapes[k : k + 1], before)
+            x, after = block(x, block_cond, self.config.step_shapes[k : k + 1], before)  # (b, n, d)
             blocks.append(after)
         return self.logits(x, state.cond), MVARState(k + 1, state.cond, blocks)
 
     def start(self, cond: Tensor) -> Tensor:
-        """(b, n, d) for the n tokens of the first step: the class embedding stands where no step precedes."""
+        """Returns the input (b, n, d) of the first step, which no tokens precede: the class embedding."""
         return cond[:, None] + self.start_embed
 
     def project(self, scale_inputs: Tensor) -> Tensor:
-        """(b, l, c) -> (b, l, d); a frozen tokenizer may be in another dtype than the network."""
+        """Projects (b, l, c) -> (b, l, d); a frozen tokenizer may have another dtype than the network."""
         return self.input_proj(scale_inputs.to(self.input_proj.weight.dtype))
 
     def positions(self, begin: int, end: int) -> Tensor:
-        """(1, end - begin, d): scale and position embeddings of consecutive tokens."""
+        """Returns scale and position embeddings (1, end - begin, d) of consecutive tokens."""
         schedule = self.config.schedule
         scales = enumerate(zip(schedule.offsets, schedule.lengths, strict=True))
         counts = {k: min(end, offset + length) - max(begin, offset) for k, (offset, length) in scales}
@@ -241,56 +230,53 @@ class MVAR(nn.Module):
         return self.pos_embed[:, begin:end] + scale_embed
 
     def block_cond(self, cond: Tensor) -> Tensor:
-        """What the blocks' AdaLN takes: cond (b, d) itself, or the shared projection of it (b, 1, 3 m, d)."""
+        """Returns the input of the blocks' AdaLN: cond (b, d) itself, or its shared projection (b, 1, 3 m, d)."""
         if not self.config.shared_adaln:
             return cond
         return self.shared_adaln(F.silu(cond))[:, None].unflatten(-1, (-1, cond.shape[-1]))
 
     def logits(self, x: Tensor, cond: Tensor) -> Tensor:
-        """(b, l, d) -> (b, l, v), in float32 even under autocast: small logit differences decide the sampling."""
-        device = "cpu" if x.is_meta else x.device.type  # the meta device, where operations are counted, has no autocast
+        """Computes (b, l, d) -> (b, l, v), in float32 even under autocast: small differences decide the sampling."""
+        device = "cpu" if x.is_meta else x.device.type  # the meta device, where FLOPs are counted, has no autocast
         with torch.autocast(device, enabled=False):
             gain, shift = F.linear(F.silu(cond.float()), *float_parameters(self.head_adaln))[:, None].chunk(2, dim=-1)
-            x = modulated(x.float(), 1 + gain, shift)
-            return F.linear(x, *float_parameters(self.head))
-
-    def lower(self, dtype: torch.dtype) -> MVAR:
-        """Casts the weights in place, to sample with less memory and time; `KEEP_FLOAT32` and the head stay float32."""
-        exact = {
-            name: p.data
-            for name, p in self.named_parameters()
-            if name.endswith(KEEP_FLOAT32) or name.startswith("head")
-        }
-        self.to(dtype)
-        for name, value in exact.items():
-            self.get_parameter(name).data = value
-        return self
+            x = modulate(x.float(), 1 + gain, shift)  # (b, l, d)
+            return F.linear(x, *float_parameters(self.head))  # (b, l, v)
 
     def init_weights(self) -> None:
-        """Initialise every parameter in place (VAR, appendix; M-VAR keeps it)."""
+        """Initialises every parameter in place (VAR, appendix; M-VAR keeps it)."""
         for block in self.blocks:
             block.init_weights()  # type: ignore[operator]
         self.init_outer_weights()
 
     @torch.no_grad()
     def init_outer_weights(self) -> None:
-        """Initialise what is not of a block, in place: embeddings, the projections in and out."""
+        """Initialises in place everything outside the blocks: embeddings, input projection, head."""
         std = weight_std(self.config.width)
         for name, module in self.named_children():
             if name != "blocks":
-                draw_weights(module, std)
+                init_part(module, std)
         nn.init.trunc_normal_(self.start_embed, std=std)
         nn.init.trunc_normal_(self.pos_embed, std=std)
         self.head.weight.mul_(0.02)
         self.head_adaln.weight.mul_(0.5)
 
 
+def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """Applies AdaLN to x (b, l, d): LayerNorm without learned affine, then gain and shift, each (b, 1, d)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), gain)
+
+
+def float_parameters(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    return linear.weight.float(), linear.bias.float()
+
+
 def weight_std(width: int) -> float:
     return math.sqrt(1 / width / 3)
 
 
-def draw_weights(part: nn.Module, std: float) -> None:
-    """Normal weights truncated at +-2, biases 0, and what mixers start from."""
+def init_part(part: nn.Module, std: float) -> None:
+    """Draws weights from a normal truncated at +-2, sets biases to 0, and lets mixers initialise the rest."""
     for module in part.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.trunc_normal_(module.weight, std=std)
@@ -300,12 +286,3 @@ def draw_weights(part: nn.Module, std: float) -> None:
             module.reset_own_parameters()
         if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def modulated(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """AdaLN of x (b, l, d): LayerNorm without learned affine, then gain and shift, each (b, 1, d)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), gain)
-
-
-def float_parameters(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    return linear.weight.float(), linear.bias.float()

@@ -1,19 +1,18 @@
-"""The token mixers that carry a state of fixed size over the packed sequence, token by token.
+"""Recurrent token mixers, which carry a fixed-size state over the packed sequence (contract: `models.base`).
 
-They are called as the mixers of `models.mixers` are. Inside a scale, a token sees those that the scan has read before
-it: the order in which it reads them is a choice, that of the scales is not.
+Scales are read coarse to fine. Inside a scale, a token sees the tokens read before it; that reading order is an option.
 
 | paper                                     | here                                                          |
 |-------------------------------------------|---------------------------------------------------------------|
 | Mamba-2, arXiv 2405.21060, section 7      | Mamba2: in_proj, conv1d, A_log, ... as in `mamba_ssm.Mamba2`  |
-| Mamba, arXiv 2312.00752, section 3.4      | Mamba1, likewise, but for dt_proj, whose bias is dt_bias      |
-| RetNet, arXiv 2307.08621, section 2.2;    | LinearAttention: the decay of RWKV-5, learned for every key   |
-| RWKV-5, arXiv 2404.05892, section 4       | channel and the same at all tokens                            |
+| Mamba, arXiv 2312.00752, section 3.4      | Mamba1, likewise, except that the bias of dt_proj is dt_bias  |
+| RetNet, arXiv 2307.08621, section 2.2;    | LinearAttention: the decay of RWKV-5, learned per key         |
+| RWKV-5, arXiv 2404.05892, section 4       | channel and equal for all tokens                              |
 | GLA, arXiv 2312.06635, section 4          | GatedLinearAttention: the decay depends on the token          |
-| Vision Mamba, arXiv 2401.09417, section 3 | ScaleMamba: two scans inside each scale, one backwards        |
+| Vision Mamba, arXiv 2401.09417, section 3 | ScaleMamba: a forward and a backward scan inside each scale   |
 
-At the same expansion, head dim p and state dim n, the states of all but Mamba1 have the same size: (b, h, p, n) with
-h p = expand d. Mamba1 has n numbers for each of its expand d channels, which is as many.
+At equal expansion, head dim p and state dim n, all states have the same size: (b, h, p, n) with h p = expand d, or
+(b, expand d, n) in Mamba1.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from lightning_mvar.ops.ssd import ssd
 from lightning_mvar.scales import Shape, lengths_of
 
 RASTER = ("raster",)
-GATE_RANK, GATE_TEMPERATURE = 16, 16.0  # of gated linear attention
+GATE_RANK, GATE_TEMPERATURE = 16, 16.0  # for GatedLinearAttention
 NORM_EPS = 1e-5
-SLOWEST, FASTEST = 1e-3, 0.5  # decay a token that linear attention starts from
+MIN_INITIAL_DECAY, MAX_INITIAL_DECAY = 1e-3, 0.5  # per token, for LinearAttention
 
 
 class Recurrence(Mixer):
-    """A scan over the tokens in one or more orders, with the same weights; the mean of what they give.
+    """Runs one scan per reading order with shared weights and averages the outputs.
 
     Args:
-        orders: see `reading_order`. Each carries a state of its own.
+        orders: reading orders, see `reading_order`; each has a separate state.
     """
 
     def __init__(self, orders: tuple[str, ...] = RASTER) -> None:
@@ -54,33 +53,33 @@ class Recurrence(Mixer):
     def forward(self, x: Tensor, shapes: tuple[Shape, ...], state: State = None) -> tuple[Tensor, State]:
         size = 0 if state is None else len(state) // len(self.orders)
         outputs: list[Tensor] = []
-        carried: tuple[Tensor, ...] = ()
+        new_state: tuple[Tensor, ...] = ()
         for i, order in enumerate(self.orders):
             positions = reading_order(shapes, order, x.device)
-            read = x if positions is None else x[:, positions]
-            y, after = self.scan(read, None if state is None else state[i * size : (i + 1) * size])
+            ordered = x if positions is None else x[:, positions]
+            y, order_state = self.scan(ordered, None if state is None else state[i * size : (i + 1) * size])
             outputs.append(y if positions is None else y[:, positions.argsort()])
-            carried += after
-        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0), carried
+            new_state += order_state
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0), new_state
 
     @abstractmethod
     def scan(self, x: Tensor, state: State) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Tokens x (b, l, d) in the order in which they are read -> (b, l, d), and what to carry on."""
+        """Scans tokens x (b, l, d) in reading order; returns (b, l, d) and the next state."""
 
 
 class Mamba2(Recurrence):
-    """Mamba-2 over the whole packed sequence, causal token by token; weights are named as in `mamba_ssm.Mamba2`.
+    """Mamba-2 over the packed sequence, causal per token; weights are named as in `mamba_ssm.Mamba2`.
 
-    Carries the last conv_width - 1 inputs of the convolution (b, conv_width - 1, channels) and the state of the scan
-    (b, h, p, n) in float32: the same size whatever the number of tokens seen.
+    The state is the last conv_width - 1 inputs of the convolution (b, conv_width - 1, channels) and the SSM state
+    (b, h, p, n) in float32; its size does not depend on the number of tokens.
 
     Args:
         width: d, the width of the tokens.
-        state_dim: n, the SSM state of each channel.
-        conv_width: taps of the causal depthwise convolution.
-        expand: inner width over `width`.
-        head_dim: p; the inner width must be a multiple of it.
-        orders: in which tokens are read.
+        state_dim: n, SSM state size per channel.
+        conv_width: number of taps of the causal depthwise convolution.
+        expand: inner width as a multiple of `width`.
+        head_dim: p; must divide the inner width.
+        orders: reading orders of the tokens.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class Mamba2(Recurrence):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """A uniform in [1, 16]; dt as in `draw_dt_bias`; D and the norm's weight one."""
+        """Draws A uniformly in [1, 16] and dt as in `draw_dt_bias`; sets D and the norm weight to 1."""
         self.A_log.uniform_(1.0, 16.0).log_()
         draw_dt_bias(self.dt_bias)
         self.D.fill_(1.0)
@@ -119,7 +118,7 @@ class Mamba2(Recurrence):
         xBC, conv_state = convolve(self.conv1d, xBC, conv_state)
         u, B, C = F.silu(xBC).split([self.inner, self.state_dim, self.state_dim], dim=-1)
         u = u.unflatten(-1, (-1, self.head_dim))  # (b, l, h, p)
-        # Step sizes and decays in float32: their products run over the whole sequence.
+        # Step sizes and decays in float32: errors in their products accumulate over the sequence.
         dt = F.softplus(dt.float() + self.dt_bias.float())
         y, scan_state = ssd(u, dt, -self.A_log.float().exp(), B, C, scan_state)
         y = torch.addcmul(y, u, self.D[:, None].to(u.dtype))
@@ -128,10 +127,10 @@ class Mamba2(Recurrence):
 
 
 class Mamba1(Recurrence):
-    """Mamba with a decay of its own for every channel and state; causal token by token.
+    """Mamba-1, with a separate decay per channel and state; causal per token.
 
-    Carries the last conv_width - 1 inputs of the convolution (b, conv_width - 1, inner) and the state of the scan
-    (b, inner, n) in float32. Arguments as of `Mamba2`.
+    The state is the last conv_width - 1 inputs of the convolution (b, conv_width - 1, inner) and the SSM state
+    (b, inner, n) in float32. Arguments as in `Mamba2`.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class Mamba1(Recurrence):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """A is 1 to n in every channel (S4D-real); dt as in `draw_dt_bias`; D one."""
+        """Sets A to 1..n in each channel (S4D-real) and D to 1; draws dt as in `draw_dt_bias`."""
         self.A_log.copy_(torch.arange(1, self.state_dim + 1, device=self.A_log.device).log())
         draw_dt_bias(self.dt_bias)
         self.dt_proj.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
@@ -164,23 +163,23 @@ class Mamba1(Recurrence):
         u = F.silu(u)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         dt = F.softplus(F.linear(dt, self.dt_proj.to(dt.dtype)).float() + self.dt_bias.float())
-        # In float32 up to the gate, as in `gated_rms_norm`.
+        # In float32 through the gate, as in `gated_rms_norm`.
         y, scan_state = selective_scan(u.float(), dt, -self.A_log.float().exp(), B, C, scan_state)
         y = torch.addcmul(y, u.float(), self.D.float()) * F.silu(z.float())
         return self.out_proj(y.to(z.dtype)), (conv_state, scan_state)
 
 
 class LinearAttention(Recurrence):
-    """Linear attention whose every key channel forgets at a learned rate; outputs normalised by head, then gated.
+    """Linear attention with a learned decay per key channel; outputs are normalized per head, then gated.
 
-    Carries the state (b, h, p, n) in float32.
+    The state is (b, h, p, n) in float32.
 
     Args:
         width: d, the width of the tokens.
-        state_dim: n, key channels of a head.
-        expand: width of all values together over `width`.
-        head_dim: p, value channels of a head.
-        orders: in which tokens are read.
+        state_dim: n, key channels per head.
+        expand: total width of the values as a multiple of `width`.
+        head_dim: p, value channels per head.
+        orders: reading orders of the tokens.
     """
 
     def __init__(
@@ -192,36 +191,36 @@ class LinearAttention(Recurrence):
         self.in_proj = nn.Linear(width, 2 * self.heads * state_dim + 2 * self.inner, bias=False)  # q, k, v and z
         self.norm = nn.RMSNorm(head_dim, eps=NORM_EPS)
         self.out_proj = nn.Linear(self.inner, width, bias=False)
-        self.add_decay(width)
+        self.add_decay_parameters(width)
         self.reset_own_parameters()
 
-    def add_decay(self, width: int) -> None:
+    def add_decay_parameters(self, width: int) -> None:
         self.decay_log = nn.Parameter(torch.empty(self.heads, self.state_dim))
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """Decays log-uniform in [SLOWEST, FASTEST] a token; the norm's weight one."""
-        self.decay_log.uniform_(math.log(SLOWEST), math.log(FASTEST))
+        """Draws decays log-uniformly in [MIN_INITIAL_DECAY, MAX_INITIAL_DECAY]; sets the norm weight to 1."""
+        self.decay_log.uniform_(math.log(MIN_INITIAL_DECAY), math.log(MAX_INITIAL_DECAY))
         self.norm.weight.fill_(1.0)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """Float32 that broadcasts to (b, l, h, n), in [MIN_LOG_DECAY, 0]."""
+        """Returns float32, broadcastable to (b, l, h, n), in [MIN_LOG_DECAY, 0]."""
         return -self.decay_log.float().exp().clamp(max=-MIN_LOG_DECAY)
 
     def scan(self, x: Tensor, state: State) -> tuple[Tensor, tuple[Tensor, ...]]:
         keys = self.heads * self.state_dim
         q, k, v, z = self.in_proj(x).split([keys, keys, self.inner, self.inner], dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
-        before = None if state is None else state[0]
-        y, after = linear_attention(q * self.state_dim**-0.5, k, v.float(), self.log_decay(x), before)
+        old_state = None if state is None else state[0]
+        y, new_state = linear_attention(q * self.state_dim**-0.5, k, v.float(), self.log_decay(x), old_state)
         y = F.rms_norm(y, self.norm.normalized_shape, self.norm.weight.float(), self.norm.eps)  # in float32
-        return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), (after,)
+        return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), (new_state,)
 
 
 class GatedLinearAttention(LinearAttention):
-    """Linear attention in which each token says how much every key channel forgets."""
+    """Linear attention with a token-dependent decay per key channel."""
 
-    def add_decay(self, width: int) -> None:
+    def add_decay_parameters(self, width: int) -> None:
         keys = self.heads * self.state_dim
         self.gate = nn.Sequential(nn.Linear(width, GATE_RANK, bias=False), nn.Linear(GATE_RANK, keys))
 
@@ -230,15 +229,15 @@ class GatedLinearAttention(LinearAttention):
         self.norm.weight.fill_(1.0)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """The logarithm of sigmoid(gate) ** (1 / GATE_TEMPERATURE): (b, l, h, n)."""
+        """Returns log(sigmoid(gate) ** (1 / GATE_TEMPERATURE)), (b, l, h, n)."""
         gate = F.logsigmoid(self.gate(x).float()) / GATE_TEMPERATURE
         return gate.clamp(min=MIN_LOG_DECAY).unflatten(-1, (self.heads, -1))
 
 
 class ScaleMamba(Mixer):
-    """Mamba-2 inside each scale, forwards and backwards, each with weights of its own. Carries nothing.
+    """Forward and backward Mamba-2 inside each scale, with separate weights. Stateless.
 
-    Arguments as of `Mamba2`.
+    Arguments as in `Mamba2`.
     """
 
     def __init__(self, width: int, state_dim: int, conv_width: int, expand: int, head_dim: int) -> None:
@@ -256,13 +255,13 @@ class ScaleMamba(Mixer):
 
 
 def draw_dt_bias(dt_bias: Tensor, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
-    """In place: dt log-uniform in [dt_min, dt_max], stored as the inverse of softplus."""
+    """Draws dt log-uniformly in [dt_min, dt_max] and stores its inverse softplus in place."""
     dt = torch.empty_like(dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
 def convolve(conv1d: nn.Conv1d, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Causal depthwise convolution of (b, l, channels), continuing after the inputs in `conv_state`."""
+    """Convolves (b, l, channels) causally and depthwise, continuing after the inputs in `conv_state`."""
     past = conv1d.kernel_size[0] - 1
     x = F.pad(x, (0, 0, past, 0)) if conv_state is None else torch.cat([conv_state, x], dim=1)
     assert conv1d.bias is not None

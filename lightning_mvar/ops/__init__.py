@@ -1,1 +1,1 @@
-"""Tensor operations that know nothing of networks: the state-space scan and attention over packed scales."""
+"""Network-independent tensor operations: state-space scans and attention over packed scales."""

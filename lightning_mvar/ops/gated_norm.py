@@ -1,4 +1,4 @@
-"""The gated norm behind the scan of Mamba-2 (arXiv 2405.21060, section 7): rms_norm(y silu(z)) weight.
+"""Gated RMSNorm after the Mamba-2 scan (arXiv 2405.21060, section 7): rms_norm(y silu(z)) weight.
 
 Shapes: r rows (tokens), c channels.
 """
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AT_ONCE = 2**18  # elements, 1 MiB in float32: all that is made of them stays in a CPU's cache
+BLOCK_ELEMENTS = 2**18  # 1 MiB in float32: a block's intermediates stay in a CPU's cache
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Computed in float32, for the product can pass the 65504 of float16; only the arguments are kept for backward.
+    """Computes in float32, because the product can overflow float16; saves only the arguments for backward.
 
     Args:
         y, z: (..., c).
@@ -30,7 +30,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class GatedNorm(torch.autograd.Function):
-    """Some rows after the other: of all of them at once, each float32 step would go through memory."""
+    """Processes rows in blocks so that float32 intermediates stay in cache."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,7 +38,7 @@ class GatedNorm(torch.autograd.Function):
         ctx.eps = eps
         out = torch.empty_like(z, memory_format=torch.contiguous_format)
         weight = weight.float()
-        for out_rows, y_rows, z_rows in rows_of(out, y, z):
+        for out_rows, y_rows, z_rows in row_blocks(out, y, z):
             gated = F.silu(z_rows.float()).mul_(y_rows)
             out_rows.copy_(gated.mul_(inverse_rms(gated, eps)).mul_(weight))
         return out
@@ -48,15 +48,15 @@ class GatedNorm(torch.autograd.Function):
         y, z, weight = ctx.saved_tensors
         dy, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
         scale, dscale = weight.float(), torch.zeros_like(weight, dtype=torch.float32)
-        for dy_rows, dz_rows, *rows in rows_of(dy, dz, dout, y, z):
-            above, value, logit = (t.float() for t in rows)
+        for dy_rows, dz_rows, *rows in row_blocks(dy, dz, dout, y, z):
+            dout_rows, value, logit = (t.float() for t in rows)
             sigmoid = logit.sigmoid()
             gate = logit * sigmoid
             gated = value * gate
             inverse = inverse_rms(gated, ctx.eps)
             normed = gated * inverse
-            dscale += (above * normed).sum(0)
-            dnormed = above * scale
+            dscale += (dout_rows * normed).sum(0)
+            dnormed = dout_rows * scale
             dgated = (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)) * inverse
             dy_rows.copy_(dgated * gate)
             dz_rows.copy_(dgated * value * (sigmoid + gate * (1 - sigmoid)))
@@ -64,12 +64,12 @@ class GatedNorm(torch.autograd.Function):
 
 
 def inverse_rms(rows: Tensor, eps: float) -> Tensor:
-    """One over the root mean square of each row: (r, c) -> (r, 1)."""
+    """Returns 1 / RMS of each row: (r, c) -> (r, 1)."""
     return rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
-def rows_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (..., c) as some rows (r, c) of each at a time; on a GPU all, for there each kernel has to be started."""
+def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields matching row blocks (r, c) of tensors (..., c); a single block on a GPU, where each launch costs time."""
     flat = [t.flatten(0, -2) for t in tensors]
-    at_once = len(flat[0]) if flat[0].is_cuda else max(1, AT_ONCE // flat[0].shape[-1])
-    return zip(*(t.split(at_once) for t in flat), strict=True)
+    num_rows = len(flat[0]) if flat[0].is_cuda else max(1, BLOCK_ELEMENTS // flat[0].shape[-1])
+    return zip(*(t.split(num_rows) for t in flat), strict=True)

@@ -1,6 +1,6 @@
-"""Kernels that only some GPUs, with some packages, have.
+"""Optional kernels, which need a certain GPU or package.
 
-They are looked for when a network is made, and only read afterwards: torch.compile cannot trace an import.
+They are detected when a network is constructed and only read afterwards: torch.compile cannot trace an import.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import torch
 
 log = logging.getLogger(__name__)
 
-FOUND: dict[str, Callable[..., Any]] = {}  # by what they do: `scan`, `packed attention`
+KERNELS: dict[str, Callable[..., Any]] = {}  # by purpose: `scan`, `packed attention`
 
 
 @cache
 def look_for_kernels() -> None:
-    """Fill `FOUND` with what this machine has, and say once in the log what that is."""
+    """Fills `KERNELS` with the kernels available on this machine and logs them once."""
     if not torch.cuda.is_available():
         return
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-        FOUND["scan"] = mamba_chunk_scan_combined
+        KERNELS["scan"] = mamba_chunk_scan_combined
     except ImportError as error:
-        log.info("scan: torch's operations (mamba-ssm is not usable here: %s)", error)
+        log.info("scan: using torch operations, because mamba-ssm cannot be imported: %s", error)
     try:
         from torch.nn.attention.varlen import varlen_attn
 
         if torch.cuda.get_device_capability() >= (8, 0):
-            FOUND["packed attention"] = varlen_attn
+            KERNELS["packed attention"] = varlen_attn
     except ImportError as error:
-        log.info("attention inside scales: a call for each (%s)", error)
-    log.info("kernels of this GPU that are used: %s", ", ".join(FOUND) or "none")
+        log.info("attention inside scales: one call per scale, because torch has no variable-length kernel: %s", error)
+    log.info("GPU kernels in use: %s", ", ".join(KERNELS) or "none")

@@ -1,6 +1,6 @@
-"""Linear attention whose state forgets: one recurrence, two ways to compute it.
+"""Linear attention with decay: one recurrence, two ways to compute it.
 
-For every head, with a decay a_t of each key channel (Gated Linear Attention, arXiv 2312.06635, section 4; the decay of
+For each head, with decay a_t per key channel (Gated Linear Attention, arXiv 2312.06635, section 4; the decay of
 RetNet, arXiv 2307.08621, and of RWKV-5, arXiv 2404.05892, is the same at every token):
 
     S_t = S_{t-1} diag(a_t) + v_t k_t^T          S: (p, n)
@@ -8,11 +8,11 @@ RetNet, arXiv 2307.08621, and of RWKV-5, arXiv 2404.05892, is the same at every 
 
 | paper      | here        | meaning                                        |
 |------------|-------------|------------------------------------------------|
-| Q, K, V    | q, k, v     | what reads the state, writes where, and what   |
-| alpha_t    | `log_decay` | logarithm of how much each key channel keeps   |
-| S_t        | state       | what is carried from token to token            |
+| Q, K, V    | q, k, v     | queries, keys, values                          |
+| alpha_t    | `log_decay` | log of the decay of each key channel           |
+| S_t        | state       | recurrent state                                |
 
-Shapes: b batch, l tokens, h heads, n key channels, p value channels; q as a length: tokens of a chunk.
+Shapes: b batch, l tokens, h heads, n key channels, p value channels; q (as a length) tokens per chunk.
 
 Like `ops.ssd`, both forms take the state before the first token and return the state after the last, in float32.
 """
@@ -23,22 +23,22 @@ import torch
 from torch import Tensor
 
 CHUNK_SIZE = 16
-MIN_LOG_DECAY = -5.0  # over a chunk at most e^80, which float32 holds; a token keeps less than 1 % of the state then
+MIN_LOG_DECAY = -5.0  # at most e^80 over a chunk, which fits float32; at this decay a token keeps < 1 % of the state
 
 
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as matrix products over chunks of tokens: linear in l, any l, autograd.
+    """Computes the recurrence as matrix products over chunks of tokens: linear in l, any l, with autograd.
 
-    Inside a chunk the decay from token s to t is split into two factors, from the chunk's start to t and from there
-    back to s, the second of which grows: hence the short chunks and the bound on the decay (paper, section 4.3).
+    Inside a chunk, the decay from token s to t is split into two factors: from the chunk's start to t, and from there
+    back to s. The second one grows, hence the short chunks and the bound on the decay (paper, section 4.3).
 
     Args:
         q: (b, l, h, n) queries, any floating dtype.
         k: (b, l, h, n) keys.
         v: (b, l, h, p) values.
-        log_decay: float32 that broadcasts to (b, l, h, n), in [MIN_LOG_DECAY, 0].
+        log_decay: float32, broadcastable to (b, l, h, n), in [MIN_LOG_DECAY, 0].
         state: (b, h, p, n) float32 state before the first token; None for zeros.
 
     Returns:
@@ -55,9 +55,9 @@ def linear_attention(
         for queries, keys, values, decay in pieces:
             decay = decay.cumsum(2)  # (b, h, q, n) from the chunk's start to each token
             end = decay[:, :, -1:]
-            reading = queries * decay.exp()
-            scores = (reading @ (keys * (-decay).exp()).transpose(2, 3)).tril()  # (b, h, q, q)
-            outputs.append(scores @ values + reading @ state.transpose(2, 3))
+            decayed_queries = queries * decay.exp()
+            scores = (decayed_queries @ (keys * (-decay).exp()).transpose(2, 3)).tril()  # (b, h, q, q)
+            outputs.append(scores @ values + decayed_queries @ state.transpose(2, 3))
             state = torch.addcmul(values.transpose(2, 3) @ (keys * (end - decay).exp()), state, end.exp())
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), state
 
@@ -65,7 +65,7 @@ def linear_attention(
 def linear_attention_recurrent(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token: slow, plain, the reference. Arguments and results as in `linear_attention`."""
+    """Computes the recurrence token by token (slow reference). Arguments and results as in `linear_attention`."""
     b, l, h, n = k.shape
     decay = log_decay.expand(b, l, h, n).exp()
     state = v.new_zeros(b, h, v.shape[-1], n, dtype=torch.float32) if state is None else state

@@ -1,6 +1,6 @@
-"""Where tokens of a scale lie on its map: their neighbours, and the orders in which a scan can read them.
+"""Token positions on the map of a scale: neighbourhoods, and the orders in which a scan can read them.
 
-Shapes: l tokens of the scales whose maps have the (height, width) in `shapes`, each in raster order.
+Shapes: l tokens of all scales together; `shapes` gives (height, width) of each scale, packed in raster order.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from lightning_mvar.scales import Shape
 
 @cache
 def reading_order(shapes: tuple[Shape, ...], order: str, device: torch.device) -> Tensor | None:
-    """(l,) int64: the packed position of the i-th token that a scan reads. Scales stay in their order.
+    """Returns (l,) int64: the packed position of the i-th token that a scan reads. The order of scales is unchanged.
 
     Args:
         shapes: height and width of each scale.
-        order: `raster` (rows, left to right: as tokens are packed, for which None is returned), `column` (columns, top
-            to bottom) or `reversed` (raster backwards).
-        device: of the result.
+        order: `raster` (row by row, as tokens are packed; returns None), `column` (column by column, top to bottom) or
+            `reversed` (raster backwards).
+        device: device of the result.
     """
     if order == "raster" or set(shapes) == {(1, 1)}:
         return None
-    positions, begin = [], 0
-    with torch.inference_mode(False):  # a validation may be the first to ask, and training goes on with the answer
+    positions, start = [], 0
+    with torch.inference_mode(False):  # validation may fill the cache, and training reuses the tensor
         for shape in shapes:
-            scale = torch.arange(begin, begin + math.prod(shape), device=device)
+            scale = torch.arange(start, start + math.prod(shape), device=device)
             positions.append(scale.flip(0) if order == "reversed" else scale.view(shape).T.flatten())
-            begin += len(scale)
+            start += len(scale)
         return torch.cat(positions)
 
 
 @cache
 def neighbourhood(shapes: tuple[Shape, ...], window: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tokens in a window x window square around each, on the map of its own scale.
+    """Returns the tokens in the window x window square around each token, on the map of its own scale.
 
     Args:
         shapes: height and width of each scale.
         window: side of the square, odd.
-        device: of the results.
+        device: device of the results.
 
     Returns:
-        (l, window ** 2) int64 packed positions, and (l, window ** 2) bool: whether the map reaches that far. Where it
-        does not, the position is some other of the map.
+        (l, window ** 2) int64 packed positions, and (l, window ** 2) bool, False outside the map; such a position is
+        clamped to the map.
     """
     reach = torch.arange(window) - window // 2
     rows, columns = (t.flatten() for t in torch.meshgrid(reach, reach, indexing="ij"))
-    positions, inside, begin = [], [], 0
+    positions, inside, start = [], [], 0
     with torch.inference_mode(False):
         for height, width in shapes:
             token = torch.arange(height * width)[:, None]
             row, column = token // width + rows, token % width + columns
             inside.append((row >= 0) & (row < height) & (column >= 0) & (column < width))
-            positions.append(begin + row.clamp(0, height - 1) * width + column.clamp(0, width - 1))
-            begin += height * width
+            positions.append(start + row.clamp(0, height - 1) * width + column.clamp(0, width - 1))
+            start += height * width
         return torch.cat(positions).to(device), torch.cat(inside).to(device)

@@ -1,6 +1,6 @@
-"""State-space duality, the scan of Mamba-2: one recurrence, three ways to compute it.
+"""State-space duality, the Mamba-2 scan: one recurrence, three ways to compute it.
 
-For every head h, with a scalar decay and one B and C shared by all heads (Mamba-2, arXiv 2405.21060, sections 5 and 6):
+For each head h, with a scalar decay, and B and C shared by all heads (Mamba-2, arXiv 2405.21060, sections 5 and 6):
 
     S_t = exp(dt_t A_h) S_{t-1} + dt_t x_t B_t^T          S: (p, n)
     y_t = S_t C_t                                         y: (p,)
@@ -11,15 +11,15 @@ For every head h, with a scalar decay and one B and C shared by all heads (Mamba
 | Delta     | dt              | step size, after softplus                           |
 | A         | A               | decay rate of each head, negative                   |
 | B, C      | B, C            | input and output projections of the state           |
-| H, h_t    | state           | what is carried from token to token                 |
+| H, h_t    | state           | recurrent state                                     |
 | L         | `decay_between` | decay from token to token inside a chunk            |
 
-Shapes: b batch, l tokens, h heads, p head dim, n SSM state; in the chunked form q tokens of a chunk.
+Shapes: b batch, l tokens, h heads, p head dim, n SSM state; in the chunked form, q tokens per chunk.
 
-`ssd` is what networks call: the Triton kernels of mamba-ssm on CUDA where that package is installed, `ssd_chunked`
-everywhere else. `ssd_recurrent` is the definition written out, and what the others are tested against. All of them
-take the state before the first token and return the state after the last, so a long sequence can be computed piece by
-piece. The state is float32 whatever the inputs are: it accumulates over the whole sequence.
+Networks call `ssd`, which dispatches to the Triton kernels of mamba-ssm on CUDA if that package is installed, and to
+`ssd_chunked` otherwise. `ssd_recurrent` is the definition, and the reference for tests. All of them take the state
+before the first token and return the state after the last, so a long sequence can be computed in pieces. The state is
+always float32, because it accumulates over the full sequence.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mvar.ops.kernels import FOUND
+from lightning_mvar.ops.kernels import KERNELS
 
 CHUNK_SIZE = 64
-MIN_LOG_DECAY = -80.0  # less is as good as nothing, and numbers below the normal ones of float32 take long to make
+MIN_LOG_DECAY = -80.0  # smaller decays are negligible, and denormals are slow
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scan with the fastest implementation this machine has for the device of `x`.
+    """Scans with the fastest implementation available for the device of `x`.
 
     Args:
         x: (b, l, h, p) input, any floating dtype.
@@ -49,7 +49,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | 
     Returns:
         y (b, l, h, p) in the dtype of `x`, and the state after the last token (b, h, p, n) in float32.
     """
-    kernel = FOUND.get("scan") if x.is_cuda else None
+    kernel = KERNELS.get("scan") if x.is_cuda else None
     if kernel is None:
         return ssd_chunked(x, dt, A, B, C, state)
     y, final = kernel(
@@ -61,7 +61,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | 
 def ssd_recurrent(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token: slow, plain, the reference. Arguments and results as in `ssd`."""
+    """Computes the recurrence token by token (slow reference). Arguments and results as in `ssd`."""
     b, l, h, p = x.shape
     state = x.new_zeros(b, h, p, B.shape[-1], dtype=torch.float32) if state is None else state
     outputs = []
@@ -82,11 +82,11 @@ def ssd_chunked(
     state: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as matrix products over chunks of tokens (paper, section 6): linear in l, any l, autograd.
+    """Computes the recurrence as matrix products over chunks (paper, section 6): linear in l, any l, with autograd.
 
-    Arguments and results as in `ssd`; `chunk_size`, the longest chunk, trades the (q, q) products inside a chunk for
-    the number of states. Products run in the dtype of `x`, decays and states in float32. Nothing but the arguments is
-    kept for the backward pass.
+    Arguments and results as in `ssd`. `chunk_size`, the maximum chunk length, trades the (q, q) products inside a chunk
+    for the number of states. Products run in the dtype of `x`, decays and states in float32. Only the arguments are
+    saved for the backward pass.
     """
     if state is None:
         state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32)
@@ -94,50 +94,50 @@ def ssd_chunked(
 
 
 class Chunk(NamedTuple):
-    """Some consecutive tokens. `decay` (b, q, h) is the logarithm of the decay from the chunk's start to each token."""
+    """Consecutive tokens of the sequence."""
 
     x: Tensor  # (b, q, h, p)
     dt: Tensor  # (b, q, h)
     B: Tensor  # (b, q, n)
     C: Tensor  # (b, q, n)
-    decay: Tensor
+    decay: Tensor  # (b, q, h) log of the decay from the chunk's start to each token
 
     @property
     def inputs(self) -> Tensor:
-        """(b, q, h, p) what each token adds to the state."""
-        return scaled(self.x, self.dt)
+        """Returns (b, q, h, p), the contribution of each token to the state."""
+        return scale_heads(self.x, self.dt)
 
     @property
     def from_start(self) -> Tensor:
-        """(b, q, h) decay from the chunk's start to each token."""
-        return exponential(self.decay)
+        """Returns (b, q, h), the decay from the chunk's start to each token."""
+        return clamped_exp(self.decay)
 
     @property
     def to_end(self) -> Tensor:
-        """(b, q, h) decay from each token to the chunk's end."""
-        return exponential(self.decay[:, -1:] - self.decay)
+        """Returns (b, q, h), the decay from each token to the chunk's end."""
+        return clamped_exp(self.decay[:, -1:] - self.decay)
 
     @property
     def scores(self) -> Tensor:
-        """(b, 1, q, q): C_t . B_s for s <= t, else 0; but under autocast in float32, for it is small."""
+        """Returns (b, 1, q, q): C_t . B_s for s <= t, else 0. Cheap enough for float32, except under autocast."""
         return (self.C.float() @ self.B.float().transpose(1, 2)).tril_()[:, None]
 
     def decay_between(self) -> Tensor:
-        """(b, h, q, q): decay from token s to token t for s <= t; 1 where s is later, for `scores` are 0 there."""
-        decay = self.decay.transpose(1, 2).contiguous()  # strided, it would keep the difference from being vectorised
+        """Returns (b, h, q, q), the decay from token s to t for s <= t; 1 for s > t, where `scores` is 0 anyway."""
+        decay = self.decay.transpose(1, 2).contiguous()  # strides would prevent vectorization
         return (decay[..., :, None] - decay[..., None, :]).clamp_(MIN_LOG_DECAY, 0).exp_()
 
     def carry(self, state: Tensor, inputs: Tensor) -> Tensor:
-        """The state (b, n, h, p) after the chunk, from that before it."""
-        added = self.B.transpose(1, 2) @ scaled(inputs, self.to_end).flatten(2)  # (b, n, h p)
-        return added.unflatten(2, inputs.shape[2:]).float().addcmul_(state, exponential(self.decay[:, -1:, :, None]))
+        """Returns the state (b, n, h, p) after the chunk, given the state before it."""
+        update = self.B.transpose(1, 2) @ scale_heads(inputs, self.to_end).flatten(2)  # (b, n, h p)
+        return update.unflatten(2, inputs.shape[2:]).float().addcmul_(state, clamped_exp(self.decay[:, -1:, :, None]))
 
 
 class ChunkedScan(torch.autograd.Function):
-    """One chunk after the other, so that the (q, q) products of all heads stay in a CPU's cache.
+    """Processes one chunk at a time, so that the (q, q) products of all heads stay in a CPU's cache.
 
-    Inside, the state is (b, n, h, p): what it takes and gives are then single matrix products for all heads, and
-    tokens need not be transposed for them.
+    The internal state layout is (b, n, h, p): state updates and outputs are then single matrix products over all heads
+    that need no transposed tokens.
     """
 
     @staticmethod
@@ -153,14 +153,14 @@ class ChunkedScan(torch.autograd.Function):
             inputs = chunk.inputs
             mixing = chunk.decay_between().mul_(chunk.scores).to(dtype)  # (b, h, q, q)
             inside = (mixing @ inputs.transpose(1, 2)).transpose(1, 2)  # (b, q, h, p) from the chunk's own tokens
-            carried = (chunk.C @ state.flatten(2).to(dtype)).unflatten(2, heads)  # and from those before
+            carried = (chunk.C @ state.flatten(2).to(dtype)).unflatten(2, heads)  # from earlier tokens
             torch.addcmul(inside, carried, chunk.from_start[..., None].to(dtype), out=y)
             state = chunk.carry(state, inputs)
         return outputs, state.permute(0, 2, 3, 1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-        """`dT` is the gradient of T. The states before each chunk are computed again, then chunks run backwards."""
+        """Recomputes the state before each chunk, then processes chunks in reverse. `dT` is the gradient of T."""
         x, dt, A, B, C, state = ctx.saved_tensors
         parts, size = chunks(x, dt, A, B, C, ctx.chunk_size), ctx.chunk_size
         states = [state.permute(0, 3, 1, 2)]
@@ -171,26 +171,26 @@ class ChunkedScan(torch.autograd.Function):
         gradients = [torch.empty_like(t) for t in (x, dt, B, C)]
         dA = torch.zeros_like(A)
         pieces = zip(parts, states, split(dy, size), *(split(t, size) for t in gradients), strict=True)
-        for chunk, before, dy_chunk, *into in reversed(list(pieces)):
-            *found, ddecay, dstate = chunk_backward(chunk, before, dy_chunk, dstate)
-            # `decay` is a running sum of dt A: each summand counts for all tokens after it.
+        for chunk, state_before, dy_chunk, *targets in reversed(list(pieces)):
+            *chunk_gradients, ddecay, dstate = chunk_backward(chunk, state_before, dy_chunk, dstate)
+            # `decay` is a cumulative sum of dt A: each summand affects all later tokens.
             ddecay = ddecay.flip(1).cumsum(1).flip(1)
-            found[1] = found[1] + A * ddecay
+            chunk_gradients[1] = chunk_gradients[1] + A * ddecay
             dA += (chunk.dt * ddecay).sum((0, 1))
-            for target, gradient in zip(into, found, strict=True):
+            for target, gradient in zip(targets, chunk_gradients, strict=True):
                 target.copy_(gradient)
         dx, ddt, dB, dC = gradients
         return dx, ddt, dA, dB, dC, dstate.permute(0, 2, 3, 1), None
 
 
 def chunk_backward(chunk: Chunk, state: Tensor, dy: Tensor, dafter: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, dt (but for its part in the decay), B, C, decay, and the state before the chunk.
+    """Returns gradients of x, dt (except through the decay), B, C, decay, and the state before the chunk.
 
     Args:
         chunk: the chunk.
-        state: (b, n, h, p) before it.
-        dy: (b, q, h, p) gradient of its outputs.
-        dafter: (b, n, h, p) gradient of the state after it.
+        state: (b, n, h, p) state before the chunk.
+        dy: (b, q, h, p) gradient of the outputs.
+        dafter: (b, n, h, p) gradient of the state after the chunk.
     """
     dtype, heads, inputs, scores = chunk.x.dtype, chunk.x.shape[2:], chunk.inputs, chunk.scores
     from_start, to_end = chunk.from_start, chunk.to_end
@@ -199,18 +199,18 @@ def chunk_backward(chunk: Chunk, state: Tensor, dy: Tensor, dafter: Tensor) -> t
     # Inside the chunk: y_t += sum over s of scores_ts decay_ts inputs_s.
     between = chunk.decay_between()
     dinside = ((between * scores).to(dtype).transpose(-1, -2) @ dy_heads).transpose(1, 2)
-    dmixing = between.mul_(dy_heads @ inputs_heads.transpose(-1, -2))  # of the scores of each head
+    dmixing = between.mul_(dy_heads @ inputs_heads.transpose(-1, -2))  # gradient of the scores, per head
     dscores = dmixing.sum(1).tril_().to(dtype)
     dmixing.mul_(scores)
     ddecay = (dmixing.sum(-1) - dmixing.sum(-2)).transpose(1, 2)  # (b, q, h)
 
     # From the state before: y_t += from_start_t C_t state.
     flat, dflat = state.flatten(2).to(dtype), dafter.flatten(2).to(dtype)  # (b, n, h p)
-    dcarried = scaled(dy, from_start)
+    dcarried = scale_heads(dy, from_start)
     ddecay = ddecay + (dcarried * (chunk.C @ flat).unflatten(2, heads)).sum(-1, dtype=torch.float32)
 
-    # To the state after: sum over s of to_end_s B_s inputs_s, and what is left of the state before.
-    ended = scaled(inputs, to_end)
+    # To the state after: sum over s of to_end_s B_s inputs_s, plus the decayed state before.
+    ended = scale_heads(inputs, to_end)
     dended = (chunk.B @ dflat).unflatten(2, heads)
     dto_end = (ended * dended).sum(-1, dtype=torch.float32)
     kept = from_start[:, -1:]
@@ -223,11 +223,11 @@ def chunk_backward(chunk: Chunk, state: Tensor, dy: Tensor, dafter: Tensor) -> t
     dinputs = torch.addcmul(dinside, dended, to_end[..., None].to(dtype))
     dB = ended.flatten(2) @ dflat.transpose(1, 2) + dscores.transpose(1, 2) @ chunk.C
     dC = dcarried.flatten(2) @ flat.transpose(1, 2) + dscores @ chunk.B
-    return scaled(dinputs, chunk.dt), (chunk.x * dinputs).sum(-1, dtype=torch.float32), dB, dC, ddecay, dstate
+    return scale_heads(dinputs, chunk.dt), (chunk.x * dinputs).sum(-1, dtype=torch.float32), dB, dC, ddecay, dstate
 
 
 def split(t: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
-    """Along the tokens, into the fewest parts of at most `chunk_size`, as equal as can be."""
+    """Splits along the tokens into the fewest, nearly equal parts of at most `chunk_size`."""
     count = -(-t.shape[1] // chunk_size)
     return t.tensor_split(count, dim=1)
 
@@ -237,11 +237,11 @@ def chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: i
     return [Chunk(x, dt, B, C, (dt * A).cumsum(1)) for x, dt, B, C in parts]
 
 
-def exponential(decay: Tensor) -> Tensor:
-    """What is left after a decay whose logarithm is given, any shape, but no less than e^MIN_LOG_DECAY."""
+def clamped_exp(decay: Tensor) -> Tensor:
+    """Returns exp(decay), at least e^MIN_LOG_DECAY; any shape."""
     return decay.clamp(min=MIN_LOG_DECAY).exp_()
 
 
-def scaled(t: Tensor, factor: Tensor) -> Tensor:
-    """(b, q, h, p) times (b, q, h), in the dtype of the first."""
+def scale_heads(t: Tensor, factor: Tensor) -> Tensor:
+    """Multiplies (b, q, h, p) by (b, q, h), in the dtype of `t`."""
     return t * factor[..., None].to(t.dtype)

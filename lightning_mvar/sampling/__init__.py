@@ -1,1 +1,1 @@
-"""Drawing images, and sets of drawn images."""
+"""Samplers, and sets of sampled images: drawn, written and read."""

@@ -1,4 +1,4 @@
-"""Pictures of many images: grids and coarse-to-fine strips, as arrays and as PNG files."""
+"""Figures of many images: grids, coarse-to-fine strips and animations."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_mvar.io.files import atomic_path
 
 PADDING = 2  # pixels between the images of a grid
 SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels
-SMALLEST_CAPTIONED = 96  # pixels of a side
+SMALLEST_CAPTIONED = 96  # minimum width of a captioned image, in pixels
 FRAME_MS, LAST_FRAME_MS = 400, 2000
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """(..., 3, H, W) in [0, 1] -> (..., H, W, 3) in 0 ... 255, rounded."""
+    """Rounds (..., 3, H, W) in [0, 1] to (..., H, W, 3) uint8 in [0, 255]."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:
-    """(n, 3, H, W) -> one image (3, rows (H + pad) + pad, columns (W + pad) + pad), filled row by row on black."""
+    """Arranges images (n, 3, H, W) row by row on black: (3, rows (H + pad) + pad, columns (W + pad) + pad)."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     grid = images.new_zeros(channels, rows * (height + PADDING) + PADDING, columns * (width + PADDING) + PADDING)
@@ -38,19 +38,19 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
 
 
 def picture_grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size, in any mode, as one in RGB; see `image_grid`."""
+    """Arranges pictures of one size, in any mode, in an RGB grid; see `image_grid`."""
     images = torch.stack([to_tensor(picture.convert("RGB")) for picture in pictures]) / 2 + 0.5
     return Image.fromarray(to_uint8(image_grid(images, columns)))
 
 
 def formation_strip(steps: Iterable[Tensor]) -> Tensor:
-    """Images (b, 3, H, W) in [0, 1] after each scale -> a picture (3, H, W): a row for each image, scales from left."""
+    """Arranges images (b, 3, H, W) in [0, 1] of each scale: one row per image, one column per scale; (3, H, W)."""
     images = torch.stack([*steps], dim=1)  # (b, k, 3, H, W)
     return image_grid(images.flatten(0, 1), columns=images.shape[1])
 
 
 def with_row_names(grid: Tensor, names: Sequence[str]) -> Tensor:
-    """A picture (3, H, W) of rows of equal height, with the name of each row at its left."""
+    """Adds the name of each row at the left of a grid (3, H, W) of equally high rows."""
     height = grid.shape[1] // len(names)
     font = ImageFont.load_default(min(max(height // 4, SMALLEST_FONT), LARGEST_FONT))
     width = round(max(font.getlength(name) for name in names)) + 2 * PADDING
@@ -62,26 +62,29 @@ def with_row_names(grid: Tensor, names: Sequence[str]) -> Tensor:
     return torch.cat([pixels, grid], dim=2)
 
 
-def captioned_pair(original: Tensor | None, made: Tensor, *captions: str) -> Tensor:
-    """A picture (3, H', W') of an original, grey where it is not to be had, above what was made of it, both (3, H, W).
+def captioned_pair(original: Tensor | None, reconstruction: Tensor, *captions: str) -> Tensor:
+    """Stacks an original above its reconstruction, both (3, H, W), under captions: a figure (3, H', W').
 
-    Captions stand above, a line each, cut to the width; small images are magnified, so that they can be read.
+    An unavailable original is grey. Each caption is one line, cut to the width; small images are magnified, so that
+    the captions are legible.
     """
-    original = torch.full_like(made, 0.5) if original is None else original
-    times = -(-SMALLEST_CAPTIONED // made.shape[-1])
-    pair = image_grid(torch.stack([original, made]), 1).repeat_interleave(times, 1).repeat_interleave(times, 2)
+    original = torch.full_like(reconstruction, 0.5) if original is None else original
+    times = -(-SMALLEST_CAPTIONED // reconstruction.shape[-1])
+    pair = (
+        image_grid(torch.stack([original, reconstruction]), 1).repeat_interleave(times, 1).repeat_interleave(times, 2)
+    )
     font = ImageFont.load_default(SMALLEST_FONT)
     line = SMALLEST_FONT + 2 * PADDING
     header = Image.new("RGB", (pair.shape[2], line * len(captions)))
     draw = ImageDraw.Draw(header)
     for row, caption in enumerate(captions):
-        draw.text((header.width / 2, (row + 0.5) * line), shortened(caption, font, header.width), "white", font, "mm")
+        draw.text((header.width / 2, (row + 0.5) * line), shorten(caption, font, header.width), "white", font, "mm")
     pixels = torch.from_numpy(np.array(header)).movedim(-1, 0).to(pair) / 255
     return torch.cat([pixels, pair], dim=1)
 
 
-def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """The end of a text that is too wide, which of a path says most."""
+def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """Cuts the beginning off a text that is too wide: the end of a path says most."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"...{text}") > width:
@@ -90,13 +93,13 @@ def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
 
 
 def save_image(image: Tensor, path: str | Path) -> None:
-    """Write (3, H, W) in [0, 1] as a PNG, whole or not at all."""
+    """Writes (3, H, W) in [0, 1] as a PNG, atomically."""
     with atomic_path(path) as temporary:
         Image.fromarray(to_uint8(image)).save(temporary, format="PNG")
 
 
 def save_animation(frames: Sequence[Tensor], path: str | Path) -> None:
-    """Write pictures (3, H, W) in [0, 1] as a GIF or WebP that repeats, whole or not at all."""
+    """Writes frames (3, H, W) in [0, 1] as a GIF or WebP that repeats, atomically."""
     first, *others = [Image.fromarray(to_uint8(frame)) for frame in frames]
     durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
     with atomic_path(path) as temporary:

@@ -1,41 +1,62 @@
-"""Sampled images as other programs and this one leave them: an npz, or a folder of PNG files. None is resized."""
+"""Readers of sampled images, ours or of other programs: an npz or a folder of PNG files. Images are never resized."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_mvar.data.images.decoding import IMAGE_ERRORS, to_tensor
-from lightning_mvar.data.images.examples import Example, Images
+from lightning_mvar.data.images.examples import Example
 from lightning_mvar.data.images.files import identity_of, visible
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.npz import NpzRows, names_in, read_npz
-from lightning_mvar.scales import Shape, in_words
+from lightning_mvar.io.npz import NpzRows, array_names, read_npz
+from lightning_mvar.scales import Shape, format_shape
 
-ABOUT = "sampling.json"  # beside the pictures of a folder: how they were drawn
-MODES = ("RGB", "L", "P")  # of pictures that lose nothing as 8-bit RGB
+METADATA_FILE = "sampling.json"  # in a folder of images: how they were drawn
+LOSSLESS_MODES = ("RGB", "L", "P")  # PIL modes that convert to 8-bit RGB without loss
 
 
-class Samples(Images, Protocol):
-    """Sampled images in the order in which they are counted; `about` says how they were drawn, where it is known."""
+class Samples(ABC):
+    """Sampled images, in the order of their numbers.
 
-    about: dict[str, Any]
+    `metadata` says how they were drawn, if known; `class_names` are the names of their folders, if they have any.
+    """
 
-    def pixels(self, index: int) -> NDArray[np.uint8]: ...  # (H, W, 3)
+    metadata: dict[str, Any]
+    class_names: list[str]
+    shape: Shape
 
-    def labels(self, class_names: list[str]) -> list[int] | None: ...  # None where unknown
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Returns a string that changes if the images change."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example: ...
+
+    @abstractmethod
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """Returns an image (H, W, 3)."""
+
+    @abstractmethod
+    def labels(self, class_names: list[str]) -> list[int] | None:
+        """Returns the label of each image among `class_names`; None if unknown."""
 
 
 def open_samples(path: str | Path) -> Samples:
-    """The images in an npz, or under a folder.
+    """Opens the images in an npz, or under a folder.
 
     Raises:
-        InputError: if there are none, or they are of another kind.
+        InputError: if there are no images, or they have another format.
     """
     path = Path(path)
     if path.is_dir():
@@ -45,28 +66,28 @@ def open_samples(path: str | Path) -> Samples:
     return NpzSamples(path)
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """How the samples of a folder were drawn.
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Reads the metadata file of a folder of samples, which says how they were drawn.
 
     Raises:
         InputError: if the file is damaged.
     """
-    return parse_about(path.read_text(), path)
+    return parse_metadata(path.read_text(), path)
 
 
-def parse_about(text: str, path: Path) -> dict[str, Any]:
-    """Raise InputError unless `text`, of a file, is a JSON object of numbers and words."""
+def parse_metadata(text: str, path: Path) -> dict[str, Any]:
+    """Parses metadata from `path`; raises InputError unless it is a JSON object of numbers and strings."""
     try:
-        about = json.loads(text)
+        metadata = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path} is damaged (how its images were drawn is not valid JSON: {error})") from error
-    if not isinstance(about, dict) or any(isinstance(value, dict | list) for value in about.values()):
-        raise InputError(f"{path} does not say how its images were drawn in numbers and words: it is of something else")
-    return about
+    if not isinstance(metadata, dict) or any(isinstance(value, dict | list) for value in metadata.values()):
+        raise InputError(f"{path} must say how its images were drawn as a JSON object of numbers and strings")
+    return metadata
 
 
-class NpzSamples:
-    """`arr_0` uint8 (n, H, W, 3) of a file, and `arr_1` int64 (n,), their classes, where it has them."""
+class NpzSamples(Samples):
+    """Images of an npz file: `arr_0` uint8 (n, H, W, 3) and, if present, their classes `arr_1` int64 (n,)."""
 
     def __init__(self, path: Path) -> None:
         self.rows, self.path = NpzRows(path, "arr_0"), path
@@ -76,7 +97,7 @@ class NpzSamples:
         self.class_names: list[str] = []
         self.shape: Shape = shape[1:3]
         self.classes: list[int] | None = None
-        names = names_in(path)
+        names = array_names(path)
         if "arr_1" in names:
             classes = read_npz(path, ["arr_1"])["arr_1"]
             if classes.shape != shape[:1] or classes.dtype.kind not in "iu":
@@ -85,7 +106,7 @@ class NpzSamples:
                     f"{' x '.join(map(str, classes.shape))}"
                 )
             self.classes = classes.tolist()
-        self.about = parse_about(str(read_npz(path, ["about"])["about"]), path) if "about" in names else {}
+        self.metadata = parse_metadata(str(read_npz(path, ["about"])["about"]), path) if "about" in names else {}
 
     @property
     def identity(self) -> str:
@@ -104,8 +125,8 @@ class NpzSamples:
         return self.classes
 
 
-class PngSamples:
-    """Every PNG file under a folder, in the order of the files' names; their folders' names are their classes."""
+class PngSamples(Samples):
+    """All PNG files under a folder, sorted by file name; the name of a file's folder is its class."""
 
     def __init__(self, root: Path) -> None:
         self.files = sorted(visible(root.rglob("*.png")), key=lambda path: (len(path.name), path.name, path))
@@ -115,8 +136,8 @@ class PngSamples:
         self.class_names = sorted({path.parent.name for path in self.files})
         with self.open(self.files[0]) as first:
             self.shape: Shape = (first.height, first.width)
-        record = root / ABOUT
-        self.about = read_about(record) if record.is_file() else {}
+        file = root / METADATA_FILE
+        self.metadata = read_metadata(file) if file.is_file() else {}
 
     @property
     def identity(self) -> str:
@@ -134,22 +155,22 @@ class PngSamples:
         try:
             with self.open(path) as file:
                 mode, transparent = file.mode, "transparency" in file.info
-                found = np.asarray(file.convert("RGB"))
+                pixels = np.asarray(file.convert("RGB"))
         except IMAGE_ERRORS as error:
-            raise InputError(f"{path} cannot be decoded ({error}): remove it, and draw it again") from error
-        if mode not in MODES or transparent:
-            raise InputError(f"{path} is of mode {mode}: samples have 8 bits a channel and no transparency")
-        if found.shape[:2] != self.shape:
-            raise InputError(f"{path} is {in_words(found.shape[:2])}, others {in_words(self.shape)}")
-        return found
+            raise InputError(f"{path} cannot be decoded ({error}): remove it and draw it again") from error
+        if mode not in LOSSLESS_MODES or transparent:
+            raise InputError(f"{path} has mode {mode}: samples have 8 bits per channel and no transparency")
+        if pixels.shape[:2] != self.shape:
+            raise InputError(f"{path} is {format_shape(pixels.shape[:2])}, the others are {format_shape(self.shape)}")
+        return pixels
 
     @staticmethod
     def open(path: Path) -> Image.Image:
         try:
             return Image.open(path)
         except IMAGE_ERRORS as error:
-            raise InputError(f"{path} cannot be decoded ({error}): remove it, and draw it again") from error
+            raise InputError(f"{path} cannot be decoded ({error}): remove it and draw it again") from error
 
     def labels(self, class_names: list[str]) -> list[int] | None:
-        found = [path.parent.name for path in self.files]
-        return [class_names.index(name) for name in found] if set(found) <= set(class_names) else None
+        names = [path.parent.name for path in self.files]
+        return [class_names.index(name) for name in names] if set(names) <= set(class_names) else None

@@ -1,7 +1,7 @@
-"""Where a set of sampled images is written as it is drawn, so that memory is bounded and an interrupted run goes on.
+"""Writers of sets of sampled images: written as they are drawn, so memory is bounded and an interrupted run can resume.
 
-Images are known by their number in the set, and any process may add any of them. A set remembers how it is drawn; one
-that is continued otherwise is refused.
+An image is identified by its number in the set, and any process may add any image. A set records how it is drawn;
+continuing it with other settings is refused.
 """
 
 from __future__ import annotations
@@ -22,69 +22,69 @@ from lightning_mvar.data.images.files import visible
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.npz import read_npz, write_npz
-from lightning_mvar.sampling.readers import ABOUT, NpzSamples, read_about
+from lightning_mvar.sampling.readers import METADATA_FILE, NpzSamples, read_metadata
 from lightning_mvar.scales import Shape
 
 PixelArray = NDArray[np.uint8]  # (n, H, W, 3)
 
 
 class SampleSet(ABC):
-    """Images that are there, and those still to be drawn.
+    """Set of images that is written image by image, in any order.
 
     Args:
-        folder: where unfinished work, or the images themselves, are.
-        about: what decides the images, as JSON can hold it.
-        count: images in the set.
+        folder: folder of the unfinished set, or of the images themselves.
+        metadata: everything that determines the images, JSON-serializable.
+        count: number of images in the set.
 
     Raises:
         InputError: if the folder holds something else.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], count: int) -> None:
-        self.folder, self.about, self.count = folder, about, count
+    def __init__(self, folder: Path, metadata: dict[str, Any], count: int) -> None:
+        self.folder, self.metadata, self.count = folder, metadata, count
         self.claim()
 
     def claim(self) -> None:
-        """Write down in the folder how the images are drawn, or go on where that is written; see above."""
-        # Looked at before the record: other processes write the record first, then images.
+        """Records in the folder how the images are drawn, or checks the record of an earlier run."""
+        # Listed before the record is read: other processes write the record first, then images.
         others = self.folder.is_dir() and any(visible(self.folder.iterdir()))
-        record = self.folder / ABOUT
+        record = self.folder / METADATA_FILE
         if record.is_file():
-            self.require_same(read_about(record), self.folder)
+            self.require_same(read_metadata(record), self.folder)
             return
         if others:
-            raise InputError(f"{self.folder} holds other files: choose another --out, or remove that folder")
+            raise InputError(f"{self.folder} holds other files: choose another --out or remove that folder")
         with atomic_path(record) as path:
-            path.write_text(json.dumps(self.about, indent=2) + "\n")
+            path.write_text(json.dumps(self.metadata, indent=2) + "\n")
 
-    def require_same(self, about: dict[str, Any], where: Path) -> None:
-        """Raise InputError, naming what differs, unless `about` is that of this set."""
-        for name in self.about | about:
-            theirs, ours = about.get(name), self.about.get(name)
+    def require_same(self, metadata: dict[str, Any], path: Path) -> None:
+        """Raises InputError that names the first difference, unless `metadata` is that of this set."""
+        for name in self.metadata | metadata:
+            theirs, ours = metadata.get(name), self.metadata.get(name)
             if theirs != ours:
                 raise InputError(
-                    f"{where} holds images that were sampled otherwise ({name} {theirs}, not {ours}): choose another "
-                    f"--out, or remove it"
+                    f"{path} holds images that were sampled with other settings ({name} {theirs}, not {ours}): choose "
+                    f"another --out or remove it"
                 )
 
     @abstractmethod
     def missing(self) -> list[int]:
-        """Numbers of the images that are not there yet, ascending."""
+        """Returns the numbers of the images that are not written yet, ascending."""
 
     @abstractmethod
     def write(self, numbers: Sequence[int], images: PixelArray) -> None:
-        """Add images; those of a call that is interrupted are there whole or not at all."""
+        """Writes images; each file is written atomically, so an interruption leaves no partial file."""
 
     @abstractmethod
     def finish(self, labels: NDArray[np.int64]) -> None:
-        """Called by one process when all images are there; `labels` (n,) are their classes."""
+        """Completes the set; called by one process when all images are written. `labels` (n,) are their classes."""
 
 
 class PngFolder(SampleSet):
-    """`folder/CLASS/NUMBER.png`; `class_names` has the class of each image."""
+    """Set of images in `folder/CLASS/NUMBER.png`; `class_names` has one entry per image."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], class_names: Sequence[str]) -> None:
-        super().__init__(folder, about, len(class_names))
+    def __init__(self, folder: Path, metadata: dict[str, Any], class_names: Sequence[str]) -> None:
+        super().__init__(folder, metadata, len(class_names))
         self.class_names = class_names
 
     def path(self, number: int) -> Path:
@@ -99,39 +99,39 @@ class PngFolder(SampleSet):
                 Image.fromarray(image).save(path)
 
     def finish(self, labels: NDArray[np.int64]) -> None:
-        for leftover in self.folder.rglob(".*.tmp.png"):  # of a process that was killed while it wrote
+        for leftover in self.folder.rglob(".*.tmp.png"):  # from a process that was killed while writing
             leftover.unlink()
 
 
 class NpzFile(SampleSet):
-    """`arr_0` uint8 (n, H, W, 3), `arr_1` int64 (n,) and `about` (JSON), gathered batch by batch in a folder beside it.
+    """Npz file of `arr_0` uint8 (n, H, W, 3), `arr_1` int64 (n,) and `about` (the metadata as JSON).
 
-    Batches are files of their own, so that processes on several machines may add them.
+    Until it is complete, each batch is a file in a folder beside it, so processes on several machines can add batches.
     """
 
-    def __init__(self, file: Path, about: dict[str, Any], count: int, shape: Shape) -> None:
+    def __init__(self, file: Path, metadata: dict[str, Any], count: int, shape: Shape) -> None:
         self.file, self.shape = file, (count, *shape, 3)
-        super().__init__(file.with_name(f"{file.name}.partial"), about, count)
+        super().__init__(file.with_name(f"{file.name}.partial"), metadata, count)
 
     def claim(self) -> None:
         if self.file.is_file():
-            self.require_same(NpzSamples(self.file).about, self.file)
+            self.require_same(NpzSamples(self.file).metadata, self.file)
         else:
             super().claim()
 
-    def places(self) -> dict[int, tuple[Path, int]]:
-        """The batch that holds each image that is there, and its place in it."""
-        found: dict[int, tuple[Path, int]] = {}
+    def written(self) -> dict[int, tuple[Path, int]]:
+        """Maps the number of each written image to its batch file and its row in it."""
+        rows: dict[int, tuple[Path, int]] = {}
         for path in sorted(visible(self.folder.glob("*.npz"))):
             numbers = read_npz(path, ["numbers"])["numbers"].tolist()
-            found |= {number: (path, place) for place, number in enumerate(numbers)}
-        return found
+            rows |= {number: (path, row) for row, number in enumerate(numbers)}
+        return rows
 
     def missing(self) -> list[int]:
         if self.file.is_file():
             return []
-        there = self.places()
-        return [number for number in range(self.count) if number not in there]
+        written = self.written()
+        return [number for number in range(self.count) if number not in written]
 
     def write(self, numbers: Sequence[int], images: PixelArray) -> None:
         with atomic_path(self.folder / f"{numbers[0]:08d}.npz") as path:
@@ -139,14 +139,14 @@ class NpzFile(SampleSet):
 
     def finish(self, labels: NDArray[np.int64]) -> None:
         if not self.file.is_file():
-            others = {"arr_1": labels, "about": np.array(json.dumps(self.about))}
+            others = {"arr_1": labels, "about": np.array(json.dumps(self.metadata))}
             write_npz(self.file, "arr_0", self.in_order(), self.shape, others)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def in_order(self) -> Iterator[PixelArray]:
-        """Each image (H, W, 3)."""
-        places = self.places()
+        """Yields the images (H, W, 3) by ascending number."""
+        written = self.written()
         batch = lru_cache(maxsize=4)(lambda path: read_npz(path, ["images"])["images"])
         for number in range(self.count):
-            path, place = places[number]
-            yield batch(path)[place]
+            path, row = written[number]
+            yield batch(path)[row]

@@ -1,1 +1,1 @@
-"""Many runs from one file: the grid it describes, each run's folder and records, and ways to run them."""
+"""Sweeps: the grid that a sweep file describes, the folder and records of each cell, and the launchers that run it."""

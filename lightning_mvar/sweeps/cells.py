@@ -1,4 +1,4 @@
-"""A cell of a sweep: one run with its seed, in a folder that keeps what it is and how often it was tried."""
+"""Cells of a sweep: one run with one seed each, in a folder that records its definition and its attempts."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from typing import Any, Literal
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.locks import FileLock, is_locked
-from lightning_mvar.sweeps.processes import POLL_S, Stop, Surroundings, wait_unless
+from lightning_mvar.sweeps.processes import POLL_S, ProcessContext, Stop, run_until_stopped
 
 State = Literal["waiting", "running", "finished", "crashed", "interrupted"]
 
-# Codes of commands that were asked to end, or killed: no fault of their own.
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-ASKED_TO_END = {128 + number for number in ASKED} | {-number for number in (*ASKED, signal.SIGKILL)}
-TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours, and movements of progress bars
+# Exit codes of commands that were stopped or killed from outside, as opposed to crashed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+INTERRUPTED_CODES = {128 + number for number in STOP_SIGNALS} | {-number for number in (*STOP_SIGNALS, signal.SIGKILL)}
+ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor movements of progress bars
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a cell; without `code` it is under way, or was killed with all that could have told.
+    """One attempt at a cell. Without `code` it is still running, or was killed before an exit code could be recorded.
 
     Args:
-        attempt: its number, from 1 on.
-        begin: ISO time.
-        end: ISO time.
-        seconds: it took.
-        code: exit code of the command that ended it; 0 if all ended well.
+        attempt: number of the attempt, starting at 1.
+        begin: start time, ISO 8601.
+        end: end time, ISO 8601.
+        seconds: duration.
+        code: exit code of the last command that ran; 0 if all commands succeeded.
     """
 
     attempt: int
@@ -49,13 +49,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Cell:
-    """A run.
+    """One run of a sweep.
 
     Args:
-        folder: of all that it leaves; its name is the cell's.
-        axes: name of its value on each axis.
-        seed: of training and sampling.
-        commands: what to run in turn, as after `lightning-mvar` in a shell.
+        folder: folder of all outputs; its name is the name of the cell.
+        axes: name of the cell's value on each axis.
+        seed: seed of training and sampling.
+        commands: command lines to run in order, as written after `lightning-mvar` in a shell.
     """
 
     folder: Path
@@ -69,126 +69,127 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """Output of all attempts."""
+        """Returns the path of the log that collects the output of all attempts."""
         return self.folder / "log.txt"
 
     @property
     def lock(self) -> Path:
-        """Locked while the cell runs."""
+        """Returns the path of the file that is locked while the cell runs."""
         return self.folder / "lock"
 
-    def words(self) -> list[list[str]]:
-        """Of each command."""
+    def argument_lists(self) -> list[list[str]]:
+        """Returns the arguments of each command."""
         return [shlex.split(command) for command in self.commands]
 
     def identity(self) -> dict[str, Any]:
-        """What cell.json holds; where this changes, another cell is meant."""
+        """Returns the content of cell.json; two cells are the same if and only if these are equal."""
         definition = {"name": self.name, "axes": self.axes, "seed": self.seed, "commands": list(self.commands)}
         return definition | {"configs": config_hashes(self.commands)}
 
     @classmethod
     def read(cls, folder: Path) -> Cell:
-        """What `record` has written."""
-        about = read_record(folder / "cell.json")
-        return cls(folder, about["axes"], about["seed"], tuple(about["commands"]))
+        """Reads the cell that `record` has written."""
+        definition = read_record(folder / "cell.json")
+        return cls(folder, definition["axes"], definition["seed"], tuple(definition["commands"]))
 
     def check(self) -> None:
-        """Raise InputError if the cell has been begun as another one."""
+        """Raises InputError if the cell has already been started with another definition."""
         path = self.folder / "cell.json"
         if not path.is_file() or not (attempts(self.folder) or is_locked(self.lock)):
             return
-        before, now = read_record(path), self.identity()
-        if changed := [key for key in now if before.get(key) != now[key]]:
-            what = {"configs": "a YAML file that it names has changed"}.get(changed[0], "its commands have changed")
+        before, timestamp = read_record(path), self.identity()
+        if changed := [key for key in timestamp if before.get(key) != timestamp[key]]:
+            reason = {"configs": "a YAML file that it names has changed"}.get(changed[0], "its commands have changed")
             raise InputError(
-                f"cell {self.name} has been run before, and {what} since: choose another --out, or remove {self.folder}"
+                f"cell {self.name} has been run before, and {reason} since: "
+                f"choose another --out, or remove {self.folder}"
             )
 
     def record(self) -> None:
-        """Write cell.json, for `run_cell`."""
+        """Writes cell.json, which `run_cell` reads."""
         with atomic_path(self.folder / "cell.json") as path:
             path.write_text(json.dumps(self.identity(), indent=2) + "\n")
 
     def state(self) -> State:
         if is_locked(self.lock):
             return "running"
-        tried = attempts(self.folder)
-        if not tried:
+        history = attempts(self.folder)
+        if not history:
             return "waiting"
-        code = tried[-1].code
+        code = history[-1].code
         if code == 0:
             return "finished"
-        return "interrupted" if code is None or code in ASKED_TO_END else "crashed"
+        return "interrupted" if code is None or code in INTERRUPTED_CODES else "crashed"
 
 
 def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
-    """SHA-256 of the YAML files that are named in commands."""
-    words = {word.split("=")[-1] for command in commands for word in shlex.split(command)}
-    words = {word for word in words if word.endswith((".yaml", ".yml"))}
-    return {word: sha256(Path(word).read_bytes()).hexdigest() for word in sorted(words) if Path(word).is_file()}
+    """Returns the SHA-256 of each existing YAML file that the commands name."""
+    args = {word.split("=")[-1] for command in commands for word in shlex.split(command)}
+    args = {word for word in args if word.endswith((".yaml", ".yml"))}
+    return {word: sha256(Path(word).read_bytes()).hexdigest() for word in sorted(args) if Path(word).is_file()}
 
 
 def read_record(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({error}): remove its folder to begin that cell anew") from error
+        raise InputError(f"cannot read {path} ({error}): remove its folder to run that cell from scratch") from error
 
 
 def attempts(folder: Path) -> list[Attempt]:
-    """All tries at a cell, in order."""
+    """Reads all attempts at a cell, in order."""
     path = folder / "attempts.jsonl"
-    found: dict[int, dict[str, Any]] = {}
-    whole, _, _ = path.read_text().rpartition("\n") if path.is_file() else ("", "", "")  # one may be being written
-    for line in whole.splitlines():
+    entries: dict[int, dict[str, Any]] = {}
+    complete, _, _ = path.read_text().rpartition("\n") if path.is_file() else ("", "", "")  # drop a half-written line
+    for line in complete.splitlines():
         try:
             entry = json.loads(line)
-            found[entry["attempt"]] = found.get(entry["attempt"], {}) | entry
-            Attempt(**found[entry["attempt"]])
+            entries[entry["attempt"]] = entries.get(entry["attempt"], {}) | entry
+            Attempt(**entries[entry["attempt"]])
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} is damaged at {line!r}: remove that line, or the folder") from error
-    return [Attempt(**entry) for entry in found.values()]
+    return [Attempt(**entry) for entry in entries.values()]
 
 
-def run_cell(folder: Path, stop: Stop, share: int = 1) -> int:
-    """Try a cell once: run its commands one after the other, as far as they end with 0.
+def run_cell(folder: Path, stop: Stop, concurrency: int = 1) -> int:
+    """Makes one attempt at a cell: runs its commands in order until one exits with a code other than 0.
 
-    Waits first for a try that a dead sweep has left running. A cell that has finished is left alone.
+    First waits for an attempt that a killed sweep left running. Does nothing if the cell has finished.
 
     Args:
-        folder: of the cell, with its cell.json.
-        stop: ends the cell early; it goes on from there at the next try.
-        share: of how many cells that run at once it is one.
+        folder: folder of the cell, which holds its cell.json.
+        stop: ends the cell early; the next attempt resumes it.
+        concurrency: number of cells that run at once on this machine and share its threads.
 
     Returns:
-        The code of the last command, see `wait_unless`.
+        The exit code of the last command, see `run_until_stopped`.
     """
     cell = Cell.read(folder)
-    with holding(cell, stop) as lock:
+    with hold_lock(cell, stop) as lock:
         if lock is None:
             return 128 + stop.signal
         before = attempts(folder)
         if before and before[-1].code == 0:
             return 0
-        surroundings = Surroundings(cell.log, lock, share)
+        context = ProcessContext(cell.log, lock, concurrency)
         number, begin = len(before) + 1, time.monotonic()
-        append(folder, {"attempt": number, "begin": now()})
-        for command, words in zip(cell.commands, cell.words(), strict=True):
+        append_attempt(folder, {"attempt": number, "begin": timestamp()})
+        for command, args in zip(cell.commands, cell.argument_lists(), strict=True):
             with cell.log.open("a") as log:
                 log.write(f"[attempt {number}] lightning-mvar {command}\n")
-            code = wait_unless(stop, words, surroundings)
+            code = run_until_stopped(stop, args, context)
             if code:
                 break
         seconds = round(time.monotonic() - begin, 1)
-        append(folder, {"attempt": number, "end": now(), "seconds": seconds, "code": code})
+        append_attempt(folder, {"attempt": number, "end": timestamp(), "seconds": seconds, "code": code})
         return code
 
 
 @contextmanager
-def holding(cell: Cell, stop: Stop) -> Iterator[FileLock | None]:
-    """The cell's lock, waited for; None if `stop` came first."""
+def hold_lock(cell: Cell, stop: Stop) -> Iterator[FileLock | None]:
+    """Waits for the cell's lock and holds it; yields None if `stop` came first."""
     lock = None
-    while not stop.signal and (lock := FileLock.take(cell.lock)) is None:
+    while not stop.signal and (lock := FileLock.try_acquire(cell.lock)) is None:
         time.sleep(POLL_S)
     try:
         yield lock
@@ -197,21 +198,21 @@ def holding(cell: Cell, stop: Stop) -> Iterator[FileLock | None]:
             lock.release()
 
 
-def now() -> str:
+def timestamp() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def append(folder: Path, entry: dict[str, Any]) -> None:
+def append_attempt(folder: Path, entry: dict[str, Any]) -> None:
     with (folder / "attempts.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def last_line(path: Path) -> str:
-    """What a file ends with, where a progress bar overwrites its line."""
+    """Returns the last visible line of a log, where progress bars overwrite their own line."""
     if not path.is_file():
         return ""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         text = file.read().decode(errors="replace")
-    lines = [line.strip() for line in TERMINAL.sub("", text).replace("\r", "\n").split("\n")]
+    lines = [line.strip() for line in ANSI_ESCAPE.sub("", text).replace("\r", "\n").split("\n")]
     return next((line for line in reversed(lines) if line), "")

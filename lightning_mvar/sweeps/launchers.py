@@ -1,6 +1,6 @@
-"""Where cells run: here, as jobs of submitit, or on a Ray cluster. All of them run `run_cell`.
+"""Launchers that run cells on this machine, as submitit jobs or on a Ray cluster. All of them call `run_cell`.
 
-A launcher tries each of the folders it is given once and comes back; how the tries ended is in the cells' records.
+A launcher makes one attempt at each folder it is given, then returns; the cells' records say how the attempts ended.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lightning_mvar.sweeps.processes import Stop
 Launcher = Callable[[list[Path], Stop], None]
 
 POLL_JOBS_S = 1.0
-A_DAY_MIN = 24 * 60
+DEFAULT_TIMEOUT_MIN = 24 * 60
 
 
-def require(package: str, extra: str) -> None:
+def require_package(package: str, extra: str) -> None:
     if find_spec(package) is None:
         raise InputError(f"--launcher {package} needs {package}: pip install 'lightning-mvar[{extra}]'")
 
 
 def local_launcher(jobs: int) -> Launcher:
-    """`jobs` cells at once on this machine, which share its threads."""
+    """Returns a launcher that runs `jobs` cells at once on this machine; they share its threads."""
 
     def launch(folders: list[Path], stop: Stop) -> None:
         with ThreadPoolExecutor(jobs) as pool:
@@ -45,22 +45,22 @@ def local_launcher(jobs: int) -> Launcher:
 
 
 class CellJob:
-    """A cell as a job of submitit, which runs it again where it was cut short by a time limit or preemption."""
+    """A cell as a submitit job, which is submitted again after preemption or a time limit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.stop, self.code = folder, Stop(), 0
         self.thread: threading.Thread | None = None
 
     def __call__(self) -> int:
-        # Lightning would look for as many tasks of Slurm as there are devices; the job is one, and starts its ranks.
+        # Lightning expects one Slurm task per device unless the job is interactive: this job is one task for all ranks.
         os.environ["SLURM_JOB_NAME"] = "bash"
-        for number in (signal.SIGINT, signal.SIGTERM):  # of a cancelled job; submitit would not hear the second
+        for number in (signal.SIGINT, signal.SIGTERM):  # sent to a cancelled job; submitit ignores SIGTERM
             signal.signal(number, self.receive)
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
         try:
             self.thread.join()
-        except BaseException:  # what submitit leaves with after `checkpoint`
+        except BaseException:  # how submitit ends the job after `checkpoint`
             self.end()
             raise
         return self.code
@@ -77,7 +77,7 @@ class CellJob:
             self.thread.join()
 
     def checkpoint(self) -> Any:
-        """Called in this process some time before the limit: save, and say what to submit again."""
+        """Saves and returns the job to submit again; submitit calls this shortly before the time limit."""
         from submitit.helpers import DelayedSubmission
 
         self.end()
@@ -85,25 +85,26 @@ class CellJob:
 
 
 def submitit_launcher(jobs: int, folder: Path, parameters: dict[str, Any]) -> Launcher:
-    """`jobs` jobs at once.
+    """Returns a launcher that keeps up to `jobs` submitit jobs in the queue.
 
     Args:
-        jobs: that are submitted and have not ended.
-        folder: for submitit's own files.
-        parameters: of submitit's AutoExecutor: `cluster` (that of this machine where not given; `local` for none), and
+        jobs: maximum number of jobs that are submitted and have not ended.
+        folder: folder for submitit's own files.
+        parameters: parameters of submitit's AutoExecutor: `cluster` (default: detected; `local` for none), and
             those of its update_parameters, such as timeout_min, gpus_per_node, slurm_partition.
 
     Raises:
-        InputError: if submitit is not installed, does not know a parameter, or finds no cluster.
+        InputError: if submitit is not installed, rejects a parameter, or finds no cluster.
     """
-    require("submitit", "sweep")
+    require_package("submitit", "sweep")
     from submitit import AutoExecutor
 
-    rest = {"name": "sweep", "timeout_min": A_DAY_MIN} | parameters
-    made: dict[str, Any] = {name: rest.pop(name) for name in ("cluster", "slurm_max_num_timeout") if name in rest}
+    options = {"name": "sweep", "timeout_min": DEFAULT_TIMEOUT_MIN} | parameters
+    constructor_names = [name for name in ("cluster", "slurm_max_num_timeout") if name in options]
+    constructor_options: dict[str, Any] = {name: options.pop(name) for name in constructor_names}
     try:
-        executor = AutoExecutor(folder, **made)
-        executor.update_parameters(**rest)
+        executor = AutoExecutor(folder, **constructor_options)
+        executor.update_parameters(**options)
     except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"--submitit: {' '.join(str(error).split())}") from error
 
@@ -126,7 +127,7 @@ def submitit_launcher(jobs: int, folder: Path, parameters: dict[str, Any]) -> La
 
 
 def report_failure(job: Any) -> None:
-    """Say so if a job ended before it could run its cell, of which the cell's own log knows nothing."""
+    """Prints the error of a job that failed before it could run its cell and so is missing from the cell's log."""
     error = job.exception()
     if error is not None:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -141,18 +142,18 @@ def submit(executor: Any, folder: Path) -> Any:
 
 
 def ray_launcher(jobs: int, folder: Path, resources: dict[str, float]) -> Launcher:
-    """`jobs` trials of Ray Tune at once, on the cluster of RAY_ADDRESS or on this machine.
+    """Returns a launcher that runs `jobs` Ray Tune trials at once, on the cluster of RAY_ADDRESS or this machine.
 
     Args:
-        jobs: trials at once.
-        folder: for Tune's own files, on a file system that all machines see.
-        resources: of a trial, such as cpu and gpu.
+        jobs: number of trials at once.
+        folder: folder for Tune's own files, on a file system that all machines share.
+        resources: resources per trial, such as cpu and gpu.
 
     Raises:
         InputError: if Ray Tune is not installed.
     """
-    require("ray", "ray")
-    # Signals are ours to handle, and paths are relative to the folder that the sweep was started in.
+    require_package("ray", "ray")
+    # The sweep handles signals itself, and paths are relative to the folder that it was started in.
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
     try:
         import ray
@@ -168,11 +169,11 @@ def ray_launcher(jobs: int, folder: Path, resources: dict[str, float]) -> Launch
             def stop_all(self) -> bool:
                 return bool(stop.signal)
 
-        here, path = os.getcwd(), list(sys.path)
+        working_directory, import_path = os.getcwd(), list(sys.path)
 
         def trial(config: dict[str, str]) -> None:
-            os.chdir(here)
-            sys.path[:] = path
+            os.chdir(working_directory)
+            sys.path[:] = import_path
             run_cell(Path(config["cell"]), Stop())
 
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)

@@ -1,4 +1,4 @@
-"""What a sweep runs before its cells, once: a tokenizer, token shards."""
+"""Preparation of a sweep: commands that run once before its cells, such as training a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from typing import Any
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.locks import FileLock
-from lightning_mvar.sweeps.cells import ASKED_TO_END, config_hashes, read_record
-from lightning_mvar.sweeps.processes import Stop, Surroundings, wait_unless
+from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, config_hashes, read_record
+from lightning_mvar.sweeps.processes import ProcessContext, Stop, run_until_stopped
 
 
 def prepare(commands: tuple[tuple[str, ...], ...], out: Path, stop: Stop, lock: FileLock) -> None:
-    """Run the commands in order, from the first on that has not finished with these words and YAML files.
+    """Runs the commands in order, starting at the first that has not finished with these arguments and YAML files.
 
-    A command that is interrupted (see `stop`) ends the preparation; the next start runs it again.
+    An interrupted command (see `stop`) ends the preparation; the next start runs it again.
 
     Raises:
-        InputError: if a command fails; its own message has been printed.
+        InputError: if a command fails, after that command has printed its own message.
     """
     record = out / "prepare.json"
     before = read_record(record) if record.is_file() else []
     done: list[dict[str, Any]] = []
-    for words in commands:
-        command = shlex.join(words)
-        about = {"command": command, "configs": config_hashes((command,))}
-        if len(done) < len(before) and before[len(done)] == about:
-            done.append(about)
+    for args in commands:
+        command = shlex.join(args)
+        entry = {"command": command, "configs": config_hashes((command,))}
+        if len(done) < len(before) and before[len(done)] == entry:
+            done.append(entry)
             print(f"[prepare] lightning-mvar {command}: finished before, skipped", flush=True)
             continue
-        before = []  # what follows is made from what is made anew
+        before = []  # later commands depend on the output of this one, so they run again too
         print(f"[prepare] lightning-mvar {command}", flush=True)
-        code = wait_unless(stop, list(words), Surroundings(lock=lock))  # the next sweep waits for its end
+        context = ProcessContext(lock=lock)  # the next sweep waits for this command to end
+        code = run_until_stopped(stop, list(args), context)
         if stop.signal:
             return
-        if code in ASKED_TO_END:
-            raise InputError(f"`lightning-mvar {command}` was interrupted; the same sweep goes on with it")
+        if code in INTERRUPTED_CODES:
+            raise InputError(f"`lightning-mvar {command}` was interrupted: start the same sweep again to resume it")
         if code:
-            raise InputError(f"`lightning-mvar {command}` failed with code {code}: what it printed says why")
-        done.append(about)
+            raise InputError(f"`lightning-mvar {command}` failed with exit code {code}: see its output above")
+        done.append(entry)
         with atomic_path(record) as path:
             path.write_text(json.dumps(done, indent=2) + "\n")

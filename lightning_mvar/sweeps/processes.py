@@ -1,4 +1,4 @@
-"""Commands of `lightning-mvar`, each in a process of its own."""
+"""Child processes that run one `lightning-mvar` command each."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from pathlib import Path
 from lightning_mvar.cli import main
 from lightning_mvar.io.locks import FileLock
 
-# A server imports everything once, which takes seconds, and starts each command's process from there.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
+# The fork server imports everything once, which takes seconds, and forks a process for each command.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
     ["lightning_mvar.sweeps.server", "lightning_mvar.cli.training", "lightning_mvar.metrics.scores"]
 )
-# Its children begin with these held back.
-SERVER_OUTLIVES = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# The server blocks these signals to outlive them; its children inherit the mask and unblock them.
+SERVER_BLOCKED_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-# Starting a process looks at all others of this one, and an exit code can be read only once: one thread at a time.
-ONE_AT_A_TIME = threading.Lock()
+# Starting a process polls all other children, and an exit code can be read only once: one thread at a time.
+PROCESS_LOCK = threading.Lock()
 POLL_S = 0.05
 
 
 @dataclass
 class Stop:
-    """Whether work that is under way is to end: the number of the signal that asked for it, 0 while none has."""
+    """A request to end running work: the number of the signal that asked for it, 0 if none has arrived."""
 
     signal: int = 0
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a command runs in, where not in that of the process that starts it.
+class ProcessContext:
+    """The context a command runs in, as far as it differs from that of the parent process.
 
     Args:
-        log: file that gets its output, after what is there.
-        lock: held until the command has ended, though who started it dies before.
-        share: of how many commands that run at once it is one, each with its part of the threads.
+        log: file that the output is appended to.
+        lock: lock that the command holds until it ends, even if its parent dies first.
+        concurrency: number of commands that run at once; each gets that fraction of the threads.
     """
 
     log: Path | None = None
     lock: FileLock | None = None
-    share: int = 1
+    concurrency: int = 1
 
 
-def wait_for(words: list[str]) -> int:
-    """Run a command to its end and return its code; after Ctrl-C, which it receives too, leave it time to save."""
-    process = start(words, Surroundings())
+def run_command(args: list[str]) -> int:
+    """Runs a command and returns its exit code; after Ctrl-C, which the command also receives, waits for it to save."""
+    process = start(args, ProcessContext())
     try:
         process.join()
     except KeyboardInterrupt:
@@ -63,62 +63,63 @@ def wait_for(words: list[str]) -> int:
     return process.exitcode
 
 
-def wait_unless(stop: Stop, words: list[str], surroundings: Surroundings | None = None) -> int:
-    """Run a command to its end and return its code, from any thread; on `stop` it is sent SIGTERM and waited for.
+def run_until_stopped(stop: Stop, args: list[str], context: ProcessContext | None = None) -> int:
+    """Runs a command and returns its exit code; on `stop`, sends it SIGTERM and waits. Callable from any thread.
 
-    If this process dies, the command ends as if by SIGTERM: `fit` saves a checkpoint.
+    If this process dies, the command receives SIGTERM too: `fit` saves a checkpoint.
 
     Returns:
-        The exit code, the negative number of a signal that killed it, or 128 + `stop.signal` if it never began.
+        The exit code, the negative number of a signal that killed the command, or 128 + `stop.signal` if it never
+        started.
     """
     if stop.signal:
         return 128 + stop.signal
-    with ONE_AT_A_TIME:
-        process = start(words, surroundings or Surroundings(), orphan_ends=True)
-    told = False
+    with PROCESS_LOCK:
+        process = start(args, context or ProcessContext(), die_with_parent=True)
+    terminated = False
     while True:
-        with ONE_AT_A_TIME:
+        with PROCESS_LOCK:
             code = process.exitcode
-            if code is None and stop.signal and not told:
+            if code is None and stop.signal and not terminated:
                 process.terminate()
-                told = True
+                terminated = True
         if code is not None:
             return code
         time.sleep(POLL_S)
 
 
-def start(words: list[str], surroundings: Surroundings, orphan_ends: bool = False) -> ForkServerProcess:
-    process = CONTEXT.Process(target=run_alone, args=(words, surroundings, orphan_ends))
+def start(args: list[str], context: ProcessContext, die_with_parent: bool = False) -> ForkServerProcess:
+    process = FORKSERVER.Process(target=run_in_child, args=(args, context, die_with_parent))
     process.start()
     return process
 
 
-def run_alone(words: list[str], surroundings: Surroundings, orphan_ends: bool) -> None:
-    """In a process of its own."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_OUTLIVES)
-    multiprocessing.set_start_method(None, force=True)  # a server's is inherited, and its processes would import anew
-    if orphan_ends:
-        threading.Thread(target=end_with_parent, daemon=True).start()
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a cluster's warning to the parent, which passes it on
-    if surroundings.log is not None:
-        with surroundings.log.open("ab") as file:
+def run_in_child(args: list[str], context: ProcessContext, die_with_parent: bool) -> None:
+    """Runs a command in the child process."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_BLOCKED_SIGNALS)
+    multiprocessing.set_start_method(None, force=True)  # the inherited one would import everything again
+    if die_with_parent:
+        threading.Thread(target=terminate_with_parent, daemon=True).start()
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the cluster warns the parent, which forwards it as SIGTERM
+    if context.log is not None:
+        with context.log.open("ab") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    if surroundings.share > 1:
+    if context.concurrency > 1:
         import torch
 
-        torch.set_num_threads(max(1, torch.get_num_threads() // surroundings.share))
-    # What Lightning starts other ranks with.
-    sys.argv[1:] = words
+        torch.set_num_threads(max(1, torch.get_num_threads() // context.concurrency))
+    # Lightning starts the other ranks from these.
+    sys.argv[1:] = args
     sys.modules["__main__"].__spec__ = importlib.util.find_spec("lightning_mvar.__main__")
     try:
         main()
-    except KeyboardInterrupt:  # before the command has begun
+    except KeyboardInterrupt:  # before the command has started
         sys.exit(130)
 
 
-def end_with_parent() -> None:
+def terminate_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,6 +1,6 @@
-"""What the cells of a sweep have come to, read from the sweep's folder.
+"""Results of a sweep's cells, read from the sweep's folder.
 
-A cell is one training with one seed; a variant is what its cells share, the values of the axes without the seed.
+A cell is one training run with one seed; a variant is a set of cells that differ only in the seed.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.hparams import read_row
-from lightning_mvar.sweeps.cells import ASKED_TO_END, attempts
+from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, attempts
 from lightning_mvar.sweeps.plan import read_sweep
 
-Axes = dict[str, str]  # axis: the name of its value
+Axes = dict[str, str]  # axis -> name of the value
 Curve = list[tuple[int, float]]  # images trained on, value
 
 LOSSES = ("val/loss", "val/loss_last_scale", "train/loss")
-SCALE_LOSS = "val_scale_loss/"  # and the scale's side
-IN_TRAINING = ("val/fid", "val/is", "val/precision", "val/recall")
-RATE = "perf/images_per_s"
+SCALE_LOSS = "val_scale_loss/"  # followed by the side length
+TRAINING_SCORES = ("val/fid", "val/is", "val/precision", "val/recall")
+TRAINING_RATE = "perf/images_per_s"
 COSTS = ("parameters", "flops_per_training_image", "flops_per_sampled_image", "state_bytes_per_image")
 SCORES = (
     *("frechet_distance", "spatial_frechet_distance", "frechet_distance_over_floor", "inception_score"),
     *("precision", "recall", "classifier_accuracy_on_samples", "svm_accuracy_on_samples"),
     *("svm_accuracy_trained_on_samples", "images_per_s"),
 )
-# What scores depend on: those of different ones cannot be compared.
+# Evaluation conditions: scores are comparable only if all of these agree.
 CONDITIONS = ("reference", "extractor", "extractor_weights", "num_samples")
 
 FINISHED, CRASHED, INTERRUPTED = "finished", "crashed", "interrupted"
@@ -43,21 +43,21 @@ KILLED, WAITING = "killed or still running", "not begun"
 
 @dataclass(frozen=True)
 class CellResult:
-    """One training.
+    """Status and results of one cell.
 
     Args:
-        name: of the cell's folder.
-        axes: what makes it another variant.
-        seed: of training and sampling.
-        status: FINISHED, CRASHED, INTERRUPTED, KILLED or WAITING, after its last attempt.
-        commands: what it runs; each can be run by hand after `lightning-mvar`.
-        tries: attempts begun.
-        seconds: of the attempts that have ended.
-        measures: if finished, final values by TensorBoard's tag or by the key in scores.json and costs.json; the rate
-            of training is the median over the run, in images a second.
-        curves: if finished, those of LOSSES, IN_TRAINING and each scale's validation loss.
-        tokenizer: if finished, what made the tokens: losses on tokens of another one cannot be compared.
-        conditions: if finished and evaluated, what its scores depend on.
+        name: name of the cell's folder.
+        axes: value on each axis; these identify the variant.
+        seed: seed of training and sampling.
+        status: FINISHED, CRASHED, INTERRUPTED, KILLED or WAITING, after the last attempt.
+        commands: command lines, each runnable by hand after `lightning-mvar`.
+        tries: number of attempts started.
+        seconds: total duration of the attempts that have ended.
+        measures: if finished, final values by TensorBoard tag or by the key in scores.json and costs.json; the
+            training rate is the median over the run, in images per second.
+        curves: if finished, the curves of LOSSES, TRAINING_SCORES and each scale's validation loss.
+        tokenizer: if finished, the tokenizer of the tokens; losses are comparable only for the same tokenizer.
+        conditions: if finished and evaluated, the evaluation conditions of its scores.
     """
 
     name: str
@@ -83,7 +83,7 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All cells in the order of the sweep's file, those without a folder yet included, and the file's text."""
+    """All cells in the order of the sweep file, including those without a folder yet, and the text of that file."""
 
     folder: Path
     text: str
@@ -101,10 +101,10 @@ class Sweep:
 
 
 def read_results(folder: str | Path) -> Sweep:
-    """Read a sweep's folder.
+    """Reads a sweep's folder.
 
     Raises:
-        InputError: if it is none, or a file in it is damaged or missing.
+        InputError: if the folder is not a sweep's, or a file in it is damaged or missing.
     """
     folder = Path(folder)
     file = folder / "sweep.yaml"
@@ -117,12 +117,12 @@ def read_results(folder: str | Path) -> Sweep:
     for cell in cells:
         if cell.axes not in order:
             raise InputError(
-                f"{folder}/cells/{cell.name}/cell.json has axes {cell.axes} that {file} does not have: start the sweep "
-                f"with them in its file again, or move that folder away"
+                f"{folder}/cells/{cell.name}/cell.json has axes {cell.axes} that {file} does not have: add them to "
+                f"the sweep file and start the sweep again, or move that folder away"
             )
-    begun = [cell.name for cell in cells]
+    started = [cell.name for cell in cells]
     planned = [(plan.cell(variant, seed, folder), seed) for variant, seed in product(variants, plan.seeds)]
-    cells += [CellResult(cell.name, cell.axes, seed, WAITING) for cell, seed in planned if cell.name not in begun]
+    cells += [CellResult(cell.name, cell.axes, seed, WAITING) for cell, seed in planned if cell.name not in started]
     cells.sort(key=lambda cell: (order.index(cell.axes), cell.seed))
     axes = {axis: [choice.name for choice in choices] for axis, choices in plan.axes.items()}
     return Sweep(folder, file.read_text(), axes, list(plan.seeds), cells)
@@ -137,38 +137,39 @@ def is_number(text: str) -> bool:
 
 
 def read_cell(folder: Path) -> CellResult:
-    """Read a cell's folder; what it came to only if it has finished."""
-    about = read_json(folder / "cell.json")
+    """Reads a cell's folder; its results only if it has finished."""
+    definition = read_json(folder / "cell.json")
     try:
-        axes = {str(axis): str(value) for axis, value in about["axes"].items()}
-        name, seed, commands = str(about["name"]), int(about["seed"]), [str(line) for line in about["commands"]]
+        axes = {str(axis): str(value) for axis, value in definition["axes"].items()}
+        name, seed = str(definition["name"]), int(definition["seed"])
+        commands = [str(line) for line in definition["commands"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged(folder / "cell.json", error) from error
-    status, tries, seconds = read_attempts(folder)
+        raise damaged_error(folder / "cell.json", error) from error
+    status, tries, seconds = summarize_attempts(folder)
     if status != FINISHED:
         return CellResult(name, axes, seed, status, commands, tries, seconds)
     curves, rate, tokenizer = read_logs(folder / "logs")
     last = {tag: curve[-1][1] for tag, curve in curves.items()}
-    costs = numbers(folder / "costs.json", flat(read_json(folder / "costs.json"), folder / "costs.json"), COSTS)
-    scores = read_scores(folder / "scores.json")
-    found = numbers(folder / "scores.json", scores, [key for key in SCORES if key in scores])
-    measures = last | rate | costs | found
+    costs_file, scores_file = folder / "costs.json", folder / "scores.json"
+    costs = parse_numbers(costs_file, check_flat(read_json(costs_file), costs_file), COSTS)
+    scores = read_scores(scores_file)
+    measures = last | rate | costs | parse_numbers(scores_file, scores, [key for key in SCORES if key in scores])
     conditions = {key: scores[key] for key in CONDITIONS if key in scores}
     return CellResult(name, axes, seed, status, commands, tries, seconds, measures, curves, tokenizer, conditions)
 
 
-def read_attempts(folder: Path) -> tuple[str, int, float]:
-    """Status, attempts begun, and seconds of those that ended."""
-    tried = attempts(folder)
-    if not tried:
+def summarize_attempts(folder: Path) -> tuple[str, int, float]:
+    """Returns the status, the number of attempts started, and the total seconds of those that ended."""
+    history = attempts(folder)
+    if not history:
         return WAITING, 0, 0.0
-    code = tried[-1].code
-    status = {None: KILLED, 0: FINISHED}.get(code, INTERRUPTED if code in ASKED_TO_END else CRASHED)
-    return status, len(tried), sum(attempt.seconds or 0.0 for attempt in tried)
+    code = history[-1].code
+    status = {None: KILLED, 0: FINISHED}.get(code, INTERRUPTED if code in INTERRUPTED_CODES else CRASHED)
+    return status, len(history), sum(attempt.seconds or 0.0 for attempt in history)
 
 
 def read_logs(logs: Path) -> tuple[dict[str, Curve], dict[str, float], str]:
-    """Curves, the rate of training and the tokenizer of the cell's fit, from TensorBoard's event files."""
+    """Reads the curves, the training rate and the tokenizer of the cell's fit from TensorBoard's event files."""
     if not list(logs.glob("events.out.tfevents.*")):
         raise InputError(f"{logs} has no TensorBoard events: remove the cell's folder and start the sweep again")
     events = EventAccumulator(str(logs), size_guidance={"scalars": 0, "tensors": 1, "images": 1, "histograms": 1})
@@ -178,50 +179,51 @@ def read_logs(logs: Path) -> tuple[dict[str, Curve], dict[str, float], str]:
         batch, tokenizer = int(row["global_batch"]), str(row["tokenizer"])
     except KeyError as error:
         raise InputError(f"{logs} has no hyperparameter {error}: it was not written by `lightning-mvar fit`") from error
-    tags = [tag for tag in events.Tags()["scalars"] if tag in (*LOSSES, *IN_TRAINING) or tag.startswith(SCALE_LOSS)]
-    curves = {tag: [((step + 1) * batch, value) for step, value in points(events, tag)] for tag in tags}
+    tags = [tag for tag in events.Tags()["scalars"] if tag in (*LOSSES, *TRAINING_SCORES) or tag.startswith(SCALE_LOSS)]
+    curves = {tag: [((step + 1) * batch, value) for step, value in curve_points(events, tag)] for tag in tags}
     if "val/loss" not in curves:
         raise InputError(f"{logs} has no val/loss: the sweep's fit must validate (--trainer.val_check_interval)")
-    rates = [value for _, value in points(events, RATE)] if RATE in events.Tags()["scalars"] else []
-    return curves, {RATE: median(rates)} if rates else {}, tokenizer
+    has_rate = TRAINING_RATE in events.Tags()["scalars"]
+    rates = [value for _, value in curve_points(events, TRAINING_RATE)] if has_rate else []
+    return curves, {TRAINING_RATE: median(rates)} if rates else {}, tokenizer
 
 
-def points(events: EventAccumulator, tag: str) -> Curve:
-    """Steps, counted from 0, and values; of a step that a killed attempt had come to before, the last value."""
+def curve_points(events: EventAccumulator, tag: str) -> Curve:
+    """Returns (step, value) pairs, steps counted from 0; if attempts overlap, the last value of a step wins."""
     return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """What `evaluate` wrote, nothing where the sweep does not evaluate."""
+    """Reads the scores that `evaluate` wrote; empty if the sweep does not evaluate."""
     if not path.exists():
         return {}
     records = read_json(path)
     if not isinstance(records, list) or len(records) != 1:
         raise InputError(f"{path} is damaged: it must be a list of one record")
-    return flat(records[0], path)
+    return check_flat(records[0], path)
 
 
-def flat(content: Any, path: Path) -> dict[str, Any]:
+def check_flat(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or any(isinstance(value, dict | list) for value in content.values()):
         raise InputError(f"{path} is damaged: it must be a flat record")
     return content
 
 
-def numbers(path: Path, record: dict[str, Any], keys: Sequence[str]) -> dict[str, float]:
+def parse_numbers(path: Path, record: dict[str, Any], keys: Sequence[str]) -> dict[str, float]:
     try:
         return {key: float(record[key]) for key in keys}
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(path, error) from error
+        raise damaged_error(path, error) from error
 
 
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
+        raise damaged_error(path, error) from error
 
 
-def damaged(path: Path, error: Exception) -> InputError:
+def damaged_error(path: Path, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path} is missing: start the sweep again, or remove {path.parent}")
     reason = " ".join(str(error).split())

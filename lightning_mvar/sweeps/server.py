@@ -1,11 +1,11 @@
-"""What the server of `processes` imports first, and nothing else: it outlives signals to its whole group.
+"""Signal mask of the fork server of `processes`, which imports this first: it outlives signals to its process group.
 
-Those are for the commands, which save their state and end; the server is what knows their exit codes.
+Such signals are for the commands, which save their state and end; the server must live on to report their exit codes.
 """
 
 import signal
 
-from lightning_mvar.sweeps.processes import SERVER_OUTLIVES
+from lightning_mvar.sweeps.processes import SERVER_BLOCKED_SIGNALS
 
-# Held back, not ignored: what a command is sent before it lets them through again reaches it then.
-signal.pthread_sigmask(signal.SIG_BLOCK, SERVER_OUTLIVES)
+# Blocked, not ignored: a signal sent to a command before it unblocks them is delivered then.
+signal.pthread_sigmask(signal.SIG_BLOCK, SERVER_BLOCKED_SIGNALS)

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a table of its cells on a terminal, a line for each change elsewhere."""
+"""Status display of a running sweep: a table of its cells on a terminal, one line per change elsewhere."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from typing import Any
 
 from lightning_mvar.sweeps.cells import Cell, State, attempts, last_line
 
-# What is shown first, where a terminal is too short for all cells.
+# Order of the rows: a terminal may be too short for all cells.
 URGENCY: tuple[State, ...] = ("crashed", "running", "interrupted", "waiting", "finished")
 COLOURS: dict[State, str] = {"running": "cyan", "finished": "green", "crashed": "red", "interrupted": "yellow"}
 
 
 @contextmanager
 def status_table(cells: list[Cell]) -> Iterator[Callable[[], None]]:
-    """Something to call every now and then, which shows how the cells are."""
+    """Yields a callback that refreshes the status display."""
     if sys.stdout.isatty() and find_spec("rich") is not None:
         from rich.live import Live
 
-        with Live(table(cells), auto_refresh=False) as live:
-            yield lambda: live.update(table(cells), refresh=True)
-            live.update(table(cells), refresh=True)
+        with Live(render_table(cells), auto_refresh=False) as live:
+            yield lambda: live.update(render_table(cells), refresh=True)
+            live.update(render_table(cells), refresh=True)
         return
     states = {cell.name: cell.state() for cell in cells}
 
-    def tell() -> None:
+    def print_changes() -> None:
         for cell in cells:
             state = cell.state()
             if state != states[cell.name]:
                 states[cell.name] = state
-                print(line(cell, state), flush=True)
+                print(status_line(cell, state), flush=True)
 
-    yield tell
-    tell()
+    yield print_changes
+    print_changes()
 
 
-def line(cell: Cell, state: State) -> str:
-    """How a cell has become what it is."""
-    tried = attempts(cell.folder)
-    if not tried:
+def status_line(cell: Cell, state: State) -> str:
+    """Returns one line with a cell's state, and the attempt, duration or log line that explains it."""
+    history = attempts(cell.folder)
+    if not history:
         return f"[{cell.name}] {state}"
-    last = tried[-1]
-    number = "" if len(tried) == 1 else f" (attempt {last.attempt})"
+    last = history[-1]
+    number = "" if len(history) == 1 else f" (attempt {last.attempt})"
     if state == "finished":
         return f"[{cell.name}] finished in {last.seconds:.0f} s{number}"
     reason = f", code {last.code}: {last_line(cell.log)}" if state == "crashed" else ""
     return f"[{cell.name}] {state}{number}{reason}"
 
 
-def table(cells: list[Cell]) -> Any:
-    """A row for each cell, for rich: first those that ask for a look."""
+def render_table(cells: list[Cell]) -> Any:
+    """Returns a rich table with one row per cell, the most urgent first."""
     from rich.table import Table
     from rich.text import Text
 
@@ -62,17 +62,17 @@ def table(cells: list[Cell]) -> Any:
         rows.add_column(title, no_wrap=True)
     rows.add_column("last line of its log", no_wrap=True, overflow="ellipsis", ratio=1)
     states = [(cell, cell.state()) for cell in cells]
-    for cell, state in sorted(states, key=lambda each: URGENCY.index(each[1])):
-        tried = attempts(cell.folder)
+    for cell, state in sorted(states, key=lambda pair: URGENCY.index(pair[1])):
+        history = attempts(cell.folder)
         log = last_line(cell.log) if state in ("running", "crashed") else ""
-        seconds = elapsed(tried[-1].begin, tried[-1].seconds, state) if tried else ""
-        tries = str(len(tried)) if tried else ""
+        seconds = elapsed(history[-1].begin, history[-1].seconds, state) if history else ""
+        tries = str(len(history)) if history else ""
         rows.add_row(Text(cell.name), Text(state, COLOURS.get(state, "")), tries, seconds, Text(log))
     return rows
 
 
 def elapsed(begin: str, seconds: float | None, state: State) -> str:
-    """Of an attempt, minutes and seconds; nothing where nobody knows."""
+    """Returns the duration of an attempt as minutes:seconds; empty if it is unknown."""
     if seconds is None and state == "running":
         seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(begin)).total_seconds()
     return "" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

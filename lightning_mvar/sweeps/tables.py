@@ -1,4 +1,4 @@
-"""Tables of a sweep: in words for people, in full precision for programs."""
+"""Tables of a sweep: rounded Markdown for readers, CSV in full precision for programs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mvar.io.files import atomic_path
-from lightning_mvar.sweeps.results import COSTS, IN_TRAINING, LOSSES, RATE, SCALE_LOSS, SCORES, CellResult, Sweep
-from lightning_mvar.sweeps.variants import Comparison, Stat, Variant, smallest_visible
+from lightning_mvar.sweeps.results import (
+    COSTS,
+    LOSSES,
+    SCALE_LOSS,
+    SCORES,
+    TRAINING_RATE,
+    TRAINING_SCORES,
+    CellResult,
+    Sweep,
+)
+from lightning_mvar.sweeps.variants import Comparison, Stat, Variant, smallest_significant_difference
 
 TITLES = {
     "val/loss": "validation loss",
@@ -24,9 +33,9 @@ TITLES = {
     "inception_score": "inception score",
     "precision": "precision",
     "recall": "recall",
-    "classifier_accuracy_on_samples": "classifier reads samples",
-    "svm_accuracy_on_samples": "SVM reads samples",
-    "svm_accuracy_trained_on_samples": "SVM learnt from samples",
+    "classifier_accuracy_on_samples": "classifier accuracy on samples",
+    "svm_accuracy_on_samples": "SVM accuracy on samples",
+    "svm_accuracy_trained_on_samples": "accuracy of SVM trained on samples",
     "val/fid": "Frechet distance in training",
     "val/is": "inception score in training",
     "val/precision": "precision in training",
@@ -35,10 +44,10 @@ TITLES = {
     "flops_per_training_image": "FLOPs per training image",
     "flops_per_sampled_image": "FLOPs per sampled image",
     "state_bytes_per_image": "state bytes per image",
-    RATE: "training images/s",
+    TRAINING_RATE: "training images/s",
     "images_per_s": "sampling images/s",
 }
-RATES = (RATE, "images_per_s")
+RATE_MEASURES = (TRAINING_RATE, "images_per_s")
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -48,7 +57,7 @@ class Table:
     rows: list[list[str]]
 
     def __repr__(self) -> str:
-        """As Markdown, columns aligned for reading it as it is."""
+        """Formats the table as Markdown whose source is aligned."""
         lines = [self.head, *self.rows]
         widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
         rule = ["-" * width for width in widths]
@@ -56,23 +65,23 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
 
     def _repr_markdown_(self) -> str:
-        """For notebooks."""
+        """Renders the table in notebooks."""
         return repr(self)
 
 
-def what_was_run(sweep: Sweep, variants: list[Variant]) -> list[str]:
-    """Axes, seeds, cells, time and tries, and which seeds a variant lacks."""
+def sweep_summary(sweep: Sweep, variants: list[Variant]) -> list[str]:
+    """Lists axes, seeds, cells, time and attempts, and the missing seeds of each variant."""
     states = Counter(cell.status for cell in sweep.cells)
     seconds, tries = sum(cell.seconds for cell in sweep.cells), sum(cell.tries for cell in sweep.cells)
     lines = [f"- {axis}: {', '.join(values)}" for axis, values in sweep.axes.items()]
     lines += [
         f"- seeds: {', '.join(map(str, sweep.seeds))}",
         f"- {len(sweep.cells)} cells of {len(variants)} variants: {', '.join(f'{n} {s}' for s, n in states.items())}",
-        f"- tries: {tries}, of {duration(seconds)} in all without those that were killed; cells that took more than "
-        f"one: {sum(cell.tries > 1 for cell in sweep.cells)}",
+        f"- attempts: {tries}, {duration(seconds)} in total without those that were killed; cells with more than "
+        f"one attempt: {sum(cell.tries > 1 for cell in sweep.cells)}",
     ]
     lines += [
-        f"- {variant.name}: {len(variant.cells)} of {len(variant.cells) + len(variant.missing)} seeds, without "
+        f"- {variant.name}: {len(variant.cells)} of {len(variant.cells) + len(variant.missing)} seeds, missing "
         f"{', '.join(map(str, variant.missing))}"
         for variant in variants
         if variant.missing
@@ -80,22 +89,25 @@ def what_was_run(sweep: Sweep, variants: list[Variant]) -> list[str]:
     return lines
 
 
-def comparability(sweep: Sweep) -> list[str]:
-    """What numbers in one table cannot be compared."""
-    found = []
+def comparability_notes(sweep: Sweep) -> list[str]:
+    """States which numbers in a table are comparable, and the evaluation conditions."""
+    notes = []
     tokenizers = sorted({cell.tokenizer for cell in sweep.finished})
     if len(tokenizers) > 1:
-        found.append(
-            f"The cells' tokens are of {len(tokenizers)} tokenizers ({', '.join(tokenizers)}): losses compare only "
-            "among variants on the same tokens, scores of images among all."
+        notes.append(
+            f"The cells use tokens of {len(tokenizers)} tokenizers ({', '.join(tokenizers)}): losses are comparable "
+            "only among variants on the same tokens, scores of images among all variants."
         )
     conditions = [cell.conditions for cell in sweep.finished if cell.conditions]
-    if any(each != conditions[0] for each in conditions):
-        differing = [key for key in conditions[0] if len({str(each.get(key)) for each in conditions}) > 1]
-        found.append(f"The cells were not scored alike ({', '.join(differing)} differ): their scores do not compare.")
+    if any(other != conditions[0] for other in conditions):
+        differing = [key for key in conditions[0] if len({str(cell.get(key)) for cell in conditions}) > 1]
+        notes.append(
+            f"The cells were scored under different conditions ({', '.join(differing)} differ): "
+            "their scores are not comparable."
+        )
     elif conditions:
-        found.append(f"Scored with {', '.join(f'{key} {value}' for key, value in conditions[0].items())}.")
-    return found
+        notes.append(f"Scored with {', '.join(f'{key} {value}' for key, value in conditions[0].items())}.")
+    return notes
 
 
 def duration(seconds: float) -> str:
@@ -105,28 +117,28 @@ def duration(seconds: float) -> str:
 
 
 def results_table(variants: list[Variant]) -> Table:
-    """Losses and scores of every variant, mean ± standard deviation over its seeds."""
-    scores = SCORES if any(variant.stat("frechet_distance") for variant in variants) else IN_TRAINING
-    return stats_table(variants, [*LOSSES[:2], *(name for name in scores if name not in RATES)])
+    """Returns losses and scores of each variant, mean ± standard deviation over its seeds."""
+    scores = SCORES if any(variant.stat("frechet_distance") for variant in variants) else TRAINING_SCORES
+    return stats_table(variants, [*LOSSES[:2], *(name for name in scores if name not in RATE_MEASURES)])
 
 
 def cost_table(variants: list[Variant]) -> Table:
-    return stats_table(variants, [*COSTS, *RATES])
+    return stats_table(variants, [*COSTS, *RATE_MEASURES])
 
 
 def scale_table(variants: list[Variant]) -> Table:
-    """Validation loss of each scale, by its side."""
+    """Returns the validation loss per scale, by side length."""
     return stats_table(variants, scale_tags(variants))
 
 
 def scale_tags(variants: list[Variant]) -> list[str]:
-    """Tags of all scales that occur, coarse to fine."""
+    """Returns the validation-loss tags of all scales, coarse to fine."""
     measures = {tag for variant in variants for cell in variant.cells.values() for tag in cell.measures}
     return sorted((t for t in measures if t.startswith(SCALE_LOSS)), key=lambda t: int(t.removeprefix(SCALE_LOSS)))
 
 
 def stats_table(variants: list[Variant], measures: Sequence[str]) -> Table:
-    """A row for each variant and a column for each measure that any of them has."""
+    """Returns one row per variant and one column per measure that any variant has."""
     present = [measure for measure in measures if any(variant.stat(measure) for variant in variants)]
     titles = [TITLES.get(measure, measure.removeprefix(SCALE_LOSS)) for measure in present]
     rows = [
@@ -141,11 +153,11 @@ def stats_table(variants: list[Variant], measures: Sequence[str]) -> Table:
 
 
 def format_stat(stat: Stat | None, seeds: int) -> str:
-    """Mean ± deviation, to the deviation's second digit; with the number of seeds where it is not all of them."""
+    """Formats mean ± deviation to two digits of the deviation, with the number of seeds if some lack the measure."""
     if stat is None:
         return ""
     count = f" (n = {stat.n})" if stat.n != seeds else ""
-    if not stat.deviation:  # nothing varies, or there is one seed
+    if not stat.deviation:  # all values are equal, or there is one seed
         return number(stat.mean) + count
     if not math.isfinite(stat.deviation) or stat.mean >= 1e5:
         return f"{number(stat.mean)} ± {number(stat.deviation)}{count}"
@@ -154,7 +166,7 @@ def format_stat(stat: Stat | None, seeds: int) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits, and the prefix of a unit where it is large."""
+    """Formats a number with four significant digits, and an SI prefix if it is large."""
     if not math.isfinite(value) or abs(value) < 1e4:
         return f"{value:.4g}"
     thousands = min(int(math.log10(abs(value)) / 3), len(PREFIXES) - 1)
@@ -167,31 +179,31 @@ def comparison_table(comparisons: list[Comparison]) -> Table:
 
 
 def comparison_row(comparison: Comparison) -> list[str]:
-    about = [comparison.variant, TITLES[comparison.measure], str(len(comparison.seeds))]
+    identity = [comparison.variant, TITLES[comparison.measure], str(len(comparison.seeds))]
     if math.isnan(comparison.mean):
-        return [*about, "", "", "", "", comparison.reason]
+        return [*identity, "", "", "", "", comparison.reason]
     values = [f"{comparison.mean:+.4g}", f"{comparison.deviation:.2g}"]
     if comparison.reason:
-        return [*about, *values, "", "", comparison.reason]
+        return [*identity, *values, "", "", comparison.reason]
     low, high = comparison.interval
     significant = "**yes**" if comparison.significant else "no"
-    return [*about, *values, f"{low:+.4g} to {high:+.4g}", f"{comparison.p:.2g}", significant]
+    return [*identity, *values, f"{low:+.4g} to {high:+.4g}", f"{comparison.p:.2g}", significant]
 
 
-def caution(comparisons: list[Comparison]) -> str:
-    """How many tests there are, and how little so many seeds can show."""
+def significance_note(comparisons: list[Comparison]) -> str:
+    """States the number of tests and the smallest difference that this many seeds can show to be significant."""
     tested = [comparison for comparison in comparisons if not comparison.reason]
     if not tested:
-        return "No variant can be tested against the baseline: that takes two seeds in common."
+        return "No variant can be tested against the baseline: a test needs two seeds in common."
     seeds, _ = Counter(len(comparison.seeds) for comparison in tested).most_common(1)[0]
-    one, all_of_them = smallest_visible(seeds, 1), smallest_visible(seeds, len(tested))
+    single, corrected = smallest_significant_difference(seeds, 1), smallest_significant_difference(seeds, len(tested))
     return (
         f"{len(tested)} comparisons, each a two-sided t-test of differences between runs of the same seed; the last "
         f"column is after Holm's correction for all {len(tested)}. With {seeds} seeds such a test has {seeds - 1} "
-        f"{'degree' if seeds == 2 else 'degrees'} of freedom: a mean difference must be {one:.1f} standard deviations "
-        f"of the differences for p < 0.05, and {all_of_them:.1f} with the level shared among {len(tested)}. "
-        "What is not significant is not shown to be equal; what is holds for these seeds' spread, not for other data, "
-        "sizes or lengths of training."
+        f"{'degree' if seeds == 2 else 'degrees'} of freedom: a mean difference must be {single:.1f} standard "
+        f"deviations of the differences for p < 0.05, and {corrected:.1f} if the level is split among {len(tested)}. "
+        "A difference that is not significant does not show equality; one that is holds for the spread of these seeds, "
+        "not for other data, sizes or training lengths."
     )
 
 
@@ -201,7 +213,7 @@ def unfinished_table(sweep: Sweep) -> Table:
 
 
 def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
-    """A line for each record, a column for each name in any of them."""
+    """Writes one line per record, with a column for each key of any record."""
     names = list(dict.fromkeys(name for record in records for name in record))
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
@@ -210,7 +222,7 @@ def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def variant_records(variants: list[Variant]) -> list[dict[str, Any]]:
-    """All measures of each variant: `NAME_mean` and `NAME_std` (n - 1, empty for one seed)."""
+    """Returns all measures of each variant: `NAME_mean` and `NAME_std` (n - 1, empty for one seed)."""
     names = list(dict.fromkeys([*TITLES, *scale_tags(variants)]))
     records = []
     for variant in variants:
@@ -224,7 +236,7 @@ def variant_records(variants: list[Variant]) -> list[dict[str, Any]]:
 
 
 def cell_records(cells: list[CellResult]) -> list[dict[str, Any]]:
-    """Every cell, finished or not, with its measures."""
+    """Returns one record per cell, finished or not, with its measures."""
     return [
         {"cell": cell.name, **cell.axes, "seed": cell.seed, "status": cell.status, "tries": cell.tries}
         | {"attempts_s": cell.seconds}

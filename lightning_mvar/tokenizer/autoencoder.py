@@ -1,8 +1,8 @@
-"""Convolutional encoder and decoder of the tokenizer (VQGAN, arXiv 2012.09841, as VAR uses it).
+"""Convolutional encoder and decoder of the tokenizer (VQGAN, arXiv 2012.09841, as used by VAR).
 
-Shapes: b batch, c channels, H W image, h w one level's map. `multipliers` gives the channels of each level over
-`channels`; every level but the last halves the side, so m levels downsample by 2 ** (m - 1). `groups` are those of the
-group normalization.
+Shapes: b batch, c channels, H W image, h w feature map of a level. `multipliers` gives the channels of each level as
+multiples of `channels`. Each level except the last halves the side, so m levels downsample by 2 ** (m - 1). `groups` is
+the number of groups in GroupNorm.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """`groups` groups, fewer where the channels are not a multiple of it.
+    """Returns a GroupNorm with `groups` groups, or fewer if `channels` is not a multiple of it.
 
-    A group of a single channel loses its mean over the image, and with it what the coarsest scales could say: small
-    networks want few groups.
+    Normalizing a single-channel group removes its mean over the image, which the coarsest scales encode; small networks
+    need few groups.
     """
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
 
@@ -28,7 +28,7 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a skip (1 x 1 where the channels change)."""
+    """Two times norm, SiLU and convolution, plus a skip connection (1 x 1 convolution if the channels change)."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head attention among all positions of a map."""
+    """Single-head attention over all positions of a feature map."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halve the side: pad right and bottom by one, 3 x 3 convolution of stride 2."""
+    """Halves the side: pads right and bottom by one, then a 3 x 3 convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=3, stride=2)
@@ -67,7 +67,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Double the side: nearest neighbour, then a 3 x 3 convolution."""
+    """Doubles the side: nearest neighbour, then a 3 x 3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=3, padding=1)
@@ -77,7 +77,7 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where asked, then a change of resolution."""
+    """Residual blocks at one resolution, each optionally followed by attention, then a change of resolution."""
 
     def __init__(self, channels: list[int], groups: int, attention: bool, resample: nn.Module) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def middle(channels: int, groups: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Images (b, 3, H, W) -> features (b, code_dim, h, w); `blocks` residual blocks a level."""
+    """Images (b, 3, H, W) -> features (b, code_dim, h, w); `blocks` residual blocks per level."""
 
     def __init__(self, channels: int, multipliers: tuple[int, ...], blocks: int, code_dim: int, groups: int) -> None:
         super().__init__()
@@ -128,9 +128,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (b, code_dim, h, w) -> images (b, 3, H, W); one residual block a level more than the encoder.
+    """Features (b, code_dim, h, w) -> images (b, 3, H, W); one residual block more per level than the encoder.
 
-    `levels` is ordered as in the encoder, finest first, and run from the last to the first.
+    `levels` is ordered as in the encoder, finest first, and runs in reverse.
     """
 
     def __init__(self, channels: int, multipliers: tuple[int, ...], blocks: int, code_dim: int, groups: int) -> None:
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.maps(features))
 
     def maps(self, features: Tensor) -> Tensor:
-        """(b, code_dim, h, w) -> (b, channels, H, W), what the last convolution sees."""
+        """Returns the input of the last convolution: (b, code_dim, h, w) -> (b, channels, H, W)."""
         x = self.middle(self.conv_in(features))
         for level in reversed(self.levels):
             x = level(x)

@@ -1,7 +1,6 @@
-"""What keeps a codebook in use: codes as running means of what chose them, and entropy terms over soft assignments.
+"""Methods against codebook collapse: codes learned as running means (EMA), and entropy terms over soft assignments.
 
-The known failure of a multi-scale tokenizer is that the coarse scales collapse onto a few codes, and the finest carries
-the picture alone.
+In a multi-scale tokenizer, the coarse scales tend to collapse onto a few codes, leaving the image to the finest scale.
 """
 
 from __future__ import annotations
@@ -20,19 +19,20 @@ from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
 @dataclass(frozen=True)
 class CodebookConfig:
-    """How the codes are learned.
+    """Codebook learning and regularization.
 
     Args:
-        learning: `gradient` of the quantization loss, or `ema`: each code is a running mean of the queries that chose
-            it (VQ-VAE, arXiv 1711.00937, appendix A.1). The phi learn by gradient in either case.
-        decay: of the running means, in each step.
-        smoothing: that many virtual queries choose every code in every step (Laplace), so that none divides by zero.
-        entropy_weight: of the entropy terms, see `entropy_loss`; 0 for none.
-        temperature: of their soft assignments, in units of the scale's mean squared distance between queries and codes.
-        entropy_queries: queries of each scale and rank that the entropies are taken of, drawn anew in every step where
-            there are more: the memory is that of entropy_queries x vocab_size numbers a scale.
-        scale_dropout: probability that a training image is decoded from its first scales only, their number drawn
-            evenly, so that the coarse ones must carry the picture (as SoundStream does with quantizers, arXiv
+        learning: `gradient` of the quantization loss, or `ema`: each code is a running mean of the queries assigned to
+            it (VQ-VAE, arXiv 1711.00937, appendix A.1). The phi convolutions learn by gradient in either case.
+        decay: decay of the running means per step.
+        smoothing: Laplace smoothing: pseudo-count added to each code, so that unused codes do not divide by zero.
+        entropy_weight: weight of the entropy terms, see `entropy_loss`; 0 disables them.
+        temperature: softmax temperature of the soft assignments, relative to the scale's mean squared distance between
+            queries and codes.
+        entropy_queries: maximum number of queries per scale and rank in the entropy terms; a random subset is drawn in
+            each step if there are more. Memory is entropy_queries x vocab_size numbers per scale.
+        scale_dropout: probability that a training image is decoded from its first scales only; their number is drawn
+            uniformly. Forces the coarse scales to encode the image (quantizer dropout of SoundStream, arXiv
             2107.03312).
     """
 
@@ -54,17 +54,17 @@ class CodebookConfig:
                 raise InputError(f"codebook.{name} must be positive, got {getattr(self, name)}")
         if self.entropy_weight < 0 or self.entropy_queries < 1:
             raise InputError(
-                f"codebook.entropy_weight {self.entropy_weight} or codebook.entropy_queries {self.entropy_queries} is "
-                f"too small"
+                f"codebook.entropy_weight must be at least 0, got {self.entropy_weight}, and codebook.entropy_queries "
+                f"at least 1, got {self.entropy_queries}"
             )
 
 
 class CodebookAverage(nn.Module):
-    """Running means of how many queries choose each code, and of their sum.
+    """Running means of the number and the sum of the queries assigned to each code.
 
     Args:
-        codes: (v, c) the codes to begin with, each as if one query had chosen it in every step before.
-        config: decay and smoothing.
+        codes: (v, c) initial codes; each starts with a running count of 1.
+        config: provides decay and smoothing.
     """
 
     def __init__(self, codes: Tensor, config: CodebookConfig) -> None:
@@ -76,33 +76,33 @@ class CodebookAverage(nn.Module):
         self.register_buffer("sums", codes.detach().float().clone())
 
     @torch.no_grad()
-    def update(self, chosen: Tensor, finite: Tensor) -> Tensor:
-        """The new codes (v, c).
+    def update(self, assigned: Tensor, finite: Tensor) -> Tensor:
+        """Updates the running means and returns the new codes (v, c).
 
         Args:
-            chosen: (v, c + 1) of this step and all ranks: the sums of the queries that chose each code, their number.
-            finite: () bool, whether the step counts; else nothing changes.
+            assigned: (v, c + 1) sum and number of the queries assigned to each code in this step, over all ranks.
+            finite: () bool; if False, the step is skipped and nothing changes.
         """
-        kept = self.config.decay
-        self.sizes.copy_(torch.where(finite, kept * self.sizes + (1 - kept) * chosen[:, -1], self.sizes))
-        self.sums.copy_(torch.where(finite, kept * self.sums + (1 - kept) * chosen[:, :-1], self.sums))
-        total, small = self.sizes.sum(), self.config.smoothing
-        sizes = (self.sizes + small) / (total + len(self.sizes) * small) * total
+        decay = self.config.decay
+        self.sizes.copy_(torch.where(finite, decay * self.sizes + (1 - decay) * assigned[:, -1], self.sizes))
+        self.sums.copy_(torch.where(finite, decay * self.sums + (1 - decay) * assigned[:, :-1], self.sums))
+        total, smoothing = self.sizes.sum(), self.config.smoothing
+        sizes = (self.sizes + smoothing) / (total + len(self.sizes) * smoothing) * total
         return self.sums / sizes[:, None]
 
     @torch.no_grad()
     def restart(self, rows: Tensor, codes: Tensor) -> None:
-        """Begin anew with `codes` (n, c) in some `rows` (n,)."""
+        """Restarts the running means of `rows` (n,) from `codes` (n, c)."""
         self.sizes[rows], self.sums[rows] = 1.0, codes.to(self.sums)
 
 
 @torch.no_grad()
-def sums_of_choices(steps: list[PyramidStep], vocab_size: int) -> Tensor:
-    """(v, c + 1) float32: over all scales, the sum of the queries that chose each code, and their number."""
+def assignment_sums(steps: list[PyramidStep], vocab_size: int) -> Tensor:
+    """Returns (v, c + 1) float32: sum and number of the queries assigned to each code, over all scales."""
     queries = torch.cat([step.queries.flatten(0, 1) for step in steps]).float()
     tokens = torch.cat([step.tokens.flatten() for step in steps])
-    counted = torch.cat([queries, queries.new_ones(len(queries), 1)], dim=1)
-    return counted.new_zeros(vocab_size, counted.shape[1]).index_add_(0, tokens, counted)
+    rows = torch.cat([queries, queries.new_ones(len(queries), 1)], dim=1)
+    return rows.new_zeros(vocab_size, rows.shape[1]).index_add_(0, tokens, rows)
 
 
 def entropy_loss(
@@ -111,22 +111,22 @@ def entropy_loss(
     steps: list[PyramidStep],
     codes: Tensor,
     config: CodebookConfig,
-    over_ranks: Callable[[Tensor], Tensor],
+    mean_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """() mean over scales of [entropy of a query's assignment - entropy of the mean assignment] / log v.
+    """Returns () the mean over scales of [mean query entropy - entropy of the mean assignment] / log v.
 
-    Low where each query is sure of its code while all codes are chosen alike at every scale (MAGVIT-v2, arXiv
-    2310.05737, whose codes are fixed; MaskGIT's published code has it for learned ones). An assignment is the softmax
-    over - d^2 / (temperature mean d^2), d the distance of query and code and the mean that of the scale: the residuals,
-    and with them all distances, shrink from scale to scale, and what "sure" means must not.
+    It is low if each query is assigned confidently while each scale uses all codes equally (MAGVIT-v2, arXiv
+    2310.05737, with fixed codes; MaskGIT's published code applies it to learned codes). An assignment is the softmax
+    over -d^2 / (temperature * mean d^2), with d the distance from query to code and the mean over the scale. The
+    temperature is relative because residuals, and thus all distances, shrink from scale to scale.
 
     Args:
-        quantizer: that made `steps`.
-        features: (b, c, s, s) with their gradient.
-        steps: of each scale.
-        codes: (v, c) with their gradient, if they have one.
-        config: temperature, and how many queries to look at.
-        over_ranks: the mean over all ranks of a tensor.
+        quantizer: quantizer that produced `steps`.
+        features: (b, c, s, s) features, with gradient.
+        steps: pyramid steps, one per scale.
+        codes: (v, c) codes, with gradient if they are learned by it.
+        config: provides temperature and number of queries.
+        mean_over_ranks: averages a tensor over all ranks.
     """
     f_hats = [torch.zeros_like(features), *(step.f_hat.detach() for step in steps[:-1])]
     terms = []
@@ -135,19 +135,19 @@ def entropy_loss(
             queries = quantizer.downsample(features.float() - f_hat.float(), scale).flatten(0, 1)  # (b n, c)
             if len(queries) > config.entropy_queries:
                 queries = queries[torch.randint(len(queries), (config.entropy_queries,), device=queries.device)]
-            logs = soft_assignment(queries, codes.float(), config.temperature, over_ranks)
+            logs = soft_assignment(queries, codes.float(), config.temperature, mean_over_ranks)
             mean = logs.exp().mean(dim=0)
-            everywhere = mean + (over_ranks(mean.detach()) - mean.detach())  # its gradient is that of this rank's part
-            sureness = -(logs.exp() * logs).sum(dim=1).mean()
-            variety = -(everywhere * everywhere.clamp(min=1e-12).log()).sum()
-            terms.append((sureness - variety) / math.log(len(codes)))
+            global_mean = mean + (mean_over_ranks(mean.detach()) - mean.detach())  # gradient of this rank's mean only
+            query_entropy = -(logs.exp() * logs).sum(dim=1).mean()
+            mean_entropy = -(global_mean * global_mean.clamp(min=1e-12).log()).sum()
+            terms.append((query_entropy - mean_entropy) / math.log(len(codes)))
     return torch.stack(terms).mean()
 
 
 def soft_assignment(
-    queries: Tensor, codes: Tensor, temperature: float, over_ranks: Callable[[Tensor], Tensor]
+    queries: Tensor, codes: Tensor, temperature: float, mean_over_ranks: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Queries (n, c), codes (v, c) -> log probabilities (n, v)."""
+    """Returns log probabilities (n, v) of assigning queries (n, c) to codes (v, c)."""
     squared = queries.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * queries @ codes.T
-    mean = over_ranks(squared.detach().mean())
+    mean = mean_over_ranks(squared.detach().mean())
     return (-squared / (temperature * mean)).log_softmax(dim=1)

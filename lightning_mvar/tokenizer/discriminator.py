@@ -1,4 +1,4 @@
-"""The adversary of the tokenizer: judges patches of images, and how hard the tokenizer tries to please it.
+"""Patch discriminator of the tokenizer, its loss, and the adaptive weight of the adversarial loss.
 
 | paper                                 | here                  | source                                              |
 |---------------------------------------|-----------------------|-----------------------------------------------------|
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.scales import Shape, in_words
+from lightning_mvar.scales import Shape, format_shape
 
-LARGEST_WEIGHT = 1e4  # of the adaptive one, where the discriminator's gradient vanishes
+MAX_ADAPTIVE_WEIGHT = 1e4  # reached if the discriminator's gradient vanishes
 
 
 @dataclass(frozen=True)
 class AdversaryConfig:
-    """A discriminator that is trained against the tokenizer.
+    """Discriminator trained against the tokenizer.
 
     Args:
-        weight: of the adversarial loss; 0 for no discriminator.
-        adaptive: multiply the weight by the ratio of the gradients that the other losses of the image and the
-            adversarial one have at the decoder's last layer (VQGAN), so that it means the same throughout training.
-        start_step: the discriminator is first trained, and first heeded, in this step.
-        lr_factor: the discriminator's learning rate over the tokenizer's.
-        channels: of its first level; doubled from level to level up to eight times.
-        levels: convolutions of stride 2; with three, a score is that of a patch of 70 x 70 pixels.
+        weight: weight of the adversarial loss; 0 disables the discriminator.
+        adaptive: multiply the weight by the ratio of gradient norms, reconstruction losses over adversarial loss, at
+            the decoder's last layer (VQGAN). Keeps the balance of both losses constant throughout training.
+        start_step: first step at which the discriminator is trained and its loss used.
+        lr_factor: the discriminator's learning rate as a multiple of the tokenizer's.
+        channels: channels of the first level; doubled per level, up to eight times.
+        levels: number of convolutions of stride 2; with three, each score covers a patch of 70 x 70 pixels.
     """
 
     weight: float = 0.0
@@ -52,30 +52,30 @@ class AdversaryConfig:
             raise InputError(f"adversary.lr_factor must be positive, got {self.lr_factor}")
 
 
-def least_side(config: AdversaryConfig) -> int:
-    """Pixels of the smallest image that a discriminator has a score of."""
+def min_image_side(config: AdversaryConfig) -> int:
+    """Returns the side in pixels of the smallest image that yields a score."""
     return 3 * 2**config.levels
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images (b, 3, H, W) in [-1, 1] -> scores (b, 1, h, w), high where a patch looks real.
+    """Images (b, 3, H, W) in [-1, 1] -> scores (b, 1, h, w), high for patches that look real.
 
-    Normalized within each image (GroupNorm), where published ones have BatchNorm: a score depends on its own image
-    alone, so that it is the same however a batch is spread over devices.
+    Uses GroupNorm instead of the published BatchNorm: a score depends only on its own image, so it does not change with
+    the distribution of a batch over devices.
 
     Args:
-        config: its size.
+        config: size of the discriminator.
         shape: height and width of the images.
 
     Raises:
-        InputError: if the images are too small for so many levels.
+        InputError: if the images are too small for `config.levels`.
     """
 
     def __init__(self, config: AdversaryConfig, shape: Shape) -> None:
-        if min(shape) < least_side(config):
+        if min(shape) < min_image_side(config):
             raise InputError(
-                f"a discriminator of adversary.levels {config.levels} needs images of {least_side(config)} pixels or "
-                f"more a side, got {in_words(shape)}"
+                f"adversary.levels {config.levels} needs images of at least {min_image_side(config)} pixels per side, "
+                f"got {format_shape(shape)}: use fewer levels or larger images"
             )
         widths = [config.channels * min(2**level, 8) for level in range(config.levels + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -93,31 +93,31 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """() what the discriminator minimizes, from its scores of real and of reconstructed images."""
+    """Returns () the discriminator loss, given its scores of real and reconstructed images."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
 def last_layer_gradient(last: nn.Conv2d, maps: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the weight of the decoder's `last` convolution, up to a constant factor.
+    """Returns the weight gradient of the decoder's `last` convolution, up to a constant factor.
 
-    Computed from what the convolution saw, and not asked of autograd, for which a sharded weight is no leaf.
+    Computed explicitly, because a sharded weight is not a leaf for autograd.
 
     Args:
-        last: 3 x 3, of stride 1.
-        maps: (b, c, H, W) its input.
-        gradient: (b, 3, H, W) of its output.
+        last: 3 x 3 convolution of stride 1.
+        maps: (b, c, H, W) input of `last`.
+        gradient: (b, 3, H, W) gradient of its output.
     """
-    scaled = (gradient * gradient.numel()).to(maps.dtype)  # the mean over all pixels would vanish in float16
+    scaled = (gradient * gradient.numel()).to(maps.dtype)  # undoes the mean over pixels, which would underflow float16
     return conv2d_weight(maps.detach(), last.weight.shape, scaled, padding=1).float()
 
 
-def adaptive_weight(others: Tensor, adversarial: Tensor) -> Tensor:
-    """() the ratio of two gradients' norms; 0 where both vanish."""
-    ratio = others.norm() / adversarial.norm()
-    return ratio.nan_to_num(nan=0.0, posinf=LARGEST_WEIGHT).clamp(max=LARGEST_WEIGHT)
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+    """Returns () the ratio of the norms of two gradients, at most MAX_ADAPTIVE_WEIGHT; 0 if both vanish."""
+    ratio = reconstruction.norm() / adversarial.norm()
+    return ratio.nan_to_num(nan=0.0, posinf=MAX_ADAPTIVE_WEIGHT).clamp(max=MAX_ADAPTIVE_WEIGHT)
 
 
-def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
-    """() a number that is `value` and whose gradient by `at` is `gradient`."""
-    carrier = (at * gradient).sum()
-    return value.detach() + (carrier - carrier.detach())
+def attach_gradient(value: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
+    """Returns () a scalar equal to `value` whose gradient with respect to `target` is `gradient`."""
+    surrogate = (target * gradient).sum()
+    return value.detach() + (surrogate - surrogate.detach())

@@ -1,8 +1,8 @@
-"""Distances between images in the features of a network, for the tokenizer's perceptual loss.
+"""Image distances in feature space, for the tokenizer's perceptual loss.
 
-Any `nn.Module` will do: two batches of images (b, 3, H, W) in [-1, 1] -> distances (b,), differentiable in the first.
-`LPIPS` is the published one (arXiv 1801.03924), with VGG16 (1409.1556) from local files; `FeatureDistance` makes one of
-a feature extractor.
+A distance is any `nn.Module` that maps two batches of images (b, 3, H, W) in [-1, 1] to distances (b,), differentiable
+in the first. `LPIPS` is the published one (arXiv 1801.03924), with VGG16 (1409.1556) from local files.
+`FeatureDistance` builds one from a feature extractor.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.tensors import StateDict, check_same, load_strictly, read_torch
+from lightning_mvar.io.tensors import StateDict, check_state_dict, load_strictly, read_torch
 
-RELEASE = "https://download.pytorch.org/models/vgg16-397923af.pth"
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels between the poolings
-# LPIPS's own words for ImageNet's mean and deviation, of images in [-1, 1].
+# LPIPS's constants for ImageNet's mean and standard deviation, for images in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-EPSILON = 1e-8  # under the root of a feature vector's length, which has no gradient at 0
+EPSILON = 1e-8  # under the square root of the feature norm, whose gradient at 0 is undefined
 
 
 class VGG16(nn.Module):
-    """The convolutions of VGG16; images (b, 3, H, W) in [-1, 1] -> the last maps before each pooling, five of them.
+    """VGG16 convolutions: images (b, 3, H, W) in [-1, 1] -> the five feature maps before each pooling and at the end.
 
-    Layers have the numbers that torchvision gives them.
+    Layers are numbered as in torchvision.
 
     Args:
-        weights: file of torchvision, `vgg16-397923af.pth`; its classifier is not read.
+        weights: torchvision's file `vgg16-397923af.pth`; its classifier is ignored.
 
     Raises:
-        InputError: if the file does not exist or is something else.
+        InputError: if the file does not exist or has another content.
     """
 
     def __init__(self, weights: str) -> None:
         super().__init__()
         path = Path(weights)
         if not path.exists():
-            raise InputError(f"{path} does not exist; download it from {RELEASE}")
+            raise InputError(f"{path} does not exist; download it from {VGG16_URL}")
         layers: list[nn.Module] = []
-        self.taps: list[int] = []  # numbers of the layers whose maps are looked at
+        self.taps: list[int] = []  # indices of the layers whose feature maps are returned
         channels = 3
         with torch.device("meta"):
             for block in BLOCKS:
@@ -61,37 +61,36 @@ class VGG16(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x, found = (images - self.shift) / self.scale, []
+        x, maps = (images - self.shift) / self.scale, []
         for number, layer in enumerate(self.features):
             x = layer(x)
             if number in self.taps:
-                found.append(x)
-        return found
+                maps.append(x)
+        return maps
 
 
 class LPIPS(nn.Module):
-    """The published perceptual distance: squared differences of VGG16's normalized maps, weighted by channel.
+    """Published perceptual distance: channel-weighted squared differences of VGG16's normalized feature maps.
 
-    In eval mode and without gradients of its own.
+    Frozen and in eval mode.
 
     Args:
-        vgg: file of torchvision's weights, `vgg16-397923af.pth`.
-        heads: file of LPIPS's own weights, `vgg.pth` of its version 0.1; the one that torchmetrics ships where not
-            given.
+        vgg: torchvision's weights, file `vgg16-397923af.pth`.
+        heads: LPIPS's weights of version 0.1, file `vgg.pth`; by default the copy bundled with torchmetrics.
 
     Raises:
-        InputError: if a file does not exist or is something else.
+        InputError: if a file does not exist or has another content.
     """
 
     def __init__(self, vgg: str, heads: str | None = None) -> None:
         super().__init__()
         self.vgg = VGG16(vgg)
-        for number, weight in enumerate(read_heads(shipped_heads() if heads is None else Path(heads))):
+        for number, weight in enumerate(read_heads(bundled_heads() if heads is None else Path(heads))):
             self.register_buffer(f"head{number}", weight)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Two batches of images (b, 3, H, W) in [-1, 1] -> distances (b,) float32."""
+        """Returns distances (b,) float32 between two batches of images (b, 3, H, W) in [-1, 1]."""
         with torch.no_grad():
             expected = self.vgg(others)
         total = images.new_zeros(len(images), dtype=torch.float32)
@@ -101,7 +100,7 @@ class LPIPS(nn.Module):
         return total
 
 
-def shipped_heads() -> Path:
+def bundled_heads() -> Path:
     spec = find_spec("torchmetrics")
     assert spec is not None
     assert spec.origin is not None
@@ -109,24 +108,24 @@ def shipped_heads() -> Path:
 
 
 def read_heads(path: Path) -> list[Tensor]:
-    """The weights (1, c, 1, 1) of LPIPS's five linear layers.
+    """Reads the weights (1, c, 1, 1) of LPIPS's five linear layers.
 
     Raises:
-        InputError: if the file does not exist or is something else.
+        InputError: if the file does not exist or has another content.
     """
     state: StateDict = read_torch(path)
     names = [f"lin{number}.model.1.weight" for number in range(len(BLOCKS))]
     expected = {name: torch.empty(1, block[-1], 1, 1) for name, block in zip(names, BLOCKS, strict=True)}
     known = {re.sub(r"^module\.", "", name): tensor for name, tensor in state.items()}
-    check_same(expected, known, f"{path} is not LPIPS's file of VGG's weights")
+    check_state_dict(expected, known, f"{path} is not LPIPS's weight file for VGG")
     return [known[name].float() for name in names]
 
 
 class FeatureDistance(nn.Module):
-    """Mean squared difference of the normalized features of an extractor, as the metrics take them.
+    """Squared distance between the normalized features of an extractor of the kind that metrics use.
 
-    For extractors with a gradient, such as the classifiers of the embedded images. `InceptionV3` has none, because it
-    rounds images to 8 bits first, as published scores do.
+    The extractor must be differentiable, such as the classifiers of the embedded images. `InceptionV3` is not, because
+    it rounds images to 8 bits, as published scores do.
 
     Args:
         extractor: images (b, 3, H, W) in [0, 1] -> features (b, f).
@@ -137,7 +136,7 @@ class FeatureDistance(nn.Module):
         self.extractor = extractor.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Two batches of images (b, 3, H, W) in [-1, 1] -> distances (b,) in [0, 4]."""
+        """Returns distances (b,) in [0, 4] between two batches of images (b, 3, H, W) in [-1, 1]."""
         with torch.no_grad():
             expected = self.extractor(others / 2 + 0.5)
         a, b = (F.normalize(f.float(), dim=1) for f in (self.extractor(images / 2 + 0.5), expected))

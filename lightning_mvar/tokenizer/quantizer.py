@@ -3,14 +3,14 @@
 | paper / published code      | here         | meaning                                                       |
 |-----------------------------|--------------|---------------------------------------------------------------|
 | Z, embedding                | codebook     | (v, c) code vectors, shared by all scales                     |
-| f, f_BChw                   | features     | (b, c, s, t) what the encoder gives, s x t the last token map |
-| f_hat                       | f_hat        | (b, c, s, t) sum of what the scales so far contribute         |
+| f, f_BChw                   | features     | (b, c, s, t) encoder output; s x t is the last token map      |
+| f_hat                       | f_hat        | (b, c, s, t) sum of the contributions of the scales so far    |
 | f_rest                      | residual     | features - f_hat                                              |
 | phi_k, quant_resi           | phi          | convolutions after upsampling, shared by neighbouring scales  |
 | r_k, idx_Bl                 | tokens       | (b, l) indices into the codebook, all scales packed           |
 
-Everything that walks the pyramid does so by `accumulate`, one residual step "upsample the code map, phi, add":
-tokenizing, teacher forcing, decoding and sampling agree because they share it.
+Tokenizing, teacher forcing, decoding and sampling all use `accumulate`, the residual step "upsample the code map, phi,
+add", and therefore agree.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from torch import Tensor, nn
 from lightning_mvar.scales import ScaleSchedule, Shape
 
 PHI_RATIO = 0.5
-PUBLISHED_PHI = 4  # the published four have places of their own: linspace(1/12, 11/12, 4)
+PUBLISHED_PHI = 4  # the published tokenizer places its four phi at linspace(1/12, 11/12, 4)
 
 
 class PyramidStep(NamedTuple):
-    """One scale of quantizing an image, of n tokens."""
+    """Result of quantizing one scale of n tokens."""
 
-    queries: Tensor  # (b, n, c) the residual at this scale
-    tokens: Tensor  # (b, n) int64 nearest code of each query
+    queries: Tensor  # (b, n, c) residual at this scale
+    tokens: Tensor  # (b, n) int64, nearest code per query
     f_hat: Tensor  # (b, c, s, t) including this scale
 
 
 class Phi(nn.Conv2d):
-    """Half of the map, half of a 3 x 3 convolution of it."""
+    """Mean of the feature map and its 3 x 3 convolution."""
 
     def __init__(self, code_dim: int) -> None:
         super().__init__(code_dim, code_dim, kernel_size=3, padding=1)
@@ -48,13 +48,13 @@ class Phi(nn.Conv2d):
 
 
 class ResidualQuantizer(nn.Module):
-    """Codebook, phi, and the pyramid between them.
+    """Codebook and phi convolutions, which quantize features over the pyramid of scales.
 
     Args:
-        schedule: the scales.
-        vocab_size: v, entries of the codebook.
-        code_dim: c, channels of a code.
-        num_phi: number of phi; scale k uses the one whose place is nearest to k / (K - 1).
+        schedule: scales of the pyramid.
+        vocab_size: v, size of the codebook.
+        code_dim: c, channels per code.
+        num_phi: number of phi convolutions; scale k uses the one whose position is nearest to k / (K - 1).
     """
 
     def __init__(self, schedule: ScaleSchedule, vocab_size: int, code_dim: int, num_phi: int) -> None:
@@ -64,8 +64,8 @@ class ResidualQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / vocab_size, 1 / vocab_size)
         self.phi = nn.ModuleList(Phi(code_dim) for _ in range(num_phi))
         margin = 1 / 12 if num_phi == PUBLISHED_PHI else 1 / (2 * num_phi)
-        places = np.linspace(margin, 1 - margin, num_phi)
-        self.phi_of_scale = [int(np.abs(places - schedule.ratio(k)).argmin()) for k in range(schedule.num_scales)]
+        positions = np.linspace(margin, 1 - margin, num_phi)
+        self.phi_of_scale = [int(np.abs(positions - schedule.ratio(k)).argmin()) for k in range(schedule.num_scales)]
 
     @property
     def shape(self) -> Shape:
@@ -73,12 +73,12 @@ class ResidualQuantizer(nn.Module):
         return self.schedule.shapes[-1]
 
     def empty(self, batch_size: int) -> Tensor:
-        """(b, c, s, t) f_hat before the first scale: zeros."""
+        """Returns f_hat (b, c, s, t) before the first scale: zeros."""
         weight = self.codebook.weight
         return weight.new_zeros(batch_size, weight.shape[1], *self.shape)
 
     def accumulate(self, f_hat: Tensor, codes: Tensor, scale: int) -> Tensor:
-        """The residual step: f_hat (b, c, s, t) plus what `codes` (b, n, c) of `scale` contribute."""
+        """Runs the residual step: adds the contribution of `codes` (b, n, c) of `scale` to f_hat (b, c, s, t)."""
         shape = self.schedule.shapes[scale]
         code_map = codes.transpose(1, 2).unflatten(2, shape)  # (b, c, height, width)
         if shape != self.shape:
@@ -86,7 +86,7 @@ class ResidualQuantizer(nn.Module):
         return f_hat + self.phi[self.phi_of_scale[scale]](code_map)
 
     def downsample(self, f: Tensor, scale: int) -> Tensor:
-        """(b, c, s, t) -> (b, n, c): `f` averaged to the map of `scale`, in raster order."""
+        """Averages `f` (b, c, s, t) to the map of `scale`; returns (b, n, c) in raster order."""
         shape = self.schedule.shapes[scale]
         if shape != self.shape:
             f = F.interpolate(f, size=shape, mode="area")
@@ -94,14 +94,14 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, queries: Tensor) -> Tensor:
-        """(b, n, c) -> (b, n) int64: the nearest code in L2, in float32: rounding would choose other codes."""
+        """Returns the nearest code in L2, (b, n, c) -> (b, n) int64; in float32, as rounding changes the choice."""
         with torch.autocast(queries.device.type, enabled=False):
             flat, codes = queries.flatten(0, 1).float(), self.codebook.weight.float()
             distances = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
             return distances.argmin(dim=1).view(queries.shape[:2])
 
     def pyramid(self, features: Tensor) -> Iterator[PyramidStep]:
-        """Quantize `features` (b, c, s, t) scale by scale, each time what the scales before left over."""
+        """Quantizes `features` (b, c, s, t) scale by scale, each scale the residual of the previous ones."""
         f_hat = self.empty(len(features))
         for k in range(self.schedule.num_scales):
             queries = self.downsample(features.detach() - f_hat.detach(), k)
@@ -110,23 +110,23 @@ class ResidualQuantizer(nn.Module):
             yield PyramidStep(queries, tokens, f_hat)
 
     def encode(self, features: Tensor) -> Tensor:
-        """(b, c, s, t) -> tokens (b, l) int64."""
+        """Encodes features (b, c, s, t) as tokens (b, l) int64."""
         return torch.cat([step.tokens for step in self.pyramid(features)], dim=1)
 
     def f_hats(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Tokens (b, l) -> f_hat (b, c, s, t) after each scale, coarse to fine."""
+        """Yields f_hat (b, c, s, t) of tokens (b, l) after each scale, coarse to fine."""
         f_hat = self.empty(len(tokens))
         for k, scale_tokens in enumerate(tokens.split(self.schedule.lengths, dim=1)):
             f_hat = self.accumulate(f_hat, self.codebook(scale_tokens), k)
             yield f_hat
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, l) -> f_hat (b, c, s, t) of all scales."""
+        """Returns f_hat (b, c, s, t) of tokens (b, l) after all scales."""
         *_, f_hat = self.f_hats(tokens)
         return f_hat
 
     def scale_inputs(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, l) -> the network's teacher-forcing input (b, l - first, c).
+        """Returns the network's teacher-forcing input (b, l - first, c) of tokens (b, l).
 
         The input of scale k + 1 is f_hat after scale k, averaged to the map of scale k + 1.
         """

@@ -18,25 +18,25 @@ from lightning_mvar.scales import ScaleSchedule, Shape
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
-# Of the decoder's finest map, of which it holds a few at a time; on other devices images are decoded one by one. On a
-# CPU, what is larger comes from the system anew each time, which takes longer than to decode one by one.
+# Maximum size of the decoder's finest feature map, which bounds the images decoded at once; other devices decode one at
+# a time. On a CPU, larger buffers are newly allocated by the system each time, which is slower than smaller batches.
 DECODER_MAP_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What a tokenizer is made of; the defaults are the published one.
+    """Architecture of a tokenizer; the defaults are the published model.
 
     Args:
-        schedule: the scales; the last is of the size of the encoder's features.
-        vocab_size: v, entries of the codebook.
-        code_dim: c, channels of a code.
+        schedule: the scales; the last has the size of the encoder's features.
+        vocab_size: v, size of the codebook.
+        code_dim: c, channels per code.
         channels: channels of the encoder's first level (upstream `ch`).
-        multipliers: channels of each level over `channels`; m levels downsample by 2 ** (m - 1).
-        blocks: residual blocks of an encoder level; the decoder has one more.
-        num_phi: number of phi convolutions that the scales share.
-        norm_groups: groups of every group normalization; fewer keep the mean over the image, which the coarsest
-            scales quantize, alive in small networks.
+        multipliers: channels of each level as multiples of `channels`; m levels downsample by 2 ** (m - 1).
+        blocks: residual blocks per encoder level; the decoder has one more.
+        num_phi: number of phi convolutions, shared among the scales.
+        norm_groups: number of groups in each GroupNorm; in small networks, fewer groups preserve the mean over the
+            image, which the coarsest scales quantize.
     """
 
     schedule: ScaleSchedule = field(default_factory=ScaleSchedule)
@@ -56,11 +56,13 @@ class TokenizerConfig:
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(f"tokenizer.multipliers must be positive, got {self.multipliers}")
         if self.vocab_size > 2**16:
-            raise InputError(f"tokenizer.vocab_size {self.vocab_size} does not fit the shards' uint16 tokens (65536)")
+            raise InputError(
+                f"tokenizer.vocab_size {self.vocab_size} does not fit the uint16 tokens of shards; use at most 65536"
+            )
 
     @property
     def downsampling(self) -> int:
-        """Image side over feature side."""
+        """Ratio of image side to feature side."""
         return int(2 ** (len(self.multipliers) - 1))
 
     @property
@@ -71,19 +73,19 @@ class TokenizerConfig:
 
 
 class Reconstruction(NamedTuple):
-    """What training looks at of one pass from images to images."""
+    """Outputs of one training pass from images to reconstructions."""
 
-    features: Tensor  # (b, c, s, t) what was quantized
-    steps: list[PyramidStep]  # of each scale
-    codebook: Tensor  # () mean over scales of mse(f_hat, sg(features)), which pulls codes and phi
-    commitment: Tensor  # () mean over scales of mse(sg(f_hat), features), which pulls the features
-    codes: Tensor  # (v, c) the codebook as it was used: a copy, which may change before the backward pass
-    maps: Tensor  # (b, channels, H, W) what the decoder's last convolution saw
+    features: Tensor  # (b, c, s, t) before quantization
+    steps: list[PyramidStep]  # one per scale
+    codebook: Tensor  # () mean over scales of mse(f_hat, sg(features)): loss of codes and phi
+    commitment: Tensor  # () mean over scales of mse(sg(f_hat), features): loss of the encoder
+    codes: Tensor  # (v, c) copy of the codebook, which may be updated before the backward pass
+    maps: Tensor  # (b, channels, H, W) input of the decoder's last convolution
     decoded: Tensor  # (b, 3, H, W) not clamped
 
 
 class Tokenizer(nn.Module):
-    """Images to packed tokens and back. Give it eval mode and no_grad for use; see `LitTokenizer` for training."""
+    """Converts images to packed tokens and back. For inference, use eval mode and no_grad; `LitTokenizer` trains it."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -95,11 +97,11 @@ class Tokenizer(nn.Module):
         self.quantizer = ResidualQuantizer(config.schedule, config.vocab_size, config.code_dim, config.num_phi)
 
     def forward(self, images: Tensor, scales: Tensor | None = None) -> Reconstruction:
-        """Images (b, 3, H, W) in [-1, 1] through all of it; gradients pass the quantizer straight through.
+        """Reconstructs images (b, 3, H, W) in [-1, 1], with a straight-through gradient at the quantizer.
 
         Args:
-            images: of the tokenizer's size.
-            scales: (b,) from how many of the first scales each image is decoded; all where not given.
+            images: images of the tokenizer's size.
+            scales: (b,) number of scales, coarse to fine, that each image is decoded from; all by default.
         """
         features = self.features(images)
         steps = list(self.quantizer.pyramid(features))
@@ -113,10 +115,10 @@ class Tokenizer(nn.Module):
         return Reconstruction(features, steps, codebook, commitment, codes, maps, self.decoder.conv_out(maps))
 
     def features(self, images: Tensor) -> Tensor:
-        """(b, 3, H, W) in [-1, 1] -> (b, c, s, t), what is quantized.
+        """Encodes images (b, 3, H, W) in [-1, 1] as features (b, c, s, t) before quantization.
 
         Raises:
-            InputError: if the images are not of the size that the schedule is for.
+            InputError: if the images do not have the size that matches the schedule.
         """
         height, width = self.config.shape
         if images.shape[1:] != (3, height, width):
@@ -127,42 +129,42 @@ class Tokenizer(nn.Module):
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (b, 3, H, W) in [-1, 1] -> tokens (b, l) int64 in [0, v)."""
+        """Encodes images (b, 3, H, W) in [-1, 1] as tokens (b, l) int64 in [0, v)."""
         return self.quantizer.encode(self.features(images))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, l) -> images (b, 3, H, W) in [-1, 1]."""
+        """Decodes tokens (b, l) to images (b, 3, H, W) in [-1, 1]."""
         return self.decode_features(self.quantizer.decode(tokens)).clamp(-1, 1)
 
     def decode_steps(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Tokens (b, l) -> images (b, 3, H, W) in [-1, 1] as they stand after each scale, coarse to fine."""
+        """Yields the images (b, 3, H, W) in [-1, 1] decoded from tokens (b, l) after each scale, coarse to fine."""
         for f_hat in self.quantizer.f_hats(tokens):
             yield self.decode_features(f_hat).clamp(-1, 1)
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
-        """(b, c, s, t) -> (b, 3, H, W) in the dtype of `f_hat`, not clamped.
+        """Decodes f_hat (b, c, s, t) to images (b, 3, H, W) in the dtype of `f_hat`, not clamped.
 
-        Many images are decoded in parts, to bound memory; but not for a backward pass, which needs all maps anyway.
+        Large batches are decoded in parts to bound memory, unless gradients are on: backward needs all feature maps.
         """
         dtype = self.post_quant_conv.weight.dtype
         map_bytes = self.config.channels * self.config.multipliers[0] * math.prod(self.config.shape) * dtype.itemsize
-        most = DECODER_MAP_BYTES.get(f_hat.device.type, map_bytes)
-        at_once = len(f_hat) if torch.is_grad_enabled() else max(1, most // map_bytes)
-        parts = f_hat.to(dtype).split(at_once)
+        max_bytes = DECODER_MAP_BYTES.get(f_hat.device.type, map_bytes)
+        part_size = len(f_hat) if torch.is_grad_enabled() else max(1, max_bytes // map_bytes)
+        parts = f_hat.to(dtype).split(part_size)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts]).to(f_hat.dtype)
 
     def lower(self, dtype: torch.dtype) -> Tokenizer:
-        """Cast the decoder in place, to sample in less time; codes and their sum over the scales stay as they are."""
+        """Casts the decoder in place for faster sampling; codebook, phi and f_hat keep their dtype."""
         for part in (self.post_quant_conv, self.decoder):
             part.to(dtype)
             if dtype.itemsize == 2:
-                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # what such kernels multiply
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # layout of half-precision kernels
         return self
 
     def scale_inputs(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, l) -> teacher-forcing input (b, l - first, c), from codebook and phi alone."""
+        """Returns the teacher-forcing input (b, l - first, c) of tokens (b, l); uses only codebook and phi."""
         return self.quantizer.scale_inputs(tokens)
 
     def fingerprint(self) -> str:
-        """A hash of configuration and weights, the same on every machine; token shards carry it."""
+        """Returns a machine-independent hash of configuration and weights, stored in token shards."""
         return fingerprint(self, json.dumps(asdict(self.config), sort_keys=True))

@@ -1,4 +1,4 @@
-"""What training a network and training a tokenizer share: schedules, skipped steps, random numbers that repeat."""
+"""Base of both Lightning modules: schedules, skipped steps, reproducible random numbers, weight averaging."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.training.lightning_internals import correct_logged_step, loggers_see_this_step
-from lightning_mvar.training.optim import OptimizerConfig, apply_schedule, build_optimizer, skip_unless
-from lightning_mvar.training.strategies import plain
+from lightning_mvar.training.optim import OptimizerConfig, apply_schedule, build_optimizer, skip_step_unless
+from lightning_mvar.training.strategies import full_tensor, local_shards
 
 
-class Arriving:
-    """A number on its way from the device to the host, which goes on meanwhile."""
+class AsyncScalar:
+    """A scalar that is being copied to the host without blocking it; `float` waits for the copy."""
 
-    def __init__(self, number: Tensor) -> None:
-        self.value, self.event = number.detach().to("cpu", non_blocking=number.is_cuda), None
-        if number.is_cuda:
+    def __init__(self, scalar: Tensor) -> None:
+        self.value, self.event = scalar.detach().to("cpu", non_blocking=scalar.is_cuda), None
+        if scalar.is_cuda:
             self.event = torch.cuda.Event()
             self.event.record()
 
@@ -35,39 +35,39 @@ class Arriving:
         return float(self.value)
 
 
-class Taken(NamedTuple):
-    """An optimizer step that the device has been given to take, unless its gradients are not finite."""
+class PendingStep(NamedTuple):
+    """A queued optimizer step; the device skips it if its gradients are not finite."""
 
     step: int
     epoch: int
     batches: list[Any]
-    gradient_norm: Arriving
+    gradient_norm: AsyncScalar
 
 
 class TrainingData(Protocol):
-    """What a module asks of its datamodule."""
+    """Interface that a module expects of its datamodule."""
 
-    batch_size: int  # images per rank and batch
+    batch_size: int  # images per rank
 
-    def keys(self, batch: Any) -> list[str]: ...  # names of a batch's images
+    def keys(self, batch: Any) -> list[str]: ...  # names of the images of a batch
 
 
 class ScheduledModule(L.LightningModule):
-    """AdamW whose learning rate and weight decay follow `OptimizerConfig`, and steps that repeat exactly.
+    """Trains with AdamW under the schedules of `OptimizerConfig`, in steps that repeat exactly.
 
-    Every batch begins with random numbers that depend on (seed, epoch, batch, rank) alone, so a resumed run draws what
-    an uninterrupted one would have drawn. A step whose gradients are not finite is skipped on all ranks.
+    The generators are seeded before each batch from (seed, epoch, batch, rank) alone, so a resumed run draws the same
+    random numbers as an uninterrupted one. A step whose gradients are not finite is skipped on all ranks.
 
-    The host does not wait for a GPU to finish a step, but where float16's loss scaling makes it: whether a step was
-    skipped is asked one step later, and what is logged is read in those steps only that the loggers see
+    The host does not wait for the GPU to finish a step, except under float16 loss scaling: it learns one step later
+    whether a step was skipped, and reads values to log only in the steps that are logged
     (`trainer.log_every_n_steps`).
 
     Args:
         optimizer: AdamW and its schedules.
-        max_skipped_steps: training ends after so many skipped steps in a row.
+        max_skipped_steps: number of consecutive skipped steps that ends training.
     """
 
-    undecayed: tuple[str, ...] = ()  # ends of the names of parameters without weight decay, beside 1-d ones
+    undecayed: tuple[str, ...] = ()  # name endings of parameters without weight decay; 1-d ones never have any
 
     def __init__(self, optimizer: OptimizerConfig, max_skipped_steps: int) -> None:
         super().__init__()
@@ -76,29 +76,29 @@ class ScheduledModule(L.LightningModule):
         self.optimizer_config, self.max_skipped_steps = optimizer, max_skipped_steps
         self.seed = torch.initial_seed()
         self.skipped_steps, self.skipped_in_a_row = 0, 0
-        self.stepping = False  # between the last gradient and the end of the step no state is worth saving
-        self.batches: list[Any] = []  # of the step under way
-        self.taken: Taken | None = None  # the last step, until it is known whether it was skipped
-        self.gradient_norms: dict[str, Tensor] = {}  # of this step, on the device, as `clipped_apart` names them
-        self.finite = torch.tensor(True)  # of this step, on the device
+        self.in_optimizer_step = False  # from the last gradient to the end of the step, while no state can be saved
+        self.batches: list[Any] = []  # of the current optimizer step
+        self.pending_step: PendingStep | None = None  # the last step, until it is known whether it was skipped
+        self.gradient_norms: dict[str, Tensor] = {}  # of this step, on the device; keys as in `clip_groups`
+        self.gradients_finite = torch.tensor(True)  # of this step, on the device
 
     @property
     def data(self) -> TrainingData:
-        """The datamodule: the one place where modules ask for it."""
+        """The datamodule, with the interface that modules rely on."""
         return cast(TrainingData, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
         self.seed = self.trainer.strategy.broadcast(self.seed)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of float16, which fused kernels would bypass
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # float16 only; fused kernels bypass it
         return build_optimizer(self, self.optimizer_config, scaler is None, self.undecayed)
 
     @cached_property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run, from max_steps or max_epochs.
+        """Number of optimizer steps of the run, from max_steps or max_epochs.
 
-        Not `trainer.estimated_stepping_batches`: reading that drops the loader's restored position.
+        `trainer.estimated_stepping_batches` is unusable: reading it drops the loader's restored position.
         """
         trainer = self.trainer
         if trainer.max_steps > 0:
@@ -110,86 +110,87 @@ class ScheduledModule(L.LightningModule):
 
     @property
     def batch_of_all_ranks(self) -> int:
+        """Images per batch over all ranks."""
         return self.data.batch_size * self.trainer.world_size
 
     @property
     def global_batch(self) -> int:
-        """Images of one optimizer step."""
+        """Images per optimizer step: all ranks, all accumulated batches."""
         return self.batch_of_all_ranks * self.trainer.accumulate_grad_batches
 
     @property
-    def logs_now(self) -> bool:
-        """Whether the loggers see the step under way."""
+    def is_logging_step(self) -> bool:
+        """Whether the current step is logged."""
         return loggers_see_this_step(self.trainer)
 
-    def log_now(self, scores: dict[str, Tensor]) -> None:
-        """Log numbers of this step; on the host, because Lightning reads those of its progress bar in every step."""
+    def log_scalars(self, scores: dict[str, Tensor]) -> None:
+        """Logs scalars of this step from the host, because Lightning reads the progress bar's values in every step."""
         for name, value in zip(scores, torch.stack([*scores.values()]).cpu(), strict=True):
             self.log(name, value, prog_bar=name == "train/loss")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.seed_generators(self.random_key(batch_idx, self.global_rank))
+        self.seed_generators(self.derive_seed(batch_idx, self.global_rank))
         correct_logged_step(self.trainer, self.global_step)
         self.batches.append(batch)
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         step = (self.global_step, self.total_steps, self.global_batch)
         lr, weight_decay = apply_schedule(optimizer, self.optimizer_config, *step)
-        if self.logs_now:
+        if self.is_logging_step:
             self.log_dict({"train/lr": lr, "train/weight_decay": weight_decay})
 
     def seed_generators(self, seed: int) -> None:
-        """Of the CPU and of this device; `torch.manual_seed` takes milliseconds to note who asked for which device."""
+        """Seeds the CPU and this device; `torch.manual_seed` spends milliseconds recording stack traces."""
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
 
-    def random_key(self, batch_idx: int, purpose: object) -> int:
-        """A seed that depends on (seed, epoch, batch) and the purpose alone."""
+    def derive_seed(self, batch_idx: int, purpose: object) -> int:
+        """Returns a 63-bit seed that depends only on (seed, epoch, batch) and the purpose."""
         key = f"{self.seed}-{self.current_epoch}-{batch_idx}-{purpose}"
         return random.Random(key).getrandbits(63)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.settle()
-        self.stepping = True
+        self.resolve_pending_step()
+        self.in_optimizer_step = True
         norms = {}
-        for name, part in self.clipped_apart().items():
+        for name, part in self.clip_groups().items():
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
             self.gradient_norms[name] = torch.nn.utils.get_total_norm(gradients)
-            norms[f"train/{name}"] = plain(self.gradient_norms[name])
-        norm = torch.stack([*norms.values()]).amax()  # not finite if one is not
-        self.finite = norm.isfinite()
-        skip_unless(self.finite, optimizer)
-        self.taken = Taken(self.global_step, self.current_epoch, self.batches, Arriving(norm))
+            norms[f"train/{name}"] = full_tensor(self.gradient_norms[name])
+        norm = torch.stack([*norms.values()]).amax()  # not finite if any of them is not
+        self.gradients_finite = norm.isfinite()
+        skip_step_unless(self.gradients_finite, optimizer)
+        self.pending_step = PendingStep(self.global_step, self.current_epoch, self.batches, AsyncScalar(norm))
         self.batches = []
-        if self.logs_now:
-            self.settle()
-            self.log_now(norms | {"train/skipped_steps": norm.new_tensor(self.skipped_steps)})
+        if self.is_logging_step:
+            self.resolve_pending_step()
+            self.log_scalars(norms | {"train/skipped_steps": norm.new_tensor(self.skipped_steps)})
 
-    def clipped_apart(self) -> dict[str, nn.Module]:
-        """What is clipped by a norm of its own, under the name that it is logged by."""
+    def clip_groups(self) -> dict[str, nn.Module]:
+        """Modules whose gradients are clipped by separate norms, keyed by the name their norm is logged under."""
         return {"grad_norm": self}
 
-    def settle(self) -> None:
-        """Find out whether the last step was skipped; on all ranks alike, for the norm is the same on all.
+    def resolve_pending_step(self) -> None:
+        """Determines whether the last step was skipped. All ranks agree, because the norm is the same on all.
 
         Raises:
-            DivergedError: after `max_skipped_steps` in a row.
+            DivergedError: after `max_skipped_steps` skipped steps in a row.
         """
-        taken, self.taken = self.taken, None
-        if taken is None:
+        pending, self.pending_step = self.pending_step, None
+        if pending is None:
             return
-        if math.isfinite(float(taken.gradient_norm)):
+        if math.isfinite(float(pending.gradient_norm)):
             self.skipped_in_a_row = 0
         else:
-            self.report_skipped_step(taken)
+            self.report_skipped_step(pending)
 
     def on_train_end(self) -> None:
-        self.settle()
+        self.resolve_pending_step()
 
     @property
-    def skipped(self) -> tuple[int, int]:
-        """Steps skipped so far, and of those the ones in a row up to now."""
-        self.settle()
+    def skip_counts(self) -> tuple[int, int]:
+        """Number of steps skipped so far, and length of the current run of skipped steps."""
+        self.resolve_pending_step()
         return self.skipped_steps, self.skipped_in_a_row
 
     def configure_gradient_clipping(
@@ -198,9 +199,9 @@ class ScheduledModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norms that are known already, under every strategy."""
+        """Clips by the norms that `on_before_optimizer_step` has computed, which works under every strategy."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            for name, part in self.clipped_apart().items():
+            for name, part in self.clip_groups().items():
                 torch.nn.utils.clip_grads_with_norm_(part.parameters(), gradient_clip_val, self.gradient_norms[name])
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -208,29 +209,46 @@ class ScheduledModule(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.after_step()
-        self.stepping = False
+        self.in_optimizer_step = False
 
     def after_step(self) -> None:
-        """Called after every optimizer step; `finite` tells the device whether it was skipped."""
+        """Hook after each optimizer step, skipped or not; see `gradients_finite`."""
 
-    def report_skipped_step(self, taken: Taken) -> None:
-        """Count the step and write down which images it was made of, on every rank; see `settle`."""
-        step, norm = taken.step, float(taken.gradient_norm)
+    def report_skipped_step(self, pending: PendingStep) -> None:
+        """Counts a skipped step and records the names of its images, on every rank; see `resolve_pending_step`."""
+        step, norm = pending.step, float(pending.gradient_norm)
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         folder = Path(self.trainer.default_root_dir) / "skipped_steps"
         folder.mkdir(parents=True, exist_ok=True)
-        keys = [key for batch in taken.batches for key in self.data.keys(batch)]
-        about = {"step": step, "epoch": taken.epoch, "gradient_norm": str(norm), "keys": keys}
+        keys = [key for batch in pending.batches for key in self.data.keys(batch)]
+        record = {"step": step, "epoch": pending.epoch, "gradient_norm": str(norm), "keys": keys}
         with open(folder / f"rank{self.global_rank}.jsonl", "a") as file:
-            file.write(json.dumps(about) + "\n")
+            file.write(json.dumps(record) + "\n")
         rank_zero_warn(
-            f"step {step} is skipped: the norm of its gradients is {norm} (skipped {self.skipped_steps}, "
-            f"{self.skipped_in_a_row} in a row); its images are named in {folder}"
+            f"step {step} is skipped: its gradient norm is {norm} ({self.skipped_steps} skipped so far, "
+            f"{self.skipped_in_a_row} in a row); its images are listed in {folder}"
         )
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise DivergedError(
-                f"training ends: the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last of "
-                f"step {step}; the images are named in {folder}. The last checkpoint is kept: lower "
-                f"--model.optimizer.base_lr or --trainer.gradient_clip_val, or repair the data, and go on with --resume"
+                f"training has diverged: {self.skipped_in_a_row} steps in a row had gradients that are not finite, the "
+                f"last one step {step}; their images are listed in {folder}. The last checkpoint is kept: lower "
+                f"--model.optimizer.base_lr or --trainer.gradient_clip_val, or repair the data, then add --resume"
             )
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, weights: nn.Module, decay: float, step: int, finite: Tensor) -> None:
+    """Moves a weight average towards the weights, each rank its own shards.
+
+    Args:
+        average: module that holds the average.
+        weights: module of the same parameters.
+        decay: share of the average that is kept; lowered to (1 + step) / (10 + step) in the first steps.
+        step: number of the step, counted from 0.
+        finite: () bool on the device; if false, the average stays as it is.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    averages, targets = local_shards(list(average.parameters())), local_shards(list(weights.parameters()))
+    share = (1 - decay) * finite.float()
+    torch._foreach_lerp_(averages, targets, [share] * len(targets))

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from lightning_mvar.data.images.examples import Crop, Example, ImageBatch, ImageSource, OnCorrupt, collate
 from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
-from lightning_mvar.data.resumable import ResumableLoader, leave_signals_to_the_main_process
-from lightning_mvar.data.tokens.shards import Manifest, chosen_samples
+from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_worker
+from lightning_mvar.data.tokens.shards import Manifest, read_samples
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.data.tokens.stream import TokenBatch, TokenLoader, TokenStream
 from lightning_mvar.errors import InputError
@@ -21,20 +21,94 @@ from lightning_mvar.scales import Shape, shape_of
 Loader = TypeVar("Loader", bound=ResumableLoader)
 
 
-class TokenDataModule(L.LightningDataModule):
-    """Streams tokenized images from the shards that `lightning-mvar tokenize` wrote.
+class BatchedDataModule(L.LightningDataModule):
+    """Datamodule that divides a global batch over the devices and shares one seed among them.
+
+    The images per optimizer step, and so the learning rate, are the same on any number of devices, unless `batch_size`
+    sets the images per device.
+
+    Raises:
+        InputError: if an argument is too small.
+    """
+
+    def __init__(
+        self,
+        global_batch_size: int,
+        batch_size: int | None,
+        max_batch_size: int | None,
+        num_workers: int,
+        seed: int | None,
+        retries: int,
+    ) -> None:
+        super().__init__()
+        optional = {
+            name: n for name, n in (("batch_size", batch_size), ("max_batch_size", max_batch_size)) if n is not None
+        }
+        require_at_least(1, global_batch_size=global_batch_size, **optional)
+        require_at_least(0, num_workers=num_workers, retries=retries)
+        self.global_batch_size, self.given_batch_size, self.max_batch_size = (
+            global_batch_size,
+            batch_size,
+            max_batch_size,
+        )
+        self.num_workers, self.retries = num_workers, retries
+        self.seed = torch.initial_seed() if seed is None else seed
+
+    def setup(self, stage: str) -> None:
+        if self.trainer is None:
+            return
+        self.seed = self.trainer.strategy.broadcast(self.seed)
+        if stage == "fit" and self.given_batch_size is None:
+            self.trainer.accumulate_grad_batches = self.accumulation(self.trainer.accumulate_grad_batches)
+
+    @property
+    def batch_size(self) -> int:
+        """Images per device and batch."""
+        if self.given_batch_size is not None:
+            return self.given_batch_size
+        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return self.global_batch_size // (rank_and_world_size(self.trainer)[1] * self.accumulation(accumulated))
+
+    def accumulation(self, at_least: int) -> int:
+        """Returns the smallest number of batches per step, from `at_least` on, that divides the global batch and fits.
+
+        Raises:
+            InputError: if the global batch cannot be divided over the devices.
+        """
+        devices = rank_and_world_size(self.trainer)[1]
+        per_device, rest = divmod(self.global_batch_size, devices)
+        for batches in range(at_least, per_device + 1):
+            if rest == 0 and per_device % batches == 0 and per_device // batches <= (self.max_batch_size or per_device):
+                return batches
+        raise InputError(
+            f"data.global_batch_size {self.global_batch_size} cannot be divided over {devices} devices in {at_least} or "
+            f"more equal batches: choose a multiple, or set the images per device with data.batch_size"
+        )
+
+
+def require_at_least(least: int, **values: int) -> None:
+    """Raises InputError if an option is less than `least`."""
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"data.{name} is too small, got {value}; use at least {least}")
+
+
+class TokenDataModule(BatchedDataModule):
+    """Datamodule that streams tokens from shards of `lightning-mvar tokenize`.
 
     Args:
-        train: folder of the training shards: on this machine, `https://HOST/PATH`, or a command that prints the file
-            whose name is put for {}, such as `pipe:aws s3 cp s3://BUCKET/PATH/{} -`.
-        val: the same of the validation shards.
-        test: the same of the test shards; the validation shards where not given.
-        batch_size: images per rank and step.
+        train: folder of the training shards: a local path, `https://HOST/PATH`, or a command that prints the file named
+            by {}, such as `pipe:aws s3 cp s3://BUCKET/PATH/{} -`.
+        val: folder of the validation shards, like `train`.
+        test: folder of the test shards, like `train`; default: the validation shards.
+        global_batch_size: images per optimizer step over all devices, which take equal shares.
+        batch_size: images per device and batch, instead of `global_batch_size`.
+        max_batch_size: maximum images per device and batch; gradients are accumulated to reach `global_batch_size`.
         num_workers: processes that read ahead; 0 reads in the training process, which suffices for local files.
-        block_size: samples that are shuffled together, in memory at once.
-        seed: of the shuffling, together with the epoch.
-        cache_dir: folder on this machine that keeps shards from elsewhere; nothing is ever removed from it.
-        retries: attempts to read a file from elsewhere, after one that failed: 1, 2, 4, ... seconds later.
+        block_size: number of samples that are shuffled together in memory.
+        seed: seed of the shuffling, combined with the epoch; default: `seed_everything`.
+        cache_dir: local folder that caches remote shards; nothing is ever removed from it.
+        retries: number of retries after a remote file could not be read, 1, 2, 4, ... seconds apart.
     """
 
     def __init__(
@@ -42,51 +116,47 @@ class TokenDataModule(L.LightningDataModule):
         train: str,
         val: str,
         test: str | None = None,
-        batch_size: int = 64,
+        global_batch_size: int = 64,
+        batch_size: int | None = None,
+        max_batch_size: int | None = None,
         num_workers: int = 0,
         block_size: int = 16_384,
-        seed: int = 0,
+        seed: int | None = None,
         cache_dir: str = SHARD_CACHE,
         retries: int = 5,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("block_size", block_size, 1),
-            ("num_workers", num_workers, 0),
-            ("retries", retries, 0),
-        ):
-            if value < least:
-                raise InputError(f"data.{name} is too small, got {value}")
-        places = {"train": train, "val": val, "test": test or val}
-        self.shards = {name: open_shards(place, cache_dir, retries) for name, place in places.items()}
-        self.batch_size, self.num_workers, self.block_size, self.seed = batch_size, num_workers, block_size, seed
+        super().__init__(global_batch_size, batch_size, max_batch_size, num_workers, seed, retries)
+        require_at_least(1, block_size=block_size)
+        sources = {"train": train, "val": val, "test": test or val}
+        self.shards = {name: open_shards(source, cache_dir, retries) for name, source in sources.items()}
+        self.block_size = block_size
         self.manifests: dict[str, Manifest] = {}
 
     def setup(self, stage: str) -> None:
         """Reads the manifests that `stage` needs.
 
         Raises:
-            InputError: if shards are missing, unfinished or damaged, or have other classes than those before.
+            InputError: if shards are missing, unfinished or damaged, or their classes differ.
         """
+        super().setup(stage)
         needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
         for name in needed:
             self.manifests[name] = self.shards[name].manifest()
         names = {name: manifest.class_names for name, manifest in self.manifests.items()}
         if any(classes != next(iter(names.values())) for classes in names.values()):
-            raise InputError(f"the shards in {' and '.join(str(self.shards[n]) for n in names)} have other classes")
+            raise InputError(f"the shards in {' and '.join(str(self.shards[n]) for n in names)} have different classes")
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, in label order; available after `setup`."""
+        """Class names in label order; available after `setup`."""
         return next(iter(self.manifests.values())).class_names
 
     def keys(self, batch: TokenBatch) -> list[str]:
-        """Names of the images of a training batch."""
-        return chosen_samples(self.manifests["train"], self.shards["train"].fetch, batch.ids.tolist()).keys
+        """Returns the names of the images in a training batch."""
+        return read_samples(self.manifests["train"], self.shards["train"].fetch, batch.ids.tolist()).keys
 
     def train_dataloader(self) -> TokenLoader:
-        return following(self.loader("train", self.seed), self.trainer)
+        return track_progress(self.loader("train", self.seed), self.trainer)
 
     def val_dataloader(self) -> TokenLoader:
         return self.loader("val", None)
@@ -95,28 +165,30 @@ class TokenDataModule(L.LightningDataModule):
         return self.loader("test", None)
 
     def loader(self, name: str, seed: int | None) -> TokenLoader:
-        rank, world_size = place(self.trainer)
+        rank, world_size = rank_and_world_size(self.trainer)
         stream = TokenStream(
             self.shards[name], self.manifests[name], self.batch_size, seed, self.block_size, rank, world_size
         )
         return TokenLoader(stream, self.num_workers, pin_memory=torch.cuda.is_available())
 
 
-class ImageDataModule(L.LightningDataModule):
-    """Images for training a tokenizer.
+class ImageDataModule(BatchedDataModule):
+    """Datamodule of images, for training a tokenizer.
 
     Args:
-        train: `digits:train`, `photos64:train` and the like, a folder of class folders, or archives as `tokenize` takes
-            them. (Not Parquet where there are many images: each is in a row group that is read as a whole.)
-        val: the same.
+        train: training images: a builtin set such as `digits:train` or `photos64:train`, a folder of class folders, or
+            archives as in `tokenize`. Avoid Parquet for many images: each access reads a complete row group.
+        val: validation images, like `train`.
         resolution: side of the images in pixels, or [height, width].
-        batch_size: images per rank and step.
+        global_batch_size: images per optimizer step over all devices, which take equal shares.
+        batch_size: images per device and batch, instead of `global_batch_size`.
+        max_batch_size: maximum images per device and batch; gradients are accumulated to reach `global_batch_size`.
         num_workers: processes that decode images; 0 decodes in the training process.
-        crop: of the training images, anew in every epoch; validation images are cropped at their centre.
-        on_corrupt: raise on an image that cannot be decoded, or skip it (each is named in a warning).
-        seed: of the shuffling and the crops, together with the epoch.
-        cache_dir: folder on this machine that keeps archives from elsewhere; nothing is ever removed from it.
-        retries: attempts to read an archive from elsewhere, after one that failed: 1, 2, 4, ... seconds later.
+        crop: crop of training images, redrawn in each epoch if random; validation images are center-cropped.
+        on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a warning.
+        seed: seed of shuffling and crops, combined with the epoch; default: `seed_everything`.
+        cache_dir: local folder that caches remote archives; nothing is ever removed from it.
+        retries: number of retries after a remote archive could not be read, 1, 2, 4, ... seconds apart.
     """
 
     def __init__(
@@ -124,26 +196,20 @@ class ImageDataModule(L.LightningDataModule):
         train: str,
         val: str,
         resolution: int | Shape = 256,
-        batch_size: int = 64,
+        global_batch_size: int = 64,
+        batch_size: int | None = None,
+        max_batch_size: int | None = None,
         num_workers: int = 0,
         crop: Crop = "random",
         on_corrupt: OnCorrupt = "raise",
-        seed: int = 0,
+        seed: int | None = None,
         cache_dir: str = IMAGE_CACHE,
         retries: int = 5,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("retries", retries, 0),
-        ):
-            if value < least:
-                raise InputError(f"data.{name} is too small, got {value}")
+        super().__init__(global_batch_size, batch_size, max_batch_size, num_workers, seed, retries)
         self.sources = {"train": train, "val": val}
         self.shape, self.crop, self.on_corrupt = shape_of(resolution), crop, on_corrupt
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.cache_dir, self.retries = cache_dir, retries
+        self.cache_dir = cache_dir
 
     def images(self, name: str) -> ImageSource:
         return open_images(
@@ -151,13 +217,15 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def keys(self, batch: ImageBatch) -> list[str]:
-        """Names of the images of a batch."""
+        """Returns the names of the images in a batch."""
         return batch.keys
 
     def train_dataloader(self) -> ImageLoader:
-        source = ShuffledImages(self.images("train"), self.batch_size, self.seed, self.crop, *place(self.trainer))
+        source = ShuffledImages(
+            self.images("train"), self.batch_size, self.seed, self.crop, *rank_and_world_size(self.trainer)
+        )
         loader = ImageLoader(source, self.num_workers, pin_memory=torch.cuda.is_available())
-        return following(loader, self.trainer)
+        return track_progress(loader, self.trainer)
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         return DataLoader[Example](  # type: ignore[return-value]
@@ -166,25 +234,25 @@ class ImageDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=ignore_signals_in_worker,
         )
 
 
-def place(trainer: L.Trainer | None) -> tuple[int, int]:
-    """This process's rank, and the number of ranks."""
+def rank_and_world_size(trainer: L.Trainer | None) -> tuple[int, int]:
+    """Returns the rank of this process and the world size; (0, 1) without a trainer."""
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
-def following(loader: Loader, trainer: L.Trainer | None) -> Loader:
-    """Let a training loader know where Lightning is: the epoch, and which batches were part of complete steps."""
+def track_progress(loader: Loader, trainer: L.Trainer | None) -> Loader:
+    """Makes a training loader track Lightning's epoch and the batches that complete optimizer steps have used."""
     if trainer is not None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
 
         def trained() -> int:
             done: int = progress.current.processed  # type: ignore[attr-defined]
-            return done if done >= loader.limit() else done - done % trainer.accumulate_grad_batches
+            return done if done >= loader.batches_per_epoch() else done - done % trainer.accumulate_grad_batches
 
-        loader.trained = trained
-        loader.limit = lambda: min(len(loader), int(trainer.num_training_batches))
-        loader.epoch = trainer.current_epoch - 1  # the next pass is this epoch's; a restored place comes on top
+        loader.batches_trained = trained
+        loader.batches_per_epoch = lambda: min(len(loader), int(trainer.num_training_batches))
+        loader.epoch = trainer.current_epoch - 1  # incremented by the next pass; a restored position is added later
     return loader

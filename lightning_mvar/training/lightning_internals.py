@@ -1,12 +1,13 @@
-"""Every use of a private member of Lightning, each with its reason.
+"""All uses of private members of Lightning, each with its reason.
 
-Lightning may change these without notice: an upgrade begins by reading its source against this file. Nothing else in
-the package touches a name of Lightning's that begins with an underscore.
+Lightning may change these without notice: before an upgrade, compare its source with this file. Nothing else in the
+package uses a Lightning name that starts with an underscore, except the launcher classes in cli/ranks.py.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
-    """Returns a module's trainer; None before it has one, where the public property raises."""
+    """Returns a module's trainer, or None if it has none yet, in which case the public property raises."""
     return module._trainer
 
 
 def loggers_see_this_step(trainer: L.Trainer) -> bool:
-    """Whether loggers record the current step: values that nobody reads are never copied from the device."""
+    """Returns whether loggers record the current step, so that other steps copy no values from the device."""
     return bool(trainer._logger_connector.should_update_logs)
 
 
 def correct_logged_step(trainer: L.Trainer, step: int) -> None:
-    """Sets the step number that loggers use: Lightning's is one too high after resuming right after a validation."""
+    """Sets the step number of the loggers: Lightning's is one too high if it resumes right after a validation."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
@@ -36,13 +37,18 @@ def silence_sigterm_broadcast(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+def collective_timeout(trainer: L.Trainer) -> timedelta | None:
+    """Returns how long the strategy's collectives wait for other ranks, for groups that are to wait as long."""
+    return getattr(trainer.strategy, "_timeout", None)
+
+
 def dump_checkpoint(trainer: L.Trainer, weights_only: bool) -> dict[str, Any]:
-    """Collects a checkpoint without writing it: `trainer.save_checkpoint` writes and waits for all ranks."""
+    """Returns the content of a checkpoint; `trainer.save_checkpoint` would also write it and wait for all ranks."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only)
 
 
 class CheckpointHooks(ModelCheckpoint):
-    """ModelCheckpoint with its file operations open to subclasses: Lightning has no public hook for any of them."""
+    """ModelCheckpoint with overridable file operations, for which Lightning has no public hooks."""
 
     @abstractmethod
     def write(self, trainer: L.Trainer, path: Path) -> None:
@@ -66,7 +72,7 @@ class CheckpointHooks(ModelCheckpoint):
         self.link(trainer, Path(filepath), Path(linkpath))
 
     def mark_saved(self, trainer: L.Trainer, path: Path | None = None) -> None:
-        """Records that the current step needs no further checkpoint, and the path of its own if it has one."""
+        """Marks the current step as saved, at `path` if given."""
         self._last_global_step_saved = trainer.global_step
         if path is not None:
             self._last_checkpoint_saved = str(path)
@@ -76,11 +82,11 @@ class CheckpointHooks(ModelCheckpoint):
         return self._last_checkpoint_saved
 
     def needs_none(self, trainer: L.Trainer) -> bool:
-        """Whether this moment calls for no checkpoint: the step has one, or the run only checks itself."""
+        """Returns whether to skip a checkpoint now: the step has one, or this is a sanity check or a fast_dev_run."""
         return self._should_skip_saving_checkpoint(trainer)
 
     def name_now(self, trainer: L.Trainer) -> str:
-        """Path of a checkpoint of the current step."""
+        """Returns the path for a checkpoint of the current step."""
         return self.format_checkpoint_name(self._monitor_candidates(trainer))
 
     def update_last(self, trainer: L.Trainer) -> None:
@@ -89,15 +95,15 @@ class CheckpointHooks(ModelCheckpoint):
 
 
 class CommandHooks(LightningCLI):
-    """LightningCLI with its handling of subcommands open to subclasses."""
+    """LightningCLI with overridable handling of subcommands."""
 
     @abstractmethod
     def add_options(self, parser: LightningArgumentParser, command: str) -> None:
-        """Adds options of one subcommand; Lightning's public hook adds to all alike."""
+        """Adds options to one subcommand; Lightning's public hook adds them to all."""
 
     @abstractmethod
     def run_command(self, command: str) -> None:
-        """Runs a subcommand, calling `super().run_command`; Lightning's hooks cannot wrap it in a context."""
+        """Runs a subcommand; overridable, so that it can run in a context, which Lightning's hooks do not allow."""
         super()._run_subcommand(command)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -109,7 +115,7 @@ class CommandHooks(LightningCLI):
         self.run_command(subcommand)
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing: Lightning's own lets a checkpoint's hyperparameters override the command line, silently."""
+        """Does nothing: Lightning's version lets a checkpoint's hyperparameters silently override the command line."""
 
 
 class DataParallelStrategy(ModelParallelStrategy):

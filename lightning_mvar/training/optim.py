@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
 
-PLATEAU = 0.05  # share of the steps after warm-up at the peak
+PLATEAU = 0.05  # share of the steps after warm-up that stay at the peak
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class OptimizerConfig:
 
     Args:
         base_lr: learning rate for a global batch of 256; the peak is base_lr * batch / 256.
-        beta1: of AdamW.
-        beta2: of AdamW.
-        weight_decay: at the first step.
-        final_weight_decay: at the last step, reached by a cosine; equal to `weight_decay` where not given.
+        beta1: decay rate of AdamW's first moment.
+        beta2: decay rate of AdamW's second moment.
+        weight_decay: weight decay at the first step.
+        final_weight_decay: weight decay at the last step, reached along a cosine; equal to `weight_decay` if not given.
         warmup: share of all steps spent in linear warm-up.
-        initial_lr_ratio: learning rate at the first step over the peak.
-        final_lr_ratio: learning rate at the last step over the peak.
+        initial_lr_ratio: learning rate at the first step, divided by the peak.
+        final_lr_ratio: learning rate at the last step, divided by the peak.
     """
 
     base_lr: float = 1e-4
@@ -49,7 +49,7 @@ class OptimizerConfig:
                 raise InputError(f"optimizer.{name} must be in [0, 1], got {getattr(self, name)}")
 
     def learning_rate(self, step: int, total_steps: int, global_batch: int) -> float:
-        """Linear warm-up, a plateau, then linear to `final_lr_ratio` of the peak at the last step."""
+        """Returns the rate: linear warm-up, plateau, then linear to `final_lr_ratio` of the peak at the last step."""
         peak = self.base_lr * global_batch / 256
         warmup_steps = round(self.warmup * total_steps)
         if step < warmup_steps:
@@ -60,14 +60,14 @@ class OptimizerConfig:
         return peak * (self.final_lr_ratio + (1 - self.final_lr_ratio) * (1 - progress) / (1 - PLATEAU))
 
     def decay(self, step: int, total_steps: int) -> float:
-        """Cosine from `weight_decay` to `final_weight_decay`."""
+        """Returns the weight decay at `step`, on a cosine from `weight_decay` to `final_weight_decay`."""
         end = self.weight_decay if self.final_weight_decay is None else self.final_weight_decay
         progress = min(step / max(total_steps - 1, 1), 1.0)
         return end + (self.weight_decay - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def parameter_groups(model: nn.Module, undecayed_names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Splits parameters into two groups: no decay on 1-d ones (biases, norms) and on those with the given endings."""
+    """Splits parameters in two groups: 1-d ones (biases, norms) and those with the given name endings do not decay."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -79,7 +79,7 @@ def parameter_groups(model: nn.Module, undecayed_names: tuple[str, ...] = ()) ->
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, fused: bool = True, undecayed_names: tuple[str, ...] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW over the two groups; `apply_schedule` sets learning rate and decay before every step."""
+    """Builds AdamW over the two groups; `apply_schedule` sets learning rate and decay before each step."""
     betas = (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW(parameter_groups(model, undecayed_names), lr=config.base_lr, betas=betas, fused=fused)
     optimizer.register_load_state_dict_pre_hook(keep_fused)
@@ -87,16 +87,16 @@ def build_optimizer(
 
 
 def keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A state to load, to step on as this optimizer does: a run may go on in another precision."""
+    """Returns a state to load with this optimizer's `fused` flag, because a run may resume in another precision."""
     fused = optimizer.defaults["fused"]
     return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
 
 
-def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Let the coming step change neither weights nor moments where `finite`, () bool on the device, is false.
+def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Makes the next step leave weights and moments unchanged if `finite`, () bool on the device, is false.
 
-    As GradScaler tells a fused optimizer, so that only the device has to know; one that is not fused belongs to a
-    GradScaler, which skips such steps itself.
+    Uses the flag by which GradScaler skips steps of a fused optimizer, so the host need not know. An optimizer that is
+    not fused runs under a GradScaler, which skips such steps itself.
     """
     if optimizer.param_groups[0]["fused"]:
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -105,9 +105,9 @@ def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
 def apply_schedule(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int, global_batch: int
 ) -> tuple[float, float]:
-    """Set every group's learning rate and decay for `step`; returns both.
+    """Sets the learning rate and weight decay of every group for `step` and returns both.
 
-    A group may have an `lr_factor`, by which its learning rate is another one.
+    The learning rate of a group is multiplied by its `lr_factor`, if it has one.
     """
     lr, weight_decay = config.learning_rate(step, total_steps, global_batch), config.decay(step, total_steps)
     for group in optimizer.param_groups:

@@ -1,7 +1,7 @@
-"""How a network is spread over devices. The network itself knows nothing of it.
+"""Sharding, activation checkpointing and gathering, applied to a network from outside.
 
-`--trainer.strategy fsdp2` shards block by block (PyTorch's `fully_shard`); single device and `ddp` are Lightning's
-own.
+`--trainer.strategy fsdp2` shards block by block (PyTorch's `fully_shard`); single device and `ddp` are
+Lightning's own.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 
 
 class FSDP2Strategy(DataParallelStrategy):
-    """Every rank keeps a share of each block's weights, gradients and optimizer state, and gathers a block to use it.
+    """Keeps a shard of each block's weights, gradients and optimizer state per rank, and gathers a block to run it.
 
     Args:
-        param_dtype: what the blocks' weights are gathered in; `bfloat16` halves the traffic and goes with
-            `--trainer.precision bf16-mixed`. The shares themselves, and the sums of gradients, stay float32; but blocks
-            see all their weights rounded, also those that autocast leaves alone (A_log, dt_bias, D, norms).
-        save_distributed_checkpoint: each rank writes its share to a folder; else rank 0 gathers one file.
-        process_group_backend: where not given, gloo on CPUs and nccl on GPUs.
+        param_dtype: dtype in which a block's weights are gathered; `bfloat16` halves the traffic and needs
+            `--trainer.precision bf16-mixed`. Shards and gradient sums stay float32, but blocks see all their weights
+            rounded, including those that autocast leaves in float32 (A_log, dt_bias, D, norms).
+        save_distributed_checkpoint: each rank writes its shard to a folder; if false, rank 0 gathers one file.
+        process_group_backend: gloo on CPUs and nccl on GPUs if not given.
         timeout: how long a rank waits for the others before it gives up.
     """
 
@@ -64,45 +64,47 @@ class FSDP2Strategy(DataParallelStrategy):
 
     def setup_environment(self) -> None:
         precision = self.precision_plugin.precision
-        if precision not in PRECISIONS:  # Lightning looks only where the strategy is not given by its name
-            raise InputError(f"FSDP2 cannot work in --trainer.precision {precision}; it can in {', '.join(PRECISIONS)}")
+        if precision not in PRECISIONS:  # Lightning does not check a strategy given by name
+            choices = ", ".join(PRECISIONS)
+            raise InputError(f"FSDP2 does not support --trainer.precision {precision}; use one of {choices}")
         if self.param_dtype == "bfloat16" and precision != "bf16-mixed":
             raise InputError("FSDP2's param_dtype bfloat16 needs --trainer.precision bf16-mixed")
-        # Logits are a view, which nobody changes in place.
+        # The view it warns about is the logits, which nothing changes in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         super().setup_environment()
 
     def shard_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Level by level, then the rest. Only its `forward` gathers weights."""
+        """Shards a tokenizer level by level, then the rest. Only its `forward` gathers weights."""
         for part in tokenizer.modules():
             if isinstance(part, Level):
                 self.shard(part)
         self.shard(tokenizer)
 
     def shard(self, module: nn.Module) -> None:
-        """Shard a block, or the network after its blocks: its methods for sampling gather weights as `forward` does."""
+        """Shards a block, or the network after its blocks; its sampling methods gather weights as `forward` does."""
         outermost = isinstance(module, MVAR | Tokenizer)
         dtype = torch.bfloat16 if self.param_dtype == "bfloat16" and not outermost else None
-        # Inputs keep their dtype: the scan's state is carried in float32, and autocast casts what may be cast.
+        # Inputs keep their dtype: the scan state is carried in float32, and autocast casts what it may.
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        # Codes are changed between forward and backward pass: what was gathered would not know.
+        # Codes change between forward and backward pass, so weights gathered for the forward pass would be stale.
         reshard = True if isinstance(module, Tokenizer) else None
         fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=reshard, mp_policy=policy)
         if isinstance(module, MVAR):
             register_fsdp_forward_method(module, "init_state")
             register_fsdp_forward_method(module, "step")
+            register_fsdp_forward_method(module, "score")
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="weights sharded block by block (PyTorch FSDP2)")
 
 
-def build(
+def build_network(
     config: MVARConfig, device: torch.device, seed: int, finish: Callable[[nn.Module], None] = lambda part: None
 ) -> MVAR:
-    """A network with its initial weights, the same under every strategy.
+    """Builds a network with its initial weights, the same under every strategy.
 
-    It is made on the meta device. `finish`, which may shard, is called on each block before the next one gets memory,
-    and on the network last: no rank ever holds all of a sharded network.
+    Starts on the meta device. Calls `finish`, which may shard, on each block before the next one is allocated, and on
+    the network last, so no rank ever holds all of a sharded network.
     """
     with torch.device("meta"):
         network = MVAR(config)
@@ -120,38 +122,38 @@ def build(
     return network
 
 
-def recompute_in_backward(block: nn.Module) -> None:
-    """Keep only a block's input for the backward pass, and run the block again there."""
+def enable_activation_checkpointing(block: nn.Module) -> None:
+    """Makes a block keep only its input for the backward pass, which then runs the block again."""
     block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 @contextmanager
-def sampling_from(network: MVAR, strategy: Strategy, keep_sharded: bool = False) -> Iterator[MVAR]:
-    """The network in eval mode to call `generate` with, inside the block, on all ranks alike and in their precision.
+def sampling_mode(network: MVAR, strategy: Strategy, keep_sharded: bool = False) -> Iterator[MVAR]:
+    """Puts the network being trained in eval mode and in the run's precision, for `generate`; all ranks must enter.
 
-    A sharded network is gathered once, not once per scale and block, and sharded again at the end.
+    Gathers a sharded network once, not once per scale and block, and reshards it at the end.
 
     Args:
-        network: of the module that is being trained.
-        strategy: the trainer's.
-        keep_sharded: gather block after block instead, scale after scale, where the whole does not fit on a device.
+        network: the module's network, or the average of its weights.
+        strategy: the trainer's strategy.
+        keep_sharded: gather one block at a time, at every scale, if the complete network does not fit on a device.
     """
     training = network.training
     network.eval()
     try:
-        # Scales of ten lengths would make compiled blocks compile as often.
+        # Compiled blocks would recompile for the length of each scale.
         eager, precision = torch.compiler.set_stance("force_eager"), strategy.precision_plugin.forward_context()
-        with torch.no_grad(), eager, precision, gathered(network, whole=not keep_sharded):
+        with torch.no_grad(), eager, precision, gathered(network, gather=not keep_sharded):
             yield network
     finally:
         network.train(training)
 
 
 @contextmanager
-def gathered(network: nn.Module, whole: bool) -> Iterator[None]:
-    """Inside, an FSDP2 network is `whole` on every rank; at the end it is sharded. Other networks stay as they are."""
+def gathered(network: nn.Module, gather: bool) -> Iterator[None]:
+    """Holds all weights of an FSDP2 network on every rank if `gather`, and reshards it on exit; no-op for others."""
     sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
-    for module in sharded if whole else []:
+    for module in sharded if gather else []:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
@@ -162,9 +164,9 @@ def gathered(network: nn.Module, whole: bool) -> Iterator[None]:
             module.reshard()
 
 
-def whole_copy(tokenizer: Tokenizer) -> Tokenizer:
-    """In eval mode on the CPU, a sharded one put together; all ranks must call this."""
-    weights = {name: plain(tensor.detach()).cpu().clone() for name, tensor in tokenizer.state_dict().items()}
+def unsharded_copy(tokenizer: Tokenizer) -> Tokenizer:
+    """Returns a copy in eval mode on the CPU with all weights; all ranks must call this."""
+    weights = {name: full_tensor(tensor.detach()).cpu().clone() for name, tensor in tokenizer.state_dict().items()}
     with torch.device("meta"):
         copy = Tokenizer(tokenizer.config)
     copy.load_state_dict(weights, assign=True)
@@ -172,18 +174,18 @@ def whole_copy(tokenizer: Tokenizer) -> Tokenizer:
 
 
 @torch.no_grad()
-def overwrite(parameter: Tensor, values: Tensor) -> None:
-    """Give a parameter, of which each rank may have a share, new values, which all ranks have whole."""
+def assign_values(parameter: Tensor, values: Tensor) -> None:
+    """Assigns new values to a parameter, sharded or not; every rank passes all the values."""
     if isinstance(parameter, DTensor):
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
     parameter.copy_(values)
 
 
-def local(tensors: list[Any]) -> list[Tensor]:
-    """This rank's shares."""
+def local_shards(tensors: list[Any]) -> list[Tensor]:
+    """Returns this rank's shard of each tensor; a tensor that is not distributed as it is."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """The value that a replicated or sharded tensor has as a whole."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns the full value of a replicated or sharded tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

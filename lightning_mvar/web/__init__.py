@@ -1,1 +1,1 @@
-"""The page of `serve`."""
+"""Web page of `serve`."""

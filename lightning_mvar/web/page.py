@@ -1,6 +1,6 @@
-"""The page of `serve`: one column of settings, and a tab each to draw and to in-paint.
+"""Web page of `serve`: a column of sampling settings, one tab that draws images and one that inpaints.
 
-One job runs at a time, the others wait. The page fetches nothing from elsewhere and reads no file of this machine.
+One job runs at a time; the others wait in a queue. The page loads nothing from other hosts and exposes no local files.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from PIL import Image
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
-from lightning_mvar.scales import in_words
-from lightning_mvar.web.studio import INSIDE, MAX_PICTURES, OUTSIDE, Drawn, Studio, class_menu
+from lightning_mvar.scales import format_shape
+from lightning_mvar.web.backend import INSIDE, MAX_IMAGES, OUTSIDE, PageBackend, ScalePreview, class_menu
 
-MAX_WAITING = 16  # jobs
+MAX_QUEUED_JOBS = 16
 MAX_UPLOAD = "20mb"
-KEEP = 3600  # seconds that pictures stay on disk for the browsers
-SHARP = 128  # pictures up to this side are enlarged as squares instead of blurred
-Shown = tuple[list[Path], list[tuple[Path, str]]]  # values of the galleries: pictures, and scales with their captions
-JOB: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}  # of drawing and in-painting together
-HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+CACHE_SECONDS = 3600  # how long images stay on disk for browsers
+MAX_PIXELATED_SIDE = 128  # larger images are interpolated when enlarged, smaller ones show square pixels
+GalleryValues = tuple[list[Path], list[tuple[Path, str]]]  # images, and one captioned sheet per scale
+JOB_QUEUE: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}  # shared by drawing and inpainting
+HIDDEN_EVENT: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 CSS = """
 .sharp img, .sharp canvas { image-rendering: pixelated; }
@@ -41,104 +41,108 @@ CSS = """
 
 
 def build_page(pipe: MVARPipeline, name: str) -> gr.Blocks:
-    """The page of a pipeline; `name` says on it what draws."""
-    studio, schedule = Studio(pipe), pipe.network.config.schedule
-    about = f"{pipe.classes.count} classes, {in_words(pipe.shape)} pixels, {schedule.num_scales} scales"
-    with gr.Blocks(title="lightning_mvar", analytics_enabled=False, delete_cache=(KEEP, KEEP), fill_width=True) as page:
-        gr.Markdown(f"## Pictures, scale by scale\n`{name}`: {about}")
+    """Builds the page of a pipeline; its heading shows `name`."""
+    backend, schedule = PageBackend(pipe), pipe.network.config.schedule
+    summary = f"{pipe.classes.count} classes, {format_shape(pipe.shape)} pixels, {schedule.num_scales} scales"
+    with gr.Blocks(
+        title="lightning_mvar", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS), fill_width=True
+    ) as page:
+        gr.Markdown(f"## Images, scale by scale\n`{name}`: {summary}")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 fields = settings_fields(pipe)
             with gr.Column(scale=3, min_width=600):
                 with gr.Tab("Draw"):
-                    drawn, chosen = draw_tab(studio, fields)
-                with gr.Tab("In-paint"):
-                    paint_tab(studio, fields, drawn, chosen)
-    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+                    drawn, selected = draw_tab(backend, fields)
+                with gr.Tab("Inpaint"):
+                    inpaint_tab(backend, fields, drawn, selected)
+    return page.queue(max_size=MAX_QUEUED_JOBS, default_concurrency_limit=1)
 
 
 def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
-    """Fields in the order of `studio.settings`. None has bounds of its own: `settings` names the field it refuses."""
+    """Builds the input fields in the order of `sampling_arguments`, which checks bounds and names the invalid field."""
     menu = class_menu(pipe.classes)
-    wanted = gr.Dropdown(menu, value=menu[1][1], label="Class", info="type to search", allow_custom_value=True)
+    class_name = gr.Dropdown(menu, value=menu[1][1], label="Class", info="type to search", allow_custom_value=True)
     with gr.Group(), gr.Row():
-        count = gr.Number(4, label="Pictures", info=f"1 to {MAX_PICTURES}", step=1, min_width=120)
+        count = gr.Number(4, label="Images", info=f"1 to {MAX_IMAGES}", step=1, min_width=120)
         guidance = gr.Number(1.5, label="Guidance", info="0 for none", step=0.1, min_width=120)
     with gr.Group(), gr.Row():
         top_k = gr.Number(900, label="Top-k", info="0 for all", step=1, min_width=120)
         top_p = gr.Number(0.96, label="Top-p", info="1 for all", step=0.01, min_width=120)
     with gr.Group():
-        seed = gr.Number(0, label="Seed", info="the same seed draws the same pictures", step=1)
-        another = gr.Button("Another seed", size="sm")
-    smooth = gr.Checkbox(False, label="Smooth", info="mixed codes, for looking at")
-    another.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **HIDDEN)
-    return [wanted, count, guidance, top_k, top_p, seed, smooth]
+        seed = gr.Number(0, label="Seed", info="the same seed draws the same images", step=1)
+        new_seed = gr.Button("New seed", size="sm")
+    smooth = gr.Checkbox(False, label="Smooth", info="mixes codes: nicer to look at, not for scores")
+    new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **HIDDEN_EVENT)
+    return [class_name, count, guidance, top_k, top_p, seed, smooth]
 
 
-def draw_tab(studio: Studio, fields: list[gr.components.Component]) -> tuple[gr.Gallery, gr.State]:
-    """Its gallery, and the number of the picture that is chosen there."""
+def draw_tab(backend: PageBackend, fields: list[gr.components.Component]) -> tuple[gr.Gallery, gr.State]:
+    """Builds the tab; returns its gallery and the index of the image selected there."""
     with gr.Row():
         start = gr.Button("Draw", variant="primary", elem_id="draw", scale=4)
         stop = gr.Button("Stop", scale=1)
-    drawn = gallery(studio, "Pictures", "drawn", "pictures")
-    scales = gallery(studio, "Scale by scale", "drawn-scales", "scales")
-    chosen = gr.State(0)
+    drawn = gallery(backend, "Images", "drawn", "pictures")
+    scales = gallery(backend, "Scale by scale", "drawn-scales", "scales")
+    selected = gr.State(0)
 
-    def draw(*inputs: Any) -> Iterator[Shown]:
-        with told():
-            yield from gallery_values(studio.draw(*inputs))
+    def draw(*inputs: Any) -> Iterator[GalleryValues]:
+        with errors_on_page():
+            yield from gallery_values(backend.draw(*inputs))
 
-    def choose(event: gr.SelectData) -> int:
+    def select(event: gr.SelectData) -> int:
         return event.index
 
-    job = start.click(draw, fields, [drawn, scales], show_progress_on=drawn, api_name="draw", **JOB)
-    start.click(lambda: 0, None, chosen, **HIDDEN)
-    drawn.select(choose, None, chosen, **HIDDEN)
-    stop.click(None, cancels=job, **HIDDEN)
-    return drawn, chosen
+    job = start.click(draw, fields, [drawn, scales], show_progress_on=drawn, api_name="draw", **JOB_QUEUE)
+    start.click(lambda: 0, None, selected, **HIDDEN_EVENT)
+    drawn.select(select, None, selected, **HIDDEN_EVENT)
+    stop.click(None, cancels=job, **HIDDEN_EVENT)
+    return drawn, selected
 
 
-def paint_tab(studio: Studio, fields: list[gr.components.Component], drawn: gr.Gallery, chosen: gr.State) -> None:
-    """To work on a picture of the other tab, or on a file."""
+def inpaint_tab(
+    backend: PageBackend, fields: list[gr.components.Component], drawn: gr.Gallery, selected: gr.State
+) -> None:
+    """Builds the tab that inpaints an image of the other tab or an uploaded file."""
     with gr.Row():
         with gr.Column():
             with gr.Row():
-                take = gr.Button("Take the drawn picture", size="sm", elem_id="take")
-                upload = gr.UploadButton("Upload a picture", size="sm", file_types=["image"], elem_id="upload")
-            canvas = painting_canvas(studio)
+                use_drawn = gr.Button("Use the drawn image", size="sm", elem_id="take")
+                upload = gr.UploadButton("Upload an image", size="sm", file_types=["image"], elem_id="upload")
+            canvas = painting_canvas(backend)
         with gr.Column():
             with gr.Row():
-                start = gr.Button("In-paint", variant="primary", size="sm", elem_id="paint")
+                start = gr.Button("Inpaint", variant="primary", size="sm", elem_id="paint")
                 stop = gr.Button("Stop", size="sm")
-            painted = gallery(studio, "Drawn anew", "painted", "pictures")
-    where = gr.Radio([INSIDE, OUTSIDE], value=INSIDE, label="Draw anew")
-    scales = gallery(studio, "Scale by scale", "painted-scales", "scales")
+            painted = gallery(backend, "Inpainted", "painted", "pictures")
+    region = gr.Radio([INSIDE, OUTSIDE], value=INSIDE, label="Redraw")
+    scales = gallery(backend, "Scale by scale", "painted-scales", "scales")
 
-    def paint(*inputs: Any) -> Iterator[Shown]:
-        with told():
-            yield from gallery_values(studio.paint(*inputs))
+    def inpaint(*inputs: Any) -> Iterator[GalleryValues]:
+        with errors_on_page():
+            yield from gallery_values(backend.inpaint(*inputs))
 
-    def take_drawn(*inputs: Any) -> Image.Image:
-        with told():
-            return studio.take(*inputs)
+    def load_drawn(*inputs: Any) -> Image.Image:
+        with errors_on_page():
+            return backend.load_drawn(*inputs)
 
-    def take_file(path: str) -> Image.Image:
-        with told():
-            return studio.upload(path)
+    def load_upload(path: str) -> Image.Image:
+        with errors_on_page():
+            return backend.load_upload(path)
 
-    inputs = [canvas, where, *fields]
-    job = start.click(paint, inputs, [painted, scales], show_progress_on=painted, api_name="paint", **JOB)
-    stop.click(None, cancels=job, **HIDDEN)
-    take.click(take_drawn, [drawn, chosen], canvas, **HIDDEN)
-    upload.upload(take_file, upload, canvas, **HIDDEN)
+    inputs = [canvas, region, *fields]
+    job = start.click(inpaint, inputs, [painted, scales], show_progress_on=painted, api_name="paint", **JOB_QUEUE)
+    stop.click(None, cancels=job, **HIDDEN_EVENT)
+    use_drawn.click(load_drawn, [drawn, selected], canvas, **HIDDEN_EVENT)
+    upload.upload(load_upload, upload, canvas, **HIDDEN_EVENT)
 
 
-def painting_canvas(studio: Studio) -> gr.ImageEditor:
-    """A picture with a brush that one can see through.
+def painting_canvas(backend: PageBackend) -> gr.ImageEditor:
+    """Builds an image editor with a translucent brush.
 
-    A stroke is one and a half tokens of the finest scale wide: a token is drawn anew where half of it is covered.
+    A stroke is 1.5 tokens of the finest scale wide, because a token is redrawn if half of its cell is covered.
     """
-    token = studio.enlarged * studio.pipe.tokenizer.config.downsampling
+    token = backend.zoom * backend.pipe.tokenizer.config.downsampling
     radius = round(0.75 * token)
     return gr.ImageEditor(
         label="Paint over a part",
@@ -149,41 +153,42 @@ def painting_canvas(studio: Studio) -> gr.ImageEditor:
         layers=False,
         brush=gr.Brush(default_size=radius, colors=[("#ff3030", 0.5)], color_mode="fixed"),
         eraser=gr.Eraser(default_size=radius),
-        canvas_size=studio.canvas,
+        canvas_size=backend.canvas_size,
         height=480,
-        placeholder="Take a drawn picture, or upload one",
+        placeholder="Use a drawn image, or upload one",
         elem_id="canvas",
-        elem_classes=looks(studio),
+        elem_classes=css_classes(backend),
     )
 
 
-def gallery(studio: Studio, label: str, name: str, kind: str) -> gr.Gallery:
+def gallery(backend: PageBackend, label: str, name: str, kind: str) -> gr.Gallery:
     return gr.Gallery(
         label=label,
         type="pil",
         format="png",
         interactive=False,
-        buttons=["download", "fullscreen"],  # by default also one that shares on a public site
+        buttons=["download", "fullscreen"],  # the default adds one that shares on a public site
         elem_id=name,
-        elem_classes=[kind, *looks(studio)],
+        elem_classes=[kind, *css_classes(backend)],
     )
 
 
-def looks(studio: Studio) -> list[str]:
-    return ["sharp"] if max(studio.pipe.shape) <= SHARP else []
+def css_classes(backend: PageBackend) -> list[str]:
+    return ["sharp"] if max(backend.pipe.shape) <= MAX_PIXELATED_SIDE else []
 
 
-def gallery_values(forming: Iterator[Drawn]) -> Iterator[Shown]:
-    """What the galleries show, after each scale.
+def gallery_values(previews: Iterator[ScalePreview]) -> Iterator[GalleryValues]:
+    """Yields the values of both galleries after each scale.
 
-    Pictures in memory gradio would write again at every scale, also while a browser reads them; files it copies once.
+    Images are passed as files, which gradio copies once. It would rewrite images in memory at every scale, even while
+    a browser reads them.
     """
     with TemporaryDirectory() as folder:
         scales: list[tuple[Path, str]] = []
-        for step, drawn in enumerate(forming):
-            pictures = [save(image, folder, f"{step}_{i}") for i, image in enumerate(drawn.pictures)]
-            scales.append((save(drawn.sheet, folder, f"{step}"), drawn.scale))
-            yield pictures, scales
+        for step, preview in enumerate(previews):
+            images = [save(image, folder, f"{step}_{i}") for i, image in enumerate(preview.images)]
+            scales.append((save(preview.sheet, folder, f"{step}"), preview.caption))
+            yield images, scales
 
 
 def save(image: Image.Image, folder: str, name: str) -> Path:
@@ -193,8 +198,8 @@ def save(image: Image.Image, folder: str, name: str) -> Path:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Show a user's mistake on the page, which takes messages for HTML."""
+def errors_on_page() -> Iterator[None]:
+    """Shows an InputError on the page, escaped because the page renders messages as HTML."""
     try:
         yield
     except InputError as error:
@@ -203,9 +208,9 @@ def told() -> Iterator[None]:
 
 @contextmanager
 def serving(pipe: MVARPipeline, name: str, host: str, port: int) -> Iterator[None]:
-    """Serve the page of a pipeline from a thread of its own, as long as the context lasts."""
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a job that is under way may write to it still
-        os.environ["GRADIO_TEMP_DIR"] = folder  # pictures and uploads; its default is shared with all other users
+    """Serves the page of a pipeline from a background thread while the context is open."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a running job may still write to it
+        os.environ["GRADIO_TEMP_DIR"] = folder  # outputs and uploads; the default is shared by all users of the machine
         page = build_page(pipe, name)
         page.launch(
             server_name=host,

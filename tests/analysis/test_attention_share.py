@@ -1,4 +1,4 @@
-"""Shares of attention against a loop over queries and keys in float64."""
+"""Tests of `attention_share` against a loop over queries and keys in float64."""
 
 import math
 from itertools import product
@@ -23,53 +23,59 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def looped_share(network: MVAR, labels: Tensor, scale_inputs: Tensor) -> Tensor:
-    """(depth, K, K) in float64, one query at a time and one weight after the other."""
-    seen: list[Tensor] = []
+    """Returns shares (depth, K, K) in float64, computed query by query and weight by weight."""
+    mixer_inputs: list[Tensor] = []
     mixers = [module for module in network.modules() if isinstance(module, BlockCausalAttention)]
     for mixer in mixers:
-        mixer.register_forward_hook(lambda _, args, __: seen.append(args[0].double()))
+        mixer.register_forward_hook(lambda _, args, __: mixer_inputs.append(args[0].double()))
     network(labels, scale_inputs)
     share = torch.zeros(len(mixers), SCHEDULE.num_scales, SCHEDULE.num_scales, dtype=torch.float64)
-    scale_of = SCHEDULE.scale_ids.tolist()
-    for block, (mixer, x) in enumerate(zip(mixers, seen, strict=True)):
+    token_scales = SCHEDULE.scale_ids.tolist()
+    for block, (mixer, x) in enumerate(zip(mixers, mixer_inputs, strict=True)):
         width = x.shape[-1]
         queries = x @ mixer.qkv.weight[:width].double().T + mixer.q_bias.double()
         keys = x @ mixer.qkv.weight[width : 2 * width].double().T
         for image, head in product(range(len(x)), range(mixer.heads)):
             channels = torch.arange(width).chunk(mixer.heads)[head]
-            for query, scale in zip(queries[image, :, channels], scale_of, strict=True):
-                visible = [key for key, other in zip(keys[image, :, channels], scale_of, strict=True) if other <= scale]
+            for query, scale in zip(queries[image, :, channels], token_scales, strict=True):
+                visible = [
+                    key
+                    for key, key_scale in zip(keys[image, :, channels], token_scales, strict=True)
+                    if key_scale <= scale
+                ]
                 if mixer.qk_scale_log is None:
                     logits = torch.stack(visible) @ query * 0.25 / math.sqrt(len(channels))
                 else:
                     temperature = min(math.exp(mixer.qk_scale_log[head]), 100)
                     logits = F.cosine_similarity(torch.stack(visible), query, dim=1) * temperature
-                for other, weight in zip(scale_of, logits.softmax(dim=0), strict=False):  # it sees the first ones
-                    share[block, scale, other] += weight / (len(x) * mixer.heads * SCHEDULE.lengths[scale])
+                for key_scale, weight in zip(
+                    token_scales, logits.softmax(dim=0), strict=False
+                ):  # visible keys come first
+                    share[block, scale, key_scale] += weight / (len(x) * mixer.heads * SCHEDULE.lengths[scale])
     return share
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_shares_are_those_of_a_loop(qk_norm: bool) -> None:
+def test_shares_match_a_loop(qk_norm: bool) -> None:
     network = tiny_network(mixers=MIXERS["var"], qk_norm=qk_norm)
     share = attention_share(network, *inputs())
     torch.testing.assert_close(share.double(), looped_share(network, *inputs()), rtol=1e-4, atol=1e-5)
 
 
-def test_rows_sum_to_one_and_nothing_falls_on_finer_scales() -> None:
+def test_rows_sum_to_one_and_finer_scales_get_nothing() -> None:
     share = attention_share(tiny_network(mixers=MIXERS["var"]), *inputs())
     assert share.shape == (2, SCHEDULE.num_scales, SCHEDULE.num_scales)
     torch.testing.assert_close(share.sum(dim=2), torch.ones(2, SCHEDULE.num_scales))
     assert share.triu(diagonal=1).abs().max() == 0
 
 
-def test_more_scales_than_channels_of_a_head() -> None:
+def test_more_scales_than_the_head_dim() -> None:
     network = tiny_network(mixers=MIXERS["var"], heads=32)
     share = attention_share(network, *inputs(1))
     torch.testing.assert_close(share.double(), looped_share(network, *inputs(1)), rtol=1e-4, atol=1e-5)
 
 
-def test_the_network_is_left_as_it_was() -> None:
+def test_the_network_is_unchanged() -> None:
     network = tiny_network(mixers=MIXERS["var"])
     with torch.no_grad():
         before = network(*inputs())
@@ -78,6 +84,6 @@ def test_the_network_is_left_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
-def test_a_network_that_attends_within_scales_only_is_refused() -> None:
+def test_a_network_without_block_causal_attention_is_rejected() -> None:
     with pytest.raises(InputError, match="scale_attention, mamba2: only block_causal_attention"):
         attention_share(tiny_network(), *inputs())

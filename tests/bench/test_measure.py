@@ -1,4 +1,4 @@
-"""Counting and timing against what is known beforehand."""
+"""FLOP counts, times and memory compared with known values."""
 
 from types import SimpleNamespace
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from lightning_mvar.bench import measure
-from lightning_mvar.bench.measure import Stopwatch, alternate, large_matmul, peak_memory
+from lightning_mvar.bench.measure import Stopwatch, large_matmul, peak_memory, time_interleaved
 from lightning_mvar.models.costs import count_flops
 
 CPU = torch.device("cpu")
 
 
-def test_runs_take_turns_and_the_first_round_does_not_count() -> None:
+def test_runs_are_interleaved_and_the_first_round_does_not_count() -> None:
     order: list[str] = []
-    seconds = alternate([lambda: order.append("a"), lambda: order.append("b")], 2, CPU)
+    seconds = time_interleaved([lambda: order.append("a"), lambda: order.append("b")], 2, CPU)
     assert order == ["a", "b"] * 3
     assert [len(times) for times in seconds] == [2, 2]
 
@@ -26,27 +26,27 @@ def test_operations_are_counted() -> None:
     assert flops == count_flops(product)
 
 
-def test_the_peak_is_what_a_run_holds_at_most() -> None:
+def test_peak_memory_is_the_most_that_a_run_holds() -> None:
     size = 64 * 2**20
-    held = peak_memory(lambda: torch.ones(size, dtype=torch.uint8), CPU)
-    assert 0.9 * size < held < 1.5 * size
+    peak = peak_memory(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    assert 0.9 * size < peak < 1.5 * size
 
 
-def test_what_an_earlier_run_has_freed_does_not_hide_what_the_next_one_takes() -> None:
-    blocks, size = 1024, 2**16  # too small for mappings of their own
+def test_memory_freed_by_an_earlier_run_does_not_hide_the_peak_of_the_next() -> None:
+    blocks, size = 1024, 2**16  # too small for separate memory mappings
 
     def fill() -> list[torch.Tensor]:
         return [torch.ones(size, dtype=torch.uint8) for _ in range(blocks)]
 
     filled = fill()
-    above = filled[-1]  # as long as it lives, the heap cannot shrink
+    top = filled[-1]  # while this is alive, the heap cannot shrink
     del filled
     assert peak_memory(fill, CPU) > 0.9 * blocks * size
-    assert above.all()
+    assert top.all()
 
 
-def test_a_part_does_not_count_what_is_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100))  # every look at it takes a second
+def test_a_part_excludes_the_parts_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))  # each reading takes a second
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
 
     class Work:
@@ -57,9 +57,9 @@ def test_a_part_does_not_count_what_is_inside_it(monkeypatch: pytest.MonkeyPatch
             pass
 
     work, watch = Work(), Stopwatch(CPU)
-    with watch.watching([(work, "outer", "outer"), (work, "inner", "inner")]):
+    with watch.instrument([(work, "outer", "outer"), (work, "inner", "inner")]):
         work.outer()
         work.inner()
-    work.outer()  # not watched any more
+    work.outer()  # no longer instrumented
     assert watch.seconds() == {"outer": 2, "inner": 2}
     assert vars(work) == {}

@@ -1,4 +1,4 @@
-"""What a checkpoint's settings mean; tests/commands/test_resume.py has the crashes."""
+"""Settings of the Checkpoint callback; tests/commands/test_resume.py covers crashes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.errors import InputError
 
 
-def test_the_newest_are_kept_and_linked(run_folder: Path) -> None:
+def test_the_newest_checkpoints_are_kept_and_the_last_is_linked(run_folder: Path) -> None:
     ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "11"], run_folder)
     assert ranks.wait() == [0], ranks.printed()
     folder = run_folder / "run/checkpoints"
@@ -22,7 +22,7 @@ def test_the_newest_are_kept_and_linked(run_folder: Path) -> None:
 
 
 def test_checkpoints_by_time(run_folder: Path) -> None:
-    """Every step is later than no time at all."""
+    """An interval of zero saves after each step."""
     text = (run_folder / "run.yaml").read_text()
     every_step = text.replace("every_n_train_steps: 3", 'train_time_interval: "0:00:00", keep: 20')
     (run_folder / "run.yaml").write_text(every_step)
@@ -33,7 +33,7 @@ def test_checkpoints_by_time(run_folder: Path) -> None:
 
 
 def test_a_checkpoint_holds_what_belongs_to_its_step(run_folder: Path) -> None:
-    """At step 9: the curves up to it, and counters that agree with each other."""
+    """A checkpoint of step 9 goes with the curves up to it, and its counters agree with each other."""
     ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "9"], run_folder)
     assert ranks.wait() == [0], ranks.printed()
     content = torch.load(run_folder / "run/checkpoints/last.ckpt", weights_only=True)
@@ -45,7 +45,7 @@ def test_a_checkpoint_holds_what_belongs_to_its_step(run_folder: Path) -> None:
     assert [step for step, _ in scalars(run_folder / "run/logs")["train/loss"]] == list(range(9))
 
 
-def test_settings_without_sense_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(InputError, match="either every_n_train_steps or train_time_interval"):
         Checkpoint("folder")
     with pytest.raises(InputError, match="keeps at least 1"):

@@ -1,4 +1,4 @@
-"""When samples are scored, of which weights, and which model is the best."""
+"""FIDCallback: when it scores and which weights; BestCheckpoint: which model it keeps."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lightning_mvar.checkpoints.training import read_plain_part
 from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
-from lightning_mvar.metrics.image_sets import open_image_set
-from lightning_mvar.metrics.reference import measure
-from lightning_mvar.sampling.generate import generate, image_generators
+from lightning_mvar.metrics.reference import measure, open_reference
+from lightning_mvar.sampling.generate import generate
+from lightning_mvar.sampling.settings import image_generators
 
 
 def steps_scored(
     every_n_steps: int | None, every_n_epochs: int | None, validations: list[tuple[int, int]]
 ) -> list[int]:
-    """The steps at which a run of 20 steps and 9 epochs scores, given (step, finished epochs) of its validations."""
+    """Returns the steps at which a run of 20 steps and 9 epochs scores; validations are (step, finished epochs)."""
     callback = FIDCallback(Pixels(), "images", every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
-    found = []
+    scored = []
     for step, epochs in validations:
         trainer = SimpleNamespace(
             state=SimpleNamespace(fn="fit"),
@@ -40,8 +40,8 @@ def steps_scored(
         )
         if callback.is_due(trainer):
             callback.scored = {"step": step, "epoch": epochs}
-            found.append(step)
-    return found
+            scored.append(step)
+    return scored
 
 
 def test_validations_are_skipped_until_enough_steps_or_epochs_have_passed() -> None:
@@ -53,8 +53,8 @@ def test_validations_are_skipped_until_enough_steps_or_epochs_have_passed() -> N
     assert steps_scored(100, 100, [(8, 5), (16, 9)]) == [16]
 
 
-def test_scores_are_those_of_the_chosen_weights_and_the_end_is_scored_without_a_validation(run_folder: Path) -> None:
-    """Five steps, a validation after the fourth: the curve has its last point from the end of training."""
+def test_the_chosen_weights_are_scored_and_the_end_is_scored_without_a_validation(run_folder: Path) -> None:
+    """Of five steps, with a validation after the fourth, the last point of the curve is from the end of training."""
     values = {}
     for name in ("ema", "raw"):
         text = (run_folder / "run.yaml").read_text().replace("batch_size: 3", f"batch_size: 3, weights: {name}")
@@ -67,7 +67,7 @@ def test_scores_are_those_of_the_chosen_weights_and_the_end_is_scored_without_a_
         values[name] = curve[-1][1]
         (run_folder / "run.yaml").write_text(text.replace(f", weights: {name}", ""))
     assert values["ema"] != values["raw"]
-    reference = measure(Pixels(), open_image_set(str(run_folder / "images"), 8), "").statistics
+    reference = measure(Pixels(), open_reference(str(run_folder / "images")).images(8), "").statistics
     for name, value in values.items():
         model = load_trained(run_folder / name / "checkpoints/last.ckpt", weights=name)  # type: ignore[arg-type]
         metric = FeatureStatistics(4)
@@ -76,13 +76,13 @@ def test_scores_are_those_of_the_chosen_weights_and_the_end_is_scored_without_a_
         assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
 
 
-def test_samples_are_scored_against_what_the_shards_decode_to(run_folder: Path, tokenizer: Tokenizer) -> None:
+def test_samples_are_scored_against_decoded_shards(run_folder: Path, tokenizer: Tokenizer) -> None:
     text = (run_folder / "run.yaml").read_text().replace("reference: images", "reference: shards")
     (run_folder / "run.yaml").write_text(text)
     ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "4"], run_folder)
     assert ranks.wait() == [0], ranks.printed()
     ((_, value),) = scalars(run_folder / "run/logs")["val/fid"]
-    reference = measure(Pixels(), open_image_set(str(run_folder / "shards"), 8, tokenizer), "").statistics
+    reference = measure(Pixels(), open_reference(str(run_folder / "shards")).images(8, tokenizer), "").statistics
     model = load_trained(run_folder / "run/checkpoints/last.ckpt")
     metric = FeatureStatistics(4)
     generators = image_generators(0, range(13))
@@ -104,7 +104,7 @@ def test_validate_scores_a_checkpoint(
     assert "val/precision" in capfd.readouterr().out
 
 
-class Logs(L.LightningModule):
+class LogsGivenScores(L.LightningModule):
     """Logs a given `val/fid` after each validation, or none."""
 
     def __init__(self, values: list[float | None]) -> None:
@@ -137,14 +137,14 @@ def test_the_best_checkpoint_follows_the_lowest_score_and_never_an_old_one(tmp_p
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(Logs([5.0, None, 3.0, 4.0, None, None]), data, data)
+    trainer.fit(LogsGivenScores([5.0, None, 3.0, 4.0, None, None]), data, data)
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["step=00000003.ckpt"]
     content = read_plain_part(tmp_path / "best/step=00000003.ckpt")
     assert content["state_dict"]["weight"] == -3
     assert "optimizer_states" not in content
 
 
-def test_settings_without_sense_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     for settings in ({"num_samples": 3}, {"batch_size": 0}, {"every_n_steps": 0}, {"every_n_epochs": -1}):
         with pytest.raises(InputError):
             FIDCallback(Pixels(), "images", **settings)

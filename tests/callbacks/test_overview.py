@@ -1,4 +1,4 @@
-"""What a run says of itself, read from its event files as TensorBoard's tabs read it."""
+"""The overview of a run, read from its event files as TensorBoard's tabs read it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.models.costs import costs_of
 
 
-def read(logs: Path) -> EventAccumulator:
+def load_events(logs: Path) -> EventAccumulator:
     events = EventAccumulator(str(logs), size_guidance={"tensors": 0})
     events.Reload()
     return events
 
 
 def strings(logs: Path, tag: str) -> list[bytes]:
-    return [event.tensor_proto.string_val[0] for event in read(logs).Tensors(tag)]
+    return [event.tensor_proto.string_val[0] for event in load_events(logs).Tensors(tag)]
 
 
 def hparams(logs: Path) -> tuple[dict[str, int], list[str], dict[str, object]]:
-    """Columns for hyperparameters with their types, those for metrics, and what the run has in the former."""
-    contents = read(logs).PluginTagToContent("hparams")
+    """Returns hyperparameter columns with their types, metric columns, and the run's hyperparameter values."""
+    contents = load_events(logs).PluginTagToContent("hparams")
     experiment = HParamsPluginData.FromString(contents["_hparams_/experiment"]).experiment
     session = HParamsPluginData.FromString(contents["_hparams_/session_start_info"]).session_start_info
     values = {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in session.hparams.items()}
@@ -44,20 +44,19 @@ def hparams(logs: Path) -> tuple[dict[str, int], list[str], dict[str, object]]:
 
 
 def charts(logs: Path) -> dict[str, list[str]]:
-    """The tags among those that were logged which each chart shows."""
-    tags = read(logs).Tags()["scalars"]
+    """Returns the logged tags that each chart shows, by title."""
+    tags = load_events(logs).Tags()["scalars"]
     layout = Layout.FromString(strings(logs, "custom_scalars__config__")[-1])
-    found = [chart for category in layout.category for chart in category.chart]
-    patterns = {chart.title: list(chart.multiline.tag) for chart in found}
+    patterns = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
     return {
-        title: [tag for tag in tags if any(re.match(pattern, tag) for pattern in each)]
-        for title, each in patterns.items()
+        title: [tag for tag in tags if any(re.match(pattern, tag) for pattern in group)]
+        for title, group in patterns.items()
     }
 
 
 @pytest.fixture(scope="module")
-def done(tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of four steps."""
+def finished_run(tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run of four steps."""
     folder = tmp_path_factory.mktemp("done")
     prepare_run(folder, tokenizer, tokenizer_folder)
     fit(folder, "--trainer.max_steps", "4")
@@ -65,15 +64,15 @@ def done(tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path_factory: pytest.
 
 
 @pytest.fixture
-def logs(done: Path) -> Path:
-    """To be read only."""
-    return done / "run/logs"
+def logs(finished_run: Path) -> Path:
+    """Logs of the finished run; tests must not change them."""
+    return finished_run / "run/logs"
 
 
 @pytest.fixture
-def copy(done: Path, tmp_path: Path) -> Path:
-    """To go on in."""
-    return Path(shutil.copytree(done, tmp_path / "copy", symlinks=True))
+def copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, for tests that continue it."""
+    return Path(shutil.copytree(finished_run, tmp_path / "copy", symlinks=True))
 
 
 def fit(folder: Path, *options: str, devices: int = 1) -> None:
@@ -90,9 +89,9 @@ def test_the_configuration_is_shown_as_text(logs: Path) -> None:
     assert saved["trainer"]["max_steps"] == 4
 
 
-def test_what_the_network_costs_is_recorded(done: Path, logs: Path) -> None:
-    costs = json.loads((done / "run/costs.json").read_text())
-    network = load_trained(done / "run/checkpoints/last.ckpt").network
+def test_costs_of_the_network_are_recorded(finished_run: Path, logs: Path) -> None:
+    costs = json.loads((finished_run / "run/costs.json").read_text())
+    network = load_trained(finished_run / "run/checkpoints/last.ckpt").network
     assert costs == costs_of(network.config)._asdict()
     assert costs.items() <= hparams(logs)[2].items()
 
@@ -112,16 +111,16 @@ def test_hyperparameters_are_flat_and_metrics_are_curves_without_points_of_their
         "seed": 0.0,
     }
     assert expected.items() <= values.items()
-    assert columns.keys() - values.keys() == {"max_epochs", "optimizer.final_weight_decay"}  # which are not given
+    assert columns.keys() - values.keys() == {"max_epochs", "optimizer.final_weight_decay"}  # not given
     assert columns["network.qk_norm"] == DATA_TYPE_BOOL
     assert columns["network.mixers"] == DATA_TYPE_STRING
     assert columns["optimizer.base_lr"] == columns["network.depth"] == DATA_TYPE_FLOAT64
     curves = scalars(logs)
-    assert set(metrics) - curves.keys() == {"val/is"}  # which this run's extractor does not give
+    assert set(metrics) - curves.keys() == {"val/is"}  # this run's extractor has no inception score
     assert [step for step, _ in curves["val/loss"]] == [step for step, _ in curves["val/fid"]] == [3]
 
 
-def test_curves_that_belong_together_share_a_chart(logs: Path) -> None:
+def test_related_curves_share_a_chart(logs: Path) -> None:
     shown = charts(logs)
     assert shown["training loss of each scale"] == [f"scale_loss/{side}" for side in (1, 2, 3, 4)]
     assert shown["validation loss of each scale"] == [f"val_scale_loss/{side}" for side in (1, 2, 3, 4)]
@@ -130,7 +129,7 @@ def test_curves_that_belong_together_share_a_chart(logs: Path) -> None:
     assert [title for title, tags in shown.items() if not tags] == ["inception score"]
 
 
-def test_a_resumed_run_stays_one_and_shows_the_configuration_it_goes_on_with(copy: Path) -> None:
+def test_a_resumed_run_stays_one_and_shows_its_new_configuration(copy: Path) -> None:
     logs = copy / "run/logs"
     before = hparams(logs)
     fit(copy, "--trainer.max_steps", "6", "--resume")
@@ -139,15 +138,15 @@ def test_a_resumed_run_stays_one_and_shows_the_configuration_it_goes_on_with(cop
     assert [step for step, _ in scalars(logs)["train/loss"]] == list(range(6))
 
 
-def test_a_run_that_starts_anew_in_the_same_folder_keeps_its_overview(copy: Path) -> None:
-    """Steps from 0 on are forgotten there, as TensorBoard's slower reader understands it."""
+def test_a_run_restarted_in_the_same_folder_keeps_its_overview(copy: Path) -> None:
+    """A restart purges all steps from 0 on in TensorBoard's slower reader."""
     shutil.rmtree(copy / "run/checkpoints")
     fit(copy, "--trainer.max_steps", "2")
     assert b"max_steps: 2" in strings(copy / "run/logs", "config/text_summary")[-1]
     assert charts(copy / "run/logs").keys() >= {"loss", "accuracy"}
 
 
-def test_of_two_ranks_one_writes(run_folder: Path) -> None:
+def test_only_rank_zero_writes(run_folder: Path) -> None:
     options = ["--trainer.max_steps", "1", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
     fit(run_folder, *options, devices=2)
     logs = run_folder / "run/logs"
@@ -157,7 +156,7 @@ def test_of_two_ranks_one_writes(run_folder: Path) -> None:
     assert len(strings(logs, "config/text_summary")) == 1
 
 
-def test_a_tokenizers_overview_is_of_its_own_curves(tmp_path: Path) -> None:
+def test_the_overview_of_a_tokenizer_has_its_own_curves(tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     (tmp_path / "tokenizer.yaml").write_text(TOKENIZER_YAML)
     ranks = start(["train-tokenizer", "--config", "tokenizer.yaml"], tmp_path)

@@ -1,4 +1,4 @@
-"""The scores of a validation against torchmetrics and a Frechet distance of the same images."""
+"""Scores of a validation, compared with torchmetrics and a Frechet distance of the same images."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def validate(folder: Path, on_corrupt: str = "raise") -> tuple[LitTokenizer, Ima
 
 def test_scores_are_those_of_the_averaged_weights_over_all_validation_images(tmp_path: Path) -> None:
     write_images(tmp_path / "images")  # 18 of them, the last batch of two
-    module, data, found = validate(tmp_path)
+    module, data, scores = validate(tmp_path)
     images = torch.cat([batch.images for batch in data.val_dataloader()])
     with torch.no_grad():
         decoded = module.averaged.decode(module.averaged.encode(images))
     a, b = images / 2 + 0.5, decoded / 2 + 0.5
-    assert found["val/psnr"] == pytest.approx(float(PeakSignalNoiseRatio(1.0, dim=(1, 2, 3))(b, a)), rel=1e-4)
-    assert found["val/ssim"] == pytest.approx(float(StructuralSimilarityIndexMeasure(data_range=1.0)(b, a)), abs=1e-4)
+    assert scores["val/psnr"] == pytest.approx(float(PeakSignalNoiseRatio(1.0, dim=(1, 2, 3))(b, a)), rel=1e-4)
+    assert scores["val/ssim"] == pytest.approx(float(StructuralSimilarityIndexMeasure(data_range=1.0)(b, a)), abs=1e-4)
     features = [Pixels()(part).double() for part in (a, b)]
     expected = frechet_distance(*(Statistics(f.mean(0), f.T.cov()) for f in features))
-    assert found["val/rfid"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    assert found["val/frechet_Pixels"] == found["val/rfid"]
+    assert scores["val/rfid"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert scores["val/frechet_Pixels"] == scores["val/rfid"]
 
 
-def test_a_batch_without_a_single_readable_image_is_left_out(tmp_path: Path) -> None:
+def test_a_batch_without_any_readable_image_is_left_out(tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     for path in sorted((tmp_path / "images").rglob("*.png"))[:4]:
         path.write_bytes(b"")
@@ -53,11 +53,11 @@ def test_a_batch_without_a_single_readable_image_is_left_out(tmp_path: Path) -> 
     images = str(tmp_path / "images")
     data = ImageDataModule(images, images, 16, batch_size=4, on_corrupt="skip")
     trainer = make_trainer(tmp_path, 1, callbacks=[ReconstructionScoresCallback()])
-    (found,) = trainer.validate(module, data, verbose=False)
-    good = torch.cat([batch.images for batch in data.val_dataloader() if len(batch.images)])
+    (scores,) = trainer.validate(module, data, verbose=False)
+    readable = torch.cat([batch.images for batch in data.val_dataloader() if len(batch.images)])
     with torch.no_grad():
-        decoded = module.tokenizer.decode(module.tokenizer.encode(good))
-    expected = PeakSignalNoiseRatio(1.0, dim=(1, 2, 3))(decoded / 2 + 0.5, good / 2 + 0.5)
-    assert len(good) == 14
-    assert found["val/psnr"] == pytest.approx(float(expected), rel=1e-4)
-    assert "val/rfid" not in found
+        decoded = module.tokenizer.decode(module.tokenizer.encode(readable))
+    expected = PeakSignalNoiseRatio(1.0, dim=(1, 2, 3))(decoded / 2 + 0.5, readable / 2 + 0.5)
+    assert len(readable) == 14
+    assert scores["val/psnr"] == pytest.approx(float(expected), rel=1e-4)
+    assert "val/rfid" not in scores

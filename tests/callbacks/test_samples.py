@@ -1,4 +1,4 @@
-"""The codes that were drawn or chosen, as TensorBoard shows them."""
+"""TensorBoard histograms of sampled and encoded codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_mvar import Tokenizer, TokenizerConfig
 from lightning_mvar.callbacks import ReconstructionsCallback, SamplesCallback
 from lightning_mvar.callbacks.tensorboard import add_counts
-from lightning_mvar.sampling.generate import generate, image_generators
+from lightning_mvar.sampling.generate import generate
+from lightning_mvar.sampling.settings import image_generators
 from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
 from lightning_mvar.training.tokenizer import LitTokenizer
 
@@ -23,7 +24,7 @@ SCALES = [str(side) for side in SCHEDULE.side_lengths]
 
 
 def histograms(logs: Path) -> dict[str, HistogramValue]:
-    """The last of each tag."""
+    """Returns the last histogram of each tag."""
     events = EventAccumulator(str(logs))
     events.Reload()
     return {tag: events.Histograms(tag)[-1].histogram_value for tag in events.Tags()["histograms"]}
@@ -34,7 +35,7 @@ def make_logger(root: Path) -> TensorBoardLogger:
 
 
 def counts_of(histogram: HistogramValue, vocab_size: int) -> list[int]:
-    """Of each code, where every code has a bucket of its own: a limit is the code's number plus one."""
+    """Returns the count per code of a histogram with one bucket per code, whose upper limit is the code plus one."""
     counts = dict(zip(histogram.bucket_limit, histogram.bucket, strict=True))
     return [int(counts.get(code + 1, 0)) for code in range(vocab_size)]
 
@@ -47,13 +48,13 @@ def test_histograms_count_the_codes_of_the_shown_samples(
     data = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=16)
     options = {"callbacks": [SamplesCallback(classes=3, per_class=2)], "logger": make_logger(tmp_path)}
     make_trainer(tmp_path, 1, val_check_interval=1, **options).fit(module, data)
-    found = histograms(tmp_path / "logs")
-    assert found.keys() == {f"sampled_codes/{scale}" for scale in [*SCALES, "all"]}
+    logged = histograms(tmp_path / "logs")
+    assert logged.keys() == {f"sampled_codes/{scale}" for scale in [*SCALES, "all"]}
     labels = torch.linspace(0, 9, 3).long().repeat_interleave(2)
     network = module.network.eval()
     _, tokens = generate(network, tokenizer, labels, generator=image_generators(0, range(6)), return_tokens=True)
-    for scale, drawn in [*zip(SCALES, module.per_scale(tokens), strict=True), ("all", tokens)]:
-        assert counts_of(found[f"sampled_codes/{scale}"], 48) == drawn.flatten().bincount(minlength=48).tolist()
+    for scale, sampled in [*zip(SCALES, module.per_scale(tokens), strict=True), ("all", tokens)]:
+        assert counts_of(logged[f"sampled_codes/{scale}"], 48) == sampled.flatten().bincount(minlength=48).tolist()
 
 
 def test_histograms_count_the_codes_of_all_validation_images(tmp_path: Path) -> None:
@@ -63,24 +64,24 @@ def test_histograms_count_the_codes_of_all_validation_images(tmp_path: Path) -> 
     data = ImageDataModule(str(tmp_path / "images"), str(tmp_path / "images"), 8, batch_size=4)
     options = {"callbacks": [ReconstructionsCallback(images=2)], "logger": make_logger(tmp_path)}
     make_trainer(tmp_path, 1, val_check_interval=1, **options).fit(module, data)
-    found = histograms(tmp_path / "logs")
+    logged = histograms(tmp_path / "logs")
     with torch.no_grad():
         tokens = torch.cat([module.tokenizer.encode(batch.images) for batch in data.val_dataloader()])
-    assert found["encoded_codes/all"].num == 18 * SCHEDULE.num_tokens
+    assert logged["encoded_codes/all"].num == 18 * SCHEDULE.num_tokens
     scales = tokens.split(SCHEDULE.lengths, dim=1)
     for scale, chosen in [*zip(SCALES, scales, strict=True), ("all", tokens)]:
-        assert counts_of(found[f"encoded_codes/{scale}"], 24) == chosen.flatten().bincount(minlength=24).tolist()
+        assert counts_of(logged[f"encoded_codes/{scale}"], 24) == chosen.flatten().bincount(minlength=24).tolist()
 
 
 @pytest.mark.parametrize("vocab_size", [1, 64, 100, 4096])
-def test_a_histogram_of_counts_is_that_of_the_numbers(vocab_size: int, tmp_path: Path) -> None:
-    numbers = np.random.default_rng(0).integers(vocab_size // 4, vocab_size, 1000)
+def test_a_histogram_of_counts_equals_one_of_the_codes(vocab_size: int, tmp_path: Path) -> None:
+    codes = np.random.default_rng(0).integers(vocab_size // 4, vocab_size, 1000)
     logger = make_logger(tmp_path)
-    add_counts(logger.experiment, "codes", torch.from_numpy(numbers).bincount(minlength=vocab_size), 0)
+    add_counts(logger.experiment, "codes", torch.from_numpy(codes).bincount(minlength=vocab_size), 0)
     logger.experiment.flush()
-    (found,) = histograms(tmp_path / "logs").values()
-    assert (found.min, found.max, found.num) == (numbers.min(), numbers.max() + 1, 1000)
-    assert (found.sum, found.sum_squares) == (numbers.sum(), (numbers**2).sum())
-    assert len(found.bucket) == min(vocab_size, 64)
-    edges = np.concatenate([[0], found.bucket_limit])
-    np.testing.assert_array_equal(found.bucket, np.histogram(numbers, edges)[0])
+    (logged,) = histograms(tmp_path / "logs").values()
+    assert (logged.min, logged.max, logged.num) == (codes.min(), codes.max() + 1, 1000)
+    assert (logged.sum, logged.sum_squares) == (codes.sum(), (codes**2).sum())
+    assert len(logged.bucket) == min(vocab_size, 64)
+    edges = np.concatenate([[0], logged.bucket_limit])
+    np.testing.assert_array_equal(logged.bucket, np.histogram(codes, edges)[0])

@@ -19,12 +19,12 @@ from lightning_mvar.checkpoints import (
 )
 from lightning_mvar.checkpoints.published import (
     BUFFERS,
-    learned,
+    without_buffers,
     network_config,
-    read_network,
-    read_tokenizer,
-    write_network,
-    write_tokenizer,
+    network_from_published,
+    tokenizer_from_published,
+    network_to_published,
+    tokenizer_to_published,
 )
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import read_torch
@@ -61,7 +61,7 @@ def test_a_round_trip_is_equal_to_the_bit(case: str, tmp_path: Path) -> None:
 def test_the_buffers_that_the_published_code_expects(kind: str) -> None:
     """VAR hides the keys of finer scales; M-VAR those of all other scales, and keeps how many tokens each scale has."""
     mamba = {"head_dim": 64} if kind == "mvar" else {}  # VAR has none: any values of its fields will do
-    state = write_network(tiny_network(mixers=MIXERS[kind], **mamba))
+    state = network_to_published(tiny_network(mixers=MIXERS[kind], **mamba))
     scale = SCHEDULE.scale_ids.tolist()
     shown = {"mvar": lambda query, key: query == key, "var": lambda query, key: query >= key}[kind]
     expected = [[0.0 if shown(query, key) else -torch.inf for key in scale] for query in scale]
@@ -87,7 +87,7 @@ def test_the_configuration_is_read_back(variant: dict) -> None:
     schedule = variant.pop("schedule", SCHEDULE)
     base = {"depth": 2, "width": 64, "heads": 2, "vocab_size": 48, "code_dim": 8, "num_classes": 10}
     config = MVARConfig(schedule, **(base | variant))
-    assert network_config(write_network(MVAR(config))) == config
+    assert network_config(network_to_published(MVAR(config))) == config
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_the_configuration_is_read_back(variant: dict) -> None:
 def test_networks_that_the_published_code_has_not_are_refused(variant: dict, message: str) -> None:
     config = {"head_dim": 64} | variant
     with pytest.raises(InputError, match=message):
-        write_network(tiny_network(**config))
+        network_to_published(tiny_network(**config))
 
 
 def test_tokenizers_that_the_published_code_has_not_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"multipliers is \(1, 2\), there always \(1, 1, 2, 2, 4\)"):
-        write_tokenizer(tokenizer)
+        tokenizer_to_published(tokenizer)
     with pytest.raises(InputError, match="channels in multiples of 32, got 24"):
-        write_tokenizer(Tokenizer(TokenizerConfig(SCHEDULE, 16, 8, channels=24)))
+        tokenizer_to_published(Tokenizer(TokenizerConfig(SCHEDULE, 16, 8, channels=24)))
 
 
 def without(state: dict, key: str) -> dict:
@@ -145,7 +145,7 @@ def without(state: dict, key: str) -> dict:
 )
 def test_networks_that_are_not_whole_say_what_differs(change, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
-        read_network(change(*published("mvar_small")), "net.pth")
+        network_from_published(change(*published("mvar_small")), "net.pth")
     assert str(raised.value).startswith("net.pth ")
     assert "\n" not in str(raised.value)
 
@@ -167,7 +167,7 @@ def test_networks_that_are_not_whole_say_what_differs(change, message: str) -> N
 )
 def test_tokenizers_that_are_not_whole_say_what_differs(change, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_tokenizer(change(*published("mvar_small")), SCHEDULE, "vae.pth")
+        tokenizer_from_published(change(*published("mvar_small")), SCHEDULE, "vae.pth")
 
 
 def test_a_tokenizer_of_another_codebook_is_refused(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_tokenizer_of_another_codebook_is_refused(tmp_path: Path) -> None:
     torch.save({"trainer": {"var_wo_ddp": network, "vae_local": tokenizer}}, tmp_path / "both.pth")
     assert load_official(tmp_path / "both.pth").tokenizer.config.vocab_size == 64
     config = TokenizerConfig(SCHEDULE, 48, 32, channels=32)
-    torch.save(write_tokenizer(Tokenizer(config)), tmp_path / "other.pth")
+    torch.save(tokenizer_to_published(Tokenizer(config)), tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth does not fit the network: vocab_size is 48 there, 64 in"):
         load_official(tmp_path / "both.pth", tmp_path / "other.pth")
 
@@ -199,4 +199,4 @@ def test_the_caller_keeps_the_weights_in_memory() -> None:
     with torch.no_grad():
         load_official_mvar(state).head.weight.zero_()
     assert state["head.weight"].any()
-    assert "lvl_1L" not in learned(state)
+    assert "lvl_1L" not in without_buffers(state)

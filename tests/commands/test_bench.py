@@ -1,4 +1,4 @@
-"""`bench` from its command line, on the smallest that it takes."""
+"""`bench` from its command line, with the smallest networks."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SMALL = ["--size", "d12", "--depth", "1", "--batch_size", "1", "--repeats", "1",
 
 @pytest.fixture
 def narrow_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published one takes 4 s an image."""
+    """Narrows the published tokenizer, which takes 4 s per image."""
     narrow = property(lambda setting: TokenizerConfig(setting.network.schedule, channels=32))
     monkeypatch.setattr(Setting, "tokenizer", narrow)
 
@@ -57,9 +57,9 @@ def test_training_operations_and_memory(tmp_path: Path) -> None:
     assert records["block"]["share_of_block"] == 1
     assert records["scan"]["share_of_block"] == records["scan"]["seconds"] / records["block"]["seconds"]
     assert run(["bench", "memory", "--size", "d12", "--versus", "mixer=var", "--json", str(file)]) == 0
-    by_place = {(r["mixer"], r["resolution"]): r["state_bytes_per_image"] for r in json.loads(file.read_text())}
-    assert len({by_place["mvar", side] for side in (256, 512, 1024)}) == 1
-    assert by_place["var", 1024] == 2 * 4 * 9451 * 768 * 12
+    state_bytes = {(r["mixer"], r["resolution"]): r["state_bytes_per_image"] for r in json.loads(file.read_text())}
+    assert len({state_bytes["mvar", side] for side in (256, 512, 1024)}) == 1
+    assert state_bytes["var", 1024] == 2 * 4 * 9451 * 768 * 12
 
 
 @pytest.mark.usefixtures("narrow_tokenizer")
@@ -93,9 +93,7 @@ def test_reading_counts_every_sample() -> None:
     assert 0 < record["first_batch_s"] <= 1000 / record["samples_per_s"]
 
 
-def test_reading_of_given_shards_is_measured_here_and_from_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_of_local_and_remote_shards_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_token_shards(tmp_path / "tokens", "abc", [20, 20, 7])
     for place in ("tokens", "pipe:cat tokens/{}"):
@@ -106,16 +104,16 @@ def test_reading_of_given_shards_is_measured_here_and_from_elsewhere(
     assert len(list((tmp_path / "outputs/shard_cache").glob("*.tar"))) == 3
 
 
-def test_mistakes_are_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     for options, message in [
-        (["sample", "--versus", "mixer=mamba"], "none of mvar, var"),
-        (["sample", "--mixer", "mamba2+mamba3"], "'mamba3' none to join with +: scale_attention"),
+        (["sample", "--versus", "mixer=mamba"], "choose one of mvar, var"),
+        (["sample", "--mixer", "mamba2+mamba3"], "'mamba3' by mixers joined with +: scale_attention"),
         (["sample", "--versus", "width=3"], "'width=3' is not NAME=VALUE"),
-        (["sample", "--size", "d13"], "'d13' is none of"),
+        (["sample", "--size", "d13"], "'d13' is unknown; choose one of"),
         (["memory", "--resolution", "300"], "300"),
-        (["train", "--profile", "true"], "--profile is of"),
+        (["train", "--profile", "true"], "--profile works only with"),
         (["train", "--repeats", "0"], "--repeats"),
-        (["train", "--shards", "tokens"], "--shards is of `bench data`"),
+        (["train", "--shards", "tokens"], "--shards works only with `bench data`"),
         (["nothing"], "nothing"),
     ]:
         assert run(["bench", *options]) == 1

@@ -27,7 +27,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         product.write_text("made")
         return 130 if words[0] == "fit" and Path("fail").exists() else 0
 
-    monkeypatch.setattr(module, "wait_for", pretend)
+    monkeypatch.setattr(module, "run_command", pretend)
     monkeypatch.setattr(module, "write_metrics", lambda: None)
     return made
 

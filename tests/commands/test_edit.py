@@ -1,4 +1,4 @@
-"""Parts of pictures drawn anew, from the command line."""
+"""Tests of `edit`: inpainting from the command line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ EDIT = ["edit", "--ckpt_path", "model", "--image", "photo.png", "--out", "edited
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
-    """A network in `model`, and a photo of 12 x 10 pixels."""
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
+    """Folder with a network in `model` and a photo of 12 x 10 pixels (width x height)."""
     save_folder(tmp_path / "model", tokenizer, tiny_network())
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (10, 12, 3)).astype(np.uint8)
@@ -27,46 +27,46 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) 
     return tmp_path
 
 
-def results() -> np.ndarray:
+def read_results() -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(Path("edited").glob("*.png"))]).astype(int)
 
 
-def arrays(pictures: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+def arrays(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
 @pytest.mark.parametrize("outside", [False, True])
-def test_a_box_or_the_same_mask_is_drawn_as_the_pipeline_draws_it(here: Path, outside: bool) -> None:
+def test_a_box_and_the_same_mask_match_the_pipeline(workdir: Path, outside: bool) -> None:
     pipe, mask = MVARPipeline.from_pretrained("model", device="cpu"), Image.new("L", (8, 8), 0)
     mask.paste(255, (0, 2, 4, 8))
     mask.save("mask.png")
     options = ["--classes", "3,7", "--count", "2", "--seed", "5", "--outside", str(outside).lower()]
     assert run([*EDIT, "--box", "0,2,4,8", *options, "--picture", "picture.png"]) == 0
-    by_box = results()
+    box_results = read_results()
     assert run([*EDIT, "--mask", "mask.png", *options]) == 0
-    assert (results() == by_box).all()
+    assert (read_results() == box_results).all()
     if outside:
         mask = mask.point(lambda value: 255 - value)
     expected = arrays(pipe.edit(Image.open("photo.png"), mask, [3, 3, 7, 7], seed=5))
-    assert (by_box == expected).all()
+    assert (box_results == expected).all()
     with Image.open("picture.png") as picture:
         assert picture.size == (4 * 10 + 2, 2 * 10 + 2)
         assert (np.asarray(picture)[2:10, 22:30] == expected[0]).all()
 
 
-def test_everything_drawn_is_sampling_and_everything_kept_is_reconstruction(here: Path) -> None:
+def test_redrawing_all_is_sampling_and_keeping_all_is_reconstruction(workdir: Path) -> None:
     pipe = MVARPipeline.from_pretrained("model", device="cpu")
     assert run([*EDIT, "--box", "0,0,8,8", "--classes", "3,unconditional"]) == 0
-    assert (results() == arrays(pipe([3, "unconditional"]))).all()
+    assert (read_results() == arrays(pipe([3, "unconditional"]))).all()
     assert run([*EDIT, "--box", "0,0,8,8", "--classes", "3,unconditional", "--outside", "true"]) == 0
-    assert (results() == arrays(pipe([3, 5], image=Image.open("photo.png")))).all()
+    assert (read_results() == arrays(pipe([3, 5], image=Image.open("photo.png")))).all()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--classes", "3"], "give --box LEFT,TOP,RIGHT,BOTTOM or --mask FILE"),
-        (["--classes", "3", "--box", "0,0,8,8", "--mask", "mask.png"], "one of them says what to draw"),
+        (["--classes", "3"], "give either --box LEFT,TOP,RIGHT,BOTTOM or --mask FILE"),
+        (["--classes", "3", "--box", "0,0,8,8", "--mask", "mask.png"], "or --mask FILE to choose the part to redraw"),
         (["--classes", "3", "--box", "4,0,2,8"], "--box 4,0,2,8 must be LEFT,TOP,RIGHT,BOTTOM within 8 x 8 pixels"),
         (["--classes", "3", "--box", "0,0,9,8"], "within 8 x 8"),
         (["--classes", "3", "--box", "0,0,8"], "--box 0,0,8 must be LEFT,TOP,RIGHT,BOTTOM"),
@@ -74,7 +74,7 @@ def test_everything_drawn_is_sampling_and_everything_kept_is_reconstruction(here
         (["--classes", "3", "--mask", "nowhere.png"], "nowhere.png does not exist"),
         (
             ["--classes", "3", "--mask", "mask.png"],
-            "the mask is 5 x 5: it must be as large as the image, 10 x 12 (height x width), or",
+            "the mask is 5 x 5: resize it to the size of the image, 10 x 12 (height x width), or",
         ),
         (["--classes", "3", "--mask", "text.png"], "text.png cannot be decoded"),
         (["--classes", "3", "--box", "0,0,8,8", "--image", "nowhere.png"], "nowhere.png does not exist"),
@@ -84,13 +84,13 @@ def test_everything_drawn_is_sampling_and_everything_kept_is_reconstruction(here
         (["--classes", "3", "--box", "0,0,8,8", "--top_p", "0"], "top_p in (0, 1]"),
     ],
 )
-def test_mistakes_are_told_in_a_line(
-    here: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str
+def test_errors_are_reported_without_traceback(
+    workdir: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     Image.new("L", (5, 5)).save("mask.png")
     Path("text.png").write_text("hello")
     assert run([*EDIT, *options]) == 1
-    said = capfd.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+    stderr = capfd.readouterr().err
+    assert message in stderr
+    assert "Traceback" not in stderr
     assert not Path("edited").exists()

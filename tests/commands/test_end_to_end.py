@@ -1,4 +1,4 @@
-"""Every subcommand once on real files: a folder of pictures to a tokenizer, shards, a network, samples and scores."""
+"""Runs each subcommand on real files, from a folder of images to a tokenizer, shards, a network and samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_mvar.data.tokens.shards import Manifest, read_shard
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every stage has been run through the command line."""
+    """A folder in which the command line has run all stages."""
     return run_stages(tmp_path_factory.mktemp("workspace"), TOKENIZER_YAML, FIT_YAML)
 
 
@@ -37,9 +37,7 @@ def test_tokenizer_training_leaves_a_folder_and_its_curves(here: Path) -> None:
     assert images == {"reconstructions"}
 
 
-def test_a_second_training_of_a_tokenizer_leaves_the_first_one_alone(
-    here: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_training_refuses_to_overwrite_a_tokenizer(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in (here / "tok").rglob("*") if path.is_file()}
     assert run(["train-tokenizer", "--config", "tokenizer.yaml"]) == 1
     assert (
@@ -49,7 +47,7 @@ def test_a_second_training_of_a_tokenizer_leaves_the_first_one_alone(
     assert {path: path.read_bytes() for path in (here / "tok").rglob("*") if path.is_file()} == before
 
 
-def test_shards_hold_what_the_tokenizer_says_of_every_image(here: Path) -> None:
+def test_shards_hold_the_tokens_of_each_image(here: Path) -> None:
     from lightning_mvar.data.images.sources import open_images
 
     manifest = Manifest.load(here / "shards/train")
@@ -66,8 +64,8 @@ def test_shards_hold_what_the_tokenizer_says_of_every_image(here: Path) -> None:
                 assert example.label == label
                 assert example.image is not None
                 with torch.no_grad():
-                    ours = tokenizer.encode(example.image[None])[0]
-                np.testing.assert_array_equal(tokens, ours.numpy())
+                    expected_tokens = tokenizer.encode(example.image[None])[0]
+                np.testing.assert_array_equal(tokens, expected_tokens.numpy())
                 seen.add(key)
     assert seen == set(expected)
 
@@ -91,11 +89,11 @@ def test_validate_and_test_run_from_a_checkpoint(here: Path, capfd: pytest.Captu
 
 
 def test_export_holds_the_checkpoints_weights(here: Path) -> None:
-    ours, theirs = load_trained("export"), load_trained("run/checkpoints/last.ckpt")
-    assert ours.class_names == theirs.class_names == CLASSES
-    assert ours.tokenizer.fingerprint() == theirs.tokenizer.fingerprint()
-    weights = theirs.network.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in ours.network.state_dict().items())
+    exported, trained = load_trained("export"), load_trained("run/checkpoints/last.ckpt")
+    assert exported.class_names == trained.class_names == CLASSES
+    assert exported.tokenizer.fingerprint() == trained.tokenizer.fingerprint()
+    weights = trained.network.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in exported.network.state_dict().items())
 
 
 def test_sample_writes_npz_grid_and_strip(here: Path) -> None:
@@ -114,7 +112,7 @@ def test_sample_writes_npz_grid_and_strip(here: Path) -> None:
                 "--seed", "1", "--batch_size", "2"]) == 0  # fmt: skip
     with np.load("again.npz") as arrays:
         difference = np.abs(arrays["arr_0"].astype(int) - images)
-    assert difference.max() <= 1  # of 255: another batch size may round the other way
+    assert difference.max() <= 1  # of 255: another batch size may round differently
 
 
 def test_sample_writes_class_folders_of_chosen_classes(here: Path) -> None:
@@ -128,8 +126,8 @@ def test_sample_writes_class_folders_of_chosen_classes(here: Path) -> None:
     ]
 
 
-def test_tokenize_goes_on_where_it_stopped(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One shard lost, one truncated: only those are written again, and the result is as before."""
+def test_tokenize_resumes_where_it_stopped(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """If one shard is lost and one truncated, only those are rewritten, with the same content as before."""
     shutil.copytree("shards/train", "shards/resumed")
     folder = Path("shards/resumed")
     before = {path.name: path.read_bytes() for path in folder.glob("*.tar")}
@@ -146,7 +144,7 @@ def test_tokenize_goes_on_where_it_stopped(here: Path, capfd: pytest.CaptureFixt
     assert "holds shards of other images, another tokenizer, or other --views" in capfd.readouterr().err
 
 
-def test_several_views_of_every_image(here: Path) -> None:
+def test_several_views_per_image(here: Path) -> None:
     command = ["tokenize", "--images", "images", "--tokenizer", "tok", "--out", "shards/views", "--shard_size", "20"]
     assert run([*command, "--views", "3", "--seed", "5"]) == 0
     folder, manifest = Path("shards/views"), Manifest.load(Path("shards/views"))
@@ -178,19 +176,19 @@ def test_tokenize_skips_or_refuses_corrupt_images(here: Path, capfd: pytest.Capt
     assert "light/3.png" in manifest.skipped[0]
     assert run([*command, "--max_failures", "1", "--views", "2", "--out", "shards/damaged_views"]) == 0
     manifest = Manifest.load(Path("shards/damaged_views"))
-    assert (manifest.num_samples, len(manifest.skipped)) == (34, 1)  # told once, whatever the views
+    assert (manifest.num_samples, len(manifest.skipped)) == (34, 1)  # reported once for all views
 
 
-def test_a_corrupt_image_counts_once_though_its_folder_is_moved_in_between(here: Path) -> None:
+def test_a_corrupt_image_counts_once_even_if_its_folder_is_moved(here: Path) -> None:
     shutil.copytree("images", "first_place")
     Path("first_place/light/3.png").write_bytes(b"no picture")
     options = ["--tokenizer", "tok", "--out", "shards/moved", "--max_failures", "1", "--views", "9"]
     options += ["--shard_size", "40"]
     assert run(["tokenize", "--images", "first_place", *options]) == 0
     folder = Path("shards/moved")
-    tellers = [shard for shard in Manifest.load(folder).shards if shard.skipped]
-    assert len(tellers) > 1
-    (folder / tellers[0].name).unlink()
+    reporting_shards = [shard for shard in Manifest.load(folder).shards if shard.skipped]
+    assert len(reporting_shards) > 1
+    (folder / reporting_shards[0].name).unlink()
     Path("first_place").rename("second_place")
     assert run(["tokenize", "--images", "second_place", *options]) == 0
     assert len({message for shard in Manifest.load(folder).shards for message in shard.skipped.values()}) == 2

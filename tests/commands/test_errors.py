@@ -1,4 +1,4 @@
-"""A user's mistakes on the command line: one message that names the file and the remedy, exit code 1."""
+"""Mistakes on the command line give one message with the file and the remedy, and exit code 1."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ data: {{train: shards, val: shards, batch_size: 4}}
 
 @pytest.fixture
 def here(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a fit.yaml, its tokenizer and its shards."""
+    """A folder with a fit.yaml, its shards and an exported network."""
     monkeypatch.chdir(tmp_path)
     write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [10, 6])
     (tmp_path / "fit.yaml").write_text(FIT.format(tokenizer=tokenizer_folder))
@@ -41,8 +41,8 @@ def make_images(root: Path) -> Path:
     return root / "images"
 
 
-def refused(capfd: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Run a command that must fail as a user's mistake; what it said."""
+def error_of(capfd: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Runs a command that must fail as a user's mistake, and returns its stderr."""
     capfd.readouterr()
     assert run(list(argv)) == 1
     captured = capfd.readouterr()
@@ -78,26 +78,26 @@ def test_the_tiny_run_itself_works(here: Path) -> None:
     ],
 )
 def test_fit_refuses(here: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
-    assert message in refused(capfd, "fit", "--config", "fit.yaml", *options)
+    assert message in error_of(capfd, "fit", "--config", "fit.yaml", *options)
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_scoring_an_untrained_network_is_refused(here: Path, capfd: pytest.CaptureFixture[str], command: str) -> None:
-    assert f"{command} needs --ckpt_path" in refused(capfd, command, "--config", "fit.yaml")
+    assert f"{command} needs --ckpt_path" in error_of(capfd, command, "--config", "fit.yaml")
 
 
-def test_a_mistake_that_a_data_worker_finds_is_told_as_plainly(
+def test_a_mistake_found_by_a_data_worker_is_reported_without_traceback(
     here: Path, capfd: pytest.CaptureFixture[str], tokenizer_folder: Path
 ) -> None:
-    """The damage keeps the size, so only reading finds it."""
+    """The damaged file keeps its size, so only reading detects it."""
     path = here / "shards/000000.tar"
     path.write_bytes(b"x" * path.stat().st_size)
-    message = refused(capfd, "fit", "--config", "fit.yaml", "--data.num_workers", "1")
+    message = error_of(capfd, "fit", "--config", "fit.yaml", "--data.num_workers", "1")
     assert message.splitlines()[-1].startswith("lightning-mvar: error: shards/000000.tar is damaged")
     images = make_images(here)
     (images / "dark/0.png").write_bytes(b"x")
     options = ["--images", str(images), "--tokenizer", str(tokenizer_folder), "--out", "new", "--num_workers", "1"]
-    message = refused(capfd, "tokenize", *options)
+    message = error_of(capfd, "tokenize", *options)
     assert "dark/0.png cannot be decoded" in message.splitlines()[-1]
     assert message.splitlines()[-1].startswith("lightning-mvar: error: ")
 
@@ -114,12 +114,12 @@ def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.Captur
     fit = ["fit", "--config", "fit.yaml", "--config", "checkpoints.yaml"]
     assert run(fit) == 0
     (best,) = (here / "best").iterdir()
-    assert f"{best.relative_to(here)} holds weights only" in refused(capfd, *fit, "--ckpt_path", "best/" + best.name)
+    assert f"{best.relative_to(here)} holds weights only" in error_of(capfd, *fit, "--ckpt_path", "best/" + best.name)
     assert run(["validate", *fit[1:], "--ckpt_path", "best/" + best.name]) == 0
     (here / "same.yaml").write_text(
         CHECKPOINTS.replace("dirpath: best", "dirpath: fresh").replace("dirpath: state", "dirpath: fresh")
     )
-    assert "give them two folders" in refused(capfd, "fit", "--config", "fit.yaml", "--config", "same.yaml")
+    assert "give them two folders" in error_of(capfd, "fit", "--config", "fit.yaml", "--config", "same.yaml")
 
 
 def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -129,35 +129,35 @@ def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.Capture
         "--trainer.strategy.param_dtype",
         "bfloat16",
     ]
-    assert "needs --trainer.precision bf16-mixed" in refused(capfd, "fit", "--config", "fit.yaml", *half)
+    assert "needs --trainer.precision bf16-mixed" in error_of(capfd, "fit", "--config", "fit.yaml", *half)
     double = ["--trainer.strategy", "fsdp2", "--trainer.precision", "64-true"]
-    assert "64-true" in refused(capfd, "fit", "--config", "fit.yaml", *double)
+    assert "64-true" in error_of(capfd, "fit", "--config", "fit.yaml", *double)
     strategy = FSDP2Strategy()  # on a CPU, Lightning turns the command line's 16-mixed into bf16-mixed
     strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(InputError, match="16-mixed"):
         strategy.setup_environment()
 
 
-def test_train_tokenizer_tells_what_its_parts_miss(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_train_tokenizer_reports_missing_files_and_bad_settings(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     images = str(make_images(here))
     command = ["train-tokenizer", "--model.tokenizer.schedule.side_lengths", "[1,2,4]", "--data.train", images]
     command += ["--data.val", images]
     vgg = ["--model.perceptual", "lightning_mvar.tokenizer.perceptual.LPIPS", "--model.perceptual.vgg", "none.pth"]
-    assert "none.pth does not exist; download it" in refused(capfd, *command, *vgg)
+    assert "none.pth does not exist; download it" in error_of(capfd, *command, *vgg)
     scores = ["--trainer.callbacks+", "lightning_mvar.callbacks.ReconstructionScoresCallback"]
     scores += ["--trainer.callbacks.extractor", "lightning_mvar.metrics.InceptionV3"]
     scores += ["--trainer.callbacks.extractor.weights", "none.pth"]
-    assert "none.pth does not exist; download it" in refused(capfd, *command, *scores)
-    assert "none does not exist" in refused(capfd, *command, "--model.weights", "none")
-    assert "adversary.weight must be at least 0" in refused(capfd, *command, "--model.adversary.weight", "-1")
+    assert "none.pth does not exist; download it" in error_of(capfd, *command, *scores)
+    assert "none does not exist" in error_of(capfd, *command, "--model.weights", "none")
+    assert "adversary.weight must be at least 0" in error_of(capfd, *command, "--model.adversary.weight", "-1")
 
 
 def test_fit_refuses_a_typo_in_yaml(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = (here / "fit.yaml").read_text()
     (here / "typo.yaml").write_text(text.replace("batch_size", "batch_sise"))
-    assert "batch_sise" in refused(capfd, "fit", "--config", "typo.yaml")
+    assert "batch_sise" in error_of(capfd, "fit", "--config", "typo.yaml")
     (here / "broken.yaml").write_text("trainer: {max_steps: 1")
-    assert "broken.yaml" in refused(capfd, "fit", "--config", "broken.yaml")
+    assert "broken.yaml" in error_of(capfd, "fit", "--config", "broken.yaml")
 
 
 def test_fit_refuses_a_truncated_shard_and_another_tokenizers_shards(
@@ -165,11 +165,11 @@ def test_fit_refuses_a_truncated_shard_and_another_tokenizers_shards(
 ) -> None:
     path = here / "shards/000001.tar"
     path.write_bytes(path.read_bytes()[:2000])
-    message = refused(capfd, "fit", "--config", "fit.yaml")
+    message = error_of(capfd, "fit", "--config", "fit.yaml")
     assert "shards/000001.tar is truncated or altered: 2000 bytes" in message
     assert "run the same `lightning-mvar tokenize` again" in message
     write_token_shards(here / "shards", "0123456789abcdef", [10, 6])
-    assert "tokenizer fingerprint is 0123456789abcdef" in refused(capfd, "fit", "--config", "fit.yaml")
+    assert "tokenizer fingerprint is 0123456789abcdef" in error_of(capfd, "fit", "--config", "fit.yaml")
 
 
 def test_fit_refuses_to_resume_another_configuration(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -177,11 +177,11 @@ def test_fit_refuses_to_resume_another_configuration(here: Path, capfd: pytest.C
     assert run(["fit", "--config", "fit.yaml", *checkpointing]) == 0
     (checkpoint,) = (str(path) for path in Path("run").rglob("*.ckpt"))
     resume = ["fit", "--config", "fit.yaml", "--trainer.max_steps", "2", "--ckpt_path", checkpoint]
-    assert "depth is 1 in the checkpoint and 2 in this run" in refused(capfd, *resume, "--model.network.depth", "2")
+    assert "depth is 1 in the checkpoint and 2 in this run" in error_of(capfd, *resume, "--model.network.depth", "2")
     Path(checkpoint).write_bytes(Path(checkpoint).read_bytes()[:5000])
-    assert checkpoint in refused(capfd, *resume)
+    assert checkpoint in error_of(capfd, *resume)
     torch.save({"state_dict": {}}, checkpoint)
-    assert "is not a checkpoint of this command" in refused(capfd, *resume)
+    assert "is not a checkpoint of this command" in error_of(capfd, *resume)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_fit_refuses_to_resume_another_configuration(here: Path, capfd: pytest.C
     ],
 )
 def test_sample_refuses(here: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
-    assert message in refused(capfd, "sample", *options)
+    assert message in error_of(capfd, "sample", *options)
     assert not list(here.glob("*.npz"))
 
 
@@ -209,24 +209,24 @@ def test_tokenize_refuses_missing_and_empty_folders(
     here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--tokenizer", str(tokenizer_folder), "--out", "new"]
-    assert "nowhere does not exist" in refused(capfd, "tokenize", "--images", "nowhere", *options)
+    assert "nowhere does not exist" in error_of(capfd, "tokenize", "--images", "nowhere", *options)
     Path("empty").mkdir()
-    assert "no images under empty" in refused(capfd, "tokenize", "--images", "empty", *options)
-    assert "nowhere has no config.json" in refused(
+    assert "no images under empty" in error_of(capfd, "tokenize", "--images", "empty", *options)
+    assert "nowhere has no config.json" in error_of(
         capfd, "tokenize", "--images", "digits:test", "--tokenizer", "nowhere", "--out", "new"
     )
     assert not Path("new").exists()
 
 
-def test_the_demo_says_where_it_belongs(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "run the demo in the root of a clone" in refused(capfd, "demo")
+def test_the_demo_must_run_in_a_clone(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "run the demo in the root of a clone" in error_of(capfd, "demo")
 
 
 def test_help_and_unknown_commands(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     usage = capfd.readouterr().out
     assert all(command in usage for command in COMMANDS)
-    assert "no command 'fti'" in refused(capfd, "fti")
+    assert "no command 'fti'" in error_of(capfd, "fti")
     for command in COMMANDS:
         assert run([command, "--help"]) == 0
         assert "usage" in capfd.readouterr().out.lower()

@@ -1,4 +1,4 @@
-"""Images that are not square, from a folder of pictures to samples, scores and edits, by configuration alone."""
+"""Oblong images, from a folder of images to samples, scores and edits, by configuration alone."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SQUARE = "schedule: {side_lengths: [1, 2, 4]}"
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a tokenizer and a network have been trained through the command line."""
-    oblong = [text.replace(SQUARE, f"schedule: {{side_lengths: {SIDES}}}") for text in (TOKENIZER_YAML, FIT_YAML)]
-    assert all(SIDES in text for text in oblong)
-    oblong[0] = oblong[0].replace("resolution: 8,", "resolution: [8, 12],")
-    return run_stages(tmp_path_factory.mktemp("workspace"), *oblong)
+    """A folder in which the command line has trained a tokenizer and a network."""
+    yamls = [text.replace(SQUARE, f"schedule: {{side_lengths: {SIDES}}}") for text in (TOKENIZER_YAML, FIT_YAML)]
+    assert all(SIDES in text for text in yamls)
+    yamls[0] = yamls[0].replace("resolution: 8,", "resolution: [8, 12],")
+    return run_stages(tmp_path_factory.mktemp("workspace"), *yamls)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def here(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workspace
 
 
-def test_scales_go_by_both_sides_in_logs_and_tables(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scales_are_named_by_both_sides_in_logs_and_tables(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for logs, tag in (("tok/logs", "codebook_usage"), ("run/logs", "scale_loss")):
         assert {f"{tag}/{name}" for name in ("1", "1x2", "2x3", "4x6")} <= tags(here / logs)[0]
     assert run(["shards", "info", "shards/train", "--json", "info.json"]) == 0
@@ -44,7 +44,7 @@ def test_scales_go_by_both_sides_in_logs_and_tables(here: Path, capfd: pytest.Ca
     assert json.loads(Path("bits.json").read_text())[0]["bits_per_token_scale_4x6"] > 0
 
 
-def test_shards_are_taken_up_again_and_fit_the_schedule(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_finished_shards_are_kept_and_match_the_schedule(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tokenize = ["tokenize", "--images", "images", "--tokenizer", "tok", "--out", "shards/train"]
     assert run([*tokenize, "--shard_size", "7"]) == 0  # finished: there is nothing to do
     assert run(["shards", "verify", "shards/train", "--tokenizer", "tok"]) == 0
@@ -56,17 +56,17 @@ def test_shards_are_taken_up_again_and_fit_the_schedule(here: Path, capfd: pytes
     assert "[1, [2, 1], [3, 2], [6, 4]]" in capfd.readouterr().err.replace("(", "[").replace(")", "]")
 
 
-def test_samples_are_drawn_and_scored(here: Path) -> None:
+def test_samples_are_generated_and_scored(here: Path) -> None:
     for out in ("set.npz", "set"):
         assert run(["sample", "--ckpt_path", "export", "--out", out, "--per_class", "2", "--device", "cpu"]) == 0
-        scored = ["evaluate", "--samples", out, "--reference", "images", "--extractor", "conftest.Pixels"]
-        assert run([*scored, "--cache", "cache", "--device", "cpu", "--json", "scores.json"]) == 0
+        evaluate = ["evaluate", "--samples", out, "--reference", "images", "--extractor", "conftest.Pixels"]
+        assert run([*evaluate, "--cache", "cache", "--device", "cpu", "--json", "scores.json"]) == 0
         (record,) = json.loads(Path("scores.json").read_text())
         assert (record["num_samples"], record["height"], record["width"]) == (6, 8, 12)
-    drawn = np.load("set.npz")["arr_0"]
-    assert drawn.shape == (6, 8, 12, 3)
-    pictures = [np.asarray(Image.open(path)) for path in sorted(Path("set").rglob("*.png"), key=lambda p: p.name)]
-    assert np.array_equal(drawn, pictures)
+    samples = np.load("set.npz")["arr_0"]
+    assert samples.shape == (6, 8, 12, 3)
+    images = [np.asarray(Image.open(path)) for path in sorted(Path("set").rglob("*.png"), key=lambda p: p.name)]
+    assert np.array_equal(samples, images)
 
 
 def test_reconstructions_are_scored(here: Path) -> None:
@@ -76,7 +76,7 @@ def test_reconstructions_are_scored(here: Path) -> None:
     assert (record["height"], record["width"]) == (8, 12)
 
 
-def test_a_part_is_drawn_anew(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_box_is_redrawn(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     edit = ["edit", "--ckpt_path", "export", "--image", "images/light/3.png", "--classes", "dark", "--device", "cpu"]
     assert run([*edit, "--out", "edited", "--box", "6,0,12,8", "--picture", "edited.png"]) == 0
     assert Image.open("edited/000000.png").size == (12, 8)

@@ -1,4 +1,4 @@
-"""A tokenizer of one scale, whose tokens are a raster, through every command that takes a tokenizer."""
+"""A tokenizer of one scale, whose tokens form a raster, in all commands that take a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.cli import run
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.data.tokens.shards import Manifest, read_shard
-from lightning_mvar.metrics.image_sets import open_image_set
 from lightning_mvar.metrics.photos import PhotosClassifier
+from lightning_mvar.metrics.reference import open_reference
 
-EXPERIMENT = Path(__file__).parents[2] / "configs/experiment"
-CONFIGS = [f"--config={EXPERIMENT}/digits_tokenizer.yaml", f"--config={EXPERIMENT}/digits_raster_tokenizer.yaml"]
+ROOT = Path(__file__).parents[2] / "configs"
+CONFIGS = [f"--config={ROOT}/experiment/digits_tokenizer.yaml", f"--config={ROOT}/data/digits_raster_tokenizer.yaml"]
 SHORT = [
     *("--trainer.max_steps=6", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"),
     *("--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--data.batch_size=16"),
@@ -27,7 +27,7 @@ SHORT = [
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer trained by the configuration for a few steps, and tokens of test photos."""
+    """A folder with a tokenizer trained for a few steps, and tokens of the test photos."""
     root = tmp_path_factory.mktemp("raster")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -45,7 +45,7 @@ def here(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workspace
 
 
-def test_training_logs_the_one_scale(here: Path) -> None:
+def test_training_logs_the_single_scale(here: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator("tok/logs")
@@ -58,26 +58,26 @@ def test_training_logs_the_one_scale(here: Path) -> None:
 
 
 @torch.no_grad()
-def test_shards_hold_a_raster_of_64_tokens_of_every_photo(here: Path) -> None:
+def test_shards_hold_a_raster_of_64_tokens_per_photo(here: Path) -> None:
     tokenizer, manifest = load_tokenizer("tok"), Manifest.load(Path("shards"))
     source = open_images("photos:test", 32)
     assert (manifest.side_lengths, manifest.num_images, manifest.class_names) == ([8], 450, source.class_names)
     (pack,) = (p for shard in manifest.shards for p in read_shard(Path("shards") / shard.name))
     assert pack.tokens.shape == (450, 64)
-    numbers = [int(key.removeprefix("photos/test/")) for key in pack.keys[:40]]
-    images = torch.stack([source[number].image for number in numbers])
+    indices = [int(key.removeprefix("photos/test/")) for key in pack.keys[:40]]
+    images = torch.stack([source[index].image for index in indices])
     features = tokenizer.features(images)  # (b, c, 8, 8)
     codes = tokenizer.quantizer.codebook.weight
     nearest = torch.cdist(features.permute(0, 2, 3, 1).reshape(-1, codes.shape[1]), codes).argmin(dim=1)
     assert np.array_equal(pack.tokens[:40], nearest.view(40, 64).numpy())
-    assert pack.labels[:40].tolist() == [source[number].label for number in numbers]
+    assert pack.labels[:40].tolist() == [source[index].label for index in indices]
     assert Manifest.load(Path("views")).num_samples == 900
 
 
 @torch.no_grad()
 def test_a_raster_is_decoded_and_scored(here: Path) -> None:
     tokenizer = load_tokenizer("tok")
-    images = next(open_image_set("photos:test", 32).batches(0, 8)) * 2 - 1
+    images = next(open_reference("photos:test").images(32).batches(0, 8)) * 2 - 1
     tokens = tokenizer.encode(images)
     assert tokenizer.scale_inputs(tokens).shape == (8, 0, 16)
     (step,) = tokenizer.decode_steps(tokens)

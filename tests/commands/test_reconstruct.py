@@ -1,4 +1,4 @@
-"""The command's figures against plain loops over the same images."""
+"""Tests of `reconstruct` against plain loops over the same images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CONFIG = TokenizerConfig(ScaleSchedule((1, 2, 4)), 24, 4, channels=8, multiplier
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tokenizer for 16 x 16 images in `tok`, eleven pictures in `images`."""
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Working folder with a tokenizer for 16 x 16 images in `tok` and eleven images in `images`."""
     torch.manual_seed(0)
     save_folder(tmp_path / "tok", Tokenizer(CONFIG).eval())
     for i in range(11):
@@ -36,9 +36,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def gaussian_ssim(a: Tensor, b: Tensor) -> float:
-    """Of two images (3, H, W) in [0, 1], as published: an 11 x 11 window of sigma 1.5; edges are reflected."""
-    line = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
-    window = torch.outer(line, line) / line.sum() ** 2
+    """Returns the published SSIM of two images (3, H, W) in [0, 1]: 11 x 11 window, sigma 1.5, reflected edges."""
+    kernel = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    window = torch.outer(kernel, kernel) / kernel.sum() ** 2
     mean = lambda x: F.conv2d(F.pad(x[:, None], (5,) * 4, mode="reflect"), window[None, None])  # noqa: E731
     mu_a, mu_b = mean(a), mean(b)
     var_a, var_b, cov = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2, mean(a * b) - mu_a * mu_b
@@ -48,10 +48,10 @@ def gaussian_ssim(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("batch_size", ["4", "100"])
-def test_scores_are_those_of_a_plain_loop(here: Path, batch_size: str) -> None:
+def test_scores_are_those_of_a_plain_loop(workspace: Path, batch_size: str) -> None:
     command = ["reconstruct", "--tokenizer", "tok", "--images", "images", "--extractor", "conftest.Pixels"]
     assert run([*command, "--batch_size", batch_size, "--json", "scores.json", "--picture", "pairs.png"]) == 0
-    (record,) = json.loads((here / "scores.json").read_text())
+    (record,) = json.loads((workspace / "scores.json").read_text())
     source = open_images("images", 16)
     images = torch.stack([source[i].image for i in range(11)])
     tokenizer = load_tokenizer("tok")
@@ -75,20 +75,20 @@ def test_scores_are_those_of_a_plain_loop(here: Path, batch_size: str) -> None:
 
 
 def test_without_an_extractor_there_is_no_distance_and_damaged_images_are_counted(
-    here: Path, capfd: pytest.CaptureFixture[str]
+    workspace: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (here / "images/a/0.png").write_bytes(b"no picture")
+    (workspace / "images/a/0.png").write_bytes(b"no picture")
     command = ["reconstruct", "--tokenizer", "tok", "--images", "images", "--json", "scores.json"]
     assert run(command) == 1
     assert "images/a/0.png cannot be decoded" in capfd.readouterr().err
     assert run([*command, "--on_corrupt", "skip"]) == 0
-    (record,) = json.loads((here / "scores.json").read_text())
+    (record,) = json.loads((workspace / "scores.json").read_text())
     assert (record["num_images"], record["skipped_images"]) == (10, 1)
     assert "frechet_distance" not in record
 
 
-def test_too_few_images_are_told(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for path in sorted((here / "images").rglob("*.png"))[1:]:
+def test_too_few_images_are_reported(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for path in sorted((workspace / "images").rglob("*.png"))[1:]:
         path.write_bytes(b"")
     command = ["reconstruct", "--tokenizer", "tok", "--images", "images", "--on_corrupt", "skip"]
     assert run(command) == 0

@@ -1,4 +1,4 @@
-"""`fit` on shards behind http: the same run as from the folder, though the server dies in the middle of it."""
+"""`fit` on shards served over HTTP equals `fit` on the folder, even if the server dies in between."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from lightning_mvar import Tokenizer
 from lightning_mvar.cli import run
 from lightning_mvar.io import fetch as fetching
 
-FIT = ["fit", "--config", "run.yaml", "--data.block_size", "1"]  # shards are read one at a time
+FIT = ["fit", "--config", "run.yaml", "--data.block_size", "1"]  # reads one shard at a time
 
 
-def hurry(rank: int) -> None:
+def shorten_waits(rank: int) -> None:
     fetching.FIRST_WAIT_S = 0.01
 
 
@@ -26,55 +26,53 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def here(
+def server(
     tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ShardServer]:
-    """A folder in which `fit` trains, and a server of its shards."""
+    """Prepares a folder for `fit` and serves its shards."""
     prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.chdir(tmp_path)
-    with serving(tmp_path / "shards") as server:
-        yield server
+    with serving(tmp_path / "shards") as running:
+        yield running
 
 
-def from_there(server: ShardServer) -> list[str]:
+def remote_fit(server: ShardServer) -> list[str]:
     return [*FIT, "--data.train", server.url, "--data.cache_dir", "cache", "--data.retries", "2"]
 
 
-def test_a_run_whose_server_dies_tells_so_and_goes_on_as_if_nothing_had_happened(
-    here: ShardServer, tmp_path: Path
-) -> None:
+def test_a_run_whose_server_dies_reports_it_and_resumes_exactly(server: ShardServer, tmp_path: Path) -> None:
     local = start([*FIT, "--trainer.default_root_dir", "local"], tmp_path)
     assert local.wait() == [0], local.printed()
-    here.alive_for = 3  # the manifest and two of the three shards
-    stopped = start(from_there(here), tmp_path, prepare=hurry)
+    server.alive_for = 3  # the manifest and two of the three shards
+    stopped = start(remote_fit(server), tmp_path, prepare=shorten_waits)
     assert stopped.wait() == [1], stopped.printed()
-    told = [line for line in stopped.printed().splitlines() if line.startswith("lightning-mvar: error:")]
-    assert len(told) == 1, stopped.printed()
-    assert f"error: {here.url}/00000" in told[0]
-    assert "cannot be read (the server sent nothing), in 3 attempt(s): check the address and the network" in told[0]
+    errors = [line for line in stopped.printed().splitlines() if line.startswith("lightning-mvar: error:")]
+    assert len(errors) == 1, stopped.printed()
+    assert f"error: {server.url}/00000" in errors[0]
+    assert "cannot be read (the server sent nothing), in 3 attempt(s): check the address and the network" in errors[0]
     assert "Traceback" not in stopped.printed()
-    here.alive_for = None
-    here.requests.clear()
-    resumed = start([*from_there(here), "--resume"], tmp_path, prepare=hurry)
+    server.alive_for = None
+    server.requests.clear()
+    resumed = start([*remote_fit(server), "--resume"], tmp_path, prepare=shorten_waits)
     assert resumed.wait() == [0], resumed.printed()
-    assert Counter(name[-5:] for name in here.requests) == {".json": 1, "1.tar": 1}  # the one that was missing
-    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "local")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert Counter(name[-5:] for name in server.requests) == {".json": 1, "1.tar": 1}  # only the missing shard
+    actual, expected = weights(tmp_path / "run"), weights(tmp_path / "local")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_a_data_workers_failure_is_told_as_plainly(
-    here: ShardServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_data_workers_failure_is_reported_in_one_line(
+    server: ShardServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fetching, "FIRST_WAIT_S", 0.01)
-    here.alive_for = 3
-    assert run([*from_there(here), "--data.num_workers", "2"]) == 1
+    server.alive_for = 3
+    assert run([*remote_fit(server), "--data.num_workers", "2"]) == 1
     error = capfd.readouterr().err
-    assert f"lightning-mvar: error: {here.url}/00000" in error
+    assert f"lightning-mvar: error: {server.url}/00000" in error
     assert "DataLoader worker" not in error
 
 
-def test_mistakes_are_told_in_a_line(here: ShardServer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_line(server: ShardServer, capfd: pytest.CaptureFixture[str]) -> None:
     for options, message in [
         (["--data.train", "s3://bucket/shards"], "webdataset does not read s3://"),
         (["--data.train", "pipe:cat shards/{}", "--data.retries", "-1"], "data.retries is too small, got -1"),

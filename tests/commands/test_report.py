@@ -1,4 +1,4 @@
-"""What `report` writes of a sweep, read as others would: Markdown, CSV, PNG, and TensorBoard's own reader."""
+"""`report`: its Markdown, CSV and PNG files, and its events read by TensorBoard's own reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIGURES = ["axis_depth.png", "distance_cost.png", "loss_compute.png", "scale_los
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep's folder with its report, of which one cell crashed; to be read only."""
+    """Returns the folder of a sweep with one crashed cell and its report; tests must not change it."""
     folder = write_sweep(tmp_path_factory.mktemp("sweeps") / "tiny")
     write_attempts(cell_folder(folder, "var", "10", 1), [1, 1])
     assert run(["report", str(folder)]) == 0
@@ -39,17 +39,17 @@ def records(path: Path) -> list[dict[str, str]]:
 
 
 def tables(text: str) -> dict[str, list[dict[str, str]]]:
-    """The tables of a Markdown text by the heading that they stand under."""
-    found: dict[str, list[dict[str, str]]] = {}
+    """Returns the tables of a Markdown text, by heading."""
+    by_heading: dict[str, list[dict[str, str]]] = {}
     for section in text.split("\n## ")[1:]:
         lines = [line for line in section.splitlines() if line.startswith("|")]
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         if rows:
-            found[section.splitlines()[0]] = [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
-    return found
+            by_heading[section.splitlines()[0]] = [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    return by_heading
 
 
-def test_it_leaves_tables_figures_and_a_text_that_shows_them(done: Path, text: str) -> None:
+def test_it_writes_tables_figures_and_a_report_that_shows_them(done: Path, text: str) -> None:
     assert sorted(path.name for path in (done / "report").iterdir()) == sorted(
         [*FIGURES, "cells.csv", "hparams", "report.md", "variants.csv"]
     )
@@ -58,20 +58,21 @@ def test_it_leaves_tables_figures_and_a_text_that_shows_them(done: Path, text: s
             assert image.width >= 900
         assert f"]({name})" in text
     assert "18 cells of 6 variants: 17 finished, 1 crashed" in text
-    assert "tries: 19, of 19 min 0 s in all without those that were killed; cells that took more than one: 1" in text
+    attempts = "attempts: 19, 19 min 0 s in total without those that were killed; cells with more than one attempt: 1"
+    assert attempts in text
     assert "fit --seed_everything 0" in text
     assert sweep_folder.SWEEP_YAML.strip() in text
 
 
-def test_cells_that_crashed_are_listed_and_their_seeds_missed(text: str) -> None:
+def test_crashed_cells_and_missing_seeds_are_listed(text: str) -> None:
     assert tables(text)["Cells that have not finished"] == [
         {"cell": "var-depth10-seed1", "state": "crashed", "tries": "2", "time": "120 s"}
     ]
-    assert "- var-depth10: 2 of 3 seeds, without 1" in text
+    assert "- var-depth10: 2 of 3 seeds, missing 1" in text
 
 
-def test_the_tables_show_what_the_csv_file_holds(done: Path, text: str) -> None:
-    """To the digits shown: a mean ± deviation within half a unit of the last one."""
+def test_the_tables_agree_with_the_csv_file(done: Path, text: str) -> None:
+    """Compares to the digits shown: mean ± deviation within half a unit of the last digit."""
     rows = {row["variant"]: row for row in records(done / "report/variants.csv")}
     columns = {
         "Results": {"validation loss": "val/loss", "Frechet distance": "frechet_distance", "recall": "recall"},
@@ -92,7 +93,7 @@ def test_the_tables_show_what_the_csv_file_holds(done: Path, text: str) -> None:
                 assert float(deviation or 0) == pytest.approx(float(exact[f"{name}_std"]), abs=1.01 * half)
 
 
-def test_the_csv_files_hold_what_was_measured(done: Path) -> None:
+def test_the_csv_files_hold_the_measurements(done: Path) -> None:
     cells = {row["cell"]: row for row in records(done / "report/cells.csv")}
     assert len(cells) == 18
     crashed = cells["var-depth10-seed1"]
@@ -115,7 +116,7 @@ def test_costs_are_shown_with_prefixes(text: str) -> None:
     assert (first["parameters"], first["FLOPs per training image"]) == ("200 k", "600 M")
 
 
-def test_significance_tells_how_many_comparisons_and_how_little_three_seeds_show(text: str) -> None:
+def test_the_significance_note_counts_comparisons_and_degrees_of_freedom(text: str) -> None:
     rows = tables(text)["Differences to the baseline"]
     assert [row["variant"] for row in rows[:5]] == [
         "mvar-depth10",
@@ -124,7 +125,7 @@ def test_significance_tells_how_many_comparisons_and_how_little_three_seeds_show
         "markov-depth2",
         "markov-depth10",
     ]
-    assert "Each variant less mvar-depth2" in text
+    assert "Each variant minus mvar-depth2" in text
     tested = [row for row in rows if row["p"]]
     assert f"{len(tested)} comparisons" in text
     assert "With 3 seeds such a test has 2 degrees of freedom" in text
@@ -147,13 +148,13 @@ def test_tensorboard_reads_a_row_for_each_cell(done: Path) -> None:
     assert distance.value == sweep_folder.distance("var", "2", 2)
 
 
-def test_started_again_it_replaces_what_it_wrote(done: Path, tmp_path: Path) -> None:
+def test_a_second_report_replaces_the_first(done: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(done, tmp_path / "tiny"))
     write_attempts(cell_folder(folder, "var", "10", 1), [1, 0])
     assert run(["report", str(folder), "--baseline", "var-depth10"]) == 0
     text = (folder / "report/report.md").read_text()
     assert "18 cells of 6 variants: 18 finished" in text
-    assert "Each variant less var-depth10" in text
+    assert "Each variant minus var-depth10" in text
     assert all(len(list(cell.iterdir())) == 1 for cell in (folder / "report/hparams").iterdir())
 
 
@@ -172,11 +173,14 @@ def test_it_prints_the_main_table_and_can_write_elsewhere(
     ("options", "message"),
     [
         (["nowhere"], "nowhere is not the folder of a sweep: it has no sweep.yaml"),
-        (["{done}", "--baseline", "vra"], "--baseline vra is no variant with finished cells; there are mvar-depth2"),
+        (
+            ["{done}", "--baseline", "vra"],
+            "--baseline vra is not a variant with finished cells; choose one of mvar-depth2",
+        ),
         ([], "folder"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_reported_in_one_line(
     done: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     assert run(["report", *(option.format(done=done) for option in options)]) == 1

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or starved, and go on as if nothing had happened."""
+"""Runs that are killed, interrupted or out of disk space resume as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from conftest import prepare_run, scalars
 from processes import Run, start
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.checkpoints.training import by_time, read_tensors
+from lightning_mvar.checkpoints.training import newest_first, read_tensors
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.stream import TokenLoader, TokenStream
 
 FIT = ["fit", "--config", "run.yaml", "--resume"]
-TWO = ["--data.batch_size", "8", "--trainer.strategy"]
+TWO_RANKS = ["--data.batch_size", "8", "--trainer.strategy"]
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
-    """Network and average of the newest checkpoint."""
+    """Reads the network and its average from the newest checkpoint."""
     return read_tensors((root / "checkpoints/last.ckpt").resolve(), "")
 
 
@@ -36,10 +36,10 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def train(folder: Path, root: str, options: list[str], devices: int = 1, codes: int = 0) -> Run:
-    """Run to the end, which must come in time and with `codes`."""
+def train(folder: Path, root: str, options: list[str], devices: int = 1, exit_code: int = 0) -> Run:
+    """Runs to the end, which must come in time and with `exit_code` on all ranks."""
     started = start([*FIT, *options, "--trainer.default_root_dir", root], folder, devices, name=root)
-    assert started.wait() == [codes] * devices, started.printed()
+    assert started.wait() == [exit_code] * devices, started.printed()
     return started
 
 
@@ -47,7 +47,7 @@ def train(folder: Path, root: str, options: list[str], devices: int = 1, codes: 
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, tokenizer_folder: Path
 ) -> Callable[..., Path]:
-    """What leaves the folder of a run with the given options that nothing has stopped: trained once for all tests."""
+    """Returns a function that gives the folder of an uninterrupted run with the given options, trained only once."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     prepare_run(folder, tokenizer, tokenizer_folder)
 
@@ -61,12 +61,12 @@ def uninterrupted(
 
 
 def kill_and_resume(folder: Path, root: str, options: list[str], devices: int, kills: int) -> None:
-    """Kill all ranks at random moments after the first checkpoint that each start writes; at last run to the end."""
+    """Kills all ranks at random moments after the first checkpoint of each start, then runs to the end."""
     rng, checkpoints = random.Random(0), folder / root / "checkpoints"
     for _ in range(kills):
-        before = names(checkpoints)
+        before = checkpoint_names(checkpoints)
         started = start([*FIT, *options, "--trainer.default_root_dir", root], folder, devices, name="killed")
-        while names(checkpoints) <= before and any(rank.is_alive() for rank in started.ranks):
+        while checkpoint_names(checkpoints) <= before and any(rank.is_alive() for rank in started.ranks):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
         assert all(rank.is_alive() for rank in started.ranks), started.printed()
@@ -74,111 +74,111 @@ def kill_and_resume(folder: Path, root: str, options: list[str], devices: int, k
     train(folder, root, options, devices)
 
 
-def names(folder: Path) -> set[str]:
+def checkpoint_names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("step=*")}
 
 
 @pytest.mark.parametrize(("devices", "strategy", "kills", "steps"), [(1, "auto", 4, 40), (2, "fsdp2", 2, 24)])
-def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(
+def test_a_run_killed_repeatedly_ends_as_an_uninterrupted_one(
     run_folder: Path, devices: int, strategy: str, kills: int, steps: int
 ) -> None:
     options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", str(steps)]
     options += ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
-    train(run_folder, "whole", options, devices)
+    train(run_folder, "reference", options, devices)
     kill_and_resume(run_folder, "killed", options, devices, kills)
-    difference = largest_difference(weights(run_folder / "whole"), weights(run_folder / "killed"))
+    difference = largest_difference(weights(run_folder / "reference"), weights(run_folder / "killed"))
     assert difference == 0 if devices == 1 else difference < 1e-6
-    whole, killed = scalars(run_folder / "whole/logs"), scalars(run_folder / "killed/logs")
+    reference, killed = scalars(run_folder / "reference/logs"), scalars(run_folder / "killed/logs")
     if devices == 1:
-        assert killed == whole  # every curve: the same steps, each once, the same values
+        assert killed == reference  # every curve: the same steps, each once, the same values
     else:
         assert {tag: [step for step, _ in curve] for tag, curve in killed.items()} == {
-            tag: [step for step, _ in curve] for tag, curve in whole.items()
+            tag: [step for step, _ in curve] for tag, curve in reference.items()
         }
-    assert len(by_time(run_folder / "killed/checkpoints")) == 2
+    assert len(newest_first(run_folder / "killed/checkpoints")) == 2
     assert not list((run_folder / "killed/checkpoints").glob(".*"))
 
 
 EPOCHS = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "3"]
-EACH = ["--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1"]
+VALIDATE_EACH_EPOCH = ["--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1"]
 
 
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
         ([], [3, 4, 5, 8]),  # epochs end after steps 3, 6, 9; validations come after 4 and 8
-        ([*EPOCHS, *EACH], [2, 3, 8]),
+        ([*EPOCHS, *VALIDATE_EACH_EPOCH], [2, 3, 8]),
         (["--data.batch_size", "40", "--trainer.val_check_interval", "2"], [1, 4]),  # epochs of a single batch
         (["--trainer.limit_train_batches", "2", "--trainer.accumulate_grad_batches", "2"], [3]),
         (["--data.num_workers", "1", "--trainer.num_sanity_val_steps", "1"], [4]),
     ],
 )
-def test_a_checkpoint_of_any_step_goes_on_exactly(run_folder: Path, options: list[str], steps: list[int]) -> None:
-    """Before an epoch's last batch, after it, after a validation."""
+def test_a_checkpoint_of_any_step_resumes_exactly(run_folder: Path, options: list[str], steps: list[int]) -> None:
+    """Steps before an epoch's last batch, after it, and after a validation."""
     text = (run_folder / "run.yaml").read_text()
     (run_folder / "run.yaml").write_text(text.replace("every_n_train_steps: 3", "every_n_train_steps: 1, keep: 99"))
-    train(run_folder, "whole", options)
-    expected, curves = weights(run_folder / "whole"), scalars(run_folder / "whole/logs")
+    train(run_folder, "reference", options)
+    expected, curves = weights(run_folder / "reference"), scalars(run_folder / "reference/logs")
     for step in steps:
         part = run_folder / f"part{step}"
         (part / "checkpoints").mkdir(parents=True)
-        shutil.copy(run_folder / f"whole/checkpoints/step={step:08d}.ckpt", part / "checkpoints")
-        shutil.copytree(run_folder / "whole/logs", part / "logs")
+        shutil.copy(run_folder / f"reference/checkpoints/step={step:08d}.ckpt", part / "checkpoints")
+        shutil.copytree(run_folder / "reference/logs", part / "logs")
         train(run_folder, part.name, options)
         assert largest_difference(expected, weights(part)) == 0, step
         assert scalars(part / "logs") == curves, step
 
 
-def test_torn_checkpoints_are_named_and_passed_over(run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
+def test_torn_checkpoints_are_reported_and_skipped(run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
     shutil.copytree(uninterrupted(), run_folder / "run", symlinks=True)
     expected, folder = weights(run_folder / "run"), run_folder / "run/checkpoints"
     for attempt in range(2):
-        newest = by_time(folder)[0]
+        newest = newest_first(folder)[0]
         content = newest.read_bytes()
         newest.write_bytes(content[: random.Random(attempt).randrange(len(content))])
         again = train(run_folder, "run", [])
         assert f"skipped: {newest} is missing or damaged" in again.printed()
         assert "resuming from" in again.printed()
         assert largest_difference(expected, weights(run_folder / "run")) == 0
-    newest, older = by_time(folder)
+    newest, older = newest_first(folder)
     for path in (newest, older):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    anew = train(run_folder, "run", [])
-    assert f"{newest} is damaged (in " in anew.printed()
-    assert "no intact checkpoint" in anew.printed()
+    restarted = train(run_folder, "run", [])
+    assert f"{newest} is damaged (in " in restarted.printed()
+    assert "no intact checkpoint" in restarted.printed()
     assert largest_difference(expected, weights(run_folder / "run")) == 0
 
 
-def test_torn_shares_are_named_and_passed_over(run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
-    shutil.copytree(uninterrupted(*TWO, "fsdp2", devices=2), run_folder / "run", symlinks=True)
+def test_torn_checkpoint_shards_are_reported_and_skipped(run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
+    shutil.copytree(uninterrupted(*TWO_RANKS, "fsdp2", devices=2), run_folder / "run", symlinks=True)
     expected, folder = weights(run_folder / "run"), run_folder / "run/checkpoints"
-    share = by_time(folder)[0] / "__1_0.distcp"
+    share = newest_first(folder)[0] / "__1_0.distcp"
     share.write_bytes(share.read_bytes()[:-1])
-    again = train(run_folder, "run", [*TWO, "fsdp2"], 2)
+    again = train(run_folder, "run", [*TWO_RANKS, "fsdp2"], 2)
     assert f"skipped: {share} is damaged" in again.printed()
     assert largest_difference(expected, weights(run_folder / "run")) < 1e-6
 
 
-def signal_at_step_5(rank: int, number: int, everywhere: bool = False) -> None:
-    """The last rank receives a signal in the middle of the sixth step; the others are never sent it."""
+def signal_at_step_5(rank: int, number: int, whole_group: bool = False) -> None:
+    """Sends a signal to the last rank only, in the middle of the sixth step; `whole_group` includes its workers."""
     from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
-    if everywhere:
+    if whole_group:
         os.setpgrp()
 
     def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
         if self.global_step == 5 and rank == self.trainer.world_size - 1:
-            (os.killpg if everywhere else os.kill)(os.getpid(), number)
+            (os.killpg if whole_group else os.kill)(os.getpid(), number)
         return step(self, batch, batch_idx)
 
     LitMVAR.training_step = training_step
 
 
 def signal_in_validation(rank: int, step: int) -> None:
-    """As the validation after a step begins."""
+    """Sends SIGTERM to rank 0 when the validation after `step` begins."""
     from lightning_mvar.training.mvar import LitMVAR
 
     def on_validation_epoch_start(self):  # type: ignore[no-untyped-def]
@@ -195,26 +195,26 @@ def signal_in_validation(rank: int, step: int) -> None:
 def test_a_signal_to_one_rank_saves_and_ends_all(
     run_folder: Path, uninterrupted: Callable[..., Path], number: signal.Signals, devices: int, strategy: str
 ) -> None:
-    """After the step under way; several ranks take one more, for they do not wait for each other's word."""
+    """One rank ends after the current step; several take one more, because they do not wait for each other."""
     last = 6 if devices == 1 else 7
-    options = [] if devices == 1 else [*TWO, strategy]
-    whole = uninterrupted(*options, devices=devices)
+    options = [] if devices == 1 else [*TWO_RANKS, strategy]
+    reference = uninterrupted(*options, devices=devices)
     prepare = partial(signal_at_step_5, number=number)
     stopped = start([*FIT, *options, "--trainer.default_root_dir", "run"], run_folder, devices, prepare)
     assert stopped.wait() == [128 + number] + [0] * (devices - 1), stopped.printed()
-    assert f"interrupted by {number.name} after step {last}; --resume goes on from the newest" in stopped.printed()
-    assert by_time(run_folder / "run/checkpoints")[0].name == f"step={last:08d}.ckpt"
+    assert f"interrupted by {number.name} after step {last}; --resume continues from the newest" in stopped.printed()
+    assert newest_first(run_folder / "run/checkpoints")[0].name == f"step={last:08d}.ckpt"
     train(run_folder, "run", options, devices)
-    assert largest_difference(weights(whole), weights(run_folder / "run")) < 1e-6
+    assert largest_difference(weights(reference), weights(run_folder / "run")) < 1e-6
     if devices == 1:
-        assert scalars(run_folder / "run/logs") == scalars(whole / "logs")
+        assert scalars(run_folder / "run/logs") == scalars(reference / "logs")
 
 
 @pytest.mark.parametrize("step", [8, 12])
-def test_a_signal_during_validation_runs_it_again(
+def test_a_validation_interrupted_by_a_signal_is_repeated(
     run_folder: Path, uninterrupted: Callable[..., Path], step: int
 ) -> None:
-    """Also where it is the last thing to do."""
+    """Covers a validation within the run and the last one."""
     prepare = partial(signal_in_validation, step=step)
     stopped = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=prepare)
     assert stopped.wait() == [143], stopped.printed()
@@ -223,13 +223,13 @@ def test_a_signal_during_validation_runs_it_again(
     assert scalars(run_folder / "run/logs") == scalars(uninterrupted() / "logs")
 
 
-def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(plain_run_folder: Path) -> None:
-    stopped = start([*FIT, "--trainer.default_root_dir", "run"], plain_run_folder, prepare=two_interrupts_at_step_5)
+def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(plain_run_folder: Path) -> None:
+    stopped = start([*FIT, "--trainer.default_root_dir", "run"], plain_run_folder, prepare=interrupt_twice_at_step_5)
     assert stopped.wait() == [130], stopped.printed()
-    assert by_time(plain_run_folder / "run/checkpoints")[0].name == "step=00000003.ckpt"
+    assert newest_first(plain_run_folder / "run/checkpoints")[0].name == "step=00000003.ckpt"
 
 
-def two_interrupts_at_step_5(rank: int) -> None:
+def interrupt_twice_at_step_5(rank: int) -> None:
     from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
@@ -243,26 +243,26 @@ def two_interrupts_at_step_5(rank: int) -> None:
     LitMVAR.training_step = training_step
 
 
-def test_a_signal_to_the_workers_too_is_no_failure(plain_run_folder: Path) -> None:
-    """As a cluster sends it, to every process of the job."""
-    prepare = partial(signal_at_step_5, number=signal.SIGTERM, everywhere=True)
+def test_a_signal_to_the_data_workers_too_is_no_failure(plain_run_folder: Path) -> None:
+    """Clusters send the signal to all processes of a job."""
+    prepare = partial(signal_at_step_5, number=signal.SIGTERM, whole_group=True)
     command = [*FIT, "--data.num_workers", "2", "--trainer.default_root_dir", "run"]
     stopped = start(command, plain_run_folder, prepare=prepare)
     assert stopped.wait() == [143], stopped.printed()
-    assert by_time(plain_run_folder / "run/checkpoints")[0].name == "step=00000006.ckpt"
+    assert newest_first(plain_run_folder / "run/checkpoints")[0].name == "step=00000006.ckpt"
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_shows_each_step_once(
+def test_a_run_killed_before_its_first_checkpoint_restarts_and_shows_each_step_once(
     run_folder: Path, uninterrupted: Callable[..., Path]
 ) -> None:
-    killed = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=die_at_step_2)
+    killed = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=kill_at_step_2)
     assert killed.wait() == [-signal.SIGKILL], killed.printed()
     assert len(scalars(run_folder / "run/logs")["train/loss"]) == 2
     train(run_folder, "run", [])
     assert scalars(run_folder / "run/logs") == scalars(uninterrupted() / "logs")
 
 
-def die_at_step_2(rank: int) -> None:
+def kill_at_step_2(rank: int) -> None:
     from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
@@ -276,31 +276,31 @@ def die_at_step_2(rank: int) -> None:
     LitMVAR.training_step = training_step
 
 
-def small_files_only(rank: int) -> None:
-    """Writing more fails, as on a full disk."""
+def limit_file_size(rank: int) -> None:
+    """Limits the file size, so that writing fails as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 @pytest.mark.parametrize(("devices", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp2")])
-def test_a_full_disk_ends_all_ranks_and_keeps_what_was_there(
+def test_a_full_disk_ends_all_ranks_and_keeps_earlier_checkpoints(
     plain_run_folder: Path, devices: int, strategy: str
 ) -> None:
     options = ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
     train(plain_run_folder, "run", [*options, "--trainer.max_steps", "6"], devices)
-    before = by_time(plain_run_folder / "run/checkpoints")
+    before = newest_first(plain_run_folder / "run/checkpoints")
     command = [*FIT, *options, "--trainer.default_root_dir", "run"]
-    starved = start(command, plain_run_folder, devices, prepare=small_files_only)
-    assert starved.wait() == [1] * devices, starved.printed()
-    assert "cannot write the checkpoint" in starved.printed()
-    if strategy != "fsdp2":  # whose writers pass on less
-        assert "File too large" in starved.printed()
-    assert "Traceback" not in starved.printed()
-    assert by_time(plain_run_folder / "run/checkpoints") == before
+    failed = start(command, plain_run_folder, devices, prepare=limit_file_size)
+    assert failed.wait() == [1] * devices, failed.printed()
+    assert "cannot write the checkpoint" in failed.printed()
+    if strategy != "fsdp2":  # whose writers drop the reason
+        assert "File too large" in failed.printed()
+    assert "Traceback" not in failed.printed()
+    assert newest_first(plain_run_folder / "run/checkpoints") == before
     assert not list((plain_run_folder / "run/checkpoints").glob(".*unfinished"))
 
 
-def fails_at_step_5(rank: int) -> None:
+def raise_at_step_5(rank: int) -> None:
     from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
@@ -315,43 +315,43 @@ def fails_at_step_5(rank: int) -> None:
 
 @pytest.mark.parametrize(("devices", "strategy", "saved"), [(1, "auto", 5), (2, "ddp", 5), (2, "fsdp2", 3)])
 def test_one_rank_that_raises_ends_all(plain_run_folder: Path, devices: int, strategy: str, saved: int) -> None:
-    """Rank 0 of DDP has everything and saves what the last step left; a share of a sharded network is of no use."""
+    """Rank 0 of DDP saves the state after the last step; a shard of an FSDP2 network alone is useless."""
     options = ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
     command = [*FIT, *options, "--trainer.default_root_dir", "run"]
-    broken = start(command, plain_run_folder, devices, prepare=fails_at_step_5)
-    assert broken.wait(60) == [1] * (devices - 1) + [70], broken.printed()
-    assert "RuntimeError: this rank breaks" in broken.printed()
+    failed = start(command, plain_run_folder, devices, prepare=raise_at_step_5)
+    assert failed.wait(60) == [1] * (devices - 1) + [70], failed.printed()
+    assert "RuntimeError: this rank breaks" in failed.printed()
     if devices > 1:
-        assert "rank 0 lost another rank after step 5" in broken.printed()
-    newest = by_time(plain_run_folder / "run/checkpoints")[0]
+        assert "rank 0 lost another rank after step 5" in failed.printed()
+    newest = newest_first(plain_run_folder / "run/checkpoints")[0]
     assert newest.name == f"step={saved:08d}.ckpt"
     assert (plain_run_folder / "run/checkpoints/last.ckpt").resolve() == newest
     train(plain_run_folder, "run", options, devices)
 
 
-def test_an_accumulation_that_is_cut_short_is_done_again(run_folder: Path) -> None:
-    """Epochs of three batches, two to a step, the third alone: cut in the middle of a step, and by the clock."""
+def test_an_interrupted_accumulation_is_repeated(run_folder: Path) -> None:
+    """Epochs have three batches, two per step and a last one alone; runs end by an exception or a signal mid-step."""
     accumulate = ["--trainer.accumulate_grad_batches", "2"]
-    train(run_folder, "whole", accumulate)
-    for root, prepare, code in (("broken", second_half_fails, 70), ("stopped", signal_before_the_second_half, 143)):
+    train(run_folder, "reference", accumulate)
+    for root, prepare, code in (("failed", raise_in_second_half, 70), ("stopped", signal_before_second_half, 143)):
         command = [*FIT, *accumulate, "--trainer.default_root_dir", root]
         cut = start(command, run_folder, prepare=prepare)
         assert cut.wait() == [code], cut.printed()
-        assert by_time(run_folder / root / "checkpoints")[0].name == "step=00000004.ckpt"
+        assert newest_first(run_folder / root / "checkpoints")[0].name == "step=00000004.ckpt"
         train(run_folder, root, accumulate)
-        assert largest_difference(weights(run_folder / "whole"), weights(run_folder / root)) == 0
+        assert largest_difference(weights(run_folder / "reference"), weights(run_folder / root)) == 0
 
 
-def second_half_fails(rank: int) -> None:
-    in_the_middle_of_the_fifth_step(None)
+def raise_in_second_half(rank: int) -> None:
+    interrupt_the_fifth_step(None)
 
 
-def signal_before_the_second_half(rank: int) -> None:
-    in_the_middle_of_the_fifth_step(signal.SIGTERM)
+def signal_before_second_half(rank: int) -> None:
+    interrupt_the_fifth_step(signal.SIGTERM)
 
 
-def in_the_middle_of_the_fifth_step(number: int | None) -> None:
-    """Two epochs of two steps each are complete, and the first batch of the third epoch."""
+def interrupt_the_fifth_step(number: int | None) -> None:
+    """Interrupts after two epochs of two steps each and the first batch of the third epoch."""
     from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
@@ -360,13 +360,13 @@ def in_the_middle_of_the_fifth_step(number: int | None) -> None:
         if self.global_step == 4 and number is not None:
             os.kill(os.getpid(), number)
         if self.global_step == 4 and number is None and batch_idx == 1:
-            raise RuntimeError("broken")
+            raise RuntimeError("failed")
         return step(self, batch, batch_idx)
 
     LitMVAR.training_step = training_step
 
 
-def loses_shards_at_step_2(rank: int) -> None:
+def hide_shards_at_step_2(rank: int) -> None:
     from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
@@ -380,9 +380,9 @@ def loses_shards_at_step_2(rank: int) -> None:
     LitMVAR.training_step = training_step
 
 
-def test_a_shard_that_vanishes_ends_the_run_which_goes_on_when_it_is_back(plain_run_folder: Path) -> None:
+def test_a_missing_shard_ends_the_run_which_resumes_once_it_is_back(plain_run_folder: Path) -> None:
     options = ["--data.block_size", "1", "--trainer.default_root_dir", "run"]
-    lost = start([*FIT, *options], plain_run_folder, prepare=loses_shards_at_step_2)
+    lost = start([*FIT, *options], plain_run_folder, prepare=hide_shards_at_step_2)
     assert lost.wait(60) == [1], lost.printed()
     assert "is damaged or not a token shard" in lost.printed()
     assert "No such file" in lost.printed()
@@ -404,22 +404,23 @@ def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(plain_run_fol
 def test_a_new_run_never_touches_the_checkpoints_of_an_earlier_one(plain_run_folder: Path, options: list[str]) -> None:
     for root in ("run", "other"):
         train(plain_run_folder, root, ["--trainer.max_steps", "4"])
-    before = contents(plain_run_folder / "run")
+    before = read_files(plain_run_folder / "run")
     new = start([*FIT[:-1], *options, "--trainer.default_root_dir", "run"], plain_run_folder)
     assert new.wait() == [1], new.printed()
     assert "run/checkpoints holds the checkpoints of an earlier run: continue it with --resume" in new.printed()
     assert "Traceback" not in new.printed()
-    assert contents(plain_run_folder / "run") == before
-    again = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "run"]  # its own: it goes on
+    assert read_files(plain_run_folder / "run") == before
+    # It may resume from its own checkpoint.
+    again = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "run"]
     own = start([*FIT[:-1], *again, "--trainer.max_steps", "5"], plain_run_folder)
     assert own.wait() == [0], own.printed()
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
+def read_files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_ends_at_once_and_goes_on_when_it_is_extended(
+def test_a_finished_run_ends_at_once_and_resumes_if_extended(
     run_folder: Path, uninterrupted: Callable[..., Path]
 ) -> None:
     shutil.copytree(uninterrupted(), run_folder / "run", symlinks=True)
@@ -427,15 +428,13 @@ def test_a_finished_run_ends_at_once_and_goes_on_when_it_is_extended(
     train(run_folder, "run", [])
     assert largest_difference(before, weights(run_folder / "run")) == 0
     train(run_folder, "run", ["--trainer.max_steps", "14"])
-    assert by_time(run_folder / "run/checkpoints")[0].name == "step=00000014.ckpt"
+    assert newest_first(run_folder / "run/checkpoints")[0].name == "step=00000014.ckpt"
 
 
-def test_a_run_that_is_extended_by_epochs_goes_on_with_the_next_epochs_order(plain_run_folder: Path) -> None:
+def test_a_run_extended_by_epochs_continues_with_the_next_epochs_order(plain_run_folder: Path) -> None:
     epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs"]
     train(plain_run_folder, "run", [*epochs, "2"])
-    extended = start(
-        [*FIT, *epochs, "3", "--trainer.default_root_dir", "run"], plain_run_folder, prepare=write_down_ids
-    )
+    extended = start([*FIT, *epochs, "3", "--trainer.default_root_dir", "run"], plain_run_folder, prepare=record_ids)
     assert extended.wait() == [0], extended.printed()
     shards = LocalShards(plain_run_folder / "shards")
     third = TokenLoader(TokenStream(shards, shards.manifest(), 16, 0, 16_384, 0, 1), 0, pin_memory=False)
@@ -443,7 +442,7 @@ def test_a_run_that_is_extended_by_epochs_goes_on_with_the_next_epochs_order(pla
     assert (plain_run_folder / "ids.txt").read_text().split() == [str(i) for batch in third for i in batch.ids.tolist()]
 
 
-def write_down_ids(rank: int) -> None:
+def record_ids(rank: int) -> None:
     from lightning_mvar.training.mvar import LitMVAR
 
     step = LitMVAR.training_step
@@ -456,8 +455,8 @@ def write_down_ids(rank: int) -> None:
     LitMVAR.training_step = training_step
 
 
-def test_other_batches_keep_the_place_in_the_data(plain_run_folder: Path) -> None:
-    """Five steps of 16 are one epoch and two batches; with batches of 8 the next one is the fifth of the epoch."""
+def test_another_batch_size_keeps_the_place_in_the_data(plain_run_folder: Path) -> None:
+    """Five batches of 16 are one epoch and two batches; with batches of 8 the next one is the epoch's fifth."""
     train(plain_run_folder, "run", ["--trainer.max_steps", "5"])
     resumed = train(plain_run_folder, "run", ["--data.batch_size", "8", "--trainer.max_steps", "8"])
     assert "resuming with batches of 8 images over all ranks, not 16" in resumed.printed()

@@ -18,10 +18,11 @@ from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.data.images.files import visible
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling import draw as drawing
-from lightning_mvar.sampling.generate import image_generators
+from lightning_mvar.sampling import sampler
+from lightning_mvar.sampling.generate import draw_images
 from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.readers import open_samples
+from lightning_mvar.sampling.settings import image_generators
 
 SAMPLE = ["sample", "--ckpt_path", "model", "--per_class", "2", "--batch_size", "3", "--guidance", "0.5"]
 
@@ -56,13 +57,13 @@ def test_an_interrupted_set_is_completed_and_equals_an_uninterrupted_one(
     assert run([*SAMPLE, *whole]) == 0
     drawn: list[int] = []
 
-    def interrupted(network, tokenizer, labels, **settings):  # type: ignore[no-untyped-def]
+    def interrupted(network, tokenizer, labels, settings, generators):  # type: ignore[no-untyped-def]
         if stops and len(drawn) >= 6:
             raise KeyboardInterrupt
         drawn.extend(labels.tolist())
-        return generate(network, tokenizer, labels, **settings)
+        return draw_images(network, tokenizer, labels, settings, generators)
 
-    monkeypatch.setattr(drawing, "generate", interrupted)
+    monkeypatch.setattr(sampler, "draw_images", interrupted)
     options, stops = ["--out", name, "--grid", "grid.png"], True
     assert run([*SAMPLE, *options]) == 130
     assert not Path("set.npz").exists()
@@ -108,9 +109,9 @@ def test_what_a_killed_process_was_writing_is_passed_over(
 ) -> None:
     """It leaves a file, torn or whole, whose name begins with a dot."""
     command = [*SAMPLE, "--out", name, "--grid", "grid.png"]
-    monkeypatch.setattr(drawing, "generate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sampler, "draw_images", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(command) == 130
-    monkeypatch.setattr(drawing, "generate", generate)
+    monkeypatch.setattr(sampler, "draw_images", draw_images)
     folder, suffix = here / (f"{name}.partial" if name.endswith("npz") else name), "npz" if "npz" in name else "png"
     (folder / "0").mkdir(exist_ok=True)
     for place in (folder, folder / "0"):
@@ -125,8 +126,10 @@ def test_what_a_killed_process_was_writing_is_passed_over(
 
 
 def fail_on_rank_0(rank: int) -> None:
+    from lightning_mvar.commands import sample
+
     if rank == 0:
-        drawing.load_trained = lambda *_: (_ for _ in ()).throw(InputError("rank 0 has no memory"))
+        sample.read_model = lambda *_: (_ for _ in ()).throw(InputError("rank 0 has no memory"))
 
 
 def test_where_one_process_fails_the_other_ends_too(here: Path) -> None:
@@ -134,7 +137,7 @@ def test_where_one_process_fails_the_other_ends_too(here: Path) -> None:
     assert both.wait(60) == [1, 1]
     assert "error: rank 0 has no memory" in both.printed()
     assert "error: rank 1 lost another rank" in both.printed()
-    assert "the same command goes on with what is missing" in both.printed()
+    assert "run the same command again to continue" in both.printed()
 
 
 def test_a_set_is_not_continued_otherwise(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`serve` from its first line to Ctrl-C."""
+"""Tests of `serve`, from start-up to Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_mvar.commands import serve as command
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
     save_folder(tmp_path / "export", tokenizer, tiny_network())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def page(url: str, seconds: float = 60) -> str:
-    """What is at a URL, once something is."""
+def wait_for_page(url: str, seconds: float = 60) -> str:
+    """Polls a URL until it answers; returns the page."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -37,12 +37,12 @@ def page(url: str, seconds: float = 60) -> str:
             time.sleep(0.1)
 
 
-def test_a_page_opens_and_ctrl_c_ends_it(here: Path) -> None:
+def test_ctrl_c_stops_the_page(workdir: Path) -> None:
     port = processes.free_port()
-    server = processes.start(["serve", "--port", str(port), "export", "--device", "cpu"], here)
+    server = processes.start(["serve", "--port", str(port), "--ckpt_path", "export", "--device", "cpu"], workdir)
     try:
-        assert "10 classes, 8 x 8 pixels, 4 scales" in page(f"http://127.0.0.1:{port}")
-        while "Ctrl-C ends it" not in server.printed() and server.ranks[0].is_alive():
+        assert "10 classes, 8 x 8 pixels, 4 scales" in wait_for_page(f"http://127.0.0.1:{port}")
+        while "press Ctrl-C to stop" not in server.printed() and server.ranks[0].is_alive():
             time.sleep(0.05)
         server.send(signal.SIGINT)
         assert server.wait(30) == [130]
@@ -52,34 +52,37 @@ def test_a_page_opens_and_ctrl_c_ends_it(here: Path) -> None:
     assert "warning" not in server.printed()
 
 
-def test_mistakes_are_told_before_a_page_opens(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+def test_errors_are_reported_before_the_page_opens(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
         cases = {
             ("nowhere",): "nowhere does not exist; it must be a checkpoint file or a folder",
-            (): "folder",
-            ("export", "--port", port): f"cannot listen at 127.0.0.1:{port} (Address already in use): choose another",
+            (): "ckpt_path",
+            ("export", "--port", port): f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another",
             ("export", "--port", "80000"): "--port 80000 must be a number from 1 to 65535",
-            ("export", "--host", "nowhere.invalid"): "cannot listen at nowhere.invalid",
+            ("export", "--host", "nowhere.invalid"): "cannot listen on nowhere.invalid",
             ("export", "--device", "warp"): "--device warp is not available",
         }
-        for words, message in cases.items():
-            at_a_free_port = [] if "--port" in words else ["--port", str(processes.free_port())]
-            assert run(["serve", *words, *at_a_free_port]) == 1
+        for arguments, message in cases.items():
+            port_option = [] if "--port" in arguments else ["--port", str(processes.free_port())]
+            checkpoint = ["--ckpt_path", *arguments] if arguments else []
+            assert run(["serve", *checkpoint, *port_option]) == 1
             error = capfd.readouterr().err
             assert message in error
             assert error.count("\n") == 1
 
 
-def test_without_gradio_it_says_what_to_install(
+def test_missing_gradio_is_reported_with_the_install_command(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "find_spec", lambda _: None)
-    assert run(["serve", "export"]) == 1
+    assert run(["serve", "--ckpt_path", "export"]) == 1
     assert "the page needs gradio: pip install 'lightning-mvar[serve]'" in capfd.readouterr().err
 
 
-def test_others_are_warned_of(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_public_host_prints_a_warning(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     from contextlib import nullcontext
 
     from lightning_mvar.web import page
@@ -89,5 +92,5 @@ def test_others_are_warned_of(here: Path, monkeypatch: pytest.MonkeyPatch, capfd
 
     monkeypatch.setattr(page, "serving", lambda *_: nullcontext())
     monkeypatch.setattr(command.Event, "wait", interrupt)
-    assert run(["serve", "export", "--host", "0.0.0.0", "--port", str(processes.free_port())]) == 130
-    assert "warning: everybody who can reach 0.0.0.0 can use the page" in capfd.readouterr().err
+    assert run(["serve", "--ckpt_path", "export", "--host", "0.0.0.0", "--port", str(processes.free_port())]) == 130
+    assert "warning: anyone who can reach 0.0.0.0 can use the page" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""`shards` from its command line: what it prints, against figures made another way."""
+"""The `shards` command line: its output against independently computed values."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lightning_mvar.sampling.grids import PADDING, SMALLEST_CAPTIONED
 
 
 @pytest.fixture
-def here(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """18 pictures of three classes in `images`, and their tokens in `tokens`."""
+def workdir(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with 18 images of three classes in `images`, and their tokens in `tokens`."""
     write_images(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
     tokenize("tokens", tokenizer_folder)
@@ -40,7 +40,7 @@ def all_packs(folder: Path) -> list[dict]:
     return list(wds.WebDataset(urls, shardshuffle=False).decode())
 
 
-def test_help_names_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["shards", "--help"]) == 0
     text = capsys.readouterr().out
     assert "{verify,info,decode}" in text
@@ -50,15 +50,15 @@ def test_help_names_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in capsys.readouterr().out
 
 
-def test_a_whole_folder_passes_and_a_damaged_one_does_not(
-    here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+def test_an_intact_folder_passes_and_a_damaged_one_fails(
+    workdir: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["shards", "verify", "tokens", "--tokenizer", str(tokenizer_folder)]) == 0
-    assert "tokens is whole: 18 samples in 3 shards" in capfd.readouterr().out
+    assert "tokens is intact: 18 samples in 3 shards" in capfd.readouterr().out
     for name in ("000000.tar", "000002.tar"):
-        path = here / "tokens" / name
+        path = workdir / "tokens" / name
         path.write_bytes(path.read_bytes()[:-600])
-    (here / "tokens/000001.tar").unlink()
+    (workdir / "tokens/000001.tar").unlink()
     assert run(["shards", "verify", "tokens"]) == 1
     out, error = capfd.readouterr()
     lines = [line for line in out.splitlines() if line.startswith("tokens/")]
@@ -68,11 +68,11 @@ def test_a_whole_folder_passes_and_a_damaged_one_does_not(
     assert "Traceback" not in error
 
 
-def test_statistics_are_those_of_a_plain_count(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_equal_a_plain_count(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["shards", "info", "tokens", "--json", "info.json"]) == 0
     printed = capsys.readouterr().out
-    (record,) = json.loads((here / "info.json").read_text())
-    packs = all_packs(here / "tokens")
+    (record,) = json.loads((workdir / "info.json").read_text())
+    packs = all_packs(workdir / "tokens")
     tokens = np.concatenate([pack["tokens.npy"] for pack in packs])
     begin = 0
     for side, scale in zip((1, 2, 3, 4), record["scales"], strict=True):
@@ -86,7 +86,7 @@ def test_statistics_are_those_of_a_plain_count(here: Path, capsys: pytest.Captur
     assert record["classes"] == [
         {"label": i, "name": n, "samples": 6} for i, n in enumerate(["dark", "light", "mixed"])
     ]
-    assert record["bytes_on_disk"] == sum(path.stat().st_size for path in (here / "tokens").glob("*.tar"))
+    assert record["bytes_on_disk"] == sum(path.stat().st_size for path in (workdir / "tokens").glob("*.tar"))
     assert record["bytes_per_sample"] == pytest.approx(record["bytes_on_disk"] / 18)
     assert record["theoretical_bytes_per_sample"] == pytest.approx(30 * math.log2(48) / 8)
     assert record["source"] == "images"
@@ -94,10 +94,10 @@ def test_statistics_are_those_of_a_plain_count(here: Path, capsys: pytest.Captur
     assert "codebook_perplexity" in printed
 
 
-def test_skipped_images_and_rare_classes_are_named(
-    here: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_skipped_images_and_rare_classes_are_listed(
+    workdir: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (here / "images/light/3.png").write_bytes(b"no picture")
+    (workdir / "images/light/3.png").write_bytes(b"no image")
     tokenize("fewer", tokenizer_folder, "--max_failures", "1")
     capsys.readouterr()
     assert run(["shards", "verify", "fewer"]) == 0
@@ -107,18 +107,18 @@ def test_skipped_images_and_rare_classes_are_named(
     assert "skipped: images/light/3.png cannot be decoded" in printed
 
 
-def corner(column: int, row: int, height: int) -> tuple[int, int, int, int]:
-    """Place in `decode`'s picture of the 8 x 8 image in a column; row 0 has originals, row 1 what was made of them."""
-    times = SMALLEST_CAPTIONED // 8
-    width = (8 + 2 * PADDING) * times
-    left = PADDING + column * (width + PADDING) + PADDING * times
-    top = height - PADDING - (2 - row) * (8 + PADDING) * times
-    return left, top, left + 8 * times, top + 8 * times
+def image_box(column: int, row: int, height: int) -> tuple[int, int, int, int]:
+    """Returns the box of an 8 x 8 image in the picture of `decode`: row 0 has originals, row 1 reconstructions."""
+    zoom = SMALLEST_CAPTIONED // 8
+    width = (8 + 2 * PADDING) * zoom
+    left = PADDING + column * (width + PADDING) + PADDING * zoom
+    top = height - PADDING - (2 - row) * (8 + PADDING) * zoom
+    return left, top, left + 8 * zoom, top + 8 * zoom
 
 
 @pytest.mark.parametrize(("views", "flips"), [(1, "false"), (3, "false"), (3, "true")])
-def test_pictures_are_the_originals_above_what_their_tokens_decode_to(
-    here: Path,
+def test_the_picture_has_originals_above_their_reconstructions(
+    workdir: Path,
     tokenizer: Tokenizer,
     tokenizer_folder: Path,
     views: int,
@@ -132,35 +132,37 @@ def test_pictures_are_the_originals_above_what_their_tokens_decode_to(
     source = open_images("images", 8)
     examples = source if views == 1 else Views(source, views, 5, flips == "true")
     images = {examples[i].key: examples[i].image for i in range(18 * views)}
-    packs = all_packs(here / "views")
+    packs = all_packs(workdir / "views")
     rows = {key: tokens for pack in packs for key, tokens in zip(pack["keys.json"], pack["tokens.npy"], strict=True)}
     expected = {}
     for key, image in images.items():
         with torch.no_grad():
-            made = tokenizer.decode(torch.from_numpy(rows[key].astype(np.int64))[None])[0].clamp(-1, 1)
-        expected[key] = [((part + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).numpy() for part in (image, made)]
+            decoded = tokenizer.decode(torch.from_numpy(rows[key].astype(np.int64))[None])[0].clamp(-1, 1)
+        expected[key] = [
+            ((part + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).numpy() for part in (image, decoded)
+        ]
     shown = set()
     with Image.open("pairs.png") as picture:
         for column in range(6):
-            original, made = (
-                np.asarray(picture.crop(corner(column, row, picture.height)).resize((8, 8), 0)) for row in (0, 1)
+            original, reconstruction = (
+                np.asarray(picture.crop(image_box(column, row, picture.height)).resize((8, 8), 0)) for row in (0, 1)
             )
             (key,) = [k for k, (image, _) in expected.items() if np.array_equal(image, original)]
-            assert np.abs(made.astype(int) - expected[key][1].astype(int)).max() <= 1
+            assert np.abs(reconstruction.astype(int) - expected[key][1].astype(int)).max() <= 1
             shown.add(key)
     assert len(shown) == 6
 
 
-def test_originals_that_are_gone_are_left_out_and_told(
-    here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+def test_missing_originals_are_left_out_and_reported(
+    workdir: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (here / "images").rename(here / "elsewhere")
+    (workdir / "images").rename(workdir / "elsewhere")
     command = ["shards", "decode", "tokens", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png", "--n", "40"]
     assert run(command) == 0
     out = capfd.readouterr().out
     assert "without originals: images does not exist" in out
     assert "18 samples of tokens in pairs.png, 0 of them" in out
-    (here / "elsewhere/dark/0.png").unlink()
+    (workdir / "elsewhere/dark/0.png").unlink()
     assert run([*command, "--images", "elsewhere"]) == 0
     assert "18 samples of tokens in pairs.png, 17 of them" in capfd.readouterr().out
     assert run([*command, "--images", "nowhere"]) == 1
@@ -168,26 +170,28 @@ def test_originals_that_are_gone_are_left_out_and_told(
 
 
 @pytest.mark.parametrize("source", ["pipe:touch ran; cat images/light/0.png", "https://127.0.0.1:1/images.tar"])
-def test_what_a_manifest_names_as_its_source_is_a_path_and_no_command(
-    here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str], source: str
+def test_the_source_in_a_manifest_is_never_run_or_fetched(
+    workdir: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str], source: str
 ) -> None:
-    path = here / "tokens/manifest.json"
+    path = workdir / "tokens/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"source": source}))
     assert run(["shards", "decode", "tokens", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png"]) == 0
-    assert f"without originals: the manifest names {source!r}, which is no path" in capfd.readouterr().out
-    assert not (here / "ran").exists()
+    assert f"without originals: the manifest names {source!r}, which is not a path" in capfd.readouterr().out
+    assert not (workdir / "ran").exists()
 
 
-def test_mistakes_are_told_in_a_line(here: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write_token_shards(here / "foreign", "abc", [5])
+def test_mistakes_are_reported_in_one_line(
+    workdir: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_token_shards(workdir / "foreign", "abc", [5])
     decode = ["--tokenizer", str(tokenizer_folder), "--out", "a.png"]
-    (here / "cut").mkdir()
-    for path in (here / "tokens").iterdir():
-        (here / "cut" / path.name).write_bytes(path.read_bytes()[: 3000 if path.suffix == ".tar" else None])
+    (workdir / "cut").mkdir()
+    for path in (workdir / "tokens").iterdir():
+        (workdir / "cut" / path.name).write_bytes(path.read_bytes()[: 3000 if path.suffix == ".tar" else None])
     for name, values in (("odd", {"vocab_size": "48"}), ("empty", {"shards": []})):
-        (here / name).mkdir()
-        manifest = json.loads((here / "tokens/manifest.json").read_text()) | values
-        (here / name / "manifest.json").write_text(json.dumps(manifest))
+        (workdir / name).mkdir()
+        manifest = json.loads((workdir / "tokens/manifest.json").read_text()) | values
+        (workdir / name / "manifest.json").write_text(json.dumps(manifest))
     for options, message in [
         ([], "shards --help"),
         (["look", "tokens"], "look"),
@@ -197,8 +201,8 @@ def test_mistakes_are_told_in_a_line(here: Path, tokenizer_folder: Path, capfd: 
         (["info", "images"], "no token shards in images"),
         (["info", "cut"], "000000.tar is damaged"),
         (["verify", "foreign", "--tokenizer", str(tokenizer_folder)], "foreign is damaged: 1 problem(s)"),
-        (["decode", "foreign", *decode], "the tokens in foreign are of tokenizer abc, not of"),
-        (["info", "odd"], "odd/manifest.json is damaged; `lightning-mvar shards verify odd` says where"),
+        (["decode", "foreign", *decode], "the tokens in foreign were made by tokenizer abc, not by"),
+        (["info", "odd"], "odd/manifest.json is damaged; run `lightning-mvar shards verify odd` for details"),
         (["decode", "odd", *decode], "odd/manifest.json is damaged"),
         (["decode", "empty", *decode], "there are no samples in empty yet"),
         (["decode", "tokens", *decode, "--n", "0"], "--n must be at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""Sweeps of the tiny run: started, started again, crashed, killed and interrupted."""
+"""Sweeps of the tiny run: finished, restarted, crashed, killed and interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from conftest import prepare_run
 from processes import start
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.checkpoints.training import by_time, read_tensors
+from lightning_mvar.checkpoints.training import newest_first, read_tensors
 from lightning_mvar.cli import run
 from lightning_mvar.io.locks import FileLock
 from lightning_mvar.sweeps.cells import Cell, attempts
@@ -29,12 +29,12 @@ evaluate: --reference images --extractor conftest.Pixels --per_class 3 --cache c
 axes: {mixer: [mvar.yaml, var.yaml]}
 seeds: [0, 1]
 """
-HALF = SWEEP.replace("[0, 1]", "[0]")
+SEED_0 = SWEEP.replace("[0, 1]", "[0]")
 CELLS = ["mvar-seed0", "mvar-seed1", "var-seed0", "var-seed1"]
 
 
 def make_folder(folder: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> Path:
-    """A folder with a sweep.yaml of four cells and all that it needs."""
+    """Makes a folder with a sweep.yaml of four cells and its inputs."""
     prepare_run(folder, tokenizer, tokenizer_folder, draws=False)
     (folder / "mvar.yaml").write_text("model: {network: {mixers: [scale_attention, mamba2]}}")
     (folder / "var.yaml").write_text("model: {network: {mixers: [block_causal_attention]}}")
@@ -43,33 +43,33 @@ def make_folder(folder: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> P
 
 
 @pytest.fixture
-def here(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run_folder(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return make_folder(tmp_path, tokenizer, tokenizer_folder)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, tokenizer_folder: Path) -> Path:
-    """The folder of the sweep after it has run once without a break."""
-    folder = make_folder(tmp_path_factory.mktemp("whole"), tokenizer, tokenizer_folder)
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, tokenizer_folder: Path) -> Path:
+    """Returns the output folder of the sweep after one uninterrupted run."""
+    folder = make_folder(tmp_path_factory.mktemp("uninterrupted"), tokenizer, tokenizer_folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert run(["sweep", "sweep.yaml", "--out", "out", "--jobs", "2"]) == 0
     return folder / "out"
 
 
-def tries(out: Path) -> dict[str, list[int | None]]:
-    """The codes of all attempts at each cell."""
+def exit_codes(out: Path) -> dict[str, list[int | None]]:
+    """Returns the exit codes of all attempts at each cell."""
     return {path.name: [a.code for a in attempts(path)] for path in sorted((out / "cells").iterdir())}
 
 
 def results(cell: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    weights = read_tensors(by_time(cell / "checkpoints")[0], "")
+    weights = read_tensors(newest_first(cell / "checkpoints")[0], "")
     (scores,) = json.loads((cell / "scores.json").read_text())
     return weights, {name: score for name, score in scores.items() if name not in ("samples", "images_per_s")}
 
 
-def assert_half_of(out: Path, expected: Path) -> None:
+def assert_seed_0_equals(out: Path, expected: Path) -> None:
     for name in ("mvar-seed0", "var-seed0"):
         (weights, scores), (other_weights, other_scores) = (
             results(out / "cells" / name),
@@ -80,68 +80,68 @@ def assert_half_of(out: Path, expected: Path) -> None:
         assert scores == other_scores
 
 
-def test_every_cell_is_a_run_of_its_own_with_its_scores(whole: Path) -> None:
-    assert tries(whole) == {name: [0] for name in CELLS}
-    assert (whole / "sweep.yaml").read_text() == SWEEP
-    found = [results(whole / "cells" / name) for name in CELLS]
-    assert len({scores["network"] for _, scores in found}) == 4
-    assert [any("mixers.1" in key for key in weights) for weights, _ in found] == [True, True, False, False]
-    for name, (_, scores) in zip(CELLS, found, strict=True):
+def test_every_cell_is_a_separate_run_with_scores(uninterrupted: Path) -> None:
+    assert exit_codes(uninterrupted) == {name: [0] for name in CELLS}
+    assert (uninterrupted / "sweep.yaml").read_text() == SWEEP
+    outcomes = [results(uninterrupted / "cells" / name) for name in CELLS]
+    assert len({scores["network"] for _, scores in outcomes}) == 4
+    assert [any("mixers.1" in key for key in weights) for weights, _ in outcomes] == [True, True, False, False]
+    for name, (_, scores) in zip(CELLS, outcomes, strict=True):
         assert (scores["seed"], scores["num_samples"]) == (int(name[-1]), 30)
         assert scores["frechet_distance"] > 0
-        assert list((whole / "cells" / name).rglob("config.yaml"))
+        assert list((uninterrupted / "cells" / name).rglob("config.yaml"))
 
 
-def test_a_cell_is_the_same_when_its_commands_are_run_by_hand(whole: Path, here: Path) -> None:
-    cell = Cell.read(whole / "cells/var-seed1")
+def test_the_commands_of_a_cell_give_the_same_results_by_hand(uninterrupted: Path, run_folder: Path) -> None:
+    cell = Cell.read(uninterrupted / "cells/var-seed1")
     for command in cell.commands:
         assert run(command.split()) == 0
-    weights, scores = results(here / "out/cells/var-seed1")
+    weights, scores = results(run_folder / "out/cells/var-seed1")
     assert all(torch.equal(weights[key], value) for key, value in results(cell.folder)[0].items())
     assert scores == results(cell.folder)[1]
 
 
-def test_started_again_it_skips_what_has_finished(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = {path: path.read_bytes() for path in whole.rglob("attempts.jsonl")}
+def test_a_restarted_sweep_skips_finished_cells(uninterrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("attempts.jsonl")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole.parent)
+        patch.chdir(uninterrupted.parent)
         assert run(["sweep", "sweep.yaml", "--out", "out"]) == 0
-    assert "4 of 4 cells finished, 4 of them before" in capfd.readouterr().out
-    assert {path: path.read_bytes() for path in whole.rglob("attempts.jsonl")} == before
+    assert "4 of 4 cells finished, 4 earlier" in capfd.readouterr().out
+    assert {path: path.read_bytes() for path in uninterrupted.rglob("attempts.jsonl")} == before
 
 
-def test_another_seed_is_one_more_cell_and_another_command_is_refused(
-    whole: Path, capfd: pytest.CaptureFixture[str]
+def test_another_seed_adds_cells_and_another_command_is_refused(
+    uninterrupted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(whole.parent)
+        patch.chdir(uninterrupted.parent)
         Path("other.yaml").write_text(SWEEP.replace("30", "31"))
         assert run(["sweep", "other.yaml", "--out", "out"]) == 1
         assert "cell mvar-seed0 has been run before, and its commands have changed" in capfd.readouterr().err
-        assert (whole / "sweep.yaml").read_text() == SWEEP
+        assert (uninterrupted / "sweep.yaml").read_text() == SWEEP
         Path("more.yaml").write_text(SWEEP.replace("[0, 1]", "[0, 1, 2]"))
         assert run(["sweep", "more.yaml", "--out", "out", "--dry_run", "true"]) == 0
     printed = capfd.readouterr().out
     assert printed.count("lightning-mvar fit --config run.yaml") == 6
     assert "--seed_everything 2 --trainer.default_root_dir out/cells/var-seed2 --resume" in printed
-    assert not (whole / "cells/var-seed2").exists()
+    assert not (uninterrupted / "cells/var-seed2").exists()
 
 
-def test_a_crashing_cell_is_tried_twice_and_named_and_the_others_finish(
-    here: Path, capfd: pytest.CaptureFixture[str]
+def test_a_crashing_cell_is_retried_once_and_reported_and_the_others_finish(
+    run_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    text = HALF.replace("axes: {mixer: [mvar.yaml, var.yaml]}", "axes: {data: {good: '', bad: --data.train nowhere}}")
+    text = SEED_0.replace("axes: {mixer: [mvar.yaml, var.yaml]}", "axes: {data: {good: '', bad: --data.train nowhere}}")
     Path("sweep.yaml").write_text(text.replace("evaluate", "# evaluate"))
     assert run(["sweep", "sweep.yaml", "--jobs", "2"]) == 1
     out = Path("outputs/sweep/sweep")
-    assert tries(out) == {"bad-seed0": [1, 1], "good-seed0": [0]}
+    assert exit_codes(out) == {"bad-seed0": [1, 1], "good-seed0": [0]}
     captured = capfd.readouterr()
     assert f"1 of 2 cells have not finished: bad-seed0 crashed, see {out}/cells/bad-seed0/log.txt" in captured.err
-    assert "no token shards in nowhere" in captured.out  # the line of the cell
+    assert "no token shards in nowhere" in captured.out  # the status line of the cell
     assert "Traceback" not in captured.out + captured.err
 
 
-def when(condition: Callable[[], bool], action: Callable[[], None]) -> threading.Thread:
+def act_when(condition: Callable[[], bool], action: Callable[[], None]) -> threading.Thread:
     def wait() -> None:
         end = time.monotonic() + 300
         while not condition() and time.monotonic() < end:
@@ -153,58 +153,58 @@ def when(condition: Callable[[], bool], action: Callable[[], None]) -> threading
     return thread
 
 
-def saved(cell: Path) -> bool:
+def has_checkpoint(cell: Path) -> bool:
     return any((cell / "checkpoints").glob("step=*"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_what_runs_and_the_same_command_goes_on(
-    here: Path, whole: Path, capfd: pytest.CaptureFixture[str], number: int, code: int
+def test_a_signal_saves_running_cells_and_the_same_command_resumes(
+    run_folder: Path, uninterrupted: Path, capfd: pytest.CaptureFixture[str], number: int, code: int
 ) -> None:
-    out = here / "out"
-    Path("sweep.yaml").write_text(HALF)
-    sender = when(lambda: saved(out / "cells/mvar-seed0"), lambda: os.kill(os.getpid(), number))
+    out = run_folder / "out"
+    Path("sweep.yaml").write_text(SEED_0)
+    sender = act_when(lambda: has_checkpoint(out / "cells/mvar-seed0"), lambda: os.kill(os.getpid(), number))
     assert run(["sweep", "sweep.yaml", "--out", "out"]) == code
     sender.join()
-    said = capfd.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"lightning-mvar: interrupted by {signal.Signals(number).name}; 0 of 2 cells finished")
-    assert said.endswith("the same command goes on with what is missing")
-    (stopped,) = tries(out)["mvar-seed0"]
-    assert stopped in (143, -signal.SIGTERM)  # while training, or on its way to or from it
-    assert tries(out)["var-seed0"] == []
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"lightning-mvar: interrupted by {signal.Signals(number).name}; 0 of 2 cells finished")
+    assert message.endswith("run the same command again to resume")
+    (stopped,) = exit_codes(out)["mvar-seed0"]
+    assert stopped in (143, -signal.SIGTERM)  # in training, or during start-up or shutdown
+    assert exit_codes(out)["var-seed0"] == []
     if number == signal.SIGTERM:
         return
     assert run(["sweep", "sweep.yaml", "--out", "out"]) == 0
-    assert tries(out) == {"mvar-seed0": [stopped, 0], "var-seed0": [0]}
+    assert exit_codes(out) == {"mvar-seed0": [stopped, 0], "var-seed0": [0]}
     assert "resuming from" in (out / "cells/mvar-seed0/log.txt").read_text()
-    assert_half_of(out, whole)
+    assert_seed_0_equals(out, uninterrupted)
 
 
-def test_a_sweep_that_is_killed_goes_on_to_the_same_results(here: Path, whole: Path) -> None:
-    """The cells that were running notice, save and end; those that had not begun run once."""
-    out = here / "out"
-    Path("sweep.yaml").write_text(HALF)
-    killed = start(["sweep", "sweep.yaml", "--out", "out"], here)
-    while not saved(out / "cells/mvar-seed0"):
+def test_a_killed_sweep_resumes_to_the_same_results(run_folder: Path, uninterrupted: Path) -> None:
+    """Running cells notice, save and end; cells that had not started run once."""
+    out = run_folder / "out"
+    Path("sweep.yaml").write_text(SEED_0)
+    killed = start(["sweep", "sweep.yaml", "--out", "out"], run_folder)
+    while not has_checkpoint(out / "cells/mvar-seed0"):
         assert killed.ranks[0].is_alive(), killed.printed()
         time.sleep(0.01)
     killed.send(signal.SIGKILL)
-    before = tries(out)
+    before = exit_codes(out)
     assert before == {"mvar-seed0": [None], "var-seed0": []}
     assert run(["sweep", "sweep.yaml", "--out", "out"]) == 0
-    assert tries(out) == {"mvar-seed0": [None, 0], "var-seed0": [0]}
+    assert exit_codes(out) == {"mvar-seed0": [None, 0], "var-seed0": [0]}
     assert "interrupted by SIGTERM after step" in (out / "cells/mvar-seed0/log.txt").read_text()
-    assert_half_of(out, whole)
+    assert_seed_0_equals(out, uninterrupted)
 
 
-def test_one_sweep_at_a_time_works_in_a_folder(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (here / "out").mkdir()
-    lock = FileLock.take(here / "out/.sweep.lock")
+def test_a_folder_has_one_sweep_at_a_time(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (run_folder / "out").mkdir()
+    lock = FileLock.try_acquire(run_folder / "out/.sweep.lock")
     assert lock is not None
     assert run(["sweep", "sweep.yaml", "--out", "out"]) == 1
-    assert "another sweep is at work in out" in capfd.readouterr().err
+    assert "another sweep is running in out" in capfd.readouterr().err
     lock.release()
-    assert not (here / "out/cells").exists()
+    assert not (run_folder / "out/cells").exists()
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_one_sweep_at_a_time_works_in_a_folder(here: Path, capfd: pytest.Capture
         ("30", "30", ["--launcher", "submitit", "--submitit.colour", "red"], "--submitit: "),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(
-    here: Path, capfd: pytest.CaptureFixture[str], before: str, after: str, options: list[str], message: str
+def test_mistakes_are_reported_before_anything_runs(
+    run_folder: Path, capfd: pytest.CaptureFixture[str], before: str, after: str, options: list[str], message: str
 ) -> None:
     assert before in SWEEP
     Path("sweep.yaml").write_text(SWEEP.replace(before, after))
@@ -230,13 +230,13 @@ def test_mistakes_are_told_before_anything_runs(
     error = capfd.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert not (here / "out/cells").exists()
+    assert not (run_folder / "out/cells").exists()
 
 
-def test_a_budget_becomes_words_of_fit(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_becomes_arguments_of_fit(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = SWEEP.replace("seeds", "budget: {parameters: 1e6, by: width}\nseeds")
     Path("sweep.yaml").write_text(text)
     assert run(["sweep", "sweep.yaml", "--out", "out", "--dry_run", "true"]) == 0
-    fits = [line.split() for line in capfd.readouterr().out.splitlines() if " fit " in line]
-    widths = [int(words[words.index("--model.network.width") + 1]) for words in fits]
+    fit_args = [line.split() for line in capfd.readouterr().out.splitlines() if " fit " in line]
+    widths = [int(args[args.index("--model.network.width") + 1]) for args in fit_args]
     assert widths[0] == widths[1] < widths[2] == widths[3]  # M-VAR has more parameters at the same width

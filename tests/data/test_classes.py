@@ -6,7 +6,7 @@ from lightning_mvar.data.classes import Classes, imagenet_classes
 from lightning_mvar.errors import InputError
 
 
-def test_imagenet_has_a_thousand_classes_in_the_order_of_their_ids() -> None:
+def test_imagenet_has_a_thousand_classes_sorted_by_id() -> None:
     synsets = list(imagenet_classes())
     assert len(synsets) == 1000
     assert synsets == sorted(synsets)
@@ -16,21 +16,21 @@ def test_imagenet_has_a_thousand_classes_in_the_order_of_their_ids() -> None:
 
 
 @pytest.mark.parametrize("names", [[], list(imagenet_classes())])
-def test_imagenets_classes_go_by_number_id_and_name(names: list[str]) -> None:
+def test_imagenet_classes_are_found_by_number_id_and_name(names: list[str]) -> None:
     classes = Classes(names, 1000)
-    for wanted in (207, "207", "golden retriever", "Golden_Retriever ", "n02099601"):
-        assert classes.label(wanted) == 207
+    for query in (207, "207", "golden retriever", "Golden_Retriever ", "n02099601"):
+        assert classes.label(query) == 207
     assert classes.label("unconditional") == 1000
     assert classes.name(207) == "golden retriever"
     assert classes.name(1000) == "unconditional"
 
 
-def test_a_name_of_several_classes_lists_them() -> None:
+def test_an_ambiguous_name_lists_its_classes() -> None:
     with pytest.raises(InputError, match=r"2 classes are called 'crane': 134 \(crane, n02012849\); 517 \(crane, n031"):
         Classes([], 1000).label("crane")
 
 
-def test_a_name_of_none_suggests_others() -> None:
+def test_an_unknown_name_gets_suggestions() -> None:
     with pytest.raises(InputError, match=r"no class 'retriever'; perhaps 205 \(flat-coated retriever, .*207 \(golden"):
         Classes([], 1000).label("retriever")
     with pytest.raises(
@@ -43,12 +43,12 @@ def test_a_name_of_none_suggests_others() -> None:
         Classes(["dark", "light"], 2).label(-1)
 
 
-def test_classes_of_ones_own_go_by_their_names_first() -> None:
+def test_custom_classes_are_found_by_name_before_number() -> None:
     classes = Classes(["dark", "light", "0"], 3)
-    assert [classes.label(wanted) for wanted in ("dark", "LIGHT", "0", "1")] == [0, 1, 2, 1]
+    assert [classes.label(query) for query in ("dark", "LIGHT", "0", "1")] == [0, 1, 2, 1]
     assert classes.name(1) == "light"
     folders = Classes(["1", "10", "2"], 3)
-    assert [folders.label(wanted) for wanted in ("1", 1, "2", 2)] == [0, 1, 2, 2]
+    assert [folders.label(query) for query in ("1", 1, "2", 2)] == [0, 1, 2, 2]
     thousand = Classes([str(i) for i in range(1000)], 1000)
     assert thousand.name(207) == "207"
 
@@ -65,7 +65,7 @@ def test_a_class_name_becomes_one_visible_path_component(name: str) -> None:
     assert folder.isprintable()
 
 
-def test_classes_whose_names_become_one_stay_apart() -> None:
+def test_classes_whose_names_collide_get_different_folders() -> None:
     names = ["a/b", "a_b", "A_B", "a_b_", "unconditional", "plain"]
     classes = Classes(names, len(names))
     folders = [classes.folder(label) for label in range(len(names) + 1)]

@@ -1,4 +1,4 @@
-"""Archives of images from elsewhere are those that are here, whatever the way does."""
+"""Remote image archives give the same images as local ones, even if downloads fail at first."""
 
 import tarfile
 from collections import Counter
@@ -13,15 +13,15 @@ from shard_server import ShardServer, serving
 from lightning_mvar.data.images.examples import ImageSource
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.errors import InputError
-from lightning_mvar.io import fetch as fetching
-from lightning_mvar.io.fetch import name_in
+from lightning_mvar.io import fetch
+from lightning_mvar.io.fetch import remote_file_name
 
-PATTERN = f"{{{','.join(CLASSES)}}}.tar"  # a tar of each class
+PATTERN = f"{{{','.join(CLASSES)}}}.tar"  # one tar per class
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fetching, "FIRST_WAIT_S", 0.01)
+def fast_retries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.chdir(tmp_path)
 
@@ -33,49 +33,51 @@ def server(tmp_path: Path) -> Iterator[ShardServer]:
         with tarfile.open(tmp_path / "images" / f"{name}.tar", "w") as tar:
             for path in sorted((tmp_path / "images" / name).iterdir()):
                 tar.add(path, path.name)
-    with serving(tmp_path / "images") as running:
-        yield running
+    with serving(tmp_path / "images") as server:
+        yield server
 
 
-def assert_same(ours: ImageSource, theirs: ImageSource) -> None:
-    assert ours.listing == theirs.listing
-    for index in range(len(theirs)):
-        one, other = ours[index], theirs[index]
-        assert (one.key, one.label) == (other.key, other.label)
-        assert one.image is not None
-        assert other.image is not None
-        assert torch.equal(one.image, other.image)
+def assert_same_images(actual: ImageSource, expected: ImageSource) -> None:
+    assert actual.listing == expected.listing
+    for index in range(len(expected)):
+        a, b = actual[index], expected[index]
+        assert (a.key, a.label) == (b.key, b.label)
+        assert a.image is not None
+        assert b.image is not None
+        assert torch.equal(a.image, b.image)
 
 
-def test_archives_are_fetched_once_and_failures_are_retried(server: ShardServer) -> None:
-    here = open_images(f"images/{PATTERN}", 8)
-    assert here.class_names == sorted(CLASSES)
+def test_archives_are_downloaded_once_and_failures_are_retried(server: ShardServer) -> None:
+    local = open_images(f"images/{PATTERN}", 8)
+    assert local.class_names == sorted(CLASSES)
     server.failures[f"{CLASSES[0]}.tar"] = ["404", "cut", "drop"]
-    assert_same(open_images(f"{server.url}/{PATTERN}", 8), here)
+    assert_same_images(open_images(f"{server.url}/{PATTERN}", 8), local)
     assert Counter(server.requests) == {f"{name}.tar": 4 if name == CLASSES[0] else 1 for name in CLASSES}
     server.dead = True
-    assert_same(open_images(f"{server.url}/{PATTERN}", 8), here)
-    left = [path for path in Path("outputs/image_cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
-    assert sorted(path.name for path in left) == sorted(f"{name}.tar" for name in CLASSES)
+    assert_same_images(open_images(f"{server.url}/{PATTERN}", 8), local)
+    cached = [path for path in Path("outputs/image_cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert sorted(path.name for path in cached) == sorted(f"{name}.tar" for name in CLASSES)
 
 
-def test_a_command_fetches_too(server: ShardServer) -> None:
-    assert_same(open_images(f"pipe:cat 'images/{PATTERN}'", 8, cache_dir="cache"), open_images(f"images/{PATTERN}", 8))
+def test_archives_can_come_from_a_command(server: ShardServer) -> None:
+    assert_same_images(
+        open_images(f"pipe:cat 'images/{PATTERN}'", 8, cache_dir="cache"), open_images(f"images/{PATTERN}", 8)
+    )
     assert len(list(Path("cache").rglob("*.tar"))) == len(CLASSES)
 
 
-def test_an_archive_that_does_not_come_is_named(server: ShardServer) -> None:
+def test_unavailable_and_truncated_archives_are_reported(server: ShardServer) -> None:
     for source, message in (
         (f"{server.url}/nowhere.tar", r"nowhere\.tar cannot be read .* in 3 attempt\(s\)"),
         ("pipe:cat images/nowhere.tar", r"pipe:cat images/nowhere\.tar cannot be read .* in 3 attempt\(s\)"),
         ("nfs://host/a.tar", "webdataset does not read nfs://"),
-        (f"{server.url}/archives", "does not say what the file is called"),
+        (f"{server.url}/archives", "archives has no file name"),
     ):
         with pytest.raises(InputError, match=message):
             open_images(source, 8, retries=2)
     half = Path(server.folder / f"{CLASSES[0]}.tar").read_bytes()[:700]
     (server.folder / "half.tar").write_bytes(half)
-    with pytest.raises(InputError, match=r"image_cache/.*/half\.tar is no tar archive, or compressed, or damaged"):
+    with pytest.raises(InputError, match=r"image_cache/.*/half\.tar is not a tar archive, or compressed, or damaged"):
         open_images(f"{server.url}/half.tar", 8)
 
 
@@ -90,5 +92,5 @@ def test_an_archive_that_does_not_come_is_named(server: ShardServer) -> None:
         ("pipe:cat tokens/{}", ""),
     ],
 )
-def test_a_file_is_called_as_its_address_says(address: str, name: str) -> None:
-    assert name_in(address) == name
+def test_file_name_of_an_address(address: str, name: str) -> None:
+    assert remote_file_name(address) == name

@@ -1,4 +1,4 @@
-"""Arrays that are larger than memory, read and written row by row."""
+"""Row-by-row reading and writing of npz arrays larger than memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pixels() -> np.ndarray:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_rows_are_those_that_numpy_reads_in_any_order_and_process(tmp_path: Path, pixels: np.ndarray, save) -> None:  # type: ignore[no-untyped-def]
+def test_rows_equal_numpys_in_any_order_and_after_pickling(tmp_path: Path, pixels: np.ndarray, save) -> None:  # type: ignore[no-untyped-def]
     save(tmp_path / "a.npz", first=np.arange(3), arr_0=pixels)
     rows = NpzRows(tmp_path / "a.npz", "arr_0")
     assert len(rows) == 40
@@ -30,9 +30,7 @@ def test_rows_are_those_that_numpy_reads_in_any_order_and_process(tmp_path: Path
         rows[40]
 
 
-def test_what_is_written_row_by_row_reads_back_and_depends_on_the_content_alone(
-    tmp_path: Path, pixels: np.ndarray
-) -> None:
+def test_written_rows_read_back_and_the_file_depends_on_the_content_alone(tmp_path: Path, pixels: np.ndarray) -> None:
     for name in ("a.npz", "b.npz"):
         write_npz(tmp_path / name, "arr_0", iter(pixels), pixels.shape, {"arr_1": np.arange(40)})
     with np.load(tmp_path / "a.npz") as arrays:
@@ -42,7 +40,7 @@ def test_what_is_written_row_by_row_reads_back_and_depends_on_the_content_alone(
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
-def test_neither_reading_nor_writing_holds_the_whole_array(tmp_path: Path) -> None:
+def test_reading_and_writing_never_hold_the_complete_array(tmp_path: Path) -> None:
     shape = (400, 128, 128, 3)
     row = np.zeros(shape[1:], np.uint8)
     tracemalloc.start()
@@ -54,7 +52,7 @@ def test_neither_reading_nor_writing_holds_the_whole_array(tmp_path: Path) -> No
     assert peak < np.prod(shape) / 10
 
 
-def test_damaged_files_are_named(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_damaged_files_and_missing_arrays_are_reported(tmp_path: Path, pixels: np.ndarray) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, arr_0=pixels)
     with pytest.raises(InputError, match=r"a\.npz has no array arr_1; it holds arr_0"):

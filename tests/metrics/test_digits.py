@@ -6,7 +6,7 @@ from lightning_mvar.data.builtin.digits import load_digits
 from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
 
 
-def test_the_classifier_reads_real_digits_and_keeps_its_weights(tmp_path: Path) -> None:
+def test_the_classifier_recognizes_real_digits_and_saves_its_weights(tmp_path: Path) -> None:
     path = tmp_path / "classifier.safetensors"
     classifier = DigitsClassifier(str(path), epochs=8)
     images, labels = load_digits("test")
@@ -14,11 +14,11 @@ def test_the_classifier_reads_real_digits_and_keeps_its_weights(tmp_path: Path) 
     assert (classifier.classify(images) == labels).float().mean() > 0.95
     features = classifier(images)
     assert features.shape == (450, classifier.num_features)
-    again = DigitsClassifier(str(path))
-    assert torch.equal(again(images), features)
+    reloaded = DigitsClassifier(str(path))
+    assert torch.equal(reloaded(images), features)
 
 
-def test_training_is_the_same_every_time(tmp_path: Path) -> None:
+def test_training_is_deterministic(tmp_path: Path) -> None:
     weights = []
     for name in ("a", "b"):
         torch.manual_seed(len(weights))
@@ -26,7 +26,7 @@ def test_training_is_the_same_every_time(tmp_path: Path) -> None:
     assert torch.equal(*weights)
 
 
-def test_the_support_vector_machine_judges_scans() -> None:
+def test_the_support_vector_machine_classifies_scans() -> None:
     (train, train_labels), (test, test_labels) = load_digits("train"), load_digits("test")
     train, test = (train + 1) / 2, (test + 1) / 2
     assert svm_accuracy(train, train_labels, test, test_labels) > 0.98

@@ -49,26 +49,26 @@ def test_the_distance_of_two_gaussians_in_closed_form() -> None:
 
 
 @pytest.mark.parametrize("count", [5, 300])
-def test_a_set_against_itself_is_at_distance_0_even_where_the_covariance_is_singular(
+def test_the_distance_of_a_set_to_itself_is_0_even_if_the_covariance_is_singular(
     extractor: Projection, sets: tuple, count: int
 ) -> None:
     statistics = image_statistics(extractor, sets[0][:count])
     assert frechet_distance(statistics, statistics) == pytest.approx(0, abs=1e-6)
 
 
-def test_parts_add_up_to_the_whole(extractor: Projection, sets: tuple) -> None:
+def test_batched_updates_equal_a_single_update(extractor: Projection, sets: tuple) -> None:
     features = extractor(sets[0])
-    whole, parts = FeatureStatistics(12), FeatureStatistics(12)
-    whole.update(features)
-    for part in features.split(37):
-        parts.update(part)
-    torch.testing.assert_close(parts.compute().sigma, whole.compute().sigma)
-    torch.testing.assert_close(parts.compute().mu, whole.compute().mu)
+    single, batched = FeatureStatistics(12), FeatureStatistics(12)
+    single.update(features)
+    for batch in features.split(37):
+        batched.update(batch)
+    torch.testing.assert_close(batched.compute().sigma, single.compute().sigma)
+    torch.testing.assert_close(batched.compute().mu, single.compute().mu)
 
 
 def test_statistics_of_other_extractors_are_refused(extractor: Projection, sets: tuple) -> None:
     statistics = image_statistics(extractor, sets[0])
-    with pytest.raises(InputError, match="not of the same extractor"):
+    with pytest.raises(InputError, match="statistics of 12 and 3 features: use the same extractor for both"):
         frechet_distance(statistics, Statistics(torch.zeros(3), torch.eye(3)))
 
 

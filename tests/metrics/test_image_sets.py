@@ -1,4 +1,4 @@
-"""Images batch by batch: read, decoded from shards, reconstructed; and a rank's share of them."""
+"""Tests of image sets read from files, decoded from shards or reconstructed, and of the ranges of ranks."""
 
 from __future__ import annotations
 
@@ -14,78 +14,79 @@ from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics import image_sets as module
-from lightning_mvar.metrics.image_sets import BATCH_SIZE, Pictures, Reconstructions, open_image_set
+from lightning_mvar.metrics.image_sets import BATCH_SIZE, Reconstructions, SourceImages
+from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.sampling.readers import NpzSamples
 
 
-def test_pictures_come_in_order_with_and_without_workers() -> None:
+def test_images_come_in_order_with_and_without_workers() -> None:
     source = open_images("digits:test", 32)
     expected = torch.stack([source[i].image for i in range(100, 300)]) / 2 + 0.5
     before = torch.get_rng_state()
     for workers in (0, 2):
-        batches = list(Pictures(source, workers).batches(100, 300))
+        batches = list(SourceImages(source, workers).batches(100, 300))
         assert torch.equal(torch.get_rng_state(), before)
         assert [len(batch) for batch in batches] == [BATCH_SIZE] * 3 + [8]
         torch.testing.assert_close(torch.cat(batches), expected)
 
 
-def test_processes_that_read_an_npz_do_not_share_a_place_in_it(tmp_path: Path) -> None:
+def test_processes_that_read_an_npz_do_not_share_a_file_position(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3)).astype(np.uint8)
     np.savez_compressed(tmp_path / "a.npz", arr_0=pixels)
     samples = NpzSamples(tmp_path / "a.npz")
     assert (samples.pixels(5) == pixels[5]).all()  # opened here, before processes are forked
-    found = torch.cat([*Pictures(samples, 2).batches(0, 300)])
-    torch.testing.assert_close(found, torch.from_numpy(pixels).movedim(-1, 1) / 255)
+    images = torch.cat([*SourceImages(samples, 2).batches(0, 300)])
+    torch.testing.assert_close(images, torch.from_numpy(pixels).movedim(-1, 1) / 255)
 
 
-def test_shards_are_decoded_in_order_from_any_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_shards_are_decoded_in_order_from_any_index(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_token_shards(tmp_path, tokenizer.fingerprint(), [70, 20, 30])
-    images = open_image_set(str(tmp_path), 8, tokenizer)
+    images = open_reference(str(tmp_path)).images(8, tokenizer)
     assert len(images) == 120
     packs = [pack.tokens for i in range(3) for pack in read_shard(tmp_path / f"{i:06d}.tar")]
     tokens = torch.from_numpy(np.concatenate(packs).astype(np.int64))
     expected = (tokenizer.decode(tokens) + 1) / 2
     for begin, end in ((0, 120), (65, 95), (90, 90), (119, 120)):
-        found = torch.cat([torch.empty(0, 3, 8, 8), *images.batches(begin, end)])
-        torch.testing.assert_close(found, expected[begin:end])
+        decoded = torch.cat([torch.empty(0, 3, 8, 8), *images.batches(begin, end)])
+        torch.testing.assert_close(decoded, expected[begin:end])
 
 
-def test_shards_may_be_elsewhere(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_may_be_remote(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_token_shards(tmp_path / "tokens", tokenizer.fingerprint(), [70, 20])
-    here, there = (open_image_set(source, 8, tokenizer) for source in ("tokens", "pipe:cat tokens/{}"))
-    assert here.identity == there.identity
-    for one, other in zip(here.batches(60, 80), there.batches(60, 80), strict=True):
-        assert torch.equal(one, other)
+    local, remote = (open_reference(source).images(8, tokenizer) for source in ("tokens", "pipe:cat tokens/{}"))
+    assert local.identity == remote.identity
+    for expected, images in zip(local.batches(60, 80), remote.batches(60, 80), strict=True):
+        assert torch.equal(images, expected)
 
 
 def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_token_shards(tmp_path, "0123456789abcdef", [4])
-    with pytest.raises(InputError, match="holds token shards: name the tokenizer that decodes them with --tokenizer"):
-        open_image_set(str(tmp_path), 8)
-    with pytest.raises(InputError, match="are of tokenizer 0123456789abcdef, not of"):
-        open_image_set(str(tmp_path), 8, tokenizer)
+    with pytest.raises(InputError, match="holds token shards: pass the tokenizer that encoded them as --tokenizer"):
+        open_reference(str(tmp_path)).images(8)
+    with pytest.raises(InputError, match="were encoded by tokenizer 0123456789abcdef, not by"):
+        open_reference(str(tmp_path)).images(8, tokenizer)
 
 
 def test_reconstructions_are_decoded_codes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_images(tmp_path)
-    images = open_image_set(str(tmp_path), 8)
+    images = open_reference(str(tmp_path)).images(8)
     (originals,) = images.batches(0, 18)
-    (found,) = Reconstructions(images, tokenizer).batches(0, 18)
-    torch.testing.assert_close(found, (tokenizer.decode(tokenizer.encode(originals * 2 - 1)) + 1) / 2)
+    (reconstructed,) = Reconstructions(images, tokenizer).batches(0, 18)
+    torch.testing.assert_close(reconstructed, (tokenizer.decode(tokenizer.encode(originals * 2 - 1)) + 1) / 2)
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
-    with pytest.raises(InputError, match=r"a\.npz are 16 x 16, those to be scored 8 x 8"):
-        open_image_set(str(tmp_path / "a.npz"), 8)
+    with pytest.raises(InputError, match=r"a\.npz are 16 x 16, but the images to score are 8 x 8"):
+        open_reference(str(tmp_path / "a.npz")).images(8)
 
 
-def test_the_shares_of_the_ranks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranges_of_the_ranks_cover_all_images_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(module.dist, "get_world_size", lambda: 4)
-    shares = []
+    ranges = []
     for rank in range(4):
         monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
-        shares.append(module.share(10))
-    assert shares == [(0, 2), (2, 5), (5, 7), (7, 10)]
+        ranges.append(module.shard_range(10))
+    assert ranges == [(0, 2), (2, 5), (5, 7), (7, 10)]

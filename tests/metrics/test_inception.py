@@ -20,7 +20,7 @@ Mixed_6a 768 17 17, Mixed_6b 768 17 17, Mixed_6c 768 17 17, Mixed_6d 768 17 17, 
 Mixed_7a 1280 8 8, Mixed_7b 2048 8 8, Mixed_7c 2048 8 8
 """
 
-# The published convolutions: name, outputs, inputs, kernel. In a block, `i` is its inputs and `o` its free width.
+# The published convolutions: name, outputs, inputs, kernel. In a block, `i` is its inputs and `o` its variable width.
 STEM = """
 Conv2d_1a_3x3 32 3 3 3, Conv2d_2a_3x3 32 32 3 3, Conv2d_2b_3x3 64 32 3 3, Conv2d_3b_1x1 80 64 1 1,
 Conv2d_4a_3x3 192 80 3 3
@@ -65,7 +65,7 @@ def read_table(table: str, sizes: dict[str, int]) -> dict[str, torch.Size]:
 
 
 def published_shapes() -> dict[str, torch.Size]:
-    """Every key of the published files but the counters, with its shape."""
+    """Returns the shape of every key in the published files, except the counters."""
     convolutions = read_table(STEM, {})
     for block, table, sizes in BLOCKS:
         convolutions |= {f"{block}.{name}": shape for name, shape in read_table(table, sizes).items()}
@@ -76,13 +76,13 @@ def published_shapes() -> dict[str, torch.Size]:
     return shapes
 
 
-def constants() -> dict[str, Tensor]:
-    """A state dict with the published keys and shapes that takes no room: one number for each key."""
+def constant_weights() -> dict[str, Tensor]:
+    """Returns a state dict with the published keys and shapes; each tensor is one expanded number, to save memory."""
     return {key: torch.tensor(float(i)).expand(shape) for i, (key, shape) in enumerate(published_shapes().items())}
 
 
-def lively_weights() -> dict[str, Tensor]:
-    """Random weights under which the activations neither vanish nor explode, and every number matters."""
+def random_weights() -> dict[str, Tensor]:
+    """Returns random weights that keep activations in range, so that every weight matters."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(key: str, shape: torch.Size) -> Tensor:
@@ -96,7 +96,7 @@ def lively_weights() -> dict[str, Tensor]:
 
 
 def resize_by_matrices(images: Tensor, height: int, width: int) -> Tensor:
-    """TensorFlow 1's resize, in float64: row i of a matrix holds what output pixel i takes from each input pixel."""
+    """TensorFlow 1's resize in float64: row i of a matrix holds the weight of each input pixel in output pixel i."""
 
     def matrix(old: int, new: int) -> Tensor:
         rows = torch.zeros(new, old, dtype=torch.float64)
@@ -110,7 +110,7 @@ def resize_by_matrices(images: Tensor, height: int, width: int) -> Tensor:
 
 
 class Reference:
-    """The features in float64, computed from the state dict alone; `wrong` names places where to pool wrongly."""
+    """Reference features in float64, computed from the state dict; `wrong` names a block whose pooling is wrong."""
 
     def __init__(self, weights: dict[str, Tensor], wrong: str = "") -> None:
         self.weights = {key: tensor.double() for key, tensor in weights.items()}
@@ -126,8 +126,8 @@ class Reference:
         if name == "Mixed_7c" != self.wrong:
             return F.max_pool2d(x, 3, stride=1, padding=1)
         total = F.avg_pool2d(x, 3, stride=1, padding=1, divisor_override=1)
-        there = F.avg_pool2d(torch.ones_like(x), 3, stride=1, padding=1, divisor_override=1)
-        return total / (9 if name == self.wrong else there)
+        count = F.avg_pool2d(torch.ones_like(x), 3, stride=1, padding=1, divisor_override=1)
+        return total / (9 if name == self.wrong else count)
 
     def block_a(self, x: Tensor, name: str) -> Tensor:
         five = self.conv(self.conv(x, f"{name}.branch5x5_1"), f"{name}.branch5x5_2", padding=2)
@@ -171,7 +171,7 @@ class Reference:
         return torch.cat([self.conv(x, f"{name}.branch1x1"), *three, double, pooled], dim=1)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pixels (b, 3, H, W) of 0 to 255 -> (b, 2048) float64; keeps those of sFID (b, 17 17 7)."""
+        """Maps pixels (b, 3, H, W) in 0 to 255 to (b, 2048) float64; stores the sFID features (b, 17 * 17 * 7)."""
         x = resize_by_matrices(pixels, 299, 299) / 128 - 1
         x = self.conv(self.conv(x, "Conv2d_1a_3x3", stride=2), "Conv2d_2a_3x3")
         x = F.max_pool2d(self.conv(x, "Conv2d_2b_3x3", padding=1), 3, stride=2)
@@ -190,7 +190,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return lively_weights()
+    return random_weights()
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def features(network: InceptionV3, pixels: Tensor) -> Tensor:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the spread of `b`."""
+    """Returns the maximum absolute difference, relative to the standard deviation of `b`."""
     return float((a - b).abs().max() / b.std())
 
 
@@ -221,17 +221,17 @@ def test_every_layer_has_the_published_output_shape() -> None:
     network = InceptionNetwork().eval().requires_grad_(False)
     shapes = {}
 
-    def note(name: str) -> Callable:
+    def record_shape(name: str) -> Callable:
         return lambda module, inputs, output: shapes.update({name: tuple(output.shape[1:])})
 
     for name, layer in network.named_children():
-        layer.register_forward_hook(note(name))
+        layer.register_forward_hook(record_shape(name))
     assert network(torch.rand(1, 3, 299, 299)).shape == (1, network.num_features)
     assert shapes == read_table(OUTPUTS, {})
 
 
 def test_the_table_of_keys_has_the_published_number_of_weights() -> None:
-    """Keras counts 23,851,784 with 1000 classes: convolutions, classifier, and three vectors of each batch norm."""
+    """Keras counts 23,851,784 with 1000 classes: convolutions, classifier, and three vectors per batch norm."""
     shapes = published_shapes()
     assert len(shapes) == 94 * 5 + 2
     convolutions = sum(shape.numel() for key, shape in shapes.items() if key.endswith("conv.weight"))
@@ -241,7 +241,7 @@ def test_the_table_of_keys_has_the_published_number_of_weights() -> None:
 
 @pytest.mark.parametrize("count", [None, 7])
 def test_the_published_files_load_with_and_without_counters(count: int | None, tmp_path: Path) -> None:
-    weights = constants()
+    weights = constant_weights()
     norms = {key.removesuffix(".weight") for key in weights if key.endswith("bn.weight")}
     counters = {f"{norm}.num_batches_tracked": torch.tensor(count) for norm in norms} if count else {}
     torch.save(weights | counters, tmp_path / OFFICIAL)
@@ -254,7 +254,7 @@ def test_the_published_files_load_with_and_without_counters(count: int | None, t
 
 
 def test_counters_do_not_change_the_fingerprint(tmp_path: Path) -> None:
-    weights = constants()
+    weights = constant_weights()
     counters = {"Mixed_7c.branch_pool.bn.num_batches_tracked": torch.tensor(7)}
     for path, state in ((tmp_path / "a.pth", weights), (tmp_path / "b.pth", weights | counters)):
         torch.save(state, path)
@@ -266,16 +266,16 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / OFFICIAL
     with pytest.raises(InputError, match=r"6726825d\.pth does not exist; download it from https://github\.com/\S+$"):
         InceptionV3(str(path))
-    weights = constants()
+    weights = constant_weights()
     key = "Mixed_7b.branch3x3dbl_3b.conv.weight"
     changes = {
         f"missing {key}": {name: tensor for name, tensor in weights.items() if name != key},
         f"{key} is .*, not ": weights | {key: weights[key].transpose(2, 3)},
         r"unexpected AuxLogits\.fc\.bias": weights | {"AuxLogits.fc.bias": torch.zeros(1)},
     }
-    for complaint, state in changes.items():
+    for message, state in changes.items():
         torch.save(state, path)
-        with pytest.raises(InputError, match=f"does not fit InceptionV3: {complaint}"):
+        with pytest.raises(InputError, match=f"does not fit InceptionV3: {message}"):
             InceptionV3(str(path))
 
 
@@ -294,7 +294,7 @@ def test_features_and_logits_equal_an_independent_computation(
 
 
 @pytest.mark.parametrize("block", ["Mixed_5b", "Mixed_6e", "Mixed_7b", "Mixed_7c"])
-def test_pooling_otherwise_in_one_block_gives_other_features(
+def test_wrong_pooling_in_one_block_changes_the_features(
     weights: dict[str, Tensor], pixels: Tensor, features: Tensor, block: str
 ) -> None:
     assert distance(features, Reference(weights, wrong=block).features(pixels)) > 5e-3
@@ -307,18 +307,18 @@ def test_images_are_rounded_to_8_bits(network: InceptionV3, pixels: Tensor, feat
 
 def test_autocast_changes_nothing(network: InceptionV3, pixels: Tensor, features: Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        again = network(pixels / 255)
-        logits = network.logits(again)
-    assert torch.equal(again, features)
+        under_autocast = network(pixels / 255)
+        logits = network.logits(under_autocast)
+    assert torch.equal(under_autocast, features)
     assert torch.equal(logits, network.logits(features))
 
 
 def test_convolutions_on_a_gpu_do_not_use_tf32(network: InceptionV3, pixels: Tensor) -> None:
-    inside = []
+    allow_tf32 = []
     layer = network.get_submodule("Mixed_7c")
-    with layer.register_forward_hook(lambda *_: inside.append(torch.backends.cudnn.allow_tf32)):
+    with layer.register_forward_hook(lambda *_: allow_tf32.append(torch.backends.cudnn.allow_tf32)):
         network(pixels / 255)
-    assert inside == [False]
+    assert allow_tf32 == [False]
     assert torch.backends.cudnn.allow_tf32
 
 
@@ -340,7 +340,7 @@ def test_resize_equals_the_loop(old: tuple[int, int], new: tuple[int, int]) -> N
     )
 
 
-def test_resize_lines_up_the_first_pixels() -> None:
+def test_resize_aligns_the_first_pixels() -> None:
     image = torch.tensor([[[[0.0, 4.0], [8.0, 12.0]]]])
     doubled = torch.tensor([[0.0, 2, 4, 4], [4, 6, 8, 8], [8, 10, 12, 12], [8, 10, 12, 12]])
     assert torch.equal(resize_like_tensorflow(image, (4, 4))[0, 0], doubled)

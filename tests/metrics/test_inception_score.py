@@ -36,8 +36,8 @@ def loop_over_images(logits: torch.Tensor, splits: list[list[int]]) -> list[floa
 
 
 def test_the_score_agrees_with_a_loop_over_the_permuted_images() -> None:
-    place = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
-    images = place.argsort().tolist()
+    permutation = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    images = permutation.argsort().tolist()
     edges = [math.ceil(i * COUNT / 10) for i in range(11)]
     scores = loop_over_images(random_logits(), [images[a:b] for a, b in itertools.pairwise(edges)])
     mean = sum(scores) / 10
@@ -53,7 +53,7 @@ def test_one_split_agrees_with_torchmetrics() -> None:
     assert score(random_logits(), splits=1) == (pytest.approx(float(metric.compute()[0]), rel=1e-5), 0)
 
 
-def test_predictions_that_say_nothing_score_1() -> None:
+def test_uniform_predictions_score_1() -> None:
     assert score(torch.zeros(100, 5)) == pytest.approx((1, 0), abs=1e-12)
 
 
@@ -69,24 +69,24 @@ def test_images_sorted_by_class_are_spread_over_the_splits() -> None:
 
 
 @pytest.mark.parametrize(("count", "splits"), [(100, 10), (203, 10), (7, 7)])
-def test_splits_are_equal_and_drawn_from_the_seed(count: int, splits: int) -> None:
-    split, again, other = (InceptionScore(2, count, splits, seed).split for seed in (1, 1, 2))
+def test_splits_are_equal_and_depend_on_the_seed(count: int, splits: int) -> None:
+    split, same_seed, other_seed = (InceptionScore(2, count, splits, seed).split for seed in (1, 1, 2))
     assert set(split.bincount().tolist()) <= {count // splits, -(-count // splits)}
     assert len(split.unique()) == splits
-    assert torch.equal(split, again)
-    assert not torch.equal(split, other)
+    assert torch.equal(split, same_seed)
+    assert not torch.equal(split, other_seed)
 
 
 def test_order_batch_size_and_the_global_generator_do_not_matter() -> None:
-    whole, logits = score(random_logits()), random_logits()
+    expected, logits = score(random_logits()), random_logits()
     torch.manual_seed(5)
     metric = InceptionScore(CLASSES, COUNT)
     for rows in torch.randperm(COUNT).split(17):
         metric.update(logits[rows], rows)
-    assert metric.compute() == pytest.approx(whole, rel=1e-12)
+    assert metric.compute() == pytest.approx(expected, rel=1e-12)
     metric.reset()
     metric.update(logits, torch.arange(COUNT))
-    assert metric.compute() == whole
+    assert metric.compute() == expected
 
 
 def score_on_rank(rank: int, folder: Path) -> None:
@@ -107,6 +107,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("splits", [0, 10])
-def test_an_empty_split_is_named(splits: int) -> None:
-    with pytest.raises(InputError, match=f"over {splits} splits needs as many images, got 9"):
+def test_empty_splits_are_refused(splits: int) -> None:
+    with pytest.raises(InputError, match=f"needs 1 <= splits <= images, got {splits} splits and 9 images"):
         InceptionScore(3, num_samples=9, splits=splits)

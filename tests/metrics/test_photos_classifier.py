@@ -5,11 +5,12 @@ import torch
 from lightning_mvar.data.builtin.digits import DIGITS, load_digits
 from lightning_mvar.data.builtin.photos import PHOTOS, PHOTOS64
 from lightning_mvar.metrics.digits import DigitsClassifier
-from lightning_mvar.metrics.judges import kept_classifier
+from lightning_mvar.metrics.judges import classifier_for
 from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
+from lightning_mvar.metrics.reference import open_reference
 
 
-def test_the_classifier_tells_photos_apart_and_is_kept(tmp_path: Path) -> None:
+def test_the_classifier_recognizes_photos_and_is_cached(tmp_path: Path) -> None:
     classifier = PhotosClassifier(str(tmp_path / "photos_classifier.safetensors"), epochs=6)
     images, labels = PHOTOS.load("test")
     images = (images + 1) / 2
@@ -17,21 +18,21 @@ def test_the_classifier_tells_photos_apart_and_is_kept(tmp_path: Path) -> None:
     features = classifier(images)
     assert features.shape == (450, classifier.num_features)
     assert classifier.logits(features).shape == (450, 10)
-    kept = kept_classifier("photos:test", str(tmp_path))
-    assert isinstance(kept, PhotosClassifier)
-    assert torch.equal(kept(images), features)
-    assert kept_classifier(str(tmp_path), str(tmp_path)) is None
+    cached = classifier_for(open_reference("photos:test"), str(tmp_path))
+    assert isinstance(cached, PhotosClassifier)
+    assert torch.equal(cached(images), features)
+    assert classifier_for(open_reference(str(tmp_path)), str(tmp_path)) is None
 
 
-def test_larger_patches_have_a_classifier_of_their_own(tmp_path: Path) -> None:
+def test_larger_patches_have_their_own_classifier(tmp_path: Path) -> None:
     Photos64Classifier(str(tmp_path / "photos64_classifier.safetensors"), epochs=2)
-    classifier = kept_classifier("photos64:test", str(tmp_path))
+    classifier = classifier_for(open_reference("photos64:test"), str(tmp_path))
     assert isinstance(classifier, Photos64Classifier)
     images, labels = PHOTOS64.load("test")
     assert (classifier.classify((images + 1) / 2) == labels).float().mean() > 0.4
 
 
-def test_training_depends_on_nothing_outside(tmp_path: Path) -> None:
+def test_training_does_not_depend_on_the_global_generator(tmp_path: Path) -> None:
     weights = []
     for name in ("a", "b"):
         torch.manual_seed(len(weights))
@@ -39,23 +40,23 @@ def test_training_depends_on_nothing_outside(tmp_path: Path) -> None:
     assert torch.equal(*weights)
 
 
-def test_photos_are_varied_by_shifts_and_mirroring(tmp_path: Path) -> None:
+def test_photos_are_augmented_by_crops_and_flips(tmp_path: Path) -> None:
     classifier = PhotosClassifier(str(tmp_path / "weights"), epochs=1)
-    wide = PHOTOS.load_wide("test")[0][:3]
-    allowed = [wide[:, :, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
-    allowed += [images.flip(3) for images in allowed]
+    images = PHOTOS.load_with_margin("test")[0][:3]
+    crops = [images[:, :, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+    crops += [crop.flip(3) for crop in crops]
     torch.manual_seed(0)
-    drawn = [classifier.vary(wide) for _ in range(60)]
-    found = [[torch.equal(varied, images) for images in allowed].index(True) for varied in drawn]
-    assert len(set(found)) > 30
-    assert min(found) < 81 <= max(found)
+    batches = [classifier.augment(images) for _ in range(60)]
+    indices = [[torch.equal(batch, crop) for crop in crops].index(True) for batch in batches]
+    assert len(set(indices)) > 30
+    assert min(indices) < 81 <= max(indices)
 
 
-def test_digits_are_varied_by_rolling_them(tmp_path: Path) -> None:
-    """As they always were: the weights must not change, for scores in them to stay comparable."""
+def test_digits_are_augmented_by_rolling(tmp_path: Path) -> None:
+    """Pins the augmentation: other weights would make scores incomparable with earlier ones."""
     classifier = DigitsClassifier(str(tmp_path / "weights"), epochs=1)
     torch.manual_seed(3)
-    varied = classifier.vary(DIGITS.load_wide("test")[0])
+    augmented = classifier.augment(DIGITS.load_with_margin("test")[0])
     torch.manual_seed(3)
     shift = torch.randint(-2, 3, (2,)).tolist()
-    assert torch.equal(varied, load_digits("test")[0].roll(shift, dims=(2, 3)))
+    assert torch.equal(augmented, load_digits("test")[0].roll(shift, dims=(2, 3)))

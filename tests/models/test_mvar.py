@@ -10,8 +10,9 @@ from lightning_mvar import MVAR, MVARConfig, ScaleSchedule
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.attention import Attention
 from lightning_mvar.models.base import Mixer
-from lightning_mvar.models.config import INSIDE_SCALES, SIZES
+from lightning_mvar.models.config import INTRA_SCALE_MIXERS, SIZES
 from lightning_mvar.models.mvar import DropPath
+from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.scales import Shape
 
 # Published counts in millions, vocabulary 4,096, code dim 32, 1,000 classes, QK-norm on.
@@ -28,8 +29,8 @@ def network_inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return labels, torch.randn(batch, SCHEDULE.num_tokens - 1, 8, generator=generator)
 
 
-def steps(network: MVAR, labels: torch.Tensor, scale_inputs: torch.Tensor) -> torch.Tensor:
-    """The logits of one call of `step` for each scale, or token, packed."""
+def stepwise_logits(network: MVAR, labels: torch.Tensor, scale_inputs: torch.Tensor) -> torch.Tensor:
+    """Returns the packed logits of one `step` call per scale or token."""
     state, logits = network.init_state(labels), []
     for part in (None, *scale_inputs.split(network.config.step_lengths[1:], dim=1)):
         step_logits, state = network.step(part, state)
@@ -56,47 +57,47 @@ def test_drop_path_follows_the_depth() -> None:
 @pytest.mark.parametrize("schedule", [SCHEDULE, OBLONG])
 @pytest.mark.parametrize("variant", VARIANTS + WITHIN_SCALES, ids=str)
 @torch.no_grad()
-def test_the_steps_together_equal_the_full_pass(variant: dict[str, object], schedule: ScaleSchedule) -> None:
+def test_steps_equal_the_full_pass(variant: dict[str, object], schedule: ScaleSchedule) -> None:
     network, inputs = tiny_network(schedule, **variant), network_inputs()
     full = network(*inputs)
     assert full.dtype == torch.float32
     assert full.abs().max() > 1  # a comparison of zeros would prove nothing
-    assert (steps(network, *inputs) - full).abs().max() < 1e-4
+    assert (stepwise_logits(network, *inputs) - full).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("variant", VARIANTS + WITHIN_SCALES, ids=str)
 @torch.no_grad()
-def test_tokens_of_a_step_change_only_the_logits_of_later_ones(variant: dict[str, object]) -> None:
-    """The tokens of step k enter as the inputs of step k + 1 and later, which is what is changed here."""
+def test_tokens_of_a_step_change_only_logits_of_later_steps(variant: dict[str, object]) -> None:
+    """Changes the inputs of step k + 1 and later, through which the tokens of step k enter."""
     network, (labels, scale_inputs) = tiny_network(**variant), network_inputs()
     before = network(labels, scale_inputs)
-    for begin in list(accumulate(network.config.step_lengths))[:-1]:
+    for start in list(accumulate(network.config.step_lengths))[:-1]:
         changed = scale_inputs.clone()
-        changed[:, begin - 1 :] += 1.0
+        changed[:, start - 1 :] += 1.0
         after = network(labels, changed)
-        assert torch.equal(before[:, :begin], after[:, :begin])
-        assert (before[:, begin:] - after[:, begin:]).abs().amax(dim=(0, 2)).min() > 0
+        assert torch.equal(before[:, :start], after[:, :start])
+        assert (before[:, start:] - after[:, start:]).abs().amax(dim=(0, 2)).min() > 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS + WITHIN_SCALES, ids=str)
 @torch.no_grad()
-def test_a_network_sees_the_scales_that_its_mixers_are_for(variant: dict[str, object]) -> None:
-    """Which later scales the input of the second changes: its own, the next, or all."""
+def test_mixers_reach_the_expected_scales(variant: dict[str, object]) -> None:
+    """The input of the second scale affects its own scale, the next one, or all later ones."""
     network, (labels, scale_inputs) = tiny_network(**(variant | {"depth": 1})), network_inputs()
     changed = scale_inputs.clone()
-    begin, end = SCHEDULE.offsets[1], SCHEDULE.offsets[2]
-    changed[:, begin - 1 : end - 1] += 1.0
+    start, end = SCHEDULE.offsets[1], SCHEDULE.offsets[2]
+    changed[:, start - 1 : end - 1] += 1.0
     moved = (network(labels, scale_inputs) - network(labels, changed)).abs().amax(dim=(0, 2)) > 0
     reached = {SCHEDULE.scale_ids[i].item() for i in moved.nonzero().flatten()}
     names = set(network.config.mixers_of(0))
-    if network.config.prediction == "token" or names - INSIDE_SCALES - {"markov_attention"}:
+    if network.config.prediction == "token" or names - INTRA_SCALE_MIXERS - {"markov_attention"}:
         assert reached == {1, 2, 3}
     else:
         assert reached == ({1, 2} if "markov_attention" in names else {1})
 
 
-def test_parallel_mixers_all_read_what_enters_the_block() -> None:
-    """With the first mixer's gate closed, the second's part is the same in both compositions; else it is not."""
+def test_parallel_mixers_read_the_input_of_the_block() -> None:
+    """Sequential and parallel blocks agree only if the first mixer's gate is closed."""
     labels, scale_inputs = network_inputs()
     networks = [tiny_network(parallel=parallel, depth=1) for parallel in (False, True)]
     assert not torch.allclose(*(network(labels, scale_inputs) for network in networks), atol=1e-3)
@@ -108,7 +109,7 @@ def test_parallel_mixers_all_read_what_enters_the_block() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_every_mixer_learns(variant: dict[str, object]) -> None:
+def test_each_parameter_gets_a_gradient(variant: dict[str, object]) -> None:
     network = tiny_network(**variant)
     network(*network_inputs()).square().mean().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
@@ -116,87 +117,89 @@ def test_every_mixer_learns(variant: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_under_autocast_logits_and_gradients_stay_near(variant: dict[str, object], dtype: torch.dtype) -> None:
+def test_autocast_stays_close_in_logits_and_gradients(variant: dict[str, object], dtype: torch.dtype) -> None:
     network, inputs = tiny_network(**variant), network_inputs()
     for name, parameter in network.named_parameters():
-        if name.endswith("decay_log"):  # over a chunk, beyond what float16 holds
+        if name.endswith("decay_log"):  # over a chunk, the decay would overflow float16
             torch.nn.init.zeros_(parameter)
     logits = network(*inputs)
     gradients = torch.autograd.grad(logits.square().mean(), list(network.parameters()))
     with torch.autocast("cpu", dtype):
         half = network(*inputs)
-    found = torch.autograd.grad(half.square().mean(), list(network.parameters()))
+    half_gradients = torch.autograd.grad(half.square().mean(), list(network.parameters()))
     tolerance = 8 * torch.finfo(dtype).eps
     assert (half - logits).norm() < tolerance * logits.norm()
-    for a, e in zip(found, gradients, strict=True):
+    for a, e in zip(half_gradients, gradients, strict=True):
         assert a.dtype == torch.float32
         assert (a - e).norm() < 8 * tolerance * e.norm()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @torch.no_grad()
-def test_a_lowered_network_stays_near(variant: dict[str, object]) -> None:
+def test_a_half_precision_network_stays_close(variant: dict[str, object]) -> None:
     network, inputs = tiny_network(**variant), network_inputs()
     logits = network(*inputs)
-    lowered = network.lower(torch.bfloat16)(*inputs)
+    lowered = lower_precision(network, torch.bfloat16)(*inputs)
     assert 0 < (lowered - logits).norm() < 8 * torch.finfo(torch.bfloat16).eps * logits.norm()
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba1", "gated_linear_attention", "linear_attention"])
 @pytest.mark.parametrize("schedule", [SCHEDULE, OBLONG])
 @torch.no_grad()
-def test_a_scan_in_another_order_is_one_over_tokens_in_that_order(mixer: str, schedule: ScaleSchedule) -> None:
-    """Columns: as if every scale were transposed; both: the mean of forwards and backwards."""
+def test_scan_orders_equal_a_raster_scan_of_reordered_tokens(mixer: str, schedule: ScaleSchedule) -> None:
+    """Column order equals transposing each scale; `both` averages forward and backward scans."""
 
-    def made(order: str) -> Mixer:
+    def make_mixer(order: str) -> Mixer:
         return tiny_network(schedule, mixers=(mixer,), scan_order=order, depth=1).blocks[0].mixers[0]
 
-    def along(x: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor], shapes: tuple[Shape, ...]) -> torch.Tensor:
+    def transform_maps(
+        x: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor], shapes: tuple[Shape, ...]
+    ) -> torch.Tensor:
         maps = zip(x.split(schedule.lengths, dim=1), shapes, strict=True)
-        return torch.cat([move(part.unflatten(1, shape)).flatten(1, 2) for part, shape in maps], dim=1)
+        return torch.cat([transform(part.unflatten(1, shape)).flatten(1, 2) for part, shape in maps], dim=1)
 
     lying = tuple((width, height) for height, width in schedule.shapes)
     x = torch.randn(2, schedule.num_tokens, 64, generator=torch.Generator().manual_seed(0))
-    raster = made("raster")
+    raster = make_mixer("raster")
     rows, _ = raster(x, schedule.shapes)
-    transposed, _ = raster(along(x, lambda t: t.transpose(1, 2), schedule.shapes), lying)
-    columns, _ = made("column")(x, schedule.shapes)
+    transposed, _ = raster(transform_maps(x, lambda t: t.transpose(1, 2), schedule.shapes), lying)
+    columns, _ = make_mixer("column")(x, schedule.shapes)
     assert not torch.allclose(columns, rows)
-    torch.testing.assert_close(columns, along(transposed, lambda t: t.transpose(1, 2), lying))
-    backwards, _ = raster(along(x, lambda t: t.flip(1, 2), schedule.shapes), schedule.shapes)
-    both, _ = made("both")(x, schedule.shapes)
-    torch.testing.assert_close(both, (rows + along(backwards, lambda t: t.flip(1, 2), schedule.shapes)) / 2)
+    torch.testing.assert_close(columns, transform_maps(transposed, lambda t: t.transpose(1, 2), lying))
+    backwards, _ = raster(transform_maps(x, lambda t: t.flip(1, 2), schedule.shapes), schedule.shapes)
+    both, _ = make_mixer("both")(x, schedule.shapes)
+    torch.testing.assert_close(both, (rows + transform_maps(backwards, lambda t: t.flip(1, 2), schedule.shapes)) / 2)
 
 
-def test_alternating_orders_and_mixers_follow_the_number_of_the_block() -> None:
+def test_orders_and_mixers_alternate_over_blocks() -> None:
     network = tiny_network(mixers=(("scale_attention", "mamba2"), ("mamba1",)), scan_order="alternating", depth=4)
     kinds = [[type(mixer).__name__ for mixer in block.mixers] for block in network.blocks]
     assert kinds == [["ScaleAttention", "Mamba2"], ["Mamba1"]] * 2
     assert [block.mixers[-1].orders for block in network.blocks] == [("raster",), ("column",)] * 2
-    assert network.config.mixing == "scale_attention, mamba2 / mamba1"
+    assert network.config.mixer_summary == "scale_attention, mamba2 / mamba1"
     sparse = tiny_network(mixers=(("mamba2",), ("scale_attention",)), scan_order="alternating", depth=6)
     orders = [block.mixers[0].orders for block in sparse.blocks[::2]]
     assert orders == [("raster",), ("column",), ("raster",)]
-    assert (network.config.turn, sparse.config.turn) == (2, 4)
+    assert (network.config.mixer_period, sparse.config.mixer_period) == (2, 4)
 
 
-def test_attention_takes_any_width() -> None:
+def test_attention_supports_any_width() -> None:
     assert tiny_network(mixers=("scale_attention",), width=48, head_dim=64)(*network_inputs()).shape == (3, 30, 48)
 
 
 @torch.no_grad()
-def test_scale_mamba_sees_all_of_its_scale() -> None:
+def test_scale_mamba_sees_its_complete_scale() -> None:
     mixer = tiny_network(mixers=("scale_mamba",), depth=1).blocks[0].mixers[0]
     x = torch.randn(1, SCHEDULE.num_tokens, 64, generator=torch.Generator().manual_seed(0))
-    begin, end = SCHEDULE.offsets[2], SCHEDULE.offsets[3]
-    for token in (begin, end - 1):
+    start, end = SCHEDULE.offsets[2], SCHEDULE.offsets[3]
+    for token in (start, end - 1):
         changed = x.clone()
         changed[:, token] += 1.0
         moved = (mixer(x, SCHEDULE.shapes)[0] - mixer(changed, SCHEDULE.shapes)[0]).abs().sum(dim=(0, 2)) > 0
-        assert moved.nonzero().flatten().tolist() == list(range(begin, end))
+        assert moved.nonzero().flatten().tolist() == list(range(start, end))
 
 
-def test_the_class_reaches_every_token(network: MVAR) -> None:
+def test_the_class_affects_each_token(network: MVAR) -> None:
     labels, scale_inputs = network_inputs()
     with torch.no_grad():
         difference = network(labels, scale_inputs) - network((labels + 1) % 11, scale_inputs)
@@ -204,7 +207,7 @@ def test_the_class_reaches_every_token(network: MVAR) -> None:
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
-def test_scores_are_those_of_all_logits_but_no_logits_are_kept(
+def test_scoring_matches_full_logits_without_saving_them(
     network: MVAR, monkeypatch: pytest.MonkeyPatch, images: int
 ) -> None:
     labels, scale_inputs = network_inputs()
@@ -216,20 +219,20 @@ def test_scores_are_those_of_all_logits_but_no_logits_are_kept(
     weights = torch.linspace(-1, 1, b * l).view(b, l)
     gradients = torch.autograd.grad((expected * weights).sum(), list(network.parameters()))
 
-    monkeypatch.setattr("lightning_mvar.models.mvar.LOGITS_AT_ONCE", images * l * v)
-    kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        losses, correct = network(labels, scale_inputs, tokens)
-    assert not any(shape[-1:] == (v,) and len(shape) > 1 for shape in kept)
+    monkeypatch.setattr("lightning_mvar.models.scoring.LOGITS_AT_ONCE", images * l * v)
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        losses, correct = network.score(labels, scale_inputs, tokens)
+    assert not any(shape[-1:] == (v,) and len(shape) > 1 for shape in saved)
     torch.testing.assert_close(losses, expected)
     assert torch.equal(correct, (logits.argmax(-1) == tokens).float())
     assert 0 < correct.mean() < 1
-    found = torch.autograd.grad((losses * weights).sum(), list(network.parameters()))
-    for a, e in zip(found, gradients, strict=True):
+    score_gradients = torch.autograd.grad((losses * weights).sum(), list(network.parameters()))
+    for a, e in zip(score_gradients, gradients, strict=True):
         torch.testing.assert_close(a, e)
 
 
-def test_initial_weights_have_the_designed_spread() -> None:
+def test_initial_weights_have_the_specified_std() -> None:
     torch.manual_seed(0)
     config = MVARConfig(ScaleSchedule((1, 2, 3)), 4, 256, 4, 512, 32, 100, adaln_gate_init=1e-3)
     network = MVAR(config)
@@ -251,8 +254,8 @@ def test_initial_weights_have_the_designed_spread() -> None:
         (mamba.out_proj.weight, std),
         (mamba.conv1d.weight, 0.02),
     ]
-    for weight, spread in expected:
-        assert float(weight.detach().std()) == pytest.approx(spread, rel=0.05)
+    for weight, expected_std in expected:
+        assert float(weight.detach().std()) == pytest.approx(expected_std, rel=0.05)
     for bias in (network.head.bias, block.adaln.bias, attention.q_bias, attention.proj.bias, mamba.conv1d.bias):
         assert not bias.any()
     assert attention.qk_scale_log.tolist() == pytest.approx([math.log(4)] * 4)
@@ -275,8 +278,8 @@ def test_initial_weights_of_a_shared_adaln() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_weights_of_a_network_built_on_the_meta_device_are_all_initialised(variant: dict[str, object]) -> None:
-    """`to_empty` leaves garbage: init_weights must reach every parameter."""
+def test_init_weights_reaches_each_parameter_of_a_meta_network(variant: dict[str, object]) -> None:
+    """`to_empty` leaves garbage, so init_weights must reach each parameter."""
     with torch.device("meta"):
         network = MVAR(MVARConfig(SCHEDULE, 2, 64, 2, 48, 8, 10, **variant))
     network.to_empty(device="cpu")
@@ -287,7 +290,7 @@ def test_weights_of_a_network_built_on_the_meta_device_are_all_initialised(varia
     assert [name for name, p in network.named_parameters() if not p.isfinite().all()] == []
 
 
-def test_the_temperature_of_qk_norm_is_capped_at_100() -> None:
+def test_the_qk_norm_scale_is_capped_at_100() -> None:
     attention = tiny_network().blocks[0].mixers[0]
     assert isinstance(attention, Attention)
     x = torch.randn(1, 30, 64)
@@ -298,7 +301,7 @@ def test_the_temperature_of_qk_norm_is_capped_at_100() -> None:
     torch.testing.assert_close(*outputs)
 
 
-def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
+def test_drop_path_keeps_the_mean_and_drops_complete_samples() -> None:
     torch.manual_seed(0)
     dropped = DropPath(0.25).train()(torch.ones(4000, 3, 2))
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.05)
@@ -307,7 +310,7 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
 
 
 def test_drop_path_rises_linearly_over_the_blocks() -> None:
-    """Published: 0.1 D / 24 in the last block, 0 in the first."""
+    """Published rates: 0 in the first block, 0.1 D / 24 in the last."""
     with torch.device("meta"):
         network = MVAR(MVARConfig.for_size("d24", vocab_size=8))
     assert [block.drop_path.rate for block in network.blocks] == pytest.approx([0.1 * i / 23 for i in range(24)])
@@ -317,24 +320,27 @@ def test_drop_path_rises_linearly_over_the_blocks() -> None:
     ("overrides", "message"),
     [
         ({"heads": 3}, "not a multiple of network.heads"),
-        ({"mixers": ("attention",)}, "'attention'; there are scale_attention"),
-        ({"mixers": (("mamba2",), ("mamba3",))}, "'mamba3'; there are scale_attention"),
-        ({"mixers": "mamba2"}, "must be a list of names, or of such lists, got 'mamba2'"),
-        ({"mixers": ("mamba2", ("mamba1",))}, "must be a list of names, or of such lists"),
+        ({"mixers": ("attention",)}, "unknown mixer 'attention'; choose from scale_attention"),
+        ({"mixers": (("mamba2",), ("mamba3",))}, "unknown mixer 'mamba3'; choose from scale_attention"),
+        ({"mixers": "mamba2"}, "must be a list of names or a list of such lists, got 'mamba2'"),
+        ({"mixers": ("mamba2", ("mamba1",))}, "must be a list of names or a list of such lists"),
         (
             {"mixers": ("scale_attention",), "scan_order": "both"},
-            "scan_order both is for gated_linear_attention, .*none",
+            "scan_order both needs one of gated_linear_attention, .* in network.mixers",
         ),
-        ({"mixers": (("mamba2",), ()), "shared_adaln": True}, "must give all as many"),
-        ({"prediction": "token"}, "scale_attention sees whole scales"),
-        ({"prediction": "token", "mixers": ("mamba2",), "scan_order": "both"}, "scan_order both sees whole scales"),
-        ({"prediction": "image"}, "'image' is none of scale, token"),
-        ({"scan_order": "spiral"}, "'spiral' is none of raster, column"),
+        (
+            {"mixers": (("mamba2",), ()), "shared_adaln": True},
+            "shared_adaln needs the same number of mixers in each block",
+        ),
+        ({"prediction": "token"}, "scale_attention needs complete scales"),
+        ({"prediction": "token", "mixers": ("mamba2",), "scan_order": "both"}, "scan_order both needs complete scales"),
+        ({"prediction": "image"}, "network.prediction must be one of scale, token, got 'image'"),
+        ({"scan_order": "spiral"}, "network.scan_order must be one of raster, column, .* got 'spiral'"),
         ({"window": 4}, "odd and positive, got 4"),
         ({"width": 48, "head_dim": 64}, "head_dim 64"),
         ({"depth": 0}, "network.depth must be at least 1"),
     ],
 )
-def test_impossible_configurations_are_refused(overrides: dict[str, object], message: str) -> None:
+def test_invalid_configurations_are_rejected(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny_network(**overrides)

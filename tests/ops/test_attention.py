@@ -1,4 +1,4 @@
-"""Attention without masks against one masked softmax over the whole sequence."""
+"""Mask-free attention against a single masked softmax over the full sequence."""
 
 import inspect
 from itertools import pairwise
@@ -14,12 +14,12 @@ from lightning_mvar.ops.attention import (
     attend_previous,
     attend_window,
     attend_within_scales,
-    sequence_begins,
+    sequence_offsets,
 )
 from lightning_mvar.ops.kernels import look_for_kernels
 
 SCHEDULE = ScaleSchedule((1, 2, 3))
-OBLONG = ScaleSchedule(((1, 2), (3, 4)))  # as many tokens
+OBLONG = ScaleSchedule(((1, 2), (3, 4)))  # same number of tokens
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
@@ -38,52 +38,52 @@ def test_within_scales_is_a_block_diagonal_mask(qkv: Tensor) -> None:
     torch.testing.assert_close(attend_within_scales(*qkv, SCHEDULE.lengths, 0.3), expected)
 
 
-def plain_varlen(q, k, v, begin_q, begin_k, longest_q, longest_k):  # type: ignore[no-untyped-def]
-    """What the kernel is documented to do with packed (tokens, heads, channels), sequence by sequence."""
-    assert begin_q.dtype == torch.int32
-    assert torch.equal(begin_q, begin_k)
-    assert longest_q == longest_k == int(begin_q.diff().max())
+def reference_varlen(q, k, v, offsets_q, offsets_k, longest_q, longest_k):  # type: ignore[no-untyped-def]
+    """Implements the documented kernel on packed (tokens, heads, channels), one sequence at a time."""
+    assert offsets_q.dtype == torch.int32
+    assert torch.equal(offsets_q, offsets_k)
+    assert longest_q == longest_k == int(offsets_q.diff().max())
     outputs = []
-    for begin, end in pairwise(begin_q.tolist()):
-        rows = [t[begin:end].transpose(0, 1) for t in (q, k, v)]
-        everything = torch.ones(end - begin, end - begin, dtype=torch.bool)
-        outputs.append(masked_attention(*rows, everything, q.shape[-1] ** -0.5).transpose(0, 1))
+    for start, end in pairwise(offsets_q.tolist()):
+        sequence = [t[start:end].transpose(0, 1) for t in (q, k, v)]
+        no_mask = torch.ones(end - start, end - start, dtype=torch.bool)
+        outputs.append(masked_attention(*sequence, no_mask, q.shape[-1] ** -0.5).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def test_packed_attention_hands_the_kernel_every_scale_of_every_image(qkv: Tensor) -> None:
+def test_packed_attention_passes_each_scale_as_one_sequence(qkv: Tensor) -> None:
     expected = attend_within_scales(*qkv, SCHEDULE.lengths, 0.3)
-    torch.testing.assert_close(attend_packed(plain_varlen, *qkv, SCHEDULE.lengths, 0.3), expected)
+    torch.testing.assert_close(attend_packed(reference_varlen, *qkv, SCHEDULE.lengths, 0.3), expected)
     kernel = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
     arguments = list(inspect.signature(kernel).parameters.values())
     assert [a.name for a in arguments[:7]] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert all(a.default is not inspect.Parameter.empty for a in arguments[7:])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for packed sequences is CUDA's")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_kernel_for_packed_sequences_agrees_forwards_and_backwards(dtype: torch.dtype) -> None:
+def test_the_variable_length_kernel_matches_outputs_and_gradients(dtype: torch.dtype) -> None:
     look_for_kernels()
     q, k, v = torch.randn(3, 2, 4, SCHEDULE.num_tokens, 64, device="cuda", dtype=dtype)
     expected_inputs = [t.float().requires_grad_() for t in (q, k, v)]
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     expected = attend_within_scales(*expected_inputs, SCHEDULE.lengths, 0.3)
-    found = attend_within_scales(*inputs, SCHEDULE.lengths, 0.3)
+    actual = attend_within_scales(*inputs, SCHEDULE.lengths, 0.3)
     weights = torch.randn_like(expected)
     tolerance = {"rtol": 0.02, "atol": 0.02}
-    torch.testing.assert_close(found.float(), expected, **tolerance)
-    (found * weights).sum().backward()
+    torch.testing.assert_close(actual.float(), expected, **tolerance)
+    (actual * weights).sum().backward()
     (expected * weights).sum().backward()
     for a, e in zip(inputs, expected_inputs, strict=True):
         torch.testing.assert_close(a.grad.float(), e.grad, **tolerance)
 
 
-def test_where_sequences_begin_may_be_asked_first_in_inference() -> None:
+def test_sequence_offsets_cached_in_inference_mode_support_autograd() -> None:
     with torch.inference_mode():
-        begins = sequence_begins((1, 4, 9), 2, torch.device("cpu"))
-    assert begins.tolist() == [0, 1, 5, 14, 15, 19, 28]
+        offsets = sequence_offsets((1, 4, 9), 2, torch.device("cpu"))
+    assert offsets.tolist() == [0, 1, 5, 14, 15, 19, 28]
     x = torch.ones(7, requires_grad=True)
-    (x * begins).sum().backward()
+    (x * offsets).sum().backward()
 
 
 def test_block_causal_is_a_mask_over_scales(qkv: Tensor) -> None:
@@ -94,9 +94,9 @@ def test_block_causal_is_a_mask_over_scales(qkv: Tensor) -> None:
 
 def test_block_causal_continues_after_cached_keys(qkv: Tensor) -> None:
     q, k, v = qkv
-    whole = attend_block_causal(q, k, v, SCHEDULE.lengths, 0.3)
+    full = attend_block_causal(q, k, v, SCHEDULE.lengths, 0.3)
     last = attend_block_causal(q[:, :, 5:], k, v, SCHEDULE.lengths[2:], 0.3)
-    torch.testing.assert_close(last, whole[:, :, 5:])
+    torch.testing.assert_close(last, full[:, :, 5:])
 
 
 def test_token_by_token_is_a_causal_mask(qkv: Tensor) -> None:
@@ -105,7 +105,7 @@ def test_token_by_token_is_a_causal_mask(qkv: Tensor) -> None:
     torch.testing.assert_close(attend_block_causal(*qkv, (1,) * n, 0.3), expected)
 
 
-def test_the_previous_scale_and_the_own_are_two_blocks_of_a_mask(qkv: Tensor) -> None:
+def test_previous_scale_attention_is_a_two_block_mask(qkv: Tensor) -> None:
     ids = SCHEDULE.scale_ids
     expected = masked_attention(*qkv, (ids[:, None] == ids) | (ids[:, None] == ids + 1), 0.3)
     torch.testing.assert_close(attend_previous(*qkv, SCHEDULE.lengths, 0.3), expected)
@@ -113,20 +113,22 @@ def test_the_previous_scale_and_the_own_are_two_blocks_of_a_mask(qkv: Tensor) ->
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, OBLONG])
 @pytest.mark.parametrize("window", [1, 3, 5])
-def test_a_window_is_a_mask_of_neighbours_on_the_map(qkv: Tensor, window: int, schedule: ScaleSchedule) -> None:
-    places = [
+def test_window_attention_is_a_mask_of_neighbours_on_the_map(qkv: Tensor, window: int, schedule: ScaleSchedule) -> None:
+    positions = [
         (k, row, column)
         for k, (height, width) in enumerate(schedule.shapes)
         for row in range(height)
         for column in range(width)
     ]
     reach = window // 2
-    allowed = [[a[0] == b[0] and max(abs(a[1] - b[1]), abs(a[2] - b[2])) <= reach for b in places] for a in places]
+    allowed = [
+        [a[0] == b[0] and max(abs(a[1] - b[1]), abs(a[2] - b[2])) <= reach for b in positions] for a in positions
+    ]
     expected = masked_attention(*qkv, torch.tensor(allowed), 0.3)
     torch.testing.assert_close(attend_window(*qkv, schedule.shapes, window, 0.3), expected)
 
 
-def test_a_window_as_large_as_the_map_sees_all_of_it(qkv: Tensor) -> None:
+def test_a_window_covering_the_map_equals_attention_within_scales(qkv: Tensor) -> None:
     torch.testing.assert_close(
         attend_window(*qkv, SCHEDULE.shapes, 5, 0.3), attend_within_scales(*qkv, SCHEDULE.lengths, 0.3)
     )

@@ -1,20 +1,20 @@
-"""The chunked scan against the plain loop: output, final state and every gradient."""
+"""The chunked scan against the loop: output, final state and each gradient."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_mvar.ops.kernels import FOUND, look_for_kernels
+from lightning_mvar.ops.kernels import KERNELS, look_for_kernels
 from lightning_mvar.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 
 LENGTHS = [1, 2, 63, 64, 65, 680]
-# Worst difference over the largest magnitude. In bfloat16 the loop rounds only inputs and output, the chunked form its
-# matrix products too: a few times the rounding unit of 2 ** -8.
+# Maximum difference over maximum magnitude. In bfloat16 the loop rounds only inputs and output, the chunked form also
+# its matrix products: a few times the rounding unit of 2 ** -8.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 def scan_inputs(length: int, dtype: torch.dtype, b: int = 2, h: int = 3, p: int = 8, n: int = 5) -> list[Tensor]:
-    """x, dt, A, B, C, state in the order of the arguments; the state is not zero."""
+    """Returns x, dt, A, B, C and a nonzero state, in argument order."""
     generator = torch.Generator().manual_seed(length)
     randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     x, B, C = randn(b, length, h, p).to(dtype), randn(b, length, n).to(dtype), randn(b, length, n).to(dtype)
@@ -49,16 +49,16 @@ def test_the_chunk_size_does_not_change_the_result(chunk_size: int) -> None:
         assert relative_error(actual, expected) < 2e-5
 
 
-def test_pieces_with_the_state_handed_on_equal_one_scan() -> None:
+def test_scanning_in_pieces_equals_one_scan() -> None:
     x, dt, A, B, C, state = scan_inputs(30, torch.float32)
-    whole, final = ssd(x, dt, A, B, C, state)
-    parts, begin = [], 0
+    full, final = ssd(x, dt, A, B, C, state)
+    parts, start = [], 0
     for length in (1, 4, 9, 16):
-        part = slice(begin, begin + length)
+        part = slice(start, start + length)
         y, state = ssd(x[:, part], dt[:, part], A, B[:, part], C[:, part], state)
         parts.append(y)
-        begin += length
-    assert relative_error(torch.cat(parts, dim=1), whole) < 1e-5
+        start += length
+    assert relative_error(torch.cat(parts, dim=1), full) < 1e-5
     assert relative_error(state, final) < 1e-5
 
 
@@ -69,26 +69,26 @@ def test_no_initial_state_means_zeros() -> None:
             assert torch.equal(actual, expected)
 
 
-def test_decays_beyond_what_float32_holds_equal_the_loop() -> None:
+def test_decays_that_underflow_float32_equal_the_loop() -> None:
     results = []
     for scan in (ssd_recurrent, ssd_chunked):
         x, _, _, B, C, state = scan_inputs(100, torch.float32)
         inputs = [x, torch.full((2, 100, 3), 20.0), torch.tensor([-16.0, -1.0, -1e-3]), B, C, state]
-        y, after = scan(*(t.requires_grad_() for t in inputs))
-        (y.square().sum() + after.square().sum()).backward()
-        results.append([y, after, *[t.grad for t in inputs]])
+        y, final = scan(*(t.requires_grad_() for t in inputs))
+        (y.square().sum() + final.square().sum()).backward()
+        results.append([y, final, *[t.grad for t in inputs]])
     for expected, actual in zip(*results, strict=True):
         assert relative_error(actual, expected) < 2e-5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="mamba-ssm's kernel is CUDA's")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the mamba-ssm kernel needs CUDA")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("length", [63, 64, 680])
 def test_the_kernel_equals_the_loop_in_outputs_state_and_gradients(length: int, dtype: torch.dtype) -> None:
-    """With a state to begin with, as in sampling; in TF32 where the inputs are float32."""
+    """Starts from a nonzero state, as in sampling; float32 inputs use TF32."""
     pytest.importorskip("mamba_ssm")
     look_for_kernels()
-    assert "scan" in FOUND
+    assert "scan" in KERNELS
     inputs = [t.cuda().requires_grad_() for t in scan_inputs(length, dtype, h=4, p=64, n=64)]
     expected_inputs = [t.detach().clone().requires_grad_() for t in inputs]
     (y, state), (expected_y, expected_state) = ssd(*inputs), ssd_recurrent(*expected_inputs)
@@ -99,6 +99,6 @@ def test_the_kernel_equals_the_loop_in_outputs_state_and_gradients(length: int, 
     weights = torch.randn_like(y)
     ((y * weights).sum() + state.sum()).backward()
     ((expected_y * weights).sum() + expected_state.sum()).backward()
-    for found, expected in zip(inputs, expected_inputs, strict=True):
-        assert found.grad is not None
-        assert relative_error(found.grad, expected.grad) < 5e-2
+    for actual, expected in zip(inputs, expected_inputs, strict=True):
+        assert actual.grad is not None
+        assert relative_error(actual.grad, expected.grad) < 5e-2

@@ -6,16 +6,17 @@ from conftest import MIXERS, OBLONG, SCHEDULE, random_tokens, tiny_network
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
 from lightning_mvar.errors import InputError
+from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.sampling.generate import (
-    Known,
+    KnownTokens,
     compile_steps,
     draw,
     gumbel_mixture,
-    image_generators,
     teacher_inputs,
-    tokens_kept,
+    kept_tokens_mask,
     truncate,
 )
+from lightning_mvar.sampling.settings import SamplingSettings, image_generators
 
 LABELS = torch.tensor([0, 3, 9, 3])
 KINDS = {name: {"mixers": mixers} for name, mixers in MIXERS.items()} | {
@@ -110,7 +111,9 @@ def test_top_k_and_top_p_keep_what_a_plain_loop_keeps() -> None:
 def test_draws_have_the_truncated_distribution() -> None:
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5]).expand(1, 40_000, 5)
     uniforms = torch.rand(1, 40_000, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(draw(logits, uniforms, 3, 1.0).flatten(), minlength=5) / 40_000
+    counts = (
+        torch.bincount(draw(logits, uniforms, SamplingSettings(top_k=3, top_p=1.0)).flatten(), minlength=5) / 40_000
+    )
     expected = torch.tensor([2.0, -torch.inf, 1.0, -torch.inf, 1.5]).softmax(dim=0)
     torch.testing.assert_close(counts, expected, atol=0.01, rtol=0)
 
@@ -118,7 +121,7 @@ def test_draws_have_the_truncated_distribution() -> None:
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
 def test_extreme_uniforms_draw_a_token_that_is_kept(uniform: float) -> None:
     logits = torch.randn(1, 50, 30, generator=torch.Generator().manual_seed(0)) * 3
-    tokens = draw(logits, torch.full((1, 50), uniform), 20, 0.7)
+    tokens = draw(logits, torch.full((1, 50), uniform), SamplingSettings(top_k=20, top_p=0.7))
     kept, order = truncate(logits, 20, 0.7)
     dense = torch.zeros_like(logits).scatter(-1, order, kept)
     assert (dense.gather(-1, tokens[..., None]) > 0).all()
@@ -126,7 +129,9 @@ def test_extreme_uniforms_draw_a_token_that_is_kept(uniform: float) -> None:
 
 def test_the_gumbel_mixture_sharpens_with_the_scale() -> None:
     logits, uniforms = torch.randn(2, 6, 12), torch.rand(2, 6, 12)
-    coarse, fine = (gumbel_mixture(logits, uniforms, ratio, 5, 1.0) for ratio in (0.0, 1.0))
+    coarse, fine = (
+        gumbel_mixture(logits, uniforms, ratio, SamplingSettings(top_k=5, top_p=1.0)) for ratio in (0.0, 1.0)
+    )
     for weights in (coarse, fine):
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 6))
         assert ((weights > 0).sum(dim=-1) <= 5).all()
@@ -167,7 +172,7 @@ def test_lowered_networks_keep_decays_and_codes_and_stay_near(
     logits = network(LABELS, inputs)
     kept = ("A_log", "dt_bias", "log", "head.weight", "head.bias", "head_adaln.weight", "head_adaln.bias")
     exact = {name: p.clone() for name, p in network.named_parameters() if name.endswith(kept)}
-    network.lower(dtype)
+    lower_precision(network, dtype)
     tokenizer.lower(dtype)
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, exact[name]) if name in exact else parameter.dtype == dtype
@@ -210,7 +215,7 @@ def test_keeping_nothing_is_sampling_and_keeping_everything_is_reconstruction(
     given = random_tokens(4, seed=3)
 
     def drawn(keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        known = None if keep is None else Known(given, keep)
+        known = None if keep is None else KnownTokens(given, keep)
         generators = image_generators(0, range(4))
         return generate(
             network, tokenizer, LABELS, generator=generators, known=known, smooth=smooth, return_tokens=True
@@ -228,19 +233,19 @@ def test_the_rest_is_drawn_from_logits_that_see_what_is_kept(network: MVAR, toke
     """Greedily drawn tokens are the likeliest of a full pass over drawn and kept ones together."""
     given, keep = random_tokens(4, seed=3), torch.rand(4, SCHEDULE.num_tokens) < 0.5
     _, tokens = generate(
-        network, tokenizer, LABELS, guidance=0.0, top_k=1, known=Known(given, keep), return_tokens=True
+        network, tokenizer, LABELS, guidance=0.0, top_k=1, known=KnownTokens(given, keep), return_tokens=True
     )
     assert torch.equal(tokens[keep], given[keep])
     likeliest = network(LABELS, teacher_inputs(network.config, tokenizer, tokens)).argmax(dim=-1)
     assert torch.equal(tokens[~keep], likeliest[~keep])
     with pytest.raises(InputError, match=r"must both be \(4, 30\), got \(4, 30\) and \(1, 30\)"):
-        generate(network, tokenizer, LABELS, known=Known(given, keep[:1]))
+        generate(network, tokenizer, LABELS, known=KnownTokens(given, keep[:1]))
 
 
 def test_a_token_is_kept_where_half_of_its_cell_is() -> None:
     left = torch.zeros(12, 12, dtype=torch.bool)
     left[:, :6] = True
-    parts = tokens_kept(SCHEDULE, left).split(SCHEDULE.lengths)
+    parts = kept_tokens_mask(SCHEDULE, left).split(SCHEDULE.lengths)
     assert [
         part.view(side, side).int().sum(dim=0).tolist() for part, side in zip(parts, (1, 2, 3, 4), strict=True)
     ] == [
@@ -249,7 +254,7 @@ def test_a_token_is_kept_where_half_of_its_cell_is() -> None:
         [3, 3, 0],  # the middle column of three is half kept
         [4, 4, 0, 0],
     ]
-    oblong = tokens_kept(OBLONG, left[:6]).split(OBLONG.lengths)
+    oblong = kept_tokens_mask(OBLONG, left[:6]).split(OBLONG.lengths)
     assert [part.int().tolist() for part in oblong] == [[1], [1, 0], [1, 1, 0] * 3, [1, 1, 1, 0, 0, 0] * 3]
-    assert not tokens_kept(SCHEDULE, torch.zeros(12, 12, dtype=torch.bool)).any()
-    assert tokens_kept(SCHEDULE, torch.ones(12, 12, dtype=torch.bool)).all()
+    assert not kept_tokens_mask(SCHEDULE, torch.zeros(12, 12, dtype=torch.bool)).any()
+    assert kept_tokens_mask(SCHEDULE, torch.ones(12, 12, dtype=torch.bool)).all()

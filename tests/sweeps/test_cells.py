@@ -1,4 +1,4 @@
-"""What a cell remembers of its tries, and what follows from it."""
+"""Attempts at a cell: their records, the state that follows from them, locks and signals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.locks import FileLock, is_locked
-from lightning_mvar.sweeps.cells import Cell, append, attempts, last_line, run_cell
-from lightning_mvar.sweeps.processes import CONTEXT, Stop, Surroundings, start, wait_unless
+from lightning_mvar.sweeps.cells import Cell, append_attempt, attempts, last_line, run_cell
+from lightning_mvar.sweeps.processes import FORKSERVER, ProcessContext, Stop, run_until_stopped, start
 
 GOOD, BAD = "--version", "no-such-command"
 
@@ -25,7 +25,7 @@ def make_cell(folder: Path, *commands: str) -> Cell:
     return cell
 
 
-def test_a_cell_runs_its_commands_until_one_fails_and_is_left_alone_once_it_has_finished(tmp_path: Path) -> None:
+def test_a_cell_runs_its_commands_until_one_fails_and_does_not_run_again_once_finished(tmp_path: Path) -> None:
     cell = make_cell(tmp_path, GOOD, BAD, "never")
     assert cell.state() == "waiting"
     assert run_cell(cell.folder, Stop()) == 1
@@ -45,13 +45,13 @@ def test_a_cell_runs_its_commands_until_one_fails_and_is_left_alone_once_it_has_
     assert [set(line) for line in lines] == [{"attempt", "begin"}, {"attempt", "end", "seconds", "code"}] * 2
 
 
-def test_cell_json_says_what_the_cell_is(tmp_path: Path) -> None:
+def test_cell_json_holds_the_definition_of_the_cell(tmp_path: Path) -> None:
     cell = make_cell(tmp_path, "fit --config a.yaml", GOOD)
-    about = json.loads((cell.folder / "cell.json").read_text())
-    configs = about.pop("configs")
-    assert configs == {}  # a.yaml is not there
+    definition = json.loads((cell.folder / "cell.json").read_text())
+    configs = definition.pop("configs")
+    assert configs == {}  # a.yaml does not exist
     commands = ["fit --config a.yaml", GOOD]
-    assert about == {"name": "mvar-seed3", "axes": {"mixer": "mvar"}, "seed": 3, "commands": commands}
+    assert definition == {"name": "mvar-seed3", "axes": {"mixer": "mvar"}, "seed": 3, "commands": commands}
     assert Cell.read(cell.folder) == cell
 
 
@@ -71,19 +71,21 @@ def test_cell_json_says_what_the_cell_is(tmp_path: Path) -> None:
 def test_the_state_is_that_of_the_last_attempt(tmp_path: Path, code: int | None, state: str) -> None:
     cell = make_cell(tmp_path, GOOD)
     for number, ended in ((1, 0 if code else 1), (2, code)):
-        append(cell.folder, {"attempt": number, "begin": "2026-01-01T00:00:00+00:00"})
+        append_attempt(cell.folder, {"attempt": number, "begin": "2026-01-01T00:00:00+00:00"})
         if ended is not None:
-            append(cell.folder, {"attempt": number, "end": "2026-01-01T00:00:01+00:00", "seconds": 1.0, "code": ended})
+            append_attempt(
+                cell.folder, {"attempt": number, "end": "2026-01-01T00:00:01+00:00", "seconds": 1.0, "code": ended}
+            )
     assert cell.state() == state
 
 
-def test_a_cell_that_has_been_begun_must_stay_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_started_cell_must_keep_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("steps: 1")
     cell = make_cell(tmp_path, "fit --config a.yaml")
     changed = Cell(cell.folder, cell.axes, cell.seed, ("fit --config a.yaml --more",))
-    changed.check()  # not begun: no matter
-    append(cell.folder, {"attempt": 1, "begin": "2026-01-01T00:00:00+00:00"})
+    changed.check()  # not started yet
+    append_attempt(cell.folder, {"attempt": 1, "begin": "2026-01-01T00:00:00+00:00"})
     cell.check()
     with pytest.raises(InputError, match=r"cell mvar-seed3 .*commands have changed.* another --out, or remove"):
         changed.check()
@@ -92,9 +94,9 @@ def test_a_cell_that_has_been_begun_must_stay_what_it_was(tmp_path: Path, monkey
         cell.check()
 
 
-def test_a_cell_waits_for_whoever_still_runs_it(tmp_path: Path) -> None:
+def test_a_cell_waits_for_the_process_that_still_runs_it(tmp_path: Path) -> None:
     cell = make_cell(tmp_path, GOOD)
-    lock = FileLock.take(cell.lock)
+    lock = FileLock.try_acquire(cell.lock)
     assert lock is not None
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(run_cell(cell.folder, Stop())))
@@ -107,28 +109,28 @@ def test_a_cell_waits_for_whoever_still_runs_it(tmp_path: Path) -> None:
     assert not is_locked(cell.lock)
 
 
-def test_whoever_waits_for_a_cell_can_be_stopped(tmp_path: Path) -> None:
+def test_waiting_for_a_cell_can_be_stopped(tmp_path: Path) -> None:
     cell, stop = make_cell(tmp_path, GOOD), Stop(signal.SIGTERM)
     assert run_cell(cell.folder, stop) == 143
     assert attempts(cell.folder) == []
 
 
-def held_up(words: list[str], lock: FileLock, ready: str) -> None:
-    """A parent that starts a command which hangs, and is killed."""
+def run_and_sleep(args: list[str], lock: FileLock, ready: str) -> None:
+    """Starts a command that hangs, then sleeps until it is killed."""
     import lightning_mvar.sweeps.processes as module
 
-    process = module.start(words, Surroundings(lock=lock), orphan_ends=True)
+    process = module.start(args, ProcessContext(lock=lock), die_with_parent=True)
     Path(ready).write_text(str(process.pid))
     time.sleep(60)
 
 
 def test_an_orphan_holds_the_lock_and_ends_by_sigterm(tmp_path: Path) -> None:
-    """Its command takes longer than the test: its file is a pipe that nobody writes to."""
+    """The command outlasts the test: its file is a pipe without a writer."""
     os.mkfifo(tmp_path / "sweep.yaml")
-    lock = FileLock.take(tmp_path / "lock")
+    lock = FileLock.try_acquire(tmp_path / "lock")
     assert lock is not None
     ready = tmp_path / "ready"
-    parent = CONTEXT.Process(target=held_up, args=(["sweep", str(tmp_path / "sweep.yaml")], lock, str(ready)))
+    parent = FORKSERVER.Process(target=run_and_sleep, args=(["sweep", str(tmp_path / "sweep.yaml")], lock, str(ready)))
     parent.start()
     lock.release()
     while not ready.exists() or not ready.read_text():
@@ -138,23 +140,23 @@ def test_an_orphan_holds_the_lock_and_ends_by_sigterm(tmp_path: Path) -> None:
     parent.join()
     end = time.monotonic() + 30
     while is_locked(tmp_path / "lock"):
-        assert time.monotonic() < end, "the orphan goes on"
+        assert time.monotonic() < end, "the orphan still runs"
         time.sleep(0.02)
 
 
-def test_stop_ends_a_command_that_is_under_way(tmp_path: Path) -> None:
+def test_stop_ends_a_running_command(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "sweep.yaml")
     stop = Stop()
     timer = threading.Timer(1.0, lambda: setattr(stop, "signal", signal.SIGINT))
     timer.start()
-    assert wait_unless(stop, ["sweep", str(tmp_path / "sweep.yaml")]) == -signal.SIGTERM
-    assert wait_unless(stop, [GOOD]) == 130
+    assert run_until_stopped(stop, ["sweep", str(tmp_path / "sweep.yaml")]) == -signal.SIGTERM
+    assert run_until_stopped(stop, [GOOD]) == 130
 
 
 def test_a_command_has_its_share_of_the_threads_and_its_own_log(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("before\n")
-    process = start([GOOD], Surroundings(log=log, share=2))
+    process = start([GOOD], ProcessContext(log=log, concurrency=2))
     process.join()
     assert process.exitcode == 0
     assert log.read_text().startswith("before\nlightning-mvar 0")

@@ -1,4 +1,4 @@
-"""What is drawn in the figures of a sweep: the numbers on their lines, and that a legend covers none of them."""
+"""Figures of a sweep: the numbers on their lines, and legends that do not cover the plots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sweep_folder import BATCH, DEPTHS, MIXERS, SEEDS, SIDES, STEPS, write_sweep
 
-from lightning_mvar.sweeps.figures import all_figures, looks_in_turn
+from lightning_mvar.sweeps.figures import all_figures, style_cycle
 from lightning_mvar.sweeps.results import Sweep, read_results
 from lightning_mvar.sweeps.variants import Variant, variants_of
 
@@ -34,12 +34,12 @@ def figures(sweep: Sweep, variants: list[Variant]) -> dict[str, Figure]:
 
 
 def named(plot: Axes) -> dict[str, np.ndarray]:
-    """Points (n, 2) of the lines that the legend explains."""
+    """Returns the points (n, 2) of the lines in the legend, by label."""
     return {str(ln.get_label()): ln.get_xydata() for ln in plot.lines if not str(ln.get_label()).startswith("_")}
 
 
 def unnamed(plot: Axes) -> list[tuple[float, float]]:
-    """Points of all others."""
+    """Returns the points of all lines that are not in the legend."""
     return [tuple(p) for ln in plot.lines if str(ln.get_label()).startswith("_") for p in ln.get_xydata()]
 
 
@@ -78,14 +78,14 @@ def test_losses_of_scales_are_differences_with_the_same_seed(figures: dict[str, 
         for side in SIDES
     ]
     np.testing.assert_allclose(lines["var-depth2"][:, 1], np.mean(expected, axis=1), atol=1e-5)
-    np.testing.assert_allclose(np.round(lines["var-depth2"][:, 0]), range(len(SIDES)))  # beside its scale's tick
+    np.testing.assert_allclose(np.round(lines["var-depth2"][:, 0]), range(len(SIDES)))  # near the tick of its scale
     points = np.array([y for _, y in unnamed(plot)])
     assert all(np.abs(points - value).min() < 1e-5 for value in np.ravel(expected))
     assert [tick.get_text() for tick in plot.get_xticklabels()] == ["1", "2", "4"]
 
 
 def test_an_axis_of_numbers_has_a_line_for_each_value_of_the_others(figures: dict[str, Figure]) -> None:
-    assert [name for name in figures if name.startswith("axis_")] == ["axis_depth"]  # not of words
+    assert [name for name in figures if name.startswith("axis_")] == ["axis_depth"]  # not for named values
     losses, distances = figures["axis_depth"].axes
     assert list(named(losses)) == list(named(distances)) == list(MIXERS)
     means = [[int(d), mean([sweep_folder.loss("markov", d, seed) for seed in SEEDS])] for d in DEPTHS]
@@ -102,18 +102,18 @@ def test_legends_lie_beside_the_plots(figures: dict[str, Figure]) -> None:
             assert not legend.get_window_extent().overlaps(plot.get_window_extent())
 
 
-def test_a_variant_looks_alike_in_all_figures_and_unlike_others(figures: dict[str, Figure]) -> None:
+def test_a_variant_has_one_style_in_all_figures_that_differs_from_others(figures: dict[str, Figure]) -> None:
     colours = [
         {ln.get_label(): ln.get_color() for ln in figures[n].axes[0].lines} for n in ("loss_compute", "distance_cost")
     ]
     assert {name: colours[0][name] for name in NAMES} == {name: colours[1][name] for name in NAMES}
-    looks = [look for look, _ in zip(looks_in_turn(), range(20), strict=False)]
-    assert len({(look["color"], look["linestyle"]) for look in looks}) == 20
+    styles = [style for style, _ in zip(style_cycle(), range(20), strict=False)]
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == 20
 
 
-def test_a_sweep_that_is_not_evaluated_and_has_one_cell_has_the_figures_it_can(sweep: Sweep) -> None:
+def test_a_single_cell_without_scores_has_only_the_loss_figure(sweep: Sweep) -> None:
     (cell, *_) = sweep.cells
     measures = {name: value for name, value in cell.measures.items() if name != "frechet_distance"}
     one = replace(sweep, cells=[replace(cell, measures=measures)])
-    found = variants_of(one)
-    assert list(all_figures(one, found, found[0])) == ["loss_compute"]
+    variants = variants_of(one)
+    assert list(all_figures(one, variants, variants[0])) == ["loss_compute"]

@@ -1,4 +1,4 @@
-"""Every launcher runs the same cells to the same results."""
+"""Launchers: all of them run the same cells to the same results."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lightning_mvar.sweeps.cells import Cell, attempts
 from lightning_mvar.sweeps.launchers import CellJob, Launcher, local_launcher, ray_launcher, submitit_launcher
 from lightning_mvar.sweeps.processes import Stop
 
-CHOOSE: dict[str, Callable[[Path], Launcher]] = {
+MAKE_LAUNCHER: dict[str, Callable[[Path], Launcher]] = {
     "submitit": lambda folder: submitit_launcher(2, folder / "submitit", {"cluster": "local", "timeout_min": 5}),
     "ray": lambda folder: ray_launcher(2, folder / "ray", {"cpu": 1}),
 }
 
 
 def make_cells(root: Path) -> list[Cell]:
-    """A cell that trains the tiny network, and one that cannot."""
+    """Makes a cell that trains the tiny network, and one that crashes."""
     cells = []
     for name, options in (("good", "--seed_everything 3"), ("bad", "--data.train nowhere")):
         folder = root / "cells" / name
@@ -44,7 +44,7 @@ def weights(cell: Cell) -> dict[str, torch.Tensor]:
     return read_tensors((cell.folder / "checkpoints/last.ckpt").resolve(), "")
 
 
-@pytest.mark.parametrize("name", CHOOSE)
+@pytest.mark.parametrize("name", MAKE_LAUNCHER)
 def test_cells_end_as_with_the_local_launcher(
     name: str, tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,13 +53,13 @@ def test_cells_end_as_with_the_local_launcher(
     prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
     expected, cells = make_cells(Path("local")), make_cells(Path(name))
     local_launcher(1)([cell.folder for cell in expected], Stop())
-    CHOOSE[name](Path(name))([cell.folder for cell in cells], Stop())
+    MAKE_LAUNCHER[name](Path(name))([cell.folder for cell in cells], Stop())
     assert [cell.state() for cell in cells] == [cell.state() for cell in expected] == ["finished", "crashed"]
     assert [len(attempts(cell.folder)) for cell in cells] == [1, 1]
     assert "no token shards in nowhere" in cells[1].log.read_text()
-    found, same = weights(cells[0]), weights(expected[0])
-    assert found.keys() == same.keys()
-    assert max(float((value - same[key]).abs().max()) for key, value in found.items()) < 1e-6
+    trained, reference = weights(cells[0]), weights(expected[0])
+    assert trained.keys() == reference.keys()
+    assert max(float((value - reference[key]).abs().max()) for key, value in trained.items()) < 1e-6
 
 
 def test_nothing_new_starts_after_a_stop(tmp_path: Path) -> None:
@@ -68,19 +68,19 @@ def test_nothing_new_starts_after_a_stop(tmp_path: Path) -> None:
     assert [cell.state() for cell in cells] == ["waiting"] * 2
 
 
-def test_a_job_that_is_cut_short_saves_and_is_submitted_again(
+def test_a_job_at_its_time_limit_saves_and_is_submitted_again(
     tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What submitit does in the job's process before the time limit: call `checkpoint`, then leave."""
+    """Acts as submitit does in the job's process before the time limit: calls `checkpoint`, then exits."""
     pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
     prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
     cell = make_cells(tmp_path)[0]
     job = CellJob(cell.folder)
-    again: list[Any] = []
+    resubmitted: list[Any] = []
 
     def leave(number: int, frame: object) -> None:
-        again.append(job.checkpoint())
+        resubmitted.append(job.checkpoint())
         raise SystemExit(144)
 
     def warn_after_the_first_checkpoint() -> None:
@@ -88,15 +88,15 @@ def test_a_job_that_is_cut_short_saves_and_is_submitted_again(
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGUSR2)
 
-    before = signal.signal(signal.SIGUSR2, leave)
+    previous = signal.signal(signal.SIGUSR2, leave)
     threading.Thread(target=warn_after_the_first_checkpoint).start()
     try:
         with pytest.raises(SystemExit):
             job()
     finally:
-        signal.signal(signal.SIGUSR2, before)
+        signal.signal(signal.SIGUSR2, previous)
     assert cell.state() == "interrupted"
-    (delayed,) = pickle.loads(pickle.dumps(again))
+    (delayed,) = pickle.loads(pickle.dumps(resubmitted))
     assert delayed.result() == 0
     assert cell.state() == "finished"
     assert "resuming from" in cell.log.read_text()
@@ -108,4 +108,4 @@ def test_a_missing_package_is_named_with_its_extra(name: str, tmp_path: Path, mo
     with pytest.raises(
         InputError, match=rf"needs {name}: pip install 'lightning-mvar\[{'ray' if name == 'ray' else 'sweep'}\]'"
     ):
-        CHOOSE[name](tmp_path)
+        MAKE_LAUNCHER[name](tmp_path)

@@ -1,4 +1,4 @@
-"""What a sweep file means, and what it may not say."""
+"""Sweep files: the cells they describe, and the mistakes they are refused for."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_grid_is_the_product_of_the_axes_in_order(file: Path) -> None:
     assert names == [*mixers[0], *mixers[1]]
 
 
-def test_a_cell_has_the_words_of_its_values_then_of_budget_seed_and_folder(file: Path) -> None:
+def test_a_cell_has_the_arguments_of_its_values_then_of_budget_seed_and_folder(file: Path) -> None:
     sweep = read_sweep(file)
     cell = sweep.cell(sweep.variants()[5], 7, Path("out put"), ("--model.network.width", "48"))
     assert cell.folder == Path("out put/cells/var-depth2-fast-seed7")
@@ -70,14 +70,14 @@ def test_a_cell_has_the_words_of_its_values_then_of_budget_seed_and_folder(file:
     ]
 
 
-def test_the_rest_of_the_file(file: Path) -> None:
+def test_preparation_budget_and_seeds(file: Path) -> None:
     sweep = read_sweep(file)
     assert sweep.prepare == (("tokenize", "--images", "my images", "--out", "shards"),)
     assert sweep.budget == Budget("width", parameters=500_000)
     assert sweep.seeds == (0, 7)
 
 
-def test_a_file_of_fit_alone_is_one_cell_without_scores(tmp_path: Path) -> None:
+def test_a_file_with_only_fit_is_one_cell_without_scores(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("fit: --config run.yaml")
     sweep = read_sweep(tmp_path / "a.yaml")
     (variant,) = sweep.variants()
@@ -92,45 +92,49 @@ def test_listed_cells_replace_the_grid_and_lists_in_them_are_products(file: Path
     assert names == ["var-depth2-slow", "mvar-depth4-fast", "var-depth4-fast"]
 
 
-def test_values_become_words_as_the_command_line_takes_them_and_names_that_a_folder_can_have(file: Path) -> None:
+def test_values_become_arguments_and_labels_that_a_folder_name_can_hold(file: Path) -> None:
     values = "[true, null, 1e-3, 0.5, [a, b], text]"
     edited(file, ("model.network.depth: [2, 4]", f"model.x: {values}"), ("  recipe", "  r"))
     (choices,) = (choices for axis, choices in read_sweep(file).axes.items() if axis == "x")
-    assert [choice.words[1] for choice in choices] == ["true", "null", "1e-3", "0.5", '["a", "b"]', "text"]
+    assert [choice.args[1] for choice in choices] == ["true", "null", "1e-3", "0.5", '["a", "b"]', "text"]
     assert [choice.label for choice in choices] == ["xTrue", "xNone", "x1e-3", "x0.5", "xa_b", "xtext"]
 
 
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("seeds:", "sedes:", "no 'sedes' in a sweep; there are fit, prepare"),
+        ("seeds:", "sedes:", "a sweep file has no key 'sedes'; its keys are fit, prepare"),
         ("fit: --config run.yaml", "fits: --config run.yaml", "'fits'"),
-        ("300", "300 --seed_everything 3", "`fit` has --seed_everything, which the sweep gives"),
+        ("300", "300 --seed_everything 3", "`fit` has --seed_everything, which the sweep sets"),
         ("300", "300 --trainer.default_root_dir=x", "leave it out"),
         ("--per_class 30", "--per_class 30 --json x", "`evaluate` has --json"),
         ("300", "300 'open", "No closing quotation"),
-        ("mixers/var.yaml", "mixers/rav.yaml", "axis mixer names mixers/rav.yaml, which is not here"),
+        ("mixers/var.yaml", "mixers/rav.yaml", "axis mixer names mixers/rav.yaml, which is not a file in"),
         ("mixers/var.yaml", "4", "axis mixer has YAML files and other values"),
         ("mixers/var.yaml", "mixers/mvar.yaml", "axis mixer has two values named mvar"),
         ("[2, 4]", "[]", "axis model.network.depth needs a list of values"),
         ("[2, 4]", "2", "axis model.network.depth needs a list of values"),
         ("model.network.depth", "model.mixer", "two axes are named mixer"),
-        ("model.network.depth", "seed", "seed is no axis"),
+        ("model.network.depth", "seed", "seed cannot be an axis"),
         ("[0, 7]", "[0, 0]", "`seeds` names one twice"),
         ("[0, 7]", "3", "`seeds` must be a list"),
         ("[0, 7]", "[]", "`seeds` must be a list"),
         ("[0, 7]", "[true]", "`seeds` must be a list"),
         ("by: width", "by: heads", "`budget` must be"),
         ("parameters: 5e5", "params: 5e5", "`budget` must be"),
-        ("parameters: 5e5", "parameters: many", "number of parameters from 1 on, got 'many'"),
-        ("parameters: 5e5", "parameters: 0", "number of parameters from 1 on"),
+        ("parameters: 5e5", "parameters: many", "needs at least 1 as its number of parameters, got 'many'"),
+        ("parameters: 5e5", "parameters: 0", "needs at least 1 as its number of parameters"),
         ("prepare: [tok", "prepare: tok [", "`prepare` must be a list"),
-        ("seeds", "cells: [{mixer: var, depth: 2}]\nseeds", "does not say its recipe"),
-        ("seeds", "cells: [{mixer: var, depth: 2, recipe: slow, width: 3}]\nseeds", "no axis to go with 'width'"),
+        ("seeds", "cells: [{mixer: var, depth: 2}]\nseeds", "does not give its recipe"),
+        (
+            "seeds",
+            "cells: [{mixer: var, depth: 2, recipe: slow, width: 3}]\nseeds",
+            "'width', which is not an axis",
+        ),
         (
             "seeds",
             "cells: [{mixer: var, depth: 3, recipe: slow}]\nseeds",
-            "axis depth has no value '3'; there are 2, 4",
+            "axis depth has no value '3'; it has 2, 4",
         ),
         ("seeds", "cells: []\nseeds", "`cells` must list maps"),
         ("axes:", "axes: [", "is not valid YAML"),

@@ -1,4 +1,4 @@
-"""Which commands run before the cells, and when again."""
+"""Preparation of a sweep: commands run once, and again after a change or a failure."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.locks import FileLock
 from lightning_mvar.sweeps import preparation
 from lightning_mvar.sweeps.preparation import prepare
-from lightning_mvar.sweeps.processes import Stop, Surroundings
+from lightning_mvar.sweeps.processes import ProcessContext, Stop
 
-LOCK = FileLock(-1)  # of the sweep, held by what runs
+LOCK = FileLock(-1)  # the sweep's lock, held by the running command
 COMMANDS = (("train-tokenizer", "--config", "a.yaml"), ("tokenize", "--images", "my images"), ("tokenize", "--more"))
 
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that were run; one with a file of its first word's name ends with the code in it."""
+    """Returns the commands that were run; a file named like a command's first argument holds its exit code."""
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("steps: 1")
-    made: list[list[str]] = []
+    recorded: list[list[str]] = []
 
-    def pretend(stop: Stop, words: list[str], surroundings: Surroundings) -> int:
-        assert surroundings.lock is LOCK
-        made.append(words)
-        return int(Path(words[0]).read_text()) if Path(words[0]).exists() else 0
+    def fake_run(stop: Stop, args: list[str], context: ProcessContext) -> int:
+        assert context.lock is LOCK
+        recorded.append(args)
+        return int(Path(args[0]).read_text()) if Path(args[0]).exists() else 0
 
-    monkeypatch.setattr(preparation, "wait_unless", pretend)
-    return made
+    monkeypatch.setattr(preparation, "run_until_stopped", fake_run)
+    return recorded
 
 
 def test_commands_run_once_in_order(calls: list[list[str]]) -> None:
     for _ in range(2):
         prepare(COMMANDS, Path("out"), Stop(), LOCK)
-    assert calls == [list(words) for words in COMMANDS]
+    assert calls == [list(args) for args in COMMANDS]
 
 
-def test_a_failure_ends_it_and_the_next_start_goes_on_there(calls: list[list[str]]) -> None:
+def test_a_failure_ends_the_preparation_and_the_next_start_resumes_there(calls: list[list[str]]) -> None:
     for code, message in (
-        ("1", r"`lightning-mvar tokenize --images 'my images'` failed with code 1"),
+        ("1", r"`lightning-mvar tokenize --images 'my images'` failed with exit code 1"),
         ("143", "was interrupted"),
     ):
         Path("tokenize").write_text(code)
@@ -48,11 +48,11 @@ def test_a_failure_ends_it_and_the_next_start_goes_on_there(calls: list[list[str
             prepare(COMMANDS, Path("out"), Stop(), LOCK)
     Path("tokenize").unlink()
     prepare(COMMANDS, Path("out"), Stop(), LOCK)
-    assert [words[0] for words in calls] == ["train-tokenizer", *["tokenize"] * 4]
+    assert [args[0] for args in calls] == ["train-tokenizer", *["tokenize"] * 4]
 
 
-@pytest.mark.parametrize("change", ["words", "yaml"])
-def test_what_changed_runs_again_with_all_that_follows(calls: list[list[str]], change: str) -> None:
+@pytest.mark.parametrize("change", ["args", "yaml"])
+def test_a_changed_command_runs_again_with_all_later_ones(calls: list[list[str]], change: str) -> None:
     prepare(COMMANDS, Path("out"), Stop(), LOCK)
     calls.clear()
     changed = COMMANDS
@@ -61,4 +61,4 @@ def test_what_changed_runs_again_with_all_that_follows(calls: list[list[str]], c
     else:
         changed = (COMMANDS[0], ("tokenize", "--images", "others"), COMMANDS[2])
     prepare(changed, Path("out"), Stop(), LOCK)
-    assert calls == [list(words) for words in (changed if change == "yaml" else changed[1:])]
+    assert calls == [list(args) for args in (changed if change == "yaml" else changed[1:])]

@@ -1,4 +1,4 @@
-"""Reading a sweep's folder, and statistics over seeds against numpy and scipy on the numbers it was written with."""
+"""Results read from a sweep's folder, and statistics over seeds compared with numpy and scipy on known numbers."""
 
 from __future__ import annotations
 
@@ -27,26 +27,33 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.sweeps.results import INTERRUPTED, KILLED, WAITING, read_results
-from lightning_mvar.sweeps.variants import Variant, choose_baseline, compare, holm, smallest_visible, variants_of
+from lightning_mvar.sweeps.variants import (
+    Variant,
+    choose_baseline,
+    compare,
+    holm_correction,
+    smallest_significant_difference,
+    variants_of,
+)
 
-ORDER = [(mixer, depth) for mixer in MIXERS for depth in DEPTHS]  # of the file; by name, depth 10 would be before 2
+ORDER = [(mixer, depth) for mixer in MIXERS for depth in DEPTHS]  # as in the file, not sorted by name
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """To be read only."""
+    """Returns the folder of a finished sweep; tests must not change it."""
     return write_sweep(tmp_path_factory.mktemp("sweeps") / "tiny")
 
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """To change."""
+    """Returns a copy of the sweep's folder that a test may change."""
     return Path(shutil.copytree(written, tmp_path / "tiny"))
 
 
 def variant(folder: Path, mixer: str, depth: str) -> Variant:
-    (found,) = [v for v in variants_of(read_results(folder)) if v.axes == {"mixer": mixer, "depth": depth}]
-    return found
+    (match,) = [v for v in variants_of(read_results(folder)) if v.axes == {"mixer": mixer, "depth": depth}]
+    return match
 
 
 def test_cells_come_in_the_order_of_the_file(written: Path) -> None:
@@ -86,55 +93,55 @@ def test_a_cell_has_last_values_rates_costs_and_scores(written: Path) -> None:
 
 def test_means_and_deviations_are_numpys(written: Path) -> None:
     for mixer, depth in ORDER:
-        found = variant(written, mixer, depth)
+        one = variant(written, mixer, depth)
         for measure, function in (("val/loss", sweep_folder.loss), ("frechet_distance", sweep_folder.distance)):
             values = [function(mixer, depth, seed) for seed in SEEDS]
-            stat = found.stat(measure)
+            stat = one.stat(measure)
             assert (stat.mean, stat.deviation) == pytest.approx((np.mean(values), np.std(values, ddof=1)), rel=1e-4)
             assert stat.n == 3
-    assert found.stat("images_per_s") is None
+    assert one.stat("images_per_s") is None
 
 
 def test_differences_are_paired_by_seed_and_tested_as_scipy_does(written: Path) -> None:
     variants = variants_of(read_results(written))
-    found = {(c.variant, c.measure): c for c in compare(variants, choose_baseline(variants, "var-depth2"))}
-    assert len(found) == 2 * 5
+    comparisons = {(c.variant, c.measure): c for c in compare(variants, choose_baseline(variants, "var-depth2"))}
+    assert len(comparisons) == 2 * 5
     for mixer, depth in ORDER:
         for measure, function in (("val/loss", sweep_folder.loss), ("frechet_distance", sweep_folder.distance)):
             if mixer == "var":  # the baseline, or it plus a constant
                 continue
             ours = [function(mixer, depth, seed) for seed in SEEDS]
             theirs = [function("var", "2", seed) for seed in SEEDS]
-            test, comparison = stats.ttest_rel(ours, theirs), found[f"{mixer}-depth{depth}", measure]
+            test, comparison = stats.ttest_rel(ours, theirs), comparisons[f"{mixer}-depth{depth}", measure]
             interval = test.confidence_interval(0.95)
             assert comparison.mean == pytest.approx(np.mean(ours) - np.mean(theirs), rel=1e-4)
             assert comparison.deviation == pytest.approx(np.std(np.subtract(ours, theirs), ddof=1), rel=1e-3)
             assert comparison.interval == pytest.approx((interval.low, interval.high), rel=1e-3)
             assert comparison.p == pytest.approx(test.pvalue, rel=1e-3)
-    constant = found["var-depth10", "frechet_distance"]
+    constant = comparisons["var-depth10", "frechet_distance"]
     assert (constant.mean, constant.reason) == (-8.0, "the differences do not vary")
 
 
 def test_holms_correction_is_that_of_all_subsets(written: Path) -> None:
-    """Holm's procedure closes Bonferroni's test: a hypothesis falls if every set with it has a p below 0.05 / size."""
+    """Holm's method is the closed Bonferroni test: every subset with the hypothesis has p < 0.05 / size."""
     variants = variants_of(read_results(written))
     (some, *_) = compare(variants, variants[0])
     rng = np.random.default_rng(0)
     for _ in range(20):
         ps = rng.uniform(0, 0.04, 5)
-        found = holm([type(some)("v", "val/loss", [0, 1], p=p) for p in ps])
+        corrected = holm_correction([type(some)("v", "val/loss", [0, 1], p=p) for p in ps])
         subsets = [s for size in range(1, 6) for s in itertools.combinations(range(5), size)]
         expected = [all(min(ps[list(s)]) < 0.05 / len(s) for s in subsets if i in s) for i in range(5)]
-        assert [comparison.significant for comparison in found] == expected
+        assert [comparison.significant for comparison in corrected] == expected
 
 
-def test_the_smallest_visible_difference_has_just_p_at_the_level() -> None:
+def test_the_smallest_significant_difference_has_p_at_the_level() -> None:
     values = np.array([-1.0, 0.0, 1.0])  # deviation 1
-    visible = smallest_visible(3, 4)
-    assert stats.ttest_1samp(values + visible, 0).pvalue == pytest.approx(0.05 / 4)
+    smallest = smallest_significant_difference(3, 4)
+    assert stats.ttest_1samp(values + smallest, 0).pvalue == pytest.approx(0.05 / 4)
 
 
-def test_cells_that_have_not_finished_are_named_and_count_for_nothing(folder: Path) -> None:
+def test_unfinished_cells_are_listed_and_excluded(folder: Path) -> None:
     write_attempts(cell_folder(folder, "mvar", "2", 0), [1, 1])
     write_attempts(cell_folder(folder, "mvar", "2", 1), [None, 130])
     write_attempts(cell_folder(folder, "var", "2", 0), [0, None])
@@ -158,7 +165,7 @@ def test_cells_that_have_not_finished_are_named_and_count_for_nothing(folder: Pa
     assert sweep.cells[8].tries == 3
 
 
-def test_of_a_step_that_was_taken_twice_the_last_value_counts(folder: Path) -> None:
+def test_the_last_value_of_a_repeated_step_counts(folder: Path) -> None:
     logs = cell_folder(folder, "mvar", "2", 0) / "logs"
     shutil.rmtree(logs)
     sweep_folder.write_events(logs, "var", "10", 2)
@@ -168,7 +175,7 @@ def test_of_a_step_that_was_taken_twice_the_last_value_counts(folder: Path) -> N
     assert cell.measures["val/loss"] == pytest.approx(sweep_folder.loss("mvar", "2", 0))
 
 
-def test_what_is_of_other_tokens_or_another_protocol_is_not_compared(folder: Path) -> None:
+def test_values_on_other_tokens_or_under_other_conditions_are_not_compared(folder: Path) -> None:
     for seed in SEEDS:
         cell = cell_folder(folder, "var", "2", seed)
         shutil.rmtree(cell / "logs")
@@ -182,14 +189,14 @@ def test_what_is_of_other_tokens_or_another_protocol_is_not_compared(folder: Pat
     assert reasons["var-depth2", "frechet_distance"] == reasons["markov-depth2", "val/loss"] == ""
 
 
-def test_a_training_that_diverged_spoils_its_variant_and_no_other(folder: Path) -> None:
+def test_a_diverged_run_affects_only_its_variant(folder: Path) -> None:
     with SummaryWriter(str(cell_folder(folder, "var", "2", 0) / "logs")) as writer:
         writer.add_scalar("val/loss", float("nan"), STEPS[-1] + 1)
     variants = variants_of(read_results(folder))
-    found = {c.variant: c for c in compare(variants, variants[0]) if c.measure == "val/loss"}
-    assert found["var-depth2"].reason == "a value is no number"
+    comparisons = {c.variant: c for c in compare(variants, variants[0]) if c.measure == "val/loss"}
+    assert comparisons["var-depth2"].reason == "a value is not finite"
     assert np.isnan(variant(folder, "var", "2").stat("val/loss").deviation)
-    assert found["markov-depth2"].reason == ""
+    assert comparisons["markov-depth2"].reason == ""
 
 
 def test_listed_cells_choose_from_the_axes(folder: Path) -> None:
@@ -205,7 +212,7 @@ def test_listed_cells_choose_from_the_axes(folder: Path) -> None:
         read_results(folder)
 
 
-def test_cells_without_a_folder_are_named_as_the_sweep_will(tmp_path: Path) -> None:
+def test_cells_without_a_folder_have_the_names_that_the_sweep_will_use(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(
         "fit: --config run.yaml\n"
         "axes: {mixer: [a/mvar.yaml, a/var.yaml], model.network.qk_norm: [true], recipe: {slow: --x 1, fast: --x 2}}"
@@ -252,7 +259,8 @@ def test_the_baseline_must_have_finished(folder: Path) -> None:
         write_attempts(cell_folder(folder, "mvar", "2", seed), [1])
     variants = variants_of(read_results(folder))
     assert choose_baseline(variants, None).name == "mvar-depth10"
-    with pytest.raises(InputError, match="--baseline mvar-depth2 is no variant with finished cells; there are mvar-"):
+    message = "--baseline mvar-depth2 is not a variant with finished cells; choose one of mvar-"
+    with pytest.raises(InputError, match=message):
         choose_baseline(variants, "mvar-depth2")
     with pytest.raises(InputError, match="no cell of the sweep has finished"):
         choose_baseline(variants[:1], None)

@@ -1,4 +1,4 @@
-"""The residual pyramid against its algorithm written out with plain torch calls."""
+"""The residual pyramid against the published algorithm in plain torch."""
 
 import pytest
 import torch
@@ -9,25 +9,25 @@ from lightning_mvar import ScaleSchedule, Tokenizer
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
 
-def algorithm(
+def reference_encode(
     quantizer: ResidualQuantizer, features: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """Tokens and next inputs of each scale, and f_hat, one image at a time (VAR, algorithm 1)."""
+    """Returns the tokens and the next scale's inputs per scale, and the final f_hat (VAR, algorithm 1)."""
     shapes, codebook = quantizer.schedule.shapes, quantizer.codebook.weight
     last, count = shapes[-1], len(quantizer.phi)
-    places = [(2 * i + 1) / (2 * count) for i in range(count)]
+    positions = [(2 * i + 1) / (2 * count) for i in range(count)]
     residual, f_hat, tokens, inputs = features.clone(), torch.zeros_like(features), [], []
     for k, shape in enumerate(shapes):
         small = F.adaptive_avg_pool2d(residual, shape)
         queries = small.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-        chosen = torch.cdist(queries, codebook).argmin(dim=1)
-        codes = codebook[chosen].view(len(features), *shape, -1).permute(0, 3, 1, 2)
+        nearest = torch.cdist(queries, codebook).argmin(dim=1)
+        codes = codebook[nearest].view(len(features), *shape, -1).permute(0, 3, 1, 2)
         up = F.interpolate(codes, size=last, mode="bicubic") if shape != last else codes
         ratio = k / (len(shapes) - 1)
-        phi = quantizer.phi[min(range(count), key=lambda i: abs(places[i] - ratio))]
+        phi = quantizer.phi[min(range(count), key=lambda i: abs(positions[i] - ratio))]
         h = 0.5 * up + 0.5 * F.conv2d(up, phi.weight, phi.bias, padding=1)
         f_hat, residual = f_hat + h, residual - h
-        tokens.append(chosen.view(len(features), -1))
+        tokens.append(nearest.view(len(features), -1))
         if k + 1 < len(shapes):
             inputs.append(F.adaptive_avg_pool2d(f_hat, shapes[k + 1]).flatten(2).transpose(1, 2))
     return tokens, inputs, f_hat
@@ -45,15 +45,15 @@ def test_encode_decode_and_scale_inputs_follow_the_algorithm(schedule: ScaleSche
     quantizer = ResidualQuantizer(schedule, 48, 8, 3)
     torch.nn.init.normal_(quantizer.codebook.weight)
     features = torch.randn(3, 8, *schedule.shapes[-1])
-    tokens, inputs, f_hat = algorithm(quantizer, features)
+    tokens, inputs, f_hat = reference_encode(quantizer, features)
     ours = quantizer.encode(features)
     assert torch.equal(ours, torch.cat(tokens, dim=1))
     torch.testing.assert_close(quantizer.decode(ours), f_hat)
     torch.testing.assert_close(quantizer.scale_inputs(ours), torch.cat(inputs, dim=1))
 
 
-def test_every_scale_brings_f_hat_nearer_to_the_features_of_its_own_code(tokenizer: Tokenizer) -> None:
-    """With phi the identity, quantizing what one scale can express leaves nothing over."""
+def test_codes_of_a_single_scale_are_recovered_exactly(tokenizer: Tokenizer) -> None:
+    """With phi as the identity, features that one scale can represent leave no residual."""
     quantizer = ResidualQuantizer(ScaleSchedule((1, 2, 4)), 32, 4, 2)
     for phi in quantizer.phi:
         torch.nn.init.dirac_(phi.weight)
@@ -80,7 +80,7 @@ def test_gradients_reach_codebook_and_phi(tokenizer: Tokenizer, features: torch.
     [(256, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]), (1024, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3])],
 )
 def test_the_published_four_phi_are_shared_by_the_published_scales(resolution: int, expected: list[int]) -> None:
-    """Nearest of 1/12, 13/36, 23/36, 11/12; at 256 px scales 2 and 7 lie half-way, and rounding decides."""
+    """Nearest of 1/12, 13/36, 23/36, 11/12; at 256 px, rounding decides for scales 2 and 7, which lie half-way."""
     assert ResidualQuantizer(ScaleSchedule.for_resolution(resolution), 8, 4, 4).phi_of_scale == expected
 
 

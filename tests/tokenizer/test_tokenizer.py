@@ -12,7 +12,7 @@ from lightning_mvar.tokenizer.tokenizer import DECODER_MAP_BYTES
     "sides", [(1, 2, 3, 4), (1, 3, 6), (2, 4), (8,), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), ((1, 2), (3, 7))]
 )
 @torch.no_grad()
-def test_shapes_and_ranges_for_every_schedule(sides: tuple[int, ...]) -> None:
+def test_shapes_and_ranges_for_each_schedule(sides: tuple[int, ...]) -> None:
     tokenizer = Tokenizer(TokenizerConfig(ScaleSchedule(sides), 32, 4, 8, (1, 2), 1, 2)).eval()
     schedule, shape = tokenizer.config.schedule, tokenizer.config.shape
     assert shape == tuple(2 * side for side in schedule.shapes[-1])
@@ -33,15 +33,15 @@ def test_the_last_decoded_step_is_the_image(tokenizer: Tokenizer) -> None:
 
 
 @torch.no_grad()
-def test_many_images_are_decoded_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_batches_are_decoded_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.arange(5 * tokenizer.config.schedule.num_tokens).view(5, -1) % tokenizer.config.vocab_size
-    whole, sizes = tokenizer.decode(tokens), []
+    expected_images, sizes = tokenizer.decode(tokens), []
     hook = tokenizer.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     map_bytes = 4 * tokenizer.config.channels * tokenizer.config.multipliers[0] * math.prod(tokenizer.config.shape)
     for images, expected in ((1, [1] * 5), (2, [2, 2, 1]), (5, [5])):
         monkeypatch.setitem(DECODER_MAP_BYTES, "cpu", images * map_bytes + 1)
         sizes.clear()
-        torch.testing.assert_close(tokenizer.decode(tokens), whole)
+        torch.testing.assert_close(tokenizer.decode(tokens), expected_images)
         assert sizes == expected
     hook.remove()
 
@@ -53,7 +53,7 @@ def test_the_published_size_has_the_published_downsampling() -> None:
     assert round(sum(p.numel() for p in tokenizer.parameters()) / 1e6) == 109
 
 
-def test_the_fingerprint_knows_weights_and_configuration(tokenizer: Tokenizer) -> None:
+def test_the_fingerprint_depends_on_weights_and_configuration(tokenizer: Tokenizer) -> None:
     other = Tokenizer(tokenizer.config)
     other.load_state_dict(tokenizer.state_dict())
     assert other.fingerprint() == tokenizer.fingerprint()
@@ -62,12 +62,12 @@ def test_the_fingerprint_knows_weights_and_configuration(tokenizer: Tokenizer) -
     assert other.fingerprint() != tokenizer.fingerprint()
 
 
-def test_images_of_another_size_are_refused(tokenizer: Tokenizer) -> None:
+def test_images_of_another_size_are_rejected(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"takes images \(b, 3, 8, 8\), got \(1, 3, 16, 16\)"):
         tokenizer.encode(torch.zeros(1, 3, 16, 16))
 
 
-@pytest.mark.parametrize("wrong", [{"vocab_size": 0}, {"multipliers": ()}, {"vocab_size": 70_000}])
-def test_impossible_configurations_are_refused(wrong: dict[str, object]) -> None:
+@pytest.mark.parametrize("invalid", [{"vocab_size": 0}, {"multipliers": ()}, {"vocab_size": 70_000}])
+def test_invalid_configurations_are_rejected(invalid: dict[str, object]) -> None:
     with pytest.raises(InputError):
-        TokenizerConfig(**wrong)
+        TokenizerConfig(**invalid)

@@ -1,4 +1,4 @@
-"""Training through Lightning: the loss, label drop, resuming, and two processes against one."""
+"""Training through Lightning: loss, label drop, clipping, resuming, skipped steps and the weight average."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_training_lowers_the_loss(
 
 
 def test_float16_with_loss_scaling_trains(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """The scaler begins so high that the first steps overflow: they are skipped, and the scale comes down."""
+    """The initial scale is so high that the first steps overflow: they are skipped, and the scale decreases."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
     losses = Losses()
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
@@ -90,7 +90,7 @@ def test_float16_with_loss_scaling_trains(tokenizer_folder: Path, shards: Path, 
 
 
 def test_gradients_are_clipped_by_their_norm(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """What reaches the optimizer, against a plain loop over all gradients; the logged norm is that before clipping."""
+    """Compares the norms before and after clipping with a plain loop; the logged norm is the one before."""
     seen = {}
 
     class Watch(Callback):
@@ -124,7 +124,7 @@ def test_labels_are_dropped_at_the_given_rate_and_differ_from_batch_to_batch(
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """Interrupted in the middle of the second epoch."""
+    """The run stops in the middle of the second epoch."""
 
     def run(max_steps: int, resume: str | None, **options: object) -> LitMVAR:
         torch.manual_seed(0)
@@ -152,8 +152,8 @@ class Interruption(Callback):
             raise RuntimeError("interrupted")
 
 
-def test_an_interrupted_step_is_done_again(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """The checkpoint that an exception leaves behind goes on with the batch that was interrupted."""
+def test_an_interrupted_step_is_repeated(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
+    """The checkpoint saved on an exception resumes with the batch that was interrupted."""
 
     def run(resume: str | None, callbacks: list[Callback]) -> LitMVAR:
         torch.manual_seed(0)
@@ -171,8 +171,8 @@ def test_an_interrupted_step_is_done_again(tokenizer_folder: Path, shards: Path,
     assert all(torch.equal(value, weights[name]) for name, value in expected.state_dict().items())
 
 
-class Poison(Callback):
-    """Makes one gradient not a number in given steps, and remembers weights and first tokens."""
+class NanGradients(Callback):
+    """Makes one gradient NaN in the given steps, and records the state and the first tokens after each step."""
 
     def __init__(self, *steps: int) -> None:
         self.steps, self.weights, self.tokens = steps, [], []
@@ -188,30 +188,28 @@ class Poison(Callback):
         self.tokens.append(batch.tokens[:, 0].tolist())
 
 
-def test_a_step_with_gradients_that_are_not_finite_is_skipped_and_its_images_are_named(
+def test_a_step_with_gradients_that_are_not_finite_is_skipped_and_its_images_are_listed(
     tokenizer_folder: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """Neither weights, nor their average, nor the optimizer's moments and counters move."""
-    poison, module = Poison(3, 4), make_module(tokenizer_folder, model={"ema_decay": 0.5})
+    """Weights, their average, and the optimizer's moments and counters stay unchanged."""
+    nan_gradients, module = NanGradients(3, 4), make_module(tokenizer_folder, model={"ema_decay": 0.5})
     data = TokenDataModule(str(shards), str(shards), batch_size=16)
-    with pytest.warns(
-        UserWarning, match=r"step 3 is skipped: the norm of its gradients is nan \(skipped 1, 1 in a row"
-    ):
-        make_trainer(tmp_path, 6, callbacks=[poison]).fit(module, data)
+    with pytest.warns(UserWarning, match=r"step 3 is skipped: its gradient norm is nan \(1 skipped so far, 1 in a row"):
+        make_trainer(tmp_path, 6, callbacks=[nan_gradients]).fit(module, data)
     moved = [
         any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        for before, after in zip(poison.weights, poison.weights[1:], strict=False)
+        for before, after in zip(nan_gradients.weights, nan_gradients.weights[1:], strict=False)
     ]
     assert moved == [True, True, False, False, True]
     assert (module.skipped_steps, module.skipped_in_a_row) == (2, 0)
     lines = [json.loads(line) for line in (tmp_path / "skipped_steps/rank0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4]
     for line in lines:
-        assert [int(key.removeprefix("image")) % 48 for key in line["keys"]] == poison.tokens[line["step"]]
+        assert [int(key.removeprefix("image")) % 48 for key in line["keys"]] == nan_gradients.tokens[line["step"]]
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_were(
+def test_a_loss_that_is_not_finite_skips_the_step_even_if_its_gradient_is_finite(
     tokenizer_folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     module = make_module(tokenizer_folder)
@@ -222,12 +220,12 @@ def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_were(
         return losses + (value if module.global_step == 1 else 0), correct
 
     monkeypatch.setattr(module, "score", infinite)
-    poison = Poison()
+    nan_gradients = NanGradients()
     with pytest.warns(UserWarning, match="step 1 is skipped"):
-        make_trainer(tmp_path, 3, callbacks=[poison]).fit(
+        make_trainer(tmp_path, 3, callbacks=[nan_gradients]).fit(
             module, TokenDataModule(str(shards), str(shards), batch_size=16)
         )
-    assert all(torch.equal(a, b) for a, b in zip(poison.weights[0], poison.weights[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(nan_gradients.weights[0], nan_gradients.weights[1], strict=True))
     assert module.skipped_steps == 1
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
@@ -237,14 +235,15 @@ def test_training_ends_after_too_many_skipped_steps_and_keeps_the_checkpoint_bef
 ) -> None:
     module = make_module(tokenizer_folder, model={"max_skipped_steps": 3})
     checkpoint = Checkpoint(str(tmp_path / "run"), every_n_train_steps=2)
-    trainer = make_trainer(tmp_path, 20, callbacks=[Poison(*range(3, 20)), checkpoint], enable_checkpointing=True)
-    with pytest.raises(DivergedError, match="3 steps in a row were not finite, the last of step 5"), pytest.warns():
+    trainer = make_trainer(tmp_path, 20, callbacks=[NanGradients(*range(3, 20)), checkpoint], enable_checkpointing=True)
+    message = "3 steps in a row had gradients that are not finite, the last one step 5"
+    with pytest.raises(DivergedError, match=message), pytest.warns():
         trainer.fit(module, TokenDataModule(str(shards), str(shards), batch_size=16))
     assert newest_intact(tmp_path / "run").name == "step=00000004.ckpt"
 
 
 def test_the_average_follows_the_weights(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """Against a plain loop over the weights after each step."""
+    """Compares the average with a plain loop over the weights after each step."""
     module = make_module(tokenizer_folder, model={"ema_decay": 0.6})
 
     class Average(Callback):
@@ -267,7 +266,7 @@ def test_the_average_follows_the_weights(tokenizer_folder: Path, shards: Path, t
     assert module.averaged is module.ema
 
 
-def test_a_run_with_an_average_does_not_go_on_from_one_without(
+def test_a_run_with_an_average_refuses_to_resume_one_without(
     tokenizer_folder: Path, shards: Path, tmp_path: Path
 ) -> None:
     data = TokenDataModule(str(shards), str(shards), batch_size=16)
@@ -290,7 +289,7 @@ def test_the_tokenizer_is_neither_trained_nor_saved(tokenizer_folder: Path) -> N
 
 
 def test_padded_samples_do_not_count(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """52 samples in batches of 16 and of 52 score the same, though the former's last batch is filled up."""
+    """52 samples in batches of 16 and of 52 score the same, although the former's last batch is padded."""
     results = []
     for batch_size in (16, 52):
         data = TokenDataModule(str(shards), str(shards), batch_size=batch_size)
@@ -300,8 +299,8 @@ def test_padded_samples_do_not_count(tokenizer_folder: Path, shards: Path, tmp_p
         assert value == pytest.approx(results[1][name], rel=1e-5), name
 
 
-class Reads(TorchDispatchMode):
-    """Counts what a host would have to wait for a GPU for: the value of a number, the place of nonzeros."""
+class SyncCounter(TorchDispatchMode):
+    """Counts operations that make the host wait for a GPU, such as reading a scalar or finding nonzeros."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2")
 
@@ -315,33 +314,33 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_from_the_device_but_what_became_of_the_last(
+def test_a_step_reads_only_the_outcome_of_the_previous_step_from_the_device(
     tokenizer_folder: Path, shards: Path, tmp_path: Path
 ) -> None:
-    reads = Reads()
+    syncs = SyncCounter()
 
     class Steps(Callback):
         def __init__(self) -> None:
             self.counts: list[int] = []
 
         def on_train_batch_start(self, *_: object) -> None:
-            self.counts.append(reads.count)
+            self.counts.append(syncs.count)
 
     steps = Steps()
     data = TokenDataModule(str(shards), str(shards), batch_size=4)
     trainer = make_trainer(tmp_path, 12, callbacks=[steps], log_every_n_steps=6, limit_val_batches=0)
-    with reads:
+    with syncs:
         trainer.fit(make_module(tokenizer_folder, model={"ema_decay": 0.5}), data)
     in_step = [after - before for before, after in zip(steps.counts, steps.counts[1:], strict=False)]
     assert in_step[:5] == [0, 1, 1, 1, 1]
-    # The sixth is logged, and Lightning then reads the loss again in every step; but that has been copied to the host.
+    # The sixth step is logged. From then on Lightning reads the loss in every step, but from its copy on the host.
     assert in_step[6:11] == [1, 2, 2, 2, 2]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA tells what was waited for")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA can report synchronisations")
 def test_no_step_waits_for_the_gpu(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
     class Watch(Callback):
-        """Makes waiting an error from the second step on."""
+        """Makes synchronising with the GPU an error from the second step on."""
 
         def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
             torch.cuda.set_sync_debug_mode("error" if trainer.global_step else "default")

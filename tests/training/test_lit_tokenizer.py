@@ -13,7 +13,7 @@ from torch import nn
 from lightning_mvar import ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.checkpoints import load_tokenizer, save_folder
-from lightning_mvar.checkpoints.published import write_tokenizer
+from lightning_mvar.checkpoints.published import tokenizer_to_published
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import save_torch
 from lightning_mvar.tokenizer.codebook import CodebookConfig
@@ -24,8 +24,8 @@ from lightning_mvar.training.optim import OptimizerConfig
 from lightning_mvar.training.tokenizer import LitTokenizer
 
 
-class Corner(nn.Module):
-    """A feature extractor: 4 x 4 means of the picture."""
+class BlockMeans(nn.Module):
+    """A feature extractor that averages an image to 4 x 4."""
 
     num_features = 48
 
@@ -58,9 +58,9 @@ def fit(module: LitTokenizer, root: Path, steps: int) -> dict[str, float]:
 
 def test_the_loss_is_what_the_docstring_says() -> None:
     module, images = make_module(), torch.rand(4, 3, 32, 32) * 2 - 1
-    made = module.tokenizer(images)
-    losses, _ = module.losses(images, made, made.decoded)
-    features, steps = module.tokenizer.features(images), made.steps
+    reconstruction = module.tokenizer(images)
+    losses, _ = module.losses(images, reconstruction, reconstruction.decoded)
+    features, steps = module.tokenizer.features(images), reconstruction.steps
     decoded = module.tokenizer.decode_features(steps[-1].f_hat)
     quantization = sum(F.mse_loss(step.f_hat, features) for step in steps) / len(steps)
     expected = F.mse_loss(decoded, images) + 0.5 * F.l1_loss(decoded, images) + 1.25 * quantization
@@ -68,11 +68,11 @@ def test_the_loss_is_what_the_docstring_says() -> None:
 
 
 def test_gradients_pass_the_quantizer_straight_through() -> None:
-    """The encoder is trained by the picture alone when nothing pulls it to the codes."""
+    """The image loss alone trains the encoder if there is no commitment loss."""
     module = make_module(commitment=0.0)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
-    made = module.tokenizer(images)
-    losses, _ = module.losses(images, made, made.decoded)
+    reconstruction = module.tokenizer(images)
+    losses, _ = module.losses(images, reconstruction, reconstruction.decoded)
     (losses["l2"]).backward()
     gradient = module.tokenizer.encoder.conv_in.weight.grad
     assert gradient is not None
@@ -115,13 +115,13 @@ EVERYTHING = {
     "adversary": AdversaryConfig(weight=0.5, start_step=9, channels=4, levels=3),
     "codebook": CodebookConfig(learning="ema", entropy_weight=0.1, entropy_queries=100, scale_dropout=0.3),
     "ema_decay": 0.9,
-    "perceptual": FeatureDistance(Corner()),
+    "perceptual": FeatureDistance(BlockMeans()),
 }
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, options: dict[str, object]) -> None:
-    """Interrupted in the second epoch; order, random shifts of the digits and revived codes included."""
+    """The run stops in the second epoch; covers sample order, random shifts of the digits and revived codes."""
 
     def run(root: Path, stop: int | None, resume: str | None) -> dict[str, torch.Tensor]:
         module = make_module(revive_every=4, **options)
@@ -141,7 +141,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, options: dict
             trainer.fit(module, datamodule=data, ckpt_path=resume)
         return module.state_dict()
 
-    expected = run(tmp_path / "whole", None, None)
+    expected = run(tmp_path / "uninterrupted", None, None)
     run(tmp_path / "run", 11, None)
     assert (tmp_path / "run/checkpoints/step=00000011.ckpt").is_file()
     resumed = run(tmp_path / "run", None, str(tmp_path / "run/checkpoints/step=00000011.ckpt"))
@@ -150,7 +150,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, options: dict
 
 
 class Stop(L.Callback):
-    """Raises in the middle of a step."""
+    """Raises in the middle of the given step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -160,7 +160,7 @@ class Stop(L.Callback):
             raise RuntimeError("stop")
 
 
-class Watch(L.Callback):
+class WeightRecorder(L.Callback):
     """Keeps the weights after each step."""
 
     def __init__(self) -> None:
@@ -170,8 +170,8 @@ class Watch(L.Callback):
         self.weights.append({name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()})
 
 
-def fit_small(root: Path, steps: int, watch: Watch | None = None, **options: object) -> LitTokenizer:
-    """On eighteen pictures of 16 x 16."""
+def fit_small(root: Path, steps: int, recorder: WeightRecorder | None = None, **options: object) -> LitTokenizer:
+    """Trains on eighteen images of 16 x 16."""
     if not (root / "images").is_dir():
         write_images(root / "images")
     torch.manual_seed(0)
@@ -187,7 +187,7 @@ def fit_small(root: Path, steps: int, watch: Watch | None = None, **options: obj
         enable_model_summary=False,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
-        callbacks=[watch] if watch else [],
+        callbacks=[recorder] if recorder else [],
         default_root_dir=str(root),
     )
     trainer.fit(module, datamodule=ImageDataModule(str(root / "images"), str(root / "images"), 16, batch_size=6))
@@ -195,45 +195,45 @@ def fit_small(root: Path, steps: int, watch: Watch | None = None, **options: obj
 
 
 def test_each_network_learns_from_its_own_loss_alone(tmp_path: Path) -> None:
-    """Against the losses written out, with the other network frozen or the reconstructions cut off (VQGAN)."""
+    """Compares with the losses written out, with the other network frozen or the reconstructions detached (VQGAN)."""
     adversary = AdversaryConfig(weight=0.7, channels=8, levels=2)
     module = fit_small(tmp_path, 1, adversary=adversary)
     images = torch.rand(5, 3, 16, 16) * 2 - 1
     assert module.discriminator is not None
     module.zero_grad()
-    losses, loss = module.compete(module.discriminator, images, module.tokenizer(images))
+    losses, loss = module.adversarial_losses(module.discriminator, images, module.tokenizer(images))
     loss.backward()
-    found = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 
     module.zero_grad()
     module.discriminator.requires_grad_(False)
-    made = module.tokenizer(images)
-    picture = F.mse_loss(made.decoded, images) + 0.5 * F.l1_loss(made.decoded, images)
-    adversarial = -module.discriminator(made.decoded).mean()
+    reconstruction = module.tokenizer(images)
+    image_loss = F.mse_loss(reconstruction.decoded, images) + 0.5 * F.l1_loss(reconstruction.decoded, images)
+    adversarial = -module.discriminator(reconstruction.decoded).mean()
     last = module.tokenizer.decoder.conv_out.weight
-    norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (picture, adversarial)]
+    norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (image_loss, adversarial)]
     weight = 0.7 * norms[0] / norms[1]
-    (picture + weight.detach() * adversarial + made.codebook + 0.25 * made.commitment).backward()
+    (image_loss + weight.detach() * adversarial + reconstruction.codebook + 0.25 * reconstruction.commitment).backward()
     module.discriminator.requires_grad_(True)
-    real, fake = module.discriminator(images), module.discriminator(made.decoded.detach())
+    real, fake = module.discriminator(images), module.discriminator(reconstruction.decoded.detach())
     (0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())).backward()
     for name, parameter in module.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
     assert losses["adversary_weight"].item() == pytest.approx(weight.item(), rel=1e-4)
 
 
-def test_the_discriminator_waits_for_its_step_and_the_tokenizer_does_not_notice(tmp_path: Path) -> None:
-    plain, watch = Watch(), Watch()
-    fit_small(tmp_path, 4, plain)
-    fit_small(tmp_path, 4, watch, adversary=AdversaryConfig(weight=0.5, start_step=2, channels=8, levels=2))
+def test_the_discriminator_affects_nothing_before_its_start_step(tmp_path: Path) -> None:
+    baseline, recorder = WeightRecorder(), WeightRecorder()
+    fit_small(tmp_path, 4, baseline)
+    fit_small(tmp_path, 4, recorder, adversary=AdversaryConfig(weight=0.5, start_step=2, channels=8, levels=2))
 
     def moved(step: int) -> set[bool]:
-        before, after = watch.weights[step - 1], watch.weights[step]
+        before, after = recorder.weights[step - 1], recorder.weights[step]
         return {not torch.equal(after[name], before[name]) for name in after if name.startswith("discriminator.")}
 
     same = [
-        all(torch.equal(with_it[n], t) for n, t in without.items())
-        for without, with_it in zip(*[w.weights for w in (plain, watch)], strict=True)
+        all(torch.equal(adversarial[n], t) for n, t in plain.items())
+        for plain, adversarial in zip(*[w.weights for w in (baseline, recorder)], strict=True)
     ]
     assert same == [True, True, False, False]
     assert moved(1) == {False}
@@ -252,31 +252,31 @@ def test_images_are_decoded_from_the_scales_that_are_drawn(tmp_path: Path) -> No
 
 def test_scales_are_drawn_with_their_probability_and_the_same_for_any_number_of_ranks(tmp_path: Path) -> None:
     module = fit_small(tmp_path, 1, codebook=CodebookConfig(scale_dropout=0.4))
-    module.trainer.datamodule.batch_size = 4000
-    everything = module.draw_scales(4000, 7)
-    assert everything is not None
-    counts = everything.bincount(minlength=5) / 4000
+    module.trainer.datamodule.given_batch_size = 4000
+    all_draws = module.draw_scale_counts(4000, 7)
+    assert all_draws is not None
+    counts = all_draws.bincount(minlength=5) / 4000
     assert counts.tolist() == pytest.approx([0, 0.4 / 3, 0.4 / 3, 0.4 / 3, 0.6], abs=0.03)
-    module.trainer.datamodule.batch_size = 2000
+    module.trainer.datamodule.given_batch_size = 2000
     module.trainer.strategy.__class__.world_size = property(lambda self: 2)  # type: ignore[attr-defined]
     try:
         halves = []
         for rank in range(2):
             module.trainer.strategy.__class__.global_rank = property(lambda self, rank=rank: rank)  # type: ignore
-            halves.append(module.draw_scales(2000, 7))
+            halves.append(module.draw_scale_counts(2000, 7))
     finally:
         del module.trainer.strategy.__class__.world_size, module.trainer.strategy.__class__.global_rank
-    assert torch.equal(torch.cat(halves), everything)
+    assert torch.equal(torch.cat(halves), all_draws)
 
 
 def test_the_average_of_the_weights_is_kept_validated_and_saved(tmp_path: Path) -> None:
-    watch = Watch()
-    module = fit_small(tmp_path, 6, watch, ema_decay=0.6, revive_every=0)
-    names = [name for name in watch.weights[0] if name.startswith("tokenizer.")]
+    recorder = WeightRecorder()
+    module = fit_small(tmp_path, 6, recorder, ema_decay=0.6, revive_every=0)
+    names = [name for name in recorder.weights[0] if name.startswith("tokenizer.")]
     torch.manual_seed(0)
     config = module.tokenizer.config
     average = {f"tokenizer.{name}": tensor.clone() for name, tensor in Tokenizer(config).state_dict().items()}
-    for step, weights in enumerate(watch.weights):
+    for step, weights in enumerate(recorder.weights):
         decay = min(0.6, (1 + step) / (10 + step))
         for name in names:
             average[name] = decay * average[name] + (1 - decay) * weights[name]
@@ -292,11 +292,11 @@ def test_the_average_of_the_weights_is_kept_validated_and_saved(tmp_path: Path) 
 
 
 def test_codes_may_be_running_means_instead_of_learning_by_gradient(tmp_path: Path) -> None:
-    watch = Watch()
-    module = fit_small(tmp_path, 5, watch, codebook=CodebookConfig(learning="ema", decay=0.5), revive_every=3)
+    recorder = WeightRecorder()
+    module = fit_small(tmp_path, 5, recorder, codebook=CodebookConfig(learning="ema", decay=0.5), revive_every=3)
     assert module.tokenizer.quantizer.codebook.weight.grad is None
-    assert not torch.equal(*[weights["tokenizer.quantizer.codebook.weight"] for weights in watch.weights[-2:]])
-    last = watch.weights[-1]
+    assert not torch.equal(*[weights["tokenizer.quantizer.codebook.weight"] for weights in recorder.weights[-2:]])
+    last = recorder.weights[-1]
     sizes, sums = last["code_average.sizes"], last["code_average.sums"]
     smoothed = (sizes + 1e-5) / (sizes.sum() + 24e-5) * sizes.sum()
     torch.testing.assert_close(last["tokenizer.quantizer.codebook.weight"], sums / smoothed[:, None])
@@ -317,17 +317,17 @@ def test_perplexity_is_the_exponential_of_the_entropy_of_the_choices(tmp_path: P
         assert float(module.trainer.callback_metrics[f"codebook_usage/{side}"]) == pytest.approx(used, rel=1e-5)
 
 
-def test_training_begins_with_given_weights_also_for_another_schedule(tmp_path: Path) -> None:
+def test_training_starts_from_given_weights_also_for_another_schedule(tmp_path: Path) -> None:
     config = TokenizerConfig(SCHEDULE, 24, 4, channels=32, blocks=2)
     torch.manual_seed(5)
     tokenizer = Tokenizer(config).eval()
     save_folder(tmp_path / "folder", tokenizer)
-    save_torch(write_tokenizer(tokenizer), tmp_path / "vae.pth")
+    save_torch(tokenizer_to_published(tokenizer), tmp_path / "vae.pth")
     wider = TokenizerConfig(ScaleSchedule((1, 2, 4, 8)), 24, 4, channels=32, blocks=2)
     for source in ("folder", "vae.pth"):
-        for wanted in (config, wider):
-            module = LitTokenizer(wanted, weights=str(tmp_path / source), ema_decay=0.5)
-            assert module.tokenizer.config == wanted
+        for target in (config, wider):
+            module = LitTokenizer(target, weights=str(tmp_path / source), ema_decay=0.5)
+            assert module.tokenizer.config == target
             for part in (module.tokenizer, module.averaged):
                 weights = part.state_dict()
                 assert all(torch.equal(weights[name], tensor) for name, tensor in tokenizer.state_dict().items())
@@ -346,14 +346,14 @@ def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
-    about = make_module().kind()
-    make_module().check_checkpoint(about)
+    record = make_module().checkpoint_identity()
+    make_module().check_checkpoint(record)
     for options, message in (
         ({"ema_decay": 0.9}, "ema_decay .*: not kept in the checkpoint, kept in this run"),
         ({"codebook": CodebookConfig(learning="ema")}, "codebook.learning.*: gradient in the checkpoint, ema in"),
         ({"adversary": AdversaryConfig(weight=1.0, levels=2)}, "discriminator.*: none in the checkpoint, 64 channels"),
     ):
         with pytest.raises(InputError, match=message):
-            make_module(**options).check_checkpoint(about)
+            make_module(**options).check_checkpoint(record)
     with pytest.raises(InputError, match="scale_dropout needs a schedule of more than one scale"):
         LitTokenizer(TokenizerConfig(ScaleSchedule((4,)), 24, 4), codebook=CodebookConfig(scale_dropout=0.5))

@@ -7,13 +7,13 @@ from conftest import tiny_network
 from torch import nn
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.models.mvar import UNDECAYED
+from lightning_mvar.models.parameters import UNDECAYED
 from lightning_mvar.training.optim import (
     OptimizerConfig,
     apply_schedule,
     build_optimizer,
     parameter_groups,
-    skip_unless,
+    skip_step_unless,
 )
 
 CONFIG = OptimizerConfig(base_lr=1e-4, final_lr_ratio=0.1, weight_decay=0.05, final_weight_decay=0.08)
@@ -50,25 +50,25 @@ def test_weight_decay_is_a_cosine_to_its_final_value(step: int, progress: float)
 
 
 @pytest.mark.parametrize("shared_adaln", [False, True])
-def test_what_decays_and_what_does_not(shared_adaln: bool) -> None:
+def test_parameters_with_and_without_weight_decay(shared_adaln: bool) -> None:
     network = tiny_network(shared_adaln=shared_adaln)
     decayed, undecayed = parameter_groups(network, UNDECAYED)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    spared = {names[id(parameter)] for parameter in undecayed["params"]}
-    ending = ("bias", "start_embed", "pos_embed", "scale_embed.weight", "adaln_table", "qk_scale_log", "A_log", ".D")
-    assert spared == {n for n in names.values() if n.endswith((*ending, "mixers.1.norm.weight"))}
+    undecayed_names = {names[id(parameter)] for parameter in undecayed["params"]}
+    endings = ("bias", "start_embed", "pos_embed", "scale_embed.weight", "adaln_table", "qk_scale_log", "A_log", ".D")
+    assert undecayed_names == {n for n in names.values() if n.endswith((*endings, "mixers.1.norm.weight"))}
     assert len(decayed["params"]) + len(undecayed["params"]) == len(names)
-    assert any(n.endswith("class_embed.weight") for n in names.values() if n not in spared)
+    assert any(n.endswith("class_embed.weight") for n in names.values() if n not in undecayed_names)
 
 
-def test_no_rate_of_forgetting_is_drawn_to_zero() -> None:
-    """Those of Mamba-1 and linear attention are matrices."""
+def test_decay_rates_of_recurrences_have_no_weight_decay() -> None:
+    """Those of Mamba-1 and linear attention are 2-d, so they are excluded by name."""
     network = tiny_network(mixers=("mamba1", "linear_attention"))
     _, undecayed = parameter_groups(network, UNDECAYED)
-    spared = {id(parameter) for parameter in undecayed["params"]}
+    undecayed_ids = {id(parameter) for parameter in undecayed["params"]}
     rates = [p for name, p in network.named_parameters() if name.endswith(("A_log", "decay_log"))]
     assert [p.ndim for p in rates] == [2] * 4
-    assert all(id(p) in spared for p in rates)
+    assert all(id(p) in undecayed_ids for p in rates)
 
 
 def test_the_schedule_reaches_both_groups_and_spares_the_undecayed() -> None:
@@ -80,7 +80,7 @@ def test_the_schedule_reaches_both_groups_and_spares_the_undecayed() -> None:
 
 
 def test_a_step_is_adamw() -> None:
-    """One step from zero moments: p (1 - lr decay) - lr sign(gradient)."""
+    """The first step, from zero moments, is p (1 - lr decay) - lr sign(gradient)."""
     network = tiny_network()
     optimizer = build_optimizer(network, CONFIG)
     lr, weight_decay = apply_schedule(optimizer, CONFIG, 500, TOTAL, BATCH)
@@ -99,25 +99,25 @@ def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("now", [True, False])
-def test_a_loaded_state_steps_as_the_optimizer_that_loads_it(before: bool, now: bool) -> None:
-    """Float16 with its loss scaling is not fused, other precisions are; a run may go on in another."""
-    going_on, whole = nn.Linear(3, 2), nn.Linear(3, 2)
-    whole.load_state_dict(going_on.state_dict())
-    first, all_along = build_optimizer(going_on, CONFIG, before), build_optimizer(whole, CONFIG, before)
+def test_a_loaded_state_keeps_the_fused_flag_of_its_optimizer(before: bool, now: bool) -> None:
+    """Float16 with loss scaling is not fused, other precisions are; a run may resume in another precision."""
+    resumed, uninterrupted = nn.Linear(3, 2), nn.Linear(3, 2)
+    uninterrupted.load_state_dict(resumed.state_dict())
+    first, reference = build_optimizer(resumed, CONFIG, before), build_optimizer(uninterrupted, CONFIG, before)
 
     def step(model: nn.Linear, optimizer: torch.optim.Optimizer, gradient: float, finite: bool = True) -> None:
         model.weight.grad = torch.full_like(model.weight, gradient)
-        skip_unless(torch.tensor(finite), optimizer)
+        skip_step_unless(torch.tensor(finite), optimizer)
         optimizer.step()
 
-    step(going_on, first, 1.0)
-    second = build_optimizer(going_on, CONFIG, now)
+    step(resumed, first, 1.0)
+    second = build_optimizer(resumed, CONFIG, now)
     second.load_state_dict(first.state_dict())
     assert [group["fused"] for group in second.param_groups] == [now, now]
-    step(going_on, second, -2.0)
+    step(resumed, second, -2.0)
     for gradient in (1.0, -2.0):
-        step(whole, all_along, gradient)
-    torch.testing.assert_close(going_on.weight, whole.weight)
-    held = going_on.weight.detach().clone()
-    step(going_on, second, torch.nan, finite=False)
-    assert torch.equal(going_on.weight, held) == now  # else it is for the loss scaling to skip
+        step(uninterrupted, reference, gradient)
+    torch.testing.assert_close(resumed.weight, uninterrupted.weight)
+    before_skip = resumed.weight.detach().clone()
+    step(resumed, second, torch.nan, finite=False)
+    assert torch.equal(resumed.weight, before_skip) == now  # otherwise loss scaling skips the step

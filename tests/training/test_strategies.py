@@ -15,17 +15,17 @@ from processes import start
 from torch import nn
 
 from lightning_mvar.checkpoints import load_trained
-from lightning_mvar.checkpoints.training import read_tensors, remove
+from lightning_mvar.checkpoints.training import read_tensors, remove_checkpoint
 from lightning_mvar.cli import run
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
-from lightning_mvar.training.strategies import build
+from lightning_mvar.training.strategies import build_network
 
 FIT = ["fit", "--config", "run.yaml"]
 KEEP_SHARDED = [f"--trainer.callbacks.{name}.keep_sharded=true" for name in ("SamplesCallback", "FIDCallback")]
-HALF = [
+BFLOAT16 = [
     "--trainer.strategy",
     "lightning_mvar.training.strategies.FSDP2Strategy",
     "--trainer.strategy.param_dtype",
@@ -36,7 +36,7 @@ RUNS = {
     "ddp": (2, ["--trainer.strategy", "ddp"]),
     "fsdp2": (2, ["--trainer.strategy", "fsdp2"]),
     "frugal": (2, ["--trainer.strategy", "fsdp2", "--model.activation_checkpointing", "true"]),
-    "half": (2, [*HALF, "--trainer.precision", "bf16-mixed"]),
+    "half": (2, [*BFLOAT16, "--trainer.precision", "bf16-mixed"]),
 }
 
 
@@ -45,8 +45,8 @@ def options(name: str) -> list[str]:
     return [*options, "--data.batch_size", str(16 // devices), "--trainer.default_root_dir", name]
 
 
-def spoil_step_7(rank: int) -> None:
-    """The last rank's loss is not a number then."""
+def make_step_7_nan(rank: int) -> None:
+    """Makes the last rank's loss NaN in step 7."""
     step = LitMVAR.training_step
 
     def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
@@ -57,18 +57,18 @@ def spoil_step_7(rank: int) -> None:
 
 
 def test_strategies_agree_on_losses_weights_scores_and_samples(run_folder: Path) -> None:
-    """The same global batches, one of them skipped.
+    """All runs train on the same global batches and skip one step.
 
-    `frugal` keeps the network sharded while it samples, `half` gathers it in bfloat16.
+    `frugal` keeps the network sharded during sampling; `half` gathers it in bfloat16.
     """
     text = (run_folder / "run.yaml").read_text()
     (run_folder / "frugal.yaml").write_text(text.replace("batch_size: 3", "batch_size: 3, keep_sharded: true"))
     for name in RUNS:
         config = ["fit", "--config", "frugal.yaml" if name == "frugal" else "run.yaml"]
         devices = RUNS[name][0]
-        ranks = start([*config, *options(name)], run_folder, devices, spoil_step_7, name)
+        ranks = start([*config, *options(name)], run_folder, devices, make_step_7_nan, name)
         assert ranks.wait() == [0] * devices, ranks.printed()
-        assert "step 7 is skipped: the norm of its gradients is nan" in ranks.printed()
+        assert "step 7 is skipped: its gradient norm is nan" in ranks.printed()
         for rank in range(devices):
             (line,) = (run_folder / name / f"skipped_steps/rank{rank}.jsonl").read_text().splitlines()
             assert len(json.loads(line)["keys"]) == 16 // devices
@@ -96,14 +96,14 @@ def last_weights(root: Path, prefix: str) -> dict[str, torch.Tensor]:
     return read_tensors((root / "checkpoints/last.ckpt").resolve(), prefix)
 
 
-def test_a_sharded_checkpoint_goes_on_with_other_devices_and_becomes_a_plain_folder(
+def test_a_sharded_checkpoint_resumes_on_other_devices_and_exports_to_a_folder(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first = start([*FIT, *options("fsdp2")], run_folder, 2)
     assert first.wait() == [0, 0], first.printed()
     monkeypatch.chdir(run_folder)
     expected = last_weights(Path("fsdp2"), "network.")
-    remove(Path("fsdp2/checkpoints/last.ckpt").resolve())
+    remove_checkpoint(Path("fsdp2/checkpoints/last.ckpt").resolve())
     Path("fsdp2/checkpoints/last.ckpt").unlink()
     Path("fsdp2/checkpoints/last.ckpt").symlink_to("step=00000009.ckpt")
     checkpoint = Path("fsdp2/checkpoints/last.ckpt").resolve()
@@ -117,38 +117,38 @@ def test_a_sharded_checkpoint_goes_on_with_other_devices_and_becomes_a_plain_fol
     assert run(["export", "--ckpt_path", str(checkpoint), "--out", "export"]) == 0
     for weights, prefix in (("ema", "ema."), ("raw", "network.")):
         network = load_trained(checkpoint, weights=weights).network.state_dict()
-        shares = read_tensors(checkpoint, prefix)
-        assert all(torch.equal(network[name], tensor) for name, tensor in shares.items())
+        saved = read_tensors(checkpoint, prefix)
+        assert all(torch.equal(network[name], tensor) for name, tensor in saved.items())
         exported = load_trained("export").network.state_dict()
         assert all(torch.equal(exported[name], network[name]) for name in network) == (weights == "ema")
     assert run(["sample", "--ckpt_path", str(checkpoint), "--out", "samples.npz"]) == 0
     assert run([*FIT, "--resume", "--trainer.default_root_dir", "fsdp2"]) == 1
     assert "has a share of each rank: it needs --trainer.strategy fsdp2" in capfd.readouterr().err
-    alone = ["--trainer.strategy", "fsdp2", "--data.batch_size", "16", "--trainer.default_root_dir", "fsdp2"]
-    resumed = start([*FIT, *alone, "--resume", "--trainer.devices", "1"], run_folder)
+    one_rank = ["--trainer.strategy", "fsdp2", "--data.batch_size", "16", "--trainer.default_root_dir", "fsdp2"]
+    resumed = start([*FIT, *one_rank, "--resume", "--trainer.devices", "1"], run_folder)
     assert resumed.wait() == [0], resumed.printed()
     assert "resuming on 1 ranks, not 2" in resumed.printed()
     for key, tensor in last_weights(Path("fsdp2"), "network.").items():
         torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4)
 
 
-def test_every_part_of_a_network_gets_its_weights_and_is_finished_before_the_next() -> None:
+def test_each_part_of_a_network_is_initialised_and_finished_before_the_next() -> None:
     config, cpu = MVARConfig(depth=3, width=32, heads=2, head_dim=32), torch.device("cpu")
     finished: list[nn.Module] = []
 
     def finish(part: nn.Module) -> None:
-        """Gives a block's memory away, as sharding does."""
+        """Frees a block's memory, as sharding does."""
         assert all(parameter.is_meta for block in finished for parameter in block.parameters())
         assert not any(parameter.is_meta for parameter in part.parameters(recurse=isinstance(part, Block)))
         if isinstance(part, Block):
             part.to("meta")
         finished.append(part)
 
-    build(config, cpu, 0, finish)
+    build_network(config, cpu, 0, finish)
     assert [type(part) for part in finished] == [Block, Block, Block, MVAR]
-    first = build(config, cpu, 0).state_dict()
+    first = build_network(config, cpu, 0).state_dict()
     torch.manual_seed(123)
-    second = build(config, cpu, 0).state_dict()
+    second = build_network(config, cpu, 0).state_dict()
     for name, tensor in first.items():
         assert torch.equal(second[name], tensor), name
         assert tensor.isfinite().all(), name
@@ -158,7 +158,7 @@ def test_every_part_of_a_network_gets_its_weights_and_is_finished_before_the_nex
 def test_compiled_and_recomputed_blocks_give_the_same_losses(
     tokenizer_folder: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced as torch.compile does it, but without generating code, which takes minutes."""
+    """The eager backend traces as torch.compile does, but skips code generation, which takes minutes."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     runs = []
     for options in ({}, {"compile": True}, {"activation_checkpointing": True}):

@@ -1,4 +1,4 @@
-"""One process, DDP and FSDP2 train the same tokenizer, with all that there is to train."""
+"""One process, DDP and FSDP2 train the same tokenizer, with all losses and networks switched on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conftest import pictures, scalars, write_images
 from processes import start
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.checkpoints.training import remove
+from lightning_mvar.checkpoints.training import remove_checkpoint
 
 RUN_YAML = """
 trainer: {accelerator: cpu, max_steps: 8, val_check_interval: 3, check_val_every_n_epoch: null, log_every_n_steps: 1,
@@ -37,16 +37,16 @@ STRATEGIES = {"one": (1, []), "ddp": (2, ["--trainer.strategy", "ddp"]), "fsdp2"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """24 pictures, three batches an epoch."""
+    """A folder of 24 images, three batches per epoch, and a run.yaml."""
     write_images(tmp_path / "images", per_class=8)
     (tmp_path / "run.yaml").write_text(RUN_YAML)
     return tmp_path
 
 
 def train(folder: Path, strategy: str, out: str, *options: str) -> str:
-    """What the ranks have printed."""
-    devices, chosen = STRATEGIES[strategy]
-    command = ["train-tokenizer", "--config", "run.yaml", "--data.batch_size", str(8 // devices), *chosen]
+    """Trains a tokenizer to the end and returns the output of all ranks."""
+    devices, strategy_options = STRATEGIES[strategy]
+    command = ["train-tokenizer", "--config", "run.yaml", "--data.batch_size", str(8 // devices), *strategy_options]
     ranks = start([*command, "--trainer.default_root_dir", out, *options], folder, devices, name=out)
     assert ranks.wait() == [0] * devices, ranks.printed()
     return ranks.printed()
@@ -73,7 +73,7 @@ def test_strategies_agree_on_losses_scores_and_weights(folder: Path, learning: s
         assert len(pictures(folder / name / "logs", "reconstructions")) == 2
 
 
-# Of 512 codes each rank uses others between the checkpoint and the next revival.
+# With 512 codes, each rank uses different ones between the checkpoint and the next revival.
 RUNNING_MEANS = ["--model.codebook.learning", "ema", "--model.revive_every", "2"]
 MANY_CODES = ["--model.tokenizer.vocab_size", "512", "--model.revive_every", "7", "--model.revive_until", "1.0"]
 
@@ -83,10 +83,10 @@ MANY_CODES = ["--model.tokenizer.vocab_size", "512", "--model.revive_every", "7"
     [("ddp", MANY_CODES), ("ddp", RUNNING_MEANS), ("fsdp2", RUNNING_MEANS)],
 )
 def test_ranks_resume_exactly(folder: Path, strategy: str, options: list[str]) -> None:
-    """Codes that are revived included: the same on all ranks."""
+    """Revived codes are the same on all ranks, also after resuming."""
     train(folder, strategy, "run", *options)
     expected = load_tokenizer(folder / "run").state_dict()
-    remove((folder / "run/checkpoints/last.ckpt").resolve())
+    remove_checkpoint((folder / "run/checkpoints/last.ckpt").resolve())
     (folder / "run/config.json").unlink()
     printed = train(folder, strategy, "run", *options, "--resume")
     assert f"resuming from {folder}/run/checkpoints/step=00000005.ckpt" in printed

@@ -1,1 +1,1 @@
-"""Data sets whose images come with an installed package, without a download."""
+"""Embedded data sets: their images ship with installed packages, so nothing is downloaded."""

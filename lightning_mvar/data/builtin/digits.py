@@ -1,4 +1,4 @@
-"""The embedded images: scikit-learn's 1,797 scans of handwritten digits, 10 classes, no download."""
+"""The embedded digits: scikit-learn's 1,797 scans of handwritten digits in 10 classes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_mvar.errors import InputError
 
 TRAIN_SHARE = 0.75
 SPLIT_SEED = 0
-MARGIN = 1  # pixels of 32 that a random crop moves a digit by; by 2, a classifier of real digits begins to misread them
+MARGIN = 1  # maximum shift of a random crop, in pixels of 32; shifts of 2 make a digit classifier misread some
 
 
 @cache
 def load_digits(split: Split) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32) float32 in [-1, 1], ink bright on dark, and labels (n,) int64.
+    """Returns images (n, 3, 32, 32) float32 in [-1, 1], bright ink on dark, and labels (n,) int64.
 
-    The scans are 8 x 8 with 17 grey levels; they are enlarged bicubically. The split is fixed, stratified by class:
+    The scans are 8 x 8 with 17 grey levels, enlarged bicubically. The split is fixed, stratified by class:
     1,347 train, 450 test.
     """
     check_split("digits", split)
@@ -32,19 +32,19 @@ def load_digits(split: Split) -> tuple[Tensor, Tensor]:
     except ImportError as error:
         raise InputError("the digits need scikit-learn: pip install 'lightning-mvar[demo]'") from error
     scans = load_scans()
-    everything = np.arange(len(scans.target))
-    parts = train_test_split(everything, train_size=TRAIN_SHARE, stratify=scans.target, random_state=SPLIT_SEED)
-    chosen = np.sort(parts[get_args(Split).index(split)])
+    indices = np.arange(len(scans.target))
+    splits = train_test_split(indices, train_size=TRAIN_SHARE, stratify=scans.target, random_state=SPLIT_SEED)
+    chosen = np.sort(splits[get_args(Split).index(split)])
     grey = torch.tensor(scans.images[chosen] / 16.0, dtype=torch.float32)[:, None]  # (n, 1, 8, 8) in [0, 1]
     large = F.interpolate(grey, size=(RESOLUTION, RESOLUTION), mode="bicubic").clamp(0, 1)
     return large.expand(-1, 3, -1, -1) * 2 - 1, torch.tensor(scans.target[chosen], dtype=torch.int64)
 
 
 @cache
-def load_wide_digits(split: Split) -> tuple[Tensor, Tensor]:
-    """The same with a margin, which repeats their edges: images (n, 3, 34, 34), labels (n,)."""
+def load_digits_with_margin(split: Split) -> tuple[Tensor, Tensor]:
+    """Returns images (n, 3, 34, 34) with a margin that repeats the edge pixels, and labels (n,)."""
     images, labels = load_digits(split)
     return F.pad(images, (MARGIN,) * 4, mode="replicate"), labels
 
 
-DIGITS = EmbeddedSet("digits", tuple(map(str, range(10))), MARGIN, load_wide_digits)
+DIGITS = EmbeddedSet("digits", tuple(map(str, range(10))), MARGIN, load_digits_with_margin)

@@ -1,7 +1,7 @@
-"""The embedded textures: patches of ten sample photos that come with scikit-learn and scikit-image, no download.
+"""The embedded photos: patches of ten sample photos that ship with scikit-learn and scikit-image.
 
-A photo is a class. Its columns are divided into bands, train and test in turn, with a gap between them wider than what
-resizing mixes, so that no pixel of a photo is in both splits.
+Each photo is a class. Its columns are divided into alternating train and test bands, with gaps between them wider than
+the resizing filter, so that the splits share no pixel of a photo.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_mvar.data.builtin.base import RESOLUTION, EmbeddedSet, Split, check_split
 from lightning_mvar.errors import InputError
 
-FILES = {  # class -> package, and file in it
+PHOTO_FILES = {  # by class: package and file within it
     "brick": "skimage/data/brick.png",
     "cat": "skimage/data/chelsea.png",
     "coins": "skimage/data/coins.png",
@@ -32,92 +32,95 @@ FILES = {  # class -> package, and file in it
     "pagoda": "sklearn/datasets/images/china.jpg",
     "tissue": "skimage/data/ihc.png",
 }
-SHORTER_SIDE = 432  # pixels that a larger photo is reduced to: a patch shows a stone or two, blades of grass, a petal
-MARGIN = 4  # pixels that a random crop of a patch can move by, inside its band
+MAX_SHORTER_SIDE = 432  # in pixels; at this scale a patch shows a stone or two, blades of grass, a petal
+MARGIN = 4  # maximum shift of a random crop in pixels, within the patch's band
 STRIDE = 8
-PER_CLASS = {"train": 200, "test": 45}
-LEAST_CONTRAST = 0.04  # standard deviation of grey in [0, 1] below which a patch is taken for empty
+PATCHES_PER_CLASS = {"train": 200, "test": 45}
+MIN_CONTRAST = 0.04  # standard deviation of grey in [0, 1]; patches below it count as empty
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a photo's columns are divided: in each period of so many pixels one band of each split."""
+class BandLayout:
+    """Division of a photo's columns: every `period` pixels, one band per split."""
 
     resolution: int
-    train: tuple[int, int]  # first column, and the one after the last
+    train: tuple[int, int]  # [first, end) columns within a period
     test: tuple[int, int]
     period: int
 
     @property
     def side(self) -> int:
-        """Of a patch with its margin."""
+        """Side of a patch with its margin, in pixels."""
         return self.resolution + 2 * MARGIN
 
 
-SMALL = Layout(RESOLUTION, (0, 80), (88, 136), 144)
-LARGE = Layout(64, (0, 96), (104, 176), 184)
+LAYOUT_32 = BandLayout(RESOLUTION, (0, 80), (88, 136), 144)
+LAYOUT_64 = BandLayout(64, (0, 96), (104, 176), 184)
 
 
 @cache
-def load_wide_photos(split: Split, layout: Layout = SMALL) -> tuple[Tensor, Tensor]:
-    """Patches with their margin (n, 3, side, side) float32 in [-1, 1], and labels (n,) int64, the classes in turn.
+def load_photos_with_margin(split: Split, layout: BandLayout = LAYOUT_32) -> tuple[Tensor, Tensor]:
+    """Returns patches with margin (n, 3, side, side) float32 in [-1, 1] and labels (n,) int64, alternating classes.
 
-    Of the patches on a grid of `STRIDE` pixels that are not empty, every class has the same number, evenly spread:
-    2,000 train, 450 test in all.
+    Each class has the same number of patches, spread evenly over the non-empty ones on a grid of `STRIDE` pixels: 2,000
+    train and 450 test patches in total.
 
     Raises:
-        InputError: if there is no such split, or a photo is not installed.
+        InputError: if the split does not exist or a photo is not installed.
     """
     check_split("photos", split)
-    classes = [chosen_patches(read_photo(file), split, layout) for file in FILES.values()]
+    classes = [select_patches(read_photo(file), split, layout) for file in PHOTO_FILES.values()]
     patches = np.stack(classes, axis=1).reshape(-1, *classes[0].shape[1:])  # (n, side, side, 3) uint8
-    labels = torch.arange(len(FILES)).repeat(PER_CLASS[split])
+    labels = torch.arange(len(PHOTO_FILES)).repeat(PATCHES_PER_CLASS[split])
     return torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 127.5 - 1, labels
 
 
 def read_photo(file: str) -> NDArray[np.uint8]:
-    """(H, W, 3) of a file of a package, the shorter side reduced to `SHORTER_SIDE` where it is longer (Lanczos)."""
-    with Image.open(installed(file)) as photo:
-        scale = min(SHORTER_SIDE / min(photo.size), 1)
+    """Reads a photo of a package as (H, W, 3), reduced to a shorter side of `MAX_SHORTER_SIDE` if larger (Lanczos)."""
+    with Image.open(find_installed_file(file)) as photo:
+        scale = min(MAX_SHORTER_SIDE / min(photo.size), 1)
         width, height = (round(side * scale) for side in photo.size)
         return np.asarray(photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
 
 
-def installed(file: str) -> Path:
-    """Where a file of a package is, found without importing the package, which takes seconds.
+def find_installed_file(file: str) -> Path:
+    """Locates a file of a package without importing the package, which takes seconds.
 
     Raises:
-        InputError: if the package is not installed, or has no such file.
+        InputError: if the package is not installed or lacks the file.
     """
-    package, _, inside = file.partition("/")
+    package, _, relative_path = file.partition("/")
     spec = find_spec(package)
-    path = Path(spec.origin).parent / inside if spec is not None and spec.origin is not None else None
+    path = Path(spec.origin).parent / relative_path if spec is not None and spec.origin is not None else None
     if path is None or not path.is_file():
         raise InputError(f"the photos need {file} of scikit-learn and scikit-image: pip install 'lightning-mvar[demo]'")
     return path
 
 
-def chosen_patches(photo: NDArray[np.uint8], split: Split, layout: Layout = SMALL) -> NDArray[np.uint8]:
-    """(n, side, side, 3): as many patches of a photo (H, W, 3) as a class has, with their margin."""
+def select_patches(photo: NDArray[np.uint8], split: Split, layout: BandLayout = LAYOUT_32) -> NDArray[np.uint8]:
+    """Selects the patches of a class (n, side, side, 3), with margin, from its photo (H, W, 3)."""
     side = layout.side
-    wide = np.stack([photo[top : top + side, left : left + side] for top, left in places(photo, split, layout)])
-    grey = wide[:, MARGIN:-MARGIN, MARGIN:-MARGIN].mean(axis=3) / 255
-    textured = wide[grey.std(axis=(1, 2)) >= LEAST_CONTRAST]
-    return textured[np.linspace(0, len(textured) - 1, PER_CLASS[split]).round().astype(int)]
+    positions = patch_positions(photo, split, layout)
+    patches = np.stack([photo[top : top + side, left : left + side] for top, left in positions])
+    grey = patches[:, MARGIN:-MARGIN, MARGIN:-MARGIN].mean(axis=3) / 255
+    textured = patches[grey.std(axis=(1, 2)) >= MIN_CONTRAST]
+    return textured[np.linspace(0, len(textured) - 1, PATCHES_PER_CLASS[split]).round().astype(int)]
 
 
-def places(photo: NDArray[np.uint8], split: Split, layout: Layout) -> list[tuple[int, int]]:
-    """Top and left of every patch with its margin on the grid of the split's bands."""
+def patch_positions(photo: NDArray[np.uint8], split: Split, layout: BandLayout) -> list[tuple[int, int]]:
+    """Lists (top, left) of each patch with margin on the grid within the split's bands."""
     height, width = photo.shape[:2]
     side = layout.side
     first, end = layout.train if split == "train" else layout.test
     return [
         (top, left)
-        for period in range(0, width, layout.period)
-        for left in range(period + first, min(period + end, width) - side + 1, STRIDE)
+        for start in range(0, width, layout.period)
+        for left in range(start + first, min(start + end, width) - side + 1, STRIDE)
         for top in range(0, height - side + 1, STRIDE)
     ]
 
 
-PHOTOS = EmbeddedSet("photos", tuple(FILES), MARGIN, load_wide_photos)
-PHOTOS64 = EmbeddedSet("photos64", tuple(FILES), MARGIN, partial(load_wide_photos, layout=LARGE), LARGE.resolution)
+PHOTOS = EmbeddedSet("photos", tuple(PHOTO_FILES), MARGIN, load_photos_with_margin)
+PHOTOS64 = EmbeddedSet(
+    "photos64", tuple(PHOTO_FILES), MARGIN, partial(load_photos_with_margin, layout=LAYOUT_64), LAYOUT_64.resolution
+)

@@ -1,8 +1,8 @@
-"""Images in tar archives, read where they lie: nothing is unpacked.
+"""Images in tar archives, read in place without unpacking.
 
-An archive is taken for what its members say it is: ImageNet's `ILSVRC2012_img_train.tar`, a tar of a tar for each
-class; folders of classes in one tar; WebDataset shards, images beside a `.cls` each; tars of one class each, named
-after it; or, with a file of labels, images alone, such as `ILSVRC2012_img_val.tar`.
+The members show the layout: ImageNet's `ILSVRC2012_img_train.tar`, a tar with one inner tar per class; one tar of class
+folders; WebDataset shards, with a `.cls` next to each image; one tar per class, named after it; or, with a label file,
+a flat tar of images such as `ILSVRC2012_img_val.tar`.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from lightning_mvar.errors import InputError
 class Member(NamedTuple):
     """A file in an archive."""
 
-    archive: int  # its number among the archives
-    path: str  # in the archive that holds it
-    offset: int  # bytes, in the outermost archive
+    archive: int  # index of the outermost archive
+    path: str  # within the archive that contains it
+    offset: int  # in bytes, within the outermost archive
     size: int
-    inner: str = ""  # the archive in the archive that holds it
+    inner: str = ""  # path of the inner archive that contains it, if any
 
     @property
     def name(self) -> str:
         return PurePosixPath(self.path).name
 
     @property
-    def sample(self) -> tuple[int, str]:
-        """What WebDataset takes for one sample: the files that are called alike up to the first dot."""
+    def sample_id(self) -> tuple[int, str]:
+        """Identity of the WebDataset sample: files of one sample share their name up to the first dot."""
         folder, name = os.path.split(self.path)
         return self.archive, f"{folder}/{name.split('.')[0]}"
 
 
-class Named(NamedTuple):
-    """What images are called: class names in label order, and of each image its key and its label."""
+class KeysAndLabels(NamedTuple):
+    """Class names in label order, and the key and label of each image."""
 
     class_names: list[str]
     keys: list[str]
@@ -50,15 +50,15 @@ class Named(NamedTuple):
 
 
 class TarImages(EncodedImages):
-    """Images of one archive or several.
+    """Images of one or more tar archives.
 
     Args:
-        paths: of the archives.
-        labels: of the images by name; where given, the archives' own are not looked for.
-        class_names: in label order, where the archives have numbers.
+        paths: the archives.
+        labels: labels from a file, used instead of those of the archives.
+        class_names: class names in label order, if the archives have class numbers.
 
     Raises:
-        InputError: if one is missing, damaged or compressed, or has images without a class.
+        InputError: if an archive is missing, damaged or compressed, or an image has no class.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Labels | None, class_names: Sequence[str] | None) -> None:
@@ -66,123 +66,128 @@ class TarImages(EncodedImages):
         members = [*tqdm(list_members(self.paths), desc="list archives", unit="file", leave=False)]
         images = sorted((m for m in members if is_image(m.name)), key=lambda m: m.name)
         if not images:
-            raise InputError(f"no images in {self.paths[0]}: expected members that end with .jpg, .jpeg, .png or .webp")
-        numbers = {member.sample: member for member in members if member.path.endswith(".cls")}
+            raise InputError(f"no images in {self.paths[0]}: expected members ending in .jpg, .jpeg, .png or .webp")
+        class_files = {member.sample_id: member for member in members if member.path.endswith(".cls")}
         if labels is not None:
-            named = Named(labels.class_names, *labels.keyed([m.name for m in images], self.paths[0]))
-        elif numbers:
-            named = by_number(images, self.numbers_of(images, numbers), class_names, self.paths)
+            named = KeysAndLabels(labels.class_names, *labels.assign([m.name for m in images], self.paths[0]))
+        elif class_files:
+            named = keys_from_numbers(images, self.read_class_numbers(images, class_files), class_names, self.paths)
         else:
-            refuse_samples(images, members, self.paths)
-            named = by_place(images, self.paths)
+            reject_samples_without_class(images, members, self.paths)
+            named = keys_from_paths(images, self.paths)
         super().__init__(*named, np.array([(m.archive, m.offset, m.size) for m in images], np.int64))
 
     def files(self) -> Iterable[Path]:
         return self.paths
 
-    def where(self, index: int) -> str:
-        return f"{self.paths[int(self.places[index, 0])]}: {self.key(index)}"
+    def display_path(self, index: int) -> str:
+        return f"{self.paths[int(self.locations[index, 0])]}: {self.key(index)}"
 
     def read(self, index: int) -> bytes:
-        return self.bytes_at(*self.places[index].tolist())
+        return self.read_range(*self.locations[index].tolist())
 
-    def bytes_at(self, archive: int, offset: int, size: int) -> bytes:
+    def read_range(self, archive: int, offset: int, size: int) -> bytes:
         with self.paths[archive].open("rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)
         if len(data) < size:
-            raise OSError(f"{self.paths[archive]} has become shorter")
+            raise OSError(f"{self.paths[archive]} was truncated after it was opened")
         return data
 
-    def numbers_of(self, images: list[Member], numbers: dict[tuple[int, str], Member]) -> list[int]:
-        """What the `.cls` beside each image says."""
-        found = []
+    def read_class_numbers(self, images: list[Member], class_files: dict[tuple[int, str], Member]) -> list[int]:
+        """Reads the class number of each image from the `.cls` file next to it."""
+        numbers = []
         for image in tqdm(images, desc="read classes", unit="file", leave=False):
-            member, where = numbers.get(image.sample), f"{self.paths[image.archive]}: {image.path}"
+            member, name = class_files.get(image.sample_id), f"{self.paths[image.archive]}: {image.path}"
             if member is None:
-                raise InputError(f"{where} has no class: there is no .cls beside it")
-            text = self.bytes_at(member.archive, member.offset, member.size).decode(errors="replace").strip()
+                raise InputError(f"{name} has no class: add a .cls file next to it")
+            text = self.read_range(member.archive, member.offset, member.size).decode(errors="replace").strip()
             if not text.isdecimal():
-                raise InputError(f"{where} has the class {text!r}; a .cls must hold a number from 0")
-            found.append(int(text))
-        return found
+                raise InputError(f"{name} has the class {text!r}; a .cls file must contain a number from 0")
+            numbers.append(int(text))
+        return numbers
 
 
-def by_number(
+def keys_from_numbers(
     images: list[Member], labels: list[int], class_names: Sequence[str] | None, paths: Sequence[Path]
-) -> Named:
-    """Keys are CLASS/NAME, with the archive between where names come again in others."""
+) -> KeysAndLabels:
+    """Keys are CLASS/NAME, or CLASS/ARCHIVE/NAME if names repeat across archives."""
     names = list(class_names) if class_names is not None else [str(label) for label in range(max(labels) + 1)]
     if max(labels) >= len(names):
-        raise InputError(f"{paths[0]} and the like have the class {max(labels)}; --class_names has {len(names)}")
+        raise InputError(
+            f"the archives ({paths[0]}, ...) have the class {max(labels)}; --class_names has {len(names)} names"
+        )
     keys = [f"{names[label]}/{image.name}" for label, image in zip(labels, images, strict=True)]
     if len(set(keys)) < len(keys):
         stems = [paths[image.archive].stem for image in images]
-        keys = [f"{names[label]}/{s}/{m.name}" for label, s, m in zip(labels, stems, images, strict=True)]
-    return Named(names, keys, labels)
+        rows = zip(labels, stems, images, strict=True)
+        keys = [f"{names[label]}/{stem}/{image.name}" for label, stem, image in rows]
+    return KeysAndLabels(names, keys, labels)
 
 
-def refuse_samples(images: list[Member], members: list[Member], paths: Sequence[Path]) -> None:
-    """Raise InputError for WebDataset shards that do not have classes as `.cls`."""
-    others = {member.sample for member in members if not is_image(member.name)}
-    found = next((m for m in images if not m.inner and "/" not in m.path and m.sample in others), None)
-    if found is not None:
-        raise InputError(f"{paths[found.archive]} has other files beside {found.path}, and no .cls with its class")
+def reject_samples_without_class(images: list[Member], members: list[Member], paths: Sequence[Path]) -> None:
+    """Raises InputError for WebDataset shards without `.cls` files."""
+    others = {member.sample_id for member in members if not is_image(member.name)}
+    image = next((m for m in images if not m.inner and "/" not in m.path and m.sample_id in others), None)
+    if image is not None:
+        raise InputError(
+            f"{paths[image.archive]} has other files next to {image.path}, but no .cls file with its class"
+        )
 
 
-def by_place(images: list[Member], paths: Sequence[Path]) -> Named:
-    """The class is the inner archive, the folder, or the archive that an image is in.
+def keys_from_paths(images: list[Member], paths: Sequence[Path]) -> KeysAndLabels:
+    """Takes the class of an image from its inner archive, its folder or its archive.
 
     Raises:
-        InputError: if all images are in one place.
+        InputError: if all images are in the same place.
     """
     folders = [os.path.dirname(image.path) for image in images]
-    above = os.path.commonpath(folders) if any(folders) else ""
+    root = os.path.commonpath(folders) if any(folders) else ""
     keys = []
     for image in images:
-        inside = os.path.relpath(image.path, above) if above else image.path
+        relative = os.path.relpath(image.path, root) if root else image.path
         if image.inner:
             keys.append(f"{PurePosixPath(image.inner).stem}/{image.name}")
-        elif "/" in inside:
-            keys.append(inside)
+        elif "/" in relative:
+            keys.append(relative)
         else:
             keys.append(f"{paths[image.archive].stem}/{image.name}")
     names = sorted({key.split("/")[0] for key in keys})
     if len(names) == 1 and len(paths) == 1 and not images[0].inner:
-        raise InputError(f"{paths[0]} does not tell of which classes its images are: name a file of --labels")
+        raise InputError(f"{paths[0]} does not say which classes its images belong to: pass a label file with --labels")
     numbers = {name: label for label, name in enumerate(names)}
-    return Named(names, keys, [numbers[key.split("/")[0]] for key in keys])
+    return KeysAndLabels(names, keys, [numbers[key.split("/")[0]] for key in keys])
 
 
 def list_members(paths: Sequence[Path]) -> Iterator[Member]:
-    """All files of some archives.
+    """Lists all files of the archives.
 
     Raises:
-        InputError: if one cannot be read.
+        InputError: if an archive cannot be read.
     """
     for number, path in enumerate(paths):
         try:
             with path.open("rb") as file:
-                yield from walk(file, 0, path.stat().st_size, number, "")
+                yield from walk_archive(file, 0, path.stat().st_size, number, "")
         except (OSError, EOFError, tarfile.TarError) as error:
             raise InputError(
-                f"{path} is no tar archive, or compressed, or damaged ({error}): undo compression, or fetch it again"
+                f"{path} is not a tar archive, or compressed, or damaged ({error}): decompress it or download it again"
             ) from error
 
 
-def walk(file: BinaryIO, begin: int, end: int, number: int, inner: str) -> Iterator[Member]:
-    """Files of the archive between two places of a file, and of the archives in it."""
+def walk_archive(file: BinaryIO, begin: int, end: int, number: int, inner: str) -> Iterator[Member]:
+    """Lists the files of the archive at bytes `begin` to `end` of a file, and of its inner archives."""
     file.seek(begin)
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             data = member.offset_data
             if data + member.size > end:
-                raise tarfile.ReadError(f"it ends in the middle of {member.name}")
+                raise tarfile.ReadError(f"it is truncated in the middle of {member.name}")
             if member.isfile() and member.name.endswith(".tar") and not inner:
-                yield from walk(file, data, data + member.size, number, member.name)
+                yield from walk_archive(file, data, data + member.size, number, member.name)
             elif member.isfile():
                 yield Member(number, member.name.removeprefix("./").lstrip("/"), data, member.size, inner)
-            archive.members.clear()  # type: ignore[attr-defined]  # which tarfile would keep
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all in memory
         file.seek(archive.offset)
-        if any(file.read(min(tarfile.BLOCKSIZE, end - archive.offset))):  # where tarfile takes damage for the end
+        if any(file.read(min(tarfile.BLOCKSIZE, end - archive.offset))):  # tarfile takes a damaged header for the end
             raise tarfile.ReadError(f"it is damaged at byte {archive.offset}")

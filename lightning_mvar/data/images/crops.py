@@ -1,4 +1,4 @@
-"""Crops of one size: of the embedded images, and of image files of any size."""
+"""Crops of one size, from the embedded sets and from image files of any size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.errors import InputError
 from lightning_mvar.scales import Shape
 
-RESIZE_MARGIN = 1.125  # the shorter side is resized to this times the crop (VAR's preprocessing)
-LONGEST = 16  # times the shorter side; of a longer picture the middle is used, or resizing would fill the memory
+RESIZE_MARGIN = 1.125  # ratio of the resized shorter side to the crop (VAR's preprocessing)
+MAX_ASPECT_RATIO = 16  # longer images are first reduced to their middle, as resizing them could exhaust memory
 
 
 class CorruptImageError(InputError):
@@ -26,18 +26,18 @@ class CorruptImageError(InputError):
 
 
 class EmbeddedImages:
-    """A split of an embedded set. A random crop moves an image by up to the set's margin each way."""
+    """One split of an embedded set. A random crop shifts an image by up to the set's margin in each direction."""
 
     groups: NDArray[np.int64] | None = None
 
     def __init__(self, embedded: EmbeddedSet, split: Split) -> None:
         self.class_names, self.shape = list(embedded.class_names), (embedded.resolution, embedded.resolution)
         self.name, self.split, self.margin = embedded.name, split, embedded.margin
-        self.wide, self.labels = embedded.load_wide(split)
+        self.with_margin, self.labels = embedded.load_with_margin(split)
 
     @property
     def identity(self) -> str:
-        return hashlib.sha256(self.wide.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.with_margin.numpy().tobytes()).hexdigest()
 
     @property
     def listing(self) -> str:
@@ -49,13 +49,13 @@ class EmbeddedImages:
     def __getitem__(self, index: int) -> Example:
         return self.example(index, self.margin, self.margin)
 
-    def cropped(self, index: int, generator: Generator) -> Example:
+    def random_crop(self, index: int, generator: Generator) -> Example:
         top, left = torch.randint(2 * self.margin + 1, (2,), generator=generator).tolist()
         return self.example(index, top, left)
 
     def example(self, index: int, top: int, left: int) -> Example:
         height, width = self.shape
-        image = self.wide[index, :, top : top + height, left : left + width]
+        image = self.with_margin[index, :, top : top + height, left : left + width]
         return Example(image, int(self.labels[index]), self.key(index))
 
     def key(self, index: int) -> str:
@@ -66,10 +66,10 @@ class DecodedImages:
     """Crops of image files, all of one size.
 
     Args:
-        encoded: the files.
-        shape: height and width of the crops; the image is first resized (Lanczos) until it covers 1.125 times that,
-            which makes its shorter side 1.125 times that of a square.
-        on_corrupt: what a file that cannot be decoded does: raise, or come back as an `Example` with an error.
+        encoded: the image files.
+        shape: height and width of the crops; images are first resized (Lanczos) to cover 1.125 times that size, so for
+            a square crop the shorter side becomes 1.125 times its side.
+        on_corrupt: raise if a file cannot be decoded, or return an `Example` with an error.
     """
 
     def __init__(self, encoded: EncodedImages, shape: Shape, on_corrupt: OnCorrupt) -> None:
@@ -90,46 +90,48 @@ class DecodedImages:
     def __getitem__(self, index: int) -> Example:
         return self.example(index, None)
 
-    def cropped(self, index: int, generator: Generator) -> Example:
+    def random_crop(self, index: int, generator: Generator) -> Example:
         return self.example(index, generator)
 
     def example(self, index: int, generator: Generator | None) -> Example:
-        label, key, where = int(self.encoded.labels[index]), self.key(index), self.encoded.where(index)
+        label, key, path = int(self.encoded.labels[index]), self.key(index), self.encoded.display_path(index)
         try:
             data = self.encoded.read(index)
-        except OSError as error:  # of the disk or the network: it says nothing against the image
-            raise InputError(f"{where} cannot be read ({error}): start again once it can") from error
+        except OSError as error:  # disk or network failure: the image itself may be fine, so it is not skipped
+            raise InputError(
+                f"{path} cannot be read ({error}): make it readable, then run the command again"
+            ) from error
         try:
             image = decode_image(data)
         except IMAGE_ERRORS as error:
-            message = f"{where} cannot be decoded ({error})"
+            message = f"{path} cannot be decoded ({error})"
             if self.on_corrupt == "skip":
                 return Example(None, label, key, message)
             raise CorruptImageError(
-                f"{message}: repair or remove it (or skip it, where the command has --on_corrupt)"
+                f"{message}: repair or remove it (or skip it, if the command has --on_corrupt)"
             ) from error
-        return Example(to_tensor(self.cut(image, generator)), label, key)
+        return Example(to_tensor(self.resize_and_crop(image, generator)), label, key)
 
     def key(self, index: int) -> str:
         return self.encoded.key(index)
 
-    def cut(self, image: Image.Image, generator: Generator | None) -> Image.Image:
-        """Resize, and crop: where the generator says, else at the centre."""
-        image = middle(image, LONGEST * min(image.size))
-        crop = self.shape[::-1]  # width and height, as Pillow has sizes
-        scale = max(round(RESIZE_MARGIN * least) / side for least, side in zip(crop, image.size, strict=True))
-        width, height = (max(round(side * scale), least) for least, side in zip(crop, image.size, strict=True))
+    def resize_and_crop(self, image: Image.Image, generator: Generator | None) -> Image.Image:
+        """Resizes an image and crops it at a random place drawn from `generator`, or at the centre if None."""
+        image = limit_longer_side(image, MAX_ASPECT_RATIO * min(image.size))
+        crop = self.shape[::-1]  # (width, height), as in Pillow
+        scale = max(round(RESIZE_MARGIN * target) / side for target, side in zip(crop, image.size, strict=True))
+        width, height = (max(round(side * scale), target) for target, side in zip(crop, image.size, strict=True))
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-        room = (width - crop[0], height - crop[1])
+        slack = (width - crop[0], height - crop[1])
         if generator is None:
-            left, top = (side // 2 for side in room)
+            left, top = (side // 2 for side in slack)
         else:
-            left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in room)
+            left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in slack)
         return image.crop((left, top, left + crop[0], top + crop[1]))
 
 
-def middle(image: Image.Image, longest: int) -> Image.Image:
-    """A picture without what its longer side has beyond `longest` pixels, at both ends alike."""
-    width, height = (min(side, longest) for side in image.size)
+def limit_longer_side(image: Image.Image, max_side: int) -> Image.Image:
+    """Crops both ends of the longer side equally, so that it is at most `max_side` pixels."""
+    width, height = (min(side, max_side) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB pixels, whatever the file's kind of pixels, and to numbers."""
+"""Decodes image files of any pixel format to RGB, and converts images to tensors."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The picture in 8-bit RGB, upright.
+    """Decodes an image file to upright 8-bit RGB.
 
-    Grey, palette, CMYK and 16-bit pictures are converted; what is transparent is laid on white. One of more than 179
-    million pixels is refused, as Pillow does, for it may be made to fill the memory.
+    Grey, palette, CMYK and 16-bit images are converted; transparent ones are composited on white. Pillow refuses images
+    of more than 179 million pixels as possible decompression bombs.
 
     Raises:
-        Exception: one of `IMAGE_ERRORS`, if it cannot be decoded.
+        Exception: one of `IMAGE_ERRORS`, if the file cannot be decoded.
     """
     try:
         file = Image.open(BytesIO(data))
-    except UnidentifiedImageError as error:  # whose message has an address in memory
-        raise OSError("it is empty, or of no kind of image that Pillow knows") from error
+    except UnidentifiedImageError as error:  # its message contains a memory address
+        raise OSError("it is empty or of no image format that Pillow knows") from error
     with file:
         file.load()
         image: Image.Image = file
-    with suppress(*IMAGE_ERRORS):  # a damaged EXIF record says nothing against the pixels
+    with suppress(*IMAGE_ERRORS):  # the pixels are usable even if the EXIF record is damaged
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+    if image.mode.startswith("I"):  # 16-bit grey; `convert` would clip it at 255
         grey = np.asarray(image).astype(np.float32) / 257
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -42,5 +42,5 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    """Converts an RGB image to (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Labelled images by number, all of one size, and batches of them."""
+"""Labelled images of one size, by index, and batches of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Crop = Literal["center", "random"]
 
 @dataclass
 class Example:
-    """One image (3, H, W) float32 in [-1, 1]; `image` is None, and `error` says why, where it could not be read."""
+    """One image (3, H, W) float32 in [-1, 1], or None with the reason in `error` if it could not be decoded."""
 
     image: Tensor | None
     label: int
@@ -31,13 +31,13 @@ class Example:
 
 @dataclass
 class ImageBatch:
-    """The readable examples of a batch, and a message for each of the others."""
+    """The decoded examples of a batch, and the keys and errors of those that failed."""
 
     images: Tensor  # (b, 3, H, W) float32 in [-1, 1]
     labels: Tensor  # (b,) int64
     keys: list[str]
     errors: list[str]
-    unread: list[str]  # the keys of those others, without the number of a view
+    failed_keys: list[str]  # keys of the failed images, without view numbers
 
 
 class Examples(Protocol):
@@ -48,40 +48,35 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-class Images(Examples, Protocol):
-    """Labelled images of a source, each cropped at its centre."""
+class ImageSource(Examples, Protocol):
+    """Labelled images of one size, cropped at the centre or at random."""
 
     class_names: list[str]
     shape: Shape
+    # Read-locality group of each image (e.g. Parquet row group); None if order does not matter.
+    groups: NDArray[np.int64] | None
 
     @property
     def identity(self) -> str: ...  # changes when the images do
 
-
-class ImageSource(Images, Protocol):
-    """Images that can also be cropped at a random place."""
-
-    # Of each image, a number that it shares with those it is best read together with; None where that is all the same.
-    groups: NDArray[np.int64] | None
-
     @property
-    def listing(self) -> str: ...  # the same for the same images and labels, wherever they are stored
+    def listing(self) -> str: ...  # hash of keys, labels and class names, independent of storage
 
-    def cropped(self, index: int, generator: Generator) -> Example: ...
+    def random_crop(self, index: int, generator: Generator) -> Example: ...
 
-    def key(self, index: int) -> str: ...  # of its example, without reading the image
+    def key(self, index: int) -> str: ...  # the example's key, without reading the image
 
 
 class Views:
-    """Several random crops of every image of a source: `views` times as many examples.
+    """Several random crops (views) of each image of a source.
 
-    Example i is drawn from (seed, i) alone, so it is the same in any process and after any interruption.
+    Example i depends on (seed, i) alone, so it is the same in any process and after any interruption.
 
     Args:
         source: the images.
-        views: crops of each.
-        seed: of the crops.
-        flips: mirror half of them, at random.
+        views: crops per image.
+        seed: seed of the crops.
+        flips: mirror a random half of the crops.
     """
 
     def __init__(self, source: ImageSource, views: int, seed: int, flips: bool = False) -> None:
@@ -93,63 +88,66 @@ class Views:
     def __getitem__(self, index: int) -> Example:
         image, view = divmod(index, self.views)
         generator = generator_for(self.seed, index)
-        example = self.source.cropped(image, generator)
+        example = self.source.random_crop(image, generator)
         if example.image is None:
-            return example  # an image is told of once, whatever the views
+            return example  # without a view number, so that a failed image is reported once
         if self.flips and torch.rand((), generator=generator) < 0.5:
             example = replace(example, image=example.image.flip(2))
         return replace(example, key=f"{example.key}#{view}")
 
 
 def generator_for(*key: int) -> Generator:
-    """One that draws what the key alone decides. (To seed torch's own generator takes a thousand times as long.)"""
+    """Returns a generator whose draws depend on `key` alone.
+
+    Seeding torch's global generator instead would take a thousand times as long.
+    """
     return Generator().manual_seed(random.Random("-".join(map(str, key))).getrandbits(63))
 
 
 def find_by_key(source: ImageSource, views: int, seed: int, flips: bool, keys: Sequence[str]) -> list[Example | None]:
-    """The examples, as they were tokenized, that have these keys; None for a key that the source has not.
+    """Returns the examples of these keys as they were tokenized, None for keys that are not in the source.
 
     Args:
-        source: of the images.
-        views: of each, whose number follows a "#" in the key where there are more than one.
-        seed: of the views.
-        flips: whether half of them are mirrored.
-        keys: as the shards have them.
+        source: the images.
+        views: crops per image; if more than one, keys end with "#" and the number of the view.
+        seed: seed of the crops.
+        flips: whether a random half of the crops is mirrored.
+        keys: keys of the token shards.
     """
     examples: Examples = source if views == 1 else Views(source, views, seed, flips)
-    images = [key if views == 1 else key.rpartition("#")[0] for key in keys]
-    wanted = set(images)
-    numbers = {key: index for index in range(len(source)) if (key := source.key(index)) in wanted}
-    view = [0 if views == 1 else int(key.rpartition("#")[2]) for key in keys]
-    places = [numbers.get(image) for image in images]
-    return [None if i is None else examples[i * views + v] for i, v in zip(places, view, strict=True)]
+    image_keys = [key if views == 1 else key.rpartition("#")[0] for key in keys]
+    requested = set(image_keys)
+    index_of = {key: index for index in range(len(source)) if (key := source.key(index)) in requested}
+    view_numbers = [0 if views == 1 else int(key.rpartition("#")[2]) for key in keys]
+    indices = [index_of.get(key) for key in image_keys]
+    return [None if i is None else examples[i * views + v] for i, v in zip(indices, view_numbers, strict=True)]
 
 
 def image_loader(
-    images: Examples, batch_size: int, num_workers: int, chosen: Sequence[int] | None = None
+    images: Examples, batch_size: int, num_workers: int, indices: Sequence[int] | None = None
 ) -> DataLoader[ImageBatch]:
-    """Batches of all images in order, or of those `chosen` by number, read in processes, or in this one for 0."""
-    numbers = range(len(images)) if chosen is None else chosen
-    return batch_loader(images, batched(numbers, batch_size), num_workers)
+    """Returns a loader of all images in order, or of those at `indices`."""
+    indices = range(len(images)) if indices is None else indices
+    return batch_loader(images, batched(indices, batch_size), num_workers)
 
 
-def batched(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+def batched(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [indices[begin : begin + size] for begin in range(0, len(indices), size)]
 
 
 def batch_loader(images: Examples, batches: Iterable[Sequence[int]], num_workers: int) -> DataLoader[ImageBatch]:
-    """Batches of the images with these numbers, read in processes, two batches of each ahead, or in this one for 0."""
-    return DataLoader[Example](  # type: ignore[return-value]  # which are collated
+    """Returns a loader of the given index batches; each worker reads two batches ahead."""
+    return DataLoader[Example](  # type: ignore[return-value]  # collated to ImageBatch
         images,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=num_workers,
         collate_fn=collate,
-        generator=torch.Generator(),  # not the global one: reading must not change what is drawn elsewhere
+        generator=torch.Generator(),  # own generator: loading must not advance the global one
     )
 
 
 def collate(examples: list[Example]) -> ImageBatch:
-    """Stack the readable examples; keep the others' messages."""
+    """Stacks the decoded examples and collects the errors of the others."""
     good = [example for example in examples if example.image is not None]
     images = [cast(Tensor, example.image) for example in good]
     return ImageBatch(

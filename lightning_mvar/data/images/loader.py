@@ -1,4 +1,4 @@
-"""Batches of images in an order that depends on (seed, epoch) alone, from any batch of an epoch on."""
+"""Shuffled image batches whose order depends on (seed, epoch) alone; loading can start at any batch of an epoch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mvar.data.images.examples import Crop, Example, ImageBatch, ImageSource, collate, generator_for
-from lightning_mvar.data.resumable import ResumableLoader, leave_signals_to_the_main_process
+from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_worker
 from lightning_mvar.errors import InputError
 
 
 class ShuffledImages(Dataset[Example]):
-    """Images in the batches of one rank: shuffled, and cropped, by (seed, epoch, image) alone.
+    """Images of one rank's batches; order and crops depend on (seed, epoch, image) alone.
 
     Args:
         images: the source.
         batch_size: images per rank.
-        seed: of order and crops.
-        crop: of the images, at their centre or anew in every epoch.
-        rank, world_size: which part of every global batch is this process's.
+        seed: seed of order and crops.
+        crop: centre crops, or random crops that differ in each epoch.
+        rank, world_size: select this process's part of each global batch.
 
     Raises:
-        InputError: if there are fewer images than a global batch has.
+        InputError: if there are fewer images than one global batch.
     """
 
     def __init__(self, images: ImageSource, batch_size: int, seed: int, crop: Crop, rank: int, world_size: int) -> None:
@@ -37,24 +37,24 @@ class ShuffledImages(Dataset[Example]):
             )
 
     def __len__(self) -> int:
-        """Batches; images that do not fill the last one are left out."""
+        """Number of batches per epoch; the last, incomplete batch is dropped."""
         return len(self.images) // self.global_batch
 
     def batches(self) -> list[list[int]]:
-        """Numbers of this rank's images, batch by batch, from `first_batch` on."""
+        """Returns the indices of this rank's images per batch, starting at `first_batch`."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.images)).tolist()
-        begins = range(self.first_batch * self.global_batch, len(self) * self.global_batch, self.global_batch)
-        mine = self.rank * self.batch_size
-        return [order[begin + mine : begin + mine + self.batch_size] for begin in begins]
+        starts = range(self.first_batch * self.global_batch, len(self) * self.global_batch, self.global_batch)
+        offset = self.rank * self.batch_size
+        return [order[start + offset : start + offset + self.batch_size] for start in starts]
 
-    def __getitem__(self, number: int) -> Example:
+    def __getitem__(self, index: int) -> Example:
         if self.crop == "center":
-            return self.images[number]
-        return self.images.cropped(number, generator_for(self.seed, self.epoch, number))
+            return self.images[index]
+        return self.images.random_crop(index, generator_for(self.seed, self.epoch, index))
 
 
 class ImageLoader(ResumableLoader):
-    """Batches of images (`ImageBatch`) from `ShuffledImages`."""
+    """Resumable loader of `ImageBatch`es from `ShuffledImages`."""
 
     source: ShuffledImages
 
@@ -65,5 +65,5 @@ class ImageLoader(ResumableLoader):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=self.pin_memory,
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=ignore_signals_in_worker,
         )

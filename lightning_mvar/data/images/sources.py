@@ -1,8 +1,8 @@
-"""Opening images by one string, the same everywhere (command line, YAML).
+"""Opens images from a source string, as given on the command line and in YAML.
 
-A source is `digits:train`, `photos:test` and the like; a folder of class folders; a tar archive, a folder of them or a
-pattern such as `imagenet-train-{0000..0146}.tar`; or Parquet files. Archives may be elsewhere (`https://...`,
-`pipe:...`, see `fetching`): they are copied here before they are read, for images are read in an order of our own.
+A source is an embedded set such as `digits:train` or `photos:test`; a folder of class folders; a tar archive, a folder
+of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or Parquet files. Remote archives (`https://...` or
+`pipe:...`, see `lightning_mvar.io.fetch`) are downloaded first, because images are read in random order.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lightning_mvar.data.images.labels import read_class_names, read_labels
 from lightning_mvar.data.images.parquet import ParquetImages
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import fetch_files, is_remote
-from lightning_mvar.scales import Shape, in_words, shape_of
+from lightning_mvar.scales import Shape, format_shape, shape_of
 
-EMBEDDED = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64)}
+EMBEDDED_SETS = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64)}
 
 IMAGE_CACHE = "outputs/image_cache"
-ARCHIVES = (".tar", ".parquet")
+ARCHIVE_SUFFIXES = (".tar", ".parquet")
 
 
 def open_images(
@@ -41,22 +41,21 @@ def open_images(
     cache_dir: str = IMAGE_CACHE,
     retries: int = 5,
 ) -> ImageSource:
-    """The images that `source` names, all of one size.
+    """Opens the images of a source, cropped to one size.
 
     Args:
-        source: see above.
+        source: see the module docstring.
         size: side of the crops in pixels, or their (height, width).
-        on_corrupt: what an image that cannot be decoded does: raise, or come back as an `Example` with an error.
-        labels: a file that tells the classes of images whose place does not; see `read_labels`.
-        class_names: what the classes are called that are numbers in the source: `imagenet`, or a file with a name on
-            each line.
-        cache_dir: folder on this machine for archives from elsewhere.
-        retries: attempts to read one from elsewhere, after one that failed.
+        on_corrupt: raise if an image cannot be decoded, or return an `Example` with an error.
+        labels: label file, for images that are not sorted by class; see `read_labels`.
+        class_names: names of classes that are numbers in the source: `imagenet`, or a text file with one name per line.
+        cache_dir: local folder for downloaded archives.
+        retries: further attempts after a failed download.
 
     Raises:
-        InputError: if there is no such source, it holds no images, or they are of another size.
+        InputError: if the source does not exist, has no images, or its images are of another size.
     """
-    embedded, shape = embedded_in(source), shape_of(size)
+    embedded, shape = find_embedded_set(source), shape_of(size)
     if embedded is None:
         names = None if class_names is None else read_class_names(class_names)
         return DecodedImages(open_encoded(source, labels, names, cache_dir, retries), shape, on_corrupt)
@@ -64,7 +63,9 @@ def open_images(
         raise InputError(f"{source} has its own labels and classes: leave out --labels and --class_names")
     images = EmbeddedImages(*embedded)
     if shape != images.shape:
-        raise InputError(f"{source} are {in_words(images.shape)}, but {in_words(shape)} pixels are asked for")
+        raise InputError(
+            f"{source} are {format_shape(images.shape)} images, but {format_shape(shape)} pixels were requested"
+        )
     return images
 
 
@@ -75,54 +76,56 @@ def open_encoded(
     cache_dir: str = IMAGE_CACHE,
     retries: int = 5,
 ) -> EncodedImages:
-    """Image files in a folder or in archives."""
-    given = None if labels is None else read_labels(Path(labels), class_names)
-    paths = files_of(source, Path(cache_dir), retries)
+    """Opens the image files of a folder or of archives."""
+    label_file = None if labels is None else read_labels(Path(labels), class_names)
+    paths = resolve_files(source, Path(cache_dir), retries)
     if all(path.suffix == ".tar" for path in paths) and paths:
-        return TarImages(paths, given, class_names)
-    if given is not None and paths:
-        raise InputError(f"--labels is for images without classes: {source} has a column of labels")
+        return TarImages(paths, label_file, class_names)
+    if label_file is not None and paths:
+        raise InputError(f"{source} has a label column: leave out --labels")
     if paths:
         return ParquetImages(paths, class_names)
-    if class_names is not None and given is None:
-        raise InputError(f"--class_names is for sources with numbers: the classes of {source} are its folders")
-    return FolderImages(Path(source), given)
+    if class_names is not None and label_file is None:
+        raise InputError(f"the classes of {source} are named by its folders: leave out --class_names")
+    return FolderImages(Path(source), label_file)
 
 
-def files_of(source: str, cache_dir: Path, retries: int) -> list[Path]:
-    """The archives or Parquet files that `source` names: one, those of a folder, or of a pattern, which may have to be
-    fetched; none for a folder of images.
+def resolve_files(source: str, cache_dir: Path, retries: int) -> list[Path]:
+    """Returns the archives or Parquet files of a file name, pattern, folder or remote address; downloads remote ones.
+
+    The list is empty for a folder of images.
 
     Raises:
-        InputError: if there is no such file or folder.
+        InputError: if the file or folder does not exist.
     """
     if is_remote(source):
-        return only_archives(fetch_files(expand_urls(source), cache_dir, retries))
+        return check_archives(fetch_files(expand_urls(source), cache_dir, retries))
     path = Path(source)
     if path.is_dir():
-        inside = sorted(visible(path.iterdir()))
-        found = [p for p in inside if p.suffix == ".tar"] or [p for p in inside if p.suffix == ".parquet"]
-        if found and any(p.is_dir() for p in inside):
-            raise InputError(f"{source} has folders and {found[0].name}: name the archives by a pattern, or move them")
-        return found
-    expanded = [found for part in expand_urls(source) for found in (sorted(glob(part)) or [part])]
-    paths = [Path(found) for found in expanded]
-    missing = [found for found in paths if not found.is_file()]
+        entries = sorted(visible(path.iterdir()))
+        archives = [p for p in entries if p.suffix == ".tar"] or [p for p in entries if p.suffix == ".parquet"]
+        if archives and any(p.is_dir() for p in entries):
+            raise InputError(
+                f"{source} has folders and {archives[0].name}: select the archives with a pattern, or move them"
+            )
+        return archives
+    paths = [Path(name) for part in expand_urls(source) for name in (sorted(glob(part)) or [part])]
+    missing = [path for path in paths if not path.is_file()]
     if missing:
         raise InputError(
-            f"{missing[0]} does not exist (or is not a file): name a folder, .tar or .parquet files, or digits:train"
+            f"{missing[0]} does not exist (or is not a file): use a folder, .tar or .parquet files, or digits:train"
         )
-    return only_archives(paths)
+    return check_archives(paths)
 
 
-def only_archives(paths: list[Path]) -> list[Path]:
-    """Raise InputError unless these are all tar archives, or all Parquet files."""
-    if len({found.suffix for found in paths}) > 1 or paths[0].suffix not in ARCHIVES:
-        raise InputError(f"{paths[0]} is neither a folder of class folders, nor a .tar, nor a .parquet file")
+def check_archives(paths: list[Path]) -> list[Path]:
+    """Returns `paths`; raises InputError unless all are tar archives or all are Parquet files."""
+    if len({path.suffix for path in paths}) > 1 or paths[0].suffix not in ARCHIVE_SUFFIXES:
+        raise InputError(f"{paths[0]} is neither a folder of class folders nor a .tar or .parquet file")
     return paths
 
 
-def embedded_in(source: str) -> tuple[EmbeddedSet, Split] | None:
-    """The embedded set that `source` names, and its split, not yet checked; None where it names something else."""
+def find_embedded_set(source: str) -> tuple[EmbeddedSet, Split] | None:
+    """Returns the embedded set and the unchecked split that `source` names; None if it names no embedded set."""
     name, colon, split = source.partition(":")
-    return (EMBEDDED[name], cast(Split, split)) if colon and name in EMBEDDED else None
+    return (EMBEDDED_SETS[name], cast(Split, split)) if colon and name in EMBEDDED_SETS else None

@@ -1,1 +1,1 @@
-"""Token shards: the format, writing, streaming, verifying."""
+"""Token shards: format, writing, streaming and verification."""

@@ -1,4 +1,4 @@
-"""Images to tokens, batch by batch."""
+"""Encodes images into tokens, batch by batch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lightning_mvar.devices import DTYPES, Precision
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 
-class Encoded(NamedTuple):
-    """A batch of images as tokens."""
+class EncodedBatch(NamedTuple):
+    """The tokens of one batch of images."""
 
     tokens: NDArray[np.uint16]  # (n, l)
     labels: NDArray[np.int64]  # (n,)
     keys: list[str]
-    errors: list[tuple[str, str]]  # key and message of each image that could not be decoded
+    errors: list[tuple[str, str]]  # key and error message of each unreadable image
 
 
 class TokenEncoder:
-    """Images to tokens on one device."""
+    """Encodes batches of images into tokens on one device."""
 
     def __init__(self, model: Tokenizer, device: torch.device, precision: Precision) -> None:
         self.model, self.device, self.dtype = model.to(device), device, DTYPES[precision]
@@ -32,11 +32,13 @@ class TokenEncoder:
             self.model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
-    def __call__(self, batches: Iterable[ImageBatch]) -> Iterator[Encoded]:
+    def __call__(self, batches: Iterable[ImageBatch]) -> Iterator[EncodedBatch]:
         for batch in batches:
             tokens = np.empty((0, self.model.config.schedule.num_tokens), np.uint16)
             if len(batch.images):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     features = self.model.features(batch.images.to(self.device))
                 tokens = self.model.quantizer.encode(features.float()).cpu().numpy().astype(np.uint16)
-            yield Encoded(tokens, batch.labels.numpy(), batch.keys, [*zip(batch.unread, batch.errors, strict=True)])
+            yield EncodedBatch(
+                tokens, batch.labels.numpy(), batch.keys, [*zip(batch.failed_keys, batch.errors, strict=True)]
+            )

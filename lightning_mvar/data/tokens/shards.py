@@ -1,15 +1,15 @@
-"""Token shards: the format, the manifest, writing and reading.
+"""Token shard format: the manifest, writing and reading.
 
 A folder of shards holds `manifest.json` and tar files in the WebDataset format, readable with plain `webdataset`. Each
-tar sample is a pack of up to `PACK_SIZE` images, which makes reading a slice of an array instead of Python per image:
+tar sample is a pack of up to `PACK_SIZE` images, so that a reader slices arrays instead of running Python per image:
 
     KEY.tokens.npy   (n, l) uint16     all scales packed, coarse to fine
     KEY.labels.npy   (n,) int64        class of each image
-    KEY.keys.json    n strings         where each image came from
+    KEY.keys.json    n strings         source path or name of each image
 
-A shard appears under its name whole or not at all. While a folder is being written, by any number of processes, what
-the manifest will say of each finished shard is in `parts/`; in the end it is moved to the manifest. The manifest
-carries what a network must agree with: schedule, vocabulary, classes, and the fingerprint of the tokenizer.
+Shards are written atomically. While any number of processes write a folder, `parts/` holds one record per finished
+shard; at the end the records are moved into the manifest. The manifest also states what a network must match: schedule,
+vocabulary, classes and the tokenizer's fingerprint.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from lightning_mvar.io.files import atomic_path, remove_unfinished
 from lightning_mvar.scales import ScaleSchedule, Shape
 
 FORMAT_VERSION = 3
-PACK_SIZE = 512  # images in one tar sample: 0.7 MB at 680 tokens
+PACK_SIZE = 512  # images per tar sample: 0.7 MB at 680 tokens
 MANIFEST = "manifest.json"
-MEMBERS = ("tokens.npy", "labels.npy", "keys.json")  # of a pack
-PARTS = "parts"
+MEMBERS = ("tokens.npy", "labels.npy", "keys.json")  # of each pack
+PARTS = "parts"  # subfolder with a record per finished shard
 
 
 class Pack(NamedTuple):
@@ -51,7 +51,7 @@ class Pack(NamedTuple):
 
 @dataclass
 class Shard:
-    """One finished shard, as the manifest lists it, with a message for each image, by its key, that was not read."""
+    """A manifest entry of one finished shard; `skipped` maps the key of each unreadable image to its error message."""
 
     name: str
     samples: int
@@ -61,17 +61,19 @@ class Shard:
 
     @property
     def is_file_name(self) -> bool:
-        """Whether the name is that of a file in the manifest's folder."""
+        """Whether the name is a plain file name, without a path."""
         return isinstance(self.name, str) and re.fullmatch(r"\w[\w.-]*", self.name) is not None
 
     def path_in(self, folder: Path) -> Path:
-        """The shard's file in a folder.
+        """Returns the path of the shard in a folder.
 
         Raises:
-            InputError: if the name is not that of a file in the folder: a manifest may come from anybody.
+            InputError: if the name is not a plain file name: manifests are untrusted.
         """
         if not self.is_file_name:
-            raise InputError(f"{folder / MANIFEST} is damaged: it lists a shard {self.name!r}, which is no file name")
+            raise InputError(
+                f"{folder / MANIFEST} is damaged: it lists a shard {self.name!r}, which is not a file name"
+            )
         return folder / self.name
 
     def is_intact(self, folder: Path) -> bool:
@@ -81,24 +83,24 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """What a folder of shards holds.
+    """The contents of a folder of shards.
 
     Args:
-        side_lengths: the schedule of the tokens.
-        vocab_size: tokens are in [0, vocab_size).
-        class_names: name of each class, in label order.
-        tokenizer: fingerprint of the tokenizer that made the tokens.
-        source: where the images came from.
-        num_images: images of the source.
-        shard_size: samples that each shard covers, the last one fewer.
-        order: a hash of the order in which the images went into the shards.
-        listing: a hash of the images' names and labels.
-        views: token samples made of each image: random crops, or its centre where there is one.
-        seed: of the random crops.
-        flips: whether half of the crops are mirrored.
-        precision: of the encoder.
-        shards: the finished shards, in order.
-        format_version: of this format.
+        side_lengths: schedule of the tokens.
+        vocab_size: number of codes; tokens are in [0, vocab_size).
+        class_names: class names in label order.
+        tokenizer: fingerprint of the tokenizer that encoded the images.
+        source: location of the images.
+        num_images: number of images in the source.
+        shard_size: samples per shard, fewer in the last one; skipped images count.
+        order: hash of the order in which the images went into the shards.
+        listing: hash of the images' names and labels.
+        views: samples per image: random crops, or the centre crop if 1.
+        seed: seed of the random crops.
+        flips: whether half of the random crops are mirrored.
+        precision: precision of the encoder.
+        shards: finished shards, in order.
+        format_version: version of this format.
     """
 
     side_lengths: list[int | Shape]
@@ -119,7 +121,7 @@ class Manifest:
 
     @property
     def schedule(self) -> ScaleSchedule:
-        """Raises InputError for side lengths that are none."""
+        """Schedule of the tokens; raises InputError if the side lengths are invalid."""
         return ScaleSchedule(tuple(self.side_lengths))
 
     @property
@@ -128,30 +130,30 @@ class Manifest:
 
     @property
     def skipped(self) -> list[str]:
-        """A message for each image that could not be read, once, whatever the views."""
+        """One message per unreadable image, regardless of the number of views."""
         return list(self.failures().values())
 
     @property
     def offsets(self) -> list[int]:
-        """The number, counted through the shards, of the first sample of each."""
+        """Global index of the first sample of each shard."""
         return [0, *accumulate(shard.samples for shard in self.shards)][:-1]
 
     @property
     def num_shards(self) -> int:
-        """Shards that a finished folder has."""
+        """Number of shards in a finished folder."""
         return -(-self.num_images * self.views // self.shard_size)
 
     def failures(self) -> dict[str, str]:
-        """The same by the images' keys."""
+        """Returns one message per unreadable image, by image key."""
         return {key: message for shard in self.shards for key, message in shard.skipped.items()}
 
     def same_run(self, other: Manifest) -> bool:
-        """Whether the other describes the same images, wherever they are stored, tokenizer and cut into shards."""
-        mine, theirs = asdict(self), asdict(other)
-        return all(mine[key] == theirs[key] for key in mine if key not in ("shards", "source"))
+        """Whether both describe the same images, wherever stored, tokenizer, options and split into shards."""
+        own, others = asdict(self), asdict(other)
+        return all(own[key] == others[key] for key in own if key not in ("shards", "source"))
 
     def save(self, folder: Path) -> None:
-        """Write the manifest, with what is in `parts`, and no more parts."""
+        """Writes the manifest, which must include the records of `parts`, and removes them."""
         with atomic_path(folder / MANIFEST) as path:
             path.write_text(json.dumps(asdict(self), indent=1) + "\n")
         if (folder / PARTS).is_dir():
@@ -159,33 +161,33 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read the manifest of `folder`, and what its parts say of shards that have been finished since.
+        """Reads the manifest of `folder`, updated with the records of shards finished since it was written.
 
         Raises:
-            InputError: if there is none, or it is not of this format.
+            InputError: if it is missing, damaged or of another format version.
         """
         path = folder / MANIFEST
         if not path.is_file():
             raise InputError(
                 f"no token shards in {folder}: {path} does not exist; write them with `lightning-mvar tokenize`"
             )
-        return cls.parse(path.read_text(errors="replace"), str(path), records_of(folder))
+        return cls.parse(path.read_text(errors="replace"), str(path), record_paths(folder))
 
     @classmethod
-    def parse(cls, text: str, where: str, parts: Sequence[Path] = ()) -> Manifest:
-        """The manifest that was read from `where`, with what its parts say of shards that have been finished since.
+    def parse(cls, text: str, location: str, records: Sequence[Path] = ()) -> Manifest:
+        """Parses the text of the manifest at `location`, updated with the records of shards finished since.
 
         Raises:
-            InputError: if it is not of this format.
+            InputError: if it is damaged or of another format version.
         """
         try:
             values = json.loads(text)
             version = values["format_version"]
             if version != FORMAT_VERSION:
                 raise InputError(
-                    f"{where} has format version {version}; this release reads {FORMAT_VERSION}: tokenize again"
+                    f"{location} has format version {version}; this release reads {FORMAT_VERSION}: tokenize again"
                 )
-            newer = [read_record(path) for path in parts]
+            newer = [read_record(path) for path in records]
             names = {shard.name for shard in newer}
             shards = [Shard(**shard) for shard in values["shards"] if shard["name"] not in names]
             values["shards"] = sorted(shards + newer, key=lambda shard: shard.name)
@@ -195,15 +197,15 @@ class Manifest:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{where}, or a file of {PARTS} beside it, is damaged ({error!r}); remove that file, and run the same "
-                f"`lightning-mvar tokenize` again"
+                f"{location}, or a file in {PARTS} next to it, is damaged ({error!r}); remove that file and run the "
+                f"same `lightning-mvar tokenize` again"
             ) from error
 
     def check_model(
-        self, where: object, side_lengths: tuple[int | Shape, ...], vocab_size: int, num_classes: int, tokenizer: str
+        self, location: object, side_lengths: tuple[int | Shape, ...], vocab_size: int, num_classes: int, tokenizer: str
     ) -> None:
-        """Raise InputError unless a network of these properties can learn these tokens, which are at `where`."""
-        for what, ours, theirs in (
+        """Raises InputError unless a network with these properties fits the shards at `location`."""
+        for name, ours, theirs in (
             ("side_lengths", list(self.side_lengths), list(side_lengths)),
             ("vocab_size", self.vocab_size, vocab_size),
             ("num_classes", len(self.class_names), num_classes),
@@ -211,20 +213,20 @@ class Manifest:
         ):
             if ours != theirs:
                 raise InputError(
-                    f"the shards in {where} do not fit the model: {what} is {ours} in the shards and {theirs} in the "
-                    f"model; set the model's to match, or tokenize again with the model's tokenizer"
+                    f"the shards in {location} do not fit the model: {name} is {ours} in the shards and {theirs} in "
+                    f"the model; set the model's to match, or tokenize again with the model's tokenizer"
                 )
 
-    def check_finished(self, where: object) -> None:
-        """Raise InputError unless every shard is listed."""
+    def check_finished(self, location: object) -> None:
+        """Raises InputError unless every shard is listed."""
         if len(self.shards) < self.num_shards:
             raise InputError(
-                f"{where} is unfinished: {len(self.shards)} of {self.num_shards} shards; run the same "
+                f"{location} is unfinished: {len(self.shards)} of {self.num_shards} shards; run the same "
                 f"`lightning-mvar tokenize` again, it continues where it stopped"
             )
 
     def check_files(self, folder: Path) -> None:
-        """Raise InputError unless every shard of a finished folder is there in its full size."""
+        """Raises InputError unless every shard is listed and its file has the listed size."""
         self.check_finished(folder)
         for shard in self.shards:
             path = shard.path_in(folder)
@@ -236,33 +238,33 @@ class Manifest:
                 )
 
 
-def chosen_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list[int]) -> Pack:
-    """Samples by their numbers, counted through the shards, in the order of `ids`.
+def read_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list[int]) -> Pack:
+    """Reads samples by their global index, in the order of `ids`.
 
     Args:
-        manifest: of the shards.
-        fetch: where a shard is to be read; asked of those that have one of the samples.
-        ids: the numbers.
+        manifest: manifest of the shards.
+        fetch: returns a local file for a shard; called only for shards with one of the samples.
+        ids: indices counted through all shards.
 
     Raises:
         InputError: if one of those shards is missing or damaged.
     """
-    wanted = set(ids)
-    found: dict[int, tuple[NDArray[np.uint16], np.int64, str]] = {}
+    requested = set(ids)
+    rows_by_id: dict[int, tuple[NDArray[np.uint16], np.int64, str]] = {}
     for shard, begin in zip(manifest.shards, manifest.offsets, strict=True):
-        if any(begin <= number < begin + shard.samples for number in wanted):
+        if any(begin <= index < begin + shard.samples for index in requested):
             rows = (row for pack in read_shard(fetch(shard)) for row in zip(*pack, strict=True))
-            found |= {number: row for number, row in enumerate(rows, start=begin) if number in wanted}
-    if wanted - found.keys():
+            rows_by_id |= {index: row for index, row in enumerate(rows, start=begin) if index in requested}
+    if requested - rows_by_id.keys():
         raise InputError(
-            "a shard holds fewer samples than its manifest says: `lightning-mvar shards verify` says which"
+            "a shard holds fewer samples than its manifest says; find it with `lightning-mvar shards verify`"
         )
-    tokens, labels, keys = zip(*(found[number] for number in ids), strict=True)
+    tokens, labels, keys = zip(*(rows_by_id[index] for index in ids), strict=True)
     return Pack(np.stack(tokens), np.array(labels), list(keys))
 
 
-def records_of(folder: Path) -> list[Path]:
-    """Files about shards that are finished and not yet in the manifest."""
+def record_paths(folder: Path) -> list[Path]:
+    """Returns the record files of finished shards that are not in the manifest yet."""
     return sorted((folder / PARTS).glob("*.tar.json"))
 
 
@@ -271,7 +273,7 @@ def read_record(path: Path) -> Shard:
 
 
 def save_record(folder: Path, shard: Shard) -> None:
-    """Write down that a shard is finished."""
+    """Records atomically that a shard is finished."""
     with atomic_path(folder / PARTS / f"{shard.name}.json") as path:
         path.write_text(json.dumps(asdict(shard)) + "\n")
 
@@ -281,9 +283,9 @@ def shard_name(index: int) -> str:
 
 
 def write_shard(path: Path, tokens: NDArray[np.uint16], labels: NDArray[np.int64], keys: list[str]) -> Shard:
-    """Write one shard of tokens (n, l) atomically; the bytes depend on the content alone.
+    """Writes one shard of tokens (n, l) atomically; its bytes depend only on the content.
 
-    It is nobody else's to write: what a killed process has left of it is removed.
+    The caller must be its only writer: temporary files that a killed process left behind are removed.
     """
     remove_unfinished(path)
     with atomic_path(path) as temporary:
@@ -303,27 +305,27 @@ def sha256_of(path: Path) -> str:
 def read_shard(path: Path) -> Iterator[Pack]:
     """Reads the packs of one shard.
 
-    Only the three members of a pack are decoded, and arrays without pickle: a shard may come from anybody.
+    Only the three members of a pack are decoded, and arrays without pickle: shards are untrusted.
 
     Raises:
         InputError: if the file is missing, truncated or not a token shard, or has other members.
     """
     try:
         for name, members in read_packs(path):
-            if strange := [member for member in members if member not in MEMBERS]:
-                raise ValueError(f"it has {name}.{strange[0]}, which is not of a token shard")
+            if unknown := [member for member in members if member not in MEMBERS]:
+                raise ValueError(f"it has {name}.{unknown[0]}, which does not belong in a token shard")
             tokens, labels = (read_array(members[member]) for member in MEMBERS[:2])
             yield Pack(tokens, labels, json.loads(members["keys.json"]))
     except (OSError, EOFError, ValueError, KeyError, tarfile.TarError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} is damaged or not a token shard ({reason}): remove it, and fetch it again by starting again where "
-            f"it is from a cache, or else write it again with the same `lightning-mvar tokenize`"
+            f"{path} is damaged or not a token shard ({reason}): remove it, then restart if it is in a cache (it is "
+            f"downloaded again), or else rewrite it with the same `lightning-mvar tokenize`"
         ) from error
 
 
 def read_packs(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Reads the members of each pack, by what follows the first dot of their names, as WebDataset groups them."""
+    """Yields each pack's name and its members by extension, split at the first dot as WebDataset does."""
     with tarfile.open(path, "r:") as tar:
         for name, members in groupby(tar, key=lambda member: member.name.partition(".")[0]):
             yield name, {member.name.partition(".")[2]: read_member(tar, member) for member in members}
@@ -332,11 +334,11 @@ def read_packs(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     if file is None:
-        raise ValueError(f"{member.name} is no file")
+        raise ValueError(f"{member.name} is not a regular file")
     return file.read()
 
 
 def read_array(data: bytes) -> NDArray[Any]:
-    """Decodes an npy file; ValueError for one of Python objects."""
+    """Decodes an npy file; raises ValueError if it holds Python objects."""
     array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     return array

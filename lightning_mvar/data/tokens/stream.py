@@ -1,10 +1,10 @@
-"""Batches of exact number, in an order that depends on (seed, epoch) alone, that can be gone on with at any place.
+"""Streams token batches in an order that depends only on (seed, epoch) and can be resumed at any batch.
 
-Every epoch has one global order: images shuffled, or shards shuffled, and then samples within blocks of consecutive
-shards. Global batch i is the i-th slice of it; each rank takes its part of every global batch and each worker its turn
-of the batches. So one process and many see the same batches, and a run that is resumed with other workers or devices
-goes on in the same order. The price is that every rank reads every shard; tokens are small (all of ImageNet at 256 px
-is 1.7 GB an epoch), and a rank only slices arrays.
+Every epoch has one global order: shards are shuffled, then samples within blocks of consecutive shards. Global batch i
+is the i-th slice of that order; each rank takes its part of every global batch, and each of n workers every n-th batch.
+So one process and many see the same batches, and a run resumed with another number of workers or devices continues in
+the same order. The price is that every rank reads every shard; tokens are small (all of ImageNet at 256 px is 1.7 GB
+per epoch), and a rank only slices arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lightning_mvar.data.resumable import ResumableLoader, leave_signals_to_the_main_process
+from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_worker
 from lightning_mvar.data.tokens.shards import Manifest, read_shard
 from lightning_mvar.data.tokens.sources import ShardSource
 from lightning_mvar.errors import InputError
@@ -31,12 +31,12 @@ class TokenBatch(NamedTuple):
 
     tokens: Tensor  # (b, l) int64
     labels: Tensor  # (b,) int64
-    valid: Tensor  # (b,) bool; False where the batch was filled up with repeated samples
-    ids: Tensor  # (b,) int64 number of each sample in its folder, counted through the shards
+    valid: Tensor  # (b,) bool; False for repeated samples that pad the batch
+    ids: Tensor  # (b,) int64 index of each sample, counted through all shards
 
 
 class TokenRows(NamedTuple):
-    """The same as arrays, as they come from the shards."""
+    """One rank's part of a global batch as numpy arrays; see `TokenBatch`."""
 
     tokens: NDArray[np.uint16]
     labels: NDArray[np.int64]
@@ -45,15 +45,18 @@ class TokenRows(NamedTuple):
 
 
 class TokenStream(IterableDataset[TokenRows]):
-    """One pass over the shards of a folder.
+    """Streams one rank's batches of one pass over a set of shards.
 
     Args:
-        shards: where they are.
-        manifest: their manifest.
+        shards: source of the shards.
+        manifest: manifest of the shards.
         batch_size: images per rank.
-        seed: shuffles, together with the epoch; None keeps the order of the shards.
-        block_size: samples shuffled together, in memory at once.
-        rank, world_size: which part of every global batch is this process's.
+        seed: shuffling seed, used together with the epoch; None keeps the stored order.
+        block_size: number of samples held in memory and shuffled together.
+        rank, world_size: select this process's part of every global batch.
+
+    Raises:
+        InputError: if there are fewer samples than a global batch.
     """
 
     def __init__(
@@ -76,71 +79,72 @@ class TokenStream(IterableDataset[TokenRows]):
             )
 
     def __len__(self) -> int:
-        """Batches of every rank: shuffled passes drop what does not fill a global batch, ordered ones fill it up."""
+        """Number of batches per rank: shuffled passes drop an incomplete global batch, ordered passes pad it."""
         full, rest = divmod(self.manifest.num_samples, self.global_batch)
         return full + (1 if rest and self.seed is None else 0)
 
     def __iter__(self) -> Iterator[TokenRows]:
         worker = get_worker_info()
-        turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         begin = self.rank * self.batch_size
         for i, (tokens, labels, ids) in enumerate(self.global_batches()):
-            if i < self.first_batch or (i - self.first_batch) % workers != turn:
+            if i < self.first_batch or (i - self.first_batch) % num_workers != worker_id:
                 continue
             positions = np.arange(begin, begin + self.batch_size)
-            rows = positions % len(labels)  # an unfilled last batch is filled up with its own samples
+            rows = positions % len(labels)  # an incomplete last batch is padded with its own samples
             yield TokenRows(tokens[rows], labels[rows], positions < len(labels), ids[rows])
 
     def global_batches(self) -> Iterator[Block]:
-        """The epoch cut into global batches, the last one of an ordered pass shorter."""
+        """Splits the epoch into global batches; the last one of an ordered pass may be shorter."""
         size, count = self.global_batch, 0
         rest: Block | None = None
         for block in self.blocks():
             if rest is not None:
-                block = joined([rest, block])
-            whole = len(block[1]) - len(block[1]) % size
-            for begin in range(0, whole, size):
+                block = concatenate([rest, block])
+            end = len(block[1]) - len(block[1]) % size
+            for begin in range(0, end, size):
                 count += 1
-                yield taken(block, slice(begin, begin + size))
-            rest = taken(block, slice(whole, None))
+                yield select_rows(block, slice(begin, begin + size))
+            rest = select_rows(block, slice(end, None))
         if count < len(self) and rest is not None:
             yield rest
 
     def blocks(self) -> Iterator[Block]:
-        """Samples in the epoch's order, about `block_size` at a time."""
+        """Yields samples in the epoch's order, about `block_size` at a time."""
         shards = list(zip(self.manifest.shards, self.manifest.offsets, strict=True))
         rng = None if self.seed is None else np.random.default_rng([self.seed, self.epoch])
         if rng is not None:
             shards = [shards[i] for i in rng.permutation(len(shards))]
-        held: list[Block] = []
+        packs: list[Block] = []
         for shard, begin in shards:
             for pack in read_shard(self.shards.fetch(shard)):
-                held.append((pack.tokens, pack.labels, np.arange(begin, begin + len(pack.labels))))
+                packs.append((pack.tokens, pack.labels, np.arange(begin, begin + len(pack.labels))))
                 begin += len(pack.labels)
-                if sum(len(labels) for _, labels, _ in held) >= self.block_size:
-                    yield shuffled(held, rng)
-                    held = []
-        if held:
-            yield shuffled(held, rng)
+                if sum(len(labels) for _, labels, _ in packs) >= self.block_size:
+                    yield merge(packs, rng)
+                    packs = []
+        if packs:
+            yield merge(packs, rng)
 
 
-def shuffled(blocks: list[Block], rng: np.random.Generator | None) -> Block:
-    block = joined(blocks)
-    return block if rng is None else taken(block, rng.permutation(len(block[1])))
+def merge(blocks: list[Block], rng: np.random.Generator | None) -> Block:
+    """Concatenates blocks and shuffles their samples, unless `rng` is None."""
+    block = concatenate(blocks)
+    return block if rng is None else select_rows(block, rng.permutation(len(block[1])))
 
 
-def joined(blocks: list[Block]) -> Block:
+def concatenate(blocks: list[Block]) -> Block:
     tokens, labels, ids = zip(*blocks, strict=True)
     return np.concatenate(tokens), np.concatenate(labels), np.concatenate(ids)
 
 
-def taken(block: Block, rows: slice | NDArray[np.int64]) -> Block:
+def select_rows(block: Block, rows: slice | NDArray[np.int64]) -> Block:
     tokens, labels, ids = block
     return tokens[rows], labels[rows], ids[rows]
 
 
 class TokenLoader(ResumableLoader):
-    """Batches of tokens (`TokenBatch`) from a `TokenStream`."""
+    """Loads batches of tokens (`TokenBatch`) from a `TokenStream`."""
 
     source: TokenStream
 
@@ -148,17 +152,17 @@ class TokenLoader(ResumableLoader):
         loader = DataLoader(
             self.source,
             batch_size=None,
-            collate_fn=as_it_is,
+            collate_fn=identity,
             num_workers=self.num_workers,
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=ignore_signals_in_worker,
         )
-        return (self.batch(rows) for rows in loader)
+        return (self.to_batch(rows) for rows in loader)
 
-    def batch(self, rows: TokenRows) -> TokenBatch:
-        """Made here rather than in a worker: to hand over a tensor takes milliseconds, an array of uint16 far less."""
+    def to_batch(self, rows: TokenRows) -> TokenBatch:
+        """Converts arrays to tensors in the main process: workers send a uint16 array much faster than a tensor."""
         tensors = [torch.from_numpy(rows.tokens.astype(np.int64)), *map(torch.from_numpy, rows[1:])]
         return TokenBatch(*(tensor.pin_memory() if self.pin_memory else tensor for tensor in tensors))
 
 
-def as_it_is(rows: Any) -> Any:
+def identity(rows: Any) -> Any:
     return rows

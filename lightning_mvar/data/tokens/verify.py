@@ -1,6 +1,6 @@
-"""What is wrong with a folder of token shards: everything, not the first thing.
+"""Verification of a folder of token shards: reports every problem.
 
-Training stops at the first damage; a reader that must name everything that is wrong goes on.
+Training stops at the first damaged shard; this reader continues after each problem in order to report all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lightning_mvar.data.tokens.shards import (
 )
 from lightning_mvar.errors import InputError
 
-AGAIN = "run the same `lightning-mvar tokenize` again, it rewrites that shard only"
+REWRITE = "run the same `lightning-mvar tokenize` again, it rewrites that shard only"
 MEMBER_DTYPES = {"tokens.npy": np.dtype(np.uint16), "labels.npy": np.dtype(np.int64)}
 TAR_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)
 ARRAY_ERRORS = (
@@ -41,24 +41,24 @@ ARRAY_ERRORS = (
     TypeError,
     OverflowError,
     MemoryError,
-)  # of numpy
+)  # raised by numpy's reader on damaged files
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: the file, what it is, and what to do. As a string, one line."""
+    """A problem of one file with its remedy; `str(problem)` is one line."""
 
     file: Path
-    what: str
+    message: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {' '.join(self.what.split())}; {self.remedy}"
+        return f"{self.file}: {' '.join(self.message.split())}; {self.remedy}"
 
 
 @dataclass
-class Expected:
-    """What the manifest says of every shard; None where it cannot be told."""
+class TokenSpec:
+    """Properties that the manifest prescribes for the tokens and labels of every shard; None if unknown."""
 
     num_tokens: int | None = None
     vocab_size: int | None = None
@@ -66,92 +66,92 @@ class Expected:
 
 
 @dataclass
-class Seen:
-    """The shard that each key was found in first."""
+class KeyIndex:
+    """Maps each image key to the first shard that has it."""
 
     shard_of: dict[str, str] = field(default_factory=dict)
 
-    def repeated(self, keys: list[str], name: str) -> Iterator[str]:
-        """What to say of the keys of shard `name` that were there before: a line for each shard that has them too."""
-        twice: dict[str, list[str]] = defaultdict(list)
+    def add(self, keys: list[str], name: str) -> Iterator[str]:
+        """Adds the keys of shard `name` and yields a message for each shard, itself included, that repeats some."""
+        repeated: dict[str, list[str]] = defaultdict(list)
         for key in keys:
             first = self.shard_of.setdefault(key, name)
             if first != name:
-                twice[first].append(key)
+                repeated[first].append(key)
         if own := [key for key, count in Counter(keys).items() if count > 1]:
-            yield f"{counted(len(own), 'key')} more than once in it, such as {own[0]!r}"
-        for first, others in twice.items():
-            yield f"{counted(len(others), 'key')} in {first} too, such as {others[0]!r}"
+            yield f"has {plural(len(own), 'key')} more than once, such as {own[0]!r}"
+        for first, others in repeated.items():
+            yield f"has {plural(len(others), 'key')} that {first} has too, such as {others[0]!r}"
 
 
 def find_problems(
     folder: Path, tokenizer: str | None = None, advance: Callable[[int], object] = lambda _: None
 ) -> Iterator[Problem]:
-    """Every problem of a folder of shards, as it is found.
+    """Checks a folder of shards and yields each problem when it is found.
 
     Args:
-        folder: of the shards.
-        tokenizer: fingerprint that the manifest is to have; None for any.
-        advance: called with the bytes of each file that has been dealt with.
+        folder: folder of the shards.
+        tokenizer: fingerprint that the manifest must have; None for any.
+        advance: called with the size in bytes of each file that has been checked.
 
     Raises:
-        InputError: if there is no such folder, or nothing of token shards in it.
+        InputError: if the folder does not exist, or has neither shards nor a manifest.
     """
     files = sorted(path.name for path in folder.glob("[!.]*.tar"))
     if not (files or (folder / MANIFEST).exists()):
         raise InputError(f"no token shards in {folder}: write them with `lightning-mvar tokenize`")
     try:
         manifest = Manifest.load(folder)
-        about = list(manifest_problems(manifest, folder, tokenizer))
+        problems = list(manifest_problems(manifest, folder, tokenizer))
         listed = {str(shard.name): shard for shard in manifest.shards}
-        expected = expectations(manifest)
+        spec = token_spec(manifest)
     except InputError as error:
-        about, listed, expected = [Problem(folder / MANIFEST, str(error), "the shards are read without it")], {}, None
-    yield from about
-    seen = Seen()
+        problems, listed, spec = [Problem(folder / MANIFEST, str(error), "the shards are checked without it")], {}, None
+    yield from problems
+    key_index = KeyIndex()
     for name in sorted({*files, *listed}):
         path, shard = folder / name, listed.get(name)
         if shard is not None and not shard.is_file_name:
-            yield Problem(folder / MANIFEST, f"lists a shard {name!r}, which is no file name", "remove the folder")
+            yield Problem(folder / MANIFEST, f"lists a shard {name!r}, which is not a file name", "remove the folder")
             continue
-        if shard is None and expected is not None:
-            yield Problem(path, "is not listed in the manifest", "remove it, or the manifest is another run's")
-        yield from shard_problems(path, shard, expected or Expected(), seen)
+        if shard is None and spec is not None:
+            yield Problem(path, "is not listed in the manifest", "remove it, or restore the manifest that lists it")
+        yield from shard_problems(path, shard, spec or TokenSpec(), key_index)
         advance(path.stat().st_size if path.is_file() else 0)
 
 
-def is_count(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_count(value: Any, minimum: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def expectations(manifest: Manifest) -> Expected:
-    """What the manifest's own values allow to expect."""
+def token_spec(manifest: Manifest) -> TokenSpec:
+    """Returns what the manifest prescribes for every shard, with None for invalid values."""
     try:
         num_tokens = manifest.schedule.num_tokens
     except (InputError, TypeError, ValueError):
         num_tokens = None
     vocab_size = manifest.vocab_size if is_count(manifest.vocab_size, 1) else None
     names = manifest.class_names
-    return Expected(num_tokens, vocab_size, len(names) if isinstance(names, list) and names else None)
+    return TokenSpec(num_tokens, vocab_size, len(names) if isinstance(names, list) and names else None)
 
 
 def manifest_problems(manifest: Manifest, folder: Path, tokenizer: str | None) -> Iterator[Problem]:
-    """What is wrong with the values of a manifest, and with what it lists."""
-    file, expected = folder / MANIFEST, expectations(manifest)
-    for name, value, good in (
-        ("side_lengths", manifest.side_lengths, expected.num_tokens),
-        ("vocab_size", manifest.vocab_size, expected.vocab_size and expected.vocab_size <= 2**16),
-        ("class_names", manifest.class_names, expected.num_classes),
+    """Yields the problems of a manifest's values and of its list of shards."""
+    file, spec = folder / MANIFEST, token_spec(manifest)
+    for name, value, valid in (
+        ("side_lengths", manifest.side_lengths, spec.num_tokens),
+        ("vocab_size", manifest.vocab_size, spec.vocab_size and spec.vocab_size <= 2**16),
+        ("class_names", manifest.class_names, spec.num_classes),
         ("num_images", manifest.num_images, is_count(manifest.num_images)),
         ("views", manifest.views, is_count(manifest.views, 1)),
         ("shard_size", manifest.shard_size, is_count(manifest.shard_size, 1)),
-        ("skipped", "no mapping", all(isinstance(shard.skipped, dict) for shard in manifest.shards)),
+        ("skipped", "not a mapping", all(isinstance(shard.skipped, dict) for shard in manifest.shards)),
     ):
-        if not good:
-            yield Problem(file, f"{name} is {value!r}, which cannot be", "write the shards again into an empty folder")
+        if not valid:
+            yield Problem(file, f"{name} is {value!r}, which is invalid", "write the shards again into an empty folder")
     if tokenizer is not None and manifest.tokenizer != tokenizer:
-        what = f"the tokens are of tokenizer {manifest.tokenizer}, not of {tokenizer}"
-        yield Problem(file, what, "name theirs with --tokenizer, or tokenize again")
+        message = f"the tokens were made by tokenizer {manifest.tokenizer}, not by {tokenizer}"
+        yield Problem(file, message, "pass the folder of their tokenizer as --tokenizer, or tokenize again")
     for name, count in Counter(str(shard.name) for shard in manifest.shards).items():
         if count > 1:
             yield Problem(file, f"lists {name} {count} times", "write the shards again into an empty folder")
@@ -161,124 +161,126 @@ def manifest_problems(manifest: Manifest, folder: Path, tokenizer: str | None) -
 
 
 def count_problems(manifest: Manifest, file: Path) -> Iterator[Problem]:
-    """Whether the shards and samples listed are those that the images make."""
+    """Yields a problem if the listed shards or samples do not add up to the number of images."""
     planned = {shard_name(index) for index in range(manifest.num_shards)}
     listed = {str(shard.name) for shard in manifest.shards}
     if missing := sorted(planned - listed):
-        what = f"is unfinished: {len(listed)} of {len(planned)} shards, {missing[0]} is the first that is not listed"
-        yield Problem(file, what, "run the same `lightning-mvar tokenize` again, it continues where it stopped")
+        message = f"is unfinished: {len(listed)} of {len(planned)} shards, {missing[0]} is the first that is not listed"
+        yield Problem(file, message, "run the same `lightning-mvar tokenize` again, it continues where it stopped")
     for name in sorted(listed - planned):
-        what = f"lists {name}, but {manifest.num_images} images make {len(planned)} shards"
-        yield Problem(file, what, "write the shards again into an empty folder")
+        message = f"lists {name}, but {manifest.num_images} images make {len(planned)} shards"
+        yield Problem(file, message, "write the shards again into an empty folder")
     samples = sum(shard.samples for shard in manifest.shards if is_count(shard.samples))
-    left_out = (manifest.num_images - len(manifest.skipped)) * manifest.views - samples
-    if left_out and not missing:
-        what = (
-            f"{manifest.num_images} images less {len(manifest.skipped)} skipped, {manifest.views} of each, are "
-            f"{samples + left_out} samples, but the shards listed have {samples}"
+    expected_samples = (manifest.num_images - len(manifest.skipped)) * manifest.views
+    if samples != expected_samples and not missing:
+        message = (
+            f"{manifest.num_images} images minus {len(manifest.skipped)} skipped, in {manifest.views} views, are "
+            f"{expected_samples} samples, but the listed shards have {samples}"
         )
-        yield Problem(file, what, "write the shards again into an empty folder")
+        yield Problem(file, message, "write the shards again into an empty folder")
 
 
-def shard_problems(path: Path, shard: Shard | None, expected: Expected, seen: Seen) -> Iterator[Problem]:
-    """What is wrong with one file; `shard` is what the manifest says of it, None where it is not listed."""
+def shard_problems(path: Path, shard: Shard | None, spec: TokenSpec, key_index: KeyIndex) -> Iterator[Problem]:
+    """Yields the problems of one file; `shard` is its manifest entry, None if it is not listed."""
     if not path.is_file():
-        yield Problem(path, "is missing", AGAIN)
+        yield Problem(path, "is missing", REWRITE)
         return
     size = path.stat().st_size
     if shard is not None and size != shard.bytes:
-        yield Problem(path, f"has {size} bytes, the manifest says {shard.bytes}", AGAIN)
+        yield Problem(path, f"has {size} bytes, the manifest says {shard.bytes}", REWRITE)
     elif shard is not None and sha256_of(path) != shard.sha256:
-        yield Problem(path, "has another SHA-256 than the manifest says", AGAIN)
-    reading = Reading(expected)
+        yield Problem(path, "does not have the SHA-256 that the manifest lists", REWRITE)
+    check = ShardCheck(spec)
     try:
         for name, members in read_packs(path):
-            reading.take(name, members)
+            check.add_pack(name, members)
     except TAR_ERRORS as error:
-        reading.found.append(f"is no whole tar file ({str(error) or type(error).__name__})")
-    yield from (Problem(path, what, AGAIN) for what in reading.found)
-    if shard is not None and reading.samples != shard.samples:
-        yield Problem(path, f"holds {reading.samples} samples, the manifest says {shard.samples}", AGAIN)
-    for what in seen.repeated(reading.keys, path.name):
-        yield Problem(path, what, "remove the folder and tokenize again: an image would count twice")
+        check.messages.append(f"is not a complete tar file ({str(error) or type(error).__name__})")
+    yield from (Problem(path, message, REWRITE) for message in check.messages)
+    if shard is not None and check.samples != shard.samples:
+        yield Problem(path, f"holds {check.samples} samples, the manifest says {shard.samples}", REWRITE)
+    for message in key_index.add(check.keys, path.name):
+        yield Problem(path, message, "remove the folder and tokenize again, or those images count twice")
 
 
-class Reading:
-    """What has been read of one shard, and what is wrong with it.
+class ShardCheck:
+    """Checks the packs of one shard and collects messages, keys and the number of samples.
 
     Args:
-        expected: what the manifest says of every shard.
+        spec: properties that the manifest prescribes for every shard.
     """
 
-    def __init__(self, expected: Expected) -> None:
-        self.expected = expected
-        self.found: list[str] = []
+    def __init__(self, spec: TokenSpec) -> None:
+        self.spec = spec
+        self.messages: list[str] = []
         self.keys: list[str] = []
         self.samples = 0
 
-    def take(self, pack: str, members: dict[str, bytes]) -> None:
-        """Judge one pack."""
+    def add_pack(self, pack: str, members: dict[str, bytes]) -> None:
+        """Checks the members of one pack."""
         for name in MEMBERS:
             if name not in members:
-                self.found.append(f"pack {pack} has no {name}")
-        if strange := [name for name in members if name not in MEMBERS]:
-            self.found.append(f"pack {pack} has {', '.join(strange)}, which is not of a token shard")
-        tokens, labels = (self.array(pack, name, members.get(name)) for name in MEMBER_DTYPES)
-        keys = self.names(pack, members.get("keys.json"))
+                self.messages.append(f"pack {pack} has no {name}")
+        if unknown := [name for name in members if name not in MEMBERS]:
+            self.messages.append(f"pack {pack} has {', '.join(unknown)}, which does not belong in a token shard")
+        tokens, labels = (self.parse_array(pack, name, members.get(name)) for name in MEMBER_DTYPES)
+        keys = self.parse_keys(pack, members.get("keys.json"))
         counts = {name: len(v) for name, v in zip(MEMBERS, (tokens, labels, keys), strict=True) if v is not None}
         if len(set(counts.values())) > 1:
-            self.found.append(f"pack {pack} is of {', '.join(f'{n} in {name}' for name, n in counts.items())}")
+            self.messages.append(
+                f"pack {pack} has unequal counts: {', '.join(f'{n} in {name}' for name, n in counts.items())}"
+            )
         self.samples += min(counts.values(), default=0)
         self.keys += keys or []
         if tokens is not None:
-            self.check_range(pack, "tokens", tokens, self.expected.vocab_size)
-            width, wanted = tokens.shape[1], self.expected.num_tokens
-            if wanted is not None and width != wanted:
-                self.found.append(f"pack {pack} has {width} tokens a sample, the manifest's schedule {wanted}")
+            self.check_range(pack, "tokens", tokens, self.spec.vocab_size)
+            length, expected = tokens.shape[1], self.spec.num_tokens
+            if expected is not None and length != expected:
+                self.messages.append(f"pack {pack} has {length} tokens per sample, the manifest's schedule {expected}")
         if labels is not None:
-            self.check_range(pack, "labels", labels, self.expected.num_classes)
+            self.check_range(pack, "labels", labels, self.spec.num_classes)
 
-    def array(self, pack: str, name: str, data: bytes | None) -> NDArray[Any] | None:
-        """A member of the right type and number of dimensions; None, and what is wrong, otherwise."""
+    def parse_array(self, pack: str, name: str, data: bytes | None) -> NDArray[Any] | None:
+        """Returns a member as an array, None if its values cannot be checked; records a message if it is malformed."""
         if data is None:
             return None
         try:
             values = read_array(data)
         except ARRAY_ERRORS as error:
-            self.found.append(f"{pack}.{name} is not a numpy array ({error})")
+            self.messages.append(f"{pack}.{name} is not a numpy array ({error})")
             return None
         dtype, ndim = MEMBER_DTYPES[name], 2 if name == "tokens.npy" else 1
         if values.dtype != dtype or values.ndim != ndim:
             shape = f"{values.dtype} of shape {values.shape}"
-            self.found.append(f"{pack}.{name} is {shape}, not {dtype} of {ndim} dimension{'s' * (ndim > 1)}")
+            self.messages.append(f"{pack}.{name} is {shape}, not {dtype} of {ndim} dimension{'s' * (ndim > 1)}")
             return values if values.ndim == ndim and values.dtype.kind in "iu" else None
         return values
 
-    def names(self, pack: str, data: bytes | None) -> list[str] | None:
-        """The keys of a pack; None, and what is wrong, where they are none."""
+    def parse_keys(self, pack: str, data: bytes | None) -> list[str] | None:
+        """Returns the keys of a pack; records a message and returns None if they are not a list of strings."""
         if data is None:
             return None
         try:
             values = json.loads(data)
         except ValueError as error:
-            self.found.append(f"{pack}.keys.json is not JSON ({error})")
+            self.messages.append(f"{pack}.keys.json is not JSON ({error})")
             return None
         if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
-            self.found.append(f"{pack}.keys.json is not a list of strings")
+            self.messages.append(f"{pack}.keys.json is not a list of strings")
             return None
         return values
 
-    def check_range(self, pack: str, what: str, values: NDArray[Any], end: int | None) -> None:
-        """Find values outside [0, end)."""
+    def check_range(self, pack: str, name: str, values: NDArray[Any], end: int | None) -> None:
+        """Records a message if values are outside [0, end)."""
         if end is None or not values.size:
             return
         wrong = np.argwhere((values < 0) | (values >= end))
         if len(wrong):
             row, value = wrong[0][0], values[tuple(wrong[0])]
-            self.found.append(
-                f"pack {pack} has {len(wrong)} {what} outside [0, {end}), the first is {value} in sample {row}"
+            self.messages.append(
+                f"pack {pack} has {len(wrong)} {name} outside [0, {end}), the first is {value} in sample {row}"
             )
 
 
-def counted(count: int, what: str) -> str:
-    return f"{count} {what} is" if count == 1 else f"{count} {what}s are"
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

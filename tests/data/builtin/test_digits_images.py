@@ -8,12 +8,12 @@ def test_digits_are_a_fixed_stratified_split_in_range() -> None:
     assert (train.shape, test.shape) == ((1347, 3, 32, 32), (450, 3, 32, 32))
     assert train.min() == -1
     assert train.max() == 1
-    shares = [torch.bincount(labels, minlength=10) / len(labels) for labels in (train_labels, test_labels)]
-    assert (shares[0] - shares[1]).abs().max() < 0.003
+    class_shares = [torch.bincount(labels, minlength=10) / len(labels) for labels in (train_labels, test_labels)]
+    assert (class_shares[0] - class_shares[1]).abs().max() < 0.003
     assert not (train[:, None, 0].flatten(2) == test[None, :60, 0].flatten(2)).all(dim=2).any()
 
 
-def test_digits_shrunk_back_are_the_scans() -> None:
+def test_downscaled_digits_equal_the_scans() -> None:
     from sklearn.datasets import load_digits as load_scans
 
     scans = torch.tensor(load_scans().images / 16, dtype=torch.float32).flatten(1)

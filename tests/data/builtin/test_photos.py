@@ -1,4 +1,4 @@
-"""Patches of the embedded photos, against the photos as scikit-image itself hands them out."""
+"""Compares patches of the embedded photos with the photos as scikit-image provides them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from PIL import Image
 
 from lightning_mvar.data.builtin.base import EmbeddedSet
 from lightning_mvar.data.builtin.photos import (
-    LARGE,
+    LAYOUT_32,
+    LAYOUT_64,
     PHOTOS,
     PHOTOS64,
-    SMALL,
-    Layout,
-    chosen_patches,
-    installed,
-    load_wide_photos,
+    BandLayout,
+    find_installed_file,
+    load_photos_with_margin,
+    select_patches,
 )
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.errors import InputError
 
-LANCZOS_REACH = 3  # a resized pixel is a mixture of what lay up to so many resized pixels away
+LANCZOS_RADIUS = 3  # filter radius in resized pixels
 
 
-def place_of(image: torch.Tensor, photo: NDArray[np.uint8]) -> tuple[int, int]:
-    """Where an image (3, side, side) in [-1, 1] lies in a photo (H, W, 3); fails if it does not."""
+def locate_patch(image: torch.Tensor, photo: NDArray[np.uint8]) -> tuple[int, int]:
+    """Returns (top, left) of an image (3, side, side) in [-1, 1] within a photo (H, W, 3); fails if it is not there."""
     side = image.shape[1]
     pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     for top, left in np.argwhere((photo == pixels[0, 0]).all(axis=2)):
         if np.array_equal(photo[top : top + side, left : left + side], pixels):
             return int(top), int(left)
-    raise AssertionError("the image is no part of the photo")
+    raise AssertionError("the image is not part of the photo")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def gravel() -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("photos", [PHOTOS, PHOTOS64], ids=lambda photos: photos.name)
-def test_every_photo_has_the_same_number_of_patches_in_range(photos: EmbeddedSet) -> None:
+def test_each_photo_has_the_same_number_of_distinct_textured_patches(photos: EmbeddedSet) -> None:
     for split, count in (("train", 200), ("test", 45)):
         images, labels = photos.load(split)
         assert images.shape == (10 * count, 3, *2 * [photos.resolution])
@@ -63,31 +63,37 @@ def test_images_are_parts_of_their_photo(photos: EmbeddedSet, gravel: NDArray[np
     label = PHOTOS.class_names.index("gravel")
     for split in ("train", "test"):
         images, labels = photos.load(split)
-        places = {place_of(image, gravel) for image in images[labels == label]}
-        assert len(places) == len(images) // 10
-    with pytest.raises(AssertionError, match="no part"):
-        place_of(images[labels != label][0], gravel)
+        positions = {locate_patch(image, gravel) for image in images[labels == label]}
+        assert len(positions) == len(images) // 10
+    with pytest.raises(AssertionError, match="not part"):
+        locate_patch(images[labels != label][0], gravel)
 
 
 @pytest.mark.parametrize(
     ("size", "layout"),
-    [((432, 432), SMALL), ((303, 384), SMALL), ((330, 288), SMALL), ((432, 432), LARGE), ((303, 384), LARGE)],
+    [
+        ((432, 432), LAYOUT_32),
+        ((303, 384), LAYOUT_32),
+        ((330, 288), LAYOUT_32),
+        ((432, 432), LAYOUT_64),
+        ((303, 384), LAYOUT_64),
+    ],
 )
-def test_train_and_test_share_no_pixel_of_a_photo_nor_what_resizing_mixed(
-    size: tuple[int, int], layout: Layout
-) -> None:
-    """On a picture whose every pixel has a colour of its own, which tells where it was; margins included."""
+def test_train_and_test_share_no_pixel_even_before_resizing(size: tuple[int, int], layout: BandLayout) -> None:
+    """Each pixel of the photo has a unique colour, which reveals its column; margins are included."""
     height, width = size
-    colours = np.arange(height * width) * 0x9E3779 % 2**24  # an odd factor: all differ, neighbours by much
-    picture = np.stack([colours >> shift & 255 for shift in (0, 8, 16)], axis=1).astype(np.uint8)
+    colours = (
+        np.arange(height * width) * 0x9E3779 % 2**24
+    )  # an odd factor: all colours differ, those of neighbours strongly
+    photo = np.stack([colours >> shift & 255 for shift in (0, 8, 16)], axis=1).astype(np.uint8)
     columns = {}
     for split in ("train", "test"):
-        seen = chosen_patches(picture.reshape(height, width, 3), split, layout).reshape(-1, 3).astype(int)
+        pixels = select_patches(photo.reshape(height, width, 3), split, layout).reshape(-1, 3).astype(int)
         inverse = pow(0x9E3779, -1, 2**24)
-        numbers = (seen @ [1, 2**8, 2**16]) * inverse % 2**24
-        columns[split] = np.unique(numbers % width)
-    apart = np.abs(columns["train"][:, None] - columns["test"]).min()
-    assert apart > 2 * LANCZOS_REACH
+        indices = (pixels @ [1, 2**8, 2**16]) * inverse % 2**24
+        columns[split] = np.unique(indices % width)
+    gap = np.abs(columns["train"][:, None] - columns["test"]).min()
+    assert gap > 2 * LANCZOS_RADIUS
     assert len(columns["train"]) > 0.4 * width
 
 
@@ -100,34 +106,34 @@ def test_random_crops_move_by_up_to_four_pixels_of_the_photo(gravel: NDArray[np.
         index,
         "gravel",
     )
-    top, left = place_of(example.image, gravel)
-    places = [place_of(photos.cropped(index, generator).image, gravel) for _ in range(150)]
+    top, left = locate_patch(example.image, gravel)
+    positions = [locate_patch(photos.random_crop(index, generator).image, gravel) for _ in range(150)]
     for axis, centre in enumerate((top, left)):
-        assert {place[axis] - centre for place in places} == set(range(-4, 5))
+        assert {position[axis] - centre for position in positions} == set(range(-4, 5))
 
 
-def test_photos_are_read_the_same_every_time() -> None:
-    before, labels = load_wide_photos("test")
-    load_wide_photos.cache_clear()
-    again, labels_again = load_wide_photos("test")
-    assert before is not again
-    assert torch.equal(before, again)
+def test_photo_patches_are_deterministic() -> None:
+    images, labels = load_photos_with_margin("test")
+    load_photos_with_margin.cache_clear()
+    images_again, labels_again = load_photos_with_margin("test")
+    assert images is not images_again
+    assert torch.equal(images, images_again)
     assert torch.equal(labels, labels_again)
 
 
 def test_wrong_splits_and_sizes_are_refused() -> None:
     with pytest.raises(InputError, match="photos have the splits train and test, not 'val'"):
         open_images("photos:val", 32)
-    with pytest.raises(InputError, match="photos:test are 32 x 32"):
+    with pytest.raises(InputError, match="photos:test are 32 x 32 images"):
         open_images("photos:test", 64)
-    with pytest.raises(InputError, match="photos64:test are 64 x 64"):
+    with pytest.raises(InputError, match="photos64:test are 64 x 64 images"):
         open_images("photos64:test", 32)
 
 
-def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"skimage/data/nowhere\.png .* pip install 'lightning-mvar\[demo\]'"):
-        installed("skimage/data/nowhere.png")
-    assert installed("skimage/data/brick.png").is_file()
+        find_installed_file("skimage/data/nowhere.png")
+    assert find_installed_file("skimage/data/brick.png").is_file()
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(InputError, match=r"skimage/data/brick\.png .* pip install 'lightning-mvar\[demo\]'"):
-        installed("skimage/data/brick.png")
+        find_installed_file("skimage/data/brick.png")

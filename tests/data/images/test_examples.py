@@ -8,8 +8,8 @@ from lightning_mvar.data.images.sources import open_images
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_views_are_drawn_from_seed_and_index_alone(pictures_folder: Path, workers: int) -> None:
-    source = open_images(str(pictures_folder), 16)
+def test_views_are_drawn_from_seed_and_index_alone(image_folder: Path, workers: int) -> None:
+    source = open_images(str(image_folder), 16)
     views = Views(source, 3, seed=1)
     assert len(views) == 12
     loader = torch.utils.data.DataLoader(views, batch_size=5, num_workers=workers, collate_fn=collate)

@@ -1,4 +1,4 @@
-"""Shards read from elsewhere are those of the folder, whatever the way there does."""
+"""Remote shards equal those of the local folder despite network failures."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ NAMES = [f"00000{i}.tar" for i in range(4)]
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -40,20 +40,20 @@ def remote_shards(server: ShardServer, cache: Path, retries: int = 5) -> RemoteS
     return RemoteShards(server.url, cache, retries)
 
 
-def in_cache(cache: Path) -> list[str]:
-    """Names in the cache without the locks."""
+def cached_files(cache: Path) -> list[str]:
+    """Returns the names in the cache, without locks."""
     return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
 
 
-def batches(shards: ShardSource, workers: int = 0, epochs: int = 1) -> list[TokenBatch]:
+def read_batches(shards: ShardSource, workers: int = 0, epochs: int = 1) -> list[TokenBatch]:
     loader = TokenLoader(TokenStream(shards, shards.manifest(), 8, 0, 30, 0, 1), workers, pin_memory=False)
     return [batch for _ in range(epochs) for batch in loader]
 
 
-def assert_same(ours: list[TokenBatch], theirs: list[TokenBatch]) -> None:
-    assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def assert_equal(actual: list[TokenBatch], expected: list[TokenBatch]) -> None:
+    assert len(actual) == len(expected) > 0
+    for batch, expected_batch in zip(actual, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, expected_batch, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_failures_are_retried(
     assert manifest == LocalShards(server.folder).manifest()
     path = shards.fetch(manifest.shards[1])
     assert path.read_bytes() == (server.folder / NAMES[1]).read_bytes()
-    assert in_cache(tmp_path / "cache") == [path.name]
+    assert cached_files(tmp_path / "cache") == [path.name]
     assert Counter(server.requests)[NAMES[1]] == len(failures) + 1
 
 
@@ -80,13 +80,13 @@ def test_failures_are_retried(
     [
         ("404", "the server answered with an error"),
         ("drop", "the server sent nothing"),
-        ("cut", "the connection broke off"),
-        ("short", r"\d+ bytes came, the manifest says"),
-        ("wrong", "what came has another SHA-256"),
-        ("stall", "nothing came for"),
+        ("cut", "the connection was lost"),
+        ("short", r"received \d+ bytes, the manifest says"),
+        ("wrong", "the received SHA-256 differs from the manifest's"),
+        ("stall", "no data for"),
     ],
 )
-def test_after_the_last_attempt_address_reason_and_remedy_are_told(
+def test_the_last_failed_attempt_raises_address_reason_and_remedy(
     server: ShardServer, tmp_path: Path, failure: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if failure == "stall":
@@ -99,11 +99,11 @@ def test_after_the_last_attempt_address_reason_and_remedy_are_told(
     ):
         shards.fetch(shard)
     assert Counter(server.requests)[NAMES[2]] == 3
-    assert in_cache(tmp_path / "cache") == []
+    assert cached_files(tmp_path / "cache") == []
     assert shards.fetch(shard).is_file()
 
 
-def test_waits_grow(server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_between_attempts_grow(server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(fetching, "sleep", waits.append)
     monkeypatch.setattr(fetching, "FIRST_WAIT_S", 1.0)
@@ -111,37 +111,35 @@ def test_waits_grow(server: ShardServer, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match=r"manifest\.json cannot be read"):
         remote_shards(server, tmp_path, retries=8).manifest()
     assert len(waits) == 8
-    for wait, expected in zip(waits, [1, 2, 4, 8, 16, 32, 60, 60], strict=True):
-        assert 0.75 * expected <= wait <= 1.25 * expected
+    for wait, nominal in zip(waits, [1, 2, 4, 8, 16, 32, 60, 60], strict=True):
+        assert 0.75 * nominal <= wait <= 1.25 * nominal
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_the_folder_and_come_from_the_cache_afterwards(
-    server: ShardServer, tmp_path: Path, workers: int
-) -> None:
+def test_batches_equal_those_of_the_folder_and_are_cached(server: ShardServer, tmp_path: Path, workers: int) -> None:
     shards = remote_shards(server, tmp_path / "cache")
-    expected = batches(LocalShards(server.folder), epochs=2)
-    assert_same(batches(shards, workers, epochs=2), expected)
+    expected = read_batches(LocalShards(server.folder), epochs=2)
+    assert_equal(read_batches(shards, workers, epochs=2), expected)
     assert Counter(server.requests) == {"manifest.json": 1, **dict.fromkeys(NAMES, 1)}
     server.failures.update({name: ["404"] * 20 for name in NAMES})
-    assert_same(batches(remote_shards(server, tmp_path / "cache"), epochs=2), expected)
+    assert_equal(read_batches(remote_shards(server, tmp_path / "cache"), epochs=2), expected)
 
 
-def test_a_command_reads_too(tmp_path: Path) -> None:
+def test_a_command_can_be_a_source(tmp_path: Path) -> None:
     write_token_shards(tmp_path / "a b", "abc", SIZES)
     shards = open_shards(f"pipe:cat '{tmp_path}/a b/{{}}'", tmp_path / "cache", 0)
-    assert_same(batches(shards), batches(LocalShards(tmp_path / "a b")))
+    assert_equal(read_batches(shards), read_batches(LocalShards(tmp_path / "a b")))
     shard = shards.manifest().shards[0]
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "a b" / NAMES[0]).unlink()
-    with pytest.raises(InputError, match=r"000000\.tar' cannot be read \(the command ended with 1\)"):
+    with pytest.raises(InputError, match=r"000000\.tar' cannot be read \(the command exited with code 1\)"):
         shards.fetch(shard)
 
 
-def test_a_failure_within_an_epoch_is_told_and_can_be_gone_on_from(server: ShardServer, tmp_path: Path) -> None:
+def test_an_epoch_can_resume_after_a_failure(server: ShardServer, tmp_path: Path) -> None:
     shards = remote_shards(server, tmp_path / "cache", retries=1)
     loader, local, resumed = (
-        TokenLoader(TokenStream(source, shards.manifest(), 8, 0, 1, 0, 1), 0, pin_memory=False)  # a shard at a time
+        TokenLoader(TokenStream(source, shards.manifest(), 8, 0, 1, 0, 1), 0, pin_memory=False)  # one shard at a time
         for source in (shards, LocalShards(server.folder), shards)
     )
     expected = list(local)
@@ -152,22 +150,22 @@ def test_a_failure_within_an_epoch_is_told_and_can_be_gone_on_from(server: Shard
     assert 0 < len(head) < len(expected)
     server.alive_for = None
     resumed.load_state_dict(loader.state_dict())
-    assert_same(head + list(resumed), expected)
+    assert_equal(head + list(resumed), expected)
 
 
-def test_a_changed_manifest_is_seen_and_only_changed_shards_come_again(server: ShardServer, tmp_path: Path) -> None:
-    first = batches(remote_shards(server, tmp_path / "cache"))
+def test_after_a_change_only_the_changed_shards_are_downloaded(server: ShardServer, tmp_path: Path) -> None:
+    first = read_batches(remote_shards(server, tmp_path / "cache"))
     shutil.rmtree(server.folder)
     write_token_shards(server.folder, "abc", [20, 20, 20, 9])
     server.requests.clear()
-    again = batches(remote_shards(server, tmp_path / "cache"))
+    second = read_batches(remote_shards(server, tmp_path / "cache"))
     assert server.requests.count("manifest.json") == 1
     assert set(server.requests) == {"manifest.json", NAMES[3]}
-    assert_same(again, batches(LocalShards(server.folder)))
-    assert len(again) == len(first)
+    assert_equal(second, read_batches(LocalShards(server.folder)))
+    assert len(second) == len(first)
 
 
-def test_a_file_that_was_cut_in_the_cache_comes_again(server: ShardServer, tmp_path: Path) -> None:
+def test_a_truncated_file_in_the_cache_is_downloaded_again(server: ShardServer, tmp_path: Path) -> None:
     shards = remote_shards(server, tmp_path / "cache")
     shard = shards.manifest().shards[0]
     path = shards.fetch(shard)
@@ -177,11 +175,11 @@ def test_a_file_that_was_cut_in_the_cache_comes_again(server: ShardServer, tmp_p
 
 def read_all(url: str, cache: Path, out: Path) -> None:
     shards = RemoteShards(url, cache, 0)
-    torch.save([list(batch) for batch in batches(shards)], out)
+    torch.save([list(batch) for batch in read_batches(shards)], out)
 
 
-def test_processes_that_share_a_cache_download_every_shard_once(server: ShardServer, tmp_path: Path) -> None:
-    server.delay_s = 0.3  # longer than the processes are apart
+def test_processes_with_one_cache_download_every_shard_once(server: ShardServer, tmp_path: Path) -> None:
+    server.delay_s = 0.3  # longer than the time between their starts
     outs = [tmp_path / f"{i}.pt" for i in range(2)]
     processes = [CONTEXT.Process(target=read_all, args=(server.url, tmp_path / "cache", out)) for out in outs]
     for process in processes:
@@ -190,26 +188,26 @@ def test_processes_that_share_a_cache_download_every_shard_once(server: ShardSer
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert Counter(server.requests) == {"manifest.json": 2, **dict.fromkeys(NAMES, 1)}
-    expected = batches(LocalShards(server.folder))
+    expected = read_batches(LocalShards(server.folder))
     for out in outs:
-        assert_same([TokenBatch(*batch) for batch in torch.load(out)], expected)
+        assert_equal([TokenBatch(*batch) for batch in torch.load(out)], expected)
 
 
-def test_what_a_killed_process_leaves_does_no_harm(server: ShardServer, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_harmless(server: ShardServer, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     server.failures[NAMES[0]] = ["stall"]
     process = CONTEXT.Process(target=fetch_first, args=(server.url, cache))
     process.start()
-    end = time.monotonic() + 30
-    while NAMES[0] not in server.requests and time.monotonic() < end:
+    deadline = time.monotonic() + 30
+    while NAMES[0] not in server.requests and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert len(in_cache(cache)) == 1
+    assert len(cached_files(cache)) == 1
     shards = remote_shards(server, cache)
     path = shards.fetch(shards.manifest().shards[0])
-    assert in_cache(cache) == [path.name]
+    assert cached_files(cache) == [path.name]
     assert path.read_bytes() == (server.folder / NAMES[0]).read_bytes()
 
 
@@ -219,7 +217,7 @@ def fetch_first(url: str, cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "address"),
+    ("location", "address"),
     [
         ("https://host/a/b", "https://host/a/b/0.tar"),
         ("https://host/a/b/", "https://host/a/b/0.tar"),
@@ -229,23 +227,23 @@ def fetch_first(url: str, cache: Path) -> None:
         ("pipe:aws s3 cp s3://bucket/a/{} -", "pipe:aws s3 cp s3://bucket/a/0.tar -"),
     ],
 )
-def test_addresses(where: str, address: str) -> None:
-    assert RemoteShards(where, Path("cache"), 0).address("0.tar") == address
+def test_addresses(location: str, address: str) -> None:
+    assert RemoteShards(location, Path("cache"), 0).address("0.tar") == address
 
 
 @pytest.mark.parametrize(
-    ("where", "message"),
+    ("location", "message"),
     [
-        ("s3://bucket/shards", r"webdataset does not read s3://; name a command that does, such as 'pipe:aws s3 cp"),
+        ("s3://bucket/shards", r"webdataset does not read s3://; use a command that does, such as 'pipe:aws s3 cp"),
         ("pipe:cat shards", "does not say which file: put {} where"),
     ],
 )
-def test_places_that_cannot_be_read_are_refused(where: str, message: str) -> None:
+def test_unreadable_locations_are_rejected(location: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        open_shards(where, Path("cache"), 0)
+        open_shards(location, Path("cache"), 0)
 
 
-def test_a_program_that_is_missing_is_told_at_once(
+def test_a_missing_program_is_reported_without_retries(
     server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -253,17 +251,17 @@ def test_a_program_that_is_missing_is_told_at_once(
         remote_shards(server, tmp_path / "cache").manifest()
 
 
-def test_a_cache_that_cannot_be_written_is_told(server: ShardServer, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_reported(server: ShardServer, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     shards = remote_shards(server, tmp_path / "cache")
-    with pytest.raises(InputError, match=r"cannot lock .*: name another data\.cache_dir"):
+    with pytest.raises(InputError, match=r"cannot lock .*: set data\.cache_dir"):
         shards.fetch(shards.manifest().shards[0])
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("name", "x; touch harm"), ("name", "../0.tar"), ("sha256", "../../etc/a")]
 )
-def test_names_that_would_be_commands_or_paths_are_refused(
+def test_names_that_contain_commands_or_paths_are_rejected(
     server: ShardServer, tmp_path: Path, name: str, value: str
 ) -> None:
     manifest = json.loads((server.folder / "manifest.json").read_text())
@@ -273,7 +271,7 @@ def test_names_that_would_be_commands_or_paths_are_refused(
         remote_shards(server, tmp_path).manifest()
 
 
-def test_an_unfinished_folder_is_refused(server: ShardServer, tmp_path: Path) -> None:
+def test_an_unfinished_folder_is_rejected(server: ShardServer, tmp_path: Path) -> None:
     manifest = LocalShards(server.folder).manifest()
     manifest.shards.pop()
     manifest.save(server.folder)

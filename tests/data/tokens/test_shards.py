@@ -8,7 +8,7 @@ import pytest
 import webdataset as wds
 from conftest import write_token_shards
 
-from lightning_mvar.data.tokens.shards import PACK_SIZE, Manifest, chosen_samples, read_shard, write_shard
+from lightning_mvar.data.tokens.shards import PACK_SIZE, Manifest, read_samples, read_shard, write_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.errors import InputError
 
@@ -31,14 +31,14 @@ def test_plain_webdataset_reads_what_was_written(tmp_path: Path, arrays: tuple) 
     assert [key for s in samples for key in s["keys.json"]] == keys
 
 
-def test_read_shard_gives_the_packs(tmp_path: Path, arrays: tuple) -> None:
+def test_read_shard_yields_the_packs(tmp_path: Path, arrays: tuple) -> None:
     write_shard(tmp_path / "0.tar", *arrays)
     packs = list(read_shard(tmp_path / "0.tar"))
     assert [len(pack.labels) for pack in packs] == [PACK_SIZE, 5]
     np.testing.assert_array_equal(np.concatenate([pack.tokens for pack in packs]), arrays[0])
 
 
-def test_the_same_content_gives_the_same_bytes(tmp_path: Path, arrays: tuple) -> None:
+def test_equal_content_gives_equal_bytes(tmp_path: Path, arrays: tuple) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     shards = [write_shard(tmp_path / name / "0.tar", *arrays) for name in ("a", "b")]
@@ -56,19 +56,19 @@ def test_a_failing_writer_leaves_nothing_behind(tmp_path: Path, arrays: tuple) -
 
 
 @pytest.mark.parametrize("keep", [0, 700, 0.5, 0.99])
-def test_a_truncated_shard_is_named(tmp_path: Path, arrays: tuple, keep: float) -> None:
+def test_a_truncated_shard_raises_an_error_with_its_path(tmp_path: Path, arrays: tuple, keep: float) -> None:
     path = tmp_path / "0.tar"
     write_shard(path, *arrays)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
-    if keep == 0.99:  # cut within tar's trailing padding: nothing is lost
+    if keep == 0.99:  # truncated within tar's trailing padding, so nothing is lost
         assert sum(len(pack.labels) for pack in read_shard(path)) <= len(arrays[1])
         return
     with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
         assert sum(len(pack.labels) for pack in read_shard(path)) == len(arrays[1])
 
 
-def test_a_foreign_tar_is_named(tmp_path: Path) -> None:
+def test_a_foreign_tar_raises_an_error_with_its_path(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         info = tarfile.TarInfo("000.jpg")
         info.size = 3
@@ -77,13 +77,13 @@ def test_a_foreign_tar_is_named(tmp_path: Path) -> None:
         list(read_shard(tmp_path / "0.tar"))
 
 
-def test_a_shard_with_fewer_samples_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
+def test_a_shard_with_fewer_samples_than_listed_is_rejected(tmp_path: Path) -> None:
     manifest = write_token_shards(tmp_path, "abc", [5])
     manifest.shards[0].samples = 6
     shards = LocalShards(tmp_path)
-    assert len(chosen_samples(manifest, shards.fetch, [4, 0]).keys) == 2
+    assert len(read_samples(manifest, shards.fetch, [4, 0]).keys) == 2
     with pytest.raises(InputError, match="shards verify"):
-        chosen_samples(manifest, shards.fetch, [0, 5])
+        read_samples(manifest, shards.fetch, [0, 5])
 
 
 def test_the_manifest_survives_a_round_trip(tmp_path: Path) -> None:
@@ -103,12 +103,12 @@ def test_the_manifest_survives_a_round_trip(tmp_path: Path) -> None:
         (((1, 2, 3, 4), 48, 10, "xyz"), "tokenizer fingerprint is abc"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, model: tuple, message: str) -> None:
+def test_a_mismatched_model_is_rejected(tmp_path: Path, model: tuple, message: str) -> None:
     with pytest.raises(InputError, match=message):
         write_token_shards(tmp_path, "abc", [5]).check_model(tmp_path, *model)
 
 
-def test_missing_truncated_and_unfinished_shards_are_refused(tmp_path: Path) -> None:
+def test_missing_truncated_and_unfinished_shards_are_rejected(tmp_path: Path) -> None:
     manifest = write_token_shards(tmp_path, "abc", [5, 3])
     path = tmp_path / "000001.tar"
     path.write_bytes(path.read_bytes()[:-100])
@@ -123,13 +123,13 @@ def test_missing_truncated_and_unfinished_shards_are_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 99}'])
-def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+def test_a_damaged_manifest_raises_an_error_with_its_path(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json"):
         Manifest.load(tmp_path)
 
 
-def test_a_folder_without_manifest_says_what_to_run(tmp_path: Path) -> None:
+def test_a_missing_manifest_raises_an_error_with_the_command_to_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="write them with `lightning-mvar tokenize`"):
         Manifest.load(tmp_path)
 
@@ -142,7 +142,7 @@ def add_member(path: Path, name: str, content: bytes) -> None:
 
 
 class Touch:
-    """Makes a file when it is unpickled."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -152,7 +152,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("suffix", ["pyd", "pkl", "pickle", "pth", "tokens.pyd", "cbor"])
-def test_a_shard_with_another_member_runs_no_code(tmp_path: Path, arrays: tuple, suffix: str) -> None:
+def test_an_unknown_member_is_rejected_without_running_code(tmp_path: Path, arrays: tuple, suffix: str) -> None:
     path, ran = tmp_path / "0.tar", tmp_path / "ran"
     write_shard(path, *arrays)
     add_member(path, f"0-{PACK_SIZE:06d}.{suffix}", pickle.dumps(Touch(ran)))
@@ -161,7 +161,7 @@ def test_a_shard_with_another_member_runs_no_code(tmp_path: Path, arrays: tuple,
     assert not ran.exists()
 
 
-def test_arrays_of_a_shard_are_read_without_pickle(tmp_path: Path) -> None:
+def test_arrays_are_read_without_pickle(tmp_path: Path) -> None:
     ran, file = tmp_path / "ran", io.BytesIO()
     np.save(file, np.array([Touch(ran)], dtype=object), allow_pickle=True)
     with tarfile.open(tmp_path / "0.tar", "w"):
@@ -173,16 +173,16 @@ def test_arrays_of_a_shard_are_read_without_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../000000.tar", "/000000.tar", "pipe:touch ran", "a/b.tar", "", ".hidden.tar", 5])
-def test_a_shard_is_a_file_in_its_folder(tmp_path: Path, name: object) -> None:
+def test_shard_names_that_are_not_file_names_are_rejected(tmp_path: Path, name: object) -> None:
     manifest = write_token_shards(tmp_path, "abc", [5])
     manifest.shards[0].name = name  # type: ignore[assignment]
-    with pytest.raises(InputError, match=r"manifest\.json is damaged: it lists a shard .*, which is no file name"):
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: it lists a shard .*, which is not a file name"):
         LocalShards(tmp_path).fetch(manifest.shards[0])
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         manifest.check_files(tmp_path)
 
 
-def test_a_shard_called_like_a_command_is_opened_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_named_like_a_command_is_opened_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="is damaged or not a token shard"):
         list(read_shard(Path("pipe:touch ran")))

@@ -1,0 +1,90 @@
+"""Scores of image sets against a reference, all computed from the same features."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.metrics.frechet import frechet_distance
+from lightning_mvar.metrics.image_sets import ImageSet
+from lightning_mvar.metrics.reference import Reference
+from lightning_mvar.metrics.scores import Scores
+from lightning_mvar.metrics.summary import Summary, feed_shard, num_features
+from lightning_mvar.scales import Shape
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
+
+NEIGHBOURS = 3  # k of precision and recall
+FULL_NAMES = {
+    "fid": "frechet_distance",
+    "sfid": "spatial_frechet_distance",
+    "is": "inception_score",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+class Evaluator:
+    """Scores image sets of one size with one extractor; all ranks share the work.
+
+    Args:
+        extractor: prepared, on the device to compute on.
+        shape: (height, width) of the images.
+        cache: folder for reference statistics.
+        tokenizer: decodes references that are token shards, on the device to decode on.
+        num_workers: processes that decode image files.
+    """
+
+    def __init__(
+        self, extractor: nn.Module, shape: Shape, cache: Path, tokenizer: Tokenizer | None, num_workers: int
+    ) -> None:
+        self.extractor, self.shape, self.cache = extractor, shape, cache
+        self.tokenizer, self.num_workers = tokenizer, num_workers
+
+    def extractor_metadata(self) -> dict[str, Any]:
+        """Returns the extractor's properties that the scores depend on."""
+        return {
+            "extractor": type(self.extractor).__name__,
+            "extractor_weights": fingerprint(self.extractor),
+            "resize": getattr(self.extractor, "resize", "none"),
+            "num_features": num_features(self.extractor),
+        }
+
+    def summary(self, reference: Reference) -> Summary:
+        """Returns the reference's statistics and features."""
+        return reference.summary(
+            self.extractor, self.shape, self.cache, tokenizer=self.tokenizer, num_workers=self.num_workers
+        )
+
+    def score(self, images: ImageSet, real: Summary, progress: str) -> dict[str, Any]:
+        """Returns all scores that the extractor and the reference support, by full name."""
+        scores = Scores(self.extractor, real, len(images), NEIGHBOURS if len(images) > NEIGHBOURS else 0)
+        feed_shard(images, scores, progress)
+        return {FULL_NAMES[name]: value for name, value in scores.compute().items()}
+
+    def floor_scores(self, distance: float, real: Summary, floor: Reference) -> dict[str, Any]:
+        """Returns the distance of other real images to the reference, and the samples' distance divided by it."""
+        floor_distance = frechet_distance(real.statistics, self.summary(floor).statistics)
+        return {"floor_frechet_distance": floor_distance, "frechet_distance_over_floor": distance / floor_distance}
+
+
+def check_sample_count(count: int, extractor: nn.Module) -> None:
+    """Warns if the samples are too few for a full-rank covariance.
+
+    Raises:
+        InputError: if they are too few for any score.
+    """
+    if count < 2:
+        raise InputError(f"{count} samples are too few: a Frechet distance needs at least 2")
+    if count <= num_features(extractor):
+        tqdm.write(
+            f"warning: {count} samples for {num_features(extractor)} features: the covariance is singular and the "
+            f"Frechet distance is biased upwards; compare it only with distances of equally many samples (published "
+            f"ones use 50,000)",
+            file=sys.stderr,
+        )

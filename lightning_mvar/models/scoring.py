@@ -1,0 +1,40 @@
+"""How well a network predicts given tokens, without all logits in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+
+
+def score_in_parts(
+    logits: Callable[[Tensor, Tensor], Tensor], x: Tensor, cond: Tensor, tokens: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Scores a few images at a time; logits are computed again in the backward pass, where keeping them costs most.
+
+    Args:
+        logits: the network's head, (b, l, d) and (b, d) -> (b, l, v).
+        x: (b, l, d) output of the last block.
+        cond: (b, d) class embeddings.
+        tokens: (b, l) int64 to predict.
+        vocab_size: v.
+
+    Returns:
+        Cross entropy in nats, and whether the most likely token is the right one: (b, l) float32 each.
+    """
+
+    def score(x: Tensor, cond: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        predicted = logits(x, cond)
+        losses = F.cross_entropy(predicted.flatten(0, 1), tokens.flatten(), reduction="none")
+        return losses.view_as(tokens), (predicted.detach().argmax(dim=-1) == tokens).float()
+
+    images = max(1, LOGITS_AT_ONCE // (x.shape[1] * vocab_size))
+    parts = zip(*(tensor.split(images) for tensor in (x, cond, tokens)), strict=True)
+    scores = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    losses, correct = zip(*scores, strict=True)
+    return torch.cat(losses), torch.cat(correct)

@@ -1,0 +1,49 @@
+"""One way in for whatever holds a network: an exported folder, a training checkpoint, a published file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_network
+from published_states import published
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.checkpoints import read_model, save_folder
+from lightning_mvar.cli import run
+from lightning_mvar.errors import InputError
+
+
+@pytest.mark.parametrize("case", ["mvar_small", "var_small"])
+def test_a_published_file_is_read_as_the_folder_that_export_makes_of_it(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    network, tokenizer = published(case)
+    torch.save(network, "network.pth")
+    torch.save(tokenizer, "tokenizer.pth")
+    assert run(["export", "--official", "network.pth", "--tokenizer", "tokenizer.pth", "--out", "folder"]) == 0
+    direct, exported = read_model("network.pth", "tokenizer.pth"), read_model("folder")
+    assert direct.network.config == exported.network.config
+    for ours, theirs in zip(direct.network.state_dict().values(), exported.network.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert direct.tokenizer.fingerprint() == exported.tokenizer.fingerprint()
+    command = ["sample", "--ckpt_path", "network.pth", "--tokenizer", "tokenizer.pth", "--classes", "1"]
+    assert run([*command, "--out", "samples.npz", "--device", "cpu"]) == 0
+
+
+def test_what_holds_no_network_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save_folder(tmp_path / "alone", tokenizer)
+    save_folder(tmp_path / "both", tokenizer, tiny_network())
+    torch.save({"state": torch.zeros(1)}, tmp_path / "other.ckpt")
+    torch.save({"state": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, message in {
+        "nowhere": "nowhere does not exist",
+        "alone": "describes no network",
+        "other.ckpt": "other.ckpt is not a checkpoint of `lightning-mvar fit`",
+        "other.pth": "other.pth does not have the keys of a published VAR or M-VAR network",
+        "both/network.safetensors": "does not have the keys of a published VAR or M-VAR network",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            read_model(tmp_path / name)

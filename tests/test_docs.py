@@ -1,0 +1,192 @@
+"""The documentation: its examples run, and the files, tests and functions that it names exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from zipfile import ZipFile
+
+import pytest
+import torch
+from conftest import CLASSES, SCHEDULE, Projection, random_tokens, tiny_network, write_images
+from test_layering import FLOORS
+from torch.nn import functional as F
+
+from lightning_mvar import cli
+from lightning_mvar.data.images.crops import DecodedImages
+from lightning_mvar.data.images.files import FolderImages
+from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
+from lightning_mvar.metrics import evaluator
+from lightning_mvar.metrics.scores import Scores
+from lightning_mvar.metrics.summary import Features
+from lightning_mvar.models import config
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURE = ROOT / "docs/architecture.md"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED_FILE = re.compile(
+    r"(?<![\w./{}*-])(?:configs|docs|lightning_mvar|notebooks|tests)/[\w./-]*\.(?:py|yaml|md|ipynb|png)\b"
+)
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+DOTTED_NAME = re.compile(r"`([a-z_]+(?:\.\w+)+)`")
+
+
+@pytest.fixture(autouse=True)
+def restored_registries() -> Iterator[None]:
+    """Removes the entries that examples add."""
+    registries = (config.MIXERS, evaluator.FULL_NAMES, cli.COMMANDS)
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+def example(name: str) -> ModuleType:
+    """Runs an example of docs/architecture.md as a module."""
+    blocks = [block for block in FENCE.findall(ARCHITECTURE.read_text()) if f"# example: {name}\n" in block]
+    assert len(blocks) == 1, name
+    module = ModuleType(f"example_{name.replace(' ', '_')}")
+    exec(compile(blocks[0].removeprefix("```python\n").removesuffix("```"), f"example: {name}", "exec"), vars(module))
+    return module
+
+
+def test_every_example_is_tested() -> None:
+    marked = re.findall(r"^# example: (.+)$", ARCHITECTURE.read_text(), re.MULTILINE)
+    assert marked == ["mixer", "score", "data source", "command"]
+    assert ARCHITECTURE.read_text().count("```python") == len(marked)
+
+
+def test_the_example_mixer_trains_and_takes_one_scale_at_a_time() -> None:
+    example("mixer")
+    network = tiny_network(mixers=("scale_attention", "scale_mean"))
+    generator = torch.Generator().manual_seed(0)
+    labels, tokens = torch.tensor([0, 3, 10]), random_tokens(3)
+    inputs = torch.randn(3, SCHEDULE.num_tokens - 1, 8, generator=generator)
+    with torch.no_grad():
+        full, state, parts = network(labels, inputs), network.init_state(labels), []
+        for part in (None, *inputs.split(SCHEDULE.lengths[1:], dim=1)):
+            logits, state = network.step(part, state)
+            parts.append(logits)
+        assert full.abs().max() > 1  # a comparison of zeros would prove nothing
+        assert (torch.cat(parts, dim=1) - full).abs().max() < 1e-4
+    optimizer, losses = torch.optim.AdamW(network.parameters(), lr=1e-2), []
+    for _ in range(10):
+        loss = F.cross_entropy(network(labels, inputs).flatten(0, 1), tokens.flatten())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert network.blocks[0].mixers[1].proj.weight.grad.abs().max() > 0
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_example_score_equals_a_plain_loop_over_pairs() -> None:
+    kernel_distance = example("score").kernel_distance
+    torch.manual_seed(0)
+    extractor, sets = Projection(), [torch.rand(n, 3, 8, 8) for n in (12, 9)]
+    for images in sets[1:]:
+        images.mul_(0.5)
+    measured = [Features(extractor, len(images), 100) for images in sets]
+    for features, images in zip(measured, sets, strict=True):
+        features.update(images, torch.arange(len(images)))
+    summary = measured[0].compute()
+    scores = Scores(extractor, summary, len(sets[1]))
+    scores.update(sets[1], torch.arange(len(sets[1])))
+    real, generated = summary.features, scores.features.compute().features
+
+    def mean(a: torch.Tensor, b: torch.Tensor) -> float:
+        pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if a is not b or i != j]
+        return sum((float(x.double() @ y.double()) / len(x) + 1) ** 3 for x, y in pairs) / len(pairs)
+
+    expected = mean(real, real) + mean(generated, generated) - 2 * mean(real, generated)
+    assert kernel_distance(real, generated) == pytest.approx(expected, rel=1e-6)
+    assert kernel_distance(real, generated) > 10 * abs(kernel_distance(real[:6], real[6:]))
+
+
+def test_the_example_data_source_gives_the_images_of_the_folder(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    with ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in sorted((tmp_path / "images").rglob("*.png"), reverse=True):
+            archive.write(path, path.relative_to(tmp_path / "images"))
+        archive.writestr("about.txt", "not an image")
+    zipped = DecodedImages(example("data source").ZipImages(tmp_path / "images.zip"), (8, 8), "raise")
+    folder = DecodedImages(FolderImages(tmp_path / "images", None), (8, 8), "raise")
+    assert zipped.class_names == CLASSES
+    assert zipped.listing == folder.listing
+    batches = [list(ImageLoader(ShuffledImages(source, 6, 0, "random", 0, 1), 0, False)) for source in (zipped, folder)]
+    assert [len(epoch) for epoch in batches] == [3, 3]
+    for ours, theirs in zip(*batches, strict=True):
+        assert ours.keys == theirs.keys
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
+
+
+def test_the_example_command_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "lightning_mvar.commands.scales", example("command"))
+    assert cli.run(["scales", "--resolution", "512"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["side", "tokens", "first_token"]
+    assert rows[-1] == ["32", "1024", "1216"]
+    assert cli.run(["scales", "--resolution", "300"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert cli.run(["--help"]) == 0
+    assert "print the token maps of a published schedule" in capsys.readouterr().out
+
+
+def test_the_table_of_floors_equals_that_of_the_layering_test() -> None:
+    section = ARCHITECTURE.read_text().split("## Floors")[1].split("\n## ")[0]
+    first_cells = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
+    assert [re.findall(r"`(\w+)`", cell) for cell in first_cells] == FLOORS
+
+
+def test_the_named_invariant_tests_exist() -> None:
+    named = NAMED_TEST.findall(ARCHITECTURE.read_text())
+    assert len(named) > 15
+    for path, name in named:
+        functions = {
+            node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)
+        }
+        assert name in functions, f"{path}::{name}"
+
+
+def test_the_functions_of_the_walks_exist() -> None:
+    section = ARCHITECTURE.read_text().split("## Four walks")[1].split("\n## ")[0]
+    names = set(DOTTED_NAME.findall(section))
+    assert len(names) > 40
+    assert [name for name in sorted(names) if not exists(name)] == []
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name within the package is a module or leads to an attribute of one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            value: object = importlib.import_module(".".join(["lightning_mvar", *parts[:count]]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(value, part):
+                return False
+            value = getattr(value, part)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text()
+    links = [link.partition("#")[0] for link in LINK.findall(FENCE.sub("", text)) if not re.match(r"\w+:", link)]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    missing += [name for name in NAMED_FILE.findall(text) if not (ROOT / name).exists()]
+    assert missing == []

@@ -1,0 +1,148 @@
+"""Tests of the page's backend: it returns the pipeline's images and rejects invalid input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SCHEDULE, tiny_network
+from PIL import Image
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.checkpoints import TrainedModel
+from lightning_mvar.data.classes import Classes
+from lightning_mvar.errors import InputError
+from lightning_mvar.pipeline import MVARPipeline
+from lightning_mvar.web.backend import INSIDE, OUTSIDE, PageBackend, class_menu, sampling_arguments
+
+FIELDS = ("3", 2, 2.0, 20, 0.9, 7, False)
+SETTINGS: dict[str, Any] = {"guidance": 2.0, "top_k": 20, "top_p": 0.9, "seed": 7}
+
+
+@pytest.fixture
+def backend(tokenizer: Tokenizer) -> PageBackend:
+    return PageBackend(MVARPipeline(TrainedModel(tiny_network(), tokenizer, []), device="cpu"))
+
+
+def random_image(size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def left_half(size: tuple[int, int], colour: Any, mode: str) -> Image.Image:
+    """Returns an empty image with its left half filled."""
+    image = Image.new(mode, size)
+    image.paste(colour, (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+def arrays(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_draw_matches_the_pipeline_at_every_scale(backend: PageBackend, smooth: bool) -> None:
+    previews = list(backend.draw(*FIELDS[:-1], smooth))
+    expected = list(backend.pipe.stream_images(["3", "3"], smooth=smooth, **SETTINGS))
+    assert [preview.caption for preview in previews] == [f"{side} x {side}" for side in SCHEDULE.side_lengths]
+    for preview, images in zip(previews, expected, strict=True):
+        assert (arrays(preview.images) == arrays(images)).all()
+        assert preview.sheet.width > 2 * 8
+        assert preview.sheet.height > 8
+
+
+@pytest.mark.parametrize("region", [INSIDE, OUTSIDE])
+def test_inpaint_matches_the_pipeline(backend: PageBackend, region: str) -> None:
+    image, size = random_image(), backend.canvas_size
+    strokes = [left_half(size, (255, 0, 0, 128), "RGBA"), Image.new("RGBA", size)]
+    editor = {"background": backend.to_canvas(image).convert("RGBA"), "layers": strokes, "composite": None}
+    mask = left_half((8, 8), 255, "L")
+    if region == OUTSIDE:
+        mask = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    *_, last = backend.inpaint(editor, region, *FIELDS)
+    assert (arrays(last.images) == arrays(backend.pipe.edit(image, mask, ["3", "3"], **SETTINGS))).all()
+
+
+def test_images_of_any_size_can_be_inpainted(backend: PageBackend) -> None:
+    image = random_image((40, 16))
+    editor = {"background": image, "layers": [left_half(image.size, (0, 0, 0, 255), "RGBA")], "composite": None}
+    *_, last = backend.inpaint(editor, INSIDE, *FIELDS)
+    expected = backend.pipe.edit(image, left_half(image.size, 255, "L"), ["3", "3"], **SETTINGS)
+    assert (arrays(last.images) == arrays(expected)).all()
+
+
+def test_a_canvas_without_image_or_paint_is_rejected(backend: PageBackend) -> None:
+    empty = Image.new("RGBA", backend.canvas_size)
+    cases: list[tuple[Any, str, str]] = [
+        (None, INSIDE, "there is no image to paint on"),
+        ({"background": None, "layers": [empty]}, INSIDE, "there is no image to paint on"),
+        ({"background": random_image(), "layers": []}, INSIDE, "nothing is painted: choose the brush"),
+        ({"background": random_image(backend.canvas_size), "layers": [empty]}, OUTSIDE, "nothing is painted: choose"),
+        ({"background": random_image(), "layers": [left_half((8, 8), "red", "RGBA")]}, "here", "choose what to redraw"),
+    ]
+    for editor, region, message in cases:
+        with pytest.raises(InputError, match=message):
+            next(backend.inpaint(editor, region, *FIELDS))
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, None, "choose a class"),
+        (0, " ", "choose a class"),
+        (1, 0, "images must be a whole number from 1 to 8, not 0"),
+        (1, 9, "images must be a whole number from 1 to 8, not 9"),
+        (1, 1.5, "images must be a whole number, not 1.5"),
+        (2, "abc", "guidance must be a number from 0 to 100, not abc"),
+        (2, -5, "guidance must be a number from 0 to 100, not -5"),
+        (2, 1e9, "guidance must be a number"),
+        (2, float("nan"), "guidance must be a number"),
+        (2, None, "guidance must be a number from 0 to 100, not empty"),
+        (3, -1, "top-k must be a whole number"),
+        (4, 0, "top-p must be a number from 0.001 to 1, not 0"),
+        (4, True, "top-p must be a number"),
+        (5, float("inf"), "seed must be a whole number"),
+    ],
+)
+def test_invalid_field_values_are_rejected(index: int, value: Any, message: str) -> None:
+    fields = list(FIELDS)
+    fields[index] = value
+    with pytest.raises(InputError, match=message):
+        sampling_arguments(*fields)
+
+
+def test_an_unknown_class_is_rejected(backend: PageBackend) -> None:
+    with pytest.raises(InputError, match="there is no class 'eleven'; use numbers 0 to 9"):
+        next(backend.draw("eleven", *FIELDS[1:]))
+
+
+def test_uploads_are_put_on_the_canvas_or_rejected(backend: PageBackend, tmp_path: Path) -> None:
+    random_image((8, 8)).save(tmp_path / "small.png")
+    canvas = backend.load_upload(str(tmp_path / "small.png"))
+    assert canvas.size == backend.canvas_size
+    assert (np.asarray(canvas.reduce(backend.zoom)) == np.asarray(random_image((8, 8)))).all()
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(InputError, match=r"text.png cannot be read as an image: use PNG, JPEG"):
+        backend.load_upload(str(tmp_path / "text.png"))
+    for side in (8_000, 20_000):  # Pillow itself rejects the second one
+        Image.new("1", (side, side)).save(tmp_path / "huge.png")
+        with pytest.raises(InputError, match=r"huge.png is too large: reduce it to 50 megapixels"):
+            backend.load_upload(str(tmp_path / "huge.png"))
+
+
+def test_a_drawn_image_is_put_on_the_canvas(backend: PageBackend) -> None:
+    drawn = [(random_image((8, 8)), None), (Image.new("RGB", (8, 8), "red"), None)]
+    assert backend.load_drawn(drawn, 1).getpixel((0, 0)) == (255, 0, 0)
+    assert (np.asarray(backend.load_drawn(drawn, 5)) == np.asarray(backend.to_canvas(drawn[0][0]))).all()
+    with pytest.raises(InputError, match="nothing is drawn yet"):
+        backend.load_drawn(None, 0)
+
+
+@pytest.mark.parametrize(("names", "count"), [([], 10), ([], 1000), (["2", "1", "0"], 3), (["a", "b", "a"], 3)])
+def test_every_menu_choice_resolves_to_its_label(names: list[str], count: int) -> None:
+    classes = Classes(names, count)
+    (unconditional, name), *menu = class_menu(classes)
+    assert (unconditional, classes.label(name)) == ("unconditional", count)
+    assert [classes.label(name) for _, name in menu] == list(range(count))
+    assert all(str(label) in shown and classes.name(label) in shown for label, (shown, _) in enumerate(menu))
