@@ -1,10 +1,11 @@
 # make demo   the whole path on the embedded digits, into outputs/demo
 # make test   the tests
-# Both create .venv first if it is absent. PYTHON=python3.12 chooses the interpreter.
+# make docs   the documentation site, into build/site
+# All create .venv first if it is absent. PYTHON=python3.12 chooses the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo demo-clean test lint format clean
+.PHONY: install demo demo-clean test lint format docs clean
 
 install: .venv/installed
 
@@ -33,6 +34,13 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

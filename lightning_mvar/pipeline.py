@@ -78,7 +78,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
 
         Args:
             classes: name, number or "unconditional", one per image; a single value draws one image.
-            image: image to keep a part of, of any size; it is resized and cropped to the center. See `kept_tokens_mask`.
+            image: image to keep a part of, of any size; resized and cropped to the center. See `kept_tokens_mask`.
             mask: white where to draw, black where to keep; its size is that of `image` or of the drawn images.
             sampling: `SamplingSettings` by name: guidance, top_k, top_p, smooth, seed.
 

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny network and tokenizer, token shards, a folder of pictures, a feature extractor."""
+"""Shared fixtures and helpers: a tiny network and tokenizer, token shards, image folders, feature extractors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_mvar.data.tokens.shards import Manifest, shard_name, write_shard
 
 CLASSES = ["dark", "light", "mixed"]
 SCHEDULE = ScaleSchedule((1, 2, 3, 4))
-OBLONG = ScaleSchedule((1, (1, 2), 3, (3, 6)))  # as many tokens
+OBLONG = ScaleSchedule((1, (1, 2), 3, (3, 6)))  # 30 tokens, like SCHEDULE
 MIXERS = {"mvar": ("scale_attention", "mamba2"), "var": ("block_causal_attention",)}
 VARIANTS = [
     {"mixers": MIXERS["mvar"]},
@@ -39,7 +39,7 @@ VARIANTS = [
 
 
 def tiny_network(schedule: ScaleSchedule = SCHEDULE, **overrides: object) -> MVAR:
-    """Depth 2, width 64, weights large enough that every part matters to the output."""
+    """Builds a network of depth 2 and width 64, whose weights are large enough that every part affects the output."""
     torch.manual_seed(0)
     config = {"depth": 2, "width": 64, "heads": 2, "vocab_size": 48, "code_dim": 8, "num_classes": 10}
     network = MVAR(MVARConfig(schedule, **(config | {"head_dim": 32} | overrides)))
@@ -57,7 +57,7 @@ def network(request: pytest.FixtureRequest) -> MVAR:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """8 x 8 images, features 4 x 4."""
+    """Tokenizer of 8 x 8 images and 4 x 4 features."""
     torch.manual_seed(1)
     config = TokenizerConfig(SCHEDULE, 48, 8, channels=8, multipliers=(1, 2), blocks=1, num_phi=3)
     tokenizer = Tokenizer(config).eval().requires_grad_(False)
@@ -77,8 +77,25 @@ def random_tokens(count: int, seed: int = 0, vocab_size: int = 48) -> torch.Tens
     return torch.randint(0, vocab_size, (count, SCHEDULE.num_tokens), generator=generator)
 
 
+def random_image(size: tuple[int, int] = (8, 8), seed: int = 0) -> Image.Image:
+    """Returns an image of width and height `size`."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def stack_images(images: list[Image.Image]) -> np.ndarray:
+    """Returns (n, H, W, 3) int64, which is safe to subtract."""
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the maximum error relative to the largest expected magnitude."""
+    actual, expected = actual.detach().float(), expected.detach().float()
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
 def write_token_shards(folder: Path, fingerprint: str, sizes: list[int], classes: int = 10) -> Manifest:
-    """Shards of `sizes` samples; the first token of sample i is i, so that an order can be read off."""
+    """Writes one shard per entry of `sizes`; the first token of sample i is i % 48, which reveals the order."""
     manifest = Manifest(
         list(SCHEDULE.side_lengths), 48, [str(c) for c in range(classes)], fingerprint, "test", sum(sizes), max(sizes)
     )
@@ -105,7 +122,7 @@ def write_images(root: Path, per_class: int = 6) -> None:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Two classes of 40 x 20 pictures, every suffix, one of them in a folder of its own."""
+    """Folder of two classes of 40 x 20 images, with all suffixes and one nested folder."""
     rng = np.random.default_rng(0)
     for name in ("b/1.png", "b/2.jpg", "a/deep/3.jpeg", "a/4.webp"):
         path = tmp_path / name
@@ -116,7 +133,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 class Pixels(nn.Module):
-    """A feature extractor of 8 x 8 images: the grey value of each quarter."""
+    """Feature extractor of 8 x 8 images: the gray value of each quadrant."""
 
     num_features = 4
 
@@ -130,14 +147,14 @@ class Pixels(nn.Module):
 
 
 class Brightness(nn.Module):
-    """A classifier of ten classes: the brighter an image, the higher its class."""
+    """Classifier of ten classes: the brighter an image, the higher its class."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return -(images.mean(dim=(1, 2, 3))[:, None] * 20 - torch.arange(10) - 5).square()
 
 
 class Projection(nn.Module):
-    """A one-layer feature extractor of 8 x 8 images."""
+    """One-layer feature extractor of 8 x 8 images; counts its calls."""
 
     num_features = 12
 
@@ -172,20 +189,20 @@ data: {{train: shards, val: shards, batch_size: 16}}
 
 @pytest.fixture
 def run_folder(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> Path:
-    """A folder in which `fit --config run.yaml` trains for twelve steps, four epochs of three batches."""
+    """Folder in which `fit --config run.yaml` trains for twelve steps: four epochs of three batches."""
     prepare_run(tmp_path, tokenizer, tokenizer_folder)
     return tmp_path
 
 
 @pytest.fixture
 def plain_run_folder(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> Path:
-    """The same without samples and scores, for what has nothing to do with them."""
+    """Folder like `run_folder`, but without the callbacks for samples and scores, so it is faster."""
     prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
     return tmp_path
 
 
 def prepare_run(folder: Path, tokenizer: Tokenizer, tokenizer_folder: Path, draws: bool = True) -> None:
-    """Write a run.yaml and what it names; without `draws` it is a faster one that draws nothing while training."""
+    """Writes a run.yaml with its shards and images; without `draws`, no callback draws samples during training."""
     write_token_shards(folder / "shards", tokenizer.fingerprint(), [20, 20, 12])
     write_images(folder / "images")
     text = RUN_YAML.format(tokenizer=tokenizer_folder)
@@ -194,7 +211,7 @@ def prepare_run(folder: Path, tokenizer: Tokenizer, tokenizer_folder: Path, draw
 
 
 def scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's curves as it shows them, steps and values, but for those of the time that things took."""
+    """Returns the (step, value) pairs of each TensorBoard scalar, except timings (`perf/`)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(logs), size_guidance={"scalars": 0, "images": 0})
@@ -204,7 +221,7 @@ def scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def pictures(logs: Path, tag: str) -> list[bytes]:
-    """TensorBoard's images, encoded."""
+    """Returns the encoded TensorBoard images of a tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(logs), size_guidance={"images": 0})

@@ -1,4 +1,4 @@
-"""State dicts as the published code would save them, with weights that a recipe makes (tests/parity/README.md)."""
+"""State dicts in the format of the published code, with weights computed by tests/parity/recipe.py."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def official_weights(shapes: dict[str, list[int]], schedule: ScaleSchedule) -> d
 
 
 def published(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The state dicts of network and tokenizer, as the published code would save them."""
-    about = json.loads((FOLDER / f"{case}.json").read_text())
-    return official_weights(about["official_keys"], SCHEDULE), official_weights(about["vqvae_keys"], SCHEDULE)
+    """Returns the state dicts of network and tokenizer in the format of the published code."""
+    reference = json.loads((FOLDER / f"{case}.json").read_text())
+    return official_weights(reference["official_keys"], SCHEDULE), official_weights(reference["vqvae_keys"], SCHEDULE)

@@ -1,4 +1,4 @@
-"""Every YAML parses, alone or with what its header says it belongs to, and builds a network of the stated size."""
+"""Configs: the commands in each YAML header parse and build a network of the stated size."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ COMMAND = re.compile(r"^#\s+lightning-mvar (fit|train-tokenizer|sweep) (.*)$", r
 
 
 def header_commands(config: str) -> list[tuple[str, list[str]]]:
-    """The commands in the comment at the top of a file, continued lines joined, optional parts taken."""
+    """Returns the commands in the header of a file, with continued lines joined and optional parts included."""
     text = (ROOT / config).read_text().replace("\\\n#", " ").replace("[--", "--").replace("yaml]", "yaml")
     return [(match[1], match[2].split()) for match in COMMAND.finditer(text)]
 
 
 class TokenizerParsed(Exception):
-    """Carries the configuration out of a command line that has parsed and would now build."""
+    """Carries the parsed configuration out of the CLI before anything is built."""
 
 
 class ParsingTokenizerCLI(TokenizerCLI):
@@ -45,7 +45,7 @@ class ParsingTokenizerCLI(TokenizerCLI):
 
 
 def parse(command: str, options: list[str]) -> Namespace:
-    """What the command line would build: parsed and validated, not built."""
+    """Parses and validates a command line without building anything."""
     if command == "fit":
         return parse_fit([command, *options])
     with pytest.raises(TokenizerParsed) as parsed:
@@ -65,7 +65,7 @@ def test_every_cell_of_a_sweep_parses(config: str, monkeypatch: pytest.MonkeyPat
 
 
 def network_config(model: Namespace, config: str) -> MVARConfig:
-    """The network of a parsed command line; what comes from tokenizer and shards is ImageNet's, as the header names it."""
+    """Returns the network config of a parsed command line; fields that the tokenizer sets take ImageNet's values."""
     values = {name: value for name, value in model.network.as_dict().items() if value is not None}
     resolution = next((int(r) for r in (512, 1024) if f"imagenet_{r}" in (ROOT / config).read_text()), 256)
     published = {"schedule": {"side_lengths": ScaleSchedule.for_resolution(resolution).side_lengths}}
@@ -82,7 +82,7 @@ def test_blocks_are_used_by_other_configs(config: str) -> None:
 def test_the_commands_of_every_header_parse(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     commands = header_commands(config)
-    assert commands, f"{config} does not say how to run it"
+    assert commands, f"the header of {config} has no command that runs it"
     assert any(config in options for _, options in commands)
     for command, options in commands:
         model = parse(command, options).model
@@ -95,7 +95,7 @@ def test_the_commands_of_every_header_parse(config: str, monkeypatch: pytest.Mon
 
 
 def check_stated_size(config: str, network: MVAR) -> None:
-    """Where the header states parameters, the network has them, as M-VAR and as VAR."""
+    """Asserts the parameter counts that a header states for M-VAR and VAR."""
     text = (ROOT / config).read_text().replace("\n#", "")
     for kind, mixers in MIXERS.items():
         for stated in re.findall(rf"([\d,.]+)M(?: parameters)? as {kind}\b", text):
@@ -148,7 +148,7 @@ def test_baselines_have_overlays_of_their_names(name: str, monkeypatch: pytest.M
 def test_imagenet_configs_name_the_tokenizer_that_their_header_exports(
     config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The schedule comes with it."""
+    """The tokenizer sets the schedule, so the config must not."""
     monkeypatch.chdir(ROOT)
     model = parse("fit", ["--config=configs/base/imagenet.yaml", f"--config=configs/{config}.yaml"]).model
     resolution = config.partition("_")[2] or "256"

@@ -1,4 +1,4 @@
-"""The numbers of the published implementations, for weights that a recipe makes (tests/parity/README.md)."""
+"""Parity with the published code, for weights computed by tests/parity/recipe.py (see tests/parity/README.md)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_mvar.checkpoints.published import NETWORK_NAMES, rename
 
 TOLERANCE = 1e-4  # of the largest magnitude
 GRADIENT_TOLERANCE = 1e-3
-# Under autocast: two to three times the worst that was seen, relative to the largest magnitude.
+# Under autocast: two to three times the largest observed difference, relative to the largest magnitude.
 HALF = {torch.bfloat16: 2e-2, torch.float16: 3e-3}  # logits and loss
 HALF_GRADIENTS = {torch.bfloat16: 5e-2, torch.float16: 2e-2}
-HALF_IMAGES = {torch.bfloat16: 2e-1, torch.float16: 3e-2}  # of the deep convolutions, whose random weights amplify
+HALF_IMAGES = {torch.bfloat16: 2e-1, torch.float16: 3e-2}  # deep convolutions with random weights amplify differences
 
 
 @dataclass
 class Case:
-    about: dict[str, Any]
+    reference: dict[str, Any]
     values: dict[str, torch.Tensor]
     network: MVAR
     tokenizer: Tokenizer
@@ -34,15 +34,15 @@ class Case:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
-    about = json.loads((FOLDER / f"{request.param}.json").read_text())
+    reference = json.loads((FOLDER / f"{request.param}.json").read_text())
     with np.load(FOLDER / f"{request.param}.npz") as arrays:
         values = {name: torch.from_numpy(arrays[name]) for name in arrays}
-    schedule = ScaleSchedule(tuple(about["config"]["patch_nums"]))
+    schedule = ScaleSchedule(tuple(reference["config"]["patch_nums"]))
     tokenizer_keys = json.loads((FOLDER / "mvar_small.json").read_text())["vqvae_keys"]
     return Case(
-        about,
+        reference,
         {name: value.long() if value.dtype == torch.int32 else value for name, value in values.items()},
-        load_official_mvar(official_weights(about["official_keys"], schedule)),
+        load_official_mvar(official_weights(reference["official_keys"], schedule)),
         load_official_tokenizer(official_weights(tokenizer_keys, schedule), schedule),
     )
 
@@ -56,7 +56,7 @@ def assert_agrees(case: Case, name: str, actual: torch.Tensor, tolerance: float 
 
 def assert_gradients_agree(case: Case, tolerance: float, scale: float = 1.0) -> None:
     parameters, worst = dict(case.network.named_parameters()), 0.0
-    for key, norm in case.about["grad_norms"].items():
+    for key, norm in case.reference["grad_norms"].items():
         gradient = parameters[rename(key, NETWORK_NAMES)].grad
         assert gradient is not None, key
         worst = max(worst, abs(float(gradient.norm()) / scale / norm - 1))
@@ -65,8 +65,8 @@ def assert_gradients_agree(case: Case, tolerance: float, scale: float = 1.0) -> 
 
 
 def test_the_configuration_is_read_off_the_weights(case: Case) -> None:
-    expected, config = case.about["config"], case.network.config
-    assert sum(p.numel() for p in case.network.parameters()) == case.about["parameters"]
+    expected, config = case.reference["config"], case.network.config
+    assert sum(p.numel() for p in case.network.parameters()) == case.reference["parameters"]
     assert (config.depth, config.width, config.heads) == (expected["depth"], expected["width"], expected["heads"])
     assert (config.num_classes, config.vocab_size) == (expected["classes"], expected["vocab"])
     assert config.qk_norm == expected["attn_l2_norm"]
@@ -75,7 +75,7 @@ def test_the_configuration_is_read_off_the_weights(case: Case) -> None:
 
 @torch.no_grad()
 def test_tokenizer_agrees(case: Case) -> None:
-    config = case.about["config"]
+    config = case.reference["config"]
     if "encoder_features" not in case.values:
         pytest.skip("this case holds no images")
     images = torch.from_numpy(image(config["batch"], 16 * config["patch_nums"][-1], config["seed"]))
@@ -102,7 +102,7 @@ def test_loss_and_gradients_agree(case: Case) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_half_precision_stays_near(case: Case, dtype: torch.dtype) -> None:
-    """Logits, loss and gradients under autocast; a scaled loss, as float16 needs."""
+    """Compares logits, loss and gradients under autocast, with the loss scaling that float16 needs."""
     tokens, scale = case.values["tokens"], 1024.0
     with torch.autocast("cpu", dtype=dtype):
         logits = case.network(case.values["labels"], case.tokenizer.scale_inputs(tokens))
@@ -118,8 +118,8 @@ def test_half_precision_stays_near(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @torch.no_grad()
 def test_a_half_precision_tokenizer_stays_near(case: Case, dtype: torch.dtype) -> None:
-    """Features and reconstruction; tokens may differ where two codes are nearly as near."""
-    config = case.about["config"]
+    """Compares features and reconstruction; tokens may differ if two codes are almost equally near."""
+    config = case.reference["config"]
     if "encoder_features" not in case.values:
         pytest.skip("this case holds no images")
     images = torch.from_numpy(image(config["batch"], 16 * config["patch_nums"][-1], config["seed"]))
@@ -131,16 +131,16 @@ def test_a_half_precision_tokenizer_stays_near(case: Case, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @torch.no_grad()
-def test_half_precision_sampling_mostly_draws_the_same(case: Case, dtype: torch.dtype) -> None:
-    """Greedily, in whole images: a near tie that falls otherwise changes what comes after it."""
-    settings = {"guidance": case.about["config"]["cfg"], "top_k": 1, "top_p": 1.0}
+def test_half_precision_sampling_mostly_draws_the_same_tokens(case: Case, dtype: torch.dtype) -> None:
+    """Compares greedy tokens; a near tie that is resolved differently changes all later tokens of its image."""
+    settings = {"guidance": case.reference["config"]["cfg"], "top_k": 1, "top_p": 1.0}
     with torch.autocast("cpu", dtype=dtype):
         _, tokens = generate(case.network, case.tokenizer, case.values["labels"], return_tokens=True, **settings)
     assert (tokens == case.values["greedy_tokens"]).float().mean() > 0.8
 
 
 def test_greedy_sampling_agrees(case: Case) -> None:
-    settings = {"guidance": case.about["config"]["cfg"], "top_k": 1, "top_p": 1.0}
+    settings = {"guidance": case.reference["config"]["cfg"], "top_k": 1, "top_p": 1.0}
     images, tokens = generate(case.network, case.tokenizer, case.values["labels"], return_tokens=True, **settings)
     assert torch.equal(tokens, case.values["greedy_tokens"])
     if "greedy_image" in case.values:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SCHEDULE, tiny_network
+from conftest import SCHEDULE, random_image, stack_images, tiny_network
 from PIL import Image
 
 from lightning_mvar import Tokenizer, generate
@@ -32,47 +32,38 @@ def pipe(folder: Path) -> MVARPipeline:
     return MVARPipeline.from_pretrained(folder, device="cpu")
 
 
-def random_image(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def arrays(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images]).astype(int)
-
-
 def test_images_match_generate(pipe: MVARPipeline) -> None:
     images = pipe(["zero", 3, "unconditional"], guidance=2.0, seed=4)
     labels = torch.tensor([0, 3, 10])
     expected = generate(pipe.network, pipe.tokenizer, labels, guidance=2.0, generator=image_generators(4, range(3)))
-    assert (arrays(images) == to_uint8(expected)).all()
+    assert (stack_images(images) == to_uint8(expected)).all()
     assert images[0].size == (8, 8)
 
 
 def test_every_scale_changes_the_image_and_the_last_completes_it(pipe: MVARPipeline) -> None:
-    steps = [arrays(images) for images in pipe.stream_images([1, 2], seed=0)]
+    steps = [stack_images(images) for images in pipe.stream_images([1, 2], seed=0)]
     assert len(steps) == SCHEDULE.num_scales
-    assert (steps[-1] == arrays(pipe([1, 2], seed=0))).all()
+    assert (steps[-1] == stack_images(pipe([1, 2], seed=0))).all()
     assert all((before != after).any() for before, after in pairwise(steps))
 
 
 def test_black_in_the_mask_is_kept_and_white_is_redrawn(pipe: MVARPipeline) -> None:
-    image = random_image(0)
+    image = random_image()
     white, black = Image.new("L", (8, 8), 255), Image.new("L", (8, 8), 0)
-    assert (arrays(pipe.edit(image, white, [1, 2])) == arrays(pipe([1, 2]))).all()
+    assert (stack_images(pipe.edit(image, white, [1, 2])) == stack_images(pipe([1, 2]))).all()
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         reconstruction = (pipe.tokenizer.decode(pipe.tokenizer.encode(pixels)) + 1) / 2
-    kept = arrays(pipe.edit(image, black, [1, 2]))
+    kept = stack_images(pipe.edit(image, black, [1, 2]))
     assert np.abs(kept - to_uint8(reconstruction)).max() <= 1
-    assert (kept == arrays(pipe([1, 2], image=image))).all()
+    assert (kept == stack_images(pipe([1, 2], image=image))).all()
 
 
 def test_a_single_class_draws_one_image_and_only_the_last_scale_is_decoded(
     pipe: MVARPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert (arrays(pipe("zero")) == arrays(pipe([0]))).all()
-    assert (arrays(pipe(3)) == arrays(pipe(["3"]))).all()
+    assert (stack_images(pipe("zero")) == stack_images(pipe([0]))).all()
+    assert (stack_images(pipe(3)) == stack_images(pipe(["3"]))).all()
     decoded, decode = [], pipe.tokenizer.decode_features
     monkeypatch.setattr(pipe.tokenizer, "decode_features", lambda f_hat: (decoded.append(1), decode(f_hat))[1])
     pipe([1, 2])
@@ -90,11 +81,11 @@ def test_a_mask_without_image_and_saving_lowered_weights_are_rejected(
 
 
 def test_images_and_masks_of_any_size_are_cropped_and_resized(pipe: MVARPipeline) -> None:
-    wide, mask = random_image(1, (40, 16)), Image.new("L", (40, 16), 0)
+    wide, mask = random_image((40, 16), seed=1), Image.new("L", (40, 16), 0)
     mask.paste(255, (0, 0, 20, 16))
     small = Image.new("L", (8, 8), 0)
     small.paste(255, (0, 0, 4, 8))
-    assert (arrays(pipe.edit(wide, mask, [5])) == arrays(pipe.edit(wide, small, [5]))).all()
+    assert (stack_images(pipe.edit(wide, mask, [5])) == stack_images(pipe.edit(wide, small, [5]))).all()
     with pytest.raises(
         InputError, match=r"the mask is 16 x 16: resize it to the size of the image, 16 x 40 \(.*\), or"
     ):
@@ -105,7 +96,7 @@ def test_a_saved_and_reloaded_pipeline_draws_the_same(pipe: MVARPipeline, tmp_pa
     pipe.save_pretrained(tmp_path / "saved")
     reloaded = MVARPipeline.from_pretrained(tmp_path / "saved", device="cpu")
     assert reloaded.class_names == NAMES
-    assert (arrays(reloaded([0])) == arrays(pipe([0]))).all()
+    assert (stack_images(reloaded([0])) == stack_images(pipe([0]))).all()
 
 
 def test_push_to_hub_uploads_the_export_files(pipe: MVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

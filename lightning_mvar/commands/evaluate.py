@@ -13,13 +13,11 @@ from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.cli.tables import Record, print_table, write_records
-from lightning_mvar.data.images.sources import find_embedded_set
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.fetch import is_remote
+from lightning_mvar.metrics.accuracy import classifier_for, reconstruction_accuracy, sample_accuracy
 from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
-from lightning_mvar.metrics.judges import classifier_for, reconstruction_accuracy, sample_accuracy
-from lightning_mvar.metrics.reference import Reference, open_reference
+from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.summary import prepare
 from lightning_mvar.sampling.draw import draw_set
 from lightning_mvar.sampling.readers import open_samples
@@ -76,8 +74,8 @@ def evaluate(
         sampling: with --ckpt_path, how to draw the samples.
     """
     check_options(statistics, num_workers)
-    real = open_existing_reference(reference)
-    floor_images = None if floor is None else open_existing_reference(floor)
+    real = open_reference(reference)
+    floor_images = None if floor is None else open_reference(floor)
     if reconstructions is not None and not real.has_images:
         raise InputError(f"--reconstructions needs images to reconstruct: {reference} has only statistics")
     if ckpt_path is None:
@@ -134,13 +132,6 @@ def check_options(statistics: str | None, num_workers: int) -> None:
         raise InputError(f"--statistics {statistics} must be NAME.npz")
     if num_workers < 0:
         raise InputError(f"--num_workers must not be negative, got {num_workers}")
-
-
-def open_existing_reference(name: str) -> Reference:
-    """Opens a reference; raises InputError if it should be on this machine and does not exist."""
-    if find_embedded_set(name) is None and not is_remote(name) and not Path(name).exists():
-        raise InputError(f"{name} does not exist")
-    return open_reference(name)
 
 
 def reject_sampling_options(options: dict[str, Any]) -> None:

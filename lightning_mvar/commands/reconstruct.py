@@ -13,7 +13,7 @@ from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.judges import classifier_for
+from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.reconstruction import ReconstructionScores
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.summary import prepare

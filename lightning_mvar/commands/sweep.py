@@ -78,7 +78,7 @@ def sweep(
             with status_table(cells) as refresh:
                 run_cells(cells, launch, stop, refresh)
         if stop.signal:
-            name, remedy = signal.Signals(stop.signal).name, "run the same command again to resume"
+            name, remedy = signal.Signals(stop.signal).name, "run the same command again to continue"
             raise Interrupted(stop.signal, f"interrupted by {name}; {count_states(cells)}", remedy)
         seconds = time.monotonic() - begin
         print(f"{count_states(cells)}, {len(finished_before)} earlier; {seconds:.0f} s, in {folder}", flush=True)

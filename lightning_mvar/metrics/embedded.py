@@ -1,6 +1,6 @@
 """Classifiers of the embedded images, as feature extractors.
 
-Distances in their features compare images within this project only, not with published FID.
+Distances in their features compare images within this project only; they are not comparable to published FID.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class InceptionNetwork(nn.Module):
         return self.features_and_spatial(images)[0]
 
     def features_and_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns pool features and sFID features (b, 2023): 7 channels of the 17 x 17 map "mixed_6/conv", row-major."""
+        """Returns pool features and sFID features (b, 2023): 7 channels of "mixed_6/conv", 17 x 17, row by row."""
         # By default cuDNN convolutions round their inputs to TF32.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), exact:

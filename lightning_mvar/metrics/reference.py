@@ -121,7 +121,7 @@ def open_reference(name: str) -> Reference:
             an npz of images (`arr_0`) or of statistics (`mu`, `sigma`); a local or remote folder of token shards.
 
     Raises:
-        InputError: if an npz does not exist or is damaged, or an embedded set has no such split.
+        InputError: if a file or folder does not exist, or an npz is damaged.
     """
     if (embedded := find_embedded_set(name)) is not None:
         return Reference(name, "images", embedded)
@@ -133,6 +133,8 @@ def open_reference(name: str) -> Reference:
         return Reference(name, "npz", arrays=tuple(array_names(path)))
     if (path / MANIFEST).is_file():
         return Reference(name, "shards")
+    if not path.exists() and not set(name) & set("{*?["):  # of a pattern of archives
+        raise InputError(f"{name} does not exist")
     return Reference(name, "images")
 
 

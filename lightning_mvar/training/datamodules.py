@@ -81,8 +81,8 @@ class BatchedDataModule(L.LightningDataModule):
             if rest == 0 and per_device % batches == 0 and per_device // batches <= (self.max_batch_size or per_device):
                 return batches
         raise InputError(
-            f"data.global_batch_size {self.global_batch_size} cannot be divided over {devices} devices in {at_least} or "
-            f"more equal batches: choose a multiple, or set the images per device with data.batch_size"
+            f"data.global_batch_size {self.global_batch_size} cannot be divided over {devices} devices in {at_least} "
+            f"or more equal batches: choose a multiple, or set the images per device with data.batch_size"
         )
 
 

@@ -103,7 +103,7 @@ class PageBackend:
 def sampling_arguments(
     class_name: Any, count: Any, guidance: Any, top_k: Any, top_p: Any, seed: Any, smooth: Any
 ) -> dict[str, Any]:
-    """Checks the page's field values; returns arguments of `MVARPipeline.stream_images` for `count` images of a class."""
+    """Checks the page's fields; returns arguments of `MVARPipeline.stream_images` for `count` images of a class."""
     if class_name is None or not str(class_name).strip():
         raise InputError(f"choose a class, or {UNCONDITIONAL!r}")
     return {

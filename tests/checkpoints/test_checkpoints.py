@@ -48,7 +48,7 @@ def damage_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
-def forget_config(folder: Path) -> None:
+def delete_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
@@ -57,7 +57,7 @@ def truncate_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def forget_weights(folder: Path) -> None:
+def delete_weights(folder: Path) -> None:
     (folder / "network.safetensors").unlink()
 
 
@@ -77,11 +77,11 @@ def add_a_field(folder: Path) -> None:
     ("damage", "message"),
     [
         (damage_config, r"config\.json is not valid JSON"),
-        (forget_config, r"has no config\.json"),
+        (delete_config, r"has no config\.json"),
         (truncate_weights, r"network\.safetensors is damaged"),
-        (forget_weights, r"network\.safetensors does not exist"),
+        (delete_weights, r"network\.safetensors does not exist"),
         (change_width, r"does not fit MVAR: start_embed is \(1, 1, 64\), not \(1, 1, 128\);.* and \d+ more"),
-        (add_a_field, "not a MVARConfig of this version.*colour"),
+        (add_a_field, "does not describe a MVARConfig of this version.*colour"),
     ],
 )
 def test_damaged_folders_are_named(tokenizer: Tokenizer, tmp_path: Path, damage, message: str) -> None:
@@ -99,7 +99,7 @@ class Malicious:
         return os.mkdir, (str(self.marker),)
 
 
-def test_files_that_are_not_checkpoints_are_named_and_never_run(tmp_path: Path) -> None:
+def test_errors_name_files_that_are_not_checkpoints_and_their_code_never_runs(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     with pytest.raises(InputError, match="does not exist"):
         load_trained(path)
@@ -121,9 +121,8 @@ def test_files_that_are_not_checkpoints_are_named_and_never_run(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def official() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    about = json.loads((FOLDER / "mvar_small.json").read_text())
-    keys = (about["official_keys"], about["vqvae_keys"])
-    return official_weights(keys[0], SCHEDULE), official_weights(keys[1], SCHEDULE)
+    case = json.loads((FOLDER / "mvar_small.json").read_text())
+    return official_weights(case["official_keys"], SCHEDULE), official_weights(case["vqvae_keys"], SCHEDULE)
 
 
 @pytest.mark.parametrize("wrapping", ["plain", "trainer", "prefixed"])

@@ -1,4 +1,4 @@
-"""The published state dicts: to ours and back, and what is said of those that are something else."""
+"""Conversion of published state dicts to ours and back, and the errors for other state dicts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_mvar.checkpoints import (
 )
 from lightning_mvar.checkpoints.published import (
     BUFFERS,
-    without_buffers,
     network_config,
     network_from_published,
-    tokenizer_from_published,
     network_to_published,
+    tokenizer_from_published,
     tokenizer_to_published,
+    without_buffers,
 )
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import read_torch
@@ -32,18 +32,18 @@ from lightning_mvar.io.tensors import read_torch
 SCHEDULE = ScaleSchedule((1, 2, 3, 4))
 
 
-def assert_equal_to_the_bit(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Same keys and shapes; same values wherever something is learned, and for the scale of each token."""
-    assert found.keys() == expected.keys()
+def assert_bit_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Asserts equal keys and shapes, and equal values of the weights and of the scale of each token."""
+    assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert found[key].shape == tensor.shape, key
-        assert found[key].dtype == tensor.dtype or key.endswith("patch_nums"), key  # the recipe's are float
+        assert actual[key].shape == tensor.shape, key
+        assert actual[key].dtype == tensor.dtype or key.endswith("patch_nums"), key  # the recipe's are float
         if key == "lvl_1L" or not key.endswith(BUFFERS):
-            assert torch.equal(found[key], tensor), key
+            assert torch.equal(actual[key], tensor), key
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_round_trip_is_equal_to_the_bit(case: str, tmp_path: Path) -> None:
+def test_a_round_trip_is_bit_exact(case: str, tmp_path: Path) -> None:
     """Published files -> our folder -> published files, through the disk."""
     network, tokenizer = published(case)
     torch.save(network, tmp_path / "network.pth")
@@ -54,23 +54,23 @@ def test_a_round_trip_is_equal_to_the_bit(case: str, tmp_path: Path) -> None:
     kind = "mvar" if "mvar" in case else "var"
     assert [path.name for path in files] == [f"{kind}_d2.pth", "vae_ch32v64z32.pth"]
     for path, state in zip(files, (network, tokenizer), strict=True):
-        assert_equal_to_the_bit(read_torch(path), state)
+        assert_bit_equal(read_torch(path), state)
 
 
 @pytest.mark.parametrize("kind", MIXERS)
 def test_the_buffers_that_the_published_code_expects(kind: str) -> None:
-    """VAR hides the keys of finer scales; M-VAR those of all other scales, and keeps how many tokens each scale has."""
-    mamba = {"head_dim": 64} if kind == "mvar" else {}  # VAR has none: any values of its fields will do
+    """VAR masks the keys of finer scales; M-VAR masks all other scales and stores the tokens per scale."""
+    mamba = {"head_dim": 64} if kind == "mvar" else {}  # VAR has no Mamba branch: its fields are unused
     state = network_to_published(tiny_network(mixers=MIXERS[kind], **mamba))
     scale = SCHEDULE.scale_ids.tolist()
-    shown = {"mvar": lambda query, key: query == key, "var": lambda query, key: query >= key}[kind]
-    expected = [[0.0 if shown(query, key) else -torch.inf for key in scale] for query in scale]
+    visible = {"mvar": lambda query, key: query == key, "var": lambda query, key: query >= key}[kind]
+    expected = [[0.0 if visible(query, key) else -torch.inf for key in scale] for query in scale]
     assert torch.equal(state["attn_bias_for_masking"], torch.tensor(expected)[None, None])
     assert not state["blocks.0.attn.zero_k_bias"].any()
     lengths = state.get("blocks.1.attn.patch_nums")
     assert lengths is None if kind == "var" else (lengths.tolist(), lengths.dtype) == ([1, 4, 9, 16], torch.int32)
     state["lvl_1L"].zero_()
-    assert SCHEDULE.scale_ids.tolist() == scale  # nothing of the schedule's own was handed out
+    assert SCHEDULE.scale_ids.tolist() == scale  # the state dict holds a copy
 
 
 @pytest.mark.parametrize(
@@ -93,24 +93,27 @@ def test_the_configuration_is_read_back(variant: dict) -> None:
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ({"mixers": ("mamba2",)}, "no network with mixers mamba2"),
-        ({"state_dim": 16}, "state_dim is 16, there always 64"),
-        ({"parallel": True}, "parallel is True, there always False"),
-        ({"scan_order": "column"}, "scan_order is column, there always raster"),
-        ({"mixers": ("block_causal_attention",), "prediction": "token"}, "prediction is token, there always scale"),
-        ({"mixers": (("scale_attention", "mamba2"), ())}, "no network with mixers scale_attention, mamba2 / none"),
-        ({"qk_norm": False}, "heads of 64, got 2 heads"),
-        ({"shared_adaln": True}, "the published M-VAR cannot share AdaLN"),
+        ({"mixers": ("mamba2",)}, "does not support a network with mixers mamba2"),
+        ({"state_dim": 16}, "state_dim is 16, must be 64"),
+        ({"parallel": True}, "parallel is True, must be False"),
+        ({"scan_order": "column"}, "scan_order is column, must be raster"),
+        ({"mixers": ("block_causal_attention",), "prediction": "token"}, "prediction is token, must be scale"),
+        (
+            {"mixers": (("scale_attention", "mamba2"), ())},
+            "not support a network with mixers scale_attention, mamba2 / none",
+        ),
+        ({"qk_norm": False}, "heads of dim 64, got 2 heads of 32"),
+        ({"shared_adaln": True}, "the published M-VAR code does not support shared_adaln"),
     ],
 )
-def test_networks_that_the_published_code_has_not_are_refused(variant: dict, message: str) -> None:
+def test_networks_that_the_published_code_does_not_support_are_refused(variant: dict, message: str) -> None:
     config = {"head_dim": 64} | variant
     with pytest.raises(InputError, match=message):
         network_to_published(tiny_network(**config))
 
 
-def test_tokenizers_that_the_published_code_has_not_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match=r"multipliers is \(1, 2\), there always \(1, 1, 2, 2, 4\)"):
+def test_tokenizers_that_the_published_code_does_not_support_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"multipliers is \(1, 2\), must be \(1, 1, 2, 2, 4\)"):
         tokenizer_to_published(tokenizer)
     with pytest.raises(InputError, match="channels in multiples of 32, got 24"):
         tokenizer_to_published(Tokenizer(TokenizerConfig(SCHEDULE, 16, 8, channels=24)))
@@ -123,7 +126,7 @@ def without(state: dict, key: str) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda n, t: t, "not the keys of a published VAR or M-VAR network; it looks like a tokenizer"),
+        (lambda n, t: t, "not have the keys of a published VAR or M-VAR network; it looks like a tokenizer"),
         (lambda n, t: without(n, "blocks.1.ffn.fc2.bias"), r"missing blocks\.1\.ffn\.fc2\.bias$"),
         (lambda n, t: n | {"extra": torch.zeros(1)}, "unexpected extra$"),
         (lambda n, t: without(n, "blocks.0.mamba.norm.weight"), r"it has no 'blocks\.0\.mamba\.norm\.weight'"),
@@ -133,17 +136,20 @@ def without(state: dict, key: str) -> dict:
             r"must be positive and strictly increasing, got \(1, 2, 3, 3\)",
         ),
         (lambda n, t: n | {"lvl_1L": torch.tensor([[0, 1, 1, 1, 1]])}, r"pos_1LC is \(1, 30, 128\), not \(1, 5, 128\)"),
-        (lambda n, t: n | {"lvl_1L": torch.tensor([[0, -1]])}, "lvl_1L numbers the scales from -1 to 0"),
+        (
+            lambda n, t: n | {"lvl_1L": torch.tensor([[0, -1]])},
+            "lvl_1L numbers the scales from -1 to 0, but there are 4 scale embeddings",
+        ),
         (
             lambda n, t: n | {"lvl_1L": torch.tensor([[0, 10**13]])},
             "lvl_1L numbers the scales from 0 to 10000000000000",
         ),
         (lambda n, t: n | {"head.weight": torch.tensor(1.0)}, "0-d tensor"),
-        (lambda n, t: n | {"word_embed.weight": torch.zeros(3)}, "not a whole VAR or M-VAR network"),
+        (lambda n, t: n | {"word_embed.weight": torch.zeros(3)}, "not a complete VAR or M-VAR network"),
         (lambda n, t: {k: v for k, v in n.items() if ".mamba." not in k}, r"ada_lin\.1\.weight is .* and 1 more"),
     ],
 )
-def test_networks_that_are_not_whole_say_what_differs(change, message: str) -> None:
+def test_errors_for_incomplete_networks_name_the_difference(change, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         network_from_published(change(*published("mvar_small")), "net.pth")
     assert str(raised.value).startswith("net.pth ")
@@ -153,19 +159,19 @@ def test_networks_that_are_not_whole_say_what_differs(change, message: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda n, t: n, "not the keys of a published tokenizer; it looks like a network"),
+        (lambda n, t: n, "not have the keys of a published tokenizer; it looks like a network"),
         (lambda n, t: without(t, "decoder.conv_out.bias"), r"missing decoder\.conv_out\.bias$"),
         (lambda n, t: without(t, "encoder.down.1.block.0.conv1.weight"), "it has no 'encoder.down.1.block.0.conv1"),
-        (lambda n, t: t | {"quantize.embedding.weight": torch.zeros(3)}, r"vae\.pth is not a whole tokenizer"),
-        (lambda n, t: t | {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, r"vae\.pth is not a whole tokenizer"),
+        (lambda n, t: t | {"quantize.embedding.weight": torch.zeros(3)}, r"vae\.pth is not a complete tokenizer"),
+        (lambda n, t: t | {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, r"vae\.pth is not a complete tokenizer"),
         (
             lambda n, t: {k: v for k, v in t.items() if "qresi" not in k},
-            r"vae\.pth is not a whole tokenizer \(.*num_phi",
+            r"vae\.pth is not a complete tokenizer \(.*num_phi",
         ),
         (lambda n, t: t | {"teacher.weight": torch.zeros(1)}, r"unexpected teacher\.weight$"),
     ],
 )
-def test_tokenizers_that_are_not_whole_say_what_differs(change, message: str) -> None:
+def test_errors_for_incomplete_tokenizers_name_the_difference(change, message: str) -> None:
     with pytest.raises(InputError, match=message):
         tokenizer_from_published(change(*published("mvar_small")), SCHEDULE, "vae.pth")
 
@@ -181,7 +187,7 @@ def test_a_tokenizer_of_another_codebook_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_shared_with_the_source(tmp_path: Path) -> None:
-    """Neither with a state dict in memory nor with a file that somebody writes to, nor between two parameters."""
+    """Loaded weights share memory with no state dict, no mapped file and no other parameter."""
     state, _ = published("var_small")
     torch.save(state, tmp_path / "net.pth")
     loaded = load_official_mvar(tmp_path / "net.pth")
@@ -194,7 +200,7 @@ def test_nothing_is_shared_with_the_source(tmp_path: Path) -> None:
     assert tied.blocks[0].mixers[0].v_bias.any()
 
 
-def test_the_caller_keeps_the_weights_in_memory() -> None:
+def test_the_callers_state_dict_is_unchanged() -> None:
     state, _ = published("var_small")
     with torch.no_grad():
         load_official_mvar(state).head.weight.zero_()

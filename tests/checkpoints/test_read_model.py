@@ -1,4 +1,4 @@
-"""One way in for whatever holds a network: an exported folder, a training checkpoint, a published file."""
+"""`read_model` of exported folders, training checkpoints and published files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_mvar.errors import InputError
 
 
 @pytest.mark.parametrize("case", ["mvar_small", "var_small"])
-def test_a_published_file_is_read_as_the_folder_that_export_makes_of_it(
+def test_a_published_file_and_its_exported_folder_give_the_same_model(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -33,14 +33,14 @@ def test_a_published_file_is_read_as_the_folder_that_export_makes_of_it(
     assert run([*command, "--out", "samples.npz", "--device", "cpu"]) == 0
 
 
-def test_what_holds_no_network_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    save_folder(tmp_path / "alone", tokenizer)
+def test_errors_name_files_without_a_network(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save_folder(tmp_path / "tokenizer", tokenizer)
     save_folder(tmp_path / "both", tokenizer, tiny_network())
     torch.save({"state": torch.zeros(1)}, tmp_path / "other.ckpt")
     torch.save({"state": torch.zeros(1)}, tmp_path / "other.pth")
     for name, message in {
         "nowhere": "nowhere does not exist",
-        "alone": "describes no network",
+        "tokenizer": "describes no network",
         "other.ckpt": "other.ckpt is not a checkpoint of `lightning-mvar fit`",
         "other.pth": "other.pth does not have the keys of a published VAR or M-VAR network",
         "both/network.safetensors": "does not have the keys of a published VAR or M-VAR network",

@@ -1,7 +1,11 @@
+from argparse import ArgumentError
+
 import pytest
+from torch import nn
 
 from lightning_mvar import cli
 from lightning_mvar.cli import run
+from lightning_mvar.cli.arguments import call, check
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -12,7 +16,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt:
-            raise SystemExit(1)  # noqa: B904 (Lightning ends so)
+            raise SystemExit(1)  # noqa: B904 (like Lightning)
 
     from lightning_mvar.commands import sample
 
@@ -33,8 +37,50 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         run(["sample"])
 
 
-def test_every_command_has_its_module() -> None:
+def test_every_command_has_a_module_with_main() -> None:
     import importlib
 
     for module, _ in cli.COMMANDS.values():
         assert callable(importlib.import_module(f"lightning_mvar.commands.{module}").main)
+
+
+def count(flag: bool = False, number: int = 1, classifier: nn.Module | None = None) -> None:
+    print(flag, number)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "False 1"),
+        (["--flag"], "True 1"),
+        (["--flag", "--number", "2"], "True 2"),
+        (["--number", "2", "--flag"], "True 2"),
+        (["--flag", "true"], "True 1"),
+        (["--flag", "false"], "False 1"),
+        (["--flag=false"], "False 1"),
+    ],
+)
+@pytest.mark.parametrize("subcommand", [False, True])
+def test_boolean_options_also_work_as_flags(
+    options: list[str], expected: str, subcommand: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if subcommand:
+        call({"count": count}, ["numbers", "count", *options])
+    else:
+        call(count, ["count", *options])
+        check(count, ["count", *options])
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_other_values_of_boolean_options_are_refused() -> None:
+    for parse in (call, check):
+        with pytest.raises(ArgumentError, match="flag"):
+            parse(count, ["count", "--flag", "maybe"])
+
+
+def test_help_lists_only_the_classes_of_this_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call(count, ["count", "--help"])
+    printed = capsys.readouterr().out
+    assert "known subclasses: lightning_mvar." in " ".join(printed.split())
+    assert "torch.nn" not in printed

@@ -1,4 +1,4 @@
-"""Which stages of the demo run, and from what, with commands that only write down that they were called."""
+"""`demo`: which stages run, with commands replaced by stubs that record their calls."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from lightning_mvar.commands.demo import CONFIGS, ROOT, STAGES, demo
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that were run; each leaves its product, and fit is told to fail by a file `fail`."""
+    """Calls of the stubs, each of which writes its stage's product; `fit` fails if a file `fail` exists."""
     monkeypatch.chdir(tmp_path)
     CONFIGS.mkdir(parents=True)
     for name in ("digits.yaml", "digits_tokenizer.yaml"):
         (CONFIGS / name).write_text("steps: 1")
-    made: list[list[str]] = []
+    calls: list[list[str]] = []
 
-    def pretend(words: list[str]) -> int:
-        made.append(words)
+    def run_stub(words: list[str]) -> int:
+        calls.append(words)
         (stage,) = (stage for stage in STAGES if " ".join(words).startswith(stage.command))
-        product = stage.owns / stage.product
+        product = stage.output / stage.product
         product.parent.mkdir(parents=True, exist_ok=True)
-        product.write_text("made")
+        product.write_text("product")
         return 130 if words[0] == "fit" and Path("fail").exists() else 0
 
-    monkeypatch.setattr(module, "run_command", pretend)
+    monkeypatch.setattr(module, "run_command", run_stub)
     monkeypatch.setattr(module, "write_metrics", lambda: None)
-    return made
+    return calls
 
 
-def names(calls: list[list[str]]) -> list[str]:
+def command_names(calls: list[list[str]]) -> list[str]:
     return [words[0] for words in calls]
 
 
-EVERYTHING = ["train-tokenizer", "tokenize", "tokenize", "fit", "export", "sample", "evaluate"]
+ALL_COMMANDS = ["train-tokenizer", "tokenize", "tokenize", "fit", "export", "sample", "evaluate"]
 
 
 def test_finished_stages_are_skipped(calls: list[list[str]]) -> None:
     demo()
-    assert names(calls) == EVERYTHING
+    assert command_names(calls) == ALL_COMMANDS
     demo()
-    assert names(calls) == EVERYTHING
+    assert command_names(calls) == ALL_COMMANDS
 
 
-def test_an_interrupted_stage_goes_on_from_its_checkpoint(calls: list[list[str]]) -> None:
+def test_an_interrupted_stage_resumes_from_its_checkpoint(calls: list[list[str]]) -> None:
     Path("fail").touch()
     with pytest.raises(SystemExit) as stop:
         demo()
@@ -55,24 +55,24 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(calls: list[list[str]]
     (ROOT / "mvar/step").touch()
     calls.clear()
     demo()
-    assert names(calls) == EVERYTHING[3:]
+    assert command_names(calls) == ALL_COMMANDS[3:]
     assert calls[0][-1] == "--resume"
     assert (ROOT / "mvar/step").exists()
 
 
-def test_an_edited_configuration_starts_its_stage_anew_and_all_that_follow(calls: list[list[str]]) -> None:
+def test_an_edited_configuration_reruns_its_stage_and_all_later_stages(calls: list[list[str]]) -> None:
     demo()
     calls.clear()
     (CONFIGS / "digits.yaml").write_text("steps: 2")
     (ROOT / "mvar/step").touch()
     demo()
-    assert names(calls) == EVERYTHING[3:]
+    assert command_names(calls) == ALL_COMMANDS[3:]
     assert not (ROOT / "mvar/step").exists()
 
 
-def test_a_lost_product_is_made_again(calls: list[list[str]]) -> None:
+def test_a_deleted_product_is_produced_again(calls: list[list[str]]) -> None:
     demo()
     calls.clear()
     (ROOT / "shards/val/manifest.json").unlink()
     demo()
-    assert names(calls) == EVERYTHING[2:]
+    assert command_names(calls) == ALL_COMMANDS[2:]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_network
+from conftest import stack_images, tiny_network
 from PIL import Image
 
 from lightning_mvar import Tokenizer
@@ -31,10 +31,6 @@ def read_results() -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(Path("edited").glob("*.png"))]).astype(int)
 
 
-def arrays(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images]).astype(int)
-
-
 @pytest.mark.parametrize("outside", [False, True])
 def test_a_box_and_the_same_mask_match_the_pipeline(workdir: Path, outside: bool) -> None:
     pipe, mask = MVARPipeline.from_pretrained("model", device="cpu"), Image.new("L", (8, 8), 0)
@@ -47,7 +43,7 @@ def test_a_box_and_the_same_mask_match_the_pipeline(workdir: Path, outside: bool
     assert (read_results() == box_results).all()
     if outside:
         mask = mask.point(lambda value: 255 - value)
-    expected = arrays(pipe.edit(Image.open("photo.png"), mask, [3, 3, 7, 7], seed=5))
+    expected = stack_images(pipe.edit(Image.open("photo.png"), mask, [3, 3, 7, 7], seed=5))
     assert (box_results == expected).all()
     with Image.open("picture.png") as picture:
         assert picture.size == (4 * 10 + 2, 2 * 10 + 2)
@@ -57,9 +53,9 @@ def test_a_box_and_the_same_mask_match_the_pipeline(workdir: Path, outside: bool
 def test_redrawing_all_is_sampling_and_keeping_all_is_reconstruction(workdir: Path) -> None:
     pipe = MVARPipeline.from_pretrained("model", device="cpu")
     assert run([*EDIT, "--box", "0,0,8,8", "--classes", "3,unconditional"]) == 0
-    assert (read_results() == arrays(pipe([3, "unconditional"]))).all()
+    assert (read_results() == stack_images(pipe([3, "unconditional"]))).all()
     assert run([*EDIT, "--box", "0,0,8,8", "--classes", "3,unconditional", "--outside", "true"]) == 0
-    assert (read_results() == arrays(pipe([3, 5], image=Image.open("photo.png")))).all()
+    assert (read_results() == stack_images(pipe([3, 5], image=Image.open("photo.png")))).all()
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_the_defaults_are_the_published_protocol(workspace: Path) -> None:
 
 
 def test_a_killed_run_resumed_on_two_devices_has_the_same_scores(workspace: Path) -> None:
-    expected = evaluate_scores("whole.npz", "--ckpt_path", "model", *SAMPLING, "--per_class", "20")
+    expected = evaluate_scores("uninterrupted.npz", "--ckpt_path", "model", *SAMPLING, "--per_class", "20")
     command = ["evaluate", "--samples", "set.npz", "--ckpt_path", "model", *REFERENCE, *SAMPLING, "--per_class", "20"]
     killed = start([*command, "--cache", "first"], workspace, devices=2, option="--devices")
     for _ in range(600):
@@ -89,9 +89,9 @@ def test_a_killed_run_resumed_on_two_devices_has_the_same_scores(workspace: Path
         time.sleep(0.05)
     killed.send(signal.SIGKILL)
     assert not Path("set.npz").exists()
-    resumed = start([*command, "--cache", "second", "--json", "again.json"], workspace, devices=2, option="--devices")
+    resumed = start([*command, "--cache", "second", "--json", "resumed.json"], workspace, devices=2, option="--devices")
     assert resumed.wait() == [0, 0], resumed.printed()
-    (record,) = json.loads(Path("again.json").read_text())
+    (record,) = json.loads(Path("resumed.json").read_text())
     for name in SCORES:
         assert record[name] == pytest.approx(expected[name], rel=1e-4), name
     assert record["num_samples"] == 200
@@ -225,7 +225,7 @@ def test_mistakes_are_reported_in_one_line(
         "good.npz", *REFERENCE, "--guidance", "2"
     )
     assert "no class 'cat'" in error_of("new.npz", *REFERENCE, "--ckpt_path", "model", "--classes", "cat")
-    assert "good.npz holds images that were sampled otherwise" in error_of(
+    assert "good.npz holds images that were sampled with other settings" in error_of(
         "good.npz", *REFERENCE, "--ckpt_path", "model"
     )
     assert not Path("new.npz").exists()

@@ -1,4 +1,4 @@
-"""`export` with published files: to our folder, which `sample` takes, and back."""
+"""`export` of published files to our folder, which `sample` reads, and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_mvar.cli import run
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Published-format files of VAR and M-VAR with their tokenizer, apart and in one trainer's checkpoint."""
+    """Published files of VAR, M-VAR and the tokenizer, separate and in one checkpoint of the published trainer."""
     folder = tmp_path_factory.mktemp("published")
     for kind in ("mvar", "var"):
         network, tokenizer = published(f"{kind}_small")
@@ -33,14 +33,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("kind", ["mvar", "var"])
 def test_published_files_become_a_folder_that_samples(
-    here: Path, files: Path, kind: str, capfd: pytest.CaptureFixture[str]
+    workdir: Path, files: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     network = ["--official", str(files / f"{kind}_d2.pth"), "--tokenizer", str(files / "vae.safetensors")]
     assert run(["export", *network, "--out", "apart"]) == 0
@@ -56,16 +56,16 @@ def test_published_files_become_a_folder_that_samples(
         assert arrays["arr_1"].tolist() == [3, 3, 9, 9]
     assert run([*sample[:3], "--classes", "3", "--out", "one", "--grid", "one.png", "--strip", "strip.png"]) == 0
     with Image.open("one.png") as grid, Image.open("strip.png") as strip:
-        assert grid.width > grid.height  # one image, and its name
+        assert grid.width > grid.height  # one image and its class name
         assert strip.width > 3 * strip.height  # four scales
     assert run(["export", "--ckpt_path", "apart", "--to", "official", "--out", "back"]) == 0
     for ours, theirs in ((f"{kind}_d2.pth", f"{kind}_d2.pth"), ("vae_ch32v64z32.pth", "vae.pth")):
-        back, original = (torch.load(path, weights_only=True) for path in (here / "back" / ours, files / theirs))
+        back, original = (torch.load(path, weights_only=True) for path in (workdir / "back" / ours, files / theirs))
         assert back.keys() == original.keys()
         assert torch.equal(*(state[next(iter(original))] for state in (back, original)))
 
 
-def test_a_published_tokenizer_is_converted_by_itself(here: Path, files: Path) -> None:
+def test_a_published_tokenizer_is_converted_alone(workdir: Path, files: Path) -> None:
     assert run(["export", "--tokenizer", str(files / "vae.pth"), "--resolution", "512", "--out", "tok"]) == 0
     config = load_tokenizer("tok").config
     assert (config.shape, config.vocab_size, config.schedule.num_tokens) == ((512, 512), 64, 2240)
@@ -76,8 +76,8 @@ class Malicious:
         return os.mkdir, ("owned",)
 
 
-def test_files_that_are_not_what_they_claim(here: Path, files: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One message, exit code 1, nothing written, no code executed."""
+def test_files_that_are_not_what_they_claim(workdir: Path, files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each is reported in one message with exit code 1; nothing is written and no code is executed."""
     network, vae = str(files / "mvar_d2.pth"), str(files / "vae.pth")
     Path("cut.pth").write_bytes(Path(network).read_bytes()[:-5000])
     Path("cut.safetensors").write_bytes((files / "vae.safetensors").read_bytes()[:-5000])
@@ -89,12 +89,17 @@ def test_files_that_are_not_what_they_claim(here: Path, files: Path, capfd: pyte
     other = published("mvar_small")[0] | {"head.weight": torch.zeros(65, 128), "head.bias": torch.zeros(65)}
     torch.save(other, "other.pth")
     cases = {
-        ("--official", vae, "--tokenizer", vae): "vae.pth has not the keys of a published VAR or M-VAR network; it loo",
+        (
+            "--official",
+            vae,
+            "--tokenizer",
+            vae,
+        ): "vae.pth does not have the keys of a published VAR or M-VAR network; it looks like a tokenizer",
         (
             "--official",
             network,
-        ): "has not the keys of a published tokenizer; it looks like a network; name the tokenizer's own file",
-        ("--official", network, "--tokenizer", network): "mvar_d2.pth has not the keys of a published tokenizer",
+        ): "not have the keys of a published tokenizer; it looks like a network; pass the file of the tokenizer",
+        ("--official", network, "--tokenizer", network): "mvar_d2.pth does not have the keys of a published tokenizer",
         ("--official", "cut.pth", "--tokenizer", vae): "cut.pth is damaged or not a file of plain weights",
         ("--official", network, "--tokenizer", "cut.safetensors"): "cut.safetensors is damaged",
         ("--official", "text.pth"): "text.pth is damaged or not a file of plain weights",
@@ -106,7 +111,7 @@ def test_files_that_are_not_what_they_claim(here: Path, files: Path, capfd: pyte
         ("--official", network, "--ckpt_path", "x"): "give --ckpt_path or --official, not both",
         (): "give --ckpt_path CKPT, --official FILE, or",
         ("--official", network, "--tokenizer", vae, "--resolution", "512"): "--resolution is only for a tokenizer",
-        ("--official", "."): ". is a folder, not a file of weights",
+        ("--official", "."): ". is a folder, not a weights file",
         ("--tokenizer", "nowhere.pth"): "nowhere.pth does not exist",
         ("--official", "keys.pth"): "keys.pth is not a state dict of a published network",
         ("--official", "trainer.pth"): "trainer.pth is not a state dict of a published network",
@@ -127,12 +132,12 @@ def test_files_that_are_not_what_they_claim(here: Path, files: Path, capfd: pyte
         assert "text.pth is a file; name a folder to write to" in capfd.readouterr().err
 
 
-def test_a_full_disk_is_told_plainly(files: Path, here: Path) -> None:
-    """A limit on the size of files stands for the disk."""
+def test_a_full_disk_is_reported_in_one_message(files: Path, workdir: Path) -> None:
+    """Simulates a full disk by a limit on the size of files."""
     options = ["--official", str(files / "var_trainer.pth"), "--out", "full"]
     for target in ("folder", "official"):
         command = f"ulimit -f 1000; exec {sys.executable} -m lightning_mvar export {' '.join(options)} --to {target}"
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        assert done.stderr.startswith("lightning-mvar: error: cannot write full/")
-        assert not list(here.glob("full/*"))
+        process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert process.returncode == 1
+        assert process.stderr.startswith("lightning-mvar: error: cannot write full/")
+        assert not list(workdir.glob("full/*"))

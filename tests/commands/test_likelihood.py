@@ -1,4 +1,4 @@
-"""Bits per token of given images."""
+"""`likelihood`: bits per token of given images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.data.images.sources import open_images
 
-NAMES = ["mixed", "dark", "light", *map(str, range(3, 10))]  # not in the order of the folders
+NAMES = ["mixed", "dark", "light", *map(str, range(3, 10))]  # not in the order of the class folders
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
     save_folder(tmp_path / "model", tokenizer, tiny_network(), NAMES)
     write_images(tmp_path / "images", per_class=3)
     monkeypatch.chdir(tmp_path)
@@ -27,13 +27,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) 
 
 
 @pytest.mark.parametrize("classes", [None, "unconditional"])
-def test_it_is_the_mean_of_every_tokens_probability(here: Path, tokenizer: Tokenizer, classes: str | None) -> None:
+def test_bits_are_the_mean_negative_log2_probability_of_all_tokens(
+    workdir: Path, tokenizer: Tokenizer, classes: str | None
+) -> None:
     command = ["likelihood", "--ckpt_path", "model", "--images", "images", "--batch_size", "4"]
     options = [] if classes is None else ["--classes", classes]
     assert run([*command, *options, "--json", "mean.json", "--each", "each.json"]) == 0
     (record,) = json.loads(Path("mean.json").read_text())
     each = json.loads(Path("each.json").read_text())
-    network, source, everything = tiny_network(), open_images("images", 8), []
+    network, source, all_bits = tiny_network(), open_images("images", 8), []
     for i in range(len(source)):
         example = source[i]
         label = 10 if classes else NAMES.index(source.class_names[example.label])
@@ -43,18 +45,16 @@ def test_it_is_the_mean_of_every_tokens_probability(here: Path, tokenizer: Token
         bits = [-math.log2(float(row.softmax(dim=-1)[token])) for row, token in zip(logits, tokens[0], strict=True)]
         assert each[i]["image"] == example.key
         assert each[i]["bits_per_token"] == pytest.approx(sum(bits) / len(bits), rel=1e-4)
-        everything.append(bits)
+        all_bits.append(bits)
     assert record["num_images"] == len(each) == 9
     for k, side in enumerate(SCHEDULE.side_lengths):
         begin, end = SCHEDULE.offsets[k], SCHEDULE.offsets[k] + side * side
-        part = [bit for bits in everything for bit in bits[begin:end]]
+        part = [bit for bits in all_bits for bit in bits[begin:end]]
         assert record[f"bits_per_token_scale_{side}"] == pytest.approx(sum(part) / len(part), rel=1e-4)
-    assert record["bits_per_token"] == pytest.approx(sum(map(sum, everything)) / (9 * SCHEDULE.num_tokens), rel=1e-4)
+    assert record["bits_per_token"] == pytest.approx(sum(map(sum, all_bits)) / (9 * SCHEDULE.num_tokens), rel=1e-4)
 
 
-def test_folders_that_are_no_classes_and_images_that_are_damaged_are_named(
-    here: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_name_unknown_class_folders_and_damaged_images(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["likelihood", "--ckpt_path", "model", "--images", "images"]
     Path("images/light/0.png").write_text("hello")
     assert run(command) == 1
@@ -63,5 +63,5 @@ def test_folders_that_are_no_classes_and_images_that_are_damaged_are_named(
     assert json.loads(Path("a.json").read_text())[0]["num_images"] == 8
     Path("images/light").rename("images/bright")
     assert run(command) == 1
-    assert "no class 'bright'" in (said := capfd.readouterr().err)
-    assert "rename the folder of images, or name one class for all with --classes" in said
+    assert "no class 'bright'" in (message := capfd.readouterr().err)
+    assert "rename the folder of images, or set one class for all with --classes" in message

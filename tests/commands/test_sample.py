@@ -1,4 +1,4 @@
-"""Sets of samples: drawn, interrupted, continued, refused, chosen among; by one process and by two."""
+"""`sample`: sets of samples drawn by one or two processes, interrupted, resumed, refused; rejection sampling."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SAMPLE = ["sample", "--ckpt_path", "model", "--per_class", "2", "--batch_size", 
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
-    """A network of ten classes in `model`."""
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
+    """Working directory with a network of ten classes in `model`."""
     save_folder(tmp_path / "model", tokenizer, tiny_network())
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -43,86 +43,87 @@ def contents(target: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    """Another size of batch may round the other way."""
-    found, expected = contents(ours), contents(theirs)
-    assert found.keys() == expected.keys()
-    assert all(np.abs(found[name].astype(int) - expected[name]).max() <= 1 for name in expected)
+    """Asserts that pixels differ by 1 at most: rounding may depend on the batch size."""
+    actual, expected = contents(ours), contents(theirs)
+    assert actual.keys() == expected.keys()
+    assert all(np.abs(actual[name].astype(int) - expected[name]).max() <= 1 for name in expected)
 
 
 @pytest.mark.parametrize("name", ["set.npz", "set"])
 def test_an_interrupted_set_is_completed_and_equals_an_uninterrupted_one(
-    here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    whole = ["--out", f"whole{Path(name).suffix}", "--grid", "whole.png"]
-    assert run([*SAMPLE, *whole]) == 0
+    uninterrupted = ["--out", f"complete{Path(name).suffix}", "--grid", "complete.png"]
+    assert run([*SAMPLE, *uninterrupted]) == 0
     drawn: list[int] = []
 
-    def interrupted(network, tokenizer, labels, settings, generators):  # type: ignore[no-untyped-def]
-        if stops and len(drawn) >= 6:
+    def draw_until_interrupted(network, tokenizer, labels, settings, generators):  # type: ignore[no-untyped-def]
+        if interrupts and len(drawn) >= 6:
             raise KeyboardInterrupt
         drawn.extend(labels.tolist())
         return draw_images(network, tokenizer, labels, settings, generators)
 
-    monkeypatch.setattr(sampler, "draw_images", interrupted)
-    options, stops = ["--out", name, "--grid", "grid.png"], True
+    monkeypatch.setattr(sampler, "draw_images", draw_until_interrupted)
+    options, interrupts = ["--out", name, "--grid", "grid.png"], True
     assert run([*SAMPLE, *options]) == 130
     assert not Path("set.npz").exists()
-    stops = False
+    interrupts = False
     assert run([*SAMPLE, *options]) == 0
     assert len(drawn) == 20
-    assert run([*SAMPLE, *options]) == 0  # all there: nothing to draw
+    assert run([*SAMPLE, *options]) == 0  # complete: nothing to draw
     assert len(drawn) == 20
-    assert_same(Path(name), Path(whole[1]))
-    ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in ("grid.png", "whole.png"))
+    assert_same(Path(name), Path(uninterrupted[1]))
+    ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in ("grid.png", "complete.png"))
     assert np.abs(ours - theirs).max() <= 1
     assert not Path("set.npz.partial").exists()
 
 
 @pytest.mark.parametrize("name", ["set.npz", "set"])
-def test_two_processes_share_the_work_and_go_on_after_a_kill(here: Path, name: str) -> None:
+def test_two_processes_share_the_work_and_resume_after_a_kill(workdir: Path, name: str) -> None:
     command = [*SAMPLE, "--per_class", "20", "--device", "cpu", "--out"]
     assert run([*command, f"one{Path(name).suffix}"]) == 0
-    both = start([*command, name], here, devices=2, option="--devices")
-    begun = here / ("set.npz.partial" if name.endswith("npz") else name)
+    both = start([*command, name], workdir, devices=2, option="--devices")
+    unfinished = workdir / ("set.npz.partial" if name.endswith("npz") else name)
     for _ in range(600):
-        if len([*begun.rglob("*.npz"), *begun.rglob("*.png")]) > 4:
+        if len([*unfinished.rglob("*.npz"), *unfinished.rglob("*.png")]) > 4:
             break
         time.sleep(0.05)
     both.send(signal.SIGKILL)
-    assert not (here / "set.npz").exists()
-    kept = {path: path.stat().st_mtime_ns for path in visible([*begun.rglob("*.npz"), *begun.rglob("*.png")])}
+    assert not (workdir / "set.npz").exists()
+    files = visible([*unfinished.rglob("*.npz"), *unfinished.rglob("*.png")])
+    kept = {path: path.stat().st_mtime_ns for path in files}
     assert kept
     if name == "set":
-        again = start([*command, name], here, devices=2, option="--devices")
+        again = start([*command, name], workdir, devices=2, option="--devices")
         assert again.wait() == [0, 0], again.printed()
         assert {path: path.stat().st_mtime_ns for path in kept} == kept
     else:
-        again = start([*command, name], here)  # on another number of devices
+        again = start([*command, name], workdir)  # on another number of devices
         assert again.wait() == [0], again.printed()
-    assert_same(here / name, here / f"one{Path(name).suffix}")
-    assert not [*here.rglob("*.tmp.*")]
+    assert_same(workdir / name, workdir / f"one{Path(name).suffix}")
+    assert not [*workdir.rglob("*.tmp.*")]
 
 
 @pytest.mark.parametrize("name", ["set.npz", "set"])
-def test_what_a_killed_process_was_writing_is_passed_over(
-    here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_files_that_a_killed_process_was_writing_are_ignored(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """It leaves a file, torn or whole, whose name begins with a dot."""
+    """They are truncated or complete, and their names start with a dot."""
     command = [*SAMPLE, "--out", name, "--grid", "grid.png"]
     monkeypatch.setattr(sampler, "draw_images", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(command) == 130
     monkeypatch.setattr(sampler, "draw_images", draw_images)
-    folder, suffix = here / (f"{name}.partial" if name.endswith("npz") else name), "npz" if "npz" in name else "png"
+    folder, suffix = workdir / (f"{name}.partial" if name.endswith("npz") else name), "npz" if "npz" in name else "png"
     (folder / "0").mkdir(exist_ok=True)
-    for place in (folder, folder / "0"):
-        (place / f".000000.77.tmp.{suffix}").write_bytes(b"torn")
-        Image.new("RGB", (8, 8)).save(place / ".000001.77.tmp.png")
+    for parent in (folder, folder / "0"):
+        (parent / f".000000.77.tmp.{suffix}").write_bytes(b"truncated")
+        Image.new("RGB", (8, 8)).save(parent / ".000001.77.tmp.png")
     assert run(command) == 0
     assert len(open_samples(name)) == 20
-    assert run(["sample", *SAMPLE[1:], "--out", f"whole{Path(name).suffix}", "--grid", "whole.png"]) == 0
-    assert_same(Path(name), Path(f"whole{Path(name).suffix}"))
-    assert Path("grid.png").read_bytes() == Path("whole.png").read_bytes()
-    assert not [*here.rglob("*.tmp.*")]
+    assert run(["sample", *SAMPLE[1:], "--out", f"complete{Path(name).suffix}", "--grid", "complete.png"]) == 0
+    assert_same(Path(name), Path(f"complete{Path(name).suffix}"))
+    assert Path("grid.png").read_bytes() == Path("complete.png").read_bytes()
+    assert not [*workdir.rglob("*.tmp.*")]
 
 
 def fail_on_rank_0(rank: int) -> None:
@@ -132,21 +133,24 @@ def fail_on_rank_0(rank: int) -> None:
         sample.read_model = lambda *_: (_ for _ in ()).throw(InputError("rank 0 has no memory"))
 
 
-def test_where_one_process_fails_the_other_ends_too(here: Path) -> None:
-    both = start([*SAMPLE, "--out", "set", "--device", "cpu"], here, 2, fail_on_rank_0, option="--devices")
+def test_if_one_process_fails_the_other_ends_too(workdir: Path) -> None:
+    both = start([*SAMPLE, "--out", "set", "--device", "cpu"], workdir, 2, fail_on_rank_0, option="--devices")
     assert both.wait(60) == [1, 1]
     assert "error: rank 0 has no memory" in both.printed()
     assert "error: rank 1 lost another rank" in both.printed()
     assert "run the same command again to continue" in both.printed()
 
 
-def test_a_set_is_not_continued_otherwise(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_set_is_not_continued_with_other_settings(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("set", "set.npz"):
         assert run([*SAMPLE, "--out", name]) == 0
         assert run([*SAMPLE, "--out", name]) == 0
         assert run([*SAMPLE, "--out", name, "--seed", "1"]) == 1
-        said = capfd.readouterr().err
-        assert f"{name} holds images that were sampled otherwise (seed 0, not 1): choose another --out" in said
+        message = capfd.readouterr().err
+        assert (
+            f"{name} holds images that were sampled with other settings (seed 0, not 1): choose another --out"
+            in message
+        )
     assert run([*SAMPLE, "--out", "other", "--top_p", "2"]) == 1
     assert not Path("other").exists()
     assert run([*SAMPLE, "--out", "model"]) == 1
@@ -159,8 +163,8 @@ def test_a_set_is_not_continued_otherwise(here: Path, capfd: pytest.CaptureFixtu
     assert "set/sampling.json is damaged" in capfd.readouterr().err
 
 
-def test_a_damaged_unfinished_set_is_told(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_damaged_unfinished_set_is_reported(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -175,8 +179,8 @@ def test_a_damaged_unfinished_set_is_told(
     assert run([*SAMPLE, "--out", "set.npz"]) == 0
 
 
-def test_classes_go_by_name_or_number_or_none(here: Path, tokenizer: Tokenizer) -> None:
-    save_folder(here / "model", tokenizer, tiny_network(), ["zero", *map(str, range(1, 10))])
+def test_classes_are_selected_by_name_number_or_unconditional(workdir: Path, tokenizer: Tokenizer) -> None:
+    save_folder(workdir / "model", tokenizer, tiny_network(), ["zero", *map(str, range(1, 10))])
     assert run([*SAMPLE, "--out", "set.npz", "--classes", "zero, 3,unconditional"]) == 0
     assert contents(Path("set.npz"))["arr_1"].tolist() == [0, 0, 3, 3, 10, 10]
     assert run([*SAMPLE, "--out", "set", "--classes", "Zero,unconditional"]) == 0
@@ -188,52 +192,58 @@ def test_classes_go_by_name_or_number_or_none(here: Path, tokenizer: Tokenizer) 
     assert np.abs(unconditional.astype(int) - expected).max() <= 1
 
 
-def test_a_class_name_from_a_file_never_leads_out_of_the_folder(here: Path, tokenizer: Tokenizer) -> None:
-    names = ["../outside", str(here / "abs"), *map(str, range(8))]
-    save_folder(here / "foreign", tokenizer, tiny_network(), names)
-    before = {path.name for path in here.iterdir()}
+def test_a_class_name_from_a_file_never_escapes_the_folder(workdir: Path, tokenizer: Tokenizer) -> None:
+    names = ["../outside", str(workdir / "abs"), *map(str, range(8))]
+    save_folder(workdir / "foreign", tokenizer, tiny_network(), names)
+    before = {path.name for path in workdir.iterdir()}
     command = ["sample", "--ckpt_path", "foreign", "--out", "in/side", "--classes", "0,1,2"]
     assert run(command) == 0
-    assert {path.name for path in here.iterdir()} - before == {"in"}
-    assert len(list((here / "in/side").glob("*/*.png"))) == 3
+    assert {path.name for path in workdir.iterdir()} - before == {"in"}
+    assert len(list((workdir / "in/side").glob("*/*.png"))) == 3
 
 
-def test_of_more_images_those_stay_that_the_classifier_is_surest_of(here: Path) -> None:
+def test_rejection_keeps_the_images_with_the_highest_confidence(workdir: Path) -> None:
     command = [*SAMPLE, "--out", "kept.npz", "--reject", "conftest.Brightness", "--keep", "0.4", "--classes", "9,4"]
     assert run(command) == 0
     network, codes, _ = load_trained("model")
     expected = []
     for group, label in enumerate((9, 4)):
         candidates = []
-        for number in range(group * 5, group * 5 + 5):  # two of 0.4 are kept of five
-            one = torch.tensor([label])
-            image = to_uint8(generate(network, codes, one, guidance=0.5, generator=image_generators(0, [number])))
+        for number in range(group * 5, group * 5 + 5):  # keep 0.4: two images of five
+            labels = torch.tensor([label])
+            image = to_uint8(generate(network, codes, labels, guidance=0.5, generator=image_generators(0, [number])))
             logits = Brightness()(torch.from_numpy(image).movedim(-1, 1) / 255)
             candidates.append((float(logits.softmax(dim=-1)[0, label]), number, image[0]))
         best = sorted(sorted(candidates, key=lambda c: -c[0])[:2], key=lambda c: c[1])
         expected += [image for _, _, image in best]
-    found = contents(Path("kept.npz"))
-    assert found["arr_1"].tolist() == [9, 9, 4, 4]
-    assert np.abs(found["arr_0"].astype(int) - np.stack(expected)).max() <= 1
-    both = start([*command, "--out", "two", "--device", "cpu"], here, devices=2, option="--devices")
+    kept = contents(Path("kept.npz"))
+    assert kept["arr_1"].tolist() == [9, 9, 4, 4]
+    assert np.abs(kept["arr_0"].astype(int) - np.stack(expected)).max() <= 1
+    both = start([*command, "--out", "two", "--device", "cpu"], workdir, devices=2, option="--devices")
     assert both.wait() == [0, 0], both.printed()
     Path("two/4/000002.png").unlink()
     assert run([*command, "--out", "two"]) == 0  # one class is drawn again
-    again = np.stack([open_samples("two").pixels(number) for number in range(4)])
-    assert np.abs(again.astype(int) - np.stack(expected)).max() <= 1
+    redrawn = np.stack([open_samples("two").pixels(number) for number in range(4)])
+    assert np.abs(redrawn.astype(int) - np.stack(expected)).max() <= 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reject", "conftest.Brightness", "--keep", "0"], "--keep is the share of the images that is kept"),
-        (["--reject", "conftest.Brightness", "--classes", "unconditional"], "unconditional ones have none"),
+        (
+            ["--reject", "conftest.Brightness", "--keep", "0"],
+            "--keep is the share of the images that is kept and must be in (0, 1], got 0",
+        ),
+        (
+            ["--reject", "conftest.Brightness", "--classes", "unconditional"],
+            "--reject needs classes: remove `unconditional` from --classes",
+        ),
         (
             ["--reject", "conftest.Pixels"],
-            "--reject Pixels gives (1, 4) for an image; a classifier of the net",
+            "--reject Pixels returns (1, 4) for one image; a classifier of the net",
         ),
-        (["--reject", "conftest.Brightness", "--strip", "a.png"], "before --reject chooses"),
-        (["--keep", "0.3"], "--keep says how many images stay after --reject CLASSIFIER"),
+        (["--reject", "conftest.Brightness", "--strip", "a.png"], "before --reject selects"),
+        (["--keep", "0.3"], "--keep is the share of the images that --reject CLASSIFIER keeps: add --reject"),
         (["--per_class", "1000000000000"], "a set has at most 10,000,000 images"),
         (["--animation", "a.mp4"], "--animation a.mp4 must end in .gif or .webp"),
         (["--classes", "3,3x"], "--classes: there is no class '3x'"),
@@ -241,8 +251,8 @@ def test_of_more_images_those_stay_that_the_classifier_is_surest_of(here: Path) 
         (["--devices", "2", "--device", "cuda:1"], "cuda:1"),
     ],
 )
-def test_settings_without_sense_are_refused(
-    here: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str
+def test_invalid_options_are_refused(
+    workdir: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     assert run([*SAMPLE, "--out", "set", *options]) == 1
     assert message in capfd.readouterr().err
@@ -250,19 +260,19 @@ def test_settings_without_sense_are_refused(
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_an_animation_ends_in_the_grid(here: Path, suffix: str) -> None:
-    options = ["--animation", f"forming{suffix}", "--grid", "grid.png", "--strip", "strip.png"]
+def test_the_last_frame_of_an_animation_is_the_grid(workdir: Path, suffix: str) -> None:
+    options = ["--animation", f"scales{suffix}", "--grid", "grid.png", "--strip", "strip.png"]
     assert run([*SAMPLE, "--out", "set.npz", "--classes", "1,2,3", *options]) == 0
-    with Image.open(f"forming{suffix}") as film, Image.open("grid.png") as grid:
-        assert film.n_frames == 4  # one for each scale
-        assert film.info["loop"] == 0
-        film.seek(3)
-        last, expected = np.asarray(film.convert("RGB")).astype(int), np.asarray(grid).astype(int)
+    with Image.open(f"scales{suffix}") as animation, Image.open("grid.png") as grid:
+        assert animation.n_frames == 4  # one per scale
+        assert animation.info["loop"] == 0
+        animation.seek(3)
+        last, expected = np.asarray(animation.convert("RGB")).astype(int), np.asarray(grid).astype(int)
     assert last.shape == expected.shape
     assert np.abs(last - expected).mean() < (8 if suffix == ".gif" else 1)  # GIF has 256 colours
 
 
-def test_rows_are_named(here: Path) -> None:
+def test_rows_of_the_grid_have_class_names(workdir: Path) -> None:
     assert run([*SAMPLE, "--out", "set.npz", "--classes", "1,2,3", "--grid", "grid.png"]) == 0
     grid = np.asarray(Image.open("grid.png"))
     names, images = grid[:, :-22], grid[:, -22:]  # two images of 8 and their padding

@@ -168,7 +168,7 @@ def test_a_signal_saves_running_cells_and_the_same_command_resumes(
     sender.join()
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert message.startswith(f"lightning-mvar: interrupted by {signal.Signals(number).name}; 0 of 2 cells finished")
-    assert message.endswith("run the same command again to resume")
+    assert message.endswith("run the same command again to continue")
     (stopped,) = exit_codes(out)["mvar-seed0"]
     assert stopped in (143, -signal.SIGTERM)  # in training, or during start-up or shutdown
     assert exit_codes(out)["var-seed0"] == []

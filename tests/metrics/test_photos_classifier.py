@@ -4,8 +4,8 @@ import torch
 
 from lightning_mvar.data.builtin.digits import DIGITS, load_digits
 from lightning_mvar.data.builtin.photos import PHOTOS, PHOTOS64
+from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.digits import DigitsClassifier
-from lightning_mvar.metrics.judges import classifier_for
 from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.reference import open_reference
 

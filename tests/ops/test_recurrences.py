@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative_error
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,11 +44,6 @@ CASES = {
     "selective": (selective_scan, selective_scan_recurrent, selective_inputs),
     "linear attention": (linear_attention, linear_attention_recurrent, attention_inputs),
 }
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().float(), expected.detach().float()
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import relative_error
 from torch import Tensor
 
 from lightning_mvar.ops.kernels import KERNELS, look_for_kernels
@@ -20,11 +21,6 @@ def scan_inputs(length: int, dtype: torch.dtype, b: int = 2, h: int = 3, p: int 
     x, B, C = randn(b, length, h, p).to(dtype), randn(b, length, n).to(dtype), randn(b, length, n).to(dtype)
     dt = torch.nn.functional.softplus(randn(b, length, h) - 2)
     return [x, dt, -torch.rand(h, generator=generator) * 8 - 0.1, B, C, randn(b, h, p, n)]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().float(), expected.detach().float()
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -12,8 +12,8 @@ from lightning_mvar.sampling.generate import (
     compile_steps,
     draw,
     gumbel_mixture,
-    teacher_inputs,
     kept_tokens_mask,
+    teacher_inputs,
     truncate,
 )
 from lightning_mvar.sampling.settings import SamplingSettings, image_generators
@@ -32,15 +32,15 @@ def network(request: pytest.FixtureRequest) -> MVAR:
 def test_the_samplers_inputs_equal_the_teacher_forcing_inputs(
     network: MVAR, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    inputs = []
     step = type(network).step
-    monkeypatch.setattr(type(network), "step", lambda *args: (seen.append(args[1]), step(*args))[1])
+    monkeypatch.setattr(type(network), "step", lambda *args: (inputs.append(args[1]), step(*args))[1])
     _, tokens = generate(network, tokenizer, LABELS, guidance=0.0, return_tokens=True)
-    assert seen[0] is None
-    torch.testing.assert_close(torch.cat(seen[1:], dim=1), teacher_inputs(network.config, tokenizer, tokens))
+    assert inputs[0] is None
+    torch.testing.assert_close(torch.cat(inputs[1:], dim=1), teacher_inputs(network.config, tokenizer, tokens))
 
 
-def test_a_token_enters_as_the_code_of_the_one_before(tokenizer: Tokenizer) -> None:
+def test_the_input_of_a_token_is_the_code_of_the_previous_token(tokenizer: Tokenizer) -> None:
     tokens, network = random_tokens(2), tiny_network(**KINDS["token"])
     inputs = teacher_inputs(network.config, tokenizer, tokens)
     assert inputs.shape == (2, SCHEDULE.num_tokens - 1, 8)
@@ -48,7 +48,7 @@ def test_a_token_enters_as_the_code_of_the_one_before(tokenizer: Tokenizer) -> N
         assert torch.equal(inputs[1, i], tokenizer.quantizer.codebook.weight[tokens[1, i]])
 
 
-def test_greedy_tokens_are_the_likeliest_of_the_full_pass(network: MVAR, tokenizer: Tokenizer) -> None:
+def test_greedy_tokens_are_the_argmax_of_the_full_pass(network: MVAR, tokenizer: Tokenizer) -> None:
     _, tokens = generate(network, tokenizer, LABELS, guidance=0.0, top_k=1, return_tokens=True)
     logits = network(LABELS, teacher_inputs(network.config, tokenizer, tokens))
     assert torch.equal(logits.argmax(dim=-1), tokens)
@@ -70,12 +70,12 @@ def test_images_are_the_decoded_tokens_in_the_unit_range(network: MVAR, tokenize
 
 
 def test_an_image_does_not_depend_on_its_batch(network: MVAR, tokenizer: Tokenizer) -> None:
-    whole = generate(network, tokenizer, LABELS, generator=image_generators(5, range(4)))
+    batch = generate(network, tokenizer, LABELS, generator=image_generators(5, range(4)))
     for i in range(4):
-        alone = generate(network, tokenizer, LABELS[i : i + 1], generator=image_generators(5, [i]))
-        torch.testing.assert_close(alone[0], whole[i])
-    other = generate(network, tokenizer, LABELS, generator=image_generators(6, range(4)))
-    assert (other - whole).abs().max() > 0.01
+        single = generate(network, tokenizer, LABELS[i : i + 1], generator=image_generators(5, [i]))
+        torch.testing.assert_close(single[0], batch[i])
+    other_seed = generate(network, tokenizer, LABELS, generator=image_generators(6, range(4)))
+    assert (other_seed - batch).abs().max() > 0.01
 
 
 def test_one_generator_serves_all_images(network: MVAR, tokenizer: Tokenizer) -> None:
@@ -90,7 +90,7 @@ def test_smooth_sampling_mixes_codes(network: MVAR, tokenizer: Tokenizer) -> Non
     assert smooth.isfinite().all()
 
 
-def test_top_k_and_top_p_keep_what_a_plain_loop_keeps() -> None:
+def test_top_k_and_top_p_agree_with_a_plain_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 20, generator=generator) * 2
     for top_k, top_p in ((0, 1.0), (7, 1.0), (0, 0.6), (7, 0.5), (1, 0.9), (20, 1e-6)):
@@ -100,11 +100,11 @@ def test_top_k_and_top_p_keep_what_a_plain_loop_keeps() -> None:
             for n in range(5):
                 order = logits[b, n].argsort(descending=True)[: top_k or 20].tolist()
                 mass = logits[b, n, order].softmax(dim=0).tolist()
-                expected, before = set(), 0.0
+                expected, preceding = set(), 0.0
                 for token, probability in zip(order, mass, strict=True):
-                    if before < top_p:
+                    if preceding < top_p:
                         expected.add(token)
-                    before += probability
+                    preceding += probability
                 assert set(dense[b, n].nonzero().flatten().tolist()) == (expected or {order[0]})
 
 
@@ -119,7 +119,7 @@ def test_draws_have_the_truncated_distribution() -> None:
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
-def test_extreme_uniforms_draw_a_token_that_is_kept(uniform: float) -> None:
+def test_extreme_uniforms_draw_a_token_within_top_k_and_top_p(uniform: float) -> None:
     logits = torch.randn(1, 50, 30, generator=torch.Generator().manual_seed(0)) * 3
     tokens = draw(logits, torch.full((1, 50), uniform), SamplingSettings(top_k=20, top_p=0.7))
     kept, order = truncate(logits, 20, 0.7)
@@ -148,7 +148,7 @@ def test_the_gumbel_mixture_sharpens_with_the_scale() -> None:
         ([1], {"generator": image_generators(0, range(2))}, "2 generators for 1 labels"),
     ],
 )
-def test_impossible_arguments_are_refused(
+def test_invalid_arguments_are_refused(
     tokenizer: Tokenizer, labels: list[int], settings: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -163,15 +163,15 @@ def test_a_tokenizer_of_another_schedule_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_lowered_networks_keep_decays_and_codes_and_stay_near(
+def test_lower_precision_keeps_decays_and_codes_exact_and_the_rest_close(
     network: MVAR, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> None:
-    network, tokenizer = deepcopy(network), deepcopy(tokenizer)  # other tests use them too
+    network, tokenizer = deepcopy(network), deepcopy(tokenizer)  # shared with other tests
     tokens = torch.arange(4 * SCHEDULE.num_tokens).view(4, -1) % 48
     inputs, decoded = teacher_inputs(network.config, tokenizer, tokens), tokenizer.decode(tokens)
     logits = network(LABELS, inputs)
-    kept = ("A_log", "dt_bias", "log", "head.weight", "head.bias", "head_adaln.weight", "head_adaln.bias")
-    exact = {name: p.clone() for name, p in network.named_parameters() if name.endswith(kept)}
+    float32_names = ("A_log", "dt_bias", "log", "head.weight", "head.bias", "head_adaln.weight", "head_adaln.bias")
+    exact = {name: p.clone() for name, p in network.named_parameters() if name.endswith(float32_names)}
     lower_precision(network, dtype)
     tokenizer.lower(dtype)
     for name, parameter in network.named_parameters():
@@ -186,10 +186,10 @@ def test_lowered_networks_keep_decays_and_codes_and_stay_near(
 
 
 @pytest.mark.parametrize("variant", [{}, {"mixers": ("block_causal_attention",)}])
-def test_compiled_steps_draw_the_same_by_one_graph_for_each_scale(
+def test_compiled_steps_draw_the_same_with_one_graph_per_scale(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, variant: dict[str, object]
 ) -> None:
-    """Traced as torch.compile does it, but without generating code, which takes minutes."""
+    """Traces with torch.compile but skips code generation, which takes minutes."""
     network = tiny_network(**variant)
     expected = generate(network, tokenizer, LABELS, top_k=1)
     graphs, compile_function = [], torch.compile
@@ -198,10 +198,10 @@ def test_compiled_steps_draw_the_same_by_one_graph_for_each_scale(
         graphs.append(graph)
         return graph
 
-    def traced(function, **options):  # type: ignore[no-untyped-def]
+    def compile_traced(function, **options):  # type: ignore[no-untyped-def]
         return compile_function(function, dynamic=options["dynamic"], backend=count)
 
-    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(torch, "compile", compile_traced)
     compile_steps(network)
     for _ in range(2):
         torch.testing.assert_close(generate(network, tokenizer, LABELS, top_k=1), expected)
@@ -214,7 +214,7 @@ def test_keeping_nothing_is_sampling_and_keeping_everything_is_reconstruction(
 ) -> None:
     given = random_tokens(4, seed=3)
 
-    def drawn(keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         known = None if keep is None else KnownTokens(given, keep)
         generators = image_generators(0, range(4))
         return generate(
@@ -222,34 +222,34 @@ def test_keeping_nothing_is_sampling_and_keeping_everything_is_reconstruction(
         )
 
     nothing = torch.zeros_like(given, dtype=torch.bool)
-    for found, expected in zip(drawn(nothing), drawn(None), strict=True):
-        assert torch.equal(found, expected)
-    images, tokens = drawn(~nothing)
+    for actual, expected in zip(sample(nothing), sample(None), strict=True):
+        assert torch.equal(actual, expected)
+    images, tokens = sample(~nothing)
     assert torch.equal(tokens, given)
     torch.testing.assert_close(images, (tokenizer.decode(given) + 1) / 2)
 
 
-def test_the_rest_is_drawn_from_logits_that_see_what_is_kept(network: MVAR, tokenizer: Tokenizer) -> None:
-    """Greedily drawn tokens are the likeliest of a full pass over drawn and kept ones together."""
+def test_drawn_tokens_are_conditioned_on_kept_tokens(network: MVAR, tokenizer: Tokenizer) -> None:
+    """Greedily drawn tokens are the argmax of a full pass over drawn and kept tokens."""
     given, keep = random_tokens(4, seed=3), torch.rand(4, SCHEDULE.num_tokens) < 0.5
     _, tokens = generate(
         network, tokenizer, LABELS, guidance=0.0, top_k=1, known=KnownTokens(given, keep), return_tokens=True
     )
     assert torch.equal(tokens[keep], given[keep])
-    likeliest = network(LABELS, teacher_inputs(network.config, tokenizer, tokens)).argmax(dim=-1)
-    assert torch.equal(tokens[~keep], likeliest[~keep])
+    argmax = network(LABELS, teacher_inputs(network.config, tokenizer, tokens)).argmax(dim=-1)
+    assert torch.equal(tokens[~keep], argmax[~keep])
     with pytest.raises(InputError, match=r"must both be \(4, 30\), got \(4, 30\) and \(1, 30\)"):
         generate(network, tokenizer, LABELS, known=KnownTokens(given, keep[:1]))
 
 
-def test_a_token_is_kept_where_half_of_its_cell_is() -> None:
+def test_a_token_is_kept_if_half_of_its_cell_is() -> None:
     left = torch.zeros(12, 12, dtype=torch.bool)
     left[:, :6] = True
     parts = kept_tokens_mask(SCHEDULE, left).split(SCHEDULE.lengths)
     assert [
         part.view(side, side).int().sum(dim=0).tolist() for part, side in zip(parts, (1, 2, 3, 4), strict=True)
     ] == [
-        [1],  # a scale of a single token is kept where anything is
+        [1],  # the token of a 1 x 1 scale is kept if any pixel is
         [2, 0],
         [3, 3, 0],  # the middle column of three is half kept
         [4, 4, 0, 0],

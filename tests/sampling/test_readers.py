@@ -1,4 +1,4 @@
-"""Samples of any origin: npz with and without labels, folders of PNG files with and without classes."""
+"""Readers of samples: npz with and without labels, folders of PNG files with and without classes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,19 @@ def write_pngs(root: Path, pixels: np.ndarray, folders: list[str]) -> None:
         Image.fromarray(image).save(root / folder / f"{i:06d}.png")
 
 
-def test_an_npz_may_have_labels_and_say_how_it_was_drawn(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_labels_and_metadata_of_an_npz_are_optional(tmp_path: Path, pixels: np.ndarray) -> None:
     np.savez(tmp_path / "foreign.npz", pixels)
     foreign = open_samples(tmp_path / "foreign.npz")
-    assert (len(foreign), foreign.shape, foreign.about, foreign.labels(["a"])) == (6, (8, 8), {}, None)
+    assert (len(foreign), foreign.shape, foreign.metadata, foreign.labels(["a"])) == (6, (8, 8), {}, None)
     np.savez(tmp_path / "ours.npz", arr_0=pixels, arr_1=np.arange(6), about=np.array(json.dumps({"seed": 3})))
     ours = open_samples(tmp_path / "ours.npz")
-    assert (ours.about, ours.labels([])) == ({"seed": 3}, [0, 1, 2, 3, 4, 5])
+    assert (ours.metadata, ours.labels([])) == ({"seed": 3}, [0, 1, 2, 3, 4, 5])
     for i in range(6):
         assert (ours.pixels(i) == pixels[i]).all()
         np.testing.assert_allclose((ours[i].image.permute(1, 2, 0) + 1) * 127.5, pixels[i], atol=1e-4)
 
 
-def test_a_folder_is_read_in_the_order_of_its_files_names_whatever_their_folders(
-    tmp_path: Path, pixels: np.ndarray
-) -> None:
+def test_a_folder_is_read_in_the_order_of_file_names_across_class_folders(tmp_path: Path, pixels: np.ndarray) -> None:
     write_pngs(tmp_path / "flat", pixels, [""] * 6)
     write_pngs(tmp_path / "classes", pixels, ["10", "9", "10", "1", "1", "9"])
     for name in ("flat", "classes"):
@@ -48,7 +46,7 @@ def test_a_folder_is_read_in_the_order_of_its_files_names_whatever_their_folders
     assert samples.labels(["1", "9"]) is None
 
 
-def test_numbers_sort_as_numbers_and_unfinished_files_are_passed_over(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_numbers_sort_numerically_and_unfinished_files_are_ignored(tmp_path: Path, pixels: np.ndarray) -> None:
     for image, name in zip(pixels, ["999999", "1000000", ".000000.7.tmp"], strict=False):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     samples = open_samples(tmp_path)
@@ -61,28 +59,29 @@ def test_other_files_are_refused_by_name(tmp_path: Path, pixels: np.ndarray) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no PNG files under .*empty"):
         open_samples(tmp_path / "empty")
-    for array, said in (
+    for array, description in (
         (pixels / 255, "float64 6 x 8 x 8 x 3"),
         (pixels[0], "uint8 8 x 8 x 3"),
         (pixels.transpose(0, 3, 1, 2), "uint8 6 x 3 x 8 x 8"),
         (pixels[..., :2], "uint8 6 x 8 x 8 x 2"),
     ):
         np.savez(tmp_path / "a.npz", arr_0=array)
-        with pytest.raises(InputError, match=f"arr_0 must be uint8 N x H x W x 3, got {said}"):
+        with pytest.raises(InputError, match=f"arr_0 must be uint8 N x H x W x 3, got {description}"):
             open_samples(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", images=pixels)
     with pytest.raises(InputError, match=r"a\.npz has no array arr_0; it holds images"):
         open_samples(tmp_path / "a.npz")
-    for about, said in (("{", "damaged"), ("[1]", "in numbers and words"), ('{"a": {}}', "in numbers and words")):
-        np.savez(tmp_path / "a.npz", arr_0=pixels, about=np.array(about))
-        with pytest.raises(InputError, match=said):
+    not_flat = "as a JSON object of numbers and strings"
+    for metadata, message in (("{", "damaged"), ("[1]", not_flat), ('{"a": {}}', not_flat)):
+        np.savez(tmp_path / "a.npz", arr_0=pixels, about=np.array(metadata))
+        with pytest.raises(InputError, match=message):
             open_samples(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", arr_0=pixels, arr_1=np.arange(5))
     with pytest.raises(InputError, match="arr_1 must be the 6 classes of arr_0, got int64 5"):
         open_samples(tmp_path / "a.npz")
 
 
-def test_a_damaged_or_odd_picture_is_named(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_errors_name_damaged_or_unsupported_images(tmp_path: Path, pixels: np.ndarray) -> None:
     write_pngs(tmp_path, pixels, [""] * 6)
     Image.new("RGB", (9, 9)).save(tmp_path / "000003.png")
     (tmp_path / "000004.png").write_bytes((tmp_path / "000005.png").read_bytes()[:60])
@@ -90,14 +89,14 @@ def test_a_damaged_or_odd_picture_is_named(tmp_path: Path, pixels: np.ndarray) -
     Image.fromarray(pixels[2]).convert("RGBA").save(tmp_path / "000002.png")
     samples = open_samples(tmp_path)
     for number, mode in ((1, "I;16"), (2, "RGBA")):
-        with pytest.raises(InputError, match=f"00000{number}.png is of mode {mode}: samples have 8 bits a channel"):
+        with pytest.raises(InputError, match=f"00000{number}.png has mode {mode}: samples have 8 bits per channel"):
             samples.pixels(number)
-    with pytest.raises(InputError, match=r"000003\.png is 9 x 9, others 8 x 8"):
+    with pytest.raises(InputError, match=r"000003\.png is 9 x 9, the others are 8 x 8"):
         samples.pixels(3)
-    with pytest.raises(InputError, match=r"000004\.png cannot be decoded .*: remove it, and draw it again"):
+    with pytest.raises(InputError, match=r"000004\.png cannot be decoded .*: remove it and draw it again"):
         samples.pixels(4)
     Image.new("RGB", (9, 8)).save(tmp_path / "000000.png")
-    with pytest.raises(InputError, match=r"000005\.png is 8 x 8, others 8 x 9 \(height x width\)"):
+    with pytest.raises(InputError, match=r"000005\.png is 8 x 8, the others are 8 x 9 \(height x width\)"):
         open_samples(tmp_path).pixels(5)
 
 

@@ -123,7 +123,7 @@ def test_a_sharded_checkpoint_resumes_on_other_devices_and_exports_to_a_folder(
         assert all(torch.equal(exported[name], network[name]) for name in network) == (weights == "ema")
     assert run(["sample", "--ckpt_path", str(checkpoint), "--out", "samples.npz"]) == 0
     assert run([*FIT, "--resume", "--trainer.default_root_dir", "fsdp2"]) == 1
-    assert "has a share of each rank: it needs --trainer.strategy fsdp2" in capfd.readouterr().err
+    assert "is sharded: it needs --trainer.strategy fsdp2" in capfd.readouterr().err
     one_rank = ["--trainer.strategy", "fsdp2", "--data.batch_size", "16", "--trainer.default_root_dir", "fsdp2"]
     resumed = start([*FIT, *one_rank, "--resume", "--trainer.devices", "1"], run_folder)
     assert resumed.wait() == [0], resumed.printed()

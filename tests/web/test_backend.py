@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SCHEDULE, tiny_network
+from conftest import SCHEDULE, random_image, stack_images, tiny_network
 from PIL import Image
 
 from lightning_mvar import Tokenizer
@@ -26,19 +26,11 @@ def backend(tokenizer: Tokenizer) -> PageBackend:
     return PageBackend(MVARPipeline(TrainedModel(tiny_network(), tokenizer, []), device="cpu"))
 
 
-def random_image(size: tuple[int, int] = (8, 8)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
 def left_half(size: tuple[int, int], colour: Any, mode: str) -> Image.Image:
     """Returns an empty image with its left half filled."""
     image = Image.new(mode, size)
     image.paste(colour, (0, 0, size[0] // 2, size[1]))
     return image
-
-
-def arrays(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images])
 
 
 @pytest.mark.parametrize("smooth", [False, True])
@@ -47,7 +39,7 @@ def test_draw_matches_the_pipeline_at_every_scale(backend: PageBackend, smooth: 
     expected = list(backend.pipe.stream_images(["3", "3"], smooth=smooth, **SETTINGS))
     assert [preview.caption for preview in previews] == [f"{side} x {side}" for side in SCHEDULE.side_lengths]
     for preview, images in zip(previews, expected, strict=True):
-        assert (arrays(preview.images) == arrays(images)).all()
+        assert (stack_images(preview.images) == stack_images(images)).all()
         assert preview.sheet.width > 2 * 8
         assert preview.sheet.height > 8
 
@@ -61,7 +53,7 @@ def test_inpaint_matches_the_pipeline(backend: PageBackend, region: str) -> None
     if region == OUTSIDE:
         mask = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     *_, last = backend.inpaint(editor, region, *FIELDS)
-    assert (arrays(last.images) == arrays(backend.pipe.edit(image, mask, ["3", "3"], **SETTINGS))).all()
+    assert (stack_images(last.images) == stack_images(backend.pipe.edit(image, mask, ["3", "3"], **SETTINGS))).all()
 
 
 def test_images_of_any_size_can_be_inpainted(backend: PageBackend) -> None:
@@ -69,7 +61,7 @@ def test_images_of_any_size_can_be_inpainted(backend: PageBackend) -> None:
     editor = {"background": image, "layers": [left_half(image.size, (0, 0, 0, 255), "RGBA")], "composite": None}
     *_, last = backend.inpaint(editor, INSIDE, *FIELDS)
     expected = backend.pipe.edit(image, left_half(image.size, 255, "L"), ["3", "3"], **SETTINGS)
-    assert (arrays(last.images) == arrays(expected)).all()
+    assert (stack_images(last.images) == stack_images(expected)).all()
 
 
 def test_a_canvas_without_image_or_paint_is_rejected(backend: PageBackend) -> None:
