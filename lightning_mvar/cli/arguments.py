@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,11 +12,12 @@ from jsonargparse import ArgumentParser, auto_cli, capture_parser
 from lightning_mvar.errors import InputError
 
 BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
+MODULES = re.compile(r"lightning_mvar\.metrics\.\w+")  # options that take a module take an extractor or a classifier
 SUBCLASSES = ", known subclasses: "  # jsonargparse's heading of the classes that an option accepts
 
 
 class CommandParser(ArgumentParser):
-    """Parser whose boolean options also work as flags, and whose help lists only this package's classes."""
+    """Parser whose boolean options also work as flags, and whose help lists only the classes made for an option."""
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         added = super().add_function_arguments(*args, **kwargs)
@@ -28,8 +30,8 @@ class CommandParser(ArgumentParser):
 
 
 def list_own_classes(extra_help: str) -> str:
-    """Removes the classes of other packages, hundreds for `nn.Module`, from the help of an option."""
-    classes = [name for name in extra_help.removeprefix(SUBCLASSES).split(", ") if name.startswith("lightning_mvar.")]
+    """Removes other classes from the help of an option: torch alone has hundreds of modules."""
+    classes = [name for name in extra_help.removeprefix(SUBCLASSES).split(", ") if MODULES.fullmatch(name)]
     return SUBCLASSES + ", ".join(classes) if classes else ""
 
 

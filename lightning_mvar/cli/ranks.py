@@ -11,11 +11,10 @@ from typing import Any
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
-from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher as FabricLauncher
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
 
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.training.lightning_internals import started_processes
 
 
 @contextmanager
@@ -71,10 +70,9 @@ def stop_ranks_on_error(strategy: Any, remedy: str, progress: Callable[[], str] 
     try:
         yield
     except BaseException as error:
-        launcher, rank = strategy.launcher, getattr(strategy, "global_rank", 0)
-        if isinstance(launcher, FabricLauncher | TrainerLauncher):
-            for process in launcher.procs:
-                process.send_signal(signal.SIGKILL)
+        rank = getattr(strategy, "global_rank", 0)
+        for process in started_processes(strategy):
+            process.send_signal(signal.SIGKILL)
         if isinstance(error, Interrupted) and rank > 0:
             sys.exit(0)  # rank 0 reports it; a nonzero exit code here would make rank 0 kill itself
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):

@@ -6,6 +6,6 @@ features (b, num_features). If it has a method `logits`, features -> (b, classes
 
 from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.inception import InceptionV3
-from lightning_mvar.metrics.photos import PhotosClassifier
+from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
 
-__all__ = ["DigitsClassifier", "InceptionV3", "PhotosClassifier"]
+__all__ = ["DigitsClassifier", "InceptionV3", "Photos64Classifier", "PhotosClassifier"]

@@ -1,7 +1,7 @@
 """All uses of private members of Lightning, each with its reason.
 
 Lightning may change these without notice: before an upgrade, compare its source with this file. Nothing else in the
-package uses a Lightning name that starts with an underscore, except the launcher classes in cli/ranks.py.
+package uses a Lightning name that starts with an underscore.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from datetime import timedelta
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import lightning as L
+from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher as FabricLauncher
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
 
 
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
@@ -40,6 +43,12 @@ def silence_sigterm_broadcast(trainer: L.Trainer) -> None:
 def collective_timeout(trainer: L.Trainer) -> timedelta | None:
     """Returns how long the strategy's collectives wait for other ranks, for groups that are to wait as long."""
     return getattr(trainer.strategy, "_timeout", None)
+
+
+def started_processes(strategy: Any) -> list[Popen[bytes]]:
+    """Returns the ranks that a strategy of Fabric or a trainer has started here: they must not outlive an error."""
+    launcher = strategy.launcher
+    return launcher.procs if isinstance(launcher, FabricLauncher | TrainerLauncher) else []
 
 
 def dump_checkpoint(trainer: L.Trainer, weights_only: bool) -> dict[str, Any]:
