@@ -43,7 +43,7 @@ def edit(
     that part and keeps the image's own tokens elsewhere; so the kept part looks as the tokenizer reconstructs it.
 
     Args:
-        ckpt_path: checkpoint of `fit` (sharded or not) or folder of `export`.
+        ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file (.pth, .safetensors).
         image: image file of any size; it is resized and cropped to the center.
         out: folder to write NUMBER.png to.
         classes: comma-separated class names, WordNet ids or numbers, or "unconditional".
