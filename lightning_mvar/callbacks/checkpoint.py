@@ -111,7 +111,7 @@ class AtomicCheckpoint(CheckpointHooks):
     def raise_write_error(self, trainer: L.Trainer, path: Path, error: BaseException | None) -> None:
         if trainer.is_global_zero:
             remove_checkpoint(hidden_path(path, "unfinished"))
-        self.mark_saved(trainer)  # a second attempt would raise_write_error too
+        self.mark_saved(trainer)  # a second attempt would fail too
         reason = "see the message of another rank" if error is None else failure_reason(error)
         raise InputError(
             f"cannot write the checkpoint {path} ({reason}); earlier ones are kept: free disk space, then add --resume"

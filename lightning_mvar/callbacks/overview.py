@@ -74,6 +74,7 @@ class OverviewCallback(SaveConfigCallback):
             return
         kind, values = type(pl_module), hyperparameters(self.config, trainer, pl_module)
         if isinstance(pl_module, LitMVAR):
+            values.pop("network.schedule", None)  # not given: it comes from the tokenizer
             values |= token_format(pl_module)
             costs = costs_of(pl_module.network_config)._asdict()
             values |= costs

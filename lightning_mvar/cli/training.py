@@ -78,8 +78,8 @@ class TrainingCLI(CommandHooks):
             if ckpt_path is not None:
                 raise InputError("give --resume or --ckpt_path, not both")
             ckpt_path = self.newest_checkpoint()
-        elif training:
-            self.refuse_other_runs(ckpt_path)
+        if training and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # which writes nothing
+            self.refuse_other_runs(ckpt_path, resume)
         if ckpt_path is None:
             return None
         content = read_plain_part(Path(ckpt_path))
@@ -100,15 +100,19 @@ class TrainingCLI(CommandHooks):
         callbacks = self.trainer.checkpoint_callbacks
         return [Path(str(callback.dirpath)) for callback in callbacks if isinstance(callback, kind)]
 
-    def refuse_other_runs(self, ckpt_path: str | None) -> None:
+    def is_own(self, ckpt_path: str | None) -> bool:
+        """Whether a checkpoint lies in a folder that this run writes to."""
+        folders = [folder.resolve() for folder in self.folders(AtomicCheckpoint)]
+        return ckpt_path is not None and Path(ckpt_path).resolve().parent in folders
+
+    def refuse_other_runs(self, ckpt_path: str | None, resume: bool) -> None:
         """Raises InputError if a new run would write to, and remove from, the checkpoints of an earlier run.
 
-        A run that starts from a checkpoint in its own folder continues that run.
+        A run that starts from a checkpoint in its own folder continues that run, and so does one with --resume, whose
+        folder may hold damaged checkpoints alone.
         """
-        folders = self.folders(AtomicCheckpoint)
-        if ckpt_path is not None and Path(ckpt_path).resolve().parent in [folder.resolve() for folder in folders]:
-            return
-        if occupied := [folder for folder in folders if newest_first(folder)]:
+        occupied = [folder for folder in self.folders(AtomicCheckpoint) if newest_first(folder)]
+        if occupied and not resume and not self.is_own(ckpt_path):
             raise InputError(
                 f"{occupied[0]} holds the checkpoints of an earlier run: continue it with --resume, or choose another "
                 f"--trainer.default_root_dir for a new one"

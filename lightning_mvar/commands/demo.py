@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.configs import with_included
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.sweeps.processes import run_command
 
@@ -44,9 +45,9 @@ class Stage:
 
     @property
     def identity(self) -> str:
-        """Command and the content of its configuration files."""
+        """Command and the content of its configuration files, with those they include."""
         files = [Path(word) for word in self.command.split() if word.endswith(".yaml")]
-        return "\n".join([self.command, *(path.read_text() for path in files)])
+        return "\n".join([self.command, *(path.read_text() for file in files for path in with_included(file))])
 
     def finished(self) -> bool:
         if not ((self.output / self.product).exists() and self.record.is_file()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def evaluate(
     if reconstructions is not None and not real.has_images:
         raise InputError(f"--reconstructions needs images to reconstruct: {reference} has only statistics")
     if ckpt_path is None:
-        reject_sampling_options(sampling)
+        reject_sampling_options(sampling | {"weights": weights})
         shape = open_samples(samples).shape
         if real.embedded is not None:
             real.images(shape)
@@ -89,14 +90,15 @@ def evaluate(
         raise InputError("--extractor is required unless the reference is digits or photos; for example InceptionV3")
     with launch_ranks(device, devices, num_nodes) as fabric:
         prepare(extractor, fabric.device)
+        decodes = "shards" in (real.kind, None if floor_images is None else floor_images.kind)
         decoder, reconstructor = (
             None if folder is None else load_tokenizer(folder).to(fabric.device)
-            for folder in (tokenizer, reconstructions)
+            for folder in (tokenizer if decodes else None, reconstructions)
         )
         sampled = None
         if ckpt_path is not None:
-            model = read_model(ckpt_path, tokenizer, weights)
-            sampled = draw_set(fabric, model, samples, per_class=per_class, **sampling)
+            load = partial(read_model, ckpt_path, tokenizer, weights)
+            sampled = draw_set(fabric, load, samples, per_class=per_class, **sampling)
         images = open_samples(samples)
         if fabric.is_global_zero:
             check_sample_count(len(images), extractor)
@@ -136,7 +138,11 @@ def check_options(statistics: str | None, num_workers: int) -> None:
 
 def reject_sampling_options(options: dict[str, Any]) -> None:
     """Raises InputError for sampling options without a checkpoint to sample from."""
-    defaults = {**signature(draw_set).parameters, **signature(SamplingSettings).parameters}
+    defaults = {
+        name: parameter
+        for function in (draw_set, SamplingSettings, read_model)
+        for name, parameter in signature(function).parameters.items()
+    }
     for name, value in options.items():
         if value != defaults[name].default:
             raise InputError(f"--{name} applies only to sampling: add the --ckpt_path to sample from, or drop --{name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def sample(
             "--strip and --animation show all drawn images, before --reject selects: drop them or --reject"
         )
     with launch_ranks(device, devices, num_nodes) as fabric:
-        drawn = draw_set(fabric, read_model(ckpt_path, tokenizer, weights), out, **drawing)
+        drawn = draw_set(fabric, partial(read_model, ckpt_path, tokenizer, weights), out, **drawing)
         if fabric.is_global_zero:
             print(f"{len(drawn.labels)} images in {out}")
             write_figures(drawn, out, grid, strip, animation)

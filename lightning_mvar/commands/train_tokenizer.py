@@ -17,13 +17,14 @@ class TokenizerCLI(TrainingCLI):
 
     checkpoint_key = TOKENIZER_KEY
 
-    def refuse_other_runs(self, ckpt_path: str | None) -> None:
-        super().refuse_other_runs(ckpt_path)
+    def refuse_other_runs(self, ckpt_path: str | None, resume: bool) -> None:
+        super().refuse_other_runs(ckpt_path, resume)
         folder = Path(self.trainer.default_root_dir)
-        if ckpt_path is None and (folder / "config.json").exists():
+        if not self.is_own(ckpt_path) and (folder / "config.json").exists():
             raise InputError(
                 f"{folder} holds a finished tokenizer: continue its training with --resume, or choose another "
                 f"--trainer.default_root_dir for a new one"
+                + (" (--resume found no intact checkpoint of it)" if resume else "")
             )
 
     def add_arguments_to_parser(self, parser):  # type: ignore[no-untyped-def]

@@ -58,10 +58,10 @@ class Classes:
     @cached_property
     def folders(self) -> list[str]:
         used = {UNCONDITIONAL: UNCONDITIONAL}  # folder by case-folded name, as some file systems ignore case
-        for aliases in self.aliases:
+        for label, aliases in enumerate(self.aliases):
             folder = path_component(aliases[-1])
             while folder.casefold() in used:
-                folder += "_"
+                folder += f"_{label}"
             used[folder.casefold()] = folder
         return [*used.values()][1:] + [UNCONDITIONAL]
 

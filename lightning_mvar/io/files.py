@@ -52,5 +52,6 @@ def sync(path: Path) -> None:
 
 def path_component(name: str) -> str:
     """Turns any text into one path component: no separators, and no leading `.`, `~` or `-`."""
-    text = re.sub(r"[/\\\x00-\x1f\x7f]", "_", name).strip()[:100]
+    text = re.sub(r"[/\\\x00-\x1f\x7f]", "_", name)
+    text = text.encode()[:200].decode(errors="ignore").strip()  # file systems allow 255 bytes
     return text if text and text[0] not in ".~-" else f"_{text}"

@@ -186,7 +186,8 @@ class NetworkOptions(MVARConfig):
     num_classes: int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """Checks nothing yet: `complete` does."""
+        """Refuses wrong options before tokenizer and shards are read."""
+        self.complete(ScaleSchedule(), 1, 1, 1)
 
     def complete(self, schedule: ScaleSchedule, vocab_size: int, code_dim: int, num_classes: int) -> MVARConfig:
         """Returns the whole configuration; options that were given win over the arguments.

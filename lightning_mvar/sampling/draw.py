@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -136,7 +136,7 @@ class Rejection:
 
 def draw_set(
     ranks: Ranks,
-    model: TrainedModel,
+    load: Callable[[], TrainedModel],
     out: str,
     classes: str | None = None,
     per_class: int = 1,
@@ -151,7 +151,7 @@ def draw_set(
 
     Args:
         ranks: processes that share the work.
-        model: network and tokenizer to draw with.
+        load: reads network and tokenizer; called after the options have been checked.
         out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png.
         classes: comma-separated class names, WordNet ids or numbers, or "unconditional"; all classes if not given.
         per_class: images per class.
@@ -175,6 +175,7 @@ def draw_set(
         )
     settings, target = SamplingSettings(**sampling), Path(out)
     check_target(target)
+    model = load()
     network, tokenizer, names = model
     chosen = select_labels(classes, Classes(names, network.config.num_classes))
     if per_class * len(chosen) > MAX_IMAGES:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.configs import with_included
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.locks import FileLock, is_locked
 from lightning_mvar.sweeps.processes import POLL_S, ProcessContext, Stop, run_until_stopped
@@ -123,10 +124,11 @@ class Cell:
 
 
 def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
-    """Returns the SHA-256 of each existing YAML file that the commands name."""
+    """Returns the SHA-256 of each existing YAML file that the commands name, and of those that it includes."""
     args = {word.split("=")[-1] for command in commands for word in shlex.split(command)}
     args = {word for word in args if word.endswith((".yaml", ".yml"))}
-    return {word: sha256(Path(word).read_bytes()).hexdigest() for word in sorted(args) if Path(word).is_file()}
+    files = [path for word in sorted(args) if Path(word).is_file() for path in with_included(Path(word))]
+    return {str(path): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def read_record(path: Path) -> Any:

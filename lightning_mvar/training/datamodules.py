@@ -59,7 +59,10 @@ class BatchedDataModule(L.LightningDataModule):
             return
         self.seed = self.trainer.strategy.broadcast(self.seed)
         if stage == "fit" and self.given_batch_size is None:
-            self.trainer.accumulate_grad_batches = self.accumulation(self.trainer.accumulate_grad_batches)
+            before = self.trainer.accumulate_grad_batches
+            self.trainer.accumulate_grad_batches = self.accumulation(before)
+            if isinstance(self.trainer.val_check_interval, int):  # in batches, of which a step now has more
+                self.trainer.val_check_interval *= self.trainer.accumulate_grad_batches // before
 
     @property
     def batch_size(self) -> int:
@@ -67,7 +70,8 @@ class BatchedDataModule(L.LightningDataModule):
         if self.given_batch_size is not None:
             return self.given_batch_size
         accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        return self.global_batch_size // (rank_and_world_size(self.trainer)[1] * self.accumulation(accumulated))
+        share = self.global_batch_size // (rank_and_world_size(self.trainer)[1] * accumulated)
+        return max(1, min(share, self.max_batch_size or share))  # outside of `fit` a share need not be exact
 
     def accumulation(self, at_least: int) -> int:
         """Returns the smallest number of batches per step, from `at_least` on, that divides the global batch and fits.

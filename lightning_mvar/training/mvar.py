@@ -267,8 +267,8 @@ class LitMVAR(ScheduledModule):
                 current[name] = batches * before // now
             rank_zero_info(
                 f"resuming with batches of {now} images over all ranks, not {before}: the order of the samples is the "
-                f"same, {repeated} of them are repeated; learning rate, steps per epoch and dropped labels follow the "
-                f"new batch size"
+                f"same, {repeated} of them are repeated; dropped labels follow the new batch size, and so does the "
+                f"learning rate unless the global batch is the same"
             )
         elif run["world_size"] != self.trainer.world_size:
             rank_zero_info(

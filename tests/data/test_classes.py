@@ -69,6 +69,7 @@ def test_classes_whose_names_collide_get_different_folders() -> None:
     names = ["a/b", "a_b", "A_B", "a_b_", "unconditional", "plain"]
     classes = Classes(names, len(names))
     folders = [classes.folder(label) for label in range(len(names) + 1)]
+    assert max(len(folder.encode()) for folder in Classes(["界" * 300] * 30, 30).folders) < 255
     assert len({folder.casefold() for folder in folders}) == len(folders)
     assert folders[-2:] == ["plain", "unconditional"]
     assert Classes([], 1000).folder(207) == "n02099601"

@@ -31,9 +31,14 @@ def divided(devices: int, accumulated: int = 1, **options: int) -> tuple[int, in
     data = ImageDataModule("digits:train", "digits:test", **options)
     strategy = SimpleNamespace(broadcast=lambda value: value)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        world_size=devices, global_rank=0, accumulate_grad_batches=accumulated, strategy=strategy
+        world_size=devices,
+        global_rank=0,
+        accumulate_grad_batches=accumulated,
+        strategy=strategy,
+        val_check_interval=100 * accumulated,
     )
     data.setup("fit")
+    assert data.trainer.val_check_interval == 100 * data.trainer.accumulate_grad_batches  # as many steps as before
     return data.batch_size, data.trainer.accumulate_grad_batches
 
 
@@ -121,3 +126,12 @@ def test_what_is_given_nevertheless_is_checked(
     module = LitMVAR(options, str(tokenizer_folder), OptimizerConfig())
     with pytest.raises(InputError, match=message):
         make_trainer(tmp_path, 1).fit(module, TokenDataModule(shards, shards, batch_size=16))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"mixers": ("nonsense",)}, "mixer"), ({"window": 4}, "window"), ({"width": 7}, "width"), ({"depth": 0}, "depth")],
+)
+def test_wrong_options_are_refused_before_anything_is_read(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        NetworkOptions(**options)

@@ -33,7 +33,7 @@ class ShuffledImages(Dataset[Example]):
         if len(self) == 0:
             raise InputError(
                 f"there are {len(images)} training images, fewer than one global batch of {self.global_batch}: "
-                f"lower --data.batch_size"
+                f"lower --data.batch_size or --data.global_batch_size"
             )
 
     def __len__(self) -> int:

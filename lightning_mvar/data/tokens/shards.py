@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, groupby
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,8 @@ PACK_SIZE = 512  # images per tar sample: 0.7 MB at 680 tokens
 MANIFEST = "manifest.json"
 MEMBERS = ("tokens.npy", "labels.npy", "keys.json")  # of each pack
 PARTS = "parts"  # subfolder with a record per finished shard
+# Raised by numpy for a damaged or forged npy file.
+ARRAY_ERRORS = (OSError, EOFError, ValueError, SyntaxError, TokenError, TypeError, OverflowError, MemoryError)
 
 
 class Pack(NamedTuple):
@@ -316,7 +319,7 @@ def read_shard(path: Path) -> Iterator[Pack]:
                 raise ValueError(f"it has {name}.{unknown[0]}, which does not belong in a token shard")
             tokens, labels = (read_array(members[member]) for member in MEMBERS[:2])
             yield Pack(tokens, labels, json.loads(members["keys.json"]))
-    except (OSError, EOFError, ValueError, KeyError, tarfile.TarError) as error:
+    except (*ARRAY_ERRORS, KeyError, RecursionError, tarfile.TarError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path} is damaged or not a token shard ({reason}): remove it, then restart if it is in a cache (it is "
@@ -325,10 +328,26 @@ def read_shard(path: Path) -> Iterator[Pack]:
 
 
 def read_packs(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yields each pack's name and its members by extension, split at the first dot as WebDataset does."""
+    """Yields each pack's name and its members by extension, split at the first dot of the file's name as in WebDataset.
+
+    Raises:
+        ValueError: if a pack has two members of one name.
+    """
     with tarfile.open(path, "r:") as tar:
-        for name, members in groupby(tar, key=lambda member: member.name.partition(".")[0]):
-            yield name, {member.name.partition(".")[2]: read_member(tar, member) for member in members}
+        for name, members in groupby(tar, key=lambda member: split_name(member.name)[0]):
+            pack: dict[str, bytes] = {}
+            for member in members:
+                if (extension := split_name(member.name)[1]) in pack:
+                    raise ValueError(f"it has {member.name} twice")
+                pack[extension] = read_member(tar, member)
+            yield name, pack
+
+
+def split_name(path: str) -> tuple[str, str]:
+    """Splits a member's path at the first dot of its file name."""
+    folder, slash, name = path.removeprefix("./").rpartition("/")
+    stem, _, extension = name.partition(".")
+    return f"{folder}{slash}{stem}", extension
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

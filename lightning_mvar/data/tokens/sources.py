@@ -96,7 +96,7 @@ class RemoteShards:
         manifest.check_finished(str(self))
         for shard in manifest.shards:  # names and hashes end up in commands and paths
             shard.path_in(self.cache_dir)
-            if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+            if not re.fullmatch(r"[0-9a-f]{64}", str(shard.sha256)):
                 raise InputError(f"{self.address(MANIFEST)} is damaged: it lists a shard {shard.name!r}")
         return manifest
 

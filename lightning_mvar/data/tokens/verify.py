@@ -11,13 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mvar.data.tokens.shards import (
+    ARRAY_ERRORS,
     MANIFEST,
     MEMBERS,
     Manifest,
@@ -32,16 +32,6 @@ from lightning_mvar.errors import InputError
 REWRITE = "run the same `lightning-mvar tokenize` again, it rewrites that shard only"
 MEMBER_DTYPES = {"tokens.npy": np.dtype(np.uint16), "labels.npy": np.dtype(np.int64)}
 TAR_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)
-ARRAY_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    TokenError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-)  # raised by numpy's reader on damaged files
 
 
 @dataclass(frozen=True)

@@ -187,3 +187,36 @@ def test_a_shard_named_like_a_command_is_opened_as_a_file(tmp_path: Path, monkey
     with pytest.raises(InputError, match="is damaged or not a token shard"):
         list(read_shard(Path("pipe:touch ran")))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (99999999, 999999)}",  # more memory than there is
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (1,",
+        "{'descr': 7, 'fortran_order': False, 'shape': (1, 1)}",
+        "[]",
+    ],
+)
+def test_a_forged_array_header_is_an_error_of_the_shard(tmp_path: Path, header: str) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    text = header.encode() + b"\n"
+    add_member(tmp_path / "0.tar", "0.tokens.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
+        list(read_shard(tmp_path / "0.tar"))
+
+
+def test_a_repacked_shard_is_read_and_a_member_twice_is_not(tmp_path: Path, arrays: tuple) -> None:
+    write_shard(tmp_path / "0.tar", *arrays)
+    with tarfile.open(tmp_path / "0.tar") as old, tarfile.open(tmp_path / "1.tar", "w") as new:
+        for member in old:
+            content = old.extractfile(member)
+            assert content is not None
+            member.name = f"./a.b/{member.name}"
+            new.addfile(member, content)
+    tokens = [pack.tokens for pack in read_shard(tmp_path / "1.tar")]
+    np.testing.assert_array_equal(np.concatenate(tokens), arrays[0])
+    add_member(tmp_path / "0.tar", f"0-{PACK_SIZE:06d}.keys.json", b"[]")
+    with pytest.raises(InputError, match=r"keys\.json twice"):
+        list(read_shard(tmp_path / "0.tar"))

@@ -1,0 +1,12 @@
+from pathlib import Path
+
+from lightning_mvar.io.configs import with_included
+
+ROOT = Path(__file__).parents[2] / "configs"
+
+
+def test_a_config_comes_with_the_files_that_its_values_name() -> None:
+    found = {path.resolve().relative_to(ROOT).as_posix() for path in with_included(ROOT / "experiment/digits.yaml")}
+    blocks = {f"base/callbacks/{name}.yaml" for name in ("checkpoint", "samples", "throughput")}
+    assert found == {"experiment/digits.yaml", "base/logger.yaml", *blocks}
+    assert with_included(ROOT / "mixer/var.yaml") == [ROOT / "mixer/var.yaml"]  # its header names others
