@@ -40,8 +40,9 @@ class MVARConfig:
         vocab_size: v, size of the tokenizer's codebook.
         code_dim: c, channels per code.
         num_classes: number of classes; the label `num_classes` means unconditional.
-        mixers: token mixers of each block, in the order in which they are applied; see `MIXERS`. Given a list of lists,
-            blocks cycle through it: [[scale_attention, mamba2], [scale_attention]] has Mamba in every second block.
+        mixers: token mixers of each block, in the order in which they are applied; an unknown name lists all. Given a
+            list of lists, blocks cycle through it: [[scale_attention, mamba2], [scale_attention]] has Mamba in every
+            second block.
         parallel: all mixers of a block read the block's input, instead of each reading the output of the previous one.
         prediction: `scale` predicts all tokens of a scale per step, `token` a single token from all earlier ones.
             Single tokens have no scale to attend inside, so `token` needs mixers that attend to earlier tokens or

@@ -78,10 +78,13 @@ def test_accumulation_keeps_learning_rate_and_losses(tokenizer_folder: Path, sha
     for most in (16, 8):
         module, recorded = make_module(tokenizer_folder, model={"label_drop": 0.0}), Losses()
         data = TokenDataModule(shards, shards, global_batch_size=16, max_batch_size=most, seed=0)
-        trainer = make_trainer(tmp_path / str(most), 3, callbacks=[recorded])
+        trainer = make_trainer(
+            tmp_path / str(most), 4, callbacks=[recorded], val_check_interval=2, check_val_every_n_epoch=None
+        )
         trainer.fit(module, data)
         assert trainer.accumulate_grad_batches == 16 // most
         assert module.global_batch == 16
+        assert len(recorded.val) == 2  # after two steps and after four, not batches
         per_step = torch.tensor(recorded.train).view(-1, 16 // most).mean(dim=1)
         losses.append(per_step)
         rates.append(trainer.optimizers[0].param_groups[0]["lr"])
