@@ -20,8 +20,8 @@ from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.summary import prepare
-from lightning_mvar.sampling.draw import draw_set
-from lightning_mvar.sampling.readers import open_samples
+from lightning_mvar.sampling.draw import Drawing, draw_set
+from lightning_mvar.sampling.readers import Samples, open_samples
 from lightning_mvar.sampling.settings import SamplingSettings
 
 
@@ -106,10 +106,8 @@ def evaluate(
         summary = evaluator.summary(real)
         if statistics is not None and fabric.is_global_zero:
             summary.save(Path(statistics), extractor)
-        record: Record = images.metadata | {"samples": samples, "reference": reference} | evaluator.extractor_metadata()
-        record |= {"num_samples": len(images), "height": images.shape[0], "width": images.shape[1]}
-        if sampled is not None and sampled.images_per_s is not None:
-            record["images_per_s"] = sampled.images_per_s
+        record: Record = images.metadata | {"samples": samples, "reference": reference}
+        record |= describe(images, evaluator, sampled)
         record |= evaluator.score(SourceImages(images, num_workers), summary, "features of the samples")
         if floor_images is not None:
             record |= evaluator.floor_scores(record["frechet_distance"], summary, floor_images)
@@ -126,6 +124,18 @@ def evaluate(
         print_table([record])
         if json is not None:
             write_records([record], json)
+
+
+def describe(images: Samples, evaluator: Evaluator, sampled: Drawing | None) -> Record:
+    """Describes what the scores depend on: extractor, number and size of the images; and the sampling rate."""
+    record = evaluator.extractor_metadata() | {
+        "num_samples": len(images),
+        "height": images.shape[0],
+        "width": images.shape[1],
+    }
+    if sampled is not None and sampled.images_per_s is not None:
+        record["images_per_s"] = sampled.images_per_s
+    return record
 
 
 def check_options(statistics: str | None, num_workers: int) -> None:

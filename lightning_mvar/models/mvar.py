@@ -42,7 +42,7 @@ class AdaLN(NamedTuple):
 
 @dataclass
 class BlockState:
-    """What a block carries from step to step while an image is sampled."""
+    """State of a block from step to step while an image is sampled."""
 
     adaln: list[AdaLN]  # of its mixers, then of its MLP; constant
     mixers: tuple[State, ...]
@@ -50,7 +50,7 @@ class BlockState:
 
 @dataclass
 class MVARState:
-    """What the network carries while images are sampled: number of the next step, cond (b, d), state of each block.
+    """State of the network while images are sampled: number of the next step, cond (b, d), state of each block.
 
     A block has no state before the first step, which computes its AdaLN parameters.
     """

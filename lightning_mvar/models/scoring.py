@@ -1,4 +1,4 @@
-"""How well a network predicts given tokens, without all logits in memory at once."""
+"""Cross entropy of given tokens, computed without all logits in memory at once."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_validations_are_skipped_until_enough_steps_or_epochs_have_passed() -> N
 
 
 def test_the_chosen_weights_are_scored_and_the_end_is_scored_without_a_validation(run_folder: Path) -> None:
-    """Of five steps, with a validation after the fourth, the last point of the curve is from the end of training."""
+    """With five steps and a validation after the fourth, the last point of the curve is from the end of training."""
     values = {}
     for name in ("ema", "raw"):
         text = (run_folder / "run.yaml").read_text().replace("batch_size: 3", f"batch_size: 3, weights: {name}")
