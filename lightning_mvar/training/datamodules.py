@@ -59,10 +59,10 @@ class BatchedDataModule(L.LightningDataModule):
             return
         self.seed = self.trainer.strategy.broadcast(self.seed)
         if stage == "fit" and self.given_batch_size is None:
-            before = self.trainer.accumulate_grad_batches
-            self.trainer.accumulate_grad_batches = self.accumulation(before)
-            if isinstance(self.trainer.val_check_interval, int):  # in batches, of which a step now has more
-                self.trainer.val_check_interval *= self.trainer.accumulate_grad_batches // before
+            before, interval = self.trainer.accumulate_grad_batches, self.trainer.val_check_interval
+            after = self.trainer.accumulate_grad_batches = self.accumulation(before)
+            if isinstance(interval, int):  # in batches, of which a step now has more
+                self.trainer.val_check_interval = interval * after // before
 
     @property
     def batch_size(self) -> int:
