@@ -1,0 +1,189 @@
+"""Foreign JSON, checked against the types of a dataclass before anything uses it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lightning_mvar.errors import InputError
+
+T = TypeVar("T")
+
+MAX_BYTES = 2**24  # of a file; as Python objects, JSON takes up to 20 times as much memory
+SHOWN = 80  # characters of a value in a message
+ESCAPED = re.compile("[\0\ud800-\udfff]")  # characters that no path and no UTF-8 file can hold
+SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # type: (name in messages, check)
+    NoneType: ("null", lambda value: value is None),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("an integer of 64 bits", lambda value: type(value) is int and -(2**63) <= value < 2**63),
+    float: ("a finite number", lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max),
+    str: ("a string without NUL", lambda value: isinstance(value, str) and not ESCAPED.search(value)),
+}
+
+
+class Mismatch(Exception):
+    """A JSON value does not have the expected type; the message starts with the path of its field."""
+
+
+def read_json(path: Path, kind: type[T], max_bytes: int = MAX_BYTES) -> T:
+    """Reads a JSON file as an instance of `kind`; see `parse_json`.
+
+    Raises:
+        InputError: if the file is missing, no regular file or larger than `max_bytes`, or its content does not fit.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})") from error
+    if len(data) > max_bytes:
+        raise InputError(f"{path} has more than {max_bytes} bytes, too many for this kind of file")
+    return parse_json(data, kind, str(path))
+
+
+def parse_json(data: str | bytes, kind: type[T], source: str) -> T:
+    """Parses JSON as an instance of `kind`, strictly: nothing is converted, except lists to tuples and ints to floats.
+
+    Args:
+        data: the JSON text, in UTF-8.
+        kind: a dataclass, whose fields without a default are required; or bool, int, float, str, None, Any, Literal,
+            a list, tuple or dict of them, or a union. Integers have 64 bits and numbers are finite.
+        source: names the data in messages.
+
+    Raises:
+        InputError: if the data is no JSON, repeats a field, or does not fit `kind`; one line that names source, field
+            and value. Errors of `__post_init__` likewise.
+    """
+    try:
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=without_repeats, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} is not valid JSON ({error})") from error
+    try:
+        parsed: T = convert(value, kind, "")
+    except Mismatch as error:
+        raise InputError(f"{source}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{source} is nested too deeply") from error
+    return parsed
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"it repeats the field {shown(name)}")
+        values[name] = value
+    return values
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def convert(value: Any, kind: Any, path: str) -> Any:
+    """Returns a JSON value as an instance of `kind`; `path` names it in messages."""
+    origin, parameters = get_origin(kind), get_args(kind)
+    if kind is Any:
+        convert_any(value, path)
+        return value
+    if kind in SCALARS and SCALARS[kind][1](value):
+        return float(value) if kind is float else value
+    if origin is Literal and any(type(value) is type(choice) and value == choice for choice in parameters):
+        return value
+    if origin in (Union, UnionType):
+        return convert_union(value, kind, path)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return convert_dataclass(value, kind, path)
+    if origin is dict and isinstance(value, dict):
+        paths = {convert(name, str, field_path(path, name)): field_path(path, name) for name in value}
+        return {name: convert(value[name], parameters[1], path) for name, path in paths.items()}
+    if origin in (list, tuple) and isinstance(value, list):
+        kinds = element_kinds(kind, len(value))
+        if len(kinds) == len(value):
+            return origin(convert(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    raise Mismatch(f"{path or 'the content'} is {shown(value)}; it must be {describe(kind)}")
+
+
+def convert_any(value: Any, path: str) -> None:
+    """Raises Mismatch if a value of any type holds a number that is not finite or a forbidden character."""
+    if isinstance(value, dict):
+        convert(value, dict[str, Any], path)
+    elif isinstance(value, list):
+        convert(value, list[Any], path)
+    else:
+        convert(value, type(value), path)
+
+
+def convert_union(value: Any, kind: Any, path: str) -> Any:
+    members = [member for member in get_args(kind) if member is not NoneType or value is None]
+    if len(members) == 1:  # the message then names the part of the value that does not fit
+        return convert(value, members[0], path)
+    for member in members:
+        try:
+            return convert(value, member, path)
+        except Mismatch:
+            continue
+    raise Mismatch(f"{path or 'the content'} is {shown(value)}; it must be {describe(kind)}")
+
+
+def convert_dataclass(values: dict[str, Any], kind: Any, path: str) -> Any:
+    known = {field.name: field for field in fields(kind) if field.init}
+    if unknown := [name for name in values if name not in known]:
+        raise Mismatch(f"{field_path(path, unknown[0])} is not a field of this version; it knows {', '.join(known)}")
+    for name, field in known.items():
+        if name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise Mismatch(f"{field_path(path, name)} is missing; it must be {describe(type_hints(kind)[name])}")
+    converted = {name: convert(value, type_hints(kind)[name], field_path(path, name)) for name, value in values.items()}
+    try:
+        return kind(**converted)
+    except (ValueError, ArithmeticError) as error:  # of __post_init__
+        raise Mismatch(" ".join(str(error).split())) from error
+
+
+@cache
+def type_hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def element_kinds(kind: Any, count: int) -> list[Any]:
+    """Returns the type of each of `count` elements of a list or tuple type, or of each that the type has."""
+    parameters = list(get_args(kind))
+    if get_origin(kind) is list or parameters[1:] == [...]:
+        return parameters[:1] * count
+    return parameters
+
+
+def describe(kind: Any) -> str:
+    """Describes a type for a message."""
+    origin, parameters = get_origin(kind), get_args(kind)
+    if kind in SCALARS:
+        return SCALARS[kind][0]
+    if origin is Literal:
+        return f"one of {', '.join(map(json.dumps, parameters))}"
+    if origin in (Union, UnionType):
+        return " or ".join(map(describe, parameters))
+    if origin in (list, tuple):
+        repeated = origin is list or parameters[1:] == (...,)
+        return f"[{f'{describe(parameters[0])}, ...' if repeated else ', '.join(map(describe, parameters))}]"
+    return "an object"
+
+
+def field_path(path: str, name: str) -> str:
+    field = name if name.isidentifier() and len(name) <= SHOWN else shown(name)
+    return f"{path}.{field}" if path else field
+
+
+def shown(value: Any) -> str:
+    """Returns the beginning of a value as JSON, on one line."""
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
