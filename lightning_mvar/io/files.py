@@ -1,12 +1,14 @@
-"""Atomic file writes and safe file names."""
+"""Atomic file writes, reads of regular files only, and safe file names."""
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from lightning_mvar.errors import InputError
 
@@ -33,6 +35,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file, or a symlink to one, for reading bytes.
+
+    Every reader of a file that may come from elsewhere opens it here: a FIFO would block until somebody writes to it,
+    and a device may never end.
+
+    Raises:
+        InputError: if the file is missing, unreadable or of another kind.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: the name holds NUL
+        raise InputError(f"cannot read {path} ({getattr(error, 'strerror', error)})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def remove_unfinished(path: Path) -> None:
