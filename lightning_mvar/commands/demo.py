@@ -15,6 +15,7 @@ from lightning_mvar.cli.arguments import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import with_included
 from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.processes import run_command
 
 ROOT = Path("outputs/demo")
@@ -109,16 +110,17 @@ def demo() -> None:
     if not CONFIGS.is_dir():
         raise InputError(f"{CONFIGS} does not exist: run the demo in the root of a clone of the project")
     begin = time.monotonic()
-    for number, stage in enumerate(STAGES):
-        if stage.finished():
-            print(f"[{stage.name}] finished before, skipped")
-            continue
-        if stage.record.is_file():  # finished with another command or configuration: it cannot resume
-            stage.clear()
-        for later in STAGES[number + 1 :]:  # their inputs change
-            later.clear()
-        run_stage(stage)
-    write_metrics()
+    with lock_folder(ROOT, "demo"):
+        for number, stage in enumerate(STAGES):
+            if stage.finished():
+                print(f"[{stage.name}] finished before, skipped")
+                continue
+            if stage.record.is_file():  # finished with another command or configuration: it cannot resume
+                stage.clear()
+            for later in STAGES[number + 1 :]:  # their inputs change
+                later.clear()
+            run_stage(stage)
+        write_metrics()
     print(f"\ndone in {time.monotonic() - begin:.0f} s; look at")
     for name in ("grid.png", "strip.png", "metrics.json"):
         print(f"  {ROOT / name}")

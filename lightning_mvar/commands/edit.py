@@ -15,6 +15,7 @@ from lightning_mvar.data.images.decoding import IMAGE_ERRORS
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.pipeline import MVARPipeline, fitted
 from lightning_mvar.sampling.grids import image_grid, save_image
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -72,9 +73,10 @@ def edit(
     region = ImageOps.invert(region) if outside else region
     names = [name for name in classes.split(",") for _ in range(count)]
     edited = pipe.edit(original, region, names, **sampling)
-    for number, result in enumerate(edited):
-        with atomic_path(Path(out) / f"{number:06d}.png") as path:
-            result.save(path)
+    with lock_folder(Path(out), "edit"):
+        for number, result in enumerate(edited):
+            with atomic_path(Path(out) / f"{number:06d}.png") as path:
+                result.save(path)
     print(f"{len(edited)} images in {out}")
     if picture is not None:
         before = fitted(original.convert("RGB"), pipe.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from lightning_mvar.checkpoints import (
@@ -14,6 +15,7 @@ from lightning_mvar.checkpoints import (
 )
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.scales import ScaleSchedule
 
 
@@ -50,10 +52,11 @@ def export(
         model = read_model(ckpt_path, tokenizer, weights)
     else:
         model = load_official(str(official), tokenizer)
-    if to == "official":
-        print("written:", *save_official(out, model))
-        return
-    save_folder(out, model.tokenizer, model.network, model.class_names)
+    with lock_folder(Path(out), "export"):
+        if to == "official":
+            print("written:", *save_official(out, model))
+            return
+        save_folder(out, model.tokenizer, model.network, model.class_names)
     parameters = sum(p.numel() for p in model.network.parameters()) / 1e6
     print(f"network ({parameters:,.1f}M parameters, depth {model.network.config.depth}) and tokenizer in {out}")
 
@@ -64,7 +67,9 @@ def export_tokenizer(out: str, tokenizer: str | None, resolution: int, to: str) 
         raise InputError("give --ckpt_path CKPT, --official FILE, or the file of a published tokenizer as --tokenizer")
     if to == "official":
         raise InputError(f"--tokenizer {tokenizer} is a published file already")
-    save_folder(out, load_official_tokenizer(tokenizer, ScaleSchedule.for_resolution(resolution)))
+    converted = load_official_tokenizer(tokenizer, ScaleSchedule.for_resolution(resolution))
+    with lock_folder(Path(out), "export"):
+        save_folder(out, converted)
     print(f"tokenizer for {resolution} x {resolution} images in {out}")
 
 

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.hparams import columns_summary, end_summary, row_summary
+from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.figures import all_figures
 from lightning_mvar.sweeps.results import CRASHED, FINISHED, CellResult, Sweep, is_number, read_results
 from lightning_mvar.sweeps.tables import (
@@ -59,13 +60,14 @@ def report(folder: str, baseline: str | None = None, out: str | None = None) -> 
     target = Path(folder) / "report" if out is None else Path(out)
     figures = all_figures(sweep, variants, baseline_variant)
     text = render_markdown(sweep, variants, baseline_variant, list(figures))
-    for name, figure in figures.items():
-        write_figure(figure, target / f"{name}.png")
-    write_csv(target / "variants.csv", variant_records(variants))
-    write_csv(target / "cells.csv", cell_records(sweep.cells))
-    write_hparams(sweep, target / "hparams")
-    with atomic_path(target / "report.md") as path:
-        path.write_text(text)
+    with lock_folder(target, "report"):
+        for name, figure in figures.items():
+            write_figure(figure, target / f"{name}.png")
+        write_csv(target / "variants.csv", variant_records(variants))
+        write_csv(target / "cells.csv", cell_records(sweep.cells))
+        write_hparams(sweep, target / "hparams")
+        with atomic_path(target / "report.md") as path:
+            path.write_text(text)
     print(results_table(variants))
     if sweep.unfinished:
         print(f"\n{len(sweep.unfinished)} of {len(sweep.cells)} cells have not finished: see the report")

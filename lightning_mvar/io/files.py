@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+import secrets
+import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,14 +20,15 @@ from lightning_mvar.errors import InputError
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`, which is renamed to `path` if the block ends without an exception.
 
-    A process killed inside the block leaves a `.NAME.PID.tmp` file, never a partial file under the final name. The
-    temporary name keeps the suffix, for writers that choose a format by it.
+    A process killed inside the block leaves a `.NAME.HOST.RANDOM.tmp` file, never a partial file under the final name.
+    The temporary name keeps the suffix, for writers that choose a format by it. It has no process id: containers that
+    share a file system have equal ones.
 
     Raises:
         InputError: if the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{host_name()}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -57,9 +61,17 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Removes the temporary files that killed writers of `path` left; call it while no other process writes `path`."""
-    for leftover in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+    """Removes the temporary files that killed writers of `path` on this host left.
+
+    Call it while no other process of this host writes `path`. Those of other hosts stay: their writers may be alive.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.{host_name()}.*.tmp{glob.escape(path.suffix)}"):
         leftover.unlink(missing_ok=True)
+
+
+def host_name() -> str:
+    """Returns the name of this machine or container, as part of a file name."""
+    return re.sub(r"[^\w-]", "_", socket.gethostname())[:40]
 
 
 def sync(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -13,7 +15,11 @@ from typing import Any
 
 from lightning_mvar.errors import InputError
 
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"  # file in a folder that a command owns; holds the name of that command
 LOCK_TIMEOUT_S, POLL_S = 8.0, 0.1  # loader workers of a killed process hold its lock for about 5 s more
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems mounted without locks
 
 
 class FileLock:
@@ -24,11 +30,21 @@ class FileLock:
 
     @classmethod
     def try_acquire(cls, path: Path) -> FileLock | None:
-        """Returns the lock on `path`, or None if it is already held."""
+        """Returns the lock on `path`, or None if it is already held or the file was removed meanwhile.
+
+        A file system without locks gives a warning, and a lock that keeps nobody out.
+        """
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                if isinstance(error, BlockingIOError):
+                    return None
+                raise
+            log.warning("the file system of %s has no locks: start no second command there", path)
+        if os.fstat(descriptor).st_nlink == 0:  # a removed lock would keep nobody out
             os.close(descriptor)
             return None
         return cls(descriptor)
@@ -47,27 +63,56 @@ def rebuild_lock(duplicate: Any) -> FileLock:
 
 
 @contextmanager
-def lock_folder(folder: Path, command: str) -> Iterator[FileLock]:
-    """Creates a folder and keeps other runs of a command out of it.
+def lock_folder(folder: Path, command: str, option: str = "--out") -> Iterator[FileLock]:
+    """Creates a folder and keeps other commands out of it until the block or the process ends.
+
+    With several ranks, only rank 0 calls this.
+
+    Args:
+        folder: folder that the command owns.
+        command: name of the command, for the message that another one shows.
+        option: option that names the folder, for messages.
 
     Raises:
-        InputError: if another run of the command uses the folder, or it is not writable.
+        InputError: if another command uses the folder, or it cannot be created or written to.
     """
+    require_printable(folder, option)
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock.try_acquire(folder / f".{command}.lock")
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while lock is None and time.monotonic() < deadline:
+        while (lock := try_lock(folder)) is None and time.monotonic() < deadline:
             time.sleep(POLL_S)
-            lock = FileLock.try_acquire(folder / f".{command}.lock")
+        if lock is None:
+            holder = (folder / LOCK).read_text() or "command"
+            raise InputError(f"another {holder} is running in {folder}: wait for it, or choose another {option}")
+        os.ftruncate(lock.descriptor, 0)
+        os.pwrite(lock.descriptor, command.encode(), 0)
+    except FileExistsError as error:
+        what = "file" if folder.exists() else "link to nothing"
+        raise InputError(f"{folder} is a {what}; name a folder to write to") from error
     except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
-    if lock is None:
-        raise InputError(f"another {command} is running in {folder}: wait for it, or choose another --out")
+        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another {option}") from error
     try:
         yield lock
     finally:
+        (folder / LOCK).unlink(missing_ok=True)
         lock.release()
+
+
+def try_lock(folder: Path) -> FileLock | None:
+    """Creates the folder if it is missing; its last owner may remove it at any time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock.try_acquire(folder / LOCK)
+    except FileNotFoundError:
+        return None
+
+
+def require_printable(path: Path, option: str) -> None:
+    """Raises InputError unless the path is UTF-8, which messages, JSON and YAML files need."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name {str(path)!a} is not UTF-8: choose another {option}") from error
 
 
 def is_locked(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,11 +20,12 @@ from lightning_mvar.data.classes import Classes
 from lightning_mvar.devices import Precision, device_of
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.generate import check_arguments, compile_steps
 from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.sampler import Sampler
 from lightning_mvar.sampling.settings import SamplingSettings
-from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet
+from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet, partial_folder
 
 T = TypeVar("T")
 
@@ -191,11 +193,19 @@ def draw_set(
     }
     drawing = Drawing(Sampler(model, ranks.device, precision), labels, per_class, settings)
     rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
-    images = open_set(target, metadata | ({} if rejection is None else rejection.metadata()), drawing)
     if compile:
         compile_steps(network)
-    fill(images, drawing, rejection, ranks, batch_size)
+    with own_target(target, ranks):
+        images = open_set(target, metadata | ({} if rejection is None else rejection.metadata()), drawing)
+        fill(images, drawing, rejection, ranks, batch_size)
     return drawing
+
+
+def own_target(target: Path, ranks: Ranks) -> AbstractContextManager[Any]:
+    """Keeps other commands from drawing the same set; rank 0 does so for all ranks, and nobody for a complete file."""
+    if not ranks.is_global_zero or target.is_file():
+        return nullcontext()
+    return lock_folder(partial_folder(target) if target.suffix else target, "sample")
 
 
 def fill(images: SampleSet, drawing: Drawing, rejection: Rejection | None, ranks: Ranks, batch_size: int) -> None:

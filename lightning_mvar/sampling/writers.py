@@ -103,6 +103,11 @@ class PngFolder(SampleSet):
             leftover.unlink()
 
 
+def partial_folder(file: Path) -> Path:
+    """Returns the folder of the batches of an npz file that is not complete yet."""
+    return file.with_name(f"{file.name}.partial")
+
+
 class NpzFile(SampleSet):
     """Npz file of `arr_0` uint8 (n, H, W, 3), `arr_1` int64 (n,) and `about` (the metadata as JSON).
 
@@ -111,7 +116,7 @@ class NpzFile(SampleSet):
 
     def __init__(self, file: Path, metadata: dict[str, Any], count: int, shape: Shape) -> None:
         self.file, self.shape = file, (count, *shape, 3)
-        super().__init__(file.with_name(f"{file.name}.partial"), metadata, count)
+        super().__init__(partial_folder(file), metadata, count)
 
     def claim(self) -> None:
         if self.file.is_file():

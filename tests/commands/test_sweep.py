@@ -19,7 +19,7 @@ from processes import start
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints.training import newest_first, read_tensors
 from lightning_mvar.cli import run
-from lightning_mvar.io.locks import FileLock
+from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.cells import Cell, attempts
 
 SWEEP = """
@@ -198,12 +198,9 @@ def test_a_killed_sweep_resumes_to_the_same_results(run_folder: Path, uninterrup
 
 
 def test_a_folder_has_one_sweep_at_a_time(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (run_folder / "out").mkdir()
-    lock = FileLock.try_acquire(run_folder / "out/.sweep.lock")
-    assert lock is not None
-    assert run(["sweep", "sweep.yaml", "--out", "out"]) == 1
+    with lock_folder(run_folder / "out", "sweep"):
+        assert run(["sweep", "sweep.yaml", "--out", "out"]) == 1
     assert "another sweep is running in out" in capfd.readouterr().err
-    lock.release()
     assert not (run_folder / "out/cells").exists()
 
 
