@@ -52,6 +52,8 @@ def open_regular(path: str | Path) -> BinaryIO:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: the name holds NUL
         raise InputError(f"cannot read {path} ({getattr(error, 'strerror', error)})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,104 +1,190 @@
-"""Arrays in npz files, read without executing code, whole or row by row, and written row by row."""
+"""Arrays in npy and npz files, read without executing code, and npz files written row by row.
+
+Headers are untrusted: the size that a header claims is compared with the size of the file before anything is allocated.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
-from zipfile import BadZipFile, ZipFile, ZipInfo
+from tokenize import TokenError
+from typing import IO, Any, NamedTuple
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 from zlib import error as ZlibError
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.files import atomic_path, open_regular
 
-NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile, ZlibError)
+MAX_HEADER_BYTES = 2**14
+MAX_TEXT_BYTES = 2**20
+MAX_INFLATION = 1032  # of deflate: compressed content grows by at most this factor
+KINDS = "biufcSU"  # numpy's codes of the plain types: numbers and strings
+# Raised by numpy for a forged header, and by zipfile for a forged archive.
+HEADER_ERRORS = (ValueError, EOFError, SyntaxError, TokenError, TypeError, OverflowError, MemoryError, RecursionError)
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, RuntimeError, OverflowError, struct.error, BadZipFile, ZlibError)
 
 
-def read_npz(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
-    """Reads the named arrays of a file.
+class Header(NamedTuple):
+    """The header of an npy file."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype[Any]
+    end: int  # offset of the first element, in bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the array that the header claims."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(stream: IO[bytes], size: int) -> Header:
+    """Reads the header at the start of an npy file.
+
+    Args:
+        stream: the file, at its start.
+        size: size of the file in bytes.
 
     Raises:
-        InputError: if the file is missing or damaged, or lacks an array.
+        ValueError: if the header is damaged, claims another size than the file has, or an array of anything but
+            numbers and strings.
     """
-    require_array(path, *names)
-    with reading(path), np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in names}
+    head = BytesIO(stream.read(MAX_HEADER_BYTES))
+    try:
+        version = np.lib.format.read_magic(head)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        header = Header(*read(head), head.tell())
+    except HEADER_ERRORS as error:
+        raise ValueError("the header of the array is damaged") from error
+    if header.dtype.kind not in KINDS:
+        raise ValueError(f"the array must hold numbers or strings, not {header.dtype.type.__name__}")
+    if min(header.shape, default=0) < 0 or header.end + header.num_bytes != size:
+        raise ValueError(f"the header of the array claims the shape {header.shape!s:.80} in a file of {size} bytes")
+    return header
 
 
-def require_array(path: Path, *names: str) -> None:
-    """Raises InputError if an array is not in the file."""
-    available = array_names(path)
-    if missing := [name for name in names if name not in available]:
-        raise InputError(f"{path} has no array {missing[0]}; it holds {', '.join(available) or 'none'}")
+def read_npy(data: bytes) -> NDArray[Any]:
+    """Decodes an npy file; the array is read-only.
+
+    Raises:
+        ValueError: if it is damaged, or holds anything but numbers and strings.
+    """
+    header = read_header(BytesIO(data), len(data))
+    return decode(data[header.end :], header)
+
+
+def decode(content: bytes, header: Header) -> NDArray[Any]:
+    return np.frombuffer(content, header.dtype).reshape(header.shape, order="F" if header.fortran_order else "C")
 
 
 def array_names(path: Path) -> list[str]:
-    with reading(path), np.load(path, allow_pickle=False) as file:
-        return list(file.files)
+    """Returns the names of the arrays in an npz file.
+
+    Raises:
+        InputError: if it is missing or damaged.
+    """
+    with open_npz(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def read_text(path: Path, name: str) -> str:
+    """Returns a string that is stored as an array.
+
+    Raises:
+        InputError: if it is missing, damaged, or longer than 1 MB.
+    """
+    array = NpzArray(path, name)
+    if array.dtype.kind != "U" or array.shape or array.dtype.itemsize > MAX_TEXT_BYTES:
+        raise InputError(f"{path}: {name} must be a short string, got {array.dtype} {array.shape}")
+    return str(array.read())
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises InputError if the file is missing or cannot be read as an npz of arrays."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
+    """Raises InputError if the file cannot be read as an npz of arrays."""
     try:
         yield
+    except InputError:
+        raise
     except NPZ_ERRORS as error:
-        raise InputError(f"{path} is damaged or not an npz of arrays ({type(error).__name__})") from error
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise InputError(f"{path} is damaged or not an npz of arrays ({reason})") from error
 
 
-class NpzRows:
-    """Rows of one array in an npz file, read on access; fastest in ascending order.
+@contextmanager
+def open_npz(path: Path) -> Iterator[ZipFile]:
+    with reading(path), open_regular(path) as file, ZipFile(file) as archive:
+        yield archive
+
+
+class NpzArray:
+    """An array in an npz file, read whole or row by row; rows are fastest in ascending order.
+
+    Its shape is known before any of it is read: check it, then read.
 
     Args:
         path: the file.
         name: name of the array.
 
     Raises:
-        InputError: if the file is missing or damaged, or has no such array.
+        InputError: if the file is missing or damaged, has no such array, or one that claims another size than it has.
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.member = path, f"{name}.npy"
-        require_array(path, name)
-        with reading(path), ZipFile(path) as archive, archive.open(self.member) as stream:
-            self.shape, fortran_order, self.dtype = read_header(stream)
-            self.begin = stream.tell()
-        if fortran_order or self.dtype.hasobject:
-            raise InputError(f"{path}: {name} must be an array in C order, without Python objects")
+        self.path, self.name, self.member = path, name, f"{name}.npy"
+        if name not in (available := array_names(path)):
+            raise InputError(f"{path} has no array {name}; it holds {', '.join(available) or 'none'}")
+        with open_npz(path) as archive:
+            info = archive.getinfo(self.member)
+            require_plausible_size(info, path.stat().st_size)
+            with archive.open(info) as stream:
+                self.header = read_header(stream, info.file_size)
+        self.shape, self.dtype = self.header.shape, self.header.dtype
         self.stream: IO[bytes] | None = None
         self.owner_pid = 0  # process id: forked loader workers must not share a file position
+
+    def read(self) -> NDArray[Any]:
+        """Returns the whole array, in C order and native byte order."""
+        with open_npz(self.path) as archive, archive.open(self.member) as stream:
+            stream.seek(self.header.end)
+            array = decode(stream.read(self.header.num_bytes), self.header)
+            return array.astype(self.dtype.newbyteorder("="), order="C")
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> NDArray[Any]:
+        """Returns a row of an array, which must be in C order."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        size = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        size = self.header.num_bytes // len(self)
         with reading(self.path):
             if self.stream is None or self.owner_pid != os.getpid():
                 self.owner_pid = os.getpid()
-                self.stream = ZipFile(self.path).open(self.member)  # noqa: SIM115 (stays open as long as this object)
-            self.stream.seek(self.begin + index * size)
-            content = self.stream.read(size)
-            return np.frombuffer(bytearray(content), self.dtype).reshape(self.shape[1:])
+                archive = ZipFile(open_regular(self.path))
+                self.stream = archive.open(self.member)
+            self.stream.seek(self.header.end + index * size)
+            return np.frombuffer(bytearray(self.stream.read(size)), self.dtype).reshape(self.shape[1:])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"stream": None}
 
 
-def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Returns the shape, whether the order is Fortran's, and the dtype of the array in a stream."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream)
+def require_plausible_size(member: ZipInfo, archive_bytes: int) -> None:
+    """Raises ValueError if a member of a zip archive claims more than its compressed content can hold."""
+    if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} must be stored or deflated, as numpy writes it")
+    inflation = 1 if member.compress_type == ZIP_STORED else MAX_INFLATION
+    if member.file_size > inflation * min(member.compress_size, archive_bytes):
+        raise ValueError(f"{member.filename} cannot hold {member.file_size} bytes")
 
 
 def write_npz(

@@ -16,12 +16,13 @@ from lightning_mvar.devices import device_of
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.fingerprint import fingerprint
-from lightning_mvar.io.npz import array_names, read_npz
+from lightning_mvar.io.npz import NpzArray, array_names, read_text
 from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics
 from lightning_mvar.metrics.image_sets import BATCH_SIZE, ImageSet, shard_range
 from lightning_mvar.metrics.precision_recall import FeatureBank
 
 SPATIAL = ("mu_s", "sigma_s")  # array names in published files
+MAX_FEATURES = 100_000  # images whose features a file may hold; scores use at most 50,000
 
 
 @dataclass
@@ -51,12 +52,10 @@ class Summary:
         """
         names = array_names(path)
         if "extractor" in names:
-            saved, current = str(read_npz(path, ["extractor"])["extractor"]), fingerprint(extractor)
+            saved, current = read_text(path, "extractor"), fingerprint(extractor)
             if saved != current:
                 raise InputError(f"{path} was made with extractor weights {saved}, not {current}: use the same weights")
-        features = read_finite_array(path, "features") if "features" in names else None
-        if features is not None and (features.ndim != 2 or features.shape[1] != num_features(extractor)):
-            raise InputError(f"{path} has features {features.shape}, not (n, {num_features(extractor)})")
+        features = read_features(path, num_features(extractor)) if "features" in names else None
         return cls(
             read_statistics(path, ("mu", "sigma"), num_features(extractor), extractor),
             read_statistics(path, SPATIAL, num_spatial(extractor), extractor)
@@ -148,23 +147,32 @@ def num_spatial(extractor: nn.Module) -> int:
     return getattr(extractor, "num_spatial", 0)
 
 
-def read_finite_array(path: Path, name: str) -> NDArray[Any]:
-    """Reads an array of an npz.
+def read_features(path: Path, expected: int) -> NDArray[Any]:
+    """Reads the features (n, f) of an npz.
 
     Raises:
-        InputError: if it does not hold finite numbers.
+        InputError: if there are not `expected` numbers per image, or not finite ones, or too many images.
     """
-    array = read_npz(path, [name])[name]
-    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-        raise InputError(f"{path}: {name} must be finite numbers, got an array of {array.dtype}")
-    return array
+    array = NpzArray(path, "features")
+    if len(array.shape) != 2 or array.shape[1] != expected or len(array) > MAX_FEATURES:
+        raise InputError(f"{path} has features {array.shape}, not (n, {expected}) of at most {MAX_FEATURES} images")
+    return read_finite(array, np.float32)
 
 
 def read_statistics(path: Path, names: tuple[str, str], expected: int, extractor: nn.Module) -> Statistics:
-    mu, sigma = (torch.from_numpy(read_finite_array(path, name)).double() for name in names)
+    mu, sigma = (NpzArray(path, name) for name in names)
     if mu.shape != (expected,) or sigma.shape != (expected, expected):
         raise InputError(
-            f"{path} has {names[0]} {tuple(mu.shape)} and {names[1]} {tuple(sigma.shape)}, but "
+            f"{path} has {names[0]} {mu.shape} and {names[1]} {sigma.shape}, but "
             f"{type(extractor).__name__} has {expected} features: the file was made with another extractor"
         )
-    return Statistics(mu, sigma)
+    return Statistics(*(torch.from_numpy(read_finite(array, np.float64)) for array in (mu, sigma)))
+
+
+def read_finite(array: NpzArray, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """Reads an array whose shape has been checked; raises InputError if it does not hold finite numbers."""
+    with np.errstate(over="ignore"):
+        values = array.read().astype(dtype, copy=False) if array.dtype.kind in "fiu" else None
+    if values is None or not np.isfinite(values).all():
+        raise InputError(f"{array.path}: {array.name} must be finite numbers, got an array of {array.dtype}")
+    return values

@@ -15,7 +15,7 @@ from lightning_mvar.data.images.decoding import IMAGE_ERRORS, to_tensor
 from lightning_mvar.data.images.examples import Example
 from lightning_mvar.data.images.files import identity_of, visible
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.npz import NpzRows, array_names, read_npz
+from lightning_mvar.io.npz import NpzArray, array_names, read_text
 from lightning_mvar.scales import Shape, format_shape
 
 METADATA_FILE = "sampling.json"  # in a folder of images: how they were drawn
@@ -90,23 +90,25 @@ class NpzSamples(Samples):
     """Images of an npz file: `arr_0` uint8 (n, H, W, 3) and, if present, their classes `arr_1` int64 (n,)."""
 
     def __init__(self, path: Path) -> None:
-        self.rows, self.path = NpzRows(path, "arr_0"), path
+        self.rows, self.path = NpzArray(path, "arr_0"), path
         shape, dtype = self.rows.shape, self.rows.dtype
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape[1:]:
             raise InputError(f"{path}: arr_0 must be uint8 N x H x W x 3, got {dtype} {' x '.join(map(str, shape))}")
+        if self.rows.header.fortran_order:
+            raise InputError(f"{path}: arr_0 must be in C order: save numpy.ascontiguousarray(images)")
         self.class_names: list[str] = []
         self.shape: Shape = shape[1:3]
         self.classes: list[int] | None = None
         names = array_names(path)
         if "arr_1" in names:
-            classes = read_npz(path, ["arr_1"])["arr_1"]
+            classes = NpzArray(path, "arr_1")
             if classes.shape != shape[:1] or classes.dtype.kind not in "iu":
                 raise InputError(
                     f"{path}: arr_1 must be the {shape[0]} classes of arr_0, got {classes.dtype} "
                     f"{' x '.join(map(str, classes.shape))}"
                 )
-            self.classes = classes.tolist()
-        self.metadata = parse_metadata(str(read_npz(path, ["about"])["about"]), path) if "about" in names else {}
+            self.classes = classes.read().tolist()
+        self.metadata = parse_metadata(read_text(path, "about"), path) if "about" in names else {}
 
     @property
     def identity(self) -> str:

@@ -21,7 +21,7 @@ from PIL import Image
 from lightning_mvar.data.images.files import visible
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
-from lightning_mvar.io.npz import read_npz, write_npz
+from lightning_mvar.io.npz import NpzArray, write_npz
 from lightning_mvar.sampling.readers import METADATA_FILE, NpzSamples, read_metadata
 from lightning_mvar.scales import Shape
 
@@ -128,7 +128,7 @@ class NpzFile(SampleSet):
         """Maps the number of each written image to its batch file and its row in it."""
         rows: dict[int, tuple[Path, int]] = {}
         for path in sorted(visible(self.folder.glob("*.npz"))):
-            numbers = read_npz(path, ["numbers"])["numbers"].tolist()
+            numbers = NpzArray(path, "numbers").read().tolist()
             rows |= {number: (path, row) for row, number in enumerate(numbers)}
         return rows
 
@@ -151,7 +151,7 @@ class NpzFile(SampleSet):
     def in_order(self) -> Iterator[PixelArray]:
         """Yields the images (H, W, 3) by ascending number."""
         written = self.written()
-        batch = lru_cache(maxsize=4)(lambda path: read_npz(path, ["images"])["images"])
+        batch = lru_cache(maxsize=4)(lambda path: NpzArray(path, "images").read())
         for number in range(self.count):
             path, row = written[number]
             yield batch(path)[row]

@@ -29,7 +29,7 @@ def test_anything_else_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "link", "is not a regular file"),
         (tmp_path / "folder", "is not a regular file"),
         ("/dev/zero", "is not a regular file"),
-        (tmp_path / "missing", "No such file"),
+        (tmp_path / "missing", "does not exist"),
         (tmp_path / "loop", "symbolic links"),
         (tmp_path / ("x" * 300), "name too long"),
         (tmp_path / "a\0b", "null byte"),
