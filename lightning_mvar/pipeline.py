@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
-from lightning_mvar.data.images.decoding import to_tensor
+from lightning_mvar.data.images.decoding import to_rgb, to_tensor
 from lightning_mvar.devices import Precision, choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.generate import KnownTokens, Step, decode_images, kept_tokens_mask
@@ -95,7 +95,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
     @torch.no_grad()
     def known_tokens(self, image: Image.Image, mask: Image.Image | None, count: int) -> KnownTokens:
         """Returns the tokens of an image, repeated for `count` images, and which to keep; without a mask, all."""
-        tokens = self.tokenizer.encode(to_tensor(fitted(image.convert("RGB"), self.shape))[None].to(self.device))
+        tokens = self.tokenizer.encode(to_tensor(fitted(to_rgb(image), self.shape))[None].to(self.device))
         keep = torch.ones_like(tokens[0], dtype=torch.bool)
         if mask is not None:
             if mask.size not in (image.size, self.shape[::-1]):
@@ -103,7 +103,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
                     f"the mask is {size_of(mask)}: resize it to the size of the image, {size_of(image)}, or of the "
                     f"drawn images, {format_shape(self.shape)}"
                 )
-            black = torch.from_numpy(np.array(fitted(mask.convert("L"), self.shape))) < 128
+            black = torch.from_numpy(np.array(fitted(to_rgb(mask).convert("L"), self.shape))) < 128
             keep = kept_tokens_mask(self.network.config.schedule, black).to(self.device)
         return KnownTokens(tokens.expand(count, -1), keep.expand(count, -1))
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from lightning_mvar.checkpoints import WhichWeights, read_model
 from lightning_mvar.cli.arguments import call
-from lightning_mvar.data.images.decoding import IMAGE_ERRORS
+from lightning_mvar.data.images.decoding import read_image
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
@@ -67,9 +67,9 @@ def edit(
         raise InputError(f"--count must be at least 1, got {count}")
     if Path(out).is_file() or Path(out).suffix:
         raise InputError(f"--out {out} must be a folder")
-    original = open_image(image)
+    original = read_image(image)
     pipe = MVARPipeline(read_model(ckpt_path, tokenizer, weights), device, precision)
-    region = box_mask(box, pipe.shape) if box is not None else open_image(str(mask)).convert("L")
+    region = box_mask(box, pipe.shape) if box is not None else read_image(str(mask)).convert("L")
     region = ImageOps.invert(region) if outside else region
     names = [name for name in classes.split(",") for _ in range(count)]
     edited = pipe.edit(original, region, names, **sampling)
@@ -79,7 +79,7 @@ def edit(
                 result.save(path)
     print(f"{len(edited)} images in {out}")
     if picture is not None:
-        before = fitted(original.convert("RGB"), pipe.shape)
+        before = fitted(original, pipe.shape)
         marked = Image.composite(Image.new("RGB", before.size, REDRAWN_COLOR), before, fitted(region, pipe.shape))
         rows = [edited[begin : begin + count] for begin in range(0, len(edited), count)]
         panels = torch.from_numpy(np.stack([np.asarray(panel) for row in rows for panel in (before, marked, *row)]))
@@ -100,19 +100,6 @@ def box_mask(box: str, shape: Shape) -> Image.Image:
     mask = Image.new("L", (width, height), 0)
     ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
     return mask
-
-
-def open_image(path: str) -> Image.Image:
-    """Reads an image file and turns it upright as its EXIF data says."""
-    try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file)
-            upright.load()
-            return upright
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except IMAGE_ERRORS as error:
-        raise InputError(f"{path} cannot be decoded ({error})") from error
 
 
 def main(argv: list[str]) -> None:

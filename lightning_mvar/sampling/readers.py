@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_mvar.data.images.decoding import IMAGE_ERRORS, to_tensor
+from lightning_mvar.data.images.decoding import IMAGE_ERRORS, decode_upright, describe, read_file, to_rgb, to_tensor
 from lightning_mvar.data.images.examples import Example
 from lightning_mvar.data.images.files import identity_of, visible
 from lightning_mvar.errors import InputError
@@ -136,8 +136,8 @@ class PngSamples(Samples):
             raise InputError(f"no PNG files under {root}")
         self.root = root
         self.class_names = sorted({path.parent.name for path in self.files})
-        with self.open(self.files[0]) as first:
-            self.shape: Shape = (first.height, first.width)
+        first = self.open(self.files[0])
+        self.shape: Shape = (first.height, first.width)
         file = root / METADATA_FILE
         self.metadata = read_metadata(file) if file.is_file() else {}
 
@@ -154,14 +154,10 @@ class PngSamples(Samples):
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
         path = self.files[index]
-        try:
-            with self.open(path) as file:
-                mode, transparent = file.mode, "transparency" in file.info
-                pixels = np.asarray(file.convert("RGB"))
-        except IMAGE_ERRORS as error:
-            raise InputError(f"{path} cannot be decoded ({error}): remove it and draw it again") from error
-        if mode not in LOSSLESS_MODES or transparent:
-            raise InputError(f"{path} has mode {mode}: samples have 8 bits per channel and no transparency")
+        image = self.open(path)
+        if image.mode not in LOSSLESS_MODES or image.has_transparency_data:
+            raise InputError(f"{path} has mode {image.mode}: samples have 8 bits per channel and no transparency")
+        pixels = np.asarray(to_rgb(image))
         if pixels.shape[:2] != self.shape:
             raise InputError(f"{path} is {format_shape(pixels.shape[:2])}, the others are {format_shape(self.shape)}")
         return pixels
@@ -169,9 +165,9 @@ class PngSamples(Samples):
     @staticmethod
     def open(path: Path) -> Image.Image:
         try:
-            return Image.open(path)
+            return decode_upright(read_file(path))
         except IMAGE_ERRORS as error:
-            raise InputError(f"{path} cannot be decoded ({error}): remove it and draw it again") from error
+            raise InputError(f"{path} cannot be decoded ({describe(error)}): remove it and draw it again") from error
 
     def labels(self, class_names: list[str]) -> list[int] | None:
         names = [path.parent.name for path in self.files]

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
 from lightning_mvar.data.classes import UNCONDITIONAL, Classes, normalized
-from lightning_mvar.data.images.decoding import IMAGE_ERRORS
+from lightning_mvar.data.images.decoding import FORMATS, IMAGE_ERRORS, decode_image, read_file, to_rgb
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline, fitted
 from lightning_mvar.sampling.grids import picture_grid
@@ -18,7 +18,6 @@ from lightning_mvar.sampling.grids import picture_grid
 MAX_IMAGES, MAX_GUIDANCE, MAX_TOP_K, MIN_TOP_P = 8, 100, 1_000_000, 0.001
 MAX_SEED = 2**53 - 1  # the largest integer that a browser's numbers hold exactly
 MAX_PIXELS = 50_000_000  # per upload
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow would start other programs for some other formats
 MIN_CANVAS_SIDE = 512  # pixels of the longer side; smaller images are enlarged to leave room to paint
 INSIDE, OUTSIDE = "the painted area", "everything else"  # regions to redraw
 
@@ -66,7 +65,7 @@ class PageBackend:
         """Returns the image of an editor and its mask, white where there is paint."""
         if editor is None or editor["background"] is None:
             raise InputError("there is no image to paint on: upload one, or use a drawn one")
-        image, mask = editor["background"].convert("RGB"), Image.new("L", editor["background"].size)
+        image, mask = to_rgb(editor["background"]), Image.new("L", editor["background"].size)
         for layer in editor["layers"]:
             paint = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha else 0)
             mask = ImageChops.lighter(mask, paint)
@@ -78,16 +77,13 @@ class PageBackend:
 
     def to_canvas(self, image: Image.Image) -> Image.Image:
         """Crops and resizes an image to the network's resolution, then enlarges each pixel to a square."""
-        return fitted(image.convert("RGB"), self.pipe.shape).resize(self.canvas_size, Image.Resampling.NEAREST)
+        return fitted(image, self.pipe.shape).resize(self.canvas_size, Image.Resampling.NEAREST)
 
     def load_upload(self, path: str) -> Image.Image:
         """Reads an uploaded file and returns it on the canvas."""
         name = Path(path).name
         try:
-            with Image.open(path, formats=FORMATS) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                return self.to_canvas(ImageOps.exif_transpose(file))
+            return self.to_canvas(decode_image(read_file(Path(path)), MAX_PIXELS))
         except Image.DecompressionBombError as error:
             raise InputError(f"{name} is too large: reduce it to {MAX_PIXELS // 10**6} megapixels") from error
         except IMAGE_ERRORS as error:

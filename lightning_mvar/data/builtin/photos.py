@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_mvar.data.builtin.base import RESOLUTION, EmbeddedSet, Split, check_split
+from lightning_mvar.data.images.decoding import read_image
 from lightning_mvar.errors import InputError
 
 PHOTO_FILES = {  # by class: package and file within it
@@ -77,10 +78,10 @@ def load_photos_with_margin(split: Split, layout: BandLayout = LAYOUT_32) -> tup
 
 def read_photo(file: str) -> NDArray[np.uint8]:
     """Reads a photo of a package as (H, W, 3), reduced to a shorter side of `MAX_SHORTER_SIDE` if larger (Lanczos)."""
-    with Image.open(find_installed_file(file)) as photo:
-        scale = min(MAX_SHORTER_SIDE / min(photo.size), 1)
-        width, height = (round(side * scale) for side in photo.size)
-        return np.asarray(photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+    photo = read_image(find_installed_file(file))
+    scale = min(MAX_SHORTER_SIDE / min(photo.size), 1)
+    width, height = (round(side * scale) for side in photo.size)
+    return np.asarray(photo.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def find_installed_file(file: str) -> Path:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Generator
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
-from lightning_mvar.data.images.decoding import IMAGE_ERRORS, decode_image, to_tensor
+from lightning_mvar.data.images.decoding import IMAGE_ERRORS, decode_image, describe, to_tensor
 from lightning_mvar.data.images.examples import Example, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.errors import InputError
@@ -104,7 +104,7 @@ class DecodedImages:
         try:
             image = decode_image(data)
         except IMAGE_ERRORS as error:
-            message = f"{path} cannot be decoded ({error})"
+            message = f"{path} cannot be decoded ({describe(error)})"
             if self.on_corrupt == "skip":
                 return Example(None, label, key, message)
             raise CorruptImageError(

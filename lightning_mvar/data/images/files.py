@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_mvar.data.images.decoding import SUFFIXES, read_file
 from lightning_mvar.data.images.labels import Labels
 from lightning_mvar.errors import InputError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class EncodedImages(ABC):
@@ -82,7 +81,7 @@ class EncodedImages(ABC):
 
 
 class FolderImages(EncodedImages):
-    """Images at `root/CLASS/.../NAME.{png,jpg,jpeg,webp}`, or at `root/NAME` with a label file.
+    """Images at `root/CLASS/.../NAME.{png,jpg,...}`, or at `root/NAME` with a label file.
 
     Classes are the folders in sorted order, including empty ones.
 
@@ -124,7 +123,7 @@ class FolderImages(EncodedImages):
         return str(self.path(index))
 
     def read(self, index: int) -> bytes:
-        return self.path(index).read_bytes()
+        return read_file(self.path(index))
 
 
 def images_below(root: Path, folder: str) -> Iterator[str]:
