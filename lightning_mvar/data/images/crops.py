@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Generator
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
-from lightning_mvar.data.images.decoding import IMAGE_ERRORS, decode_image, describe, to_tensor
+from lightning_mvar.data.images.decoding import IMAGE_ERRORS, UnusableFileError, decode_image, describe, to_tensor
 from lightning_mvar.data.images.examples import Example, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.errors import InputError
@@ -101,16 +101,22 @@ class DecodedImages:
             raise InputError(
                 f"{path} cannot be read ({error}): make it readable, then run the command again"
             ) from error
+        except UnusableFileError as error:
+            return self.failed(index, error)
         try:
             image = decode_image(data)
         except IMAGE_ERRORS as error:
-            message = f"{path} cannot be decoded ({describe(error)})"
-            if self.on_corrupt == "skip":
-                return Example(None, label, key, message)
-            raise CorruptImageError(
-                f"{message}: repair or remove it (or skip it, if the command has --on_corrupt)"
-            ) from error
+            return self.failed(index, error)
         return Example(to_tensor(self.resize_and_crop(image, generator)), label, key)
+
+    def failed(self, index: int, error: BaseException) -> Example:
+        """Returns an example that cannot be decoded, or raises CorruptImageError, as `on_corrupt` says."""
+        message = f"{self.encoded.display_path(index)} cannot be decoded ({describe(error)})"
+        if self.on_corrupt == "skip":
+            return Example(None, int(self.encoded.labels[index]), self.key(index), message)
+        raise CorruptImageError(
+            f"{message}: repair or remove it (or skip it, if the command has --on_corrupt)"
+        ) from error
 
     def key(self, index: int) -> str:
         return self.encoded.key(index)

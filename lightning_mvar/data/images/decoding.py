@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zlib
@@ -68,6 +69,10 @@ MAX_PNG_RECORD = 2**18  # bytes of such a chunk
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+class UnusableFileError(ValueError):
+    """The content of an image file is missing or too large."""
+
+
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads an image file as `decode_image` does.
 
@@ -87,19 +92,19 @@ def read_file(path: Path) -> bytes:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is not a regular file, or has more than `MAX_BYTES`.
+        UnusableFileError: if it is not a regular file, or has more than `MAX_BYTES`.
     """
     status = path.stat()
     if not S_ISREG(status.st_mode):
-        raise ValueError("it is not a regular file")
+        raise UnusableFileError("it is not a regular file")
     check_bytes(status.st_size)
     return path.read_bytes()
 
 
 def check_bytes(size: int) -> None:
-    """Raises ValueError if an image file is larger than `MAX_BYTES`."""
+    """Raises UnusableFileError if an image file is larger than `MAX_BYTES`."""
     if size > MAX_BYTES:
-        raise ValueError(f"it has {size} bytes, more than {MAX_BYTES}")
+        raise UnusableFileError(f"it has {size} bytes, more than {MAX_BYTES}")
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -193,13 +198,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     16-bit and 32-bit grey is scaled to 8 bits; of floats, white is the first of 1, 255, 65535 that no value exceeds,
     else the largest value.
     """
-    white = None
-    if image.mode in ("I", "F"):
-        _, high = image.getextrema()
-        levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535, 2**31 - 1)
-        white = next((level for level in levels if high <= level), high if np.isfinite(high) else 1.0)
-    elif image.mode.startswith("I;16"):
-        white = 65535
+    white = white_value(image)
     rgb = Image.new("RGB", image.size)
     rows = max(1, STRIP_PIXELS // max(image.width, 1))
     for top in range(0, image.height, rows):  # in strips, so that intermediate images stay small
@@ -208,8 +207,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return rgb
 
 
+def white_value(image: Image.Image) -> float | None:
+    """Returns the value of white in a mode of more than 8 bits per channel; None for other modes."""
+    if image.mode.startswith("I;16"):
+        return 65535
+    if image.mode not in ("I", "F"):
+        return None
+    high = float(image.getextrema()[1])  # type: ignore[arg-type]  # one channel
+    levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, 2.0**31 - 1)
+    return next((level for level in levels if high <= level), high if math.isfinite(high) else 1.0)
+
+
 def strip_to_rgb(image: Image.Image, white: float | None) -> Image.Image:
-    """Converts an image to RGB on white; `white` is the value of white in a mode of more than 8 bits, else None."""
+    """Converts an image to RGB on white; `white` is its `white_value`."""
     if white is not None:
         values = np.asarray(image)
         grey = np.nan_to_num(values.astype(np.float32), posinf=white, neginf=0) * np.float32(255 / white)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_mvar.data.images.decoding import SUFFIXES, read_file
+from lightning_mvar.data.images.decoding import SUFFIXES, UnusableFileError, read_file
 from lightning_mvar.data.images.labels import Labels
 from lightning_mvar.errors import InputError
 
@@ -77,6 +77,7 @@ class EncodedImages(ABC):
 
         Raises:
             OSError: if the file cannot be read.
+            UnusableFileError: if there is no content to decode.
         """
 
 
@@ -123,7 +124,10 @@ class FolderImages(EncodedImages):
         return str(self.path(index))
 
     def read(self, index: int) -> bytes:
-        return read_file(self.path(index))
+        path = self.path(index)
+        if path.is_symlink() and not path.exists():
+            raise UnusableFileError("it is a link to a file that does not exist")
+        return read_file(path)
 
 
 def images_below(root: Path, folder: str) -> Iterator[str]:
