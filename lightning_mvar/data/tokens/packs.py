@@ -66,6 +66,8 @@ def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """Yields name and content of each member of a tar file, up to its end or to a block of zeros."""
     while (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if not member.name.isprintable():
+            raise ValueError("it has a member whose name is not printable")
         if not 0 <= member.size <= MAX_MEMBER_BYTES:
             raise ValueError(f"{member.name} cannot have {member.size} bytes")
         content = file.read(member.size)
