@@ -52,7 +52,7 @@ class SurvivingRecords:
         except OSError as error:
             self.failed = True
             log.warning(
-                "cannot write TensorBoard's events to %s (%s): training goes on without them; --resume begins a new file",
+                "cannot write TensorBoard's events to %s (%s): the run goes on without; --resume begins a new file",
                 self.folder,
                 error.strerror or error,
             )
