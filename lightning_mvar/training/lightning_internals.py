@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lightning_mvar.checkpoints.sealed import save_sharded
 from lightning_mvar.checkpoints.training import Checksums
@@ -46,6 +47,18 @@ def silence_sigterm_broadcast(trainer: L.Trainer) -> None:
 def collective_timeout(trainer: L.Trainer) -> timedelta | None:
     """Returns how long the strategy's collectives wait for other ranks, for groups that are to wait as long."""
     return getattr(trainer.strategy, "_timeout", None)
+
+
+def setup_with_timeout(strategy: Any, timeout: timedelta) -> None:
+    """Creates the process group with a time-out of its own, for ranks that never start; collectives keep theirs."""
+    run_timeout, strategy._timeout = strategy._timeout, timeout
+    try:
+        strategy.setup_environment()
+    finally:
+        strategy._timeout = run_timeout
+    mesh = getattr(strategy, "_device_mesh", None)
+    for group in [None, *([] if mesh is None else mesh.get_all_groups())]:
+        _set_pg_timeout(run_timeout, group)
 
 
 def started_processes(strategy: Any) -> list[Popen[bytes]]:
