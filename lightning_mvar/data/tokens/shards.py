@@ -161,6 +161,11 @@ class Manifest:
         """Number of shards in a finished folder."""
         return -(-self.num_images * self.views // self.shard_size)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything but the location of the images."""
+        return hashlib.sha256(json.dumps(asdict(self) | {"source": ""}).encode()).hexdigest()
+
     def failures(self) -> dict[str, str]:
         """Returns one message per unreadable image, by image key."""
         return {key: message for shard in self.shards for key, message in shard.skipped.items()}
