@@ -66,15 +66,17 @@ def tokenize(
     """Encode images into token shards. Run again, on any number of devices, it continues where it stopped.
 
     Args:
-        images: a folder of class folders (CLASS/NAME.png|jpg|jpeg|webp); ImageNet's tar of tars, a tar of class
-            folders, or one tar per class; WebDataset shards with .cls, as a folder or a pattern
-            (train-{0000..0146}.tar); Parquet files with image and label; or `digits:train`, `photos:test` and the like.
-            Archives may be remote: https://HOST/train-{0000..0146}.tar, or a command that prints an archive, such as
+        images: a folder of class folders (CLASS/NAME.png|jpg|webp|...); ImageNet's tar of tars, a tar of class folders,
+            or one tar per class; WebDataset shards with .cls or .json, as a folder or a pattern
+            (train-{0000..0146}.tar); Parquet or Arrow files with image and label; or `digits:train`, `photos:test` and
+            the like. Tars may be compressed (.tar.gz, .tar.zst). Archives may be remote:
+            https://HOST/train-{0000..0146}.tar, or a command that prints an archive, such as
             `pipe:aws s3 cp s3://BUCKET/train-{0000..0146}.tar -`.
         tokenizer: folder that `train-tokenizer` or `export` wrote.
         out: folder for the shards and their manifest.
         labels: for images without classes, such as ILSVRC2012_img_val.tar: a file with lines `NAME CLASS`, or only
-            CLASS in the order of the names, or ILSVRC2012_devkit_t12.tar.gz.
+            CLASS in the order of the names, or ILSVRC2012_devkit_t12.tar.gz. For tables and shards with several labels
+            or images: the columns to take, as LABEL or IMAGE,LABEL.
         class_names: names of classes that are numbers: `imagenet`, or a file with one name per line.
         views: samples per image: 1 is the centre crop, more are random crops.
         flips: mirror half of the random crops.
@@ -83,7 +85,7 @@ def tokenize(
         batch_size: images encoded at once.
         num_workers: image-decoding processes per device; 0 decodes in the encoding process.
         max_failures: number of undecodable images to tolerate; they are skipped, reported and listed in the manifest.
-        cache_dir: folder on this machine for downloaded archives; nothing is ever removed from it.
+        cache_dir: folder on this machine for downloaded and decompressed archives; nothing is ever removed from it.
         retries: further attempts to read a remote archive after a failed one: 1, 2, 4, ... seconds later.
         precision: precision of the encoder; codes are chosen in float32.
         device: auto, cpu, cuda or cuda:N.

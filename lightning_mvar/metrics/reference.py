@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
@@ -126,7 +126,7 @@ def open_reference(name: str) -> Reference:
     if (embedded := find_embedded_set(name)) is not None:
         return Reference(name, "images", embedded)
     if is_remote(name):
-        is_archive = PurePosixPath(remote_file_name(name)).suffix in ARCHIVE_SUFFIXES
+        is_archive = remote_file_name(name).endswith(ARCHIVE_SUFFIXES)
         return Reference(name, "images" if is_archive else "shards")
     path = Path(name)
     if path.suffix == ".npz":

@@ -13,7 +13,8 @@ from PIL import Image
 
 from lightning_mvar.data.images.decoding import IMAGE_ERRORS, decode_upright, describe, read_file, to_rgb, to_tensor
 from lightning_mvar.data.images.examples import Example
-from lightning_mvar.data.images.files import identity_of, visible
+from lightning_mvar.data.images.files import identity_of
+from lightning_mvar.data.images.names import visible
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.npz import NpzArray, array_names, read_text
 from lightning_mvar.scales import Shape, format_shape

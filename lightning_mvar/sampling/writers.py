@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_mvar.data.images.files import visible
+from lightning_mvar.data.images.names import visible
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.npz import NpzArray, write_npz

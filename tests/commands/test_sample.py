@@ -16,7 +16,7 @@ from processes import start
 from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
-from lightning_mvar.data.images.files import visible
+from lightning_mvar.data.images.names import visible
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling import sampler
 from lightning_mvar.sampling.generate import draw_images

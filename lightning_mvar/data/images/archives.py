@@ -1,52 +1,32 @@
 """Images in tar archives, read in place without unpacking.
 
 The members show the layout: ImageNet's `ILSVRC2012_img_train.tar`, a tar with one inner tar per class; one tar of class
-folders; WebDataset shards, with a `.cls` next to each image; one tar per class, named after it; or, with a label file,
-a flat tar of images such as `ILSVRC2012_img_val.tar`.
+folders; WebDataset shards, with a `.cls` or a `.json` with a label next to each image; one tar per class, named after
+it; or, with a label file, a flat tar of images such as `ILSVRC2012_img_val.tar`.
 """
 
 from __future__ import annotations
 
 import os.path
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from lightning_mvar.data.images.files import EncodedImages, is_image
+from lightning_mvar.data.images.classes import LABEL_FIELDS, KeysAndLabels, Numbers, labels_of
+from lightning_mvar.data.images.decoding import SUFFIXES, check_bytes
+from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.data.images.labels import Labels
+from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_split_folders
+from lightning_mvar.data.images.tars import Member, list_members
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.json_files import parse_json
 
-
-class Member(NamedTuple):
-    """A file in an archive."""
-
-    archive: int  # index of the outermost archive
-    path: str  # within the archive that contains it
-    offset: int  # in bytes, within the outermost archive
-    size: int
-    inner: str = ""  # path of the inner archive that contains it, if any
-
-    @property
-    def name(self) -> str:
-        return PurePosixPath(self.path).name
-
-    @property
-    def sample_id(self) -> tuple[int, str]:
-        """Identity of the WebDataset sample: files of one sample share their name up to the first dot."""
-        folder, name = os.path.split(self.path)
-        return self.archive, f"{folder}/{name.split('.')[0]}"
-
-
-class KeysAndLabels(NamedTuple):
-    """Class names in label order, and the key and label of each image."""
-
-    class_names: list[str]
-    keys: list[str]
-    labels: list[int]
+INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
+MAX_LABEL_BYTES = 2**20  # of a .cls or .json file
 
 
 class TarImages(EncodedImages):
@@ -54,28 +34,50 @@ class TarImages(EncodedImages):
 
     Args:
         paths: the archives.
-        labels: labels from a file, used instead of those of the archives.
+        labels: labels from a file, used instead of those of the archives; or the columns of WebDataset shards to take,
+            as LABEL or IMAGE,LABEL, if there are several: LABEL is `cls` or a field of the `.json`, IMAGE a suffix.
         class_names: class names in label order, if the archives have class numbers.
 
     Raises:
         InputError: if an archive is missing, damaged or compressed, or an image has no class.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Labels | None, class_names: Sequence[str] | None) -> None:
-        self.paths = list(paths)
-        members = [*tqdm(list_members(self.paths), desc="list archives", unit="file", leave=False)]
+    same_name_remedy = "unpack the archive, which keeps the last, and pack it again (tar -r and tar -u leave both)"
+
+    def __init__(self, paths: Sequence[Path], labels: Labels | str | None, class_names: Sequence[str] | None) -> None:
+        self.paths, skipped = list(paths), Skipped()
+        image_column, _, label_column = labels.rpartition(",") if isinstance(labels, str) else ("", "", "")
+        members = [member for member in list_members(self.paths, skipped) if not self.skips(member, skipped)]
         images = sorted((m for m in members if is_image(m.name)), key=lambda m: m.name)
+        if image_column:
+            images = [m for m in images if m.column == image_column]
         if not images:
-            raise InputError(f"no images in {self.paths[0]}: expected members ending in .jpg, .jpeg, .png or .webp")
-        class_files = {member.sample_id: member for member in members if member.path.endswith(".cls")}
-        if labels is not None:
-            named = KeysAndLabels(labels.class_names, *labels.assign([m.name for m in images], self.paths[0]))
-        elif class_files:
-            named = keys_from_numbers(images, self.read_class_numbers(images, class_files), class_names, self.paths)
+            raise InputError(f"no images in {self.paths[0]}: expected members with a suffix of {', '.join(SUFFIXES)}")
+        if isinstance(labels, Labels):
+            named = labels.assign([m.name for m in images], self.paths[0], skipped)
+        elif label_files := self.find_label_files(images, members, label_column):
+            refuse_two_images(images, self.paths)
+            words = self.read_classes(images, label_files, label_column)
+            named = keys_from_words(images, words, class_names, self.paths)
         else:
             reject_samples_without_class(images, members, self.paths)
             named = keys_from_paths(images, self.paths)
-        super().__init__(*named, np.array([(m.archive, m.offset, m.size) for m in images], np.int64))
+        self.count_others(images, members, skipped)
+        super().__init__(*named, np.array([(m.archive, m.offset, m.size) for m in images], np.int64), skipped)
+
+    def skips(self, member: Member, skipped: Skipped) -> bool:
+        """Returns whether a member is not part of a set of images, and counts it then."""
+        clutter = any(is_clutter(part) for part in PurePosixPath(member.path).parts)
+        if clutter:
+            skipped.add("hidden or system files or folders", f"{self.paths[member.archive]}: {member.path}")
+        return clutter
+
+    def count_others(self, images: list[Member], members: list[Member], skipped: Skipped) -> None:
+        """Counts the members that belong to no image."""
+        samples = {member.sample_id for member in images}
+        for member in members:
+            if not is_image(member.name) and member.sample_id not in samples:
+                skipped.add("files of other types", f"{self.paths[member.archive]}: {member.path}")
 
     def files(self) -> Iterable[Path]:
         return self.paths
@@ -84,7 +86,9 @@ class TarImages(EncodedImages):
         return f"{self.paths[int(self.locations[index, 0])]}: {self.key(index)}"
 
     def read(self, index: int) -> bytes:
-        return self.read_range(*self.locations[index].tolist())
+        archive, offset, size = self.locations[index].tolist()
+        check_bytes(size)
+        return self.read_range(archive, offset, size)
 
     def read_range(self, archive: int, offset: int, size: int) -> bytes:
         with self.paths[archive].open("rb", buffering=0) as file:
@@ -94,44 +98,114 @@ class TarImages(EncodedImages):
             raise OSError(f"{self.paths[archive]} was truncated after it was opened")
         return data
 
-    def read_class_numbers(self, images: list[Member], class_files: dict[tuple[int, str], Member]) -> list[int]:
-        """Reads the class number of each image from the `.cls` file next to it."""
-        numbers = []
+    def find_label_files(
+        self, images: list[Member], members: list[Member], column: str
+    ) -> dict[tuple[int, str], Member]:
+        """Returns the file with the class of each sample: the one that `column` names, else `.cls`, else `.json`.
+
+        Without `column`, a `.json` counts only if it has a class and the images are not in several folders.
+        """
+        kinds = [column if column == "cls" else "json"] if column else ["cls", "json"]
+        samples = {image.sample_id for image in images}
+        for kind in kinds:
+            found = {m.sample_id: m for m in members if m.column.split(".")[-1] == kind and m.sample_id in samples}
+            if found and (column or kind == "cls"):
+                return found
+            in_folders = len({os.path.dirname(image.path) for image in images}) > 1
+            if found and not in_folders and self.read_class(next(iter(found.values())), column) is not None:
+                return found
+        if column:
+            raise InputError(f"{self.paths[0]} has no {kinds[0]} files next to its images: leave out --labels {column}")
+        return {}
+
+    def read_classes(
+        self, images: list[Member], label_files: dict[tuple[int, str], Member], column: str
+    ) -> list[str | int]:
+        """Reads the class of each image, a name or a number, from the file next to it."""
+        words: list[str | int] = []
         for image in tqdm(images, desc="read classes", unit="file", leave=False):
-            member, name = class_files.get(image.sample_id), f"{self.paths[image.archive]}: {image.path}"
-            if member is None:
-                raise InputError(f"{name} has no class: add a .cls file next to it")
-            text = self.read_range(member.archive, member.offset, member.size).decode(errors="replace").strip()
-            if not text.isdecimal():
-                raise InputError(f"{name} has the class {text!r}; a .cls file must contain a number from 0")
-            numbers.append(int(text))
-        return numbers
+            member = label_files.get(image.sample_id)
+            word = None if member is None else self.read_class(member, column)
+            if word is None:
+                raise InputError(f"{self.paths[image.archive]}: {image.path} has no class: add a .cls file next to it")
+            words.append(word)
+        return words
+
+    def read_class(self, member: Member, column: str) -> str | int | None:
+        """Reads the class in a `.cls` or `.json` file; None if the JSON has none."""
+        name = f"{self.paths[member.archive]}: {member.path}"
+        if member.size > MAX_LABEL_BYTES:
+            raise InputError(f"{name} has {member.size} bytes, too many for a class")
+        data = self.read_range(member.archive, member.offset, member.size)
+        if member.column.endswith("json"):
+            return class_in_json(data, name, column)
+        text = data.decode(errors="replace").strip()
+        return int(text) if INTEGER.fullmatch(text) else text
 
 
-def keys_from_numbers(
-    images: list[Member], labels: list[int], class_names: Sequence[str] | None, paths: Sequence[Path]
-) -> KeysAndLabels:
-    """Keys are CLASS/NAME, or CLASS/ARCHIVE/NAME if names repeat across archives."""
-    names = list(class_names) if class_names is not None else [str(label) for label in range(max(labels) + 1)]
-    if max(labels) >= len(names):
+def class_in_json(data: bytes, source: str, field: str) -> str | int | None:
+    """Returns the class in the JSON next to an image: in the given field, or in the only one that may hold it."""
+    values = parse_json(data, dict[str, Any], source)
+    fields = [field] if field else [name for name in LABEL_FIELDS if isinstance(values.get(name), str | int)]
+    if len(fields) > 1:
         raise InputError(
-            f"the archives ({paths[0]}, ...) have the class {max(labels)}; --class_names has {len(names)} names"
+            f"{source} has several fields that may be the class ({', '.join(fields)}): choose one, such as --labels "
+            f"{fields[0]}"
         )
-    keys = [f"{names[label]}/{image.name}" for label, image in zip(labels, images, strict=True)]
-    if len(set(keys)) < len(keys):
-        stems = [paths[image.archive].stem for image in images]
-        rows = zip(labels, stems, images, strict=True)
-        keys = [f"{names[label]}/{stem}/{image.name}" for label, stem, image in rows]
+    if not fields:
+        return None
+    value = values.get(fields[0])
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise InputError(f"{source} has the class {value!r} in {fields[0]}; expected a number from 0, or a name")
+    return value
+
+
+def refuse_two_images(images: list[Member], paths: Sequence[Path]) -> None:
+    """Raises InputError if a WebDataset sample has several images, such as a photo and a mask."""
+    first: dict[tuple[int, str], Member] = {}
+    for image in images:
+        other = first.setdefault(image.sample_id, image)
+        if other.column != image.column:
+            raise InputError(
+                f"{paths[image.archive]} has two images in one sample, {other.path} and {image.path}: choose one, such "
+                f"as --labels {other.column},cls"
+            )
+
+
+def keys_from_words(
+    images: list[Member], words: list[str | int], class_names: Sequence[str] | None, paths: Sequence[Path]
+) -> KeysAndLabels:
+    """Keys are CLASS/NAME, CLASS/ARCHIVE/NAME if names repeat across archives, or CLASS/ARCHIVE/PATH within one."""
+    if class_names is not None:
+        known = set(class_names)
+        number = max((word for word in words if isinstance(word, int) and str(word) not in known), default=0)
+        if number >= len(class_names):
+            raise InputError(
+                f"the archives ({paths[0]}, ...) have the class {number}; --class_names has {len(class_names)} names"
+            )
+    numbers: Numbers = "any" if any(isinstance(word, int) for word in words) else "never"
+    names, labels = labels_of([*map(str, words)], class_names, str(paths[0]), numbers)
+    stems = [paths[image.archive].stem for image in images]
+    choices = (
+        [image.name for image in images],
+        [f"{stem}/{image.name}" for stem, image in zip(stems, images, strict=True)],
+        [f"{stem}/{image.path}" for stem, image in zip(stems, images, strict=True)],
+    )
+    for choice in choices:
+        keys = [f"{names[label]}/{name}" for label, name in zip(labels, choice, strict=True)]
+        if len(set(keys)) == len(keys):
+            break
     return KeysAndLabels(names, keys, labels)
 
 
 def reject_samples_without_class(images: list[Member], members: list[Member], paths: Sequence[Path]) -> None:
-    """Raises InputError for WebDataset shards without `.cls` files."""
+    """Raises InputError for WebDataset shards without classes."""
     others = {member.sample_id for member in members if not is_image(member.name)}
     image = next((m for m in images if not m.inner and "/" not in m.path and m.sample_id in others), None)
     if image is not None:
         raise InputError(
-            f"{paths[image.archive]} has other files next to {image.path}, but no .cls file with its class"
+            f"{paths[image.archive]} has other files next to {image.path}, but no .cls file with its class, and no "
+            f"class in a .json: add one, or pass a label file with --labels"
         )
 
 
@@ -139,7 +213,7 @@ def keys_from_paths(images: list[Member], paths: Sequence[Path]) -> KeysAndLabel
     """Takes the class of an image from its inner archive, its folder or its archive.
 
     Raises:
-        InputError: if all images are in the same place.
+        InputError: if all images are in the same place, or the folders are splits rather than classes.
     """
     folders = [os.path.dirname(image.path) for image in images]
     root = os.path.commonpath(folders) if any(folders) else ""
@@ -155,39 +229,6 @@ def keys_from_paths(images: list[Member], paths: Sequence[Path]) -> KeysAndLabel
     names = sorted({key.split("/")[0] for key in keys})
     if len(names) == 1 and len(paths) == 1 and not images[0].inner:
         raise InputError(f"{paths[0]} does not say which classes its images belong to: pass a label file with --labels")
+    refuse_split_folders(names, keys, str(paths[0]))
     numbers = {name: label for label, name in enumerate(names)}
     return KeysAndLabels(names, keys, [numbers[key.split("/")[0]] for key in keys])
-
-
-def list_members(paths: Sequence[Path]) -> Iterator[Member]:
-    """Lists all files of the archives.
-
-    Raises:
-        InputError: if an archive cannot be read.
-    """
-    for number, path in enumerate(paths):
-        try:
-            with path.open("rb") as file:
-                yield from walk_archive(file, 0, path.stat().st_size, number, "")
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise InputError(
-                f"{path} is not a tar archive, or compressed, or damaged ({error}): decompress it or download it again"
-            ) from error
-
-
-def walk_archive(file: BinaryIO, begin: int, end: int, number: int, inner: str) -> Iterator[Member]:
-    """Lists the files of the archive at bytes `begin` to `end` of a file, and of its inner archives."""
-    file.seek(begin)
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (member := archive.next()) is not None:
-            data = member.offset_data
-            if data + member.size > end:
-                raise tarfile.ReadError(f"it is truncated in the middle of {member.name}")
-            if member.isfile() and member.name.endswith(".tar") and not inner:
-                yield from walk_archive(file, data, data + member.size, number, member.name)
-            elif member.isfile():
-                yield Member(number, member.name.removeprefix("./").lstrip("/"), data, member.size, inner)
-            archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all in memory
-        file.seek(archive.offset)
-        if any(file.read(min(tarfile.BLOCKSIZE, end - archive.offset))):  # tarfile takes a damaged header for the end
-            raise tarfile.ReadError(f"it is damaged at byte {archive.offset}")

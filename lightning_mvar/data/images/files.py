@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_mvar.data.images.decoding import SUFFIXES, UnusableFileError, read_file
 from lightning_mvar.data.images.labels import Labels
+from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_split_folders
 from lightning_mvar.errors import InputError
 
 
@@ -26,14 +27,22 @@ class EncodedImages(ABC):
         keys: CLASS/NAME of each image.
         labels: label of each image, in [0, classes).
         locations: (n, m) integers that locate each image in its storage.
+        skipped: what was left out of the set.
     """
 
     # Read-locality group of each image (e.g. Parquet row group); None if order does not matter.
     groups: NDArray[np.int64] | None = None
+    same_name_remedy = "rename or remove one of them"
 
     def __init__(
-        self, class_names: Sequence[str], keys: Sequence[str], labels: Sequence[int], locations: NDArray[np.int64]
+        self,
+        class_names: Sequence[str],
+        keys: Sequence[str],
+        labels: Sequence[int],
+        locations: NDArray[np.int64],
+        skipped: Skipped | None = None,
     ) -> None:
+        self.skipped = Skipped() if skipped is None else skipped
         order = sorted(range(len(keys)), key=lambda i: keys[i].split("/"))
         self.class_names = list(class_names)
         try:
@@ -44,7 +53,7 @@ class EncodedImages(ABC):
         repeated = np.flatnonzero(self.keys[1:] == self.keys[:-1])
         if len(repeated):
             first, second = (self.display_path(int(repeated[0]) + i) for i in (0, 1))
-            raise InputError(f"{first} and {second} have the same name: rename or remove one of them")
+            raise InputError(f"{first} and {second} have the same name: {self.same_name_remedy}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,38 +93,39 @@ class EncodedImages(ABC):
 class FolderImages(EncodedImages):
     """Images at `root/CLASS/.../NAME.{png,jpg,...}`, or at `root/NAME` with a label file.
 
-    Classes are the folders in sorted order, including empty ones.
+    Classes are the folders in sorted order, including empty ones. What is left out: see `list_folder`.
 
     Args:
         root: the folder.
         labels: labels from a file, used instead of class folders.
 
     Raises:
-        InputError: if there are no images, or the labels do not fit them.
+        InputError: if there are no images, the labels do not fit them, or the folders are splits rather than classes.
     """
 
     def __init__(self, root: Path, labels: Labels | None) -> None:
-        self.root, self.is_flat = root, labels is not None
-        classes = sorted(path.name for path in visible(root.iterdir()) if path.is_dir())
-        names = sorted(
-            [name for folder in classes for name in images_below(root, folder)]
-            if labels is None
-            else [path.name for path in visible(root.iterdir()) if is_image(path.name)]
-        )
+        self.root, self.is_flat, skipped = root, labels is not None, Skipped()
+        classes, names = list_folder(root, skipped, recursive=labels is None)
+        if labels is None:
+            for name in (name for name in names if "/" not in name):
+                skipped.add("images outside of the class folders", name)
+            names = [name for name in names if "/" in name]
         if not names:
             expected = f"{root}/CLASS/NAME" if labels is None else f"{root}/NAME"
             raise InputError(f"no images under {root}: expected {expected} with a suffix of {', '.join(SUFFIXES)}")
         if labels is None:
+            refuse_split_folders(classes, names, str(root))
             numbers = {name: label for label, name in enumerate(classes)}
             keys, image_labels = names, [numbers[name.split("/")[0]] for name in names]
         else:
-            classes = labels.class_names
-            keys, image_labels = labels.assign(names, root)
-        super().__init__(classes, keys, image_labels, np.empty((len(keys), 0), np.int64))
+            classes, keys, image_labels = labels.assign(names, root, skipped)
+        super().__init__(classes, keys, image_labels, np.empty((len(keys), 0), np.int64), skipped)
 
     def path(self, index: int) -> Path:
         key = self.key(index)
-        return self.root / (key.partition("/")[2] if self.is_flat else key)
+        if self.is_flat:
+            key = key.removeprefix(f"{self.class_names[int(self.labels[index])]}/")
+        return self.root / key
 
     def files(self) -> Iterable[Path]:
         return (self.path(index) for index in range(len(self)))
@@ -130,24 +140,89 @@ class FolderImages(EncodedImages):
         return read_file(path)
 
 
-def images_below(root: Path, folder: str) -> Iterator[str]:
-    """Lists the images in a folder and its subfolders, as paths relative to `root`."""
-    for directory, _, names in os.walk(root / folder, followlinks=True):
-        relative = Path(directory).relative_to(root).as_posix()
-        yield from (f"{relative}/{name}" for name in names if is_image(name))
+def list_folder(root: Path, skipped: Skipped, recursive: bool = True) -> tuple[list[str], list[str]]:
+    """Lists the folders in `root`, and the images in it and below it, both sorted.
+
+    Hidden files and other clutter, other types of files, and links to folders that are listed anyway are left out.
+
+    Args:
+        root: the folder.
+        skipped: counts what is left out.
+        recursive: list folders below `root` as well.
+
+    Returns:
+        names of the folders, and paths of the images relative to `root`.
+
+    Raises:
+        InputError: if a folder cannot be listed.
+    """
+    guard, folders, images = LinkGuard(root), list[str](), list[str]()
+    pending = [""]  # folders still to list, with a slash at the end
+    while pending:
+        folder = pending.pop()
+        for entry in scan(root / folder):
+            name = folder + entry.name
+            reason = reason_to_skip(entry) if recursive or not entry.is_dir() else "folders"
+            if reason is None and entry.is_dir() and not guard.admits(entry):
+                reason = "links to folders of the same set"
+            if reason is not None:
+                skipped.add(reason, name)
+            elif not entry.is_dir():
+                images.append(name)
+            else:
+                pending.append(f"{name}/")
+                folders += [] if folder else [name]
+    return sorted(folders), sorted(images)
 
 
-def is_image(name: str) -> bool:
-    """Returns whether a file name (without folders) is that of an image; hidden files are not images."""
-    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+def reason_to_skip(entry: os.DirEntry[str]) -> str | None:
+    """Returns why a file or folder is not part of a set of images; None if it is."""
+    if is_clutter(entry.name):
+        return "hidden or system files or folders"
+    if entry.is_dir():
+        return None
+    if not is_image(entry.name):
+        return "files of other types"
+    # A broken link is an image that is missing.
+    return None if entry.is_file() or entry.is_symlink() else "pipes or devices"
 
 
-def visible(paths: Iterable[Path]) -> Iterator[Path]:
-    """Skips paths whose names start with a dot, such as unfinished files."""
-    return (path for path in paths if not path.name.startswith("."))
+class LinkGuard:
+    """Admits each folder once, and no link to a folder within `root` or around it, which may be a loop."""
+
+    def __init__(self, root: Path) -> None:
+        self.real_root = os.path.realpath(root)
+        status = os.stat(root)
+        self.admitted = {(status.st_dev, status.st_ino)}
+
+    def admits(self, folder: os.DirEntry[str]) -> bool:
+        if folder.is_symlink():
+            real = os.path.realpath(folder.path)
+            if os.path.commonpath([real, self.real_root]) in (real, self.real_root):
+                return False
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        is_new = identity not in self.admitted
+        self.admitted.add(identity)
+        return is_new
+
+
+def scan(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"cannot list {folder} ({error.strerror}): make it readable, or remove it") from error
 
 
 def identity_of(files: Iterable[Path]) -> str:
-    """Returns a hash of names, sizes and modification times."""
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    """Returns a hash of names, sizes and modification times; of a broken link, those of the link."""
+    stats = [(str(path), status.st_size, status.st_mtime_ns) for path in files for status in [status_of(path)]]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def status_of(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return path.lstat()  # of a broken link

@@ -1,12 +1,13 @@
 """Opens images from a source string, as given on the command line and in YAML.
 
-A source is an embedded set such as `digits:train` or `photos:test`; a folder of class folders; a tar archive, a folder
-of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or Parquet files. Remote archives (`https://...` or
-`pipe:...`, see `lightning_mvar.io.fetch`) are downloaded first, because images are read in random order.
+A source is an embedded set such as `digits:train` or `photos:test`; a folder of class folders; a tar archive, perhaps
+compressed, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or Parquet or Arrow files. Remote
+ones (`https://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are downloaded first: images are read in random order.
 """
 
 from __future__ import annotations
 
+import re
 from glob import glob
 from pathlib import Path
 from typing import cast
@@ -17,11 +18,14 @@ from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.builtin.digits import DIGITS
 from lightning_mvar.data.builtin.photos import PHOTOS, PHOTOS64
 from lightning_mvar.data.images.archives import TarImages
+from lightning_mvar.data.images.classes import read_class_names
+from lightning_mvar.data.images.compressed import COMPRESSED_SUFFIXES, decompressed
 from lightning_mvar.data.images.crops import DecodedImages, EmbeddedImages
 from lightning_mvar.data.images.examples import ImageSource, OnCorrupt
-from lightning_mvar.data.images.files import EncodedImages, FolderImages, visible
-from lightning_mvar.data.images.labels import read_class_names, read_labels
-from lightning_mvar.data.images.parquet import ParquetImages
+from lightning_mvar.data.images.files import EncodedImages, FolderImages
+from lightning_mvar.data.images.labels import read_labels
+from lightning_mvar.data.images.names import SPLITS, is_image, refuse_split_files, visible
+from lightning_mvar.data.images.tables import TableImages
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import fetch_files, is_remote
 from lightning_mvar.scales import Shape, format_shape, shape_of
@@ -29,7 +33,10 @@ from lightning_mvar.scales import Shape, format_shape, shape_of
 EMBEDDED_SETS = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64)}
 
 IMAGE_CACHE = "outputs/image_cache"
-ARCHIVE_SUFFIXES = (".tar", ".parquet")
+TAR_SUFFIXES = (".tar", *COMPRESSED_SUFFIXES)
+TABLE_SUFFIXES = (".parquet", ".arrow")
+ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, *TABLE_SUFFIXES)
+COLUMNS = re.compile(r"([\w.-]+,)?[\w-]+")  # value of `labels` that names columns: LABEL or IMAGE,LABEL
 
 
 def open_images(
@@ -47,7 +54,8 @@ def open_images(
         source: see the module docstring.
         size: side of the crops in pixels, or their (height, width).
         on_corrupt: raise if an image cannot be decoded, or return an `Example` with an error.
-        labels: label file, for images that are not sorted by class; see `read_labels`.
+        labels: label file, for images that are not sorted by class; see `read_labels`. For archives and tables with
+            several labels or images, those to take, as LABEL or IMAGE,LABEL: columns, or WebDataset's suffixes.
         class_names: names of classes that are numbers in the source: `imagenet`, or a text file with one name per line.
         cache_dir: local folder for downloaded archives.
         retries: further attempts after a failed download.
@@ -77,50 +85,81 @@ def open_encoded(
     retries: int = 5,
 ) -> EncodedImages:
     """Opens the image files of a folder or of archives."""
-    label_file = None if labels is None else read_labels(Path(labels), class_names)
     paths = resolve_files(source, Path(cache_dir), retries)
-    if all(path.suffix == ".tar" for path in paths) and paths:
-        return TarImages(paths, label_file, class_names)
-    if label_file is not None and paths:
-        raise InputError(f"{source} has a label column: leave out --labels")
-    if paths:
-        return ParquetImages(paths, class_names)
-    if class_names is not None and label_file is None:
-        raise InputError(f"the classes of {source} are named by its folders: leave out --class_names")
-    return FolderImages(Path(source), label_file)
+    columns = labels if paths and labels is not None and is_choice_of_columns(labels) else ""
+    label_file = None if labels is None or columns else read_labels(Path(labels), class_names)
+    images: EncodedImages
+    if paths and paths[0].suffix == ".tar":
+        images = TarImages(paths, label_file or columns or None, class_names)
+    elif paths:
+        if label_file is not None:
+            raise InputError(f"{source} has a label column: leave out --labels, or name the column with it")
+        images = TableImages(paths, class_names, columns)
+    else:
+        if class_names is not None and label_file is None:
+            raise InputError(f"the classes of {source} are named by its folders: leave out --class_names")
+        images = FolderImages(Path(source), label_file)
+    images.skipped.tell(source)
+    return images
+
+
+def is_choice_of_columns(labels: str) -> bool:
+    return COLUMNS.fullmatch(labels) is not None and not Path(labels).exists()
 
 
 def resolve_files(source: str, cache_dir: Path, retries: int) -> list[Path]:
-    """Returns the archives or Parquet files of a file name, pattern, folder or remote address; downloads remote ones.
+    """Returns the archives or tables of a file name, pattern, folder or remote address.
 
-    The list is empty for a folder of images.
+    Remote ones are downloaded, and compressed ones decompressed, into the cache. The list is empty for a folder of
+    images.
 
     Raises:
         InputError: if the file or folder does not exist.
     """
     if is_remote(source):
-        return check_archives(fetch_files(expand_urls(source), cache_dir, retries))
-    path = Path(source)
-    if path.is_dir():
-        entries = sorted(visible(path.iterdir()))
-        archives = [p for p in entries if p.suffix == ".tar"] or [p for p in entries if p.suffix == ".parquet"]
-        if archives and any(p.is_dir() for p in entries):
-            raise InputError(
-                f"{source} has folders and {archives[0].name}: select the archives with a pattern, or move them"
-            )
-        return archives
+        paths = check_archives(fetch_files(expand_urls(source), cache_dir, retries))
+        return [decompressed(path, cache_dir) for path in paths]
+    if Path(source).is_dir():
+        return [decompressed(path, cache_dir) for path in archives_in(Path(source))]
     paths = [Path(name) for part in expand_urls(source) for name in (sorted(glob(part)) or [part])]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise InputError(
             f"{missing[0]} does not exist (or is not a file): use a folder, .tar or .parquet files, or digits:train"
         )
-    return check_archives(paths)
+    return [decompressed(path, cache_dir) for path in check_archives(paths)]
+
+
+def archives_in(folder: Path) -> list[Path]:
+    """Returns the archives or tables in a folder, or in the `data` folder of a repository; none if it has images.
+
+    Raises:
+        InputError: if the choice is ambiguous: there are also folders, or several splits.
+    """
+    entries = sorted(visible(folder.iterdir()))
+    files = [path for path in entries if path.is_file() and not path.name.startswith("cache-")]  # caches of `datasets`
+    found: list[Path] = []
+    for suffixes in (TAR_SUFFIXES, (".parquet",), (".arrow",)):
+        found = found or [path for path in files if path.name.endswith(suffixes)]
+    folders = [path for path in entries if path.is_dir()]
+    if found and folders:
+        raise InputError(f"{folder} has folders and {found[0].name}: select the archives with a pattern, or move them")
+    if found:
+        refuse_split_files(found, str(folder))
+        return found
+    if any(is_image(path.name) for path in files):
+        return []
+    if splits := [path.name for path in folders if path.name.lower() in SPLITS and archives_in(path)]:
+        raise InputError(
+            f"{folder} has the splits {', '.join(splits)}: choose one, such as --images {folder / splits[0]}"
+        )
+    return archives_in(folder / "data") if [path.name for path in folders] == ["data"] else []
 
 
 def check_archives(paths: list[Path]) -> list[Path]:
-    """Returns `paths`; raises InputError unless all are tar archives or all are Parquet files."""
-    if len({path.suffix for path in paths}) > 1 or paths[0].suffix not in ARCHIVE_SUFFIXES:
+    """Returns `paths`; raises InputError unless all are tar archives, all Parquet or all Arrow files."""
+    kinds = (TAR_SUFFIXES, ".parquet", ".arrow")
+    if not any(all(path.name.endswith(suffixes) for path in paths) for suffixes in kinds):
         raise InputError(f"{paths[0]} is neither a folder of class folders nor a .tar or .parquet file")
     return paths
 

@@ -232,10 +232,10 @@ def test_parquet_files_of_other_columns_are_refused(tmp_path: Path) -> None:
 
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     rows = [{"bytes": b"x", "path": "a.jpg"}, None]
-    words = pa.table({"image": pa.array(rows, image), "label": ["cat", "dog"]})
-    parquet.write_table(words, tmp_path / "words.parquet")
+    fractions = pa.table({"image": pa.array(rows, image), "label": [0.5, 1.5]})
+    parquet.write_table(fractions, tmp_path / "fractions.parquet")
     with pytest.raises(InputError, match="`label`, a number"):
-        open_encoded(str(tmp_path / "words.parquet"), None, None)
+        open_encoded(str(tmp_path / "fractions.parquet"), None, None)
     parquet.write_table(pa.table({"image": pa.array(rows, image), "label": [0, 1]}), tmp_path / "0.parquet")
     source = open_encoded(str(tmp_path / "0.parquet"), None, None)
     assert [source.read(i) for i in range(2)] == [b"x", b""]

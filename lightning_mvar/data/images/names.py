@@ -1,0 +1,94 @@
+"""What file names say: which are images, which the system or a program left there, and which are splits of a set."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lightning_mvar.data.images.decoding import SUFFIXES
+from lightning_mvar.errors import InputError
+
+# Left by macOS, Windows, Synology and file systems; hidden names, such as .DS_Store or .ipynb_checkpoints, as well.
+CLUTTER = {
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("@eadir", "#recycle", "lost+found"),
+}
+PAX_HEADERS = re.compile(r"PaxHeaders(\.\d+)?")
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+log = logging.getLogger(__name__)
+
+
+class Skipped:
+    """Counts what is left out of a set of images, by reason, with an example of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, example)
+
+    def tell(self, source: str) -> None:
+        """Logs what was left out in one line, once for all openings and ranks of a run."""
+        if self.counts and not (dist.is_initialized() and dist.get_rank()):
+            parts = [f"{reason} ({n}, such as {self.examples[reason]!r})" for reason, n in self.counts.items()]
+            tell_once(f"{source}: left out {'; '.join(parts)}")
+
+
+@cache
+def tell_once(line: str) -> None:
+    log.warning("%s", line)
+
+
+def is_image(name: str) -> bool:
+    """Returns whether a file name (without folders) is that of an image; hidden files are not images."""
+    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+
+
+def is_clutter(name: str) -> bool:
+    """Returns whether a file or folder of this name (without its parents) is not part of a set of images."""
+    return name.startswith(".") or name.lower() in CLUTTER or PAX_HEADERS.fullmatch(name) is not None
+
+
+def visible(paths: Iterable[Path]) -> Iterator[Path]:
+    """Skips paths whose names start with a dot, such as unfinished files, and what the system left."""
+    return (path for path in paths if not is_clutter(path.name))
+
+
+def without_suffix(name: str) -> str:
+    """Removes the suffix of an image from a file name, if it has one."""
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def refuse_split_folders(classes: Sequence[str], names: Iterable[str], source: str) -> None:
+    """Raises InputError if the top folders of CLASS/.../NAME are splits, with the classes below them."""
+    if all(name.lower() in SPLITS for name in classes) and any(name.count("/") > 1 for name in names):
+        raise InputError(
+            f"{source} has the folders {', '.join(classes)}, which are splits rather than classes: choose one, such as "
+            f"--images {source}/{classes[0]}"
+        )
+
+
+def refuse_split_files(paths: Sequence[Path], source: str) -> None:
+    """Raises InputError if the files of a folder belong to several splits, as their names say."""
+    splits = Counter(split for path in paths if (split := split_of(path.name)))
+    if len(splits) > 1 and sum(splits.values()) == len(paths):
+        counts = ", ".join(f"{split} ({count} files)" for split, count in splits.items())
+        raise InputError(
+            f"{source} has the splits {counts}: choose one, such as --images '{source}/*{next(iter(splits))}*', or "
+            f"take all with '{source}/*'"
+        )
+
+
+def split_of(name: str) -> str | None:
+    """Returns the split that a file name such as train-00000-of-00002.parquet contains."""
+    return next((word for word in re.split(r"[-_.]", name.lower()) if word in SPLITS), None)

@@ -1,0 +1,162 @@
+"""Parquet and Arrow files by groups of rows; what is read is bounded by what the file can hold."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import open_regular
+
+CACHED_GROUPS = 2  # groups cached per process: a batch reads from one or two
+MAX_GROUP_BYTES = 2**32  # of a row group in memory
+MAX_ROWS_PER_BYTE = 8  # of a file
+MAX_TEXT_BYTES = 4096  # of a name or path
+ARROW_FILE = b"ARROW1"  # begins Arrow's file format; its stream format has no mark
+TABLE_ERRORS = (  # base classes of pyarrow's errors
+    *(OSError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError),
+)
+
+
+class TableFile(ABC):
+    """A file of rows in groups; `schema` is pyarrow's."""
+
+    path: Path
+    schema: Any
+    num_groups: int
+
+    @abstractmethod
+    def read(self, group: int, columns: Sequence[str]) -> Any:
+        """Returns some columns of a group as a pyarrow table; `column.field` is a field of a struct.
+
+        Raises:
+            InputError: if the file is damaged, or the group is too large.
+        """
+
+    def has_field(self, column: str, field: str) -> bool:
+        """Returns whether a struct column has a field."""
+        kind = self.schema.field(column).type
+        return field in [kind.field(i).name for i in range(kind.num_fields)]
+
+
+class ParquetTable(TableFile):
+    """A Parquet file. Text is read as dictionaries, of which a repeated value takes memory once."""
+
+    def __init__(self, path: Path) -> None:
+        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+
+        self.path, self.file = path, ParquetFile(path)
+        self.schema, self.num_groups = self.file.schema_arrow, self.file.num_row_groups
+        rows, size = self.file.metadata.num_rows, path.stat().st_size
+        if not 0 <= rows <= MAX_ROWS_PER_BYTE * size:
+            raise ValueError(f"it claims {rows} rows in {size} bytes")
+
+    def read(self, group: int, columns: Sequence[str]) -> Any:
+        from pyarrow.parquet import ParquetFile
+
+        metadata = self.file.metadata.row_group(group)
+        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+        chunks = [c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+        size = sum(chunk.total_uncompressed_size for chunk in chunks)
+        if size > MAX_GROUP_BYTES or metadata.num_rows > MAX_ROWS_PER_BYTE * self.path.stat().st_size:
+            raise InputError(
+                f"{self.path} has {metadata.num_rows} rows and {size} bytes in row group {group}, more than "
+                f"{MAX_GROUP_BYTES}: write it again with smaller row groups"
+            )
+        # A value stored once may stand in every row.
+        repeated = [c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY" and is_repeated(c)]
+        try:
+            file = ParquetFile(self.path, read_dictionary=repeated) if repeated else self.file
+            return file.read_row_group(group, columns=list(columns), use_threads=False)
+        except TABLE_ERRORS as error:
+            raise InputError(f"{self.path} is damaged in row group {group} ({describe(error)})") from error
+
+
+class ArrowTable(TableFile):
+    """An Arrow file, as `save_to_disk` writes it; its groups are its record batches, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        from pyarrow import ipc, memory_map  # type: ignore[import-untyped]
+
+        source = memory_map(os.fspath(path))
+        magic = source.read(len(ARROW_FILE))
+        source.seek(0)
+        reader = ipc.open_file(source) if magic == ARROW_FILE else ipc.open_stream(source)
+        self.path, self.schema = path, reader.schema
+        self.batches = reader.read_all().to_batches()
+        self.num_groups = len(self.batches)
+
+    def read(self, group: int, columns: Sequence[str]) -> Any:
+        from pyarrow import Table
+
+        names = list(dict.fromkeys(name if name in self.schema.names else name.rpartition(".")[0] for name in columns))
+        try:
+            batch = self.batches[group].select(names)
+            batch.validate(full=True)  # offsets of a damaged file would point outside of it
+        except TABLE_ERRORS as error:
+            raise InputError(f"{self.path} is damaged in batch {group} ({describe(error)})") from error
+        return Table.from_batches([batch])
+
+
+def open_table(path: Path) -> TableFile:
+    """Opens a Parquet or an Arrow file, as its suffix says.
+
+    Raises:
+        InputError: if pyarrow is not installed, or the file is damaged.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"reading {path} needs pyarrow: pip install 'lightning-mvar[parquet]'") from error
+    open_regular(path).close()
+    try:
+        return ParquetTable(path) if path.suffix == ".parquet" else cached_arrow(path)
+    except TABLE_ERRORS as error:
+        kind = "a Parquet" if path.suffix == ".parquet" else "an Arrow"
+        raise InputError(f"{path} is damaged or not {kind} file ({describe(error)})") from error
+
+
+def read_group(path: Path, group: int, columns: tuple[str, ...]) -> Any:
+    return open_table(path).read(group, columns)
+
+
+# Groups are read without threads, because a process forked afterwards would not inherit them.
+cached_group = lru_cache(maxsize=CACHED_GROUPS)(read_group)
+cached_arrow = lru_cache(maxsize=None)(ArrowTable)  # mapped, so they take no memory
+
+
+def is_repeated(chunk: Any) -> bool:
+    """Returns whether a column may take much more memory than its pages, because they refer to a dictionary."""
+    has_dictionary = any("DICTIONARY" in encoding for encoding in chunk.encodings)
+    return has_dictionary and chunk.num_values * chunk.total_uncompressed_size > MAX_GROUP_BYTES
+
+
+def texts_of(column: Any, path: Path) -> list[Any]:
+    """Returns the values of a column of numbers or texts, which may be null.
+
+    Raises:
+        InputError: if a text has more than `MAX_TEXT_BYTES`.
+    """
+    from pyarrow import compute, types
+
+    values: list[Any] = []
+    for chunk in column.chunks:
+        choices = chunk.dictionary if types.is_dictionary(chunk.type) else chunk
+        if not types.is_integer(choices.type):
+            longest = compute.max(compute.binary_length(choices)).as_py()
+            if longest is not None and longest > MAX_TEXT_BYTES:
+                raise InputError(f"{path} has a name or path of {longest} bytes, more than {MAX_TEXT_BYTES}")
+        if choices is chunk:
+            values += chunk.to_pylist()
+        else:
+            texts = choices.to_pylist()
+            values += [None if i is None else texts[i] for i in chunk.indices.to_pylist()]
+    return values
+
+
+def describe(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,153 @@
+"""Lists the files of tar archives and where their bytes lie, without reading or unpacking them."""
+
+from __future__ import annotations
+
+import os
+import os.path
+import posixpath
+import tarfile
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from lightning_mvar.data.images.names import Skipped
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import open_regular
+
+MAX_HEADER_BYTES = 2**16  # of a member's extended header; a damaged one may claim any size
+MAX_PADDING_BYTES = 2**20  # of zeros between two joined archives
+MAX_LINKS = 40  # links that lead to links
+
+
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    archive: int  # index of the outermost archive
+    path: str  # within the archive that contains it
+    offset: int  # in bytes, within the outermost archive
+    size: int
+    inner: str = ""  # path of the inner archive that contains it, if any
+    target: str = ""  # path of the file that a link leads to
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def sample_id(self) -> tuple[int, str]:
+        """Identity of the WebDataset sample: files of one sample share their name up to the first dot."""
+        folder, name = os.path.split(self.path)
+        return self.archive, f"{folder}/{name.split('.')[0]}"
+
+    @property
+    def column(self) -> str:
+        """WebDataset's name of a file within its sample: the name after the first dot."""
+        return self.name.partition(".")[2].lower()
+
+
+class HeaderReader:
+    """File that `tarfile` may read headers from: their claimed size is bounded."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"it is damaged at byte {self.tell()}: a header claims {size} bytes")
+        return self.file.read(size)
+
+
+def list_members(paths: Sequence[Path], skipped: Skipped) -> Iterator[Member]:
+    """Lists all files of the archives; a link to a file counts as a file of its own name.
+
+    Args:
+        paths: the archives.
+        skipped: counts links that lead to no file.
+
+    Raises:
+        InputError: if an archive cannot be read.
+    """
+    for number, path in enumerate(paths):
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if not size:
+                    raise tarfile.ReadError("it is empty")
+                walk = walk_archive(file, 0, size, number, "")
+                members = [*tqdm(walk, desc=f"list {path.name}", unit="file", leave=False)]
+        except (OSError, EOFError, tarfile.TarError, OverflowError, RecursionError) as error:
+            raise InputError(
+                f"{path} is not a tar archive, or compressed, or damaged ({error}): decompress it or download it again"
+            ) from error
+        yield from follow_links(members, path, skipped)
+
+
+def follow_links(members: list[Member], path: Path, skipped: Skipped) -> Iterator[Member]:
+    """Replaces links by files that lie where their targets do."""
+    if not any(member.target for member in members):
+        yield from members
+        return
+    by_path = {(member.inner, member.path): member for member in members}
+    for member in members:
+        found: Member | None = member
+        for _ in range(MAX_LINKS):
+            if found is None or not found.target:
+                break
+            found = by_path.get((member.inner, found.target))
+        if found is None or found.target:
+            skipped.add("links to no file of the archive", f"{path}: {member.path}")
+        else:
+            yield member._replace(offset=found.offset, size=found.size, target="")
+
+
+def walk_archive(file: BinaryIO, begin: int, end: int, number: int, inner: str) -> Iterator[Member]:
+    """Lists the files of the archive at bytes `begin` to `end` of a file, and of its inner archives."""
+    while begin < end:  # a joined archive follows, as `cat a.tar b.tar` leaves it
+        begin = yield from walk_members(file, begin, end, number, inner)
+
+
+def walk_members(file: BinaryIO, begin: int, end: int, number: int, inner: str) -> Generator[Member, None, int]:
+    """Lists the files of one of several joined archives, and returns where the next one begins, or `end`."""
+    file.seek(begin)
+    with tarfile.open(fileobj=HeaderReader(file), mode="r:") as archive:  # type: ignore[call-overload]
+        while (member := archive.next()) is not None:
+            data = member.offset_data
+            if not 0 <= member.size <= end - data and not (member.islnk() or member.issym()):
+                raise tarfile.ReadError(f"it is truncated in the middle of {member.name}")
+            path = posixpath.normpath(member.name.lstrip("/"))
+            if member.isfile() and member.issparse():
+                raise tarfile.ReadError(f"{member.name} is stored as a sparse file: pack it without --sparse")
+            if member.isfile() and member.name.endswith(".tar") and not inner:
+                yield from walk_archive(file, data, data + member.size, number, path)
+            elif member.isfile():
+                yield Member(number, path, data, member.size, inner)
+            elif member.islnk():
+                yield Member(number, path, 0, 0, inner, posixpath.normpath(member.linkname.lstrip("/")))
+            elif member.issym():
+                target = posixpath.join(posixpath.dirname(path), member.linkname)
+                yield Member(number, path, 0, 0, inner, posixpath.normpath(target))
+            archive.members.clear()  # tarfile would keep all in memory
+        return end_of_padding(file, archive.offset, end)
+
+
+def end_of_padding(file: BinaryIO, begin: int, end: int) -> int:
+    """Returns where the zeros behind an archive end: at `end`, or where a joined archive begins.
+
+    Raises:
+        tarfile.ReadError: if there are none: the archive was cut, or tarfile took a damaged header for the end.
+    """
+    file.seek(begin)
+    position = begin
+    while position < min(end, begin + MAX_PADDING_BYTES):
+        block = file.read(min(tarfile.BLOCKSIZE, end - position))
+        if any(block):
+            if position == begin:
+                raise tarfile.ReadError(f"it is damaged at byte {begin}")
+            return position
+        position += len(block)
+    if position == begin:
+        raise tarfile.ReadError("it has no end: it was cut, or is still being written")
+    return end
