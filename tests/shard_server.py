@@ -10,15 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-Failure = Literal["404", "drop", "cut", "short", "wrong", "stall"]
+Failure = Literal["404", "drop", "cut", "short", "wrong", "stall", "endless"]
 
 
 class ShardServer:
     """Serves `folder`.
 
     `failures` lists how the next requests for a file fail: an error, a dropped connection, one that is cut in the
-    middle, half of the file, wrong bytes, or a stall. While `dead`, every request is dropped. `requests` lists the
-    requested names.
+    middle, half of the file, wrong bytes, a stall, or bytes without end. While `dead`, every request is dropped.
+    `requests` lists the requested names.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,12 +50,15 @@ class ShardServer:
         if failure == "drop":
             return
         handler.send_response(200)
-        if failure != "short":
+        if failure not in ("short", "endless"):
             handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
         if failure == "stall":
             handler.wfile.write(half)
             self.released.wait(60)
+        elif failure == "endless":
+            while not self.released.is_set():
+                handler.wfile.write(content)
         elif failure in ("cut", "short"):
             handler.wfile.write(half)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.distributed.checkpoint import CheckpointException
 
 from lightning_mvar.callbacks.tensorboard import writers
 from lightning_mvar.checkpoints.training import (
     Checksums,
-    checksums,
     hidden_path,
+    mend_last,
     newest_first,
     publish,
     remove_checkpoint,
@@ -28,7 +27,7 @@ from lightning_mvar.checkpoints.training import (
 )
 from lightning_mvar.errors import DivergedError, InputError, Interrupted
 from lightning_mvar.training.base import ScheduledModule
-from lightning_mvar.training.lightning_internals import CheckpointHooks, dump_checkpoint
+from lightning_mvar.training.lightning_internals import CheckpointHooks, DataParallelStrategy, dump_checkpoint
 
 # Lightning's state of a validation pass interrupted in its first batch, which makes it start the pass again.
 UNFINISHED_VALIDATION = {
@@ -50,6 +49,7 @@ class DirectFileIO(TorchCheckpointIO):
 class AtomicCheckpoint(CheckpointHooks):
     """ModelCheckpoint that gives files and folders their final name only when they are complete and on disk."""
 
+    links_last = False  # whether `last.ckpt` points to the newest checkpoint
     validation_unfinished = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -58,6 +58,7 @@ class AtomicCheckpoint(CheckpointHooks):
             trainer.strategy.checkpoint_io = DirectFileIO()
         if stage == "fit" and trainer.is_global_zero:
             remove_leftovers(Path(str(self.dirpath)))
+            mend_last(Path(str(self.dirpath)))
 
     def write(self, trainer: L.Trainer, path: Path) -> None:
         self.save(trainer, path, single_rank=False)
@@ -68,6 +69,9 @@ class AtomicCheckpoint(CheckpointHooks):
         Raises:
             InputError: on all ranks, if any rank could not write.
         """
+        module = trainer.lightning_module
+        assert isinstance(module, ScheduledModule)
+        module.saves_alone = single_rank
         checkpoint = dump_checkpoint(trainer, self.save_weights_only)
         self.discard_incomplete_progress(trainer, checkpoint["loops"]["fit_loop"])
         temporary = hidden_path(path, "unfinished")
@@ -79,11 +83,11 @@ class AtomicCheckpoint(CheckpointHooks):
             error = caught
         if not single_rank:
             self.raise_if_any_failed(trainer, path, error)
-            file_checksums = self.collect_checksums(trainer, temporary)
+            file_checksums = self.collect_checksums(trainer)
             error = None
         try:
             if error is None and trainer.is_global_zero:
-                publish(temporary, path, file_checksums)
+                publish(temporary, path, file_checksums, self.links_last)
         except OSError as caught:
             error = caught
         if not single_rank:
@@ -111,34 +115,25 @@ class AtomicCheckpoint(CheckpointHooks):
     def raise_write_error(self, trainer: L.Trainer, path: Path, error: BaseException | None) -> None:
         if trainer.is_global_zero:
             remove_checkpoint(hidden_path(path, "unfinished"))
+            mend_last(path.parent)
         self.mark_saved(trainer)  # a second attempt would fail too
         reason = "see the message of another rank" if error is None else failure_reason(error)
         raise InputError(
             f"cannot write the checkpoint {path} ({reason}); earlier ones are kept: free disk space, then add --resume"
         ) from error
 
-    def collect_checksums(self, trainer: L.Trainer, folder: Path) -> Checksums:
-        """Returns the checksums of all files of a sharded checkpoint; each rank reads its part of them."""
-        if not folder.is_dir():
+    def collect_checksums(self, trainer: L.Trainer) -> Checksums:
+        """Returns the checksums of all files of a sharded checkpoint, each from the rank that wrote it."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, DataParallelStrategy) or strategy.checksums is None:
             return {}
         parts: list[Checksums] = [{}] * trainer.world_size
-        dist.all_gather_object(parts, checksums(folder, trainer.global_rank, trainer.world_size))
+        dist.all_gather_object(parts, strategy.checksums)
         return {name: checksum for part in parts for name, checksum in part.items()}
 
     def delete(self, trainer: L.Trainer, path: Path) -> None:
         if trainer.is_global_zero:
             remove_checkpoint(path)
-
-    def link(self, trainer: L.Trainer, path: Path, link: Path) -> None:
-        """Replaces the link atomically, without waiting for other ranks, which may be gone."""
-        if not trainer.is_global_zero:
-            return
-        temporary = hidden_path(link, "link")
-        try:
-            temporary.symlink_to(path.name)
-            os.replace(temporary, link)
-        except OSError as error:
-            raise InputError(f"cannot link {link} to the checkpoint {path} ({error.strerror})") from error
 
 
 def failure_reason(error: BaseException) -> str:
@@ -163,6 +158,8 @@ class Checkpoint(AtomicCheckpoint):
         keep: number of newest checkpoints to keep; at least 2, so that one is left if the newest is damaged.
     """
 
+    links_last = True
+
     def __init__(
         self,
         dirpath: str,
@@ -177,7 +174,6 @@ class Checkpoint(AtomicCheckpoint):
         super().__init__(
             dirpath=dirpath,
             filename="{step:08d}",
-            save_last="link",
             save_top_k=-1,
             every_n_train_steps=every_n_train_steps,
             train_time_interval=train_time_interval,
@@ -214,7 +210,8 @@ class Checkpoint(AtomicCheckpoint):
         """Saves the state after the last complete step.
 
         An exception on only some ranks can leave the others inside a collective operation. Then rank 0 saves without
-        them, if it holds the complete state, that is, unless the network is sharded.
+        them, if it holds the complete state, that is, unless the network is sharded. If it cannot, it warns: the
+        exception is what the user must see.
         """
         assert isinstance(pl_module, ScheduledModule)
         useless = isinstance(exception, DivergedError | KeyboardInterrupt) or pl_module.in_optimizer_step
@@ -224,15 +221,22 @@ class Checkpoint(AtomicCheckpoint):
             return
         all_ranks = isinstance(exception, Interrupted) or trainer.world_size == 1
         unsharded = trainer.strategy.lightning_restore_optimizer  # False if each rank has a shard
-        if all_ranks or (unsharded and trainer.is_global_zero):
+        if not (all_ranks or (unsharded and trainer.is_global_zero)):
+            return
+        try:
             self.save_now(trainer, single_rank=not all_ranks)
+        except InputError as error:
+            if isinstance(exception, Interrupted):
+                raise
+            rank_zero_warn(f"{error}")
+        else:
             rank_zero_info(f"saved {self.last_saved}; --resume continues from there")
 
     def save_now(self, trainer: L.Trainer, single_rank: bool) -> None:
-        path = self.name_now(trainer)
+        # Not by Lightning's metrics, which would be averaged over ranks that may be gone.
+        path = self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)})
         self.best_model_path = path
         self.save(trainer, Path(path), single_rank)
-        self.update_last(trainer)
 
     def save(self, trainer: L.Trainer, path: Path, single_rank: bool) -> None:
         for logger in trainer.loggers:  # flush: values logged before a checkpoint must survive a kill after it

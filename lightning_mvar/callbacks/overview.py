@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from torch.utils.tensorboard.summary import custom_scalars, text
 
-from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, writers
+from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, survive_write_errors, writers
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.hparams import columns_summary, row_summary
 from lightning_mvar.models.costs import costs_of
@@ -57,6 +57,8 @@ CHARTS: dict[type, dict[str, dict[str, list[str]]]] = {
 }
 
 
+START_OPTIONS = ("resume", "overwrite", "verify")  # see `cli.training.StartOptions`
+
 # First columns of TensorBoard's table. It shows five; a run has names of either the network or the tokenizer group.
 TABLE_COLUMNS = {
     *("global_batch", "optimizer.base_lr"),
@@ -67,7 +69,21 @@ IRRELEVANT_OPTIONS = {"activation_checkpointing", "compile", "max_skipped_steps"
 
 
 class OverviewCallback(SaveConfigCallback):
-    """Writes config.yaml, as Lightning's callback does, costs.json, and an overview of the run for TensorBoard."""
+    """Writes config.yaml, as Lightning's callback does, costs.json, and an overview of the run for TensorBoard.
+
+    config.yaml has no `StartOptions`: a run that repeats it must not overwrite another because this one did.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        kept = config.clone()
+        for name in START_OPTIONS:
+            kept.pop(name, None)
+        super().__init__(parser, kept, **options)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for writer in writers(trainer):
+            survive_write_errors(writer)
+        super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":

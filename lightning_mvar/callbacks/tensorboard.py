@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 # Step of entries about the run as a whole; a restart in the same folder purges everything from step 0 on.
 BEFORE_TRAINING = -1
@@ -20,6 +24,45 @@ def writers(trainer: L.Trainer) -> list[SummaryWriter]:
     """Returns the writers of the trainer's TensorBoard loggers; empty on ranks that do not log."""
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+class SurvivingRecords:
+    """A TensorBoard record writer that drops all records after the first that cannot be written, with one warning.
+
+    Training goes on without its curves. A torn record hides those after it in the same file, so none follows.
+    """
+
+    def __init__(self, records: Any, folder: str) -> None:
+        self.records, self.folder, self.failed = records, folder, False
+
+    def write(self, data: bytes) -> None:
+        self.attempt(lambda: self.records.write(data))
+
+    def flush(self) -> None:
+        self.attempt(self.records.flush)
+
+    def close(self) -> None:
+        self.attempt(self.records.close)
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        if self.failed:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.failed = True
+            log.warning(
+                "cannot write TensorBoard's events to %s (%s): the run goes on without; --resume begins a new file",
+                self.folder,
+                error.strerror or error,
+            )
+
+
+def survive_write_errors(writer: SummaryWriter) -> None:
+    """Makes a full disk end the curves of a run, but not the run; TensorBoard would raise in the next step."""
+    events = writer._get_file_writer().event_writer._async_writer
+    if not isinstance(events._writer, SurvivingRecords):
+        events._writer = events._worker._record_writer = SurvivingRecords(events._writer, writer.log_dir)
 
 
 def log_image(trainer: L.Trainer, tag: str, image: Tensor) -> None:

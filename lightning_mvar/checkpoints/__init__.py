@@ -12,7 +12,7 @@ from lightning_mvar.checkpoints.published import (
     load_official_tokenizer,
     save_official,
 )
-from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, load_checkpoint
+from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, load_checkpoint, resolve_last
 from lightning_mvar.errors import InputError
 
 PUBLISHED = (".pth", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
@@ -53,14 +53,15 @@ def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
     """Loads a network with its tokenizer from a training checkpoint or an exported folder.
 
     Args:
-        path: checkpoint file, folder of a sharded checkpoint (only its weights are read), or folder of `export`.
+        path: checkpoint file, folder of a sharded checkpoint (only its weights are read), or folder of `export`. A link
+            `last.ckpt` stands for the newest complete checkpoint beside it, wherever it points.
         tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoint.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
 
     Raises:
         InputError: if the file is missing or not ours, or its tokenizer is missing or a different one.
     """
-    path = Path(path)
+    path = resolve_last(Path(path))
     if not path.exists():
         raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
     if path.is_dir() and not (path / PLAIN_PART).is_file():

@@ -1,7 +1,8 @@
-"""Training checkpoints that survive a crash: written atomically, verified before they are used.
+"""Training checkpoints that survive a crash: written atomically, checked before they are used.
 
 A checkpoint is a file of `torch.save`, a zip archive that contains a checksum per entry, or a folder with one shard
-per rank (`torch.distributed.checkpoint`) and a seal: a file with the sizes and checksums of the others.
+per rank (`torch.distributed.checkpoint`) and a seal: a file with the sizes and checksums of the others. Its name has
+its step, by which the newest is known: clocks differ. `last.ckpt` links to the newest.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 import zipfile
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lightning_mvar.checkpoints.folders import build_network, load_tokenizer
 from lightning_mvar.checkpoints.pair import TrainedModel
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import sync
+from lightning_mvar.io.files import open_regular, sync
 from lightning_mvar.io.tensors import StateDict, read_torch
 from lightning_mvar.models.config import MVARConfig
 
@@ -34,15 +36,10 @@ NETWORK_KEY = "lightning_mvar"  # checkpoint entry that describes the network an
 NETWORK_PREFIX, EMA_PREFIX = "network.", "ema."  # of the keys of the weights
 SEAL = "seal.json"
 PLAIN_PART = "meta.pt"  # file of a sharded checkpoint for everything but tensors; Lightning chose the name
-SUFFIX = ".ckpt"
+SUFFIX, LAST = ".ckpt", "last.ckpt"
 
 WhichWeights = Literal["ema", "raw"]
 Checksums = dict[str, tuple[int, int]]  # file: bytes, crc32
-
-
-def checksums(folder: Path, rank: int = 0, world_size: int = 1) -> Checksums:
-    """Computes the checksums of every `world_size`-th file of a checkpoint folder, so that ranks share the work."""
-    return {path.name: size_and_crc(path) for path in sorted(folder.iterdir())[rank::world_size] if path.name != SEAL}
 
 
 def size_and_crc(path: Path) -> tuple[int, int]:
@@ -53,8 +50,16 @@ def size_and_crc(path: Path) -> tuple[int, int]:
     return path.stat().st_size, crc
 
 
-def publish(temporary: Path, path: Path, seal: Checksums | None = None) -> None:
-    """Syncs a finished checkpoint to disk, then renames it to `path`; raises OSError if either fails."""
+def publish(temporary: Path, path: Path, seal: Checksums | None = None, link: bool = False) -> None:
+    """Syncs a finished checkpoint to disk, then renames it to `path`; raises OSError if either fails.
+
+    Args:
+        temporary: file or folder of the checkpoint.
+        path: its final path.
+        seal: checksums of a folder's files.
+        link: make `last.ckpt` point to it. That comes first: a process killed between the two leaves a link to
+            nothing, which is noticed, and never a link to older weights.
+    """
     if temporary.is_dir():
         (temporary / SEAL).write_text(json.dumps(seal))
         for file in temporary.iterdir():
@@ -62,8 +67,34 @@ def publish(temporary: Path, path: Path, seal: Checksums | None = None) -> None:
     sync(temporary)
     if path.is_dir():
         remove_checkpoint(path)  # a folder cannot be replaced atomically
+    if link:
+        link_last(path)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def link_last(path: Path) -> None:
+    """Points the `last.ckpt` beside a checkpoint to it, atomically."""
+    link = path.with_name(LAST)
+    temporary = hidden_path(link, "link")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(path.name)
+    os.replace(temporary, link)
+
+
+def mend_last(folder: Path) -> None:
+    """Points `last.ckpt` to the newest complete checkpoint of a folder, if it is a link to anything else."""
+    link, newest = folder / LAST, newest_intact(folder)
+    if newest is not None and link.is_symlink() and os.readlink(link) != newest.name:
+        link_last(newest)
+
+
+def resolve_last(path: Path) -> Path:
+    """Returns the newest complete checkpoint in place of a link `last.ckpt`, and any other path as it is.
+
+    The link alone says less: a run killed at the wrong moment leaves it behind.
+    """
+    return (path.name == LAST and path.is_symlink() and newest_intact(path.parent)) or path
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -90,14 +121,14 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def newest_intact(folder: Path) -> Path | None:
-    """Returns the newest intact checkpoint of a folder; None if it has none.
+def newest_intact(folder: Path, verify_checksums: bool = False) -> Path | None:
+    """Returns the newest complete checkpoint of a folder; None if it has none.
 
-    Damaged ones are skipped with a warning.
+    Damaged ones are skipped with a warning; see `check_intact`.
     """
     for path in newest_first(folder):
         try:
-            check_intact(path)
+            check_intact(path, verify_checksums)
         except InputError as error:
             log.warning("skipped: %s", error)
         else:
@@ -106,28 +137,33 @@ def newest_intact(folder: Path) -> Path | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Lists the checkpoints of a folder, newest first."""
-    paths = [path for path in folder.glob(f"[!.]*{SUFFIX}") if not path.is_symlink()]
-    return sorted(paths, key=lambda path: (write_time(path), path.name), reverse=True)
+    """Lists the checkpoints of a folder by their steps, the highest first."""
+    paths = [path for path in folder.glob(f"step=*{SUFFIX}") if step_of(path) >= 0 and not path.is_symlink()]
+    return sorted(paths, key=step_of, reverse=True)
 
 
-def write_time(path: Path) -> int:
-    seal = path / SEAL
-    return (seal if seal.is_file() else path).stat().st_mtime_ns
+def step_of(path: Path) -> int:
+    """Returns the step in the name of a checkpoint; -1 if it has another name."""
+    match = re.fullmatch(rf"step=(\d+){re.escape(SUFFIX)}", path.name)
+    return -1 if match is None else int(match[1])
 
 
-def check_intact(path: Path) -> None:
-    """Reads a checkpoint completely and verifies its checksums.
+def check_intact(path: Path, verify_checksums: bool = False) -> None:
+    """Checks that a checkpoint is complete, by sizes and by the index at the end of a file.
+
+    Args:
+        path: file or folder.
+        verify_checksums: also read it completely and verify its checksums.
 
     Raises:
         InputError: if it is missing, truncated or altered; the message names the file.
     """
     if path.is_dir():
-        check_folder(path)
+        check_folder(path, verify_checksums)
         return
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip() if verify_checksums else None
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} is missing or damaged ({str(error) or type(error).__name__})") from error
     if damaged is not None:
@@ -135,7 +171,7 @@ def check_intact(path: Path) -> None:
 
 
 def check_folder(folder: Path, verify_checksums: bool = True) -> None:
-    """Compares the sizes and checksums of a folder's files with its seal; raises InputError at the first mismatch."""
+    """Compares a folder's files with its seal: sizes, and checksums if requested; raises InputError on a mismatch."""
     try:
         seal = json.loads((folder / SEAL).read_text())
         expected = {name: (size, crc) for name, (size, crc) in seal.items()}

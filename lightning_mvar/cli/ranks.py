@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from threading import Timer
 from typing import Any
 
 import torch.distributed as dist
@@ -14,7 +18,12 @@ from lightning.fabric.strategies import DDPStrategy
 
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, Interrupted
-from lightning_mvar.training.lightning_internals import started_processes
+from lightning_mvar.training.lightning_internals import setup_with_timeout, started_processes
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT = "LIGHTNING_MVAR_START_TIMEOUT"  # environment variable: seconds for all ranks to start
+DEFAULT_START_TIMEOUT_S, NOTICE_S = 120, 15
 
 
 @contextmanager
@@ -65,8 +74,9 @@ def stop_ranks_on_error(strategy: Any, remedy: str, progress: Callable[[], str] 
         progress: returns how far this rank got, for the same message.
 
     Raises:
-        InputError: if another rank has ended; its own message gives the reason.
+        InputError: if another rank has ended or never starts; its own message gives the reason.
     """
+    limit_start(strategy)
     try:
         yield
     except BaseException as error:
@@ -75,9 +85,48 @@ def stop_ranks_on_error(strategy: Any, remedy: str, progress: Callable[[], str] 
             process.send_signal(signal.SIGKILL)
         if isinstance(error, Interrupted) and rank > 0:
             sys.exit(0)  # rank 0 reports it; a nonzero exit code here would make rank 0 kill itself
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            reason = str(error).split("] ", 1)[-1].split(". ")[0]
+        if is_loss_of_rank(error):
             raise InputError(
-                f"rank {rank} lost another rank{progress()} ({reason}): the message of that rank says why; {remedy}"
+                f"rank {rank} lost another rank{progress()} ({first_sentence(error)}): the message of that rank says "
+                f"why; {remedy}"
             ) from error
         raise
+
+
+def limit_start(strategy: Any) -> None:
+    """Makes the ranks wait for each other at the start for `START_TIMEOUT` only, instead of as long as a collective.
+
+    A rank that is killed before the process group exists has no connection whose loss the others could notice.
+    """
+    if not hasattr(strategy, "_timeout"):  # a single device
+        return
+    seconds = float(os.environ.get(START_TIMEOUT, DEFAULT_START_TIMEOUT_S))
+    setup_environment = strategy.setup_environment
+
+    def setup_in_time() -> None:
+        strategy.setup_environment = setup_environment
+        rank, ranks = strategy.global_rank, strategy.world_size
+        notice = Timer(NOTICE_S, lambda: log.info("rank %d waits for the start of all %d ranks", rank, ranks))
+        notice.start()
+        try:
+            setup_with_timeout(strategy, timedelta(seconds=seconds))
+        except RuntimeError as error:
+            if not is_loss_of_rank(error):
+                raise
+            raise InputError(
+                f"rank {rank} ends: not all {ranks} ranks have started within {seconds:g} s ({first_sentence(error)}): "
+                f"see the messages of the others. {START_TIMEOUT}=SECONDS allows more time"
+            ) from error
+        finally:
+            notice.cancel()
+
+    strategy.setup_environment = setup_in_time
+
+
+def is_loss_of_rank(error: BaseException) -> bool:
+    """Returns whether an error of torch.distributed says that another rank cannot be reached."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def first_sentence(error: BaseException) -> str:
+    return str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0].rstrip(".")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
 from jsonargparse import Namespace, set_parsing_settings
@@ -19,16 +21,30 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_mvar.callbacks import Checkpoint, InterruptionCallback
 from lightning_mvar.callbacks.checkpoint import AtomicCheckpoint
 from lightning_mvar.callbacks.overview import OverviewCallback
-from lightning_mvar.checkpoints.training import NETWORK_KEY, newest_first, newest_intact, read_plain_part
+from lightning_mvar.checkpoints.training import (
+    LAST,
+    NETWORK_KEY,
+    check_intact,
+    newest_first,
+    newest_intact,
+    read_plain_part,
+    remove_checkpoint,
+    resolve_last,
+    step_of,
+)
 from lightning_mvar.cli.arguments import find_input_error
 from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.errors import RESUME_REMEDY, InputError
+from lightning_mvar.io.locks import lock_folder
+from lightning_mvar.training.base import SKIPPED_STEPS
 from lightning_mvar.training.datamodules import TokenDataModule
-from lightning_mvar.training.lightning_internals import CommandHooks
+from lightning_mvar.training.lightning_internals import CommandHooks, restore_choice_of_rank_zero
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.strategies import FSDP2Strategy
 
 CLI = TypeVar("CLI", bound=LightningCLI)
+
+LOG_FILES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")  # of a run, in the folder of its logger
 
 # Interpolation sees all --config files and the overrides after them; its keys are relative to the subcommand.
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False}
@@ -46,7 +62,7 @@ class TrainingCLI(CommandHooks):
 
     def add_options(self, parser: LightningArgumentParser, command: str) -> None:
         if command == "fit":
-            add_resume(parser)
+            add_start_options(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         try:
@@ -60,28 +76,58 @@ class TrainingCLI(CommandHooks):
         return trainer
 
     def run_command(self, command: str) -> None:
-        options = self.config_init[command]
-        training = command == "fit"
-        options["ckpt_path"] = self.choose_checkpoint(options["ckpt_path"], options.get("resume", False), training)
-        if options["ckpt_path"] is None and not training:
-            raise InputError(f"{command} needs --ckpt_path: without it the network is untrained")
-        with stop_trainer_ranks_on_error(self.trainer):
-            super().run_command(command)
+        options, training = self.config_init[command], command == "fit"
+        with self.own_folders(command) if training else nullcontext():
+            options["ckpt_path"] = self.choose_checkpoint(options, training)
+            if options["ckpt_path"] is None and not training:
+                raise InputError(f"{command} needs --ckpt_path: without it the network is untrained")
+            with stop_trainer_ranks_on_error(self.trainer):
+                super().run_command(command)
 
-    def choose_checkpoint(self, ckpt_path: str | None, resume: bool, training: bool) -> str | None:
-        """Returns the checkpoint to continue from, if any.
+    @contextmanager
+    def own_folders(self, command: str) -> Iterator[None]:
+        """Keeps other commands out of the folders of a training run; rank 0 does so for all ranks."""
+        root = Path(self.trainer.default_root_dir)
+        others = [folder for folder in self.folders(AtomicCheckpoint) if not is_inside(folder, root)]
+        with ExitStack() as stack:
+            for folder in [root, *dict.fromkeys(others)] if self.writes_run else []:
+                stack.enter_context(lock_folder(folder, command, "--trainer.default_root_dir"))
+            yield
+
+    @property
+    def writes_run(self) -> bool:
+        """Whether this process writes the files of a run: rank 0, unless it is a test run that writes nothing."""
+        return self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def choose_checkpoint(self, options: Namespace, training: bool) -> str | None:
+        """Returns the checkpoint to continue from, if any, and removes an earlier run if --overwrite is given.
+
+        Rank 0 alone looks for the newest one, and all ranks restore what it has found: their file systems may differ.
 
         Raises:
-            InputError: if it cannot be read, is not of this command, or does not suit the strategy.
+            InputError: if it cannot be read, is not of this command, or does not suit the strategy; or if a new run
+                would write to the folders of an earlier one.
         """
-        if resume:
-            if ckpt_path is not None:
-                raise InputError("give --resume or --ckpt_path, not both")
-            ckpt_path = self.newest_checkpoint()
-        if training and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # which writes nothing
-            self.refuse_other_runs(ckpt_path, resume)
-        if ckpt_path is None:
-            return None
+        ckpt_path, start = options["ckpt_path"], StartOptions.of(options)
+        if start.resume and ckpt_path is not None:
+            raise InputError("give --resume or --ckpt_path, not both")
+        restore_choice_of_rank_zero(self.trainer)
+        if start.resume and self.trainer.is_global_zero:
+            ckpt_path = self.newest_checkpoint(start.verify)
+        elif ckpt_path is not None:
+            ckpt_path = str(resolve_last(Path(ckpt_path)))
+            if start.verify:
+                check_intact(Path(ckpt_path), verify_checksums=True)
+        if training and self.writes_run:
+            if start.overwrite:
+                self.remove_run(ckpt_path)
+            self.refuse_other_runs(ckpt_path, start.resume)
+        if ckpt_path is not None:
+            self.check_checkpoint(ckpt_path, training)
+        return ckpt_path
+
+    def check_checkpoint(self, ckpt_path: str, training: bool) -> None:
+        """Raises InputError unless a checkpoint is of this command and configuration and fits the strategy."""
         content = read_plain_part(Path(ckpt_path))
         if self.checkpoint_key not in content:
             raise InputError(f"--ckpt_path {ckpt_path} is not a checkpoint of this command")
@@ -93,7 +139,6 @@ class TrainingCLI(CommandHooks):
                 f"`lightning-mvar export` writes its weights to one folder"
             )
         self.model.check_checkpoint(content[self.checkpoint_key])
-        return ckpt_path
 
     def folders(self, kind: type[AtomicCheckpoint]) -> list[Path]:
         """Returns the folders that the trainer's checkpoint callbacks of type `kind` write to."""
@@ -108,21 +153,42 @@ class TrainingCLI(CommandHooks):
     def refuse_other_runs(self, ckpt_path: str | None, resume: bool) -> None:
         """Raises InputError if a new run would write to, and remove from, the checkpoints of an earlier run.
 
-        A run that starts from a checkpoint in its own folder continues that run, and so does one with --resume, whose
-        folder may hold damaged checkpoints alone.
+        A run that starts from the newest checkpoint in its own folder continues that run, and so does one with
+        --resume, whose folder may hold damaged checkpoints alone.
         """
         occupied = [folder for folder in self.folders(AtomicCheckpoint) if newest_first(folder)]
-        if occupied and not resume and not self.is_own(ckpt_path):
+        if resume or not occupied:
+            return
+        if not self.is_own(ckpt_path):
             raise InputError(
-                f"{occupied[0]} holds the checkpoints of an earlier run: continue it with --resume, or choose another "
-                f"--trainer.default_root_dir for a new one"
+                f"{occupied[0]} holds the checkpoints of an earlier run: continue it with --resume, replace it with "
+                f"--overwrite, or choose another --trainer.default_root_dir for a new one"
+            )
+        newest = newest_first(Path(str(ckpt_path)).parent)[0]
+        if step_of(newest) > step_of(Path(str(ckpt_path))):
+            raise InputError(
+                f"a run from {ckpt_path} would remove later checkpoints, up to {newest}: choose another "
+                f"--trainer.default_root_dir for it, or continue from the newest with --resume"
             )
 
-    def newest_checkpoint(self) -> str | None:
+    def remove_run(self, ckpt_path: str | None) -> None:
+        """Removes checkpoints and logs of an earlier run, and nothing else, from the folders of this run."""
+        if self.is_own(ckpt_path):
+            raise InputError(f"--overwrite would remove --ckpt_path {ckpt_path}: choose another folder for the new run")
+        for folder in self.folders(AtomicCheckpoint):
+            (folder / LAST).unlink(missing_ok=True)
+            for path in newest_first(folder):
+                remove_checkpoint(path)
+        for log_dir in [logger.log_dir for logger in self.trainer.loggers if logger.log_dir is not None]:
+            for path in [path for pattern in LOG_FILES for path in Path(log_dir).glob(pattern)]:
+                path.unlink()
+        shutil.rmtree(Path(self.trainer.default_root_dir) / SKIPPED_STEPS, ignore_errors=True)
+
+    def newest_checkpoint(self, verify_checksums: bool) -> str | None:
         folders = self.folders(Checkpoint)
         if not folders:
             raise InputError("--resume needs a lightning_mvar.callbacks.Checkpoint among the trainer's callbacks")
-        newest = newest_intact(folders[0])
+        newest = newest_intact(folders[0], verify_checksums)
         rank_zero_info(
             f"resuming from {newest}"
             if newest
@@ -171,9 +237,35 @@ def replace_rich_progress_bar(trainer: L.Trainer) -> None:
         trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar(refresh_rate=10)  # type: ignore[attr-defined]
 
 
-def add_resume(parser: LightningArgumentParser) -> None:
-    text = "continue from the newest intact checkpoint of this run; start from scratch if it has none"
-    parser.add_argument("--resume", action="store_true", help=text)
+class StartOptions(NamedTuple):
+    """How a training run starts if its folder holds an earlier one; all false for other commands."""
+
+    resume: bool
+    overwrite: bool
+    verify: bool
+
+    @classmethod
+    def of(cls, options: Namespace) -> StartOptions:
+        """Reads the options of a command; raises InputError if they exclude each other."""
+        start = cls(*(bool(options.get(name, False)) for name in cls._fields))
+        if start.resume and start.overwrite:
+            raise InputError("give --resume or --overwrite, not both")
+        return start
+
+
+def add_start_options(parser: LightningArgumentParser) -> None:
+    """Adds the options of `StartOptions`."""
+    helps = {
+        "resume": "continue from the newest complete checkpoint of this run; start from scratch if it has none",
+        "overwrite": "remove the checkpoints and logs of an earlier run in the same folder, and start from scratch",
+        "verify": "read the checkpoint completely before continuing from it, and compare its checksums",
+    }
+    for name, text in helps.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def stop_trainer_ranks_on_error(trainer: L.Trainer) -> AbstractContextManager[None]:

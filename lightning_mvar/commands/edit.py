@@ -41,7 +41,8 @@ def edit(
     **sampling: Any,
 ) -> None:
     """Redraw a part of an image, as its own or another class. At every scale, the network samples the tokens inside
-    that part and keeps the image's own tokens elsewhere; so the kept part looks as the tokenizer reconstructs it.
+    that part and keeps the image's own tokens elsewhere; so the kept part looks as the tokenizer reconstructs it. A
+    token is redrawn if at least half of its cell is in that part; `kept_tokens_mask` says how VAR's own masks differ.
 
     Args:
         ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file (.pth, .safetensors).

@@ -13,9 +13,8 @@ from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.hparams import columns_summary, end_summary, row_summary
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.figures import all_figures
-from lightning_mvar.sweeps.results import CRASHED, FINISHED, CellResult, Sweep, is_number, read_results
+from lightning_mvar.sweeps.results import CRASHED, FINISHED, TITLES, CellResult, Sweep, is_number, read_results
 from lightning_mvar.sweeps.tables import (
-    TITLES,
     cell_records,
     comparability_notes,
     comparison_table,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from lightning_mvar.cli.tables import format_value, print_rows, print_table, wri
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
 from lightning_mvar.data.images.sources import open_images
-from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, read_samples
+from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, read_samples, read_shard
 from lightning_mvar.data.tokens.sources import LocalShards
-from lightning_mvar.data.tokens.statistics import TokenStatistics, count_shard, stratified_ids
-from lightning_mvar.data.tokens.verify import find_problems, token_spec
+from lightning_mvar.data.tokens.statistics import TokenStatistics, stratified_ids
+from lightning_mvar.data.tokens.verify import find_problems
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import is_remote
@@ -77,7 +77,8 @@ def info(folder: str, json: str | None = None) -> None:
     statistics = TokenStatistics(manifest)
     with tqdm(total=manifest.num_samples, unit="sample", unit_scale=True, desc="info", leave=False) as bar:
         for shard in manifest.shards:
-            count_shard(statistics, path, shard)
+            for pack in read_shard(LocalShards(path).fetch(shard), shard, manifest.spec):
+                statistics.update(pack)
             bar.update(shard.samples)
     summary = {k: v for k, v in asdict(manifest).items() if k not in ("class_names", "shards")}
     summary |= {"num_classes": len(manifest.class_names), "num_shards": len(manifest.shards)}
@@ -196,10 +197,10 @@ def print_classes(class_names: list[str], counts: np.ndarray) -> None:
 
 
 def load_valid_manifest(folder: Path) -> Manifest:
-    """Loads a manifest; raises InputError if its schedule, vocabulary or classes are invalid."""
+    """Loads a manifest, perhaps unfinished; raises InputError if a value is invalid."""
     manifest = Manifest.load(folder)
-    if None in astuple(token_spec(manifest)):
-        raise InputError(f"{folder / MANIFEST} is damaged; run `lightning-mvar shards verify {folder}` for details")
+    for message, remedy in manifest.invalid_values():
+        raise InputError(f"{folder / MANIFEST} is damaged: {message}; {remedy}")
     return manifest
 
 

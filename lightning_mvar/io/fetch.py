@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from select import POLLIN, poll
 from subprocess import TimeoutExpired
-from time import sleep
+from time import monotonic, sleep
 from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,6 +30,8 @@ from lightning_mvar.io.locks import FileLock
 
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # between attempts; the wait doubles each time
 STALL_S = 120.0  # without a byte; longer than the retries that webdataset requests from curl
+MIN_BYTES_PER_S = 10_000
+RESERVE_BYTES = 2**28  # of the disk, which downloads leave free
 POLL_S = 0.1
 CHUNK_BYTES = 2**18
 CURL_ERRORS = {  # by exit code
@@ -92,7 +95,7 @@ def fetch_file(address: str, cache_dir: Path, retries: int) -> Path:
     def download() -> None:
         remove_unfinished(path)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            download_to(address, file)
+            download_to(address, file, free_bytes(path))
 
     if not path.is_file():
         with wait_for_lock(path.with_name(f".{path.name}.lock")):
@@ -148,15 +151,30 @@ def wait_for_lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def download_to(address: str, file: BinaryIO) -> tuple[int, str]:
+def free_bytes(path: Path) -> int:
+    """Returns how much may be written beside `path`: what the disk has free, except for a reserve."""
+    return max(0, shutil.disk_usage(path.parent).free - RESERVE_BYTES)
+
+
+def require_space(path: Path, size: int) -> None:
+    """Raises InputError if a file of `size` bytes does not fit on the disk."""
+    if size > (free := free_bytes(path)):
+        raise InputError(
+            f"{path} needs {size} bytes, and {free} are free (beside a reserve of {RESERVE_BYTES}): make space, or set "
+            f"data.cache_dir or --cache_dir to another disk"
+        )
+
+
+def download_to(address: str, file: BinaryIO, max_bytes: int) -> tuple[int, str]:
     """Writes the content of `address` to an open file.
 
     Returns:
         number of bytes, and their SHA-256 as hex digits.
 
     Raises:
-        FetchError: if the reading program fails, or sends nothing for `STALL_S` seconds.
-        InputError: if the reading program is not installed.
+        FetchError: if the reading program fails, or sends nothing for `STALL_S` seconds, or over such a time less than
+            `MIN_BYTES_PER_S` on average.
+        InputError: if the reading program is not installed, or sends more than `max_bytes`.
     """
     try:
         pipe = gopen(address, "rb")  # a webdataset.gopen.Pipe for every scheme
@@ -165,6 +183,7 @@ def download_to(address: str, file: BinaryIO) -> tuple[int, str]:
     except OSError as error:
         raise FetchError(str(error)) from error
     digest, size = hashlib.sha256(), 0
+    window_begin, window_size = monotonic(), 0
     readable = poll()
     readable.register(pipe.stream, POLLIN)
     try:
@@ -173,9 +192,17 @@ def download_to(address: str, file: BinaryIO) -> tuple[int, str]:
             if not data:
                 check_exit_code(pipe.proc.wait(STALL_S), address)
                 return size, digest.hexdigest()
+            size += len(data)
+            if size > max_bytes:
+                raise InputError(
+                    f"{address} sends more than the {max_bytes} bytes that are expected, or fit on the disk"
+                )
             file.write(data)
             digest.update(data)
-            size += len(data)
+            if (elapsed := monotonic() - window_begin) >= STALL_S:
+                if size - window_size < MIN_BYTES_PER_S * elapsed:
+                    raise FetchError(f"only {size - window_size} bytes in {elapsed:.0f} s")
+                window_begin, window_size = monotonic(), size
         raise FetchError(f"no data for {STALL_S:.0f} s")
     except TimeoutExpired as error:
         raise FetchError(f"the program did not exit within {STALL_S:.0f} s") from error

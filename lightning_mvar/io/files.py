@@ -62,6 +62,22 @@ def open_regular(path: str | Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def read_regular(path: str | Path, max_bytes: int) -> bytes:
+    """Reads a whole regular file.
+
+    Raises:
+        InputError: if it is missing, unreadable, of another kind or larger than `max_bytes`.
+    """
+    with open_regular(path) as file:
+        try:
+            data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise InputError(f"cannot read {path} ({error.strerror})") from error
+    if len(data) > max_bytes:
+        raise InputError(f"{path} has more than {max_bytes} bytes, too many for this kind of file")
+    return data
+
+
 def remove_unfinished(path: Path) -> None:
     """Removes the temporary files that killed writers of `path` on this host left.
 

@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import read_regular
 
 T = TypeVar("T")
 
@@ -38,16 +39,7 @@ def read_json(path: Path, kind: type[T], max_bytes: int = MAX_BYTES) -> T:
     Raises:
         InputError: if the file is missing, no regular file or larger than `max_bytes`, or its content does not fit.
     """
-    if not path.is_file():
-        raise InputError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
-    try:
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror})") from error
-    if len(data) > max_bytes:
-        raise InputError(f"{path} has more than {max_bytes} bytes, too many for this kind of file")
-    return parse_json(data, kind, str(path))
+    return parse_json(read_regular(path, max_bytes), kind, str(path))
 
 
 def parse_json(data: str | bytes, kind: type[T], source: str) -> T:

@@ -94,7 +94,7 @@ class DecodedShards(ImageSet):
         for shard, first in zip(self.manifest.shards, self.manifest.offsets, strict=True):
             if first >= end or first + shard.samples <= begin:
                 continue
-            for pack in read_shard(self.shards.fetch(shard)):
+            for pack in read_shard(self.shards.fetch(shard), shard, self.manifest.spec):
                 selected = pack.tokens[max(begin - first, 0) : max(end - first, 0)]
                 first += len(pack.tokens)
                 for batch in torch.from_numpy(selected.astype("int64")).split(BATCH_SIZE):

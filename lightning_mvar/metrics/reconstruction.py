@@ -4,38 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.summary import num_features
-
-
-class PairScores(Metric):
-    """Averages PSNR in dB and SSIM over image pairs, as float64 sums that are added over all ranks."""
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.totals: Tensor
-        self.n: Tensor
-        self.add_state("totals", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("n", torch.tensor(0), dist_reduce_fx="sum")
-        self.set_dtype(torch.float64)
-
-    def update(self, originals: Tensor, decoded: Tensor) -> None:
-        """Adds pairs of images (b, 3, H, W) float32 in [0, 1]."""
-        psnr = -10 * (originals - decoded).square().mean(dim=(1, 2, 3)).log10()
-        ssim = structural_similarity_index_measure(decoded, originals, data_range=1.0, reduction="none")
-        assert isinstance(ssim, Tensor)
-        self.totals += torch.stack([psnr.double().sum(), ssim.double().sum()])
-        self.n += len(originals)
-
-    def compute(self) -> tuple[float, float]:
-        """Returns PSNR and SSIM; NaN if there are no pairs."""
-        psnr, ssim = (self.totals / self.n).tolist()
-        return psnr, ssim
 
 
 class ReconstructionScores:
@@ -50,20 +23,24 @@ class ReconstructionScores:
         self.extractor = extractor
         features = 0 if extractor is None else num_features(extractor)
         self.originals, self.decoded = (FeatureStatistics(features).to(device) for _ in range(2))
-        self.pairs = PairScores().to(device)
+        self.psnr, self.ssim = (
+            MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device) for _ in range(2)
+        )
 
     @torch.no_grad()
     def update(self, originals: Tensor, decoded: Tensor) -> None:
         """Adds pairs of images (b, 3, H, W) float32 in [0, 1], b at least 1."""
-        self.pairs.update(originals, decoded)
+        self.psnr.update(-10 * (originals - decoded).square().mean(dim=(1, 2, 3)).log10().double())
+        ssim = structural_similarity_index_measure(decoded, originals, data_range=1.0, reduction="none")
+        assert isinstance(ssim, Tensor)
+        self.ssim.update(ssim.double())
         if self.extractor is not None:
             self.originals.update(self.extractor(originals))
             self.decoded.update(self.extractor(decoded))
 
     def compute(self) -> dict[str, float]:
         """Returns `psnr` in dB, `ssim` and, with an extractor, `rfid` (needs two pairs); all ranks must call this."""
-        psnr, ssim = self.pairs.compute()
-        scores = {"psnr": psnr, "ssim": ssim}
+        scores = {"psnr": float(self.psnr.compute()), "ssim": float(self.ssim.compute())}
         if self.extractor is not None:
             scores["rfid"] = frechet_distance(self.originals.compute(), self.decoded.compute())
         return scores

@@ -181,13 +181,17 @@ def teacher_inputs(network: MVARConfig, tokenizer: Tokenizer, tokens: Tensor) ->
 def kept_tokens_mask(schedule: ScaleSchedule, mask: Tensor) -> Tensor:
     """Returns which tokens (l,) bool to keep, given which pixels (H, W) bool to keep.
 
-    A token is kept if at least half of its cell is. The token of a 1 x 1 scale, which sets the layout of the complete
-    image, is kept if any pixel is (as in VAR's zero-shot editing).
+    A token is kept if more than half of its cell is. The token of a 1 x 1 scale, which sets the layout of the complete
+    image, is kept if any pixel is.
+
+    The masks of VAR's zero-shot editing are the same for a centred box of half the side. They differ in cells that an
+    edge of the mask crosses: VAR interpolates the mask, reduced to the last scale, at the centre of each cell. And VAR
+    keeps the token of the 1 x 1 scale even if no pixel is kept.
     """
     kept = []
     for shape in schedule.shapes:
         share = F.adaptive_avg_pool2d(mask[None, None].float(), shape).flatten()
-        kept.append(share >= 0.5 if len(share) > 1 else share > 0)
+        kept.append(share > (0.5 if len(share) > 1 else 0))
     return torch.cat(kept)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import cycle
+from collections.abc import Iterator
+from itertools import chain, cycle
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,10 @@ MAX_SIDE_LEGEND = 8  # legend entries that fit beside the plots; more go below, 
 LEGEND_COLUMNS = 3
 LEGEND_ROW_HEIGHT = 0.2  # inches
 LOG_SCALE_RATIO = 5  # an axis is logarithmic if largest / smallest exceeds this
+NO_LINE: Style = {"linestyle": "none"}
+SEED_STYLE: Style = NO_LINE | {"marker": ".", "markersize": 5, "alpha": 0.6}
 # Means are open markers so that the points of the seeds show through.
-SEED_STYLE: Style = {"marker": ".", "markersize": 5, "linestyle": "none", "alpha": 0.6}
-MEAN_LINE_STYLE: Style = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.5}
-MEAN_POINT_STYLE: Style = MEAN_LINE_STYLE | {"linestyle": "none"}
+MEAN_STYLE: Style = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.5}
 
 LOSS_LABEL = "validation loss (nats per token)"
 DISTANCE_LABELS = {"frechet_distance": "Frechet distance", "val/fid": "Frechet distance in training"}
@@ -57,7 +57,10 @@ def loss_against_compute(variants: list[Variant]) -> Figure:
     """Plots validation loss against the FLOPs spent on training so far; each line is one run."""
     figure, (plot,) = make_panels(1)
     for variant, style in styled(variants):
-        lines = [compute_curve(cell.measures, cell.curves["val/loss"]) for cell in variant.cells.values()]
+        lines = [
+            [(images * cell.measures["flops_per_training_image"], loss) for images, loss in cell.curves["val/loss"]]
+            for cell in variant.cells.values()
+        ]
         for line in lines:
             plot.plot(*zip(*line, strict=True), color=style["color"], linewidth=0.7, alpha=0.4)
         common = sorted(set.intersection(*({flops for flops, _ in line} for line in lines)))
@@ -68,11 +71,6 @@ def loss_against_compute(variants: list[Variant]) -> Figure:
     return add_legend(figure, plot)
 
 
-def compute_curve(measures: dict[str, float], curve: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Returns (FLOPs so far, value) pairs."""
-    return [(images * measures["flops_per_training_image"], value) for images, value in curve]
-
-
 def distance_against_cost(variants: list[Variant]) -> Figure:
     """Plots Frechet distance against the cost of a network: FLOPs per sampled image, and parameters."""
     distance = distance_of(variants)
@@ -80,20 +78,21 @@ def distance_against_cost(variants: list[Variant]) -> Figure:
     figure, plots = make_panels(len(COST_LABELS))
     for plot, (cost, label) in zip(plots, COST_LABELS.items(), strict=True):
         for variant, style in styled(variants):
-            draw_points(plot, variant, cost, distance, style)
+            cells = [cell.measures for cell in variant.cells.values() if distance in cell.measures]
+            draw_means(plot, [[(cell[cost], cell[distance]) for cell in cells]], variant.name, style | NO_LINE)
         format_x_axis(plot)
         plot.set(xlabel=label)
     plots[0].set(ylabel=DISTANCE_LABELS[distance])
     return add_legend(figure, plots[0])
 
 
-def draw_points(plot: Plot, variant: Variant, cost: str, measure: str, style: Style) -> None:
-    cells = [cell.measures for cell in variant.cells.values() if measure in cell.measures]
-    if not cells:
-        return
-    xs, ys = [cell[cost] for cell in cells], [cell[measure] for cell in cells]
-    plot.plot(xs, ys, color=style["color"], **SEED_STYLE)
-    plot.plot([fmean(xs)], [fmean(ys)], label=variant.name, **style | MEAN_POINT_STYLE)
+def draw_means(plot: Plot, groups: list[list[tuple[float, float]]], label: str, style: Style) -> None:
+    """Draws the seeds of each group as points (x, y), and the mean of each group as a marker."""
+    groups = [group for group in groups if group]
+    if groups:
+        plot.plot(*zip(*chain(*groups), strict=True), color=style["color"], **SEED_STYLE)
+        means = [tuple(map(fmean, zip(*group, strict=True))) for group in groups]
+        plot.plot(*zip(*means, strict=True), label=label, **style | MEAN_STYLE)
 
 
 def scale_losses(variants: list[Variant], baseline: Variant) -> Figure:
@@ -106,11 +105,11 @@ def scale_losses(variants: list[Variant], baseline: Variant) -> Figure:
         style = styles[variant.name]
         positions = [position + 0.8 * ((index + 0.5) / len(others) - 0.5) for position in range(len(tags))]
         pairs = [(cell.measures, baseline.cells[seed].measures) for seed, cell in shared_seeds(variant, baseline)]
-        lines = [[ours[tag] - theirs[tag] for tag in tags] for ours, theirs in pairs]
-        for line in lines:
-            plot.plot(positions, line, color=style["color"], **SEED_STYLE)
-        means = [fmean(values) for values in zip(*lines, strict=True)]
-        plot.plot(positions, means, label=variant.name, **style | MEAN_POINT_STYLE)
+        groups = [
+            [(position, ours[tag] - theirs[tag]) for ours, theirs in pairs]
+            for position, tag in zip(positions, tags, strict=True)
+        ]
+        draw_means(plot, groups, variant.name, style | NO_LINE)
     for position in range(0, len(tags), 2):  # every other scale on grey separates neighbours
         plot.axvspan(position - 0.5, position + 0.5, color="0.95", zorder=0, linewidth=0)
     plot.axhline(0, color="0.3", linewidth=1)
@@ -138,7 +137,10 @@ def against_axis(variants: list[Variant], axis: str) -> Figure:
     figure, plots = make_panels(len(labels))
     for (name, line), style in zip(lines_along_axis(variants, axis).items(), style_cycle(), strict=False):
         for plot, measure in zip(plots, labels, strict=True):
-            draw_line(plot, line, axis, measure, name, style)
+            groups = [
+                [(v.number(axis), c.measures[measure]) for c in v.cells.values() if measure in c.measures] for v in line
+            ]
+            draw_means(plot, groups, name, style)
     values = sorted({variant.number(axis) for variant in variants if variant.cells})
     for plot, label in zip(plots, labels.values(), strict=True):
         format_x_axis(plot)
@@ -159,19 +161,6 @@ def lines_along_axis(variants: list[Variant], axis: str) -> dict[str, list[Varia
 
 def label_without_axis(axes: Axes, axis: str) -> str:
     return ", ".join(f"{name} {value}" if is_number(value) else value for name, value in axes.items() if name != axis)
-
-
-def draw_line(plot: Plot, line: list[Variant], axis: str, measure: str, name: str, style: Style) -> None:
-    means = [(variant.number(axis), stat.mean) for variant in line if (stat := variant.stat(measure))]
-    seeds = [
-        (variant.number(axis), cell.measures[measure])
-        for variant in line
-        for cell in variant.cells.values()
-        if measure in cell.measures
-    ]
-    if means:
-        plot.plot(*zip(*seeds, strict=True), color=style["color"], **SEED_STYLE)
-        plot.plot(*zip(*means, strict=True), label=name, **style | MEAN_LINE_STYLE)
 
 
 def styled(variants: list[Variant]) -> Iterator[tuple[Variant, Style]]:

@@ -6,7 +6,7 @@ A cell is one training run with one seed; a variant is a set of cells that diffe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -24,16 +24,39 @@ from lightning_mvar.sweeps.plan import read_sweep
 Axes = dict[str, str]  # axis -> name of the value
 Curve = list[tuple[int, float]]  # images trained on, value
 
-LOSSES = ("val/loss", "val/loss_last_scale", "train/loss")
 SCALE_LOSS = "val_scale_loss/"  # followed by the side length
-TRAINING_SCORES = ("val/fid", "val/is", "val/precision", "val/recall")
 TRAINING_RATE = "perf/images_per_s"
-COSTS = ("parameters", "flops_per_training_image", "flops_per_sampled_image", "state_bytes_per_image")
-SCORES = (
-    *("frechet_distance", "spatial_frechet_distance", "frechet_distance_over_floor", "inception_score"),
-    *("precision", "recall", "classifier_accuracy_on_samples", "svm_accuracy_on_samples"),
-    *("svm_accuracy_trained_on_samples", "images_per_s"),
-)
+# Measures and their titles in tables.
+LOSSES = {
+    "val/loss": "validation loss",
+    "val/loss_last_scale": "loss of the last scale",
+    "train/loss": "training loss",
+}
+SCORES = {
+    "frechet_distance": "Frechet distance",
+    "spatial_frechet_distance": "sFID",
+    "frechet_distance_over_floor": "distance over floor",
+    "inception_score": "inception score",
+    "precision": "precision",
+    "recall": "recall",
+    "classifier_accuracy_on_samples": "classifier accuracy on samples",
+    "svm_accuracy_on_samples": "SVM accuracy on samples",
+    "svm_accuracy_trained_on_samples": "accuracy of SVM trained on samples",
+}
+TRAINING_SCORES = {
+    "val/fid": "Frechet distance in training",
+    "val/is": "inception score in training",
+    "val/precision": "precision in training",
+    "val/recall": "recall in training",
+}
+COSTS = {
+    "parameters": "parameters",
+    "flops_per_training_image": "FLOPs per training image",
+    "flops_per_sampled_image": "FLOPs per sampled image",
+    "state_bytes_per_image": "state bytes per image",
+}
+RATES = {TRAINING_RATE: "training images/s", "images_per_s": "sampling images/s"}
+TITLES = LOSSES | SCORES | TRAINING_SCORES | COSTS | RATES
 # Evaluation conditions: scores are comparable only if all of these agree.
 CONDITIONS = ("reference", "extractor", "extractor_weights", "num_samples")
 
@@ -153,7 +176,9 @@ def read_cell(folder: Path) -> CellResult:
     costs_file, scores_file = folder / "costs.json", folder / "scores.json"
     costs = parse_numbers(costs_file, check_flat(read_json(costs_file), costs_file), COSTS)
     scores = read_scores(scores_file)
-    measures = last | rate | costs | parse_numbers(scores_file, scores, [key for key in SCORES if key in scores])
+    measures = (
+        last | rate | costs | parse_numbers(scores_file, scores, [key for key in (*SCORES, *RATES) if key in scores])
+    )
     conditions = {key: scores[key] for key in CONDITIONS if key in scores}
     return CellResult(name, axes, seed, status, commands, tries, seconds, measures, curves, tokenizer, conditions)
 
@@ -209,7 +234,7 @@ def check_flat(content: Any, path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_numbers(path: Path, record: dict[str, Any], keys: Sequence[str]) -> dict[str, float]:
+def parse_numbers(path: Path, record: dict[str, Any], keys: Iterable[str]) -> dict[str, float]:
     try:
         return {key: float(record[key]) for key in keys}
     except (KeyError, TypeError, ValueError) as error:

@@ -13,41 +13,16 @@ from typing import Any
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.sweeps.results import (
     COSTS,
-    LOSSES,
+    RATES,
     SCALE_LOSS,
     SCORES,
-    TRAINING_RATE,
+    TITLES,
     TRAINING_SCORES,
     CellResult,
     Sweep,
 )
 from lightning_mvar.sweeps.variants import Comparison, Stat, Variant, smallest_significant_difference
 
-TITLES = {
-    "val/loss": "validation loss",
-    "val/loss_last_scale": "loss of the last scale",
-    "train/loss": "training loss",
-    "frechet_distance": "Frechet distance",
-    "spatial_frechet_distance": "sFID",
-    "frechet_distance_over_floor": "distance over floor",
-    "inception_score": "inception score",
-    "precision": "precision",
-    "recall": "recall",
-    "classifier_accuracy_on_samples": "classifier accuracy on samples",
-    "svm_accuracy_on_samples": "SVM accuracy on samples",
-    "svm_accuracy_trained_on_samples": "accuracy of SVM trained on samples",
-    "val/fid": "Frechet distance in training",
-    "val/is": "inception score in training",
-    "val/precision": "precision in training",
-    "val/recall": "recall in training",
-    "parameters": "parameters",
-    "flops_per_training_image": "FLOPs per training image",
-    "flops_per_sampled_image": "FLOPs per sampled image",
-    "state_bytes_per_image": "state bytes per image",
-    TRAINING_RATE: "training images/s",
-    "images_per_s": "sampling images/s",
-}
-RATE_MEASURES = (TRAINING_RATE, "images_per_s")
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -119,11 +94,11 @@ def duration(seconds: float) -> str:
 def results_table(variants: list[Variant]) -> Table:
     """Returns losses and scores of each variant, mean ± standard deviation over its seeds."""
     scores = SCORES if any(variant.stat("frechet_distance") for variant in variants) else TRAINING_SCORES
-    return stats_table(variants, [*LOSSES[:2], *(name for name in scores if name not in RATE_MEASURES)])
+    return stats_table(variants, ["val/loss", "val/loss_last_scale", *scores])
 
 
 def cost_table(variants: list[Variant]) -> Table:
-    return stats_table(variants, [*COSTS, *RATE_MEASURES])
+    return stats_table(variants, [*COSTS, *RATES])
 
 
 def scale_table(variants: list[Variant]) -> Table:

@@ -19,6 +19,8 @@ from lightning_mvar.training.lightning_internals import correct_logged_step, log
 from lightning_mvar.training.optim import OptimizerConfig, apply_schedule, build_optimizer, skip_step_unless
 from lightning_mvar.training.strategies import full_tensor, local_shards
 
+SKIPPED_STEPS = "skipped_steps"  # folder in a run's folder that lists the images of skipped steps
+
 
 class AsyncScalar:
     """A scalar that is being copied to the host without blocking it; `float` waits for the copy."""
@@ -77,6 +79,7 @@ class ScheduledModule(L.LightningModule):
         self.seed = torch.initial_seed()
         self.skipped_steps, self.skipped_in_a_row = 0, 0
         self.in_optimizer_step = False  # from the last gradient to the end of the step, while no state can be saved
+        self.saves_alone = False  # while this rank saves without the others: no collective may run then
         self.batches: list[Any] = []  # of the current optimizer step
         self.pending_step: PendingStep | None = None  # the last step, until it is known whether it was skipped
         self.gradient_norms: dict[str, Tensor] = {}  # of this step, on the device; keys as in `clip_groups`
@@ -219,7 +222,7 @@ class ScheduledModule(L.LightningModule):
         step, norm = pending.step, float(pending.gradient_norm)
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        folder = Path(self.trainer.default_root_dir) / "skipped_steps"
+        folder = Path(self.trainer.default_root_dir) / SKIPPED_STEPS
         folder.mkdir(parents=True, exist_ok=True)
         keys = [key for batch in pending.batches for key in self.data.keys(batch)]
         record = {"step": step, "epoch": pending.epoch, "gradient_norm": str(norm), "keys": keys}

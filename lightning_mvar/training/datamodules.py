@@ -17,6 +17,7 @@ from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.data.tokens.stream import TokenBatch, TokenLoader, TokenStream
 from lightning_mvar.errors import InputError
 from lightning_mvar.scales import Shape, shape_of
+from lightning_mvar.training.agreement import read_on_all_ranks
 
 Loader = TypeVar("Loader", bound=ResumableLoader)
 
@@ -140,12 +141,17 @@ class TokenDataModule(BatchedDataModule):
         """Reads the manifests that `stage` needs.
 
         Raises:
-            InputError: if shards are missing, unfinished or damaged, or their classes differ.
+            InputError: on all ranks, if shards are missing, unfinished or damaged, differ between ranks, or have other
+                classes in training than in validation.
         """
         super().setup(stage)
         needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
-        for name in needed:
-            self.manifests[name] = self.shards[name].manifest()
+
+        def read() -> tuple[dict[str, Manifest], dict[str, str]]:
+            manifests = {name: self.shards[name].manifest() for name in needed}
+            return manifests, {f"data.{name}": manifest.digest for name, manifest in manifests.items()}
+
+        self.manifests |= read_on_all_ranks(read)
         names = {name: manifest.class_names for name, manifest in self.manifests.items()}
         if any(classes != next(iter(names.values())) for classes in names.values()):
             raise InputError(f"the shards in {' and '.join(str(self.shards[n]) for n in names)} have different classes")
@@ -216,9 +222,15 @@ class ImageDataModule(BatchedDataModule):
         self.cache_dir = cache_dir
 
     def images(self, name: str) -> ImageSource:
-        return open_images(
-            self.sources[name], self.shape, self.on_corrupt, cache_dir=self.cache_dir, retries=self.retries
-        )
+        """Opens one of the sets; raises InputError if another rank has other images."""
+
+        def read() -> tuple[ImageSource, dict[str, str]]:
+            images = open_images(
+                self.sources[name], self.shape, self.on_corrupt, cache_dir=self.cache_dir, retries=self.retries
+            )
+            return images, {f"data.{name}": images.listing}
+
+        return read_on_all_ranks(read)
 
     def keys(self, batch: ImageBatch) -> list[str]:
         """Returns the names of the images in a batch."""

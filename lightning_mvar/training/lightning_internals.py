@@ -18,6 +18,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from lightning_mvar.checkpoints.sealed import save_sharded
+from lightning_mvar.checkpoints.training import Checksums
 
 
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
@@ -45,6 +49,18 @@ def collective_timeout(trainer: L.Trainer) -> timedelta | None:
     return getattr(trainer.strategy, "_timeout", None)
 
 
+def setup_with_timeout(strategy: Any, timeout: timedelta) -> None:
+    """Creates the process group with a time-out of its own, for ranks that never start; collectives keep theirs."""
+    run_timeout, strategy._timeout = strategy._timeout, timeout
+    try:
+        strategy.setup_environment()
+    finally:
+        strategy._timeout = run_timeout
+    mesh = getattr(strategy, "_device_mesh", None)
+    for group in [None, *([] if mesh is None else mesh.get_all_groups())]:
+        _set_pg_timeout(run_timeout, group)
+
+
 def started_processes(strategy: Any) -> list[Popen[bytes]]:
     """Returns the ranks that a strategy of Fabric or a trainer has started here: they must not outlive an error."""
     launcher = strategy.launcher
@@ -54,6 +70,21 @@ def started_processes(strategy: Any) -> list[Popen[bytes]]:
 def dump_checkpoint(trainer: L.Trainer, weights_only: bool) -> dict[str, Any]:
     """Returns the content of a checkpoint; `trainer.save_checkpoint` would also write it and wait for all ranks."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only)
+
+
+def restore_choice_of_rank_zero(trainer: L.Trainer) -> None:
+    """Makes all ranks restore the checkpoint that rank 0 has chosen.
+
+    Lightning restores the path that each rank has found itself, and ranks that share a file system over a network may
+    see different files.
+    """
+    connector = trainer._checkpoint_connector
+    resume = connector.resume_start
+
+    def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        resume(trainer.strategy.broadcast(checkpoint_path), weights_only)
+
+    connector.resume_start = resume_start  # type: ignore[method-assign]
 
 
 class CheckpointHooks(ModelCheckpoint):
@@ -67,18 +98,11 @@ class CheckpointHooks(ModelCheckpoint):
     def delete(self, trainer: L.Trainer, path: Path) -> None:
         """Removes a checkpoint; called on all ranks."""
 
-    @abstractmethod
-    def link(self, trainer: L.Trainer, path: Path, link: Path) -> None:
-        """Links `last.ckpt` to a checkpoint; called on all ranks."""
-
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self.write(trainer, Path(filepath))
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self.delete(trainer, Path(filepath))
-
-    def _link_checkpoint(self, trainer: L.Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
-        self.link(trainer, Path(filepath), Path(linkpath))
 
     def mark_saved(self, trainer: L.Trainer, path: Path | None = None) -> None:
         """Marks the current step as saved, at `path` if given."""
@@ -93,14 +117,6 @@ class CheckpointHooks(ModelCheckpoint):
     def needs_none(self, trainer: L.Trainer) -> bool:
         """Returns whether to skip a checkpoint now: the step has one, or this is a sanity check or a fast_dev_run."""
         return self._should_skip_saving_checkpoint(trainer)
-
-    def name_now(self, trainer: L.Trainer) -> str:
-        """Returns the path for a checkpoint of the current step."""
-        return self.format_checkpoint_name(self._monitor_candidates(trainer))
-
-    def update_last(self, trainer: L.Trainer) -> None:
-        """Points `last.ckpt` to the newest checkpoint."""
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class CommandHooks(LightningCLI):
@@ -128,9 +144,21 @@ class CommandHooks(LightningCLI):
 
 
 class DataParallelStrategy(ModelParallelStrategy):
-    """ModelParallelStrategy with all devices in one data-parallel mesh; its defaults are one replica per node."""
+    """ModelParallelStrategy with all devices in one data-parallel mesh; its defaults are one replica per node.
+
+    Sharded checkpoints are hashed while they are written: `checksums` has those of the files that this rank wrote last,
+    and is None if checkpoints are single files.
+    """
+
+    checksums: Checksums | None = None
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._save_distributed_checkpoint:
+            self.checksums = save_sharded(checkpoint, Path(self.broadcast(filepath)), self.is_global_zero)
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_tokenizer
+from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.checkpoints.pair import check_pair
 from lightning_mvar.checkpoints.training import NETWORK_KEY, describe_network
 from lightning_mvar.data.tokens.stream import TokenBatch
@@ -232,13 +233,13 @@ class LitMVAR(ScheduledModule):
             self.adapt_to_devices(record["run"], checkpoint["loops"]["fit_loop"])
 
     def check_checkpoint(self, record: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another network or tokenizer.
+        """Refuses a checkpoint of another network or tokenizer. Options that are newer than it had their default.
 
         Raises:
             InputError: naming the first field that differs.
         """
         kept = {True: "kept", False: "not kept"}
-        saved = record["network"] | {
+        saved = asdict(config_from_dict(MVARConfig, record["network"], "--ckpt_path")) | {
             "tokenizer": record["tokenizer"]["fingerprint"],
             "ema_decay (an average of the weights)": kept[record["run"]["ema"]],
         }

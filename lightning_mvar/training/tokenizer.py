@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_official_tokenizer, load_tokenizer
+from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.data.tokens.statistics import perplexity
 from lightning_mvar.errors import InputError
@@ -326,8 +327,11 @@ class LitTokenizer(ScheduledModule):
             log.warning("skipped: %s", message)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        usage = self.usage["train"].clone()
+        if not self.saves_alone:  # else the counts of the other ranks since the last revival are lost
+            usage = torch.as_tensor(self.trainer.strategy.reduce(usage, reduce_op="sum"))
         checkpoint[TOKENIZER_KEY] = self.checkpoint_identity() | {
-            "train_usage": self.trainer.strategy.reduce(self.usage["train"].clone(), reduce_op="sum").cpu(),
+            "train_usage": usage.cpu(),
             "skipped_steps": self.skip_counts,
         }
 
@@ -351,11 +355,15 @@ class LitTokenizer(ScheduledModule):
     def check_checkpoint(self, record: dict[str, Any]) -> None:
         """Refuses a checkpoint of another tokenizer, or one that lacks what this run trains.
 
+        Settings that are newer than the checkpoint had their default.
+
         Raises:
             InputError: naming the first setting that differs.
         """
+        config = asdict(config_from_dict(TokenizerConfig, record["config"], "--ckpt_path"))
+        saved_settings = {"codebook.learning": CodebookConfig().learning, **record, "config": config}
         for name, current in self.checkpoint_identity().items():
-            saved = record.get(name)
+            saved = saved_settings.get(name)
             if saved != current:
                 what = "tokenizer" if name == "config" else name
                 raise InputError(f"--ckpt_path has another {what}: {saved} in the checkpoint, {current} in this run")

@@ -58,7 +58,7 @@ def test_shards_hold_the_tokens_of_each_image(here: Path) -> None:
     expected = {source[i].key: source[i] for i in range(len(source))}
     seen = set()
     for shard in manifest.shards:
-        for pack in read_shard(here / "shards/train" / shard.name):
+        for pack in read_shard(here / "shards/train" / shard.name, shard, manifest.spec):
             for tokens, label, key in zip(*pack, strict=True):
                 example = expected[key]
                 assert example.label == label
@@ -150,7 +150,7 @@ def test_several_views_per_image(here: Path) -> None:
     folder, manifest = Path("shards/views"), Manifest.load(Path("shards/views"))
     assert (manifest.num_samples, manifest.num_images, manifest.views, manifest.seed) == (54, 18, 3, 5)
     assert [shard.samples for shard in manifest.shards] == [20, 20, 14]
-    packs = [pack for shard in manifest.shards for pack in read_shard(folder / shard.name)]
+    packs = [pack for shard in manifest.shards for pack in read_shard(folder / shard.name, shard, manifest.spec)]
     keys = [key for pack in packs for key in pack.keys]
     assert sorted(keys) == sorted(f"{c}/{i}.png#{view}" for c in CLASSES for i in range(6) for view in range(3))
     assert len({pack.tokens[row].tobytes() for pack in packs for row in range(len(pack.tokens))}) > 18

@@ -62,7 +62,7 @@ def test_shards_hold_a_raster_of_64_tokens_per_photo(here: Path) -> None:
     tokenizer, manifest = load_tokenizer("tok"), Manifest.load(Path("shards"))
     source = open_images("photos:test", 32)
     assert (manifest.side_lengths, manifest.num_images, manifest.class_names) == ([8], 450, source.class_names)
-    (pack,) = (p for shard in manifest.shards for p in read_shard(Path("shards") / shard.name))
+    (pack,) = (p for shard in manifest.shards for p in read_shard(Path("shards") / shard.name, shard, manifest.spec))
     assert pack.tokens.shape == (450, 64)
     indices = [int(key.removeprefix("photos/test/")) for key in pack.keys[:40]]
     images = torch.stack([source[index].image for index in indices])

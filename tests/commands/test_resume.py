@@ -145,7 +145,7 @@ def test_torn_checkpoints_are_reported_and_skipped(run_folder: Path, uninterrupt
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    restarted = train(run_folder, "run", [])
+    restarted = train(run_folder, "run", ["--verify"])
     assert f"{newest} is damaged (in " in restarted.printed()
     assert "no intact checkpoint" in restarted.printed()
     assert largest_difference(expected, weights(run_folder / "run")) == 0

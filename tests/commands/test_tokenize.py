@@ -42,7 +42,7 @@ def samples(folder: Path) -> Samples:
     assert {path.name for path in folder.glob("*.tar")} == {shard.name for shard in manifest.shards}
     collected: Samples = {}
     for shard in manifest.shards:
-        packs = list(read_shard(folder / shard.name))
+        packs = list(read_shard(folder / shard.name, shard, manifest.spec))
         assert sum(len(pack.keys) for pack in packs) == shard.samples
         for pack in packs:
             rows = zip(pack.labels.tolist(), (tokens.tobytes() for tokens in pack.tokens), strict=True)

@@ -94,3 +94,14 @@ def test_unavailable_and_truncated_archives_are_reported(server: ShardServer) ->
 )
 def test_file_name_of_an_address(address: str, name: str) -> None:
     assert remote_file_name(address) == name
+
+
+def test_an_archive_without_end_stops_before_the_disk_is_full(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "free_bytes", lambda path: 2**20)
+    server.failures[f"{CLASSES[0]}.tar"] = ["endless"]
+    with pytest.raises(InputError, match=r"dark\.tar sends more than the 1048576 bytes that are expected, or fit on"):
+        open_images(f"{server.url}/{CLASSES[0]}.tar", 8)
+    assert server.requests == [f"{CLASSES[0]}.tar"]
+    assert not list((tmp_path / "outputs/image_cache").rglob("*.tar"))

@@ -2,6 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import MIXERS, OBLONG, SCHEDULE, random_tokens, tiny_network
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
@@ -242,7 +243,7 @@ def test_drawn_tokens_are_conditioned_on_kept_tokens(network: MVAR, tokenizer: T
         generate(network, tokenizer, LABELS, known=KnownTokens(given, keep[:1]))
 
 
-def test_a_token_is_kept_if_half_of_its_cell_is() -> None:
+def test_a_token_is_kept_if_more_than_half_of_its_cell_is() -> None:
     left = torch.zeros(12, 12, dtype=torch.bool)
     left[:, :6] = True
     parts = kept_tokens_mask(SCHEDULE, left).split(SCHEDULE.lengths)
@@ -251,10 +252,29 @@ def test_a_token_is_kept_if_half_of_its_cell_is() -> None:
     ] == [
         [1],  # the token of a 1 x 1 scale is kept if any pixel is
         [2, 0],
-        [3, 3, 0],  # the middle column of three is half kept
+        [3, 0, 0],  # the middle column of three is half kept
         [4, 4, 0, 0],
     ]
     oblong = kept_tokens_mask(OBLONG, left[:6]).split(OBLONG.lengths)
-    assert [part.int().tolist() for part in oblong] == [[1], [1, 0], [1, 1, 0] * 3, [1, 1, 1, 0, 0, 0] * 3]
+    assert [part.int().tolist() for part in oblong] == [[1], [1, 0], [1, 0, 0] * 3, [1, 1, 1, 0, 0, 0] * 3]
     assert not kept_tokens_mask(SCHEDULE, torch.zeros(12, 12, dtype=torch.bool)).any()
     assert kept_tokens_mask(SCHEDULE, torch.ones(12, 12, dtype=torch.bool)).all()
+
+
+@pytest.mark.parametrize("inpainting", [True, False])
+@pytest.mark.parametrize("resolution", [256, 512, 1024])
+def test_a_centred_box_keeps_the_tokens_that_var_keeps(resolution: int, inpainting: bool) -> None:
+    """VAR's get_edit_mask and replace_embedding (demo_zero_shot_edit.ipynb) for the box from 1/4 to 3/4 of the side.
+
+    At sides 6, 10 and 18 the edges of the box halve cells.
+    """
+    schedule = ScaleSchedule.for_resolution(resolution)
+    last = schedule.side_lengths[-1]
+    box = torch.zeros(last, last)
+    box[last // 4 : last * 3 // 4, last // 4 : last * 3 // 4] = 1
+    kept_cells = 1 - box if inpainting else box
+    pixels = kept_cells.bool().repeat_interleave(16, 0).repeat_interleave(16, 1)
+    parts = kept_tokens_mask(schedule, pixels).split(schedule.lengths)
+    for side, kept in zip(schedule.side_lengths, parts, strict=True):
+        cells = F.interpolate(kept_cells[None, None], size=(side, side), mode="bilinear", align_corners=False) > 0.5
+        assert torch.equal(kept.view(side, side), cells[0, 0] if side > 1 else torch.ones(1, 1, dtype=torch.bool))

@@ -15,41 +15,39 @@ vocabulary, classes and the tokenizer's fingerprint.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shutil
-import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
-from tokenize import TokenError
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import webdataset as wds
 from numpy.typing import NDArray
 
+from lightning_mvar.data.tokens.packs import PACK_ERRORS, CheckedPack, Pack, TokenSpec, read_packs
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import atomic_path, remove_unfinished
+from lightning_mvar.io.files import atomic_path, open_regular, read_regular, remove_unfinished
+from lightning_mvar.io.json_files import MAX_BYTES, parse_json, read_json
 from lightning_mvar.scales import ScaleSchedule, Shape
 
 FORMAT_VERSION = 3
 PACK_SIZE = 512  # images per tar sample: 0.7 MB at 680 tokens
 MANIFEST = "manifest.json"
-MEMBERS = ("tokens.npy", "labels.npy", "keys.json")  # of each pack
 PARTS = "parts"  # subfolder with a record per finished shard
-# Raised by numpy for a damaged or forged npy file.
-ARRAY_ERRORS = (OSError, EOFError, ValueError, SyntaxError, TokenError, TypeError, OverflowError, MemoryError)
-
-
-class Pack(NamedTuple):
-    """Consecutive images of a shard."""
-
-    tokens: NDArray[np.uint16]  # (n, l)
-    labels: NDArray[np.int64]  # (n,)
-    keys: list[str]
+MAX_TOKENS = 2**20  # per image; 1024 pixels have 9,451
+MAX_COUNT = 2**40
+CHUNK_BYTES = 2**20
+REMOVE_REMEDY = "remove that file and run the same `lightning-mvar tokenize` again"
+REWRITE_REMEDY = "write the shards again into an empty folder"
+DAMAGED_REMEDY = (
+    "remove it, then restart if it is in a cache (it is downloaded again), or else rewrite it with the same "
+    "`lightning-mvar tokenize`"
+)
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Shard:
     @property
     def is_file_name(self) -> bool:
         """Whether the name is a plain file name, without a path."""
-        return isinstance(self.name, str) and re.fullmatch(r"\w[\w.-]*", self.name) is not None
+        return re.fullmatch(r"\w[\w.-]{0,199}", self.name, re.ASCII) is not None
 
     def path_in(self, folder: Path) -> Path:
         """Returns the path of the shard in a folder.
@@ -82,6 +80,10 @@ class Shard:
     def is_intact(self, folder: Path) -> bool:
         path = self.path_in(folder)
         return path.is_file() and path.stat().st_size == self.bytes and sha256_of(path) == self.sha256
+
+    def is_possible(self, num_tokens: int) -> bool:
+        """Whether its bytes can hold its samples of `num_tokens`, and its checksum is one."""
+        return 0 <= self.samples <= self.bytes // (2 * num_tokens) and bool(re.fullmatch("[0-9a-f]{64}", self.sha256))
 
 
 @dataclass
@@ -128,6 +130,19 @@ class Manifest:
         return ScaleSchedule(tuple(self.side_lengths))
 
     @property
+    def spec(self) -> TokenSpec:
+        """What every shard must conform to, with None for invalid values."""
+        try:
+            num_tokens = self.schedule.num_tokens
+        except InputError:
+            num_tokens = 0
+        return TokenSpec(
+            num_tokens if 1 <= num_tokens <= MAX_TOKENS else None,
+            self.vocab_size if 1 <= self.vocab_size <= 2**16 else None,
+            len(self.class_names) or None,
+        )
+
+    @property
     def num_samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
@@ -145,6 +160,11 @@ class Manifest:
     def num_shards(self) -> int:
         """Number of shards in a finished folder."""
         return -(-self.num_images * self.views // self.shard_size)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything but the location of the images."""
+        return hashlib.sha256(json.dumps(asdict(self) | {"source": ""}).encode()).hexdigest()
 
     def failures(self) -> dict[str, str]:
         """Returns one message per unreadable image, by image key."""
@@ -170,39 +190,36 @@ class Manifest:
             InputError: if it is missing, damaged or of another format version.
         """
         path = folder / MANIFEST
-        if not path.is_file():
+        if not path.exists():
             raise InputError(
                 f"no token shards in {folder}: {path} does not exist; write them with `lightning-mvar tokenize`"
             )
-        return cls.parse(path.read_text(errors="replace"), str(path), record_paths(folder))
+        return cls.parse(read_regular(path, MAX_BYTES), str(path), record_paths(folder))
 
     @classmethod
-    def parse(cls, text: str, location: str, records: Sequence[Path] = ()) -> Manifest:
-        """Parses the text of the manifest at `location`, updated with the records of shards finished since.
+    def parse(cls, data: bytes, location: str, records: Sequence[Path] = ()) -> Manifest:
+        """Parses the manifest at `location`, updated with the records of shards finished since.
+
+        Only its types are checked; see `problems`.
 
         Raises:
             InputError: if it is damaged or of another format version.
         """
         try:
-            values = json.loads(text)
-            version = values["format_version"]
-            if version != FORMAT_VERSION:
-                raise InputError(
-                    f"{location} has format version {version}; this release reads {FORMAT_VERSION}: tokenize again"
-                )
-            newer = [read_record(path) for path in records]
-            names = {shard.name for shard in newer}
-            shards = [Shard(**shard) for shard in values["shards"] if shard["name"] not in names]
-            values["shards"] = sorted(shards + newer, key=lambda shard: shard.name)
-            values["side_lengths"] = [tuple(s) if isinstance(s, list) else s for s in values["side_lengths"]]
-            return cls(**values)
-        except InputError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            version = parse_json(data, dict[str, Any], MANIFEST).get("format_version")
+            if version == FORMAT_VERSION:
+                manifest = parse_json(data, cls, MANIFEST)
+        except InputError as error:
+            raise InputError(f"{location} is damaged ({error}); {REMOVE_REMEDY}") from error
+        if version != FORMAT_VERSION:
             raise InputError(
-                f"{location}, or a file in {PARTS} next to it, is damaged ({error!r}); remove that file and run the "
-                f"same `lightning-mvar tokenize` again"
-            ) from error
+                f"{location} has format version {version!r:.80}; this release reads {FORMAT_VERSION}: tokenize again"
+            )
+        newer = [read_record(path) for path in records]
+        names = {shard.name for shard in newer}
+        shards = [shard for shard in manifest.shards if shard.name not in names]
+        manifest.shards = sorted(shards + newer, key=lambda shard: shard.name)
+        return manifest
 
     def check_model(
         self, location: object, side_lengths: tuple[int | Shape, ...], vocab_size: int, num_classes: int, tokenizer: str
@@ -220,17 +237,63 @@ class Manifest:
                     f"the model; set the model's to match, or tokenize again with the model's tokenizer"
                 )
 
-    def check_finished(self, location: object) -> None:
-        """Raises InputError unless every shard is listed."""
+    def invalid_values(self) -> Iterator[tuple[str, str]]:
+        """Yields the message and remedy of each value that no manifest can have."""
+        spec = self.spec
+        for name, value, valid in (
+            ("side_lengths", self.side_lengths, spec.num_tokens),
+            ("vocab_size", self.vocab_size, spec.vocab_size),
+            ("class_names", self.class_names, spec.num_classes),
+            ("tokenizer", self.tokenizer, re.fullmatch(r"[\w.-]{1,128}", self.tokenizer, re.ASCII)),
+            ("num_images", self.num_images, 0 <= self.num_images <= MAX_COUNT),
+            ("views", self.views, 1 <= self.views <= MAX_COUNT),
+            ("shard_size", self.shard_size, 1 <= self.shard_size <= MAX_COUNT),
+            ("seed", self.seed, self.seed >= 0),
+        ):
+            if not valid:
+                yield f"{name} is {value!r:.80}, which is invalid", REWRITE_REMEDY
+        for shard in self.shards:
+            if not shard.is_file_name:
+                yield f"it lists a shard {shard.name!r:.80}, which is not a file name", "remove the folder"
+            elif spec.num_tokens and not shard.is_possible(spec.num_tokens):
+                yield f"it lists a shard {shard.name!r} with impossible values", REWRITE_REMEDY
+
+    def impossible_counts(self) -> Iterator[tuple[str, str]]:
+        """Yields message and remedy if shards are listed twice, or samples do not add up; values must be valid."""
+        for name, count in Counter(shard.name for shard in self.shards).items():
+            if count > 1:
+                yield f"it lists {name} {count} times", REWRITE_REMEDY
+        expected = (self.num_images - len(self.skipped)) * self.views
+        if self.num_samples != expected and len(self.shards) >= self.num_shards:
+            yield (
+                f"{self.num_images} images minus {len(self.skipped)} skipped, in {self.views} views, are {expected} "
+                f"samples, but the listed shards have {self.num_samples}",
+                REWRITE_REMEDY,
+            )
+
+    def check_finished(self, location: object, file: object) -> None:
+        """Checks that the manifest is possible and lists every shard.
+
+        Args:
+            location: names the shards in messages.
+            file: names the manifest.
+
+        Raises:
+            InputError: with the first problem.
+        """
+        for message, remedy in self.invalid_values():
+            raise InputError(f"{file} is damaged: {message}; {remedy}")
         if len(self.shards) < self.num_shards:
             raise InputError(
                 f"{location} is unfinished: {len(self.shards)} of {self.num_shards} shards; run the same "
                 f"`lightning-mvar tokenize` again, it continues where it stopped"
             )
+        for message, remedy in self.impossible_counts():
+            raise InputError(f"{file} is damaged: {message}; {remedy}")
 
     def check_files(self, folder: Path) -> None:
         """Raises InputError unless every shard is listed and its file has the listed size."""
-        self.check_finished(folder)
+        self.check_finished(folder, folder / MANIFEST)
         for shard in self.shards:
             path = shard.path_in(folder)
             size = path.stat().st_size if path.is_file() else 0
@@ -256,12 +319,9 @@ def read_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list[i
     rows_by_id: dict[int, tuple[NDArray[np.uint16], np.int64, str]] = {}
     for shard, begin in zip(manifest.shards, manifest.offsets, strict=True):
         if any(begin <= index < begin + shard.samples for index in requested):
-            rows = (row for pack in read_shard(fetch(shard)) for row in zip(*pack, strict=True))
+            packs = read_shard(fetch(shard), shard, manifest.spec)
+            rows = (row for pack in packs for row in zip(*pack, strict=True))
             rows_by_id |= {index: row for index, row in enumerate(rows, start=begin) if index in requested}
-    if requested - rows_by_id.keys():
-        raise InputError(
-            "a shard holds fewer samples than its manifest says; find it with `lightning-mvar shards verify`"
-        )
     tokens, labels, keys = zip(*(rows_by_id[index] for index in ids), strict=True)
     return Pack(np.stack(tokens), np.array(labels), list(keys))
 
@@ -272,7 +332,10 @@ def record_paths(folder: Path) -> list[Path]:
 
 
 def read_record(path: Path) -> Shard:
-    return Shard(**json.loads(path.read_text()))
+    try:
+        return read_json(path, Shard)
+    except InputError as error:
+        raise InputError(f"{error}; {REMOVE_REMEDY}") from error
 
 
 def save_record(folder: Path, shard: Shard) -> None:
@@ -302,62 +365,32 @@ def write_shard(path: Path, tokens: NDArray[np.uint16], labels: NDArray[np.int64
 
 
 def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def read_shard(path: Path) -> Iterator[Pack]:
-    """Reads the packs of one shard.
+def read_shard(path: Path, shard: Shard, spec: TokenSpec) -> Iterator[Pack]:
+    """Reads the packs of one shard; its checksum is for `ShardSource.fetch` to compare.
 
-    Only the three members of a pack are decoded, and arrays without pickle: shards are untrusted.
+    Args:
+        path: the file.
+        shard: its manifest entry.
+        spec: properties that the manifest prescribes for every shard.
 
     Raises:
-        InputError: if the file is missing, truncated or not a token shard, or has other members.
+        InputError: if the file is missing, truncated or not a token shard, or contradicts the manifest.
     """
+    samples = 0
     try:
         for name, members in read_packs(path):
-            if unknown := [member for member in members if member not in MEMBERS]:
-                raise ValueError(f"it has {name}.{unknown[0]}, which does not belong in a token shard")
-            tokens, labels = (read_array(members[member]) for member in MEMBERS[:2])
-            yield Pack(tokens, labels, json.loads(members["keys.json"]))
-    except (*ARRAY_ERRORS, KeyError, RecursionError, tarfile.TarError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} is damaged or not a token shard ({reason}): remove it, then restart if it is in a cache (it is "
-            f"downloaded again), or else rewrite it with the same `lightning-mvar tokenize`"
-        ) from error
-
-
-def read_packs(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yields each pack's name and its members by extension, split at the first dot of the file's name as in WebDataset.
-
-    Raises:
-        ValueError: if a pack has two members of one name.
-    """
-    with tarfile.open(path, "r:") as tar:
-        for name, members in groupby(tar, key=lambda member: split_name(member.name)[0]):
-            pack: dict[str, bytes] = {}
-            for member in members:
-                if (extension := split_name(member.name)[1]) in pack:
-                    raise ValueError(f"it has {member.name} twice")
-                pack[extension] = read_member(tar, member)
-            yield name, pack
-
-
-def split_name(path: str) -> tuple[str, str]:
-    """Splits a member's path at the first dot of its file name."""
-    folder, slash, name = path.removeprefix("./").rpartition("/")
-    stem, _, extension = name.partition(".")
-    return f"{folder}{slash}{stem}", extension
-
-
-def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    if file is None:
-        raise ValueError(f"{member.name} is not a regular file")
-    return file.read()
-
-
-def read_array(data: bytes) -> NDArray[Any]:
-    """Decodes an npy file; raises ValueError if it holds Python objects."""
-    array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    return array
+            pack = CheckedPack(name, members, spec).pack()
+            samples += len(pack.labels)
+            yield pack
+        if samples != shard.samples:
+            raise ValueError(f"it holds {samples} samples, the manifest says {shard.samples}")
+    except PACK_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} is damaged or not a token shard ({reason}): {DAMAGED_REMEDY}") from error

@@ -5,6 +5,8 @@
 
 A shard is downloaded once for all processes of a machine, checked against the manifest and cached atomically. Files in
 the cache are named by SHA-256, so a changed shard gets a new file and identical shards from two places share one.
+The first time that a process reads a shard, local or cached, it compares the SHA-256 with the manifest's: a bit that
+has flipped on the disk would change a token or a label in silence.
 Nothing is evicted: every epoch reads every shard in a new random order, so a cache that is smaller than the set would
 miss in proportion to what it lacks, and all of ImageNet takes only 1.7 GB at 256 px.
 """
@@ -12,16 +14,24 @@ miss in proportion to what it lacks, and all of ImageNet takes only 1.7 GB at 25
 from __future__ import annotations
 
 import json
-import re
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, Shard
+from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, Shard, sha256_of
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.fetch import FetchError, check_scheme, download_to, is_remote, retry, wait_for_lock
+from lightning_mvar.io.fetch import (
+    FetchError,
+    check_scheme,
+    download_to,
+    is_remote,
+    require_space,
+    retry,
+    wait_for_lock,
+)
 from lightning_mvar.io.files import atomic_path, remove_unfinished
+from lightning_mvar.io.json_files import MAX_BYTES
 
 SHARD_CACHE = "outputs/shard_cache"
 
@@ -37,10 +47,10 @@ class ShardSource(Protocol):
         """
 
     def fetch(self, shard: Shard) -> Path:
-        """Returns a local file with this shard.
+        """Returns a local file with this shard, whose SHA-256 this process has compared with the manifest's.
 
         Raises:
-            InputError: if the shard is unavailable.
+            InputError: if the shard is unavailable or damaged.
         """
 
 
@@ -49,6 +59,7 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.verified: set[str] = set()  # SHA-256 of the shards that were intact when this process first read them
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -59,7 +70,15 @@ class LocalShards:
         return manifest
 
     def fetch(self, shard: Shard) -> Path:
-        return shard.path_in(self.folder)
+        path = shard.path_in(self.folder)
+        if shard.sha256 not in self.verified:
+            if sha256_of(path) != shard.sha256:
+                raise InputError(
+                    f"{path} is damaged: its SHA-256 is not the manifest's; copy it again, or run the same "
+                    f"`lightning-mvar tokenize` again, it rewrites that shard only"
+                )
+            self.verified.add(shard.sha256)
+        return path
 
 
 class RemoteShards:
@@ -79,6 +98,7 @@ class RemoteShards:
         if location.startswith("pipe:") and "{}" not in location:
             raise InputError(f"{location} does not say which file: put {{}} where its name belongs")
         self.location, self.cache_dir, self.retries = location, cache_dir, retries
+        self.verified: set[str] = set()  # as in `LocalShards`
 
     def __str__(self) -> str:
         return self.location
@@ -91,41 +111,46 @@ class RemoteShards:
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
     def manifest(self) -> Manifest:
-        text = retry(self.address(MANIFEST), self.read_manifest, self.retries)
-        manifest = Manifest.parse(text, self.address(MANIFEST))
-        manifest.check_finished(str(self))
-        for shard in manifest.shards:  # names and hashes end up in commands and paths
-            shard.path_in(self.cache_dir)
-            if not re.fullmatch(r"[0-9a-f]{64}", str(shard.sha256)):
-                raise InputError(f"{self.address(MANIFEST)} is damaged: it lists a shard {shard.name!r}")
+        file = self.address(MANIFEST)
+        manifest = Manifest.parse(retry(file, self.read_manifest, self.retries), file)
+        manifest.check_finished(str(self), file)  # checks the names and hashes, which end up in commands and paths
         return manifest
 
-    def read_manifest(self) -> str:
+    def read_manifest(self) -> bytes:
         file = BytesIO()
-        download_to(self.address(MANIFEST), file)
-        text = file.getvalue().decode(errors="replace")
+        download_to(self.address(MANIFEST), file, MAX_BYTES)
         try:
-            json.loads(text)
-        except ValueError as error:
+            json.loads(file.getvalue())
+        except (ValueError, RecursionError) as error:
             raise FetchError(f"the response is not JSON: {error}") from error
-        return text
+        return file.getvalue()
 
     def fetch(self, shard: Shard) -> Path:
         path = self.cache_dir / f"{shard.sha256}.tar"
-        if not is_cached(path, shard):
+        if not self.is_cached(path, shard):
             with wait_for_lock(self.cache_dir / f".{shard.sha256}.lock"):
-                if not is_cached(path, shard):  # another process may have downloaded it while this one waited
+                if not self.is_cached(path, shard):  # another process may have downloaded it while this one waited
                     retry(self.address(shard.name), lambda: self.download(shard, path), self.retries)
         return path
 
+    def is_cached(self, path: Path, shard: Shard) -> bool:
+        """Whether the cache has a shard, intact; a damaged one is downloaded again."""
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            return False
+        if shard.sha256 not in self.verified and sha256_of(path) == shard.sha256:
+            self.verified.add(shard.sha256)
+        return shard.sha256 in self.verified
+
     def download(self, shard: Shard, path: Path) -> None:
         remove_unfinished(path)
+        require_space(path, shard.bytes)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            size, digest = download_to(self.address(shard.name), file)
+            size, digest = download_to(self.address(shard.name), file, shard.bytes)
             if size != shard.bytes:
                 raise FetchError(f"received {size} bytes, the manifest says {shard.bytes}")
             if digest != shard.sha256:
                 raise FetchError("the received SHA-256 differs from the manifest's")
+        self.verified.add(shard.sha256)
 
 
 def open_shards(location: str, cache_dir: str | Path = SHARD_CACHE, retries: int = 5) -> ShardSource:
@@ -133,8 +158,3 @@ def open_shards(location: str, cache_dir: str | Path = SHARD_CACHE, retries: int
     if is_remote(location):
         return RemoteShards(location, Path(cache_dir), retries)
     return LocalShards(Path(location))
-
-
-def is_cached(path: Path, shard: Shard) -> bool:
-    """Whether the cache has a shard; its SHA-256 was checked before the file got this name."""
-    return path.is_file() and path.stat().st_size == shard.bytes

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mvar.data.tokens.shards import Manifest, Pack, Shard, read_shard
-from lightning_mvar.errors import InputError
+from lightning_mvar.data.tokens.packs import Pack
+from lightning_mvar.data.tokens.shards import Manifest
 
 
 class TokenStatistics:
@@ -26,7 +25,7 @@ class TokenStatistics:
         self.classes = np.zeros(len(manifest.class_names), np.int64)
 
     def update(self, pack: Pack) -> None:
-        """Counts a pack, whose tokens and labels must be in range."""
+        """Counts a pack."""
         spans = zip(self.schedule.offsets, self.schedule.lengths, strict=True)
         for counts, (begin, length) in zip(self.codes, spans, strict=True):
             counts += np.bincount(pack.tokens[:, begin : begin + length].ravel(), minlength=self.vocab_size)
@@ -49,25 +48,6 @@ def perplexity(counts: Tensor) -> Tensor:
     """Returns exp(entropy) of code counts (..., v), (...) float64: the effective number of codes, 1 if all are 0."""
     shares = counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)
     return torch.special.entr(shares).sum(dim=-1).exp()
-
-
-def count_shard(statistics: TokenStatistics, folder: Path, shard: Shard) -> None:
-    """Counts all packs of one shard.
-
-    Raises:
-        InputError: if the shard is damaged or contradicts the manifest.
-    """
-    path, samples = shard.path_in(folder), 0
-    for pack in read_shard(path):
-        fits = pack.tokens.shape == (len(pack.labels), statistics.schedule.num_tokens)
-        for values, end in ((pack.tokens, statistics.vocab_size), (pack.labels, len(statistics.classes))):
-            fits = fits and bool(((values >= 0) & (values < end)).all())
-        if not fits:
-            break
-        statistics.update(pack)
-        samples += len(pack.labels)
-    if samples != shard.samples:
-        raise InputError(f"{path} contradicts its manifest; run `lightning-mvar shards verify {folder}` for details")
 
 
 def stratified_ids(num_samples: int, count: int, seed: int) -> list[int]:

@@ -117,7 +117,7 @@ class TokenStream(IterableDataset[TokenRows]):
             shards = [shards[i] for i in rng.permutation(len(shards))]
         packs: list[Block] = []
         for shard, begin in shards:
-            for pack in read_shard(self.shards.fetch(shard)):
+            for pack in read_shard(self.shards.fetch(shard), shard, self.manifest.spec):
                 packs.append((pack.tokens, pack.labels, np.arange(begin, begin + len(pack.labels))))
                 begin += len(pack.labels)
                 if sum(len(labels) for _, labels, _ in packs) >= self.block_size:

@@ -173,6 +173,51 @@ def test_a_truncated_file_in_the_cache_is_downloaded_again(server: ShardServer, 
     assert shards.fetch(shard).read_bytes() == (server.folder / NAMES[0]).read_bytes()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_file_in_the_cache_is_downloaded_again_once(
+    server: ShardServer, tmp_path: Path, workers: int
+) -> None:
+    expected = read_batches(remote_shards(server, tmp_path / "cache"))
+    path = remote_shards(server, tmp_path / "cache").fetch(LocalShards(server.folder).manifest().shards[1])
+    content = path.read_bytes()
+    path.write_bytes(content[:3000] + bytes([content[3000] ^ 4]) + content[3001:])
+    server.requests.clear()
+    assert_equal(read_batches(remote_shards(server, tmp_path / "cache"), workers), expected)
+    assert Counter(server.requests) == {"manifest.json": 1, NAMES[1]: 1}
+    assert path.read_bytes() == content
+
+
+def test_feeds_without_end_are_cut_off_at_the_expected_size(server: ShardServer, tmp_path: Path) -> None:
+    shards = remote_shards(server, tmp_path / "cache")
+    shard = shards.manifest().shards[0]
+    server.failures[NAMES[0]], server.failures["manifest.json"] = ["endless"], ["endless"]
+    with pytest.raises(InputError, match=rf"{NAMES[0]} sends more than the {shard.bytes} bytes that are expected"):
+        shards.fetch(shard)
+    with pytest.raises(InputError, match=r"manifest\.json sends more than the 16777216 bytes that are expected"):
+        shards.manifest()
+    assert cached_files(tmp_path / "cache") == []
+    command = open_shards("pipe:yes {}", tmp_path / "cache", 0)
+    with pytest.raises(InputError, match=r"pipe:yes manifest\.json sends more than the 16777216 bytes"):
+        command.manifest()
+
+
+def test_a_feed_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "STALL_S", 0.5)
+    shards = open_shards("pipe:while true; do echo {}; sleep 0.1; done", tmp_path / "cache", 0)
+    with pytest.raises(InputError, match=r"cannot be read \(only \d+ bytes in \d s\), in 1 attempt"):
+        shards.manifest()
+
+
+def test_a_shard_larger_than_the_disk_is_not_begun(server: ShardServer, tmp_path: Path) -> None:
+    manifest = json.loads((server.folder / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = 2**60
+    (server.folder / "manifest.json").write_text(json.dumps(manifest))
+    shards = remote_shards(server, tmp_path / "cache")
+    with pytest.raises(InputError, match=r"\.tar needs 1152921504606846976 bytes, and \d+ are free .*: make space, or"):
+        shards.fetch(shards.manifest().shards[0])
+    assert server.requests == ["manifest.json"]
+
+
 def read_all(url: str, cache: Path, out: Path) -> None:
     shards = RemoteShards(url, cache, 0)
     torch.save([list(batch) for batch in read_batches(shards)], out)

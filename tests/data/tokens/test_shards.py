@@ -1,6 +1,7 @@
 import io
 import pickle
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import webdataset as wds
 from conftest import write_token_shards
 
-from lightning_mvar.data.tokens.shards import PACK_SIZE, Manifest, read_samples, read_shard, write_shard
+from lightning_mvar.data.tokens.packs import Pack, TokenSpec
+from lightning_mvar.data.tokens.shards import PACK_SIZE, Manifest, Shard, read_samples, read_shard, write_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.errors import InputError
 
@@ -18,6 +20,11 @@ def arrays() -> tuple[np.ndarray, np.ndarray, list[str]]:
     count = PACK_SIZE + 5
     tokens = np.random.default_rng(0).integers(0, 4096, (count, 30)).astype(np.uint16)
     return tokens, np.arange(count) % 7, [f"image{i}" for i in range(count)]
+
+
+def packs_of(path: Path, samples: int = PACK_SIZE + 5, spec: TokenSpec = TokenSpec()) -> Iterator[Pack]:
+    """Reads a shard that no manifest lists."""
+    return read_shard(path, Shard(path.name, samples, 0, ""), spec)
 
 
 def test_plain_webdataset_reads_what_was_written(tmp_path: Path, arrays: tuple) -> None:
@@ -33,7 +40,7 @@ def test_plain_webdataset_reads_what_was_written(tmp_path: Path, arrays: tuple) 
 
 def test_read_shard_yields_the_packs(tmp_path: Path, arrays: tuple) -> None:
     write_shard(tmp_path / "0.tar", *arrays)
-    packs = list(read_shard(tmp_path / "0.tar"))
+    packs = list(packs_of(tmp_path / "0.tar"))
     assert [len(pack.labels) for pack in packs] == [PACK_SIZE, 5]
     np.testing.assert_array_equal(np.concatenate([pack.tokens for pack in packs]), arrays[0])
 
@@ -62,10 +69,10 @@ def test_a_truncated_shard_raises_an_error_with_its_path(tmp_path: Path, arrays:
     content = path.read_bytes()
     path.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
     if keep == 0.99:  # truncated within tar's trailing padding, so nothing is lost
-        assert sum(len(pack.labels) for pack in read_shard(path)) <= len(arrays[1])
+        assert sum(len(pack.labels) for pack in packs_of(path)) <= len(arrays[1])
         return
     with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
-        assert sum(len(pack.labels) for pack in read_shard(path)) == len(arrays[1])
+        assert sum(len(pack.labels) for pack in packs_of(path)) == len(arrays[1])
 
 
 def test_a_foreign_tar_raises_an_error_with_its_path(tmp_path: Path) -> None:
@@ -74,16 +81,14 @@ def test_a_foreign_tar_raises_an_error_with_its_path(tmp_path: Path) -> None:
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
     with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
-        list(read_shard(tmp_path / "0.tar"))
+        list(packs_of(tmp_path / "0.tar"))
 
 
 def test_a_shard_with_fewer_samples_than_listed_is_rejected(tmp_path: Path) -> None:
     manifest = write_token_shards(tmp_path, "abc", [5])
     manifest.shards[0].samples = 6
-    shards = LocalShards(tmp_path)
-    assert len(read_samples(manifest, shards.fetch, [4, 0]).keys) == 2
-    with pytest.raises(InputError, match="shards verify"):
-        read_samples(manifest, shards.fetch, [0, 5])
+    with pytest.raises(InputError, match=r"000000\.tar is damaged .*it holds 5 samples, the manifest says 6"):
+        read_samples(manifest, LocalShards(tmp_path).fetch, [0, 4])
 
 
 def test_the_manifest_survives_a_round_trip(tmp_path: Path) -> None:
@@ -156,8 +161,10 @@ def test_an_unknown_member_is_rejected_without_running_code(tmp_path: Path, arra
     path, ran = tmp_path / "0.tar", tmp_path / "ran"
     write_shard(path, *arrays)
     add_member(path, f"0-{PACK_SIZE:06d}.{suffix}", pickle.dumps(Touch(ran)))
-    with pytest.raises(InputError, match=rf"0\.tar is damaged or not a token shard \(it has .*{suffix}"):
-        list(read_shard(path))
+    with pytest.raises(
+        InputError, match=rf"0\.tar is damaged or not a token shard \(pack .* has {suffix}, which does not belong"
+    ):
+        list(packs_of(path))
     assert not ran.exists()
 
 
@@ -168,14 +175,16 @@ def test_arrays_are_read_without_pickle(tmp_path: Path) -> None:
         pass
     add_member(tmp_path / "0.tar", "0.tokens.npy", file.getvalue())
     with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
-        list(read_shard(tmp_path / "0.tar"))
+        list(packs_of(tmp_path / "0.tar"))
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("name", ["../000000.tar", "/000000.tar", "pipe:touch ran", "a/b.tar", "", ".hidden.tar", 5])
-def test_shard_names_that_are_not_file_names_are_rejected(tmp_path: Path, name: object) -> None:
+@pytest.mark.parametrize(
+    "name", ["../000000.tar", "/000000.tar", "pipe:touch ran", "a/b.tar", "", ".hidden.tar", "0" * 300]
+)
+def test_shard_names_that_are_not_file_names_are_rejected(tmp_path: Path, name: str) -> None:
     manifest = write_token_shards(tmp_path, "abc", [5])
-    manifest.shards[0].name = name  # type: ignore[assignment]
+    manifest.shards[0].name = name
     with pytest.raises(InputError, match=r"manifest\.json is damaged: it lists a shard .*, which is not a file name"):
         LocalShards(tmp_path).fetch(manifest.shards[0])
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
@@ -185,7 +194,7 @@ def test_shard_names_that_are_not_file_names_are_rejected(tmp_path: Path, name: 
 def test_a_shard_named_like_a_command_is_opened_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="is damaged or not a token shard"):
-        list(read_shard(Path("pipe:touch ran")))
+        list(packs_of(Path("pipe:touch ran")))
     assert not (tmp_path / "ran").exists()
 
 
@@ -204,7 +213,7 @@ def test_a_forged_array_header_is_an_error_of_the_shard(tmp_path: Path, header: 
     text = header.encode() + b"\n"
     add_member(tmp_path / "0.tar", "0.tokens.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
     with pytest.raises(InputError, match=r"0\.tar is damaged or not a token shard"):
-        list(read_shard(tmp_path / "0.tar"))
+        list(packs_of(tmp_path / "0.tar"))
 
 
 def test_a_repacked_shard_is_read_and_a_member_twice_is_not(tmp_path: Path, arrays: tuple) -> None:
@@ -215,8 +224,8 @@ def test_a_repacked_shard_is_read_and_a_member_twice_is_not(tmp_path: Path, arra
             assert content is not None
             member.name = f"./a.b/{member.name}"
             new.addfile(member, content)
-    tokens = [pack.tokens for pack in read_shard(tmp_path / "1.tar")]
+    tokens = [pack.tokens for pack in packs_of(tmp_path / "1.tar")]
     np.testing.assert_array_equal(np.concatenate(tokens), arrays[0])
     add_member(tmp_path / "0.tar", f"0-{PACK_SIZE:06d}.keys.json", b"[]")
     with pytest.raises(InputError, match=r"keys\.json twice"):
-        list(read_shard(tmp_path / "0.tar"))
+        list(packs_of(tmp_path / "0.tar"))

@@ -1,0 +1,65 @@
+"""Writes sharded checkpoints and hashes their files while they are written, so that nothing is read back."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from lightning_mvar.checkpoints.training import PLAIN_PART, Checksums
+
+
+class HashedStream:
+    """A file opened for writing that counts and hashes the bytes; everything else is passed on to the file."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.size, self.crc = file, 0, 0
+
+    def write(self, data: Any) -> int:
+        self.size, self.crc = self.size + memoryview(data).nbytes, zlib.crc32(data, self.crc)
+        return int(self.file.write(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+class HashingFileSystem(FileSystem):
+    """Local files; `checksums` holds the size and CRC-32 of those written."""
+
+    def __init__(self) -> None:
+        self.checksums: Checksums = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as file:
+            hashed = HashedStream(file)
+            yield hashed
+        self.checksums[Path(path).name] = (hashed.size, hashed.crc)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
+
+
+def save_sharded(checkpoint: dict[str, Any], folder: Path, is_global_zero: bool) -> Checksums:
+    """Writes this rank's shard of a checkpoint, and on rank 0 all that is not a tensor; all ranks must call this.
+
+    The layout is that of Lightning, which reads it. Returns the checksums of the files that this rank has written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"state_dict": checkpoint.pop("state_dict")}
+    tensors |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+    writer = dcp.FileSystemWriter(folder)
+    writer.fs = files = HashingFileSystem()
+    dcp.save(tensors, storage_writer=cast(dcp.StorageWriter, writer))
+    if is_global_zero:
+        with files.create_stream(folder / PLAIN_PART, "wb") as stream:
+            torch.save(checkpoint, stream)
+    return files.checksums

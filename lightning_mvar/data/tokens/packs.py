@@ -1,0 +1,178 @@
+"""Packs of a token shard, read from its tar file and checked: shards are untrusted.
+
+Headers are read one by one with the checksum of each, instead of with `tarfile`, which takes a damaged header for the
+end of the file, follows links, and loops for ever on some forged sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_mvar.io.files import open_regular
+from lightning_mvar.io.npz import read_npy
+
+MEMBERS = ("tokens.npy", "labels.npy", "keys.json")  # of each pack
+MEMBER_DTYPES = {"tokens.npy": np.dtype(np.uint16), "labels.npy": np.dtype(np.int64)}
+MAX_MEMBER_BYTES = 2**26  # 512 images of 1024 pixels have 10 MB of tokens
+MAX_KEY_BYTES = 2**13  # per image
+# Raised for a damaged file, or one that is not a token shard.
+PACK_ERRORS = (OSError, ValueError, tarfile.TarError)
+
+
+class Pack(NamedTuple):
+    """Consecutive images of a shard."""
+
+    tokens: NDArray[np.uint16]  # (n, l)
+    labels: NDArray[np.int64]  # (n,)
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """Properties that the manifest prescribes for the tokens and labels of every shard; None if unknown."""
+
+    num_tokens: int | None = None
+    vocab_size: int | None = None
+    num_classes: int | None = None
+
+
+def read_packs(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yields each pack's name and its members by extension, split at the first dot of the file's name as in WebDataset.
+
+    Raises:
+        OSError, ValueError, tarfile.TarError: if the file is no complete tar file of small regular files, or a pack has
+            two members of one name.
+    """
+    with open_regular(path) as file:
+        for name, members in groupby(read_members(file), key=lambda member: split_name(member[0])[0]):
+            pack: dict[str, bytes] = {}
+            for member, content in members:
+                if (extension := split_name(member)[1]) in pack:
+                    raise ValueError(f"it has {member} twice")
+                pack[extension] = content
+            yield name, pack
+
+
+def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Yields name and content of each member of a tar file, up to its end or to a block of zeros."""
+    while (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if not member.name.isprintable():
+            raise ValueError("it has a member whose name is not printable")
+        if not 0 <= member.size <= MAX_MEMBER_BYTES:
+            raise ValueError(f"{member.name} cannot have {member.size} bytes")
+        content = file.read(member.size)
+        if len(content) < member.size:
+            raise ValueError(f"it is truncated in the middle of {member.name}")
+        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            yield member.name, content
+        elif member.type not in (tarfile.XHDTYPE, tarfile.XGLTYPE):  # extended times and owners
+            raise ValueError(f"{member.name} is not a regular file")
+        file.seek(-member.size % tarfile.BLOCKSIZE, 1)
+
+
+def split_name(path: str) -> tuple[str, str]:
+    """Splits a member's path at the first dot of its file name."""
+    folder, slash, name = path.removeprefix("./").rpartition("/")
+    stem, _, extension = name.partition(".")
+    return f"{folder}{slash}{stem}", extension
+
+
+class CheckedPack:
+    """Decodes the members of a pack, arrays without pickle, and collects a message for each problem.
+
+    Args:
+        name: name of the pack, for messages.
+        members: content of each member by extension.
+        spec: properties that the manifest prescribes for every shard.
+    """
+
+    def __init__(self, name: str, members: dict[str, bytes], spec: TokenSpec) -> None:
+        self.name = name
+        self.messages = [f"pack {name} has no {member}" for member in MEMBERS if member not in members]
+        if unknown := [member for member in members if member not in MEMBERS]:
+            self.messages.append(f"pack {name} has {', '.join(unknown)}, which does not belong in a token shard")
+        self.tokens, self.labels = (self.parse_array(member, members.get(member)) for member in MEMBER_DTYPES)
+        arrays = zip(MEMBER_DTYPES, (self.tokens, self.labels), strict=True)
+        counts = {member: len(values) for member, values in arrays if values is not None}
+        self.keys = self.parse_keys(members.get("keys.json"), max(counts.values(), default=0))
+        if self.keys is not None:
+            counts["keys.json"] = len(self.keys)
+        self.samples = min(counts.values(), default=0)
+        if len(set(counts.values())) > 1:
+            self.messages.append(
+                f"pack {name} has unequal counts: {', '.join(f'{n} in {member}' for member, n in counts.items())}"
+            )
+        elif not self.samples:
+            self.messages.append(f"pack {name} has no samples")
+        self.check_values(spec)
+
+    def pack(self) -> Pack:
+        """Returns the pack.
+
+        Raises:
+            ValueError: with the message of the first problem.
+        """
+        if self.messages or self.tokens is None or self.labels is None or self.keys is None:
+            raise ValueError(self.messages[0])
+        return Pack(self.tokens, self.labels, self.keys)
+
+    def parse_array(self, member: str, data: bytes | None) -> NDArray[Any] | None:
+        """Returns a member as an array, None if its values cannot be checked; records a message if it is malformed."""
+        if data is None:
+            return None
+        try:
+            values = read_npy(data)
+        except ValueError as error:
+            self.messages.append(f"{self.name}.{member} is not a numpy array ({error})")
+            return None
+        dtype, ndim = MEMBER_DTYPES[member], 2 if member == "tokens.npy" else 1
+        if values.dtype != dtype or values.ndim != ndim:
+            shape = f"{values.dtype} of shape {values.shape!s:.80}"
+            self.messages.append(f"{self.name}.{member} is {shape}, not {dtype} of {ndim} dimension{'s' * (ndim > 1)}")
+            return values if values.ndim == ndim and values.dtype.kind in "iu" else None
+        return values
+
+    def parse_keys(self, data: bytes | None, count: int) -> list[str] | None:
+        """Returns the keys of `count` images; records a message and returns None if they are not a list of strings."""
+        if data is None:
+            return None
+        if len(data) > MAX_KEY_BYTES * count + 2:
+            self.messages.append(f"{self.name}.keys.json has {len(data)} bytes, too many for {count} images")
+            return None
+        try:
+            values = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            self.messages.append(f"{self.name}.keys.json is not JSON ({error})")
+            return None
+        if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
+            self.messages.append(f"{self.name}.keys.json is not a list of strings")
+            return None
+        return values
+
+    def check_values(self, spec: TokenSpec) -> None:
+        """Records a message for each array with values out of range, or another number of tokens."""
+        for name, values, end in (
+            ("tokens", self.tokens, spec.vocab_size),
+            ("labels", self.labels, spec.num_classes),
+        ):
+            if values is None or end is None or not values.size or (values.min() >= 0 and values.max() < end):
+                continue
+            wrong = np.argwhere((values < 0) | (values >= end))
+            row, value = wrong[0][0], values[tuple(wrong[0])]
+            self.messages.append(
+                f"pack {self.name} has {len(wrong)} {name} outside [0, {end}), the first is {value} in sample {row}"
+            )
+        if self.tokens is not None and spec.num_tokens not in (None, length := self.tokens.shape[1]):
+            self.messages.append(
+                f"pack {self.name} has {length} tokens per sample, the manifest's schedule {spec.num_tokens}"
+            )
