@@ -7,6 +7,7 @@ Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1; anything else is a bug and shows its tra
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import re
@@ -20,6 +21,7 @@ from lightning_mvar import __version__
 from lightning_mvar.errors import InputError, Interrupted
 
 BUG_EXIT_CODE = 70  # of any exception that is not an InputError
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of writes outside `atomic_path`: never a bug
 
 COMMANDS = {  # command: (module with `main(argv)`, help)
     "fit": ("fit", "train a network on token shards"),
@@ -60,6 +62,9 @@ def run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"lightning-mvar {__version__}")
         return 0
+    for argument in argv:
+        if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
+            return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
     if argv[0] not in COMMANDS:
         return fail(f"there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
     command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")
@@ -67,6 +72,10 @@ def run(argv: list[str]) -> int:
         command.main(argv)
     except InputError as error:
         return fail(strip_worker_traceback(str(error)))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        return fail(f"cannot write {error.filename or 'a file'} ({error.strerror}): free space, or use another disk")
     except argparse.ArgumentError as error:
         return fail(describe_argument_error(argv, error))
     except Interrupted as stop:

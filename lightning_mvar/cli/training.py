@@ -35,6 +35,7 @@ from lightning_mvar.checkpoints.training import (
 from lightning_mvar.cli.arguments import find_input_error
 from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.errors import RESUME_REMEDY, InputError
+from lightning_mvar.io.files import create_folder
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.training.base import SKIPPED_STEPS
 from lightning_mvar.training.datamodules import TokenDataModule
@@ -86,12 +87,15 @@ class TrainingCLI(CommandHooks):
 
     @contextmanager
     def own_folders(self, command: str) -> Iterator[None]:
-        """Keeps other commands out of the folders of a training run; rank 0 does so for all ranks."""
-        root = Path(self.trainer.default_root_dir)
+        """Creates the folders of a training run and keeps other commands out; rank 0 does so for all ranks."""
+        root, option = Path(self.trainer.default_root_dir), "--trainer.default_root_dir"
         others = [folder for folder in self.folders(AtomicCheckpoint) if not is_inside(folder, root)]
         with ExitStack() as stack:
-            for folder in [root, *dict.fromkeys(others)] if self.writes_run else []:
-                stack.enter_context(lock_folder(folder, command, "--trainer.default_root_dir"))
+            if self.writes_run:
+                for folder in [root, *dict.fromkeys(others)]:
+                    stack.enter_context(lock_folder(folder, command, option))
+                for folder in [*self.log_folders(), *self.folders(AtomicCheckpoint)]:
+                    create_folder(folder, f"choose another {option}")
             yield
 
     @property
@@ -140,6 +144,9 @@ class TrainingCLI(CommandHooks):
             )
         self.model.check_checkpoint(content[self.checkpoint_key])
 
+    def log_folders(self) -> list[Path]:
+        return [Path(logger.log_dir) for logger in self.trainer.loggers if logger.log_dir is not None]
+
     def folders(self, kind: type[AtomicCheckpoint]) -> list[Path]:
         """Returns the folders that the trainer's checkpoint callbacks of type `kind` write to."""
         callbacks = self.trainer.checkpoint_callbacks
@@ -179,9 +186,8 @@ class TrainingCLI(CommandHooks):
             (folder / LAST).unlink(missing_ok=True)
             for path in newest_first(folder):
                 remove_checkpoint(path)
-        for log_dir in [logger.log_dir for logger in self.trainer.loggers if logger.log_dir is not None]:
-            for path in [path for pattern in LOG_FILES for path in Path(log_dir).glob(pattern)]:
-                path.unlink()
+        for path in [path for logs in self.log_folders() for pattern in LOG_FILES for path in logs.glob(pattern)]:
+            path.unlink()
         shutil.rmtree(Path(self.trainer.default_root_dir) / SKIPPED_STEPS, ignore_errors=True)
 
     def newest_checkpoint(self, verify_checksums: bool) -> str | None:

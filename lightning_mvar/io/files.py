@@ -78,6 +78,25 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
     return data
 
 
+def create_folder(folder: Path, remedy: str) -> None:
+    """Creates a folder with its parents, unless it exists.
+
+    Raises:
+        InputError: that names what is in the way and ends with the remedy. Names that are not UTF-8 are refused too,
+            because messages, JSON and YAML files cannot hold them.
+    """
+    try:
+        str(folder).encode()
+        folder.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name {str(folder)!a} is not UTF-8: {remedy}") from error
+    except FileExistsError as error:
+        what = "file" if folder.exists() else "link to nothing"
+        raise InputError(f"{folder} is a {what}; name a folder to write to") from error
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): {remedy}") from error
+
+
 def remove_unfinished(path: Path) -> None:
     """Removes the temporary files that killed writers of `path` on this host left.
 

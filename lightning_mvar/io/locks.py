@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import create_folder
 
 log = logging.getLogger(__name__)
 
@@ -76,21 +77,17 @@ def lock_folder(folder: Path, command: str, option: str = "--out") -> Iterator[F
     Raises:
         InputError: if another command uses the folder, or it cannot be created or written to.
     """
-    require_printable(folder, option)
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    deadline, remedy = time.monotonic() + LOCK_TIMEOUT_S, f"choose another {option}"
     try:
-        while (lock := try_lock(folder)) is None and time.monotonic() < deadline:
+        while (lock := try_lock(folder, remedy)) is None and time.monotonic() < deadline:
             time.sleep(POLL_S)
         if lock is None:
             holder = (folder / LOCK).read_text() or "command"
-            raise InputError(f"another {holder} is running in {folder}: wait for it, or choose another {option}")
+            raise InputError(f"another {holder} is running in {folder}: wait for it, or {remedy}")
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, command.encode(), 0)
-    except FileExistsError as error:
-        what = "file" if folder.exists() else "link to nothing"
-        raise InputError(f"{folder} is a {what}; name a folder to write to") from error
     except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another {option}") from error
+        raise InputError(f"cannot write to {folder} ({error.strerror}): {remedy}") from error
     try:
         yield lock
     finally:
@@ -98,21 +95,13 @@ def lock_folder(folder: Path, command: str, option: str = "--out") -> Iterator[F
         lock.release()
 
 
-def try_lock(folder: Path) -> FileLock | None:
+def try_lock(folder: Path, remedy: str) -> FileLock | None:
     """Creates the folder if it is missing; its last owner may remove it at any time."""
-    folder.mkdir(parents=True, exist_ok=True)
+    create_folder(folder, remedy)
     try:
         return FileLock.try_acquire(folder / LOCK)
     except FileNotFoundError:
         return None
-
-
-def require_printable(path: Path, option: str) -> None:
-    """Raises InputError unless the path is UTF-8, which messages, JSON and YAML files need."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the name {str(path)!a} is not UTF-8: choose another {option}") from error
 
 
 def is_locked(path: Path) -> bool:

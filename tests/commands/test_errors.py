@@ -81,6 +81,28 @@ def test_fit_refuses(here: Path, capfd: pytest.CaptureFixture[str], options: lis
     assert message in error_of(capfd, "fit", "--config", "fit.yaml", *options)
 
 
+def test_a_name_that_is_not_utf8_is_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    error = error_of(capfd, "fit", "--config", "fit.yaml", "--trainer.default_root_dir", "caf\udce9")
+    assert "the argument 'caf\\udce9' is not UTF-8: rename the file" in error
+
+
+def test_folders_of_logs_and_checkpoints_that_cannot_be_created_are_named(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first step, not at the first checkpoint."""
+    (here / "logs.yaml").write_text(
+        "trainer: {logger: {class_path: lightning.pytorch.loggers.TensorBoardLogger, "
+        "init_args: {save_dir: taken, name: '', version: logs}}}"
+    )
+    (here / "taken").write_text("")
+    assert "cannot write to taken/logs (Not a directory)" in error_of(
+        capfd, "fit", "--config", "fit.yaml", "--config", "logs.yaml"
+    )
+    (here / "checkpoints.yaml").write_text(CHECKPOINTS.replace("dirpath: state", "dirpath: taken"))
+    message = error_of(capfd, "fit", "--config", "fit.yaml", "--config", "checkpoints.yaml")
+    assert "taken is a file; name a folder to write to" in message
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_scoring_an_untrained_network_is_refused(here: Path, capfd: pytest.CaptureFixture[str], command: str) -> None:
     assert f"{command} needs --ckpt_path" in error_of(capfd, command, "--config", "fit.yaml")

@@ -11,36 +11,18 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import prepare_run, scalars
-from processes import Run, start
+from processes import start
+from training_runs import FIT, TWO_RANKS, act_in_step, largest_difference, train, weights
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.checkpoints.training import newest_first, read_tensors
+from lightning_mvar.checkpoints.training import newest_first, resolve_last
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.stream import TokenLoader, TokenStream
-
-FIT = ["fit", "--config", "run.yaml", "--resume"]
-TWO_RANKS = ["--data.batch_size", "8", "--trainer.strategy"]
-
-
-def weights(root: Path) -> dict[str, torch.Tensor]:
-    """Reads the network and its average from the newest checkpoint."""
-    return read_tensors((root / "checkpoints/last.ckpt").resolve(), "")
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def train(folder: Path, root: str, options: list[str], devices: int = 1, exit_code: int = 0) -> Run:
-    """Runs to the end, which must come in time and with `exit_code` on all ranks."""
-    started = start([*FIT, *options, "--trainer.default_root_dir", root], folder, devices, name=root)
-    assert started.wait() == [exit_code] * devices, started.printed()
-    return started
 
 
 @pytest.fixture(scope="module")
@@ -161,20 +143,37 @@ def test_torn_checkpoint_shards_are_reported_and_skipped(run_folder: Path, unint
     assert largest_difference(expected, weights(run_folder / "run")) < 1e-6
 
 
-def signal_at_step_5(rank: int, number: int, whole_group: bool = False) -> None:
-    """Sends a signal to the last rank only, in the middle of the sixth step; `whole_group` includes its workers."""
-    from lightning_mvar.training.mvar import LitMVAR
+def send(module: Any, batch: Any, number: int, times: int = 1) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), number)
 
-    step = LitMVAR.training_step
-    if whole_group:
-        os.setpgrp()
 
-    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
-        if self.global_step == 5 and rank == self.trainer.world_size - 1:
-            (os.killpg if whole_group else os.kill)(os.getpid(), number)
-        return step(self, batch, batch_idx)
+def send_to_group(module: Any, batch: Any) -> None:
+    os.killpg(os.getpgrp(), signal.SIGTERM)
 
-    LitMVAR.training_step = training_step
+
+def kill_with_logs_on_disk(module: Any, batch: Any) -> None:
+    module.logger.save()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(module: Any, batch: Any) -> None:
+    raise RuntimeError("this rank breaks")
+
+
+def fail_in_second_half(module: Any, batch: Any) -> None:
+    if module.trainer.fit_loop.epoch_loop.batch_idx == 1:
+        raise RuntimeError("failed")
+
+
+def hide_shards(module: Any, batch: Any) -> None:
+    for path in Path("shards").glob("*.tar"):
+        path.rename(path.with_suffix(".gone"))
+
+
+def record_ids(module: Any, batch: Any) -> None:
+    with open("ids.txt", "a") as file:
+        file.write("".join(f"{i} " for i in batch.ids.tolist()))
 
 
 def signal_in_validation(rank: int, step: int) -> None:
@@ -199,7 +198,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     last = 6 if devices == 1 else 7
     options = [] if devices == 1 else [*TWO_RANKS, strategy]
     reference = uninterrupted(*options, devices=devices)
-    prepare = partial(signal_at_step_5, number=number)
+    prepare = partial(act_in_step, step=5, act=partial(send, number=number))
     stopped = start([*FIT, *options, "--trainer.default_root_dir", "run"], run_folder, devices, prepare)
     assert stopped.wait() == [128 + number] + [0] * (devices - 1), stopped.printed()
     assert f"interrupted by {number.name} after step {last}; --resume continues from the newest" in stopped.printed()
@@ -224,30 +223,22 @@ def test_a_validation_interrupted_by_a_signal_is_repeated(
 
 
 def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(plain_run_folder: Path) -> None:
-    stopped = start([*FIT, "--trainer.default_root_dir", "run"], plain_run_folder, prepare=interrupt_twice_at_step_5)
+    prepare = partial(act_in_step, step=5, act=partial(send, number=signal.SIGINT, times=2))
+    stopped = start([*FIT, "--trainer.default_root_dir", "run"], plain_run_folder, prepare=prepare)
     assert stopped.wait() == [130], stopped.printed()
     assert newest_first(plain_run_folder / "run/checkpoints")[0].name == "step=00000003.ckpt"
 
 
-def interrupt_twice_at_step_5(rank: int) -> None:
-    from lightning_mvar.training.mvar import LitMVAR
-
-    step = LitMVAR.training_step
-
-    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
-        if self.global_step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, batch, batch_idx)
-
-    LitMVAR.training_step = training_step
+def signal_group_in_step_5(rank: int) -> None:
+    """Its data workers belong to the group; the tests do not."""
+    os.setpgrp()
+    act_in_step(rank, 5, send_to_group)
 
 
 def test_a_signal_to_the_data_workers_too_is_no_failure(plain_run_folder: Path) -> None:
     """Clusters send the signal to all processes of a job."""
-    prepare = partial(signal_at_step_5, number=signal.SIGTERM, whole_group=True)
     command = [*FIT, "--data.num_workers", "2", "--trainer.default_root_dir", "run"]
-    stopped = start(command, plain_run_folder, prepare=prepare)
+    stopped = start(command, plain_run_folder, prepare=signal_group_in_step_5)
     assert stopped.wait() == [143], stopped.printed()
     assert newest_first(plain_run_folder / "run/checkpoints")[0].name == "step=00000006.ckpt"
 
@@ -255,25 +246,12 @@ def test_a_signal_to_the_data_workers_too_is_no_failure(plain_run_folder: Path) 
 def test_a_run_killed_before_its_first_checkpoint_restarts_and_shows_each_step_once(
     run_folder: Path, uninterrupted: Callable[..., Path]
 ) -> None:
-    killed = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=kill_at_step_2)
+    prepare = partial(act_in_step, step=2, act=kill_with_logs_on_disk)
+    killed = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=prepare)
     assert killed.wait() == [-signal.SIGKILL], killed.printed()
     assert len(scalars(run_folder / "run/logs")["train/loss"]) == 2
     train(run_folder, "run", [])
     assert scalars(run_folder / "run/logs") == scalars(uninterrupted() / "logs")
-
-
-def kill_at_step_2(rank: int) -> None:
-    from lightning_mvar.training.mvar import LitMVAR
-
-    step = LitMVAR.training_step
-
-    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
-        if self.global_step == 2:
-            self.logger.save()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, batch, batch_idx)
-
-    LitMVAR.training_step = training_step
 
 
 def limit_file_size(rank: int) -> None:
@@ -300,25 +278,12 @@ def test_a_full_disk_ends_all_ranks_and_keeps_earlier_checkpoints(
     assert not list((plain_run_folder / "run/checkpoints").glob(".*unfinished"))
 
 
-def raise_at_step_5(rank: int) -> None:
-    from lightning_mvar.training.mvar import LitMVAR
-
-    step = LitMVAR.training_step
-
-    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
-        if self.global_step == 5 and rank == self.trainer.world_size - 1:
-            raise RuntimeError("this rank breaks")
-        return step(self, batch, batch_idx)
-
-    LitMVAR.training_step = training_step
-
-
 @pytest.mark.parametrize(("devices", "strategy", "saved"), [(1, "auto", 5), (2, "ddp", 5), (2, "fsdp2", 3)])
 def test_one_rank_that_raises_ends_all(plain_run_folder: Path, devices: int, strategy: str, saved: int) -> None:
     """Rank 0 of DDP saves the state after the last step; a shard of an FSDP2 network alone is useless."""
     options = ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
     command = [*FIT, *options, "--trainer.default_root_dir", "run"]
-    failed = start(command, plain_run_folder, devices, prepare=raise_at_step_5)
+    failed = start(command, plain_run_folder, devices, prepare=partial(act_in_step, step=5, act=fail))
     assert failed.wait(60) == [1] * (devices - 1) + [70], failed.printed()
     assert "RuntimeError: this rank breaks" in failed.printed()
     if devices > 1:
@@ -329,60 +294,48 @@ def test_one_rank_that_raises_ends_all(plain_run_folder: Path, devices: int, str
     train(plain_run_folder, "run", options, devices)
 
 
+def kill_in_validation(rank: int, step: int) -> None:
+    """Kills the last rank when the validation after `step` begins."""
+    from lightning_mvar.training.mvar import LitMVAR
+
+    def on_validation_epoch_start(self):  # type: ignore[no-untyped-def]
+        if self.global_step == step and rank > 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    LitMVAR.on_validation_epoch_start = on_validation_epoch_start
+
+
+def test_rank_0_of_ddp_saves_if_another_dies_in_validation(
+    plain_run_folder: Path, uninterrupted: Callable[..., Path]
+) -> None:
+    """The metrics of the validation, which it could only average with that rank, are not needed for that."""
+    command = [*FIT, *TWO_RANKS, "ddp", "--trainer.default_root_dir", "run"]
+    lost = start(command, plain_run_folder, 2, prepare=partial(kill_in_validation, step=8))
+    assert lost.wait(60) == [1, -signal.SIGKILL], lost.printed()
+    assert "step=00000008.ckpt; --resume continues from there" in lost.printed()
+    assert "rank 0 lost another rank after step 8" in lost.printed()
+    train(plain_run_folder, "run", [*TWO_RANKS, "ddp"], 2)
+    reference = uninterrupted(*TWO_RANKS, "ddp", devices=2)
+    assert largest_difference(weights(reference), weights(plain_run_folder / "run")) < 1e-6
+
+
 def test_an_interrupted_accumulation_is_repeated(run_folder: Path) -> None:
     """Epochs have three batches, two per step and a last one alone; runs end by an exception or a signal mid-step."""
     accumulate = ["--trainer.accumulate_grad_batches", "2"]
     train(run_folder, "reference", accumulate)
-    for root, prepare, code in (("failed", raise_in_second_half, 70), ("stopped", signal_before_second_half, 143)):
+    interruptions = (("failed", fail_in_second_half, 70), ("stopped", partial(send, number=signal.SIGTERM), 143))
+    for root, act, code in interruptions:
         command = [*FIT, *accumulate, "--trainer.default_root_dir", root]
-        cut = start(command, run_folder, prepare=prepare)
+        cut = start(command, run_folder, prepare=partial(act_in_step, step=4, act=act))
         assert cut.wait() == [code], cut.printed()
         assert newest_first(run_folder / root / "checkpoints")[0].name == "step=00000004.ckpt"
         train(run_folder, root, accumulate)
         assert largest_difference(weights(run_folder / "reference"), weights(run_folder / root)) == 0
 
 
-def raise_in_second_half(rank: int) -> None:
-    interrupt_the_fifth_step(None)
-
-
-def signal_before_second_half(rank: int) -> None:
-    interrupt_the_fifth_step(signal.SIGTERM)
-
-
-def interrupt_the_fifth_step(number: int | None) -> None:
-    """Interrupts after two epochs of two steps each and the first batch of the third epoch."""
-    from lightning_mvar.training.mvar import LitMVAR
-
-    step = LitMVAR.training_step
-
-    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
-        if self.global_step == 4 and number is not None:
-            os.kill(os.getpid(), number)
-        if self.global_step == 4 and number is None and batch_idx == 1:
-            raise RuntimeError("failed")
-        return step(self, batch, batch_idx)
-
-    LitMVAR.training_step = training_step
-
-
-def hide_shards_at_step_2(rank: int) -> None:
-    from lightning_mvar.training.mvar import LitMVAR
-
-    step = LitMVAR.training_step
-
-    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
-        if self.global_step == 2:
-            for path in Path("shards").glob("*.tar"):
-                path.rename(path.with_suffix(".gone"))
-        return step(self, batch, batch_idx)
-
-    LitMVAR.training_step = training_step
-
-
 def test_a_missing_shard_ends_the_run_which_resumes_once_it_is_back(plain_run_folder: Path) -> None:
     options = ["--data.block_size", "1", "--trainer.default_root_dir", "run"]
-    lost = start([*FIT, *options], plain_run_folder, prepare=hide_shards_at_step_2)
+    lost = start([*FIT, *options], plain_run_folder, prepare=partial(act_in_step, step=2, act=hide_shards))
     assert lost.wait(60) == [1], lost.printed()
     assert "is damaged or not a token shard" in lost.printed()
     assert "No such file" in lost.printed()
@@ -391,33 +344,33 @@ def test_a_missing_shard_ends_the_run_which_resumes_once_it_is_back(plain_run_fo
     train(plain_run_folder, "run", options)
 
 
-def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(plain_run_folder: Path) -> None:
-    both = start([*FIT, "--ckpt_path", "x.ckpt"], plain_run_folder)
-    assert both.wait() == [1]
-    assert "give --resume or --ckpt_path, not both" in both.printed()
-    without = start([*FIT, "--trainer.callbacks", "null"], plain_run_folder)
-    assert without.wait() == [1]
-    assert "--resume needs a lightning_mvar.callbacks.Checkpoint" in without.printed()
+def die_before_publishing(rank: int, name: str) -> None:
+    """Kills the process when it is about to give a file its final `name`."""
+    replace = os.replace
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        if Path(target).name == name and Path(source).name != name:
+            os._exit(9)
+        replace(source, target)
+
+    os.replace = replace_or_die  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("options", [[], ["--ckpt_path", "other/checkpoints/last.ckpt"]])
-def test_a_new_run_never_touches_the_checkpoints_of_an_earlier_one(plain_run_folder: Path, options: list[str]) -> None:
-    for root in ("run", "other"):
-        train(plain_run_folder, root, ["--trainer.max_steps", "4"])
-    before = read_files(plain_run_folder / "run")
-    new = start([*FIT[:-1], *options, "--trainer.default_root_dir", "run"], plain_run_folder)
-    assert new.wait() == [1], new.printed()
-    assert "run/checkpoints holds the checkpoints of an earlier run: continue it with --resume" in new.printed()
-    assert "Traceback" not in new.printed()
-    assert read_files(plain_run_folder / "run") == before
-    # It may resume from its own checkpoint.
-    again = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "run"]
-    own = start([*FIT[:-1], *again, "--trainer.max_steps", "5"], plain_run_folder)
-    assert own.wait() == [0], own.printed()
-
-
-def read_files(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+@pytest.mark.parametrize("name", ["last.ckpt", "step=00000012.ckpt"])
+def test_a_run_killed_while_its_last_checkpoint_is_published_is_never_sampled_with_old_weights(
+    plain_run_folder: Path, uninterrupted: Callable[..., Path], name: str
+) -> None:
+    command = [*FIT, "--trainer.default_root_dir", "run"]
+    first = start([*command, "--trainer.max_steps", "9"], plain_run_folder)
+    assert first.wait() == [0], first.printed()
+    killed = start(command, plain_run_folder, prepare=partial(die_before_publishing, name=name))
+    assert killed.wait() == [9], killed.printed()
+    link = plain_run_folder / "run/checkpoints/last.ckpt"
+    assert resolve_last(link).name == "step=00000009.ckpt"  # no weights of step 12 exist
+    resumed = start(command, plain_run_folder)
+    assert resumed.wait() == [0], resumed.printed()
+    assert os.readlink(link) == "step=00000012.ckpt"
+    assert largest_difference(weights(uninterrupted()), weights(plain_run_folder / "run")) == 0
 
 
 def test_a_finished_run_ends_at_once_and_resumes_if_extended(
@@ -434,25 +387,13 @@ def test_a_finished_run_ends_at_once_and_resumes_if_extended(
 def test_a_run_extended_by_epochs_continues_with_the_next_epochs_order(plain_run_folder: Path) -> None:
     epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs"]
     train(plain_run_folder, "run", [*epochs, "2"])
-    extended = start([*FIT, *epochs, "3", "--trainer.default_root_dir", "run"], plain_run_folder, prepare=record_ids)
+    prepare = partial(act_in_step, step=None, act=record_ids)
+    extended = start([*FIT, *epochs, "3", "--trainer.default_root_dir", "run"], plain_run_folder, prepare=prepare)
     assert extended.wait() == [0], extended.printed()
     shards = LocalShards(plain_run_folder / "shards")
     third = TokenLoader(TokenStream(shards, shards.manifest(), 16, 0, 16_384, 0, 1), 0, pin_memory=False)
     third.load_state_dict({"epoch": 2, "samples": 0})
     assert (plain_run_folder / "ids.txt").read_text().split() == [str(i) for batch in third for i in batch.ids.tolist()]
-
-
-def record_ids(rank: int) -> None:
-    from lightning_mvar.training.mvar import LitMVAR
-
-    step = LitMVAR.training_step
-
-    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
-        with open("ids.txt", "a") as file:
-            file.write("".join(f"{i} " for i in batch.ids.tolist()))
-        return step(self, batch, batch_idx)
-
-    LitMVAR.training_step = training_step
 
 
 def test_another_batch_size_keeps_the_place_in_the_data(plain_run_folder: Path) -> None:

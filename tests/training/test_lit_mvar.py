@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.callbacks import Checkpoint
-from lightning_mvar.checkpoints.training import newest_intact
+from lightning_mvar.checkpoints.training import describe_network, newest_intact
 from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
@@ -354,3 +354,15 @@ def test_no_step_waits_for_the_gpu(tokenizer_folder: Path, shards: Path, tmp_pat
     data = TokenDataModule(str(shards), str(shards), batch_size=4)
     options = {"accelerator": "gpu", "precision": "bf16-mixed", "log_every_n_steps": 50, "limit_val_batches": 0}
     make_trainer(tmp_path, 12, callbacks=[Watch()], **options).fit(make_module(tokenizer_folder), data)
+
+
+def test_a_checkpoint_from_before_an_option_existed_had_its_default(tokenizer_folder: Path) -> None:
+    """Options of a later version are refused."""
+    module = make_module(tokenizer_folder)
+    record = describe_network(module.network_config, "", module.tokenizer_fingerprint, []) | {"run": {"ema": False}}
+    older = {name: value for name, value in record["network"].items() if name not in ("qk_norm", "scan_order")}
+    module.check_checkpoint(record | {"network": older})
+    with pytest.raises(InputError, match="qk_norm is True in the checkpoint and False in this run"):
+        make_module(tokenizer_folder, qk_norm=False).check_checkpoint(record | {"network": older})
+    with pytest.raises(InputError, match=r"--ckpt_path.*newer_option"):
+        module.check_checkpoint(record | {"network": older | {"newer_option": 1}})

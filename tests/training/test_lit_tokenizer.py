@@ -355,5 +355,11 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             make_module(**options).check_checkpoint(record)
+    # A checkpoint from before an option existed had its default; options of a later version are refused.
+    older = {name: value for name, value in record.items() if name != "codebook.learning"}
+    older["config"] = {name: value for name, value in record["config"].items() if name != "norm_groups"}
+    make_module().check_checkpoint(older)
+    with pytest.raises(InputError, match=r"--ckpt_path.*newer_option"):
+        make_module().check_checkpoint(record | {"config": record["config"] | {"newer_option": 1}})
     with pytest.raises(InputError, match="scale_dropout needs a schedule of more than one scale"):
         LitTokenizer(TokenizerConfig(ScaleSchedule((4,)), 24, 4), codebook=CodebookConfig(scale_dropout=0.5))

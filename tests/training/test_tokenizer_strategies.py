@@ -11,6 +11,7 @@ from processes import start
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.checkpoints.training import remove_checkpoint
+from lightning_mvar.training.tokenizer import LitTokenizer
 
 RUN_YAML = """
 trainer: {accelerator: cpu, max_steps: 8, val_check_interval: 3, check_val_every_n_epoch: null, log_every_n_steps: 1,
@@ -92,3 +93,28 @@ def test_ranks_resume_exactly(folder: Path, strategy: str, options: list[str]) -
     assert f"resuming from {folder}/run/checkpoints/step=00000005.ckpt" in printed
     for key, tensor in load_tokenizer(folder / "run").state_dict().items():
         assert torch.equal(tensor, expected[key]), key
+
+
+def fail_on_rank_0(rank: int) -> None:
+    """Rank 0 fails in the middle of step 3, while the other waits for its gradients."""
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        if rank == 0 and self.global_step == 3:
+            raise RuntimeError("this rank breaks")
+        return step(self, batch, batch_idx)
+
+    step, LitTokenizer.training_step = LitTokenizer.training_step, training_step
+
+
+def test_rank_0_of_ddp_shows_its_own_exception_and_saves_alone(folder: Path) -> None:
+    options = ["--model.revive_every", "2", "--trainer.default_root_dir", "run", "--trainer.val_check_interval", "8"]
+    command = ["train-tokenizer", "--config", "run.yaml", "--data.batch_size", "4", "--trainer.strategy", "ddp"]
+    failed = start([*command, *options], folder, 2, prepare=fail_on_rank_0)
+    assert failed.wait(60) == [70, 1], failed.printed()
+    rank_0, rank_1 = (path.read_text() for path in failed.outputs)
+    assert "RuntimeError: this rank breaks" in rank_0
+    assert "lost another rank" not in rank_0
+    assert "step=00000003.ckpt; --resume continues from there" in rank_0
+    assert "rank 1 lost another rank" in rank_1
+    train(folder, "ddp", "run", *options[:2], "--resume")
+    assert "config.json" in {path.name for path in (folder / "run").iterdir()}

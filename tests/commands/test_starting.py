@@ -1,0 +1,99 @@
+"""A run that starts in the folder of another: what is refused, what --resume and --overwrite do."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import scalars
+from processes import start
+from training_runs import FIT, act_in_step, train
+
+from lightning_mvar.checkpoints.training import newest_first
+
+
+def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(plain_run_folder: Path) -> None:
+    both = start([*FIT, "--ckpt_path", "x.ckpt"], plain_run_folder)
+    assert both.wait() == [1]
+    assert "give --resume or --ckpt_path, not both" in both.printed()
+    without = start([*FIT, "--trainer.callbacks", "null"], plain_run_folder)
+    assert without.wait() == [1]
+    assert "--resume needs a lightning_mvar.callbacks.Checkpoint" in without.printed()
+
+
+@pytest.mark.parametrize("options", [[], ["--ckpt_path", "other/checkpoints/last.ckpt"]])
+def test_a_new_run_never_touches_the_checkpoints_of_an_earlier_one(plain_run_folder: Path, options: list[str]) -> None:
+    for root in ("run", "other"):
+        train(plain_run_folder, root, ["--trainer.max_steps", "4"])
+    before = read_files(plain_run_folder / "run")
+    new = start([*FIT[:-1], *options, "--trainer.default_root_dir", "run"], plain_run_folder)
+    assert new.wait() == [1], new.printed()
+    assert "run/checkpoints holds the checkpoints of an earlier run: continue it with --resume" in new.printed()
+    assert "Traceback" not in new.printed()
+    assert read_files(plain_run_folder / "run") == before
+    # It may resume from its own checkpoint.
+    again = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "run"]
+    own = start([*FIT[:-1], *again, "--trainer.max_steps", "5"], plain_run_folder)
+    assert own.wait() == [0], own.printed()
+
+
+def read_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwrite_removes_that_run_alone_and_is_not_repeated_by_its_config(plain_run_folder: Path) -> None:
+    train(plain_run_folder, "run", ["--trainer.max_steps", "6"])
+    kept = [plain_run_folder / "run" / name for name in ("checkpoints/mine.ckpt", "logs/notes.txt", "samples.npz")]
+    for path in kept:
+        path.write_text("mine")
+    new = [*FIT[:-1], "--overwrite", "--trainer.default_root_dir", "run", "--trainer.max_steps", "3"]
+    started = start(new, plain_run_folder)
+    assert started.wait() == [0], started.printed()
+    checkpoints = newest_first(plain_run_folder / "run/checkpoints")
+    assert [path.name for path in checkpoints] == ["step=00000003.ckpt"]
+    assert [step for step, _ in scalars(plain_run_folder / "run/logs")["train/loss"]] == [0, 1, 2]
+    assert all(path.read_text() == "mine" for path in kept)
+    assert "overwrite" not in (plain_run_folder / "run/logs/config.yaml").read_text()
+    for options, message in (
+        (["--resume"], "give --resume or --overwrite, not both"),
+        (["--ckpt_path", "run/checkpoints/last.ckpt"], "--overwrite would remove --ckpt_path run/checkpoints/step="),
+    ):
+        refused = start([*new, *options], plain_run_folder)
+        assert refused.wait() == [1]
+        assert message in refused.printed()
+    assert newest_first(plain_run_folder / "run/checkpoints") == checkpoints
+
+
+def test_a_run_from_an_older_checkpoint_does_not_remove_the_later_ones(plain_run_folder: Path) -> None:
+    train(plain_run_folder, "run", ["--trainer.max_steps", "6"])
+    again = [*FIT[:-1], "--ckpt_path", "run/checkpoints/step=00000003.ckpt", "--trainer.default_root_dir"]
+    refused = start([*again, "run"], plain_run_folder)
+    assert refused.wait() == [1]
+    assert "would remove later checkpoints, up to run/checkpoints/step=00000006.ckpt" in refused.printed()
+    elsewhere = start([*again, "other"], plain_run_folder)
+    assert elsewhere.wait() == [0], elsewhere.printed()
+
+
+def wait_for_go(module: Any, batch: Any) -> None:
+    Path("ready").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+
+
+def test_a_second_start_in_one_folder_is_refused(plain_run_folder: Path) -> None:
+    run = ["--trainer.default_root_dir", "run"]
+    first = start([*FIT, *run], plain_run_folder, prepare=partial(act_in_step, step=2, act=wait_for_go), name="first")
+    while not (plain_run_folder / "ready").exists():
+        assert first.ranks[0].is_alive(), first.printed()
+        time.sleep(0.01)
+    second = start([*FIT, *run], plain_run_folder, name="second")
+    assert second.wait() == [1]
+    assert "another fit is running in run: wait for it, or choose another --trainer.default_root_dir" in (
+        second.printed()
+    )
+    (plain_run_folder / "go").touch()
+    assert first.wait() == [0], first.printed()
+    assert not (plain_run_folder / "run/.lock").exists()
