@@ -16,6 +16,7 @@ from lightning_mvar.io.files import atomic_path
 
 PADDING = 2  # pixels between the images of a grid
 SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels
+LONGEST_NAME = 400  # pixels of a row's name
 SMALLEST_CAPTIONED = 96  # minimum width of a captioned image, in pixels
 FRAME_MS, LAST_FRAME_MS = 400, 2000
 
@@ -50,9 +51,10 @@ def formation_strip(steps: Iterable[Tensor]) -> Tensor:
 
 
 def with_row_names(grid: Tensor, names: Sequence[str]) -> Tensor:
-    """Adds the name of each row at the left of a grid (3, H, W) of equally high rows."""
+    """Adds the name of each row, cut to `LONGEST_NAME`, at the left of a grid (3, H, W) of equally high rows."""
     height = grid.shape[1] // len(names)
     font = ImageFont.load_default(min(max(height // 4, SMALLEST_FONT), LARGEST_FONT))
+    names = [shorten(name, font, LONGEST_NAME) for name in names]
     width = round(max(font.getlength(name) for name in names)) + 2 * PADDING
     margin = Image.new("RGB", (width, grid.shape[1]))
     draw = ImageDraw.Draw(margin)
@@ -84,9 +86,11 @@ def captioned_pair(original: Tensor | None, reconstruction: Tensor, *captions: s
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """Cuts the beginning off a text that is too wide: the end of a path says most."""
-    if font.getlength(text) <= width:
+    """Puts a text on one line, and cuts its beginning if it is too wide: the end of a path says most."""
+    text = " ".join(text.split())
+    if len(text) <= width and font.getlength(text) <= width:
         return text
+    text = text[-int(width) :]  # a character is at least a pixel wide, and measuring takes time in proportion
     while text and font.getlength(f"...{text}") > width:
         text = text[1:]
     return f"...{text}"
