@@ -13,13 +13,11 @@ from jsonargparse import Namespace
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.cli import run
-from lightning_mvar.cli.training import parse_fit, run_cli
+from lightning_mvar.cli.training import TrainingCLI, parse_command
 from lightning_mvar.commands.sweep import plan_cells
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
 from lightning_mvar.models.config import BASELINES
 from lightning_mvar.sweeps.plan import read_sweep
-from lightning_mvar.training.datamodules import ImageDataModule
-from lightning_mvar.training.tokenizer import LitTokenizer
 
 MIXERS = {"M-VAR": ("scale_attention", "mamba2"), "VAR": ("block_causal_attention",)}
 ROOT = Path(__file__).parent.parent
@@ -35,22 +33,9 @@ def header_commands(config: str) -> list[tuple[str, list[str]]]:
     return [(match[1], match[2].split()) for match in COMMAND.finditer(text)]
 
 
-class TokenizerParsed(Exception):
-    """Carries the parsed configuration out of the CLI before anything is built."""
-
-
-class ParsingTokenizerCLI(TokenizerCLI):
-    def before_instantiate_classes(self) -> None:
-        raise TokenizerParsed(self.config)
-
-
 def parse(command: str, options: list[str]) -> Namespace:
     """Parses and validates a command line without building anything."""
-    if command == "fit":
-        return parse_fit([command, *options])
-    with pytest.raises(TokenizerParsed) as parsed:
-        run_cli(ParsingTokenizerCLI, LitTokenizer, ImageDataModule, args=options, run=False)
-    return parsed.value.args[0]
+    return parse_command([command, *options], TrainingCLI if command == "fit" else TokenizerCLI)
 
 
 @pytest.mark.parametrize("config", SWEEPS)

@@ -57,8 +57,6 @@ CHARTS: dict[type, dict[str, dict[str, list[str]]]] = {
 }
 
 
-START_OPTIONS = ("resume", "overwrite", "verify")  # see `cli.training.StartOptions`
-
 # First columns of TensorBoard's table. It shows five; a run has names of either the network or the tokenizer group.
 TABLE_COLUMNS = {
     *("global_batch", "optimizer.base_lr"),
@@ -69,20 +67,22 @@ IRRELEVANT_OPTIONS = {"activation_checkpointing", "compile", "max_skipped_steps"
 
 
 class OverviewCallback(SaveConfigCallback):
-    """Writes config.yaml, as Lightning's callback does, costs.json, and an overview of the run for TensorBoard.
+    """Writes config.yaml, costs.json, and an overview of the run for TensorBoard.
 
-    config.yaml has no `StartOptions`: a run that repeats it must not overwrite another because this one did.
+    Args:
+        parser: see SaveConfigCallback; unused, because it would write resolved interpolations.
+        config: the run's options, with resolved interpolations.
+        yaml: content of config.yaml. It keeps interpolations, so that the file with another root folder is another run.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
-        kept = config.clone()
-        for name in START_OPTIONS:
-            kept.pop(name, None)
-        super().__init__(parser, kept, **options)
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, yaml: str) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.yaml = yaml
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for writer in writers(trainer):
             survive_write_errors(writer)
+        self.log_dir = Path(trainer.log_dir or trainer.default_root_dir)  # `log_dir` is a collective operation
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -96,9 +96,10 @@ class OverviewCallback(SaveConfigCallback):
             values |= costs
             with atomic_path(Path(trainer.default_root_dir) / "costs.json") as path:
                 path.write_text(json.dumps(costs, indent=2) + "\n")
-        yaml = self.parser.dump(self.config, skip_none=False)
+        with atomic_path(self.log_dir / self.config_filename) as path:
+            path.write_text(self.yaml)
         summaries = [
-            text("config", f"```yaml\n{yaml}\n```"),
+            text("config", f"```yaml\n{self.yaml}\n```"),
             custom_scalars(chart_layout(CHARTS[kind])),
             columns_summary(values, METRICS[kind], TABLE_COLUMNS),
             row_summary(values),

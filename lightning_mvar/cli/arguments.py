@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from jsonargparse import ArgumentParser, auto_cli, capture_parser
+from jsonargparse import ArgumentParser, Namespace, auto_cli, capture_parser
 
 from lightning_mvar.errors import InputError
 
@@ -27,6 +29,26 @@ class CommandParser(ArgumentParser):
             if hasattr(action, "extra_help"):
                 action.extra_help = partial(list_own_classes, action.extra_help())
         return added
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        return check_values(super().parse_args(*args, **kwargs))
+
+
+def check_values(value: Any, name: str = "") -> Any:
+    """Returns parsed options with `~` expanded at the start of each string: a shell does not expand `--out=~/x`.
+
+    Raises:
+        InputError: if a number is not finite.
+    """
+    if isinstance(value, Namespace):
+        return Namespace({key: check_values(item, f"{name}.{key}") for key, item in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: check_values(item, f"{name}.{key}") for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(check_values(item, f"{name}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{name.lstrip('.')} is {value}; use a finite number")
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def list_own_classes(extra_help: str) -> str:

@@ -1,20 +1,21 @@
-"""LightningCLI of the training commands: resuming, and options that take precedence over checkpoints."""
+"""LightningCLI of the training commands: resuming, saved configurations, and options that win over checkpoints."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+import traceback
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import lightning as L
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -33,67 +34,112 @@ from lightning_mvar.checkpoints.training import (
     step_of,
 )
 from lightning_mvar.cli.arguments import find_input_error
+from lightning_mvar.cli.configs import MODE, config_files, parse, run_folder
 from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.errors import RESUME_REMEDY, InputError
 from lightning_mvar.io.files import create_folder
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.training.base import SKIPPED_STEPS
 from lightning_mvar.training.datamodules import TokenDataModule
-from lightning_mvar.training.lightning_internals import CommandHooks, restore_choice_of_rank_zero
+from lightning_mvar.training.lightning_internals import restore_choice_of_rank_zero
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.strategies import FSDP2Strategy
 
-CLI = TypeVar("CLI", bound=LightningCLI)
+CLI = TypeVar("CLI", bound="TrainingCLI")
 
 LOG_FILES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")  # of a run, in the folder of its logger
+MAX_SEED = 2**32 - 1
+LEAST = {  # least values of the trainer's options that Lightning does not check
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,  # all
+}
 
-# Interpolation sees all --config files and the overrides after them; its keys are relative to the subcommand.
-PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False}
-set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
+class TrainingCLI(LightningCLI):
+    """LightningCLI of one training command, `fit`, `validate` or `test`.
 
-class TrainingCLI(CommandHooks):
-    """LightningCLI whose command line takes precedence over the hyperparameters in a checkpoint."""
+    All three have the same options, so each takes the file that `fit` saves. Without `trainer.default_root_dir`, the
+    run's folder is named after the configuration files; see `run_folder`.
 
+    Args:
+        argv: command line, from the name of the command on.
+        options: see LightningCLI.
+    """
+
+    module: ClassVar[type[L.LightningModule]] = LitMVAR
+    data: ClassVar[type[L.LightningDataModule]] = TokenDataModule
     checkpoint_key = NETWORK_KEY  # entry that checkpoints of this command have
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.command = options["args"][:1]
-        super().__init__(*arguments, **options)
+    def __init__(self, argv: list[str], **options: Any) -> None:
+        self.command, arguments = argv[0], argv[1:]
+        self.files = config_files(arguments)
+        self.written: Namespace  # the configuration with its interpolations
+        super().__init__(self.module, self.data, args=arguments, run=False, **options)
 
-    def add_options(self, parser: LightningArgumentParser, command: str) -> None:
-        if command == "fit":
-            add_start_options(parser)
+    @property
+    def training(self) -> bool:
+        return self.command not in ("validate", "test")
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"trainer.default_root_dir": run_folder(self.command, self.files)})
+        what = "resume" if self.training else "score"
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=f"checkpoint to {what} from")
+        for name, text in START_HELP.items():  # hidden in `validate` and `test`, which take a file that fit printed
+            parser.add_argument(f"--{name}", action="store_true", help=text if self.training else SUPPRESS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.written, self.config = parse(parser, args)
+        if not 0 <= (seed := self.config.seed_everything) <= MAX_SEED:
+            raise InputError(f"--seed_everything must be in [0, {MAX_SEED}], got {seed}")
+        check_trainer_options(self.config.trainer)
+
+    def before_instantiate_classes(self) -> None:
+        """Prepares the configuration to save: the seed that was drawn, and not how this process was started."""
+        saved = self.written.clone()
+        saved.seed_everything = self.config.seed_everything
+        for name in ("ckpt_path", *StartOptions._fields):
+            del saved[name]
+        self.save_config_kwargs = {"yaml": self.parser.dump(saved, skip_unset=False, skip_validation=True)}
+
+    def instantiate_classes(self) -> None:
+        """Builds the objects.
+
+        Raises:
+            InputError: if Lightning or a class named by an option rejects its arguments, or they have no meaning here.
+        """
         try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # a combination that Lightning does not support
-            raise InputError(" ".join(str(error).split())) from error
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise InputError("--trainer.strategy fsdp (FSDP1) is not supported: use fsdp2")
+            super().instantiate_classes()
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            raise find_input_error(error) or InputError(one_line(error)) from error
         if not sys.stdout.isatty():
-            replace_rich_progress_bar(trainer)
-        return trainer
+            replace_rich_progress_bar(self.trainer)
 
-    def run_command(self, command: str) -> None:
-        options, training = self.config_init[command], command == "fit"
-        with self.own_folders(command) if training else nullcontext():
-            options["ckpt_path"] = self.choose_checkpoint(options, training)
-            if options["ckpt_path"] is None and not training:
-                raise InputError(f"{command} needs --ckpt_path: without it the network is untrained")
+    def run_command(self) -> None:
+        """Trains, or scores a checkpoint."""
+        with self.own_folders() if self.training else nullcontext():
+            ckpt_path = self.choose_checkpoint()
+            if ckpt_path is None and not self.training:
+                raise InputError(f"{self.command} needs --ckpt_path: without it the network is untrained")
+            run = getattr(self.trainer, "fit" if self.training else self.command)
             with stop_trainer_ranks_on_error(self.trainer):
-                super().run_command(command)
+                run(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)
+                self.finish()
+
+    def finish(self) -> None:
+        """Hook after the trainer has ended, while the folders are still locked."""
 
     @contextmanager
-    def own_folders(self, command: str) -> Iterator[None]:
+    def own_folders(self) -> Iterator[None]:
         """Creates the folders of a training run and keeps other commands out; rank 0 does so for all ranks."""
         root, option = Path(self.trainer.default_root_dir), "--trainer.default_root_dir"
         others = [folder for folder in self.folders(AtomicCheckpoint) if not is_inside(folder, root)]
         with ExitStack() as stack:
             if self.writes_run:
                 for folder in [root, *dict.fromkeys(others)]:
-                    stack.enter_context(lock_folder(folder, command, option))
+                    stack.enter_context(lock_folder(folder, self.command, option))
                 for folder in [*self.log_folders(), *self.folders(AtomicCheckpoint)]:
                     create_folder(folder, f"choose another {option}")
             yield
@@ -103,7 +149,7 @@ class TrainingCLI(CommandHooks):
         """Whether this process writes the files of a run: rank 0, unless it is a test run that writes nothing."""
         return self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
 
-    def choose_checkpoint(self, options: Namespace, training: bool) -> str | None:
+    def choose_checkpoint(self) -> str | None:
         """Returns the checkpoint to continue from, if any, and removes an earlier run if --overwrite is given.
 
         Rank 0 alone looks for the newest one, and all ranks restore what it has found: their file systems may differ.
@@ -112,7 +158,7 @@ class TrainingCLI(CommandHooks):
             InputError: if it cannot be read, is not of this command, or does not suit the strategy; or if a new run
                 would write to the folders of an earlier one.
         """
-        ckpt_path, start = options["ckpt_path"], StartOptions.of(options)
+        ckpt_path, start = self.config.ckpt_path, StartOptions.of(self.config)
         if start.resume and ckpt_path is not None:
             raise InputError("give --resume or --ckpt_path, not both")
         restore_choice_of_rank_zero(self.trainer)
@@ -122,20 +168,20 @@ class TrainingCLI(CommandHooks):
             ckpt_path = str(resolve_last(Path(ckpt_path)))
             if start.verify:
                 check_intact(Path(ckpt_path), verify_checksums=True)
-        if training and self.writes_run:
+        if self.training and self.writes_run:
             if start.overwrite:
                 self.remove_run(ckpt_path)
             self.refuse_other_runs(ckpt_path, start.resume)
         if ckpt_path is not None:
-            self.check_checkpoint(ckpt_path, training)
+            self.check_checkpoint(ckpt_path)
         return ckpt_path
 
-    def check_checkpoint(self, ckpt_path: str, training: bool) -> None:
+    def check_checkpoint(self, ckpt_path: str) -> None:
         """Raises InputError unless a checkpoint is of this command and configuration and fits the strategy."""
         content = read_plain_part(Path(ckpt_path))
         if self.checkpoint_key not in content:
             raise InputError(f"--ckpt_path {ckpt_path} is not a checkpoint of this command")
-        if training and "callbacks" not in content:
+        if self.training and "callbacks" not in content:
             raise InputError(f"--ckpt_path {ckpt_path} holds weights only, not the state of a run to continue")
         if Path(ckpt_path).is_dir() and not isinstance(self.trainer.strategy, FSDP2Strategy):
             raise InputError(
@@ -202,9 +248,18 @@ class TrainingCLI(CommandHooks):
         )
         return None if newest is None else str(newest)
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Returns the requested subcommand only: building the parsers of the others would take as long."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in self.command}
+
+def check_trainer_options(trainer: Namespace) -> None:
+    """Raises InputError for options of the trainer that Lightning accepts, though they cannot be meant."""
+    for name, least in LEAST.items():
+        value = trainer[name]
+        if isinstance(value, int | float) and value < least:
+            raise InputError(f"--trainer.{name} {value} is too small; use at least {least}")
+    if trainer.val_check_interval == 0:
+        raise InputError("--trainer.val_check_interval 0 is too small; --trainer.limit_val_batches 0 validates never")
+    strategy = trainer.strategy.class_path if isinstance(trainer.strategy, Namespace) else trainer.strategy
+    if strategy.rpartition(".")[2] in ("fsdp", "fsdp_cpu_offload", "FSDPStrategy"):
+        raise InputError(f"--trainer.strategy {strategy} (FSDP1) is not supported: use fsdp2")
 
 
 class ParsedConfig(Exception):
@@ -215,24 +270,22 @@ class ParsedConfig(Exception):
         self.config = config
 
 
-class ParsingCLI(TrainingCLI):
-    """TrainingCLI that parses and validates, then raises ParsedConfig instead of building."""
-
-    def parse_arguments(self, *args: Any) -> None:
-        super().parse_arguments(*args)
-        raise ParsedConfig(self.config)
-
-
-def parse_fit(argv: list[str]) -> Namespace:
-    """Parses and validates a command line of `fit`, command name included, without building anything.
+def parse_command(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> Namespace:
+    """Parses and validates a training command line, command name included, without building anything.
 
     Raises:
         argparse.ArgumentError: if it does not parse.
+        InputError: if it cannot be meant.
     """
+
+    class Parsing(cli):  # type: ignore[misc,valid-type]
+        def before_instantiate_classes(self) -> None:
+            raise ParsedConfig(self.config)
+
     try:
-        run_cli(ParsingCLI, LitMVAR, TokenDataModule, args=argv)
+        run_cli(Parsing, argv)
     except ParsedConfig as parsed:
-        return parsed.config[argv[0]]
+        return parsed.config
     raise AssertionError("a command line was neither parsed nor refused")
 
 
@@ -259,15 +312,11 @@ class StartOptions(NamedTuple):
         return start
 
 
-def add_start_options(parser: LightningArgumentParser) -> None:
-    """Adds the options of `StartOptions`."""
-    helps = {
-        "resume": "continue from the newest complete checkpoint of this run; start from scratch if it has none",
-        "overwrite": "remove the checkpoints and logs of an earlier run in the same folder, and start from scratch",
-        "verify": "read the checkpoint completely before continuing from it, and compare its checksums",
-    }
-    for name, text in helps.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+START_HELP = {
+    "resume": "continue from the newest complete checkpoint of this run; start from scratch if it has none",
+    "overwrite": "remove the checkpoints and logs of an earlier run in the same folder, and start from scratch",
+    "verify": "read the checkpoint completely before continuing from it, and compare its checksums",
+}
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -279,31 +328,41 @@ def stop_trainer_ranks_on_error(trainer: L.Trainer) -> AbstractContextManager[No
     return stop_ranks_on_error(trainer.strategy, RESUME_REMEDY, lambda: f" after step {trainer.global_step}")
 
 
-def run_cli(cli: type[CLI], model: type, data: type, **options: Any) -> CLI:
+def run_cli(cli: type[CLI], argv: list[str]) -> CLI:
     """Parses a command line, builds the objects and runs the command.
 
     Raises:
+        argparse.ArgumentError: if the command line does not parse.
         InputError: if the requested devices or precision are unavailable, or a class named by an option rejects its
             arguments.
         Interrupted: if a signal ended the run.
     """
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # intended: argv comes from `main`
+    warnings.filterwarnings("ignore", r"\s*Unable to serialize instance")  # which is left out of the saved file
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # raised by Lightning itself
     try:
-        return cli(
-            model,
-            data,
-            parser_kwargs=PARSER,
+        built = cli(
+            argv,
+            parser_kwargs={"parser_mode": MODE, "exit_on_error": False, "prog": f"lightning-mvar {argv[0]}"},
             save_config_callback=OverviewCallback,
-            save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [InterruptionCallback()]},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,
-            **options,
         )
-    except MisconfigurationException as error:
-        raise InputError(" ".join(str(error).split())) from error
-    except ValueError as error:
-        input_error = find_input_error(error)
-        raise error if input_error is None else input_error from None
+        built.run_command()
+    except (ValueError, MisconfigurationException) as error:
+        if isinstance(error, InputError) or not raised_by_lightning(error):
+            raise
+        raise InputError(one_line(error)) from error
+    return built
+
+
+def raised_by_lightning(error: Exception) -> bool:
+    """Returns whether a check of Lightning's own raised an exception, not code that it called."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("lightning.")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

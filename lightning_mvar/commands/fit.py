@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from lightning_mvar.cli.training import TrainingCLI, run_cli
-from lightning_mvar.training.datamodules import TokenDataModule
-from lightning_mvar.training.mvar import LitMVAR
 
 
 def main(argv: list[str]) -> None:
-    run_cli(TrainingCLI, LitMVAR, TokenDataModule, args=argv)
+    run_cli(TrainingCLI, argv)

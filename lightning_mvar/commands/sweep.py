@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.cli import COMMANDS
 from lightning_mvar.cli.arguments import call, check
-from lightning_mvar.cli.training import parse_fit
+from lightning_mvar.cli.training import parse_command
 from lightning_mvar.commands.evaluate import evaluate
 from lightning_mvar.errors import InputError, Interrupted
 from lightning_mvar.io.files import atomic_path
@@ -125,7 +125,7 @@ def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[st
     cell = plan.cell(variant, plan.seeds[0], folder)
     try:
         fit_args, *evaluate_args = cell.argument_lists()
-        namespace = parse_fit(fit_args)
+        namespace = parse_command(fit_args)
         for args in evaluate_args:
             check(evaluate, args)
         if plan.budget is None:

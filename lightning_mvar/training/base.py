@@ -91,6 +91,15 @@ class ScheduledModule(L.LightningModule):
         return cast(TrainingData, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
+        """Checks the precision.
+
+        Raises:
+            InputError: if it would round the weights themselves, which loses small steps; errors of decays even get
+                exponentiated over all tokens.
+        """
+        if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
+            mixed = precision.replace("true", "mixed")
+            raise InputError(f"--trainer.precision {precision} keeps no weights in float32; use {mixed}")
         self.seed = self.trainer.strategy.broadcast(self.seed)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -15,7 +15,6 @@ from typing import Any
 import lightning as L
 from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher as FabricLauncher
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -117,30 +116,6 @@ class CheckpointHooks(ModelCheckpoint):
     def needs_none(self, trainer: L.Trainer) -> bool:
         """Returns whether to skip a checkpoint now: the step has one, or this is a sanity check or a fast_dev_run."""
         return self._should_skip_saving_checkpoint(trainer)
-
-
-class CommandHooks(LightningCLI):
-    """LightningCLI with overridable handling of subcommands."""
-
-    @abstractmethod
-    def add_options(self, parser: LightningArgumentParser, command: str) -> None:
-        """Adds options to one subcommand; Lightning's public hook adds them to all."""
-
-    @abstractmethod
-    def run_command(self, command: str) -> None:
-        """Runs a subcommand; overridable, so that it can run in a context, which Lightning's hooks do not allow."""
-        super()._run_subcommand(command)
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        self.add_options(parser, subcommand)
-        return parser
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        self.run_command(subcommand)
-
-    def _parse_ckpt_path(self) -> None:
-        """Does nothing: Lightning's version lets a checkpoint's hyperparameters silently override the command line."""
 
 
 class DataParallelStrategy(ModelParallelStrategy):

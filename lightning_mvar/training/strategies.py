@@ -33,7 +33,7 @@ from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.lightning_internals import DataParallelStrategy
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class FSDP2Strategy(DataParallelStrategy):

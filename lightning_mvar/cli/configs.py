@@ -1,0 +1,173 @@
+"""Configuration files of the training commands: strict YAML, and interpolations that a saved configuration keeps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_dumper, set_loader
+from jsonargparse._common import parser_context  # the only way to parse without resolving interpolations
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_mvar.cli.arguments import check_values
+from lightning_mvar.errors import InputError
+
+MODE = "omegaconf+"  # in which jsonargparse accepts an interpolation for an option of any type
+OBJECT = "Unable to serialize instance "  # what jsonargparse writes for a default that is no plain value
+RESUMABLE_OVERLAYS = ("strategy", "callbacks")  # folders of overlays that a run may gain or lose when it is resumed
+
+
+def load_yaml(text: str, path: str | None = None, sections: Iterable[str] = ()) -> Any:
+    """Loads a configuration file, a part of one, or a value of the command line.
+
+    Args:
+        text: YAML.
+        path: name of the file, if it is one of `--config`; an empty one changes nothing.
+        sections: names of the groups of options, with dots.
+
+    Raises:
+        InputError: if a key has no value or occurs twice, or a section of a file has no options: each would silently
+            drop what other files say.
+        yaml.YAMLError: if a value of the command line is no YAML.
+    """
+    where = "" if path is None else f"{path}, "
+    try:
+        value = get_loader("yaml")(text)
+        if isinstance(value, dict | list):
+            check_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
+    except yaml.YAMLError as error:
+        if path is None:
+            raise
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise InputError(f"{where}YAML is nested too deeply, or an alias refers to itself") from error
+    if path is None:
+        return value
+    for section in sections if isinstance(value, dict) else ():
+        content = section_of(value, section.split("."))
+        if not isinstance(content, dict | str):  # a string is the path of a file
+            found = "null" if content is None else content
+            raise InputError(f"{path}: {section} is {found}, no options: remove it to leave the section as it is")
+    return {} if value is None else value
+
+
+def section_of(config: Any, names: list[str]) -> Any:
+    """Returns the value at a path of names; an empty dictionary if there is none."""
+    for name in names:
+        config = config.get(name, {}) if isinstance(config, dict) else {}
+    return config
+
+
+def check_keys(node: yaml.Node | None, where: str) -> None:
+    """Raises InputError, with the line, if a key of a node has no value or occurs twice."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            if is_empty(item):
+                raise InputError(f"{where}line {item.start_mark.line + 1}: an item of a list is empty: remove it")
+            check_keys(item, where)
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            line = f"{where}line {key.start_mark.line + 1}: {key.value}"
+            if key.value in seen:
+                raise InputError(f"{line} occurs twice in one section: merge them")
+            if is_empty(value):
+                raise InputError(f"{line} has no value: give it one (`null` for none), or remove the line")
+            seen.add(key.value)
+            check_keys(value, where)
+
+
+def is_empty(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null" and node.value == ""
+
+
+def dump_yaml(config: dict[str, Any]) -> str:
+    """Returns a configuration as YAML, without values that YAML cannot hold.
+
+    Those are defaults of a class, such as a `torch.device`: what is left out has its default when the file is read.
+    """
+    return yaml.safe_dump(plain_values(config), default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+def plain_values(value: Any) -> Any:
+    """Returns a tree of dictionaries and lists with plain values, without those of other types."""
+    if isinstance(value, dict):
+        return {key: plain_values(item) for key, item in value.items() if is_plain(item)}
+    if isinstance(value, list | tuple):
+        return [plain_values(item) for item in value if is_plain(item)]
+    return str.__str__(value) if isinstance(value, str) else value  # a string enumeration becomes a string
+
+
+def is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.startswith(OBJECT)
+    return value is None or isinstance(value, bool | int | float | dict | list | tuple)
+
+
+set_dumper(MODE, dump_yaml)
+
+
+def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Namespace, Namespace]:
+    """Parses a command line twice: with its interpolations as they stand in the files, and resolved.
+
+    Interpolations such as `${trainer.default_root_dir}` name options from the root of the configuration, in included
+    files too, and see all files and overrides.
+
+    Returns:
+        The configuration to save, and the one to build.
+
+    Raises:
+        argparse.ArgumentError: if an option is unknown or has a wrong type.
+        InputError: if an interpolation cannot be resolved, or a value cannot be meant.
+    """
+
+    def load(text: str, path: str | None = None) -> Any:
+        return load_yaml(text, path, parser.groups or ())
+
+    set_loader(MODE, load, (yaml.YAMLError,))
+    try:
+        with parser_context(lenient_check=True):
+            written = parser.parse_args(args)
+    except UnicodeDecodeError as error:
+        raise InputError(f"a file of --config is not text: {error.reason} at byte {error.start}") from error
+    config = parser.parse_object(resolve(written))
+    try:
+        parser.validate(config, skip_unset=False)  # a null where the option's type has none
+    except TypeError as error:
+        raise InputError(" ".join(str(error).split())) from error
+    return written, check_values(config)
+
+
+def resolve(config: Namespace) -> dict[str, Any]:
+    """Returns a configuration with all interpolations resolved.
+
+    Raises:
+        InputError: if one names an option or an environment variable that does not exist.
+    """
+    try:
+        tree = OmegaConf.create(config.as_dict(), flags={"allow_objects": True})
+        return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
+        raise InputError(f"{error.full_key or 'an interpolation'} cannot be resolved: {reason}") from error
+
+
+def config_files(argv: Sequence[str]) -> list[Path]:
+    """Returns the configuration files that a command line names, in order."""
+    separate = [(i, value) for i, (option, value) in enumerate(pairwise(argv)) if option in ("-c", "--config")]
+    joined = [(i, option.removeprefix("--config=")) for i, option in enumerate(argv) if option.startswith("--config=")]
+    return [Path(os.path.expanduser(value)) for _, value in sorted(separate + joined)]
+
+
+def run_folder(command: str, files: Sequence[Path]) -> str:
+    """Returns the default folder of a run: outputs/ and the names of its configuration files.
+
+    Overlays of `strategy` and `callbacks` do not count: a run resumes with others.
+    """
+    names = [file.stem for file in files if file.parent.name not in RESUMABLE_OVERLAYS]
+    return "/".join(["outputs", "-".join(names) or command])
