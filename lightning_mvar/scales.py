@@ -22,6 +22,7 @@ PUBLISHED_SIDE_LENGTHS = {
     1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 }
 
+MAX_TOKENS = 2**20  # of an image: a forged schedule must not allocate without limit; images of 1024 px have 9,451
 Shape = tuple[int, int]  # (height, width) of a token map, or of an image in pixels
 
 
@@ -34,7 +35,7 @@ class ScaleSchedule:
             width or both grow from each scale to the next.
 
     Raises:
-        InputError: if there are no scales, a side is below 1, or the maps do not grow.
+        InputError: if there are no scales, a side is below 1, the maps do not grow, or they have too many tokens.
     """
 
     side_lengths: tuple[int | Shape, ...] = PUBLISHED_SIDE_LENGTHS[256]
@@ -43,7 +44,11 @@ class ScaleSchedule:
         shapes = [shape_of(side) for side in self.side_lengths]
         growing = all(f != c and f[0] >= c[0] and f[1] >= c[1] for c, f in pairwise(shapes))
         if not shapes or min(shapes[0]) < 1 or not growing:
-            raise InputError(f"side_lengths must be positive and strictly increasing, got {self.side_lengths}")
+            raise InputError(
+                f"side_lengths must be positive and strictly increasing, got {str(self.side_lengths)[:200]}"
+            )
+        if sum(lengths_of(shapes)) > MAX_TOKENS:
+            raise InputError(f"side_lengths up to {self.side_lengths[-1]} make more than {MAX_TOKENS} tokens")
         sides = tuple(height if height == width else (height, width) for height, width in shapes)
         object.__setattr__(self, "side_lengths", sides)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_mvar.checkpoints.folders import load_folder, load_tokenizer, save_folder
+from lightning_mvar.checkpoints.folders import CONFIG, load_folder, load_tokenizer, save_folder
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.checkpoints.published import (
     load_official,
@@ -64,6 +64,6 @@ def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
     path = resolve_last(Path(path))
     if not path.exists():
         raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
-    if path.is_dir() and not (path / PLAIN_PART).is_file():
+    if path.is_dir() and ((path / CONFIG).exists() or not (path / PLAIN_PART).is_file()):
         return load_folder(path, tokenizer)
     return load_checkpoint(path, tokenizer, weights)

@@ -8,22 +8,48 @@ assigned to them, so memory holds the weights once (and, temporarily, the mapped
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.json_files import FormatVersion, read_json
 from lightning_mvar.io.tensors import StateDict, load_strictly, read_weights, save_weights
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
-from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 
-Config = TypeVar("Config", MVARConfig, TokenizerConfig)
+CONFIG = "config.json"
+FORMAT = FormatVersion(1, "install the release of lightning_mvar that wrote it, or write it again with this one")
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """The contents of `config.json`.
+
+    Args:
+        format_version: version of this format.
+        tokenizer: architecture of the tokenizer.
+        network: architecture of the network, if the folder has one.
+        class_names: names of the network's classes in label order; empty if they have none.
+    """
+
+    format_version: int
+    tokenizer: TokenizerConfig
+    network: MVARConfig | None = None
+    class_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_class_names(self.network, self.class_names)
+
+
+def check_class_names(network: MVARConfig | None, names: list[str]) -> None:
+    """Raises InputError unless the network's classes have no names, or each has one."""
+    if names and len(names) != (count := 0 if network is None else network.num_classes):
+        raise InputError(f"class_names has {len(names)} names for {count} classes; give one name per class, or none")
 
 
 def save_folder(
@@ -32,20 +58,28 @@ def save_folder(
     network: MVAR | None = None,
     class_names: list[str] | None = None,
 ) -> None:
-    """Writes a tokenizer, or a network with its tokenizer, as one self-contained folder."""
+    """Writes a tokenizer, or a network with its tokenizer, as one self-contained folder.
+
+    Raises:
+        InputError: if the folder cannot be written, or there is not one class name per class.
+    """
     folder = Path(folder)
+    config = FolderConfig(
+        FORMAT.number, tokenizer.config, None if network is None else network.config, class_names or []
+    )
     require_folder(folder)
     try:
-        (folder / "config.json").unlink(missing_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror})") from error
-    config: dict[str, Any] = {"format_version": 1, "tokenizer": asdict(tokenizer.config)}
     save_weights(tokenizer, folder / "tokenizer.safetensors")
     if network is not None:
-        config |= {"network": asdict(network.config), "class_names": class_names or []}
         save_weights(network, folder / "network.safetensors")
-    with atomic_path(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    values = asdict(config)
+    if network is None:
+        del values["network"], values["class_names"]
+    with atomic_path(folder / CONFIG) as path:
+        path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def require_folder(folder: Path) -> None:
@@ -55,10 +89,11 @@ def require_folder(folder: Path) -> None:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Loads the tokenizer of a folder that `train-tokenizer` or `export` wrote, in eval mode."""
-    config = read_config(Path(folder), "tokenizer", "train one with `lightning-mvar train-tokenizer`")
+    folder = Path(folder).expanduser()
+    config = read_config(folder, "tokenizer", "train one with `lightning-mvar train-tokenizer`")
     with torch.device("meta"):
-        tokenizer = Tokenizer(config_from_dict(TokenizerConfig, config["tokenizer"], folder))
-    return load_strictly(tokenizer, read_weights(Path(folder) / "tokenizer.safetensors"), folder)
+        tokenizer = Tokenizer(config.tokenizer)
+    return load_strictly(tokenizer, read_weights(folder / "tokenizer.safetensors"), folder)
 
 
 def load_folder(folder: Path, tokenizer: str | Path | None = None) -> TrainedModel:
@@ -72,34 +107,27 @@ def load_folder(folder: Path, tokenizer: str | Path | None = None) -> TrainedMod
         InputError: if a file is missing or damaged, or the tokenizer does not fit the network.
     """
     config = read_config(folder, "network", "write one with `lightning-mvar export`")
-    network = build_network(config["network"], read_weights(folder / "network.safetensors"), folder)
+    if config.network is None:
+        raise InputError(f"{folder / CONFIG} describes no network; write one with `lightning-mvar export`")
+    network = build_network(config.network, read_weights(folder / "network.safetensors"), folder)
     loaded = load_tokenizer(tokenizer or folder)
     check_pair(network.config, loaded.config, f"the tokenizer in {tokenizer or folder}")
-    return TrainedModel(network, loaded, config["class_names"])
+    return TrainedModel(network, loaded, config.class_names)
 
 
-def build_network(config: dict[str, Any], weights: StateDict, source: Path) -> MVAR:
+def build_network(config: MVARConfig, weights: StateDict, source: Path) -> MVAR:
+    """Builds a network of these weights; `source` names their file in messages."""
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if config.depth > max(len(blocks), 1):  # told before that many blocks are built
+        raise InputError(f"{source} does not fit MVAR: its weights have {len(blocks)} blocks, not {config.depth}")
     with torch.device("meta"):
-        network = MVAR(config_from_dict(MVARConfig, config, source))
+        network = MVAR(config)
     return load_strictly(network, weights, source)
 
 
-def config_from_dict(cls: type[Config], values: dict[str, Any], source: str | Path) -> Config:
-    """Builds a config from its `asdict` form; `source` names the file in messages."""
-    try:
-        return cls(**(values | {"schedule": ScaleSchedule(**values["schedule"])}))
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{source} does not describe a {cls.__name__} of this version ({error})") from error
-
-
-def read_config(folder: Path, part: str, remedy: str) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder} has no config.json: not a finished {part} folder; {remedy}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
-    if part not in config:
-        raise InputError(f"{path} describes no {part}; {remedy}")
-    return config
+def read_config(folder: Path, part: str, remedy: str) -> FolderConfig:
+    """Reads the description of a folder of which `part` is needed; `remedy` says how to write one."""
+    path = folder / CONFIG
+    if not path.exists():
+        raise InputError(f"{folder} has no {CONFIG}: not a finished {part} folder; {remedy}")
+    return read_json(path, FolderConfig, version=FORMAT)

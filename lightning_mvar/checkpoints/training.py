@@ -15,7 +15,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lightning_mvar.checkpoints.folders import build_network, load_tokenizer
+from lightning_mvar.checkpoints.folders import build_network, check_class_names, load_tokenizer
 from lightning_mvar.checkpoints.pair import TrainedModel
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular, sync
+from lightning_mvar.io.json_files import checked
 from lightning_mvar.io.tensors import StateDict, read_torch
 from lightning_mvar.models.config import MVARConfig
 
@@ -218,13 +219,49 @@ def read_tensors(path: Path, prefix: str) -> StateDict:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def describe_network(network: MVARConfig, tokenizer: str, fingerprint: str, class_names: list[str]) -> dict[str, Any]:
-    """Returns the `NETWORK_KEY` entry of a training checkpoint, which `load_checkpoint` reads; plain types only."""
-    return {
-        "network": asdict(network),
-        "tokenizer": {"path": tokenizer, "fingerprint": fingerprint},
-        "class_names": class_names,
-    }
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The folder of the tokenizer that a network was trained with, and its fingerprint."""
+
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """State of a run that Lightning does not store.
+
+    Args:
+        ema: whether the weights are averaged.
+        skipped_steps: number of steps skipped so far, and length of the current run of skipped steps.
+        world_size: number of ranks.
+        batch_of_all_ranks: images per batch, all ranks together.
+    """
+
+    ema: bool
+    skipped_steps: tuple[int, int]
+    world_size: int
+    batch_of_all_ranks: int
+
+
+@dataclass(frozen=True)
+class NetworkRecord:
+    """The `NETWORK_KEY` entry of a training checkpoint, which holds it as plain types.
+
+    Args:
+        network: architecture of the network.
+        tokenizer: its tokenizer.
+        class_names: names of the classes in label order.
+        run: state of the run.
+    """
+
+    network: MVARConfig
+    tokenizer: TokenizerRecord
+    class_names: list[str]
+    run: RunRecord
+
+    def __post_init__(self) -> None:
+        check_class_names(self.network, self.class_names)
 
 
 def load_checkpoint(path: Path, tokenizer: str | Path | None, weights: WhichWeights) -> TrainedModel:
@@ -232,13 +269,13 @@ def load_checkpoint(path: Path, tokenizer: str | Path | None, weights: WhichWeig
     checkpoint = read_plain_part(path)
     if NETWORK_KEY not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of `lightning-mvar fit`")
-    record = checkpoint[NETWORK_KEY]
-    prefix = EMA_PREFIX if weights == "ema" and record["run"]["ema"] else NETWORK_PREFIX
-    network = build_network(record["network"], read_tensors(path, prefix), path)
-    loaded = load_tokenizer(tokenizer or record["tokenizer"]["path"])
-    if (fingerprint := loaded.fingerprint()) != record["tokenizer"]["fingerprint"]:
+    record = checked(checkpoint[NETWORK_KEY], NetworkRecord, str(path))
+    prefix = EMA_PREFIX if weights == "ema" and record.run.ema else NETWORK_PREFIX
+    network = build_network(record.network, read_tensors(path, prefix), path)
+    loaded = load_tokenizer(tokenizer or record.tokenizer.path)
+    if (fingerprint := loaded.fingerprint()) != record.tokenizer.fingerprint:
         raise InputError(
-            f"{path} was trained with tokenizer {record['tokenizer']['fingerprint']}, but "
-            f"{tokenizer or record['tokenizer']['path']} holds {fingerprint}: pass the right one with --tokenizer"
+            f"{path} was trained with tokenizer {record.tokenizer.fingerprint}, but "
+            f"{tokenizer or record.tokenizer.path} holds {fingerprint}: pass the right one with --tokenizer"
         )
-    return TrainedModel(network, loaded, record["class_names"])
+    return TrainedModel(network, loaded, record.class_names)

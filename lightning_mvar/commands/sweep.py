@@ -13,13 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.cli import COMMANDS
 from lightning_mvar.cli.arguments import call, check
 from lightning_mvar.cli.training import parse_command
 from lightning_mvar.commands.evaluate import evaluate
 from lightning_mvar.errors import InputError, Interrupted
 from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.json_files import checked
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.costs import match_budget
@@ -136,7 +136,7 @@ def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[st
                 f"a budget needs network.{missing[0]}, which only the tokenizer or the shards would say: add "
                 f"--model.network.{missing[0]} to `fit`"
             )
-        network = config_from_dict(MVARConfig, options, plan.path)
+        network = checked(options, MVARConfig, str(plan.path))
         fitted = match_budget(network, plan.budget.by, parameters=plan.budget.parameters, flops=plan.budget.flops)
     except (argparse.ArgumentError, InputError) as error:
         raise InputError(f"{plan.path}: cell {cell.name}: {' '.join(str(error).split())}") from error

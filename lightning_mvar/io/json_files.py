@@ -1,16 +1,21 @@
-"""Foreign JSON, checked against the types of a dataclass before anything uses it."""
+"""Foreign JSON, checked against the types of a dataclass before anything uses it.
+
+A reader of its own, because each library lacks a part: msgspec takes no union of tuples and ignores unknown fields,
+pydantic needs its settings inside each dataclass, and neither names the value.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import read_regular
@@ -29,20 +34,27 @@ SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # type: (name in mess
 }
 
 
+class FormatVersion(NamedTuple):
+    """The format_version that this release reads, and what to do about data of another one."""
+
+    number: int
+    remedy: str
+
+
 class Mismatch(Exception):
     """A JSON value does not have the expected type; the message starts with the path of its field."""
 
 
-def read_json(path: Path, kind: type[T], max_bytes: int = MAX_BYTES) -> T:
+def read_json(path: Path, kind: type[T], max_bytes: int = MAX_BYTES, version: FormatVersion | None = None) -> T:
     """Reads a JSON file as an instance of `kind`; see `parse_json`.
 
     Raises:
         InputError: if the file is missing, no regular file or larger than `max_bytes`, or its content does not fit.
     """
-    return parse_json(read_regular(path, max_bytes), kind, str(path))
+    return parse_json(read_regular(path, max_bytes), kind, str(path), version)
 
 
-def parse_json(data: str | bytes, kind: type[T], source: str) -> T:
+def parse_json(data: str | bytes, kind: type[T], source: str, version: FormatVersion | None = None) -> T:
     """Parses JSON as an instance of `kind`, strictly: nothing is converted, except lists to tuples and ints to floats.
 
     Args:
@@ -50,6 +62,7 @@ def parse_json(data: str | bytes, kind: type[T], source: str) -> T:
         kind: a dataclass, whose fields without a default are required; or bool, int, float, str, None, Any, Literal,
             a list, tuple or dict of them, or a union. Integers have 64 bits and numbers are finite.
         source: names the data in messages.
+        version: version that the data must have, which is checked before its other fields.
 
     Raises:
         InputError: if the data is no JSON, repeats a field, or does not fit `kind`; one line that names source, field
@@ -60,13 +73,31 @@ def parse_json(data: str | bytes, kind: type[T], source: str) -> T:
         value = json.loads(text, object_pairs_hook=without_repeats, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source} is not valid JSON ({error})") from error
+    if version is not None:
+        check_version(value, version, source)
+    return checked(value, kind, source)
+
+
+def check_version(value: Any, version: FormatVersion, source: str) -> None:
+    found = value.get("format_version") if isinstance(value, dict) else None
+    if type(found) is not int or found != version.number:
+        what = "no format_version" if found is None else f"format_version {shown(found)}"
+        raise InputError(f"{source} has {what}; this release reads {version.number}: {version.remedy}")
+
+
+def checked(value: Any, kind: type[T], source: str) -> T:
+    """Returns a value that was read from a file, as plain Python types, as an instance of `kind`; see `parse_json`.
+
+    Raises:
+        InputError: if it does not fit.
+    """
     try:
-        parsed: T = convert(value, kind, "")
+        converted: T = convert(value, kind, "")
     except Mismatch as error:
         raise InputError(f"{source}: {error}") from error
     except RecursionError as error:
         raise InputError(f"{source} is nested too deeply") from error
-    return parsed
+    return converted
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,7 +130,7 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     if origin is dict and isinstance(value, dict):
         paths = {convert(name, str, field_path(path, name)): field_path(path, name) for name in value}
         return {name: convert(value[name], parameters[1], path) for name, path in paths.items()}
-    if origin in (list, tuple) and isinstance(value, list):
+    if origin in (list, tuple) and isinstance(value, list | tuple):
         kinds = element_kinds(kind, len(value))
         if len(kinds) == len(value):
             return origin(convert(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
@@ -110,7 +141,7 @@ def convert_any(value: Any, path: str) -> None:
     """Raises Mismatch if a value of any type holds a number that is not finite or a forbidden character."""
     if isinstance(value, dict):
         convert(value, dict[str, Any], path)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         convert(value, list[Any], path)
     else:
         convert(value, type(value), path)
@@ -161,7 +192,7 @@ def describe(kind: Any) -> str:
     if kind in SCALARS:
         return SCALARS[kind][0]
     if origin is Literal:
-        return f"one of {', '.join(map(json.dumps, parameters))}"
+        return f"one of {', '.join(map(repr, parameters))}"
     if origin in (Union, UnionType):
         return " or ".join(map(describe, parameters))
     if origin in (list, tuple):
@@ -170,12 +201,13 @@ def describe(kind: Any) -> str:
     return "an object"
 
 
-def field_path(path: str, name: str) -> str:
-    field = name if name.isidentifier() and len(name) <= SHOWN else shown(name)
+def field_path(path: str, name: Any) -> str:
+    field = name if isinstance(name, str) and name.isidentifier() and len(name) <= SHOWN else shown(name)
     return f"{path}.{field}" if path else field
 
 
 def shown(value: Any) -> str:
-    """Returns the beginning of a value as JSON, on one line."""
-    text = json.dumps(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    """Returns the beginning of a value on one line."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = SHOWN
+    return " ".join(brief.repr(value).split())

@@ -25,6 +25,21 @@ SCAN_ORDERS: dict[str, list[tuple[str, ...]]] = {  # blocks cycle through the li
     "alternating": [("raster",), ("column",)],
     "both": [("raster", "reversed")],
 }
+# Smallest and largest value per field; the largest keep a forged config from allocating or looping without limit.
+RANGES = {
+    "depth": (1, 2**10),
+    "width": (1, 2**16),
+    "heads": (1, 2**16),
+    "vocab_size": (1, 2**20),
+    "code_dim": (1, 2**14),
+    "num_classes": (1, 2**24),
+    "state_dim": (1, 2**12),
+    "conv_width": (2, 2**10),
+    "expand": (1, 2**6),
+    "head_dim": (1, 2**16),
+    "window": (1, 2**12),
+}
+MAX_MIXERS = 16  # per block
 SIZES = {"d12": 12, "d16": 16, "d20": 20, "d24": 24, "d30": 30, "d32": 32, "d36": 36}  # name: depth
 
 
@@ -87,15 +102,18 @@ class MVARConfig:
             raise InputError(f"network.mixers must be a list of names or a list of such lists, got {self.mixers!r}")
         mixers = tuple(part if isinstance(part, str) else tuple(part) for part in self.mixers)
         object.__setattr__(self, "mixers", mixers)
-        positive = ("depth", "width", "heads", "vocab_size", "code_dim", "num_classes")
-        for name in (*positive, "state_dim", "expand", "head_dim"):
-            if getattr(self, name) < 1:
-                raise InputError(f"network.{name} must be at least 1, got {getattr(self, name)}")
-        if self.conv_width < 2:
-            raise InputError(f"network.conv_width must be at least 2, got {self.conv_width}")
+        for name, (least, most) in RANGES.items():
+            if getattr(self, name) < least:
+                raise InputError(f"network.{name} must be at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) > most:
+                raise InputError(f"network.{name} must be at most {most}, got {getattr(self, name)}")
+        if not 0 <= self.drop_path < 1:
+            raise InputError(f"network.drop_path must be in [0, 1), got {self.drop_path}")
+        if not math.isfinite(self.adaln_gate_init):
+            raise InputError(f"network.adaln_gate_init must be finite, got {self.adaln_gate_init}")
         if self.width % self.heads:
             raise InputError(f"network.width {self.width} is not a multiple of network.heads {self.heads}")
-        if self.window < 1 or self.window % 2 == 0:
+        if self.window % 2 == 0:
             raise InputError(f"network.window must be odd and positive, got {self.window}")
         for name, known in (("scan_order", SCAN_ORDERS), ("prediction", ("scale", "token"))):
             if getattr(self, name) not in known:
@@ -103,6 +121,8 @@ class MVARConfig:
         self.check_mixers()
 
     def check_mixers(self) -> None:
+        if (most := max(len(self.mixers_of(i)) for i in range(self.depth))) > MAX_MIXERS:
+            raise InputError(f"network.mixers has {most} mixers in a block; at most {MAX_MIXERS}")
         names = {name for i in range(self.depth) for name in self.mixers_of(i)}
         if unknown := sorted(names - set(MIXERS)):
             raise InputError(f"network.mixers has an unknown mixer {unknown[0]!r}; choose from {', '.join(MIXERS)}")

@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
-from lightning_mvar.scales import ScaleSchedule, Shape
+from lightning_mvar.scales import ScaleSchedule, Shape, format_shape
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
 # Maximum size of the decoder's finest feature map, which bounds the images decoded at once; other devices decode one at
 # a time. On a CPU, larger buffers are newly allocated by the system each time, which is slower than smaller batches.
 DECODER_MAP_BYTES = {"cpu": 2**25, "cuda": 2**28}
+
+# Largest values, which keep a forged config from allocating or looping without limit.
+LIMITS = {"vocab_size": 2**16, "code_dim": 2**14, "channels": 2**14, "blocks": 2**6, "num_phi": 2**10}
+LIMITS["norm_groups"] = LIMITS["channels"]
+MAX_LEVELS, MAX_MULTIPLIER, MAX_SIDE = 12, 2**8, 2**14  # levels, multiplier of channels, pixels per side of an image
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,26 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        for name in ("vocab_size", "code_dim", "channels", "blocks", "num_phi", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise InputError(f"tokenizer.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise InputError(f"tokenizer.multipliers must be positive, got {self.multipliers}")
         if self.vocab_size > 2**16:
             raise InputError(
                 f"tokenizer.vocab_size {self.vocab_size} does not fit the uint16 tokens of shards; use at most 65536"
+            )
+        for name, most in LIMITS.items():
+            if not 1 <= (value := getattr(self, name)) <= most:
+                raise InputError(
+                    f"tokenizer.{name} must be at {'least 1' if value < 1 else f'most {most}'}, got {value}"
+                )
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise InputError(f"tokenizer.multipliers must be positive, got {self.multipliers}")
+        if len(self.multipliers) > MAX_LEVELS or max(self.multipliers) > MAX_MULTIPLIER:
+            raise InputError(
+                f"tokenizer.multipliers must be at most {MAX_LEVELS} numbers up to {MAX_MULTIPLIER}, got "
+                f"{len(self.multipliers)} up to {max(self.multipliers)}"
+            )
+        if max(self.shape) > MAX_SIDE:
+            raise InputError(
+                f"tokenizer.schedule and {len(self.multipliers)} tokenizer.multipliers make images of "
+                f"{format_shape(self.shape)} pixels; at most {MAX_SIDE} per side"
             )
 
     @property

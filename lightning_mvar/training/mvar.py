@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.checkpoints.pair import check_pair
-from lightning_mvar.checkpoints.training import NETWORK_KEY, describe_network
+from lightning_mvar.checkpoints.training import NETWORK_KEY, NetworkRecord, RunRecord, TokenizerRecord
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.json_files import checked
 from lightning_mvar.models.config import MVARConfig, NetworkOptions
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.models.parameters import UNDECAYED
@@ -211,37 +211,27 @@ class LitMVAR(ScheduledModule):
         return {f"{prefix}/{name}": part.mean() for name, part in zip(names, self.per_scale(losses), strict=True)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        record = describe_network(
-            self.network_config,
-            str(Path(self.tokenizer_path).resolve()),
-            self.tokenizer_fingerprint,
-            self.class_names,
-        )
-        record["run"] = {
-            "ema": self.ema_decay is not None,
-            "skipped_steps": self.skip_counts,
-            "world_size": self.trainer.world_size,
-            "batch_of_all_ranks": self.batch_of_all_ranks,
-        }
-        checkpoint[NETWORK_KEY] = record
+        tokenizer = TokenizerRecord(str(Path(self.tokenizer_path).resolve()), self.tokenizer_fingerprint)
+        run = RunRecord(self.ema_decay is not None, self.skip_counts, self.trainer.world_size, self.batch_of_all_ranks)
+        checkpoint[NETWORK_KEY] = asdict(NetworkRecord(self.network_config, tokenizer, self.class_names, run))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        record = checkpoint[NETWORK_KEY]
-        self.check_checkpoint(record)
+        record = self.check_checkpoint(checkpoint[NETWORK_KEY])
         if self.trainer.state.fn == "fit":
-            self.skipped_steps, self.skipped_in_a_row = record["run"]["skipped_steps"]
-            self.adapt_to_devices(record["run"], checkpoint["loops"]["fit_loop"])
+            self.skipped_steps, self.skipped_in_a_row = record.run.skipped_steps
+            self.adapt_to_devices(record.run, checkpoint["loops"]["fit_loop"])
 
-    def check_checkpoint(self, record: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another network or tokenizer. Options that are newer than it had their default.
+    def check_checkpoint(self, entry: Any) -> NetworkRecord:
+        """Reads the `NETWORK_KEY` entry of a checkpoint; fields that it lacks have their defaults.
 
         Raises:
-            InputError: naming the first field that differs.
+            InputError: if it is damaged, or of another network or tokenizer; names the first field that differs.
         """
+        record = checked(entry, NetworkRecord, "--ckpt_path")
         kept = {True: "kept", False: "not kept"}
-        saved = asdict(config_from_dict(MVARConfig, record["network"], "--ckpt_path")) | {
-            "tokenizer": record["tokenizer"]["fingerprint"],
-            "ema_decay (an average of the weights)": kept[record["run"]["ema"]],
+        saved = asdict(record.network) | {
+            "tokenizer": record.tokenizer.fingerprint,
+            "ema_decay (an average of the weights)": kept[record.run.ema],
         }
         network = self.network_options if attached_trainer(self) is None else self.network_config
         current = {name: value for name, value in asdict(network).items() if value is not None} | {
@@ -254,13 +244,14 @@ class LitMVAR(ScheduledModule):
                     f"--ckpt_path is of another configuration: {name} is {saved.get(name)} in the checkpoint and "
                     f"{current[name]} in this run"
                 )
+        return record
 
-    def adapt_to_devices(self, run: dict[str, Any], fit_loop: dict[str, Any]) -> None:
+    def adapt_to_devices(self, run: RunRecord, fit_loop: dict[str, Any]) -> None:
         """Keeps the place in the epoch if the run resumes with other devices or batch sizes, and reports what changes.
 
         The order of the samples does not depend on the devices. Lightning counts batches, so its counts are converted.
         """
-        before, now = run["batch_of_all_ranks"], self.batch_of_all_ranks
+        before, now = run.batch_of_all_ranks, self.batch_of_all_ranks
         if before != now:
             current = fit_loop["epoch_loop.batch_progress"]["current"]
             repeated = current["completed"] * before % now
@@ -271,8 +262,8 @@ class LitMVAR(ScheduledModule):
                 f"same, {repeated} of them are repeated; dropped labels follow the new batch size, and so does the "
                 f"learning rate unless the global batch is the same"
             )
-        elif run["world_size"] != self.trainer.world_size:
+        elif run.world_size != self.trainer.world_size:
             rank_zero_info(
-                f"resuming on {self.trainer.world_size} ranks, not {run['world_size']}: batches and dropped labels are "
+                f"resuming on {self.trainer.world_size} ranks, not {run.world_size}: batches and dropped labels are "
                 f"the same; drop path draws other random numbers, sums round differently"
             )
