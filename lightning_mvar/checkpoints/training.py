@@ -12,22 +12,18 @@ import logging
 import os
 import re
 import shutil
-import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
 from lightning_mvar.checkpoints.folders import build_network, check_class_names, load_tokenizer
 from lightning_mvar.checkpoints.pair import TrainedModel
+from lightning_mvar.checkpoints.sharded import read_tensors as read_sharded
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular, sync
-from lightning_mvar.io.json_files import checked
+from lightning_mvar.io.json_files import checked, read_json
 from lightning_mvar.io.tensors import StateDict, read_torch
 from lightning_mvar.models.config import MVARConfig
 
@@ -45,7 +41,7 @@ Checksums = dict[str, tuple[int, int]]  # file: bytes, crc32
 
 def size_and_crc(path: Path) -> tuple[int, int]:
     crc = 0
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 24):
             crc = zlib.crc32(chunk, crc)
     return path.stat().st_size, crc
@@ -174,9 +170,8 @@ def check_intact(path: Path, verify_checksums: bool = False) -> None:
 def check_folder(folder: Path, verify_checksums: bool = True) -> None:
     """Compares a folder's files with its seal: sizes, and checksums if requested; raises InputError on a mismatch."""
     try:
-        seal = json.loads((folder / SEAL).read_text())
-        expected = {name: (size, crc) for name, (size, crc) in seal.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        expected = read_json(folder / SEAL, dict[str, tuple[int, int]])
+    except InputError as error:
         raise InputError(f"{folder} is not a finished checkpoint: {folder / SEAL} is missing or damaged") from error
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     for name, (size, crc) in expected.items():
@@ -196,26 +191,15 @@ def read_plain_part(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, prefix: str) -> StateDict:
     """Reads only the weights of a checkpoint whose names start with `prefix`; returns them without the prefix.
 
-    The shards of all ranks are joined on the CPU of this process.
-
     Raises:
         InputError: if the checkpoint cannot be read.
     """
-    if not path.is_dir():
-        weights = read_torch(path)["state_dict"]
-    else:
+    if path.is_dir():
         check_folder(path, verify_checksums=False)
-        full_prefix = f"state_dict.{prefix}"
-        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if name.startswith(full_prefix) and isinstance(entry, TensorStorageMetadata)
-        }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected with no_dist
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-        weights = {name.removeprefix("state_dict."): tensor for name, tensor in tensors.items()}
+        return read_sharded(path, f"state_dict.{prefix}")
+    weights = read_torch(path).get("state_dict")
+    if not isinstance(weights, dict):
+        raise InputError(f"{path} has no state_dict")
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 

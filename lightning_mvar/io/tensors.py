@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -15,13 +16,38 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.files import atomic_path, open_regular
 
 StateDict = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
 # Raised by the readers for truncated files and files of another format.
-TENSOR_ERRORS = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AssertionError, struct.error)
+DAMAGE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    ImportError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+# What trainers leave beside the weights in a checkpoint; see `Ignored`.
+IGNORED = [
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "pathlib.WindowsPath",
+    "argparse.Namespace",
+]
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -54,10 +80,10 @@ def read_weights(path: Path) -> StateDict:
     Raises:
         InputError: if the file is missing, damaged or of another format.
     """
-    require_file(path)
+    require_weights(path)
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise InputError(f"{path} is damaged or not a safetensors file ({first_line(error)})") from error
 
 
@@ -67,28 +93,103 @@ def read_torch(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if the file is missing, damaged, of another format, or holds more than plain weights.
     """
-    require_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:  # torch's own message suggests weights_only=False
-        raise InputError(
-            f"{path} is damaged or not a file of plain weights (it holds other objects or code)"
-        ) from error
-    except TENSOR_ERRORS as error:
-        raise InputError(f"{path} is damaged or not a file of plain weights ({type(error).__name__})") from error
+    require_weights(path)
+    content = read_plain(path, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
 
 
-def require_file(path: Path) -> None:
+def read_plain(file: Path | IO[bytes], source: str) -> Any:
+    """Reads what `torch.save` wrote, plain data and tensors on the CPU, in no more memory than the file has bytes.
+
+    Args:
+        file: a path, whose tensors are memory-mapped and read on use, or a stream.
+        source: names the file in messages.
+
+    Raises:
+        InputError: if the file is damaged, of another format, or holds other objects or code.
+    """
+    try:
+        is_zip = zipfile.is_zipfile(file)
+        if is_zip:
+            refuse_compression(file)
+        mapped = is_zip and isinstance(file, Path)
+        with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        check_storage(list(tensors_in(content)))
+    except pickle.UnpicklingError as error:  # torch's own message suggests weights_only=False
+        raise InputError(
+            f"{source} is damaged or not a file of plain weights (it holds other objects or code)"
+        ) from error
+    except DAMAGE as error:
+        reason = str(error) if isinstance(error, InputError) else type(error).__name__
+        raise InputError(f"{source} is damaged or not a file of plain weights ({reason})") from error
+    return content
+
+
+class Ignored:
+    """Stands for an object beside the weights that is not read: a number or array of numpy, a path."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def refuse_compression(file: Path | IO[bytes]) -> None:
+    """Raises InputError if a zip archive is compressed, as none of `torch.save` is: a small file could fill memory."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise InputError("it is compressed")
+    if not isinstance(file, Path):
+        file.seek(0)
+
+
+def tensors_in(content: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested dictionaries and lists."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(part)
+
+
+def check_storage(tensors: list[Tensor]) -> None:
+    """Raises InputError unless the tensors are plain and stored completely: a copy could be larger than any memory.
+
+    Tied weights are stored once.
+    """
+    if any(
+        type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.layout != torch.strided for t in tensors
+    ):
+        raise InputError("it holds tensors without data, or of an unusual layout")
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    if (needed := sum(t.numel() * t.element_size() for t in tensors)) > 2 * sum(stored.values()):
+        raise InputError(f"its tensors have {needed} bytes, of which it holds {sum(stored.values())}")
+
+
+def require_weights(path: Path) -> None:
+    """Raises InputError, with the remedy, if the path is no file or obviously none of weights."""
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a weights file")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path} does not exist")
+    with open_regular(path) as file:
+        begin = file.read(512).lstrip().lower()
+    if not begin:
+        raise InputError(f"{path} is damaged or not a file of plain weights (it is empty): download it again")
+    if begin.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+    if begin.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise InputError(
+            f"{path} is a web page, not weights: download the file itself (on the Hub, the address with /resolve/, not "
+            f"/blob/)"
+        )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -99,10 +200,13 @@ def load_strictly(module: Module, weights: Mapping[str, Tensor], source: object)
     memory-mapped file would change, or crash the process, if the file is written to.
 
     Raises:
-        InputError: naming the first keys that are missing, unexpected or of another shape.
+        InputError: naming the first keys that are missing, unexpected, of another shape or of another kind of number.
     """
     expected = module.state_dict()
     check_state_dict(expected, weights, f"{source} does not fit {type(module).__name__}")
+    for name, tensor in expected.items():
+        if weights[name].is_floating_point() != tensor.is_floating_point() or weights[name].is_complex():
+            raise InputError(f"{source} has {name} as {weights[name].dtype}, which is no {tensor.dtype}")
     copies = {name: weights[name].to("cpu", tensor.dtype, copy=True).contiguous() for name, tensor in expected.items()}
     module.load_state_dict(copies, assign=True)
     return module.eval()

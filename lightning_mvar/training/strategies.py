@@ -11,11 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -25,6 +32,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_mvar.checkpoints.sharded import ShardReader
+from lightning_mvar.checkpoints.training import read_plain_part
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
@@ -72,6 +81,29 @@ class FSDP2Strategy(DataParallelStrategy):
         # The view it warns about is the logits, which nothing changes in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads a checkpoint as Lightning does; but a sharded one runs no code from its files.
+
+        Raises:
+            InputError: if a sharded checkpoint is damaged, or lacks a part of the network.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_dir():
+            return super().load_checkpoint(path, weights_only=True)
+        assert self.model is not None
+        assert self.lightning_module is not None
+        reader = ShardReader(path)
+        state = {"state_dict": get_model_state_dict(self.model)}
+        reader.load(state)
+        self.model.load_state_dict(state["state_dict"], strict=self.lightning_module.strict_loading)
+        for index, optimizer in enumerate(self.optimizers):  # after the network, whose parameters they name
+            name = f"optimizer_{index}"
+            part = {name: get_optimizer_state_dict(self.model, optimizer)}
+            reader.load(part)
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=part[name], options=options)
+        return read_plain_part(path)
 
     def shard_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Shards a tokenizer level by level, then the rest. Only its `forward` gathers weights."""

@@ -1,10 +1,10 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_network
+from hostile import Malicious
 from published_states import FOLDER, official_weights
 from safetensors.torch import save_file
 
@@ -90,14 +90,6 @@ def test_damaged_folders_are_named(tokenizer: Tokenizer, tmp_path: Path, damage,
     damage(tmp_path)
     with pytest.raises(InputError, match=message):
         load_trained(tmp_path)
-
-
-class Malicious:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.marker),)
 
 
 def test_errors_name_files_that_are_not_checkpoints_and_their_code_never_runs(tmp_path: Path) -> None:

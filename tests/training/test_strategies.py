@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import pictures, scalars
+from hostile import Malicious
 from lit_modules import Losses, make_module, make_trainer
 from processes import start
 from torch import nn
 
 from lightning_mvar.checkpoints import load_trained
-from lightning_mvar.checkpoints.training import read_tensors, remove_checkpoint
+from lightning_mvar.checkpoints.sharded import ShardReader
+from lightning_mvar.checkpoints.training import SEAL, publish, read_tensors, remove_checkpoint, size_and_crc
 from lightning_mvar.cli import run
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR, Block
@@ -130,6 +135,35 @@ def test_a_sharded_checkpoint_resumes_on_other_devices_and_exports_to_a_folder(
     assert "resuming on 1 ranks, not 2" in resumed.printed()
     for key, tensor in last_weights(Path("fsdp2"), "network.").items():
         torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["metadata", "optimizer"])
+def test_resuming_runs_no_code_of_a_sharded_checkpoint(where: str, plain_run_folder: Path) -> None:
+    one_rank = ["--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--trainer.max_steps"]
+    first = start([*FIT, *one_rank, "1"], plain_run_folder)
+    assert first.wait() == [0], first.printed()
+    checkpoint, owned = plain_run_folder / "run/checkpoints/step=00000001.ckpt", plain_run_folder / "owned"
+    metadata = ShardReader(checkpoint).metadata
+    if where == "metadata":
+        metadata.planner_data = Malicious(owned)
+    else:
+        hostile = plain_run_folder / "hostile"
+        dcp.save({"code": Malicious(owned)}, checkpoint_id=hostile, no_dist=True)
+        (entry,) = ShardReader(hostile).metadata.storage_data.values()
+        (hostile / "__0_0.distcp").rename(checkpoint / "__1_0.distcp")
+        for index in metadata.storage_data:
+            if index.fqn.endswith("betas"):
+                metadata.storage_data[index] = replace(entry, relative_path="__1_0.distcp")
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    seal = {file.name: size_and_crc(file) for file in checkpoint.iterdir() if file.name != SEAL}
+    publish(checkpoint, checkpoint.with_name("step=00000002.ckpt"), seal)
+    resumed = start([*FIT, *one_rank, "3", "--resume"], plain_run_folder)
+    assert resumed.wait() == [1], resumed.printed()
+    assert (
+        ".metadata is damaged" in resumed.printed() if where == "metadata" else "betas is damaged" in resumed.printed()
+    )
+    assert "Traceback" not in resumed.printed()
+    assert not owned.exists()
 
 
 def test_each_part_of_a_network_is_initialised_and_finished_before_the_next() -> None:

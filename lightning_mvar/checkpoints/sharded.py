@@ -1,0 +1,191 @@
+"""Sharded checkpoints (`torch.distributed.checkpoint`, DCP), read without running code from their files.
+
+A sharded checkpoint is a folder with one file of tensors per rank and `.metadata`, a pickle that says where each tensor
+is. DCP reads the pickle as it is, and likewise the entries that are no tensors: whoever wrote the folder could run any
+code. Here the pickle may name the classes of such a description only, and entries hold plain data.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import open_regular
+from lightning_mvar.io.tensors import DAMAGE, StateDict, first_line, read_plain
+
+METADATA = ".metadata"
+MAX_METADATA_BYTES = 2**28  # a large network's on 1,000 ranks has about 100 MB
+CLASSES = {  # that `.metadata` may name, by module
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # Python 3.13
+}
+
+
+class MetadataUnpickler(pickle._Unpickler):
+    """Unpickler of `.metadata`. In Python, as the one in C allocates whatever size the file claims."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], type):  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError("it changes a class")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
+
+
+class PlainLoadPlanner(dcp.DefaultLoadPlanner):
+    """DCP's planner, except that entries that are no tensors hold plain data."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(read_plain(value, read_item.storage_index.fqn), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)  # unpickles what was written here
+
+
+class ShardReader(dcp.FileSystemReader):
+    """DCP's reader of a folder, which trusts neither its metadata nor its shards.
+
+    Raises:
+        InputError: if the metadata is missing or damaged, or does not fit the files of the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+        self.metadata = read_metadata(folder)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            with open_regular(self.folder / info.relative_path) as file:
+                file.seek(info.offset)
+                stream = io.BytesIO(file.read(info.length))
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_bytes(item, stream)
+            else:
+                source = part_of(read_plain(stream, f"{self.folder / info.relative_path}"), item)
+                target = planner.resolve_tensor(item).detach()
+                if source.shape != target.shape:
+                    raise InputError(f"{self.folder} is damaged: {item.storage_index.fqn} has another shape")
+                target.copy_(source)
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def load(self, state: dict[str, Any], no_dist: bool = False) -> None:
+        """Loads the entries of `state` in place; all ranks must call this, unless `no_dist`.
+
+        Raises:
+            InputError: if an entry is missing or damaged.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected with no_dist
+                dcp.load(state, storage_reader=self, planner=PlainLoadPlanner(), no_dist=no_dist)
+        except dcp.CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, InputError):
+                raise cause from None
+            raise InputError(f"{self.folder} does not fit, or is damaged ({first_line(cause)})") from error
+
+
+def part_of(value: Any, item: ReadItem) -> Tensor:
+    """Returns the part of a stored tensor that a request asks for."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{item.storage_index.fqn} is no tensor")
+    for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        value = value.narrow(dim, offset, length)
+    return value
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Reads the description of a sharded checkpoint and checks it against the files of the folder.
+
+    Raises:
+        InputError: if it is missing or damaged, names other classes than DCP's, or data that the files do not hold.
+    """
+    path = folder / METADATA
+    with open_regular(path) as file:
+        data = file.read(MAX_METADATA_BYTES + 1)
+    if len(data) > MAX_METADATA_BYTES:
+        raise InputError(f"{path} has more than {MAX_METADATA_BYTES} bytes")
+    try:
+        metadata = MetadataUnpickler(io.BytesIO(data)).load()
+        check_metadata(metadata, {file.name: file.stat().st_size for file in folder.iterdir()})
+    except (pickle.UnpicklingError, *DAMAGE) as error:
+        raise InputError(f"{path} is damaged or not of a sharded checkpoint ({first_line(error)})") from error
+    return metadata
+
+
+def check_metadata(metadata: Any, sizes: dict[str, int]) -> None:
+    """Raises ValueError, TypeError or AttributeError unless the files, with these sizes, can hold what is described."""
+    if not isinstance(metadata, Metadata):
+        raise TypeError("it is no metadata")
+    needed = 0
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            if min(entry.size, default=0) < 0 or not isinstance(entry.properties.dtype, torch.dtype):
+                raise ValueError(f"it has a negative size or no dtype of {name}")
+            needed += math.prod(entry.size) * entry.properties.dtype.itemsize
+        elif not isinstance(entry, BytesStorageMetadata):
+            raise TypeError(f"it has a {type(entry).__name__} for {name}")
+    if needed > sum(sizes.values()):
+        raise ValueError(f"it claims {needed} bytes of tensors, more than the files hold")
+    for index, info in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or info.transform_descriptors:
+            raise ValueError("it has data of an unknown form")
+        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes.get(info.relative_path, -1):
+            raise ValueError(f"it places {index.fqn} outside the files of the folder")
+
+
+def read_tensors(folder: Path, prefix: str) -> StateDict:
+    """Reads the tensors of a sharded checkpoint whose names start with `prefix`, and returns them without it.
+
+    The shards of all ranks are joined on the CPU of this process.
+
+    Raises:
+        InputError: if the checkpoint cannot be read.
+    """
+    reader = ShardReader(folder)
+    entries = {
+        name: entry
+        for name, entry in reader.metadata.state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    reader.load(tensors, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
