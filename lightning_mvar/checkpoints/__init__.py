@@ -43,7 +43,7 @@ def read_model(path: str | Path, tokenizer: str | Path | None = None, weights: W
     Raises:
         InputError: if a file is missing or has another format, or the tokenizer does not fit the network.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix in PUBLISHED and path.is_file():
         return load_official(path, tokenizer)
     return load_trained(path, tokenizer, weights)
@@ -61,7 +61,7 @@ def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
     Raises:
         InputError: if the file is missing or not ours, or its tokenizer is missing or a different one.
     """
-    path = resolve_last(Path(path))
+    path = resolve_last(Path(path).expanduser())
     if not path.exists():
         raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
     if path.is_dir() and ((path / CONFIG).exists() or not (path / PLAIN_PART).is_file()):

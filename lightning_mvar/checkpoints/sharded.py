@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import open_regular
+from lightning_mvar.io.files import open_regular, read_regular
 from lightning_mvar.io.tensors import DAMAGE, StateDict, first_line, read_plain
 
 METADATA = ".metadata"
@@ -139,10 +139,7 @@ def read_metadata(folder: Path) -> Metadata:
         InputError: if it is missing or damaged, names other classes than DCP's, or data that the files do not hold.
     """
     path = folder / METADATA
-    with open_regular(path) as file:
-        data = file.read(MAX_METADATA_BYTES + 1)
-    if len(data) > MAX_METADATA_BYTES:
-        raise InputError(f"{path} has more than {MAX_METADATA_BYTES} bytes")
+    data = read_regular(path, MAX_METADATA_BYTES)
     try:
         metadata = MetadataUnpickler(io.BytesIO(data)).load()
         check_metadata(metadata, {file.name: file.stat().st_size for file in folder.iterdir()})

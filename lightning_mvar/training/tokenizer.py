@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_official_tokenizer, load_tokenizer
-from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.data.tokens.statistics import perplexity
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.json_files import checked
 from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, assignment_sums, entropy_loss
 from lightning_mvar.tokenizer.discriminator import (
     AdversaryConfig,
@@ -360,7 +360,7 @@ class LitTokenizer(ScheduledModule):
         Raises:
             InputError: naming the first setting that differs.
         """
-        config = asdict(config_from_dict(TokenizerConfig, record["config"], "--ckpt_path"))
+        config = asdict(checked(record["config"], TokenizerConfig, "--ckpt_path"))
         saved_settings = {"codebook.learning": CodebookConfig().learning, **record, "config": config}
         for name, current in self.checkpoint_identity().items():
             saved = saved_settings.get(name)
