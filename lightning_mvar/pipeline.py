@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from lightning_mvar.sampling.sampler import Sampler
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.scales import Shape, format_shape
 
+ClassChoice = Iterable[str | int] | NDArray[np.integer] | Tensor | str | int
 EXPORT_FILES = ["config.json", "*.safetensors"]
 
 
@@ -49,26 +51,24 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         """Height and width of the images, in pixels."""
         return self.tokenizer.config.shape
 
-    def __call__(self, classes: Sequence[str | int] | str | int, **settings: Any) -> list[Image.Image]:
+    def __call__(self, classes: ClassChoice, **settings: Any) -> list[Image.Image]:
         """Draws one image per entry of `classes`; takes the arguments of `steps`."""
         for step in self.steps(classes, **settings):
             last = step.f_hat
         return self.to_images(last)
 
-    def edit(
-        self, image: Image.Image, mask: Image.Image, classes: Sequence[str | int] | str | int, **settings: Any
-    ) -> list[Image.Image]:
+    def edit(self, image: Image.Image, mask: Image.Image, classes: ClassChoice, **settings: Any) -> list[Image.Image]:
         """Redraws the white part of `mask` in `image`, once per entry of `classes`; see `steps`."""
         return self(classes, image=image, mask=mask, **settings)
 
-    def stream_images(self, classes: Sequence[str | int] | str | int, **settings: Any) -> Iterator[list[Image.Image]]:
+    def stream_images(self, classes: ClassChoice, **settings: Any) -> Iterator[list[Image.Image]]:
         """Yields the images decoded after each scale, coarse to fine; the last ones are complete. See `steps`."""
         for step in self.steps(classes, **settings):
             yield self.to_images(step.f_hat)
 
     def steps(
         self,
-        classes: Sequence[str | int] | str | int,
+        classes: ClassChoice,
         *,
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
@@ -77,7 +77,8 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         """Draws scale by scale.
 
         Args:
-            classes: name, number or "unconditional", one per image; a single value draws one image.
+            classes: name, number or "unconditional", one per image; a single value draws one image. Numbers may be an
+                array or tensor of integers.
             image: image to keep a part of, of any size; resized and cropped to the center. See `kept_tokens_mask`.
             mask: white where to draw, black where to keep; its size is that of `image` or of the drawn images.
             sampling: `SamplingSettings` by name: guidance, top_k, top_p, smooth, seed.
@@ -87,10 +88,19 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         """
         if image is None and mask is not None:
             raise InputError("a mask needs an image: pass the image to edit as well")
-        names = [classes] if isinstance(classes, str | int) else classes
-        labels = torch.tensor([self.classes.label(name) for name in names], device=self.device)
+        labels = self.labels_of(classes)
         known = None if image is None else self.known_tokens(image, mask, len(labels))
         return self.sampler.steps(labels, SamplingSettings(**sampling), range(len(labels)), known)
+
+    def labels_of(self, classes: ClassChoice) -> Tensor:
+        """Returns the labels (b,) int64 of names and numbers, on the device."""
+        entries: Any = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else classes
+        entries = [entries] if isinstance(entries, str) or not isinstance(entries, Iterable) else entries
+        numbers: list[Any] = [
+            entry.item() if isinstance(entry, Tensor) and entry.ndim == 0 else entry for entry in entries
+        ]
+        labels = [self.classes.label(number) for number in numbers]
+        return torch.tensor(labels, dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
     def known_tokens(self, image: Image.Image, mask: Image.Image | None, count: int) -> KnownTokens:

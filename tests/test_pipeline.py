@@ -70,6 +70,29 @@ def test_a_single_class_draws_one_image_and_only_the_last_scale_is_decoded(
     assert len(decoded) == 1
 
 
+def test_classes_may_be_arrays_tensors_or_numbers_of_any_integer_type(pipe: MVARPipeline) -> None:
+    expected = stack_images(pipe(["zero", 3]))
+    for classes in (
+        [np.int64(0), torch.tensor(3)],
+        ("zero", np.uint8(3)),
+        np.array([0, 3]),
+        torch.tensor([0, 3], dtype=torch.int32),
+        np.array(["zero", "3"]),
+        iter([0, 3]),
+    ):
+        assert (stack_images(pipe(classes)) == expected).all()
+    for single in (np.int64(0), torch.tensor(0), np.array(0), "zero"):
+        assert (stack_images(pipe(single)) == expected[:1]).all()
+
+
+@pytest.mark.parametrize(
+    "classes", [True, [True], np.array([True]), torch.tensor([1.0]), np.array([[1]]), [[1]], [None], 1.0]
+)
+def test_other_types_of_classes_are_refused(pipe: MVARPipeline, classes: object) -> None:
+    with pytest.raises(InputError, match="a class is a name or a whole number, got"):
+        pipe(classes)  # type: ignore[arg-type]
+
+
 def test_a_mask_without_image_and_saving_lowered_weights_are_rejected(
     folder: Path, pipe: MVARPipeline, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from lightning_mvar.sampling.grids import image_grid, save_image
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.scales import Shape, format_shape
 
+MAX_COUNT = 1000  # images per class
 REDRAWN_COLOR = (255, 0, 255)  # marks the redrawn part in --picture
 
 
@@ -48,7 +49,7 @@ def edit(
         ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file (.pth, .safetensors).
         image: image file of any size; it is resized and cropped to the center.
         out: folder to write NUMBER.png to.
-        classes: comma-separated class names, WordNet ids or numbers, or "unconditional".
+        classes: comma-separated class names (which may contain commas), WordNet ids or numbers, or "unconditional".
         box: LEFT,TOP,RIGHT,BOTTOM of the part to redraw, in pixels at the network's resolution.
         mask: instead of a box, image file that is white in the part to redraw; as large as the image or as the
             network's images.
@@ -64,15 +65,15 @@ def edit(
     if (box is None) == (mask is None):
         raise InputError("give either --box LEFT,TOP,RIGHT,BOTTOM or --mask FILE to choose the part to redraw")
     SamplingSettings(**sampling)  # raises for values out of range before weights are read
-    if count < 1:
-        raise InputError(f"--count must be at least 1, got {count}")
+    if not 1 <= count <= MAX_COUNT:
+        raise InputError(f"--count must be from 1 to {MAX_COUNT}, as all images are drawn at once; got {count}")
     if Path(out).is_file() or Path(out).suffix:
         raise InputError(f"--out {out} must be a folder")
     original = read_image(image)
     pipe = MVARPipeline(read_model(ckpt_path, tokenizer, weights), device, precision)
     region = box_mask(box, pipe.shape) if box is not None else read_image(str(mask)).convert("L")
     region = ImageOps.invert(region) if outside else region
-    names = [name for name in classes.split(",") for _ in range(count)]
+    names = [name for name in pipe.classes.split(classes) for _ in range(count)]
     edited = pipe.edit(original, region, names, **sampling)
     with lock_folder(Path(out), "edit"):
         for number, result in enumerate(edited):

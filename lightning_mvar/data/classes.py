@@ -6,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from importlib.resources import files
+from numbers import Integral
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import path_component
 
 UNCONDITIONAL = "unconditional"
+MAX_DIGITS = 18  # of a class number
 MAX_SUGGESTIONS = 8  # maximum number of names in a message
 
 
@@ -43,6 +45,8 @@ class Classes:
         for label, aliases in enumerate(self.aliases):
             for alias in aliases:
                 self.labels[normalized(alias)].append(label)
+            if len(aliases) > 2:  # all names of an ImageNet class together, as in lists of its labels
+                self.labels[normalized(", ".join(aliases[:-1]))].append(label)
 
     def name(self, label: int) -> str:
         """Returns the usual name of a label in [0, count]; `count` is unconditional."""
@@ -69,23 +73,37 @@ class Classes:
         """Returns the label of a name, ignoring case, or of a number; `count` for "unconditional".
 
         A string is looked up as a name first: if classes are named 1 to 10, "1" is the class of that name, whereas the
-        integer 1 is label 1.
+        integer 1 is label 1. Integers may be numpy's.
 
         Raises:
             InputError: if no class matches, or several do; the message lists candidates.
         """
-        if isinstance(query, int) and 0 <= query < self.count:
-            return query
-        labels = [] if isinstance(query, int) else self.labels.get(normalized(query), [])
+        if isinstance(query, bool) or not isinstance(query, str | Integral):
+            raise InputError(f"a class is a name or a whole number, got {query!r}")
+        labels = self.labels.get(normalized(query), []) if isinstance(query, str) else []
         if len(labels) == 1:
             return labels[0]
         if labels:
             raise InputError(f"{len(labels)} classes are called {query!r}: {self.describe(labels)}; use the number")
-        if not isinstance(query, int) and query.strip().isdecimal() and int(query) < self.count:
-            return int(query)
         if normalized(str(query)) == UNCONDITIONAL:
             return self.count
-        raise InputError(f"there is no class {query!r}; {self.suggest(str(query))}")
+        is_number = isinstance(query, Integral) or (query.strip().isdecimal() and len(query) <= MAX_DIGITS)
+        number = int(query) if is_number else -1
+        if 0 <= number < self.count:
+            return number
+        shown = repr(query) if isinstance(query, str) else str(query)
+        raise InputError(f"there is no class {shown:.100}; {self.suggest(str(query))}")
+
+    def split(self, text: str) -> list[str]:
+        """Splits comma-separated names or numbers; a name may contain commas: the longest reading counts."""
+        parts, names, begin = text.split(","), list[str](), 0
+        longest = 1 + max(name.count(",") for name in self.labels)
+        while begin < len(parts):
+            ends = range(min(begin + longest, len(parts)), begin + 1, -1)
+            end = next((end for end in ends if normalized(",".join(parts[begin:end])) in self.labels), begin + 1)
+            names.append(",".join(parts[begin:end]))
+            begin = end
+        return names
 
     def suggest(self, query: str) -> str:
         """Returns a hint for an unknown class: similar names, or the valid range."""
@@ -107,4 +125,5 @@ class Classes:
 
 
 def normalized(name: str) -> str:
-    return name.strip().lower().replace("_", " ")
+    """Returns a name as it is compared: without case, and with blanks only between words and after commas."""
+    return ", ".join(part.strip() for part in name.lower().split(",")).replace("_", " ")

@@ -155,7 +155,8 @@ def draw_set(
         ranks: processes that share the work.
         load: reads network and tokenizer; called after the options have been checked.
         out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png.
-        classes: comma-separated class names, WordNet ids or numbers, or "unconditional"; all classes if not given.
+        classes: comma-separated class names (which may contain commas), WordNet ids or numbers, or "unconditional"; all
+            classes if not given.
         per_class: images per class.
         reject: classifier, images in [0, 1] -> logits of the network's classes (or a feature extractor with
             `logits`): draw more images than requested, and keep those it is surest of.
@@ -271,6 +272,6 @@ def select_labels(classes: str | None, names: Classes) -> list[int]:
     if classes is None:
         return list(range(names.count))
     try:
-        return [names.label(part) for part in classes.split(",")]
+        return [names.label(name) for name in names.split(classes)]
     except InputError as error:
         raise InputError(f"--classes: {error}") from error

@@ -69,11 +69,11 @@ def generate(
     Args:
         model: in eval mode, on the device to sample on.
         tokenizer: in eval mode, on the same device.
-        labels: (b,) int64 classes in [0, num_classes]; `num_classes` means unconditional.
+        labels: (b,) integer classes in [0, num_classes]; `num_classes` means unconditional.
         guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. A
             network that predicts single tokens uses it for every token, like LlamaGen (arXiv 2406.06525).
-        top_k: sample from the k most likely tokens; 0 for all.
-        top_p: then from the fewest tokens whose probabilities sum to p; 1 for all.
+        top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
+        top_p: then from the fewest tokens whose probabilities sum to p; 0 or 1 for all.
         smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images to look at, never for scores.
         generator: CPU generator, one for all images or one per image; None for torch's default generator.
         known: tokens of given images, and which of them to keep; the others are drawn conditioned on those.
@@ -127,6 +127,7 @@ def draw_scales(
         InputError: if the tokenizer does not fit the model, or an argument is out of range.
     """
     check_arguments(model, tokenizer, labels, generator)
+    labels = labels.long()
     check_known(known, len(labels), model.config.schedule.num_tokens)
     schedule, quantizer, device = model.config.schedule, tokenizer.quantizer, labels.device
     by_token = model.config.prediction == "token"
@@ -228,10 +229,15 @@ def uniform(shape: tuple[int, ...], generator: Generator | Sequence[Generator] |
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Applies top-k, then top-p: probabilities (b, n, k), 0 if excluded, and tokens (b, n, k), most likely first."""
+    """Applies top-k, then top-p, each skipped if 0, as in VAR's `sample_with_top_k_top_p_`.
+
+    Returns probabilities (b, n, k), 0 if excluded, and tokens (b, n, k), most likely first.
+    """
     size = logits.shape[-1]
     logits, tokens = logits.topk(min(top_k, size) if top_k else size, dim=-1)
     probabilities = logits.softmax(dim=-1)
+    if top_p == 0:
+        return probabilities, tokens
     preceding = probabilities.cumsum(dim=-1) - probabilities
     outside = preceding >= top_p
     outside[..., 0] = False
@@ -267,8 +273,14 @@ def check_arguments(
     generator: Generator | Sequence[Generator] | None = None,
 ) -> None:
     check_pair(model.config, tokenizer.config, "tokenizer")
-    if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() > model.config.num_classes:
-        raise InputError(f"labels must be (b,) classes in [0, {model.config.num_classes}], got {labels.tolist()}")
+    is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    num_classes = model.config.num_classes
+    is_valid = is_integer and labels.ndim == 1 and len(labels) > 0
+    if not is_valid or labels.long().min() < 0 or labels.long().max() > num_classes:
+        raise InputError(
+            f"labels must be (b,) integers, classes in [0, {num_classes}], got {labels.dtype} {tuple(labels.shape)} "
+            f"{labels.flatten()[:8].tolist()}"
+        )
     if isinstance(generator, Sequence) and len(generator) != len(labels):
         raise InputError(f"{len(generator)} generators for {len(labels)} labels")
 

@@ -1,5 +1,6 @@
 from pathlib import PurePosixPath
 
+import numpy as np
 import pytest
 
 from lightning_mvar.data.classes import Classes, imagenet_classes
@@ -73,3 +74,33 @@ def test_classes_whose_names_collide_get_different_folders() -> None:
     assert len({folder.casefold() for folder in folders}) == len(folders)
     assert folders[-2:] == ["plain", "unconditional"]
     assert Classes([], 1000).folder(207) == "n02099601"
+
+
+def test_a_name_with_commas_is_one_class_if_there_is_one() -> None:
+    classes = Classes(["palace, castle", "palace", "dog", "a,b,c", "a", "b,c"], 6)
+    expected = {
+        "palace, castle": [0],
+        "Palace,Castle,dog": [0, 2],
+        "dog,palace,dog": [2, 1, 2],
+        "a,b,c,a,3": [3, 4, 3],
+        "a,dog,b , c": [4, 2, 5],
+        "1,unconditional": [1, 6],
+    }
+    assert {text: [classes.label(name) for name in classes.split(text)] for text in expected} == expected
+    imagenet = Classes([], 1000)
+    names = imagenet.split("tench, Tinca tinca,maillot, tank suit,n02099601,tench")
+    assert [imagenet.label(name) for name in names] == [0, 639, 207, 0]
+    for text in ("dog,", "dog,,a", "", "castle"):
+        with pytest.raises(InputError, match="there is no class"):
+            [classes.label(name) for name in classes.split(text)]
+
+
+def test_numbers_of_other_types_are_labels_and_anything_else_is_refused() -> None:
+    classes = Classes(["3", "dog"], 2)
+    assert [classes.label(query) for query in (np.int64(1), np.uint8(1), np.str_("dog"))] == [1, 1, 1]
+    for query in (True, np.True_, 1.0, None, b"dog", np.float32(1)):
+        with pytest.raises(InputError, match="a class is a name or a whole number, got"):
+            classes.label(query)  # type: ignore[arg-type]
+    for query in (np.int64(2), 10**30, "9" * 5000):
+        with pytest.raises(InputError, match="there is no class"):
+            classes.label(query)

@@ -109,6 +109,26 @@ def test_top_k_and_top_p_agree_with_a_plain_loop() -> None:
                 assert set(dense[b, n].nonzero().flatten().tolist()) == (expected or {order[0]})
 
 
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.96])
+@pytest.mark.parametrize("top_k", [0, 5, 20])
+def test_top_k_and_top_p_keep_what_var_keeps(top_k: int, top_p: float) -> None:
+    """The masking of VAR's `sample_with_top_k_top_p_`, where 0 turns either off."""
+    logits = torch.randn(3, 7, 20, generator=torch.Generator().manual_seed(0)) * 2
+    theirs = logits.clone()
+    if top_k > 0:
+        theirs[theirs < theirs.topk(top_k, dim=-1).values.amin(dim=-1, keepdim=True)] = -torch.inf
+    if top_p > 0:
+        ascending, order = theirs.sort(dim=-1)
+        removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        removed[..., -1] = False
+        theirs.masked_fill_(removed.scatter(-1, order, removed), -torch.inf)
+    kept, tokens = truncate(logits, top_k, top_p)
+    ours = torch.zeros_like(logits).scatter(-1, tokens, kept)
+    torch.testing.assert_close(ours / ours.sum(dim=-1, keepdim=True), theirs.softmax(dim=-1))
+    for beyond in (21, 2**63):
+        assert torch.equal(truncate(logits, beyond, top_p)[0], truncate(logits, 0, top_p)[0])
+
+
 def test_draws_have_the_truncated_distribution() -> None:
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5]).expand(1, 40_000, 5)
     uniforms = torch.rand(1, 40_000, generator=torch.Generator().manual_seed(0))
@@ -145,7 +165,7 @@ def test_the_gumbel_mixture_sharpens_with_the_scale() -> None:
         ([11], {}, r"classes in \[0, 10\]"),
         ([], {}, "classes in"),
         ([1], {"guidance": -1.0}, "guidance"),
-        ([1], {"top_p": 0.0}, "top_p"),
+        ([1], {"top_p": 1.5}, "top_p must be a number from 0 to 1, got 1.5"),
         ([1], {"generator": image_generators(0, range(2))}, "2 generators for 1 labels"),
     ],
 )
@@ -154,6 +174,17 @@ def test_invalid_arguments_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         generate(tiny_network(), tokenizer, torch.tensor(labels, dtype=torch.int64), **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_labels_may_be_integers_of_any_type(tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    network = tiny_network(num_classes=300)
+    expected = generate(network, tokenizer, LABELS, generator=image_generators(0, range(4)))
+    labels = LABELS.to(dtype)
+    assert torch.equal(generate(network, tokenizer, labels, generator=image_generators(0, range(4))), expected)
+    for wrong in (LABELS.float(), LABELS.bool(), LABELS.to(torch.complex64), LABELS[None]):
+        with pytest.raises(InputError, match=r"labels must be \(b,\) integers, classes in"):
+            generate(network, tokenizer, wrong)
 
 
 def test_a_tokenizer_of_another_schedule_is_refused() -> None:
