@@ -138,7 +138,7 @@ def decode(
     ids = stratified_ids(manifest.num_samples, n, seed)
     samples = read_samples(manifest, LocalShards(path).fetch, ids)
     try:
-        if images is None and is_remote(manifest.source):  # untrusted: it may name paths only
+        if images is None and (is_remote(manifest.source) or not manifest.source.isprintable()):  # untrusted
             raise InputError(f"the manifest names {manifest.source!r}, which is not a path on this machine")
         source = open_images(images or manifest.source, model.config.shape, "skip", labels, class_names)
         originals = find_originals(manifest, samples.keys, source)

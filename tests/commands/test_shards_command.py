@@ -169,7 +169,10 @@ def test_missing_originals_are_left_out_and_reported(
     assert "nowhere does not exist" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("source", ["pipe:touch ran; cat images/light/0.png", "https://127.0.0.1:1/images.tar"])
+@pytest.mark.parametrize(
+    "source",
+    ["pipe:touch ran; cat images/light/0.png", "https://127.0.0.1:1/images.tar", "a\nb", "\x1b[31m", "pipe:touch ran"],
+)
 def test_the_source_in_a_manifest_is_never_run_or_fetched(
     workdir: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str], source: str
 ) -> None:
@@ -178,6 +181,30 @@ def test_the_source_in_a_manifest_is_never_run_or_fetched(
     assert run(["shards", "decode", "tokens", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png"]) == 0
     assert f"without originals: the manifest names {source!r}, which is not a path" in capfd.readouterr().out
     assert not (workdir / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{0..99999999999}.tar", "stands for more than 100000 names"),
+        ("{a,b}" * 40, "stands for more than 100000 names"),
+        ("{a..z}" * 20, "stands for more than 100000 names"),
+        ("{{a,b},c}" * 40, "stands for more than 100000 names"),
+        ("a{b", "is not a pattern of names"),
+        (f"{{0..{'9' * 5000}}}", "is not a pattern of names"),
+        ("/dev/zero", "does not exist (or is not a file)"),
+    ],
+)
+def test_a_pattern_in_a_manifest_is_bounded(
+    workdir: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str], source: str, reason: str
+) -> None:
+    path = workdir / "tokens/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"source": source}))
+    assert run(["shards", "decode", "tokens", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png"]) == 0
+    out = capfd.readouterr().out
+    assert "without originals: " in out
+    assert reason in out
+    assert max(len(line) for line in out.splitlines()) < 1000
 
 
 def test_mistakes_are_reported_in_one_line(

@@ -7,6 +7,7 @@ ones (`https://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are downloaded
 
 from __future__ import annotations
 
+import os.path
 import re
 from glob import glob
 from pathlib import Path
@@ -36,6 +37,9 @@ IMAGE_CACHE = "outputs/image_cache"
 TAR_SUFFIXES = (".tar", *COMPRESSED_SUFFIXES)
 TABLE_SUFFIXES = (".parquet", ".arrow")
 ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, *TABLE_SUFFIXES)
+BRACES = re.compile(r"\{([^{}]*)\}")
+MAX_NAMES = 100_000  # of a pattern
+LETTERS = 52  # of the longest range of letters
 COLUMNS = re.compile(r"([\w.-]+,)?[\w-]+")  # value of `labels` that names columns: LABEL or IMAGE,LABEL
 
 
@@ -117,17 +121,45 @@ def resolve_files(source: str, cache_dir: Path, retries: int) -> list[Path]:
         InputError: if the file or folder does not exist.
     """
     if is_remote(source):
-        paths = check_archives(fetch_files(expand_urls(source), cache_dir, retries))
+        paths = check_archives(fetch_files(expand_braces(source), cache_dir, retries))
         return [decompressed(path, cache_dir) for path in paths]
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # False for a name that is too long
         return [decompressed(path, cache_dir) for path in archives_in(Path(source))]
-    paths = [Path(name) for part in expand_urls(source) for name in (sorted(glob(part)) or [part])]
-    missing = [path for path in paths if not path.is_file()]
+    paths = [Path(name) for part in expand_braces(source) for name in (sorted(glob(part)) or [part])]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise InputError(
-            f"{missing[0]} does not exist (or is not a file): use a folder, .tar or .parquet files, or digits:train"
+            f"{missing[0]!s:.200} does not exist (or is not a file): use a folder, .tar or .parquet files, or "
+            f"digits:train"
         )
     return [decompressed(path, cache_dir) for path in check_archives(paths)]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expands `{0000..0146}` and `{a,b}` in a location, which may come from the manifest of foreign token shards.
+
+    Raises:
+        InputError: if it stands for too many names, or a brace is not closed.
+    """
+    try:
+        if max_names(pattern) <= MAX_NAMES:
+            return list(expand_urls(pattern))
+    except ValueError as error:
+        raise InputError(f"{pattern:.200} is not a pattern of names ({error!s:.80})") from error
+    raise InputError(f"{pattern:.200} stands for more than {MAX_NAMES} names")
+
+
+def max_names(pattern: str) -> int:
+    """Returns an upper bound of the names that a pattern stands for."""
+    count = 1
+    while groups := BRACES.findall(pattern):  # the innermost ones
+        for group in groups:
+            if bounds := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?", group):
+                count *= abs(int(bounds[2]) - int(bounds[1])) + 1
+            else:
+                count *= max(group.count(",") + 1, LETTERS if ".." in group else 1)
+        pattern = BRACES.sub("", pattern)
+    return count
 
 
 def archives_in(folder: Path) -> list[Path]:

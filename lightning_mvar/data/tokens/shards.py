@@ -256,7 +256,11 @@ class Manifest:
             if not shard.is_file_name:
                 yield f"it lists a shard {shard.name!r:.80}, which is not a file name", "remove the folder"
             elif spec.num_tokens and not shard.is_possible(spec.num_tokens):
-                yield f"it lists a shard {shard.name!r} with impossible values", REWRITE_REMEDY
+                samples = f"{shard.samples} samples in {shard.bytes} bytes"
+                yield (
+                    f"it lists a shard {shard.name!r} with {samples} and the SHA-256 {shard.sha256!r:.70}",
+                    REWRITE_REMEDY,
+                )
 
     def impossible_counts(self) -> Iterator[tuple[str, str]]:
         """Yields message and remedy if shards are listed twice, or samples do not add up; values must be valid."""
@@ -296,12 +300,15 @@ class Manifest:
         self.check_finished(folder, folder / MANIFEST)
         for shard in self.shards:
             path = shard.path_in(folder)
-            size = path.stat().st_size if path.is_file() else 0
-            if size != shard.bytes:
-                raise InputError(
-                    f"{path} is {'missing' if not size else f'truncated or altered: {size} bytes'}, the manifest says "
-                    f"{shard.bytes}; run the same `lightning-mvar tokenize` again, it rewrites that shard only"
-                )
+            if not path.is_file():
+                problem = "missing, or not a regular file"
+            elif (size := path.stat().st_size) != shard.bytes:
+                problem = f"truncated or altered: {size} bytes, the manifest says {shard.bytes}"
+            else:
+                continue
+            raise InputError(
+                f"{path} is {problem}; run the same `lightning-mvar tokenize` again, it rewrites that shard only"
+            )
 
 
 def read_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list[int]) -> Pack:

@@ -5,6 +5,7 @@ Training stops at the first damaged shard; this reader continues after each prob
 
 from __future__ import annotations
 
+import os.path
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ def missing_shards(manifest: Manifest) -> Iterator[tuple[str, str]]:
 def shard_problems(path: Path, shard: Shard | None, spec: TokenSpec, key_index: KeyIndex) -> Iterator[Problem]:
     """Yields the problems of one file; `shard` is its manifest entry, None if it is not listed."""
     if not path.is_file():
-        yield Problem(path, "is missing", REWRITE)
+        yield Problem(path, "is not a regular file" if os.path.lexists(path) else "is missing", REWRITE)
         return
     size = path.stat().st_size
     if shard is not None and size != shard.bytes:
