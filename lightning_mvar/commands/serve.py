@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import ipaddress
+import signal
 import socket
 import sys
 from importlib.util import find_spec
 from threading import Event
+from types import FrameType
 
 from lightning_mvar.checkpoints import WhichWeights, read_model
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.devices import Precision
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, Interrupted
 from lightning_mvar.pipeline import MVARPipeline
-
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost")
 
 
 def serve(
     ckpt_path: str,
     host: str = "127.0.0.1",
     port: int = 7860,
+    allowed_hosts: str = "",
     tokenizer: str | None = None,
     weights: WhichWeights = "ema",
     device: str = "auto",
@@ -31,6 +33,7 @@ def serve(
         ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file (.pth, .safetensors).
         host: address to listen on; the default is reachable from this machine only, 0.0.0.0 from any other.
         port: port to listen on, 1 to 65535.
+        allowed_hosts: other names by which browsers call the page, such as that of a proxy, separated by commas.
         tokenizer: folder of the tokenizer, if it is no longer at the path that the checkpoint records.
         weights: of a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         device: auto, cpu, cuda or cuda:N.
@@ -38,29 +41,48 @@ def serve(
     """
     if find_spec("gradio") is None:
         raise InputError("the page needs gradio: pip install 'lightning-mvar[serve]'")
-    check_address(host, port)
+    listen(host, port).close()  # reports an unusable address before weights are read
     pipe = MVARPipeline(read_model(ckpt_path, tokenizer, weights), device, precision)
-    from lightning_mvar.web.page import serving  # importing gradio takes seconds
+    from lightning_mvar.web.folder import page_folder
+    from lightning_mvar.web.server import serving  # importing gradio takes seconds
 
-    with serving(pipe, ckpt_path, host, port):
-        if host not in LOOPBACK_HOSTS:
+    signal.signal(signal.SIGTERM, interrupt)  # so that temporary files are removed
+    listener = listen(host, port)
+    proxies = [name.strip() for name in allowed_hosts.split(",") if name.strip()]
+    with page_folder() as folder, serving(pipe, ckpt_path, listener, host, proxies, folder):
+        if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             print(f"warning: anyone who can reach {host} can use the page without a password", file=sys.stderr)
-        print(f"serving at http://{host}:{port} (press Ctrl-C to stop)", flush=True)
+        print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port} (press Ctrl-C to stop)", flush=True)
         Event().wait()
 
 
-def check_address(host: str, port: int) -> None:
-    """Raises InputError if the address cannot be bound, before weights are read."""
+def listen(host: str, port: int) -> socket.socket:
+    """Opens a listening socket.
+
+    Raises:
+        InputError: if the address is unusable, or in use.
+    """
     if not 0 < port < 2**16:
         raise InputError(f"--port {port} must be a number from 1 to {2**16 - 1}")
+    if not host:
+        raise InputError("--host is empty: give an address of this machine, such as 127.0.0.1")
     try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections of a page that just ended
-            probe.bind((host, port))
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections of a page that just ended
+        listener.bind(address)
+        listener.listen()
+        return listener
+    except UnicodeError as error:  # names that are too long, or have empty parts
+        raise InputError(f"--host {host!r} is not the name of a host") from error
     except OSError as error:
         raise InputError(
             f"cannot listen on {host}:{port} ({error.strerror}): choose another --port or --host"
         ) from error
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number, "the page has ended", "start it again with the same command")
 
 
 def main(argv: list[str]) -> None:

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageChops
 
 from lightning_mvar.data.classes import UNCONDITIONAL, Classes, normalized
-from lightning_mvar.data.images.decoding import FORMATS, IMAGE_ERRORS, decode_image, read_file, to_rgb
+from lightning_mvar.data.images.decoding import FORMATS, IMAGE_ERRORS, decode_upright, to_rgb
 from lightning_mvar.errors import InputError
-from lightning_mvar.pipeline import MVARPipeline, fitted
+from lightning_mvar.pipeline import MVARPipeline, fitted, size_of
 from lightning_mvar.sampling.grids import picture_grid
 
 MAX_IMAGES, MAX_GUIDANCE, MAX_TOP_K, MIN_TOP_P = 8, 100, 1_000_000, 0.001
 MAX_SEED = 2**53 - 1  # the largest integer that a browser's numbers hold exactly
-MAX_PIXELS = 50_000_000  # per upload
+MAX_PIXELS = 50_000_000  # of an image file
+MAX_SHOWN = 40  # characters of a wrong value in a message
 MIN_CANVAS_SIDE = 512  # pixels of the longer side; smaller images are enlarged to leave room to paint
 INSIDE, OUTSIDE = "the painted area", "everything else"  # regions to redraw
 
@@ -46,9 +47,18 @@ class PageBackend:
         """Draws images of a class scale by scale; `fields` are the arguments of `sampling_arguments`."""
         yield from self.stream(**sampling_arguments(*fields))
 
-    def inpaint(self, editor: dict[str, Any] | None, region: str, *fields: Any) -> Iterator[ScalePreview]:
-        """Redraws the painted area of an editor's image, or everything else, as `region` says."""
-        image, mask = self.image_and_mask(editor)
+    def inpaint(
+        self, background: bytes | None, layers: Sequence[bytes], region: str, *fields: Any
+    ) -> Iterator[ScalePreview]:
+        """Redraws the painted area of an editor's image, or everything else, as `region` says.
+
+        Args:
+            background: image file, None if there is none.
+            layers: image files, opaque where there is paint.
+            region: `INSIDE` or `OUTSIDE`.
+            fields: arguments of `sampling_arguments`.
+        """
+        image, mask = self.image_and_mask(background, layers)
         if region not in (INSIDE, OUTSIDE):
             raise InputError(f"choose what to redraw: {INSIDE!r} or {OUTSIDE!r}, not {region!r}")
         if region == OUTSIDE:
@@ -61,13 +71,16 @@ class PageBackend:
         for (height, width), images in zip(shapes, self.pipe.stream_images(**arguments), strict=True):
             yield ScalePreview(images, contact_sheet(images), f"{height} x {width}")
 
-    def image_and_mask(self, editor: dict[str, Any] | None) -> tuple[Image.Image, Image.Image]:
+    def image_and_mask(self, background: bytes | None, layers: Sequence[bytes]) -> tuple[Image.Image, Image.Image]:
         """Returns the image of an editor and its mask, white where there is paint."""
-        if editor is None or editor["background"] is None:
+        if background is None:
             raise InputError("there is no image to paint on: upload one, or use a drawn one")
-        image, mask = to_rgb(editor["background"]), Image.new("L", editor["background"].size)
-        for layer in editor["layers"]:
-            paint = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha else 0)
+        image = to_rgb(decode(background, "the image"))
+        mask = Image.new("L", image.size)
+        for layer in layers:
+            paint = decode(layer, "a layer").convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha else 0)
+            if paint.size != image.size:
+                raise InputError(f"a layer is {size_of(paint)}: resize it to the size of the image, {size_of(image)}")
             mask = ImageChops.lighter(mask, paint)
         if mask.getbbox() is None:
             raise InputError("nothing is painted: choose the brush and paint on the image")
@@ -76,45 +89,57 @@ class PageBackend:
         return image, mask
 
     def to_canvas(self, image: Image.Image) -> Image.Image:
-        """Crops and resizes an image to the network's resolution, then enlarges each pixel to a square."""
+        """Crops and resizes an RGB image to the network's resolution, then enlarges each pixel to a square."""
         return fitted(image, self.pipe.shape).resize(self.canvas_size, Image.Resampling.NEAREST)
 
-    def load_upload(self, path: str) -> Image.Image:
+    def load_upload(self, path: Path) -> Image.Image:
         """Reads an uploaded file and returns it on the canvas."""
-        name = Path(path).name
-        try:
-            return self.to_canvas(decode_image(read_file(Path(path)), MAX_PIXELS))
-        except Image.DecompressionBombError as error:
-            raise InputError(f"{name} is too large: reduce it to {MAX_PIXELS // 10**6} megapixels") from error
-        except IMAGE_ERRORS as error:
-            raise InputError(f"{name} cannot be read as an image: use {', '.join(FORMATS)}") from error
+        return self.to_canvas(to_rgb(decode(path.read_bytes(), path.name)))
 
-    def load_drawn(self, images: Sequence[tuple[Image.Image, str | None]] | None, index: int) -> Image.Image:
-        """Returns one of the drawn images on the canvas."""
+    def load_drawn(self, images: Sequence[Path], index: Any) -> Image.Image:
+        """Returns one of the drawn images, the first if there is no number `index`, on the canvas."""
         if not images:
             raise InputError("nothing is drawn yet: draw an image first, or upload one")
-        return self.to_canvas(images[index if index < len(images) else 0][0])
+        known = isinstance(index, int) and 0 <= index < len(images)
+        return self.load_upload(images[index if known else 0])
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """Decodes an image file; `name` is for messages.
+
+    Raises:
+        InputError: if it is too large, or no image.
+    """
+    try:
+        return decode_upright(data, MAX_PIXELS)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} is too large: reduce it to {MAX_PIXELS // 10**6} megapixels") from error
+    except IMAGE_ERRORS as error:
+        raise InputError(f"{name} cannot be read as an image: use {', '.join(FORMATS)}") from error
 
 
 def sampling_arguments(
     class_name: Any, count: Any, guidance: Any, top_k: Any, top_p: Any, seed: Any, smooth: Any
 ) -> dict[str, Any]:
     """Checks the page's fields; returns arguments of `MVARPipeline.stream_images` for `count` images of a class."""
-    if class_name is None or not str(class_name).strip():
+    name = str(class_name).strip() if isinstance(class_name, str | int) else ""
+    if not name:
         raise InputError(f"choose a class, or {UNCONDITIONAL!r}")
+    if not isinstance(smooth, bool):
+        raise InputError(f"smooth must be true or false, not {shown(smooth)}")
     return {
-        "classes": [str(class_name)] * check_integer("images", count, 1, MAX_IMAGES),
+        "classes": [name] * check_integer("images", count, 1, MAX_IMAGES),
         "guidance": check_number("guidance", guidance, 0, MAX_GUIDANCE),
         "top_k": check_integer("top-k", top_k, 0, MAX_TOP_K),
         "top_p": check_number("top-p", top_p, MIN_TOP_P, 1),
         "seed": check_integer("seed", seed, 0, MAX_SEED),
-        "smooth": bool(smooth),
+        "smooth": smooth,
     }
 
 
 def check_number(name: str, value: Any, low: float, high: float, kind: str = "number") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InputError(f"{name} must be a {kind} from {low} to {high}, not {'empty' if value is None else value}")
+        raise InputError(f"{name} must be a {kind} from {low} to {high}, not {shown(value)}")
     return value
 
 
@@ -122,6 +147,11 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
     if check_number(name, value, low, high, "whole number") != int(value):
         raise InputError(f"{name} must be a whole number, not {value}")
     return int(value)
+
+
+def shown(value: Any) -> str:
+    """Formats a wrong value for a message."""
+    return "empty" if value is None else str(value)[:MAX_SHOWN]
 
 
 def class_menu(classes: Classes) -> list[tuple[str, str]]:

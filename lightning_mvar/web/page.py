@@ -6,11 +6,9 @@ One job runs at a time; the others wait in a queue. The page loads nothing from 
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -20,13 +18,16 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.scales import format_shape
 from lightning_mvar.web.backend import INSIDE, MAX_IMAGES, OUTSIDE, PageBackend, ScalePreview, class_menu
+from lightning_mvar.web.folder import PageFolder
+from lightning_mvar.web.guard import RECEIVED, Audience
+from lightning_mvar.web.inputs import Page, bound_edits, edited_image
 
 MAX_QUEUED_JOBS = 16
-MAX_UPLOAD = "20mb"
-CACHE_SECONDS = 3600  # how long images stay on disk for browsers
+MAX_SESSIONS = 100  # of which gradio keeps the state
 MAX_PIXELATED_SIDE = 128  # larger images are interpolated when enlarged, smaller ones show square pixels
 GalleryValues = tuple[list[Path], list[tuple[Path, str]]]  # images, and one captioned sheet per scale
-JOB_QUEUE: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}  # shared by drawing and inpainting
+# One queue for drawing and inpainting. The backend decodes the inputs: gradio would open any file, of any size.
+JOB: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1, "preprocess": False}
 HIDDEN_EVENT: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 CSS = """
@@ -40,23 +41,47 @@ CSS = """
 """
 
 
-def build_page(pipe: MVARPipeline, name: str) -> gr.Blocks:
+class Jobs:
+    """Runs the jobs of a page while someone waits for their images, which are kept as files."""
+
+    def __init__(self, folder: PageFolder, audience: Audience) -> None:
+        self.folder, self.audience = folder, audience
+
+    def run(self, previews: Iterator[ScalePreview], request: gr.Request) -> Iterator[GalleryValues]:
+        """Yields the values of both galleries after each scale."""
+        folder, scales = self.folder.new_folder(), list[tuple[Path, str]]()
+        self.check_wanted(request)
+        for step, preview in enumerate(previews):
+            images = [save(image, folder, f"{step}_{i}") for i, image in enumerate(preview.images)]
+            scales.append((save(preview.sheet, folder, f"{step}"), preview.caption))
+            self.folder.make_room()
+            yield images, scales
+            self.check_wanted(request)
+
+    def check_wanted(self, request: gr.Request) -> None:
+        session, http_request = request.session_hash, request.request
+        assert session is not None
+        assert http_request is not None
+        if not self.audience.waits(session, http_request.scope[RECEIVED]):
+            raise InputError("nobody waits for these images any more")
+
+
+def build_page(pipe: MVARPipeline, name: str, folder: PageFolder, audience: Audience) -> gr.Blocks:
     """Builds the page of a pipeline; its heading shows `name`."""
-    backend, schedule = PageBackend(pipe), pipe.network.config.schedule
+    backend, jobs, schedule = PageBackend(pipe), Jobs(folder, audience), pipe.network.config.schedule
     summary = f"{pipe.classes.count} classes, {format_shape(pipe.shape)} pixels, {schedule.num_scales} scales"
-    with gr.Blocks(
-        title="lightning_mvar", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS), fill_width=True
-    ) as page:
+    with Page(title="lightning_mvar", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"## Images, scale by scale\n`{name}`: {summary}")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 fields = settings_fields(pipe)
             with gr.Column(scale=3, min_width=600):
                 with gr.Tab("Draw"):
-                    drawn, selected = draw_tab(backend, fields)
+                    drawn, selected = draw_tab(backend, jobs, fields)
                 with gr.Tab("Inpaint"):
-                    inpaint_tab(backend, fields, drawn, selected)
-    return page.queue(max_size=MAX_QUEUED_JOBS, default_concurrency_limit=1)
+                    inpaint_tab(backend, jobs, fields, drawn, selected)
+    page.state_session_capacity = MAX_SESSIONS
+    return page.queue(max_size=MAX_QUEUED_JOBS, default_concurrency_limit=1, api_open=False)
 
 
 def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
@@ -77,7 +102,7 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
     return [class_name, count, guidance, top_k, top_p, seed, smooth]
 
 
-def draw_tab(backend: PageBackend, fields: list[gr.components.Component]) -> tuple[gr.Gallery, gr.State]:
+def draw_tab(backend: PageBackend, jobs: Jobs, fields: list[gr.components.Component]) -> tuple[gr.Gallery, gr.State]:
     """Builds the tab; returns its gallery and the index of the image selected there."""
     with gr.Row():
         start = gr.Button("Draw", variant="primary", elem_id="draw", scale=4)
@@ -86,14 +111,14 @@ def draw_tab(backend: PageBackend, fields: list[gr.components.Component]) -> tup
     scales = gallery(backend, "Scale by scale", "drawn-scales", "scales")
     selected = gr.State(0)
 
-    def draw(*inputs: Any) -> Iterator[GalleryValues]:
+    def draw(request: gr.Request, *inputs: Any) -> Iterator[GalleryValues]:
         with errors_on_page():
-            yield from gallery_values(backend.draw(*inputs))
+            yield from jobs.run(backend.draw(*inputs), request)
 
     def select(event: gr.SelectData) -> int:
         return event.index
 
-    job = start.click(draw, fields, [drawn, scales], show_progress_on=drawn, api_name="draw", **JOB_QUEUE)
+    job = start.click(draw, fields, [drawn, scales], show_progress_on=drawn, api_name="draw", **JOB)
     start.click(lambda: 0, None, selected, **HIDDEN_EVENT)
     drawn.select(select, None, selected, **HIDDEN_EVENT)
     stop.click(None, cancels=job, **HIDDEN_EVENT)
@@ -101,7 +126,7 @@ def draw_tab(backend: PageBackend, fields: list[gr.components.Component]) -> tup
 
 
 def inpaint_tab(
-    backend: PageBackend, fields: list[gr.components.Component], drawn: gr.Gallery, selected: gr.State
+    backend: PageBackend, jobs: Jobs, fields: list[gr.components.Component], drawn: gr.Gallery, selected: gr.State
 ) -> None:
     """Builds the tab that inpaints an image of the other tab or an uploaded file."""
     with gr.Row():
@@ -118,23 +143,23 @@ def inpaint_tab(
     region = gr.Radio([INSIDE, OUTSIDE], value=INSIDE, label="Redraw")
     scales = gallery(backend, "Scale by scale", "painted-scales", "scales")
 
-    def inpaint(*inputs: Any) -> Iterator[GalleryValues]:
+    def inpaint(request: gr.Request, editor: dict[str, Any] | None, *inputs: Any) -> Iterator[GalleryValues]:
         with errors_on_page():
-            yield from gallery_values(backend.inpaint(*inputs))
+            yield from jobs.run(backend.inpaint(*edited_image(canvas, editor), *inputs), request)
 
-    def load_drawn(*inputs: Any) -> Image.Image:
+    def load_drawn(images: list[dict[str, Any]] | None, index: Any) -> Image.Image:
         with errors_on_page():
-            return backend.load_drawn(*inputs)
+            return backend.load_drawn([Path(item["image"]["path"]) for item in images or [] if "image" in item], index)
 
-    def load_upload(path: str) -> Image.Image:
+    def load_upload(file: dict[str, Any]) -> Image.Image:
         with errors_on_page():
-            return backend.load_upload(path)
+            return backend.load_upload(Path(file["path"]))
 
     inputs = [canvas, region, *fields]
-    job = start.click(inpaint, inputs, [painted, scales], show_progress_on=painted, api_name="paint", **JOB_QUEUE)
+    job = start.click(inpaint, inputs, [painted, scales], show_progress_on=painted, api_name="paint", **JOB)
     stop.click(None, cancels=job, **HIDDEN_EVENT)
-    use_drawn.click(load_drawn, [drawn, selected], canvas, **HIDDEN_EVENT)
-    upload.upload(load_upload, upload, canvas, **HIDDEN_EVENT)
+    use_drawn.click(load_drawn, [drawn, selected], canvas, preprocess=False, **HIDDEN_EVENT)
+    upload.upload(load_upload, upload, canvas, preprocess=False, **HIDDEN_EVENT)
 
 
 def painting_canvas(backend: PageBackend) -> gr.ImageEditor:
@@ -144,7 +169,7 @@ def painting_canvas(backend: PageBackend) -> gr.ImageEditor:
     """
     token = backend.zoom * backend.pipe.tokenizer.config.downsampling
     radius = round(0.75 * token)
-    return gr.ImageEditor(
+    canvas = gr.ImageEditor(
         label="Paint over a part",
         type="pil",
         format="png",
@@ -159,6 +184,8 @@ def painting_canvas(backend: PageBackend) -> gr.ImageEditor:
         elem_id="canvas",
         elem_classes=css_classes(backend),
     )
+    bound_edits(canvas)
+    return canvas
 
 
 def gallery(backend: PageBackend, label: str, name: str, kind: str) -> gr.Gallery:
@@ -177,22 +204,8 @@ def css_classes(backend: PageBackend) -> list[str]:
     return ["sharp"] if max(backend.pipe.shape) <= MAX_PIXELATED_SIDE else []
 
 
-def gallery_values(previews: Iterator[ScalePreview]) -> Iterator[GalleryValues]:
-    """Yields the values of both galleries after each scale.
-
-    Images are passed as files, which gradio copies once. It would rewrite images in memory at every scale, even while
-    a browser reads them.
-    """
-    with TemporaryDirectory() as folder:
-        scales: list[tuple[Path, str]] = []
-        for step, preview in enumerate(previews):
-            images = [save(image, folder, f"{step}_{i}") for i, image in enumerate(preview.images)]
-            scales.append((save(preview.sheet, folder, f"{step}"), preview.caption))
-            yield images, scales
-
-
-def save(image: Image.Image, folder: str, name: str) -> Path:
-    path = Path(folder, f"{name}.png")
+def save(image: Image.Image, folder: Path, name: str) -> Path:
+    path = folder / f"{name}.png"
     image.save(path)
     return path
 
@@ -204,29 +217,3 @@ def errors_on_page() -> Iterator[None]:
         yield
     except InputError as error:
         raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
-
-
-@contextmanager
-def serving(pipe: MVARPipeline, name: str, host: str, port: int) -> Iterator[None]:
-    """Serves the page of a pipeline from a background thread while the context is open."""
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a running job may still write to it
-        os.environ["GRADIO_TEMP_DIR"] = folder  # outputs and uploads; the default is shared by all users of the machine
-        page = build_page(pipe, name)
-        page.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            run_history=False,
-            enable_monitoring=False,
-            footer_links=[],
-            max_file_size=MAX_UPLOAD,
-            theme=gr.themes.Default(primary_hue="blue"),
-            css=CSS,
-        )
-        try:
-            yield
-        finally:
-            page.close(verbose=False)

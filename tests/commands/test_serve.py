@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,6 +54,36 @@ def test_ctrl_c_stops_the_page(workdir: Path) -> None:
     assert "warning" not in server.printed()
 
 
+def use_own_temporary_folder(rank: int) -> None:
+    """Makes the server write its temporary files below its working folder."""
+    os.mkdir("tmp")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(Path("tmp").resolve())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_a_page_that_draws_and_removes_its_files(workdir: Path, number: int, code: int) -> None:
+    port = processes.free_port()
+    arguments = ["serve", "--port", str(port), "--ckpt_path", "export", "--device", "cpu"]
+    server = processes.start(arguments, workdir, prepare=use_own_temporary_folder)
+    url = f"http://127.0.0.1:{port}/gradio_api"
+    try:
+        wait_for_page(f"http://127.0.0.1:{port}")
+        assert httpx.post(f"{url}/upload", files={"files": ("a.png", b"x" * 1000)}).status_code == 200
+        assert list((workdir / "tmp").rglob("a.png"))
+        body = {"data": ["3", 8, 1.5, 0, 1, 0, False]}
+        events = [httpx.post(f"{url}/call/draw", json=body).json()["event_id"] for _ in range(10)]
+        with httpx.stream("GET", f"{url}/heartbeat/a") as beat, httpx.stream("GET", f"{url}/call/draw/{events[-1]}"):
+            next(beat.iter_text())
+            start = time.monotonic()
+            server.send(number)
+            assert server.wait(60) == [code], server.printed()
+            assert time.monotonic() - start < 15  # about 1 s; 22 s before streams were closed
+    finally:
+        server.send(signal.SIGKILL)
+    assert not list((workdir / "tmp").glob("lightning_mvar_serve_*"))
+    assert "Traceback" not in server.printed()
+
+
 def test_errors_are_reported_before_the_page_opens(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
@@ -60,7 +92,11 @@ def test_errors_are_reported_before_the_page_opens(workdir: Path, capfd: pytest.
             (): "ckpt_path",
             ("export", "--port", port): f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another",
             ("export", "--port", "80000"): "--port 80000 must be a number from 1 to 65535",
+            ("export", "--port", "0"): "--port 0 must be a number from 1 to 65535",
+            ("export", "--port", "-1"): "--port -1 must be a number from 1 to 65535",
             ("export", "--host", "nowhere.invalid"): "cannot listen on nowhere.invalid",
+            ("export", "--host", ""): "--host is empty: give an address of this machine",
+            ("export", "--host", "a..b"): "--host 'a..b' is not the name of a host",
             ("export", "--device", "warp"): "--device warp is not available",
         }
         for arguments, message in cases.items():
@@ -85,12 +121,12 @@ def test_a_public_host_prints_a_warning(
 ) -> None:
     from contextlib import nullcontext
 
-    from lightning_mvar.web import page
+    from lightning_mvar.web import server
 
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(page, "serving", lambda *_: nullcontext())
+    monkeypatch.setattr(server, "serving", lambda *_: nullcontext())
     monkeypatch.setattr(command.Event, "wait", interrupt)
     assert run(["serve", "--ckpt_path", "export", "--host", "0.0.0.0", "--port", str(processes.free_port())]) == 130
     assert "warning: anyone who can reach 0.0.0.0 can use the page" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ def left_half(size: tuple[int, int], colour: Any, mode: str) -> Image.Image:
     return image
 
 
+def png(image: Image.Image) -> bytes:
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("smooth", [False, True])
 def test_draw_matches_the_pipeline_at_every_scale(backend: PageBackend, smooth: bool) -> None:
     previews = list(backend.draw(*FIELDS[:-1], smooth))
@@ -48,34 +55,47 @@ def test_draw_matches_the_pipeline_at_every_scale(backend: PageBackend, smooth: 
 def test_inpaint_matches_the_pipeline(backend: PageBackend, region: str) -> None:
     image, size = random_image(), backend.canvas_size
     strokes = [left_half(size, (255, 0, 0, 128), "RGBA"), Image.new("RGBA", size)]
-    editor = {"background": backend.to_canvas(image).convert("RGBA"), "layers": strokes, "composite": None}
+    background, layers = png(backend.to_canvas(image).convert("RGBA")), [png(stroke) for stroke in strokes]
     mask = left_half((8, 8), 255, "L")
     if region == OUTSIDE:
         mask = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    *_, last = backend.inpaint(editor, region, *FIELDS)
+    *_, last = backend.inpaint(background, layers, region, *FIELDS)
     assert (stack_images(last.images) == stack_images(backend.pipe.edit(image, mask, ["3", "3"], **SETTINGS))).all()
 
 
 def test_images_of_any_size_can_be_inpainted(backend: PageBackend) -> None:
     image = random_image((40, 16))
-    editor = {"background": image, "layers": [left_half(image.size, (0, 0, 0, 255), "RGBA")], "composite": None}
-    *_, last = backend.inpaint(editor, INSIDE, *FIELDS)
+    layer = left_half(image.size, (0, 0, 0, 255), "RGBA")
+    *_, last = backend.inpaint(png(image), [png(layer)], INSIDE, *FIELDS)
     expected = backend.pipe.edit(image, left_half(image.size, 255, "L"), ["3", "3"], **SETTINGS)
     assert (stack_images(last.images) == stack_images(expected)).all()
 
 
 def test_a_canvas_without_image_or_paint_is_rejected(backend: PageBackend) -> None:
-    empty = Image.new("RGBA", backend.canvas_size)
-    cases: list[tuple[Any, str, str]] = [
-        (None, INSIDE, "there is no image to paint on"),
-        ({"background": None, "layers": [empty]}, INSIDE, "there is no image to paint on"),
-        ({"background": random_image(), "layers": []}, INSIDE, "nothing is painted: choose the brush"),
-        ({"background": random_image(backend.canvas_size), "layers": [empty]}, OUTSIDE, "nothing is painted: choose"),
-        ({"background": random_image(), "layers": [left_half((8, 8), "red", "RGBA")]}, "here", "choose what to redraw"),
+    empty, image = png(Image.new("RGBA", backend.canvas_size)), png(random_image(backend.canvas_size))
+    small = png(left_half((8, 8), "red", "RGBA"))
+    cases: list[tuple[Any, list[bytes], str, str]] = [
+        (None, [], INSIDE, "there is no image to paint on"),
+        (None, [empty], INSIDE, "there is no image to paint on"),
+        (png(random_image()), [], INSIDE, "nothing is painted: choose the brush"),
+        (image, [empty], OUTSIDE, "nothing is painted: choose"),
+        (png(random_image()), [small], "here", "choose what to redraw"),
+        (image, [small], INSIDE, "a layer is 8 x 8: resize it to the size of the image, 512 x 512"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", [small], INSIDE, "the image cannot be read as an image: use PNG, JPEG"),
+        (image, [b"%PDF-1.4"], INSIDE, "a layer cannot be read as an image: use PNG, JPEG"),
+        (png(Image.new("1", (8_000, 8_000))), [small], INSIDE, "the image is too large: reduce it to 50 megapixels"),
     ]
-    for editor, region, message in cases:
+    for background, layers, region, message in cases:
         with pytest.raises(InputError, match=message):
-            next(backend.inpaint(editor, region, *FIELDS))
+            next(backend.inpaint(background, layers, region, *FIELDS))
+
+
+def test_an_image_lies_on_white_as_in_tokenize(backend: PageBackend) -> None:
+    """Colours under transparent pixels stay hidden, and 16-bit grey keeps its shades."""
+    hidden, grey = Image.new("RGBA", (8, 8), (255, 0, 0, 0)), Image.new("I;16", (8, 8), 128 * 257)
+    paint = [png(Image.new("RGBA", (8, 8), "red"))]
+    assert backend.image_and_mask(png(hidden), paint)[0].getextrema() == ((255, 255),) * 3
+    assert backend.image_and_mask(png(grey), paint)[0].getextrema() == ((128, 128),) * 3
 
 
 @pytest.mark.parametrize(
@@ -83,6 +103,10 @@ def test_a_canvas_without_image_or_paint_is_rejected(backend: PageBackend) -> No
     [
         (0, None, "choose a class"),
         (0, " ", "choose a class"),
+        (0, ["3"], "choose a class"),
+        (1, 10**9, "images must be a whole number from 1 to 8, not 1000000000"),
+        (1, {"count": 1}, "images must be a whole number from 1 to 8"),
+        (2, "x" * 10**6, f"guidance must be a number from 0 to 100, not {'x' * 40}$"),
         (1, 0, "images must be a whole number from 1 to 8, not 0"),
         (1, 9, "images must be a whole number from 1 to 8, not 9"),
         (1, 1.5, "images must be a whole number, not 1.5"),
@@ -95,6 +119,9 @@ def test_a_canvas_without_image_or_paint_is_rejected(backend: PageBackend) -> No
         (4, 0, "top-p must be a number from 0.001 to 1, not 0"),
         (4, True, "top-p must be a number"),
         (5, float("inf"), "seed must be a whole number"),
+        (5, 2**70, "seed must be a whole number from 0 to"),
+        (6, "false", "smooth must be true or false, not false"),
+        (6, None, "smooth must be true or false, not empty"),
     ],
 )
 def test_invalid_field_values_are_rejected(index: int, value: Any, message: str) -> None:
@@ -104,31 +131,36 @@ def test_invalid_field_values_are_rejected(index: int, value: Any, message: str)
         sampling_arguments(*fields)
 
 
-def test_an_unknown_class_is_rejected(backend: PageBackend) -> None:
-    with pytest.raises(InputError, match="there is no class 'eleven'; use numbers 0 to 9"):
-        next(backend.draw("eleven", *FIELDS[1:]))
+@pytest.mark.parametrize("name", ["eleven", "../x", "-1", "10"])
+def test_an_unknown_class_is_rejected(backend: PageBackend, name: str) -> None:
+    with pytest.raises(InputError, match=f"there is no class '{name}'; use numbers 0 to 9"):
+        next(backend.draw(name, *FIELDS[1:]))
 
 
 def test_uploads_are_put_on_the_canvas_or_rejected(backend: PageBackend, tmp_path: Path) -> None:
     random_image((8, 8)).save(tmp_path / "small.png")
-    canvas = backend.load_upload(str(tmp_path / "small.png"))
+    canvas = backend.load_upload(tmp_path / "small.png")
     assert canvas.size == backend.canvas_size
     assert (np.asarray(canvas.reduce(backend.zoom)) == np.asarray(random_image((8, 8)))).all()
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(InputError, match=r"text.png cannot be read as an image: use PNG, JPEG"):
-        backend.load_upload(str(tmp_path / "text.png"))
+    for data in (b"hello", b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"%PDF-1.4"):
+        (tmp_path / "text.png").write_bytes(data)
+        with pytest.raises(InputError, match=r"text.png cannot be read as an image: use PNG, JPEG"):
+            backend.load_upload(tmp_path / "text.png")
     for side in (8_000, 20_000):  # Pillow itself rejects the second one
         Image.new("1", (side, side)).save(tmp_path / "huge.png")
         with pytest.raises(InputError, match=r"huge.png is too large: reduce it to 50 megapixels"):
-            backend.load_upload(str(tmp_path / "huge.png"))
+            backend.load_upload(tmp_path / "huge.png")
 
 
-def test_a_drawn_image_is_put_on_the_canvas(backend: PageBackend) -> None:
-    drawn = [(random_image((8, 8)), None), (Image.new("RGB", (8, 8), "red"), None)]
+def test_a_drawn_image_is_put_on_the_canvas(backend: PageBackend, tmp_path: Path) -> None:
+    drawn = [tmp_path / "0.png", tmp_path / "1.png"]
+    random_image((8, 8)).save(drawn[0])
+    Image.new("RGB", (8, 8), "red").save(drawn[1])
     assert backend.load_drawn(drawn, 1).getpixel((0, 0)) == (255, 0, 0)
-    assert (np.asarray(backend.load_drawn(drawn, 5)) == np.asarray(backend.to_canvas(drawn[0][0]))).all()
+    for index in (5, -1, None, "x", 0.5):
+        assert (np.asarray(backend.load_drawn(drawn, index)) == np.asarray(backend.load_drawn(drawn, 0))).all()
     with pytest.raises(InputError, match="nothing is drawn yet"):
-        backend.load_drawn(None, 0)
+        backend.load_drawn([], 0)
 
 
 @pytest.mark.parametrize(("names", "count"), [([], 10), ([], 1000), (["2", "1", "0"], 3), (["a", "b", "a"], 3)])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ from conftest import SCHEDULE, tiny_network
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
-from processes import free_port
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import TrainedModel
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.web.backend import INSIDE
-from lightning_mvar.web.page import serving
+from lightning_mvar.web.folder import PageFolder
+from lightning_mvar.web.server import serving
 
 FIELDS = ("3", 2, 1.5, 900, 0.96, 0, False)
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -32,10 +34,11 @@ CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 class CountingPipeline(MVARPipeline):
     """Pipeline that counts concurrent jobs."""
 
-    running = max_running = 0
+    running = max_running = started = 0
 
     def stream_images(self, *arguments: Any, **settings: Any) -> Iterator[list[Image.Image]]:
         self.running += 1
+        self.started += 1
         self.max_running = max(self.max_running, self.running)
         try:
             for images in super().stream_images(*arguments, **settings):
@@ -51,10 +54,15 @@ def pipe(tokenizer: Tokenizer) -> CountingPipeline:
 
 
 @pytest.fixture(scope="module")
-def url(pipe: CountingPipeline) -> Iterator[str]:
-    port = free_port()
-    with serving(pipe, "tiny", "127.0.0.1", port):
-        yield f"http://127.0.0.1:{port}"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> PageFolder:
+    return PageFolder(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def url(pipe: CountingPipeline, folder: PageFolder) -> Iterator[str]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with serving(pipe, "tiny", listener, "127.0.0.1", ["page.example"], folder):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +123,145 @@ def test_local_files_cannot_be_read(url: str, tmp_path: Path) -> None:
     answer = httpx.get(f"{url}/gradio_api/call/paint/{event}", timeout=30).text
     assert "event: error" in answer
     assert "event: complete" not in answer
+
+
+def test_foreign_pages_and_hosts_are_refused(url: str, folder: PageFolder) -> None:
+    for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
+        before = list(folder.path.rglob("*"))
+        assert httpx.get(url, headers=headers).status_code == 403
+        answer = httpx.post(f"{url}/gradio_api/upload", files={"files": ("a.png", b"x" * 10**6)}, headers=headers)
+        assert answer.status_code == 403
+        assert list(folder.path.rglob("*")) == before
+    assert httpx.get(url, headers={"Host": "page.example"}).status_code == 200
+    assert httpx.post(f"{url}/gradio_api/upload", files={"files": ("a.png", b"x" * (21 << 20))}).status_code == 413
+
+
+def size_of_files(folder: PageFolder) -> tuple[int, int]:
+    sizes = [file.stat().st_size for file in folder.path.rglob("*") if file.is_file()]
+    return len(sizes), sum(sizes)
+
+
+def test_files_of_many_uploads_and_draws_are_bounded(
+    url: str, client: Client, folder: PageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_mvar.web.folder.MAX_BYTES", 3 * 2**20)
+    for number in range(8):
+        file = bytes([number]) * 2**20
+        assert httpx.post(f"{url}/gradio_api/upload", files={"files": ("a.png", file)}).status_code == 200
+        assert size_of_files(folder)[1] <= 3 * 2**20
+    monkeypatch.setattr("lightning_mvar.web.folder.MAX_FILES", 20)
+    for seed in range(5):
+        images, scales = client.predict(*FIELDS[:5], seed, False, api_name="/draw")
+        assert size_of_files(folder)[0] <= 20
+    assert all(Path(item["image"]).is_file() for item in [*images, *scales])  # downloaded
+
+
+def test_jobs_that_nobody_waits_for_are_dropped(
+    url: str, pipe: CountingPipeline, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"data": list(FIELDS)}
+    while httpx.post(f"{url}/gradio_api/call/draw", json=body).status_code == 200:
+        pass
+    monkeypatch.setattr("lightning_mvar.web.guard.PATIENCE_S", 0)
+    started = pipe.started
+    end = time.monotonic() + 30
+    while httpx.get(f"{url}/gradio_api/queue/status").json()["queue_size"]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    monkeypatch.undo()
+    assert client.submit(*FIELDS, api_name="/draw").result(timeout=30)
+    assert pipe.started - started <= 2  # the last, and perhaps one that was just beginning
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("queue/join", b"", 422),
+        ("queue/join", b"[" * 10**5, 400),
+        ("queue/join", b'{"data": 3}', 422),
+        ("queue/join", b'{"data": []}', 400),
+        ("queue/join", b'{"data": [], "fn_index": 999, "session_hash": "a"}', 400),
+        ("queue/join", b'{"data": [], "fn_index": -1, "session_hash": "a"}', 400),
+        ("call/nothing", b'{"data": []}', 400),
+        ("component_server", b"{}", 400),
+        ("component_server", b'{"data": 1, "component_id": 999, "session_hash": "a", "fn_name": "preprocess"}', 400),
+    ],
+)
+def test_malformed_requests_are_refused_without_traceback(
+    url: str, path: str, body: bytes, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answer = httpx.post(f"{url}/gradio_api/{path}", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def call(url: str, name: str, data: list[Any]) -> str:
+    """Calls an endpoint as curl would; returns the last event of its stream."""
+    event = httpx.post(f"{url}/gradio_api/call/{name}", json={"data": data}).json()["event_id"]
+    return httpx.get(f"{url}/gradio_api/call/{name}/{event}", timeout=60).text.strip().split("\n\n")[-1]
+
+
+def file_data(path: object) -> dict[str, Any]:
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
+NOT_KEPT, NO_FIT = "an image is no longer kept: draw or upload it again", "the values do not fit the fields of the page"
+
+
+@pytest.mark.parametrize(
+    ("editor", "message"),
+    [
+        (None, "there is no image to paint on"),
+        ({}, "there is no image to paint on"),
+        ({"id": "unknown"}, "there is no image to paint on"),
+        (3, NO_FIT),
+        ({"background": 3}, NO_FIT),
+        ({"background": file_data("/etc/passwd")}, NOT_KEPT),
+        ({"background": file_data("http://127.0.0.1:1/image.png")}, NOT_KEPT),
+        ({"background": file_data("README.md")}, NOT_KEPT),
+        ({"background": file_data("a\0b")}, NOT_KEPT),
+        ({"background": {"path": "/etc/passwd"}}, NOT_KEPT),
+    ],
+)
+def test_editors_hold_files_of_this_page_only(
+    url: str, editor: Any, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert message in call(url, "paint", [editor, INSIDE, *FIELDS])
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_other_fields_hold_no_files_at_all(url: str, folder: PageFolder) -> None:
+    """Gradio copies or downloads files for any kind of field, before its function checks the value."""
+    before = list(folder.path.rglob("*"))
+    for path in ("/etc/passwd", "http://127.0.0.1:1/image.png"):
+        assert NOT_KEPT in call(url, "draw", [file_data(path), *FIELDS[1:]])
+    assert NO_FIT in call(url, "draw", list(FIELDS[:3]))
+    assert list(folder.path.rglob("*")) == before
+
+
+def send_part(url: str, editor: str, part: dict[str, str], data: bytes) -> int:
+    """Sends a part of an edited image as a browser does; returns the status."""
+    fields = {"component_id": editor, "session_hash": "a", "fn_name": "accept_blobs", **part}
+    return httpx.post(f"{url}/gradio_api/component_server", data=fields, files={"file": data}).status_code
+
+
+def test_a_browser_sends_edited_images_in_bounded_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    components = httpx.get(f"{url}/config").json()["components"]
+    editor = str(next(item["id"] for item in components if item["type"] == "imageeditor"))
+    image, paint = BytesIO(), BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    Image.new("RGBA", (8, 8), "red").save(paint, "PNG")
+    background, layer = {"type": "background", "index": "null"}, {"type": "layer", "index": "0"}
+    assert send_part(url, editor, {**background, "id": "a"}, image.getvalue()) == 200
+    assert send_part(url, editor, {**layer, "id": "a"}, paint.getvalue()) == 200
+    assert call(url, "paint", [{"id": "a"}, INSIDE, *FIELDS]).startswith("event: complete")
+    for index in ("1000000000", "-1", "x"):
+        assert send_part(url, editor, {**layer, "index": index, "id": "b"}, paint.getvalue()) == 400
+    monkeypatch.setattr("lightning_mvar.web.inputs.MAX_EDIT_BYTES", 2 * len(image.getvalue()))
+    for number in range(5):
+        assert send_part(url, editor, {**background, "id": str(number)}, image.getvalue()) == 200
+    assert "there is no image to paint on" in call(url, "paint", [{"id": "0"}, INSIDE, *FIELDS])
+    assert "nothing is painted" in call(url, "paint", [{"id": "4"}, INSIDE, *FIELDS])
 
 
 @pytest.fixture

@@ -1,0 +1,89 @@
+"""Temporary folder of a page: bounded, removed when the page ends, or at the next start if it was killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.locks import LOCK, FileLock
+
+PREFIX = "lightning_mvar_serve_"
+MAX_BYTES, MAX_FILES = 256 * 2**20, 500
+
+
+class PageFolder:
+    """Files that gradio and the page write. The oldest are removed beyond its bounds.
+
+    Uploads and drawn images are below `served`, which clients can read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.served = path, path / "served"
+        self.served.mkdir()
+
+    def new_folder(self) -> Path:
+        """Creates an empty folder for images."""
+        return Path(tempfile.mkdtemp(dir=self.served))
+
+    def make_room(self, num_bytes: int = 0) -> None:
+        """Removes the oldest files until `num_bytes` more fit."""
+        files = []
+        for file in self.path.rglob("*"):
+            with suppress(FileNotFoundError):  # gradio renames and removes its files at any time
+                if file.is_file() and file != self.path / LOCK:
+                    files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        total = sum(size for _, size, _ in files) + num_bytes
+        for count, (_, size, file) in zip(range(len(files), 0, -1), sorted(files), strict=True):
+            if total <= MAX_BYTES and count <= MAX_FILES:
+                return
+            file.unlink(missing_ok=True)
+            total -= size
+            with suppress(OSError):  # other files are in it
+                file.parent.rmdir()
+
+
+@contextmanager
+def page_folder() -> Iterator[PageFolder]:
+    """Creates the folder and makes it the one for all temporary files of this process; removes it at the end.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    parent = tempfile.gettempdir()
+    remove_abandoned(Path(parent))
+    try:
+        path, lock = create_locked(parent)
+    except OSError as error:
+        raise InputError(f"cannot write to {parent} ({error.strerror}): set TMPDIR to another folder") from error
+    tempfile.tempdir = str(path)
+    try:
+        yield PageFolder(path)
+    finally:
+        tempfile.tempdir = parent
+        shutil.rmtree(path, ignore_errors=True)  # a job that has not ended yet may still write to it
+        lock.release()
+
+
+def create_locked(parent: str) -> tuple[Path, FileLock]:
+    """Creates a folder and holds its lock; another one if a server that starts has just taken it for abandoned."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        lock = FileLock.try_acquire(path / LOCK)
+        if lock is not None:
+            return path, lock
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Removes the folders of servers that were killed, which are those whose lock nobody holds."""
+    for path in parent.glob(f"{PREFIX}*"):
+        if path.lstat().st_uid != os.getuid() or path.is_symlink() or not (path / LOCK).is_file():
+            continue
+        lock = FileLock.try_acquire(path / LOCK)
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            lock.release()

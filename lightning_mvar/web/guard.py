@@ -1,0 +1,140 @@
+"""Guard in front of the page: which hosts and pages may call it, what it accepts, and who waits for its images."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, QueryParams
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lightning_mvar.web.folder import PageFolder
+
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+POSTS = re.compile(r"/gradio_api/(queue/join|call/\w+|cancel|reset|upload|component_server)/?")  # what the page uses
+FILE_POSTS = re.compile(r"/gradio_api/(upload|component_server)/?")
+RESULTS = re.compile(r"/gradio_api/(queue/data|call/\w+/(?P<event>\w+))")
+MAX_FILE_BODY, MAX_JSON_BODY = 20 * 2**20, 2**20
+MAX_ARRIVING = 5 * MAX_FILE_BODY  # uploads that are being received at the same time
+PATIENCE_S = 10.0  # how long a job may wait for a client that asks for its images
+RECEIVED = "lightning_mvar.received"  # time of arrival, in the scope of a request
+
+
+class Audience:
+    """Clients that wait for the images of a job, by session."""
+
+    def __init__(self) -> None:
+        self.streams: Counter[str] = Counter()
+        self.closed = False
+
+    @contextmanager
+    def joined(self, session: str | None) -> Iterator[None]:
+        """Counts a stream of results of a session while it is open; does nothing for other requests."""
+        if session is None:
+            yield
+            return
+        self.streams[session] += 1
+        try:
+            yield
+        finally:
+            self.streams[session] -= 1
+            if not self.streams[session]:
+                del self.streams[session]
+
+    def waits(self, session: str, received: float) -> bool:
+        """Returns whether a job is still wanted; `received` is when its request arrived."""
+        return not self.closed and (self.streams[session] > 0 or time.monotonic() - received < PATIENCE_S)
+
+
+class Guard:
+    """ASGI middleware that refuses what the page itself would not send.
+
+    A page of another site can make the browser of a user send requests here, and with DNS rebinding even read the
+    answers. So `Host` must name this server, and `Origin` must be the page itself.
+
+    Args:
+        app: application to protect.
+        host: name of the address that the server listens on. It also answers to the loopback names, the name of this
+            machine, and the address that a connection has reached.
+        proxies: names of proxies in front of this server, whose pages may call it.
+        folder: folder that uploads go to.
+        audience: where open streams of results are counted.
+    """
+
+    def __init__(
+        self, app: ASGIApp, host: str, proxies: Collection[str], folder: PageFolder, audience: Audience
+    ) -> None:
+        self.app, self.folder, self.audience = app, folder, audience
+        self.proxies = {name.lower() for name in proxies}
+        self.hosts = {host.lower(), socket.gethostname().lower(), *LOOPBACK_HOSTS, *self.proxies}
+        self.arriving = 0  # bytes of files in unfinished requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        refusal = self.foreign(scope, headers) or self.unacceptable(scope, headers)
+        if refusal is not None:
+            status, message = refusal
+            await PlainTextResponse(f"{message}\n", status)(scope, receive, send)
+            return
+        scope[RECEIVED] = time.monotonic()
+        size = int(headers.get("content-length", 0)) if FILE_POSTS.fullmatch(scope["path"]) else 0
+        self.arriving += size
+        try:
+            if size:
+                self.folder.make_room(self.arriving)
+            with self.audience.joined(result_session(scope)):
+                await self.app(scope, receive, send)
+        finally:
+            self.arriving -= size
+
+    def foreign(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
+        """Returns status and message if a request is not from a page of this server."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if len(headers.getlist("host")) != 1 or hostname(f"//{host}") not in {*self.hosts, scope["server"][0]}:
+            return 403, f"this page is not served as {host!r}: start it with --allowed_hosts NAME if it should be"
+        if origin is not None and origin.partition("://")[2] != host and hostname(origin) not in self.proxies:
+            return 403, f"pages of {origin!r} may not use this one"
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate":
+            return 403, "pages of other sites may not use this one"
+        return None
+
+    def unacceptable(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
+        """Returns status and message if a request has a body that the page would not send."""
+        if scope["method"] in ("GET", "HEAD"):
+            return None
+        if scope["method"] != "POST" or not POSTS.fullmatch(scope["path"]):
+            return 404, "there is nothing here"
+        length, files = headers.get("content-length"), FILE_POSTS.fullmatch(scope["path"])
+        if length is None or "transfer-encoding" in headers:
+            return 411, "send the length of the body"
+        if int(length) > (MAX_FILE_BODY if files else MAX_JSON_BODY):
+            return 413, f"at most {MAX_FILE_BODY >> 20} MB of files, or {MAX_JSON_BODY >> 20} MB of JSON"
+        if files and self.arriving + int(length) > MAX_ARRIVING:
+            return 503, "too many uploads at once: try again"
+        return None
+
+
+def hostname(url: str) -> str | None:
+    """Returns the host of a URL in lower case, or None if it has none, or more than a host and a port."""
+    try:
+        parts = urlsplit(url)
+        return parts.hostname if parts.port != 0 and "@" not in parts.netloc and not parts.path else None
+    except ValueError:  # the port is not a number, for example
+        return None
+
+
+def result_session(scope: Scope) -> str | None:
+    """Returns the session or event whose results a request streams, None if it does not."""
+    match = RESULTS.fullmatch(scope["path"])
+    if scope["method"] != "GET" or match is None:
+        return None
+    return match["event"] or QueryParams(scope["query_string"]).get("session_hash")
