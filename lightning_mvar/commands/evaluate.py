@@ -50,7 +50,7 @@ def evaluate(
     Scores depend on the extractor and on the number of samples; compare them only if both are the same.
 
     Args:
-        samples: the images to score: an npz (arr_0 uint8 N x H x W x 3) or a folder of PNG files, from any program.
+        samples: the images to score: an npz (arr_0 uint8 N x H x W x 3) or a folder of pictures, from any program.
             With --ckpt_path, missing images are first drawn into it, by default with the published protocol: 50 images
             per class, guidance 1.5, top_k 900, top_p 0.96.
         reference: the real images: `digits:test`; `photos:test`; a folder of class folders; a folder of token shards,

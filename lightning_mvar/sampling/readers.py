@@ -1,9 +1,10 @@
-"""Readers of sampled images, ours or of other programs: an npz or a folder of PNG files. Images are never resized."""
+"""Readers of sampled images, ours or of other programs: an npz or a folder of pictures. Images are never resized."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,28 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_mvar.data.images.decoding import IMAGE_ERRORS, decode_upright, describe, read_file, to_rgb, to_tensor
+from lightning_mvar.data.images.decoding import (
+    IMAGE_ERRORS,
+    SUFFIXES,
+    decode_upright,
+    describe,
+    read_file,
+    to_rgb,
+    to_tensor,
+)
 from lightning_mvar.data.images.examples import Example
-from lightning_mvar.data.images.files import identity_of
-from lightning_mvar.data.images.names import visible
+from lightning_mvar.data.images.files import identity_of, list_folder
+from lightning_mvar.data.images.names import Skipped, without_suffix
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import read_regular
+from lightning_mvar.io.json_files import parse_json
+from lightning_mvar.io.locks import LOCK
 from lightning_mvar.io.npz import NpzArray, array_names, read_text
 from lightning_mvar.scales import Shape, format_shape
 
 METADATA_FILE = "sampling.json"  # in a folder of images: how they were drawn
+MAX_METADATA_BYTES = 2**20
+SIZE_PROBES = 9  # images whose most frequent size is that of the set
 LOSSLESS_MODES = ("RGB", "L", "P")  # PIL modes that convert to 8-bit RGB without loss
 
 
@@ -61,7 +75,7 @@ def open_samples(path: str | Path) -> Samples:
     """
     path = Path(path)
     if path.is_dir():
-        return PngSamples(path)
+        return FolderSamples(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist; write it with `lightning-mvar sample --out {path}`")
     return NpzSamples(path)
@@ -73,18 +87,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if the file is damaged.
     """
-    return parse_metadata(path.read_text(), path)
+    return parse_metadata(read_regular(path, MAX_METADATA_BYTES), path)
 
 
-def parse_metadata(text: str, path: Path) -> dict[str, Any]:
+def parse_metadata(text: str | bytes, path: Path) -> dict[str, Any]:
     """Parses metadata from `path`; raises InputError unless it is a JSON object of numbers and strings."""
     try:
-        metadata = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path} is damaged (how its images were drawn is not valid JSON: {error})") from error
-    if not isinstance(metadata, dict) or any(isinstance(value, dict | list) for value in metadata.values()):
-        raise InputError(f"{path} must say how its images were drawn as a JSON object of numbers and strings")
-    return metadata
+        return parse_json(text, dict[str, bool | int | float | str | None], "the record")
+    except InputError as error:
+        raise InputError(
+            f"{path} is damaged: it must describe its images as a JSON object of numbers and strings ({error})"
+        ) from error
 
 
 class NpzSamples(Samples):
@@ -128,19 +141,38 @@ class NpzSamples(Samples):
         return self.classes
 
 
-class PngSamples(Samples):
-    """All PNG files under a folder, sorted by file name; the name of a file's folder is its class."""
+class FolderSamples(Samples):
+    """All pictures in a folder or in its class folders, sorted by file name; the name of a file's folder is its class.
+
+    Whatever is left out is told once. Pictures that may be something else than samples are refused.
+
+    Raises:
+        InputError: if there are no pictures, some lie beside folders of others, or two have the same name.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.files = sorted(visible(root.rglob("*.png")), key=lambda path: (len(path.name), path.name, path))
-        if not self.files:
-            raise InputError(f"no PNG files under {root}")
-        self.root = root
+        skipped = Skipped()
+        names = sorted(list_folder(root, skipped, known=(METADATA_FILE, LOCK))[1], key=number_order)
+        if not names:
+            raise InputError(f"no images under {root}: expected files that end in {', '.join(SUFFIXES)}")
+        refuse_ambiguous(names, root)
+        skipped.tell(str(root))
+        self.files = [root / name for name in names]
         self.class_names = sorted({path.parent.name for path in self.files})
-        first = self.open(self.files[0])
-        self.shape: Shape = (first.height, first.width)
+        self.shape = self.most_frequent_shape()
         file = root / METADATA_FILE
         self.metadata = read_metadata(file) if file.is_file() else {}
+
+    def most_frequent_shape(self) -> Shape:
+        """Returns the size of most of a few images, so that a picture of another size is the one that is named."""
+        shapes = Counter[Shape]()
+        for path in self.files[:: -(-len(self.files) // SIZE_PROBES)]:
+            with suppress(InputError):  # raised again when the image is read
+                image = self.open(path)
+                shapes[image.height, image.width] += 1
+        if not shapes:
+            self.open(self.files[0])
+        return shapes.most_common(1)[0][0]
 
     @property
     def identity(self) -> str:
@@ -171,5 +203,32 @@ class PngSamples(Samples):
             raise InputError(f"{path} cannot be decoded ({describe(error)}): remove it and draw it again") from error
 
     def labels(self, class_names: list[str]) -> list[int] | None:
-        names = [path.parent.name for path in self.files]
-        return [class_names.index(name) for name in names] if set(names) <= set(class_names) else None
+        names, numbers = [path.parent.name for path in self.files], {name: i for i, name in enumerate(class_names)}
+        return [numbers[name] for name in names] if set(names) <= set(numbers) else None
+
+
+def number_order(name: str) -> tuple[int, str, str]:
+    """Returns a key that sorts paths by the number that is their file name, across folders."""
+    file = name.rpartition("/")[2]
+    return len(without_suffix(file)), without_suffix(file), name
+
+
+def refuse_ambiguous(names: list[str], root: Path) -> None:
+    """Raises InputError if some pictures may not be samples, or may be the same sample or class as others."""
+    depths = Counter(name.count("/") for name in names)
+    if len(depths) > 1:
+        rarest = min(depths, key=lambda depth: (depths[depth], depth))
+        odd = next(name for name in names if name.count("/") == rarest)
+        raise InputError(
+            f"{root / odd} lies beside folders of other images: samples lie in one folder, or all in class folders; "
+            f"move away what is no sample"
+        )
+    folders: dict[str, str] = {}
+    stems: dict[str, str] = {}
+    for name in names:
+        parent = name.rpartition("/")[0]
+        if folders.setdefault(parent.rpartition("/")[2], parent) != parent:
+            other = folders[parent.rpartition("/")[2]]
+            raise InputError(f"{root / other} and {root / parent} have the same name: score each set by itself")
+        if (other := stems.setdefault(without_suffix(name), name)) != name:
+            raise InputError(f"{root / other} and {root / name} may be the same sample: remove one of them")

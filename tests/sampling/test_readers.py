@@ -57,7 +57,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path, pixels: np.ndarray) -> 
     with pytest.raises(InputError, match=r"nowhere\.npz does not exist; write it with `lightning-mvar sample --out"):
         open_samples(tmp_path / "nowhere.npz")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no PNG files under .*empty"):
+    with pytest.raises(InputError, match=r"no images under .*empty: expected files that end in .png, .jpg"):
         open_samples(tmp_path / "empty")
     for array, description in (
         (pixels / 255, "float64 6 x 8 x 8 x 3"),
@@ -96,8 +96,76 @@ def test_errors_name_damaged_or_unsupported_images(tmp_path: Path, pixels: np.nd
     with pytest.raises(InputError, match=r"000004\.png cannot be decoded .*: remove it and draw it again"):
         samples.pixels(4)
     Image.new("RGB", (9, 8)).save(tmp_path / "000000.png")
-    with pytest.raises(InputError, match=r"000005\.png is 8 x 8, the others are 8 x 9 \(height x width\)"):
-        open_samples(tmp_path).pixels(5)
+    with pytest.raises(InputError, match=r"000000\.png is 8 x 9 \(height x width\), the others are 8 x 8"):
+        open_samples(tmp_path).pixels(0)
+
+
+@pytest.mark.parametrize("folder", ["", "3"])
+def test_pictures_of_every_format_count_and_what_is_left_out_is_told(
+    tmp_path: Path, pixels: np.ndarray, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / folder
+    root.mkdir(exist_ok=True)
+    for i, (image, suffix) in enumerate(zip(pixels, ["png", "PNG", "jpg", "JPEG", "webp", "bmp"], strict=True)):
+        Image.fromarray(image).save(root / f"{i:06d}.{suffix}")
+    samples = open_samples(tmp_path)
+    assert [path.stem for path in samples.files] == [f"{i:06d}" for i in range(6)]
+    assert np.abs(samples.pixels(5).astype(int) - pixels[5]).max() == 0
+    assert not caplog.messages
+    for name in (".ipynb_checkpoints/000000-checkpoint.png", "__MACOSX/000000.png", "@eaDir/000000.jpg"):
+        (root / name).parent.mkdir()
+        Image.fromarray(pixels[0]).save(root / name)
+    (root / "notes.txt").write_text("not an image")
+    (root / ".000000.host.tmp.png").write_bytes(b"unfinished")
+    (tmp_path / "sampling.json").write_text("{}")
+    (tmp_path / ".lock").write_text("sample")
+    assert len(open_samples(tmp_path)) == 6
+    assert len(open_samples(tmp_path)) == 6
+    (message,) = caplog.messages
+    assert "left out hidden or system files or folders (4, such as" in message
+    assert "files of other types (1, such as" in message
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["3/0.png", "3/1.png", "grid.png"],
+            r"grid\.png lies beside folders of other images: samples lie in one folder",
+        ),
+        (["0.png", "1.png", "old/0.png"], r"old/0\.png lies beside folders of other images"),
+        (["3/0.png", "3/a/0.png", "3/1.png"], r"3/a/0\.png lies beside"),
+        (["a/3/0.png", "b/3/1.png"], r"a/3 and .*b/3 have the same name: score each set by itself"),
+        (["3/0.png", "3/0.JPG", "4/0.png"], r"3/0\.(png|JPG) and .*3/0\.(png|JPG) may be the same sample"),
+    ],
+)
+def test_pictures_that_may_be_no_samples_are_refused_by_name(
+    tmp_path: Path, pixels: np.ndarray, names: list[str], message: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0]).save(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        open_samples(tmp_path)
+
+
+def test_a_picture_of_another_size_is_named_even_if_it_is_the_first(tmp_path: Path, pixels: np.ndarray) -> None:
+    write_pngs(tmp_path, pixels, [""] * 6)
+    Image.new("RGB", (50, 20)).save(tmp_path / "grid.png")
+    samples = open_samples(tmp_path)
+    assert samples.shape == (8, 8)
+    with pytest.raises(InputError, match=r"grid\.png is 20 x 50 \(height x width\), the others are 8 x 8"):
+        samples.pixels(samples.files.index(tmp_path / "grid.png"))
+
+
+@pytest.mark.parametrize(
+    "record", [b"\xff\xfe", b"[" * 100_000, b'{"a": "\\ud800"}', b'{"a": 1, "a": 2}', b"x" * 2**21]
+)
+def test_a_damaged_record_of_a_folder_is_named(tmp_path: Path, pixels: np.ndarray, record: bytes) -> None:
+    write_pngs(tmp_path, pixels, ["3"] * 6)
+    (tmp_path / "sampling.json").write_bytes(record)
+    with pytest.raises(InputError, match=r"sampling\.json"):
+        open_samples(tmp_path)
 
 
 def test_samples_may_be_of_any_shape(tmp_path: Path, pixels: np.ndarray) -> None:

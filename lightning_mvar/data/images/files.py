@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +140,9 @@ class FolderImages(EncodedImages):
         return read_file(path)
 
 
-def list_folder(root: Path, skipped: Skipped, recursive: bool = True) -> tuple[list[str], list[str]]:
+def list_folder(
+    root: Path, skipped: Skipped, recursive: bool = True, known: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """Lists the folders in `root`, and the images in it and below it, both sorted.
 
     Hidden files and other clutter, other types of files, and links to folders that are listed anyway are left out.
@@ -149,6 +151,7 @@ def list_folder(root: Path, skipped: Skipped, recursive: bool = True) -> tuple[l
         root: the folder.
         skipped: counts what is left out.
         recursive: list folders below `root` as well.
+        known: files in `root` that are expected there and not counted.
 
     Returns:
         names of the folders, and paths of the images relative to `root`.
@@ -162,6 +165,8 @@ def list_folder(root: Path, skipped: Skipped, recursive: bool = True) -> tuple[l
         folder = pending.pop()
         for entry in scan(root / folder):
             name = folder + entry.name
+            if name in known:
+                continue
             reason = reason_to_skip(entry) if recursive or not entry.is_dir() else "folders"
             if reason is None and entry.is_dir() and not guard.admits(entry):
                 reason = "links to folders of the same set"
