@@ -344,31 +344,31 @@ def test_a_missing_shard_ends_the_run_which_resumes_once_it_is_back(plain_run_fo
     train(plain_run_folder, "run", options)
 
 
-def die_before_publishing(rank: int, name: str) -> None:
-    """Kills the process when it is about to give a file its final `name`."""
-    replace = os.replace
+def die_before_publishing(rank: int, count: int) -> None:
+    """Ends the process before the `count`-th time that it gives a link or a checkpoint its final name."""
+    replace, replaced = os.replace, 0
 
     def replace_or_die(source: Path, target: Path) -> None:
-        if Path(target).name == name and Path(source).name != name:
+        nonlocal replaced
+        replaced += Path(target).suffix == ".ckpt"
+        if replaced == count:
             os._exit(9)
         replace(source, target)
 
     os.replace = replace_or_die  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("name", ["last.ckpt", "step=00000012.ckpt"])
-def test_a_run_killed_while_its_last_checkpoint_is_published_is_never_sampled_with_old_weights(
-    plain_run_folder: Path, uninterrupted: Callable[..., Path], name: str
+@pytest.mark.parametrize("count", [7, 8])
+def test_a_run_killed_while_its_last_checkpoint_is_published_resumes_and_mends_the_link(
+    plain_run_folder: Path, uninterrupted: Callable[..., Path], count: int
 ) -> None:
-    command = [*FIT, "--trainer.default_root_dir", "run"]
-    first = start([*command, "--trainer.max_steps", "9"], plain_run_folder)
-    assert first.wait() == [0], first.printed()
-    killed = start(command, plain_run_folder, prepare=partial(die_before_publishing, name=name))
+    """The fourth checkpoint, of step 12, is the last; the link is replaced first."""
+    command, link = [*FIT, "--trainer.default_root_dir", "run"], plain_run_folder / "run/checkpoints/last.ckpt"
+    killed = start(command, plain_run_folder, prepare=partial(die_before_publishing, count=count))
     assert killed.wait() == [9], killed.printed()
-    link = plain_run_folder / "run/checkpoints/last.ckpt"
+    assert os.readlink(link) == ("step=00000009.ckpt" if count == 7 else "step=00000012.ckpt")
     assert resolve_last(link).name == "step=00000009.ckpt"  # no weights of step 12 exist
-    resumed = start(command, plain_run_folder)
-    assert resumed.wait() == [0], resumed.printed()
+    train(plain_run_folder, "run", [])
     assert os.readlink(link) == "step=00000012.ckpt"
     assert largest_difference(weights(uninterrupted()), weights(plain_run_folder / "run")) == 0
 
