@@ -23,7 +23,7 @@ from lightning_mvar.training.lightning_internals import setup_with_timeout, star
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = "LIGHTNING_MVAR_START_TIMEOUT"  # environment variable: seconds for all ranks to start
-DEFAULT_START_TIMEOUT_S, NOTICE_S = 120, 15
+DEFAULT_START_TIMEOUT_S, NOTICE_S = 180, 15
 
 
 @contextmanager

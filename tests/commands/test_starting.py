@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import scalars
 from processes import start
 from training_runs import FIT, act_in_step, train
@@ -97,3 +98,23 @@ def test_a_second_start_in_one_folder_is_refused(plain_run_folder: Path) -> None
     (plain_run_folder / "go").touch()
     assert first.wait() == [0], first.printed()
     assert not (plain_run_folder / "run/.lock").exists()
+
+
+def see_no_checkpoint(rank: int) -> None:
+    """Rank 1 sees an outdated listing of a network file system, in which the run has no checkpoint."""
+    if rank == 1:
+        import lightning_mvar.cli.training as module
+
+        module.newest_intact = lambda *arguments: None
+        module.newest_first = lambda folder: []
+
+
+def test_all_ranks_resume_from_what_rank_0_has_found(plain_run_folder: Path) -> None:
+    options = ["--data.batch_size", "8", "--trainer.strategy", "ddp"]
+    train(plain_run_folder, "run", [*options, "--trainer.max_steps", "3"], 2)
+    command = [*FIT, *options, "--trainer.default_root_dir", "run", "--trainer.max_steps", "6"]
+    resumed = start(command, plain_run_folder, 2, prepare=see_no_checkpoint)
+    assert resumed.wait() == [0, 0], resumed.printed()
+    assert "resuming from" in resumed.printed()
+    content = torch.load(plain_run_folder / "run/checkpoints/step=00000006.ckpt", weights_only=True)
+    assert {int(state["step"]) for state in content["optimizer_states"][0]["state"].values()} == {6}
