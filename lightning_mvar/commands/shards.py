@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os.path
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -206,8 +207,10 @@ def load_valid_manifest(folder: Path) -> Manifest:
 
 def require_folder(folder: str) -> Path:
     """Returns the folder's path; raises InputError if it is not a folder."""
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder; name one that `lightning-mvar tokenize` wrote, with a {MANIFEST}")
+    if not os.path.isdir(folder):  # False for a name that is too long
+        raise InputError(
+            f"{folder:.200} is not a folder; name one that `lightning-mvar tokenize` wrote, with a {MANIFEST}"
+        )
     return Path(folder)
 
 

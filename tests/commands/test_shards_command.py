@@ -221,6 +221,7 @@ def test_mistakes_are_reported_in_one_line(
         (workdir / name / "manifest.json").write_text(json.dumps(manifest))
     for options, message in [
         ([], "shards --help"),
+        (["info", "x" * 5000], "xxx is not a folder"),
         (["look", "tokens"], "look"),
         (["verify"], "verify.folder"),
         (["verify", "nowhere"], "nowhere is not a folder"),

@@ -25,7 +25,7 @@ MEMBER_DTYPES = {"tokens.npy": np.dtype(np.uint16), "labels.npy": np.dtype(np.in
 MAX_MEMBER_BYTES = 2**26  # 512 images of 1024 pixels have 10 MB of tokens
 MAX_KEY_BYTES = 2**13  # per image
 # Raised for a damaged file, or one that is not a token shard.
-PACK_ERRORS = (OSError, ValueError, tarfile.TarError)
+PACK_ERRORS = (OSError, ValueError)
 
 
 class Pack(NamedTuple):
@@ -49,7 +49,7 @@ def read_packs(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields each pack's name and its members by extension, split at the first dot of the file's name as in WebDataset.
 
     Raises:
-        OSError, ValueError, tarfile.TarError: if the file is no complete tar file of small regular files, or a pack has
+        OSError, ValueError: if the file is no complete tar file of small regular files, or a pack has
             two members of one name.
     """
     with open_regular(path) as file:
@@ -65,7 +65,11 @@ def read_packs(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """Yields name and content of each member of a tar file, up to its end or to a block of zeros."""
     while (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
-        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            position = file.tell() - len(block)
+            raise ValueError(f"there is no header of an uncompressed tar file at byte {position}: {error}") from error
         if not member.name.isprintable():
             raise ValueError("it has a member whose name is not printable")
         if not 0 <= member.size <= MAX_MEMBER_BYTES:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os.path
 import re
 import shutil
 from collections import Counter
@@ -190,7 +191,7 @@ class Manifest:
             InputError: if it is missing, damaged or of another format version.
         """
         path = folder / MANIFEST
-        if not path.exists():
+        if not os.path.exists(path):  # False for a name that is too long
             raise InputError(
                 f"no token shards in {folder}: {path} does not exist; write them with `lightning-mvar tokenize`"
             )

@@ -59,7 +59,7 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.verified: set[str] = set()  # SHA-256 of the shards that were intact when this process first read them
+        self.verified: set[tuple[str, str]] = set()  # name and SHA-256 of the shards that this process found intact
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -71,13 +71,13 @@ class LocalShards:
 
     def fetch(self, shard: Shard) -> Path:
         path = shard.path_in(self.folder)
-        if shard.sha256 not in self.verified:
+        if (shard.name, shard.sha256) not in self.verified:
             if sha256_of(path) != shard.sha256:
                 raise InputError(
                     f"{path} is damaged: its SHA-256 is not the manifest's; copy it again, or run the same "
                     f"`lightning-mvar tokenize` again, it rewrites that shard only"
                 )
-            self.verified.add(shard.sha256)
+            self.verified.add((shard.name, shard.sha256))
         return path
 
 
@@ -98,7 +98,7 @@ class RemoteShards:
         if location.startswith("pipe:") and "{}" not in location:
             raise InputError(f"{location} does not say which file: put {{}} where its name belongs")
         self.location, self.cache_dir, self.retries = location, cache_dir, retries
-        self.verified: set[str] = set()  # as in `LocalShards`
+        self.verified: set[str] = set()  # SHA-256 of the cached shards that this process found intact
 
     def __str__(self) -> str:
         return self.location

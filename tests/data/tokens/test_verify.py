@@ -215,11 +215,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {  # damag
     ),
     "invalid vocabulary": (
         edit_manifest(lambda m: m.update(vocab_size="48")),
-        {MANIFEST: 'vocab_size is "48"; it must be an integer'},
+        {MANIFEST: "vocab_size is '48'; it must be an integer"},
     ),
     "invalid skipped images": (
         edit_manifest(lambda m: m["shards"][1].update(skipped=None)),
-        {MANIFEST: r"shards\[1\]\.skipped is null; it must be an object"},
+        {MANIFEST: r"shards\[1\]\.skipped is None; it must be an object"},
     ),
     "invalid schedule": (edit_manifest(lambda m: m.update(side_lengths=[1, 3, 2])), {MANIFEST: "side_lengths is"}),
     "truncated manifest": (
