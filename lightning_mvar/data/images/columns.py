@@ -89,6 +89,7 @@ def image_kind(field: Any) -> Literal["struct", "bytes", "path"] | None:
     from pyarrow import types  # type: ignore[import-untyped]
 
     def is_bytes(kind: Any) -> bool:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
     if types.is_struct(field.type):

@@ -13,7 +13,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular
 
 CACHED_GROUPS = 2  # groups cached per process: a batch reads from one or two
-MAX_GROUP_BYTES = 2**32  # of a row group in memory
+MAX_GROUP_BYTES = 2**31  # of a row group in memory
 MAX_ROWS_PER_BYTE = 8  # of a file
 MAX_TEXT_BYTES = 4096  # of a name or path
 ARROW_FILE = b"ARROW1"  # begins Arrow's file format; its stream format has no mark
@@ -44,7 +44,7 @@ class TableFile(ABC):
 
 
 class ParquetTable(TableFile):
-    """A Parquet file. Text is read as dictionaries, of which a repeated value takes memory once."""
+    """A Parquet file."""
 
     def __init__(self, path: Path) -> None:
         from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
@@ -58,22 +58,20 @@ class ParquetTable(TableFile):
     def read(self, group: int, columns: Sequence[str]) -> Any:
         from pyarrow.parquet import ParquetFile
 
-        metadata = self.file.metadata.row_group(group)
-        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-        chunks = [c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{name}.") for name in columns)]
-        size = sum(chunk.total_uncompressed_size for chunk in chunks)
-        if size > MAX_GROUP_BYTES or metadata.num_rows > MAX_ROWS_PER_BYTE * self.path.stat().st_size:
-            raise InputError(
-                f"{self.path} has {metadata.num_rows} rows and {size} bytes in row group {group}, more than "
-                f"{MAX_GROUP_BYTES}: write it again with smaller row groups"
-            )
-        # A value stored once may stand in every row.
-        repeated = [c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY" and is_repeated(c)]
         try:
-            file = ParquetFile(self.path, read_dictionary=repeated) if repeated else self.file
-            return file.read_row_group(group, columns=list(columns), use_threads=False)
+            metadata = self.file.metadata.row_group(group)  # its columns may abort the process if they are damaged
+            rows, size = metadata.num_rows, metadata.total_byte_size
+            if 0 <= size <= MAX_GROUP_BYTES and 0 <= rows <= MAX_ROWS_PER_BYTE * self.path.stat().st_size:
+                # Where each row might refer to one long value, values are read as a dictionary and stored once.
+                repeated = list(columns) if rows * size > MAX_GROUP_BYTES else None
+                file = ParquetFile(self.path, read_dictionary=repeated)
+                return file.read_row_group(group, columns=list(columns), use_threads=False)
         except TABLE_ERRORS as error:
             raise InputError(f"{self.path} is damaged in row group {group} ({describe(error)})") from error
+        raise InputError(
+            f"{self.path} has {rows} rows and {size} bytes in row group {group}, more than {MAX_GROUP_BYTES}: write it "
+            f"again with smaller row groups"
+        )
 
 
 class ArrowTable(TableFile):
@@ -129,33 +127,30 @@ cached_group = lru_cache(maxsize=CACHED_GROUPS)(read_group)
 cached_arrow = lru_cache(maxsize=None)(ArrowTable)  # mapped, so they take no memory
 
 
-def is_repeated(chunk: Any) -> bool:
-    """Returns whether a column may take much more memory than its pages, because they refer to a dictionary."""
-    has_dictionary = any("DICTIONARY" in encoding for encoding in chunk.encodings)
-    return has_dictionary and chunk.num_values * chunk.total_uncompressed_size > MAX_GROUP_BYTES
-
-
 def texts_of(column: Any, path: Path) -> list[Any]:
     """Returns the values of a column of numbers or texts, which may be null.
 
     Raises:
-        InputError: if a text has more than `MAX_TEXT_BYTES`.
+        InputError: if a text has more than `MAX_TEXT_BYTES`, or is not UTF-8.
     """
+    try:
+        return [value for chunk in column.chunks for value in chunk_values(chunk)]
+    except TABLE_ERRORS as error:
+        raise InputError(f"{path} has a damaged column ({describe(error)})") from error
+
+
+def chunk_values(chunk: Any) -> list[Any]:
     from pyarrow import compute, types
 
-    values: list[Any] = []
-    for chunk in column.chunks:
-        choices = chunk.dictionary if types.is_dictionary(chunk.type) else chunk
-        if not types.is_integer(choices.type):
-            longest = compute.max(compute.binary_length(choices)).as_py()
-            if longest is not None and longest > MAX_TEXT_BYTES:
-                raise InputError(f"{path} has a name or path of {longest} bytes, more than {MAX_TEXT_BYTES}")
-        if choices is chunk:
-            values += chunk.to_pylist()
-        else:
-            texts = choices.to_pylist()
-            values += [None if i is None else texts[i] for i in chunk.indices.to_pylist()]
-    return values
+    choices = chunk.dictionary if types.is_dictionary(chunk.type) else chunk
+    if not types.is_integer(choices.type):
+        longest = compute.max(compute.binary_length(choices)).as_py()
+        if longest is not None and longest > MAX_TEXT_BYTES:
+            raise ValueError(f"a name or path of {longest} bytes, more than {MAX_TEXT_BYTES}")
+    values = choices.to_pylist()
+    if choices is chunk:
+        return list(values)
+    return [None if i is None else values[i] for i in chunk.indices.to_pylist()]  # repeated texts are shared
 
 
 def describe(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import os.path
 import posixpath
+import re
 import tarfile
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular
 
 MAX_HEADER_BYTES = 2**16  # of a member's extended header; a damaged one may claim any size
+DIGITS = re.compile(rb"[0-9]{300}")  # more than in any file name; tarfile's parsing would take minutes
 MAX_PADDING_BYTES = 2**20  # of zeros between two joined archives
 MAX_LINKS = 40  # links that lead to links
 
@@ -57,7 +59,10 @@ class HeaderReader:
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"it is damaged at byte {self.tell()}: a header claims {size} bytes")
-        return self.file.read(size)
+        data = self.file.read(size)
+        if size > tarfile.BLOCKSIZE and DIGITS.search(data):
+            raise tarfile.ReadError(f"it is damaged at byte {self.tell()}: a header is full of digits")
+        return data
 
 
 def list_members(paths: Sequence[Path], skipped: Skipped) -> Iterator[Member]:
