@@ -230,7 +230,7 @@ def test_mistakes_are_reported_in_one_line(
         (["info", "cut"], "000000.tar is damaged"),
         (["verify", "foreign", "--tokenizer", str(tokenizer_folder)], "foreign is damaged: 1 problem(s)"),
         (["decode", "foreign", *decode], "the tokens in foreign were made by tokenizer abc, not by"),
-        (["info", "odd"], 'odd/manifest.json is damaged (manifest.json: vocab_size is "48"; it must be an integer'),
+        (["info", "odd"], "odd/manifest.json is damaged (manifest.json: vocab_size is '48'; it must be an integer"),
         (["decode", "odd", *decode], "odd/manifest.json is damaged"),
         (["decode", "empty", *decode], "there are no samples in empty yet"),
         (["decode", "tokens", *decode, "--n", "0"], "--n must be at least 1, got 0"),
