@@ -73,6 +73,8 @@ def run(argv: list[str]) -> int:
     except InputError as error:
         return fail(strip_worker_traceback(str(error)))
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return fail(f"the path {str(error.filename)[:40]}... is too long for a file system")
         if error.errno not in DISK_ERRORS:
             raise
         return fail(f"cannot write {error.filename or 'a file'} ({error.strerror}): free space, or use another disk")

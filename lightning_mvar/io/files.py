@@ -28,6 +28,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         InputError: if the file cannot be written.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"cannot write {str(path)!r}: name a file")
     temporary = path.with_name(f".{path.stem}.{host_name()}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -263,3 +263,38 @@ def test_the_module_is_the_console_script() -> None:
     )
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("lightning-mvar: error: nowhere does not exist")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["export", "--ckpt_path", "n" * 5000, "--out", "out"],
+            f"the path {'n' * 40}... is too long for a file system",
+        ),
+        (["report", "n" * 300], f"the path {'n' * 40}... is too long for a file system"),
+        (
+            [
+                "edit",
+                "--ckpt_path",
+                "export",
+                "--image",
+                "0.png",
+                "--box",
+                "0,0,4,4",
+                "--classes",
+                "3",
+                "--picture",
+                "",
+            ],
+            "cannot write '.': name a file",
+        ),
+    ],
+)
+def test_paths_that_cannot_exist_are_reported(
+    here: Path, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_images(here / "images")
+    next((here / "images").rglob("*.png")).rename("0.png")
+    assert run(arguments) == 1
+    assert message in capfd.readouterr().err.splitlines()[-1]
