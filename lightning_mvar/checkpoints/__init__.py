@@ -15,7 +15,7 @@ from lightning_mvar.checkpoints.published import (
 from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, load_checkpoint, resolve_last
 from lightning_mvar.errors import InputError
 
-PUBLISHED = (".pth", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
+PUBLISHED = (".pth", ".pt", ".bin", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
 
 __all__ = [
     "TrainedModel",
@@ -36,7 +36,8 @@ def read_model(path: str | Path, tokenizer: str | Path | None = None, weights: W
     """Reads a network with its tokenizer from a training checkpoint, an exported folder or a published file.
 
     Args:
-        path: a path that `load_trained` takes, or a .pth or .safetensors file of published VAR or M-VAR weights.
+        path: a path that `load_trained` takes, or a file of published VAR or M-VAR weights (.pth, .pt,
+            .bin or .safetensors).
         tokenizer: folder of the tokenizer, if it has moved; for a published network also a published file.
         weights: for a training checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
 

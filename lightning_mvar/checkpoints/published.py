@@ -5,7 +5,7 @@ part, and error messages use the published names.
 
 | published key                    | meaning                                                                       |
 |----------------------------------|-------------------------------------------------------------------------------|
-| lvl_1L                           | scale of each token: gives the schedule                                       |
+| lvl_1L                           | scale of each token: gives the schedule; some files lack it                   |
 | attn.scale_mul_1H11              | temperature per head; absent without QK-norm                                  |
 | ada_gss, shared_ada_lin          | AdaLN table per block and the shared projection; absent without shared AdaLN  |
 | mamba.*                          | absent in VAR                                                                 |
@@ -14,7 +14,7 @@ part, and error messages use the published names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_mvar.checkpoints.folders import load_tokenizer, require_folder
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.tensors import StateDict, check_state_dict, load_strictly, read_torch, read_weights, save_torch
+from lightning_mvar.io.tensors import StateDict, check_state_dict, load_strictly, read_any, save_torch
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.scales import ScaleSchedule
@@ -34,6 +34,11 @@ Names = list[tuple[str, str]]
 
 VAR, M_VAR = ("block_causal_attention",), ("scale_attention", "mamba2")  # the mixers of the published networks
 BUFFERS = ("zero_k_bias", "patch_nums", "lvl_1L", "attn_bias_for_masking", "ema_vocab_hit_SV")  # not learned
+PARTS = {  # a key of each part, and what the published trainers call the part
+    "network": ("word_embed.weight", {"mvar_wo_ddp", "var_wo_ddp"}),
+    "tokenizer": ("quantize.embedding.weight", {"vae_local"}),
+}
+WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 HEAD_DIM = 64  # of every published network; without QK-norm, the weights do not reveal the number of heads
 
 # Exceptions that reading a configuration raises if tensors are missing or have other dimensions.
@@ -103,17 +108,31 @@ def without_buffers(state: Mapping[str, Tensor]) -> StateDict:
     return {key: tensor for key, tensor in state.items() if key.rsplit(".", 1)[-1] not in BUFFERS}
 
 
-def network_from_published(state: Mapping[str, Tensor], source: object) -> MVAR:
+def network_from_published(state: Mapping[str, Tensor], source: object, schedule: ScaleSchedule | None = None) -> MVAR:
     """Builds a network in eval mode from a published state dict; `source` names it in messages.
 
+    Args:
+        state: the state dict.
+        source: its name in messages.
+        schedule: scale schedule of weights without `lvl_1L`.
+
     Raises:
-        InputError: if keys and shapes are not those of a published network.
+        InputError: if keys and shapes are not those of a published network, or the schedule is unknown or another one.
     """
-    if not {"lvl_1L", "pos_1LC", "word_embed.weight", "head.weight"} <= state.keys():
+    if not {"pos_1LC", "word_embed.weight", "head.weight"} <= state.keys():
         hint = "; it looks like a tokenizer" if "quantize.embedding.weight" in state else ""
         raise InputError(f"{source} does not have the keys of a published VAR or M-VAR network{hint}")
+    if "lvl_1L" not in state:
+        if schedule is None:
+            raise InputError(
+                f"{source} does not say its scale schedule (it has no lvl_1L): give it with `lightning-mvar export "
+                f"--official FILE --resolution 256`, or --side_lengths, or as `schedule` in Python"
+            )
+        state = {**state, "lvl_1L": schedule.scale_ids[None]}
     try:
         config = network_config(state)
+        if schedule is not None and config.schedule != schedule:
+            raise InputError(f"its side lengths are {config.schedule.side_lengths}, not {schedule.side_lengths}")
     except SHAPE_ERRORS as error:
         raise InputError(f"{source} is not a complete VAR or M-VAR network ({describe_error(error)})") from error
     with torch.device("meta"):
@@ -131,6 +150,8 @@ def network_from_published(state: Mapping[str, Tensor], source: object) -> MVAR:
 def network_config(state: Mapping[str, Tensor]) -> MVARConfig:
     """Reads the configuration off the keys and shapes of a published state dict."""
     width, code_dim = state["word_embed.weight"].shape
+    if state["lvl_1L"].is_complex():
+        raise InputError("lvl_1L holds complex numbers")
     scales = state["lvl_1L"].flatten().long()
     if scales.min() < 0 or scales.max() >= len(state["lvl_embed.weight"]):
         raise InputError(
@@ -291,16 +312,17 @@ def save_official(folder: str | Path, model: TrainedModel) -> list[Path]:
     return [Path(folder) / name for name in files]
 
 
-def load_official_mvar(source: str | Path | Mapping[str, Tensor]) -> MVAR:
+def load_official_mvar(source: str | Path | Mapping[str, Tensor], schedule: ScaleSchedule | None = None) -> MVAR:
     """Loads a published VAR or M-VAR network in eval mode; its configuration is read off keys and shapes.
 
     Args:
         source: a .pth or .safetensors file, or a state dict with the published keys.
+        schedule: scale schedule of weights that do not contain it, that is, lack the buffer `lvl_1L`.
 
     Raises:
         InputError: if the file cannot be read, or its keys or shapes are not those of a published network.
     """
-    return network_from_published(*read_published_state(source, "network"))
+    return network_from_published(*read_published_state(source, "network"), schedule)
 
 
 def load_official_tokenizer(source: str | Path | Mapping[str, Tensor], schedule: ScaleSchedule) -> Tokenizer:
@@ -317,23 +339,26 @@ def load_official_tokenizer(source: str | Path | Mapping[str, Tensor], schedule:
     return tokenizer_from_published(state, schedule, name)
 
 
-def load_official(network: str | Path, tokenizer: str | Path | None = None) -> TrainedModel:
+def load_official(
+    network: str | Path, tokenizer: str | Path | None = None, schedule: ScaleSchedule | None = None
+) -> TrainedModel:
     """Loads a published network with its tokenizer; the classes have no names.
 
     Args:
         network: a .pth or .safetensors file, possibly a checkpoint of the published trainer, which holds both parts.
         tokenizer: a published file, or a folder of ours; default: the tokenizer in `network`.
+        schedule: scale schedule of weights that do not contain it.
 
     Raises:
         InputError: if a file cannot be read or has another format, or the tokenizer does not fit the network.
     """
-    model = load_official_mvar(network)
+    model = load_official_mvar(network, schedule)
     if tokenizer is None:
         try:
             loaded = load_official_tokenizer(network, model.config.schedule)
         except InputError as error:
             raise InputError(f"{error}; pass the file of the tokenizer with --tokenizer") from error
-    elif Path(tokenizer).is_dir():
+    elif Path(tokenizer).expanduser().is_dir():
         loaded = load_tokenizer(tokenizer)
     else:
         loaded = load_official_tokenizer(tokenizer, model.config.schedule)
@@ -344,18 +369,35 @@ def load_official(network: str | Path, tokenizer: str | Path | None = None) -> T
 def read_published_state(source: str | Path | Mapping[str, Tensor], part: str) -> tuple[StateDict, str]:
     """Returns a flat state dict and a name for messages, from a file or a dictionary in memory.
 
-    The published trainers save both parts under `trainer`; compiled or DDP-wrapped modules prefix their keys.
+    Weights may lie anywhere in nested dictionaries, as trainers save them: `trainer`, `model`, `state_dict`, `ema`.
+    Those under the part's own name go first, then averaged ones. Names that wrapped or compiled modules add are
+    removed, and a prefix like `model.`. What lies beside the weights is not read.
+
+    Raises:
+        InputError: if the file cannot be read or holds no tensors by name.
     """
-    name, state = f"the {part} state dict", cast(Any, source)
+    name, content = f"the {part} state dict", cast(Any, source)
     if isinstance(source, str | Path):
-        name, path = str(source), Path(source)
-        state = read_weights(path) if path.suffix == ".safetensors" else read_torch(path)
-    if isinstance(state.get("trainer"), Mapping):
-        state = state["trainer"]
-    part_keys = {"network": ("mvar_wo_ddp", "var_wo_ddp"), "tokenizer": ("vae_local",)}[part]
-    state = next((state[key] for key in part_keys if key in state), state)
-    if not isinstance(state, Mapping) or not all(
-        isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()
-    ):
+        name, content = str(source), read_any(Path(source).expanduser())
+    mark, own_names = PARTS[part]
+    places = [*state_dicts(content)]
+    if not places:
         raise InputError(f"{name} is not a state dict of a published {part}")
-    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): tensor for key, tensor in state.items()}, name
+    places.sort(key=lambda place: (own_names.isdisjoint(place[0]), not any("ema" in str(key) for key in place[0])))
+    marked = [state for _, state in places if any(f".{key}".endswith(f".{mark}") for key in state)]
+    state = marked[0] if marked else places[0][1]
+    prefix = next((key.removesuffix(mark) for key in state if f".{key}".endswith(f".{mark}")), "")
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}, name
+
+
+def state_dicts(content: Any) -> Iterator[tuple[tuple[Any, ...], StateDict]]:
+    """Yields the tensors by name of each nested dictionary that has any, outermost first, with the path to it."""
+    pending: list[tuple[tuple[Any, ...], Any]] = [((), content)]
+    seen: set[int] = set()  # dictionaries of a file may refer to each other
+    for path, values in pending:
+        if isinstance(values, Mapping) and id(values) not in seen:
+            seen.add(id(values))
+            pending.extend(((*path, key), part) for key, part in values.items())
+            named = [key for key, part in values.items() if isinstance(key, str) and isinstance(part, Tensor)]
+            if named:
+                yield path, {WRAPPERS.sub("", key): values[key] for key in named}

@@ -16,7 +16,7 @@ from lightning_mvar.checkpoints import (
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.locks import lock_folder
-from lightning_mvar.scales import ScaleSchedule
+from lightning_mvar.scales import ScaleSchedule, format_shape
 
 
 def export(
@@ -25,6 +25,7 @@ def export(
     official: str | None = None,
     tokenizer: str | None = None,
     resolution: int | None = None,
+    side_lengths: list[int] | None = None,
     to: Literal["folder", "official"] = "folder",
     weights: WhichWeights = "ema",
 ) -> None:
@@ -37,21 +38,24 @@ def export(
             published trainer.
         tokenizer: with --ckpt_path, the tokenizer's folder, if it is no longer at the path recorded in the checkpoint;
             with --official, the published tokenizer's file or a folder; alone, a published tokenizer to convert.
-        resolution: image size for a tokenizer converted alone: 256 (default), 512 or 1024.
+        resolution: 256, 512 or 1024: image size for a tokenizer converted alone (256 by default), or the published
+            schedule of --official weights that do not contain theirs (no lvl_1L).
+        side_lengths: instead of --resolution, the side of each token map, as [1,2,3,4].
         to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
     """
     if ckpt_path is not None and official is not None:
         raise InputError("give --ckpt_path or --official, not both")
+    schedule = requested_schedule(resolution, side_lengths)
     if ckpt_path is None and official is None:
-        export_tokenizer(out, tokenizer, 256 if resolution is None else resolution, to)
+        export_tokenizer(out, tokenizer, schedule or ScaleSchedule.for_resolution(256), to)
         return
-    if resolution is not None:
-        raise InputError("--resolution is only for a tokenizer converted alone: a network has its own schedule")
     if ckpt_path is not None:
+        if schedule is not None:
+            raise InputError("--resolution and --side_lengths are for published weights: others have their schedule")
         model = read_model(ckpt_path, tokenizer, weights)
     else:
-        model = load_official(str(official), tokenizer)
+        model = load_official(str(official), tokenizer, schedule)
     with lock_folder(Path(out), "export"):
         if to == "official":
             print("written:", *save_official(out, model))
@@ -61,16 +65,24 @@ def export(
     print(f"network ({parameters:,.1f}M parameters, depth {model.network.config.depth}) and tokenizer in {out}")
 
 
-def export_tokenizer(out: str, tokenizer: str | None, resolution: int, to: str) -> None:
+def requested_schedule(resolution: int | None, side_lengths: list[int] | None) -> ScaleSchedule | None:
+    if resolution is not None and side_lengths is not None:
+        raise InputError("give --resolution or --side_lengths, not both")
+    if side_lengths is not None:
+        return ScaleSchedule(tuple(side_lengths))
+    return None if resolution is None else ScaleSchedule.for_resolution(resolution)
+
+
+def export_tokenizer(out: str, tokenizer: str | None, schedule: ScaleSchedule, to: str) -> None:
     """Converts a published tokenizer alone."""
     if tokenizer is None:
         raise InputError("give --ckpt_path CKPT, --official FILE, or the file of a published tokenizer as --tokenizer")
     if to == "official":
         raise InputError(f"--tokenizer {tokenizer} is a published file already")
-    converted = load_official_tokenizer(tokenizer, ScaleSchedule.for_resolution(resolution))
+    converted = load_official_tokenizer(tokenizer, schedule)
     with lock_folder(Path(out), "export"):
         save_folder(out, converted)
-    print(f"tokenizer for {resolution} x {resolution} images in {out}")
+    print(f"tokenizer for images of {format_shape(converted.config.shape)} in {out}")
 
 
 def main(argv: list[str]) -> None:

@@ -6,7 +6,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -84,7 +84,21 @@ def read_weights(path: Path) -> StateDict:
     try:
         return load_file(path)
     except (SafetensorError, *DAMAGE) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file ({first_line(error)})") from error
+        hint = ": it is one of torch.save, name it .pth" if zipfile.is_zipfile(path) else ""
+        raise InputError(f"{path} is damaged or not a safetensors file ({first_line(error)}){hint}") from error
+
+
+def read_any(path: Path) -> dict[str, Any]:
+    """Reads a .safetensors file or one of `torch.save`, which of them its content says.
+
+    Raises:
+        InputError: if it cannot be read; see `read_weights` and `read_torch`.
+    """
+    require_weights(path)
+    with open_regular(path) as file:
+        begin = file.read(9)
+    safe = begin[8:] == b"{" or path.suffix == ".safetensors"  # torch takes the suffix at its word
+    return read_weights(path) if safe else read_torch(path)
 
 
 def read_torch(path: Path) -> dict[str, Any]:
@@ -117,7 +131,7 @@ def read_plain(file: Path | IO[bytes], source: str) -> Any:
         mapped = is_zip and isinstance(file, Path)
         with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        check_storage(list(tensors_in(content)))
+        check_storage(tensors_in(content))
     except pickle.UnpicklingError as error:  # torch's own message suggests weights_only=False
         raise InputError(
             f"{source} is damaged or not a file of plain weights (it holds other objects or code)"
@@ -147,13 +161,17 @@ def refuse_compression(file: Path | IO[bytes]) -> None:
         file.seek(0)
 
 
-def tensors_in(content: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested dictionaries and lists."""
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, dict | list | tuple):
-        for part in content.values() if isinstance(content, dict) else content:
-            yield from tensors_in(part)
+def tensors_in(content: Any) -> list[Tensor]:
+    """Returns the tensors in nested dictionaries and lists, which may refer to each other."""
+    tensors, pending, seen = [], [content], set()
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Tensor):
+            tensors.append(part)
+        elif isinstance(part, dict | list | tuple) and id(part) not in seen:
+            seen.add(id(part))
+            pending.extend(part.values() if isinstance(part, dict) else part)
+    return tensors
 
 
 def check_storage(tensors: list[Tensor]) -> None:
