@@ -338,7 +338,7 @@ def test_a_missing_shard_ends_the_run_which_resumes_once_it_is_back(plain_run_fo
     lost = start([*FIT, *options], plain_run_folder, prepare=partial(act_in_step, step=2, act=hide_shards))
     assert lost.wait(60) == [1], lost.printed()
     assert "is damaged or not a token shard" in lost.printed()
-    assert "No such file" in lost.printed()
+    assert ".tar does not exist" in lost.printed()
     for path in (plain_run_folder / "shards").glob("*.gone"):
         path.rename(path.with_suffix(".tar"))
     train(plain_run_folder, "run", options)
