@@ -284,6 +284,8 @@ def test_the_module_is_the_console_script() -> None:
                 "0,0,4,4",
                 "--classes",
                 "3",
+                "--out",
+                "out",
                 "--picture",
                 "",
             ],
