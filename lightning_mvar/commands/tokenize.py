@@ -156,6 +156,7 @@ def prepare_folder(folder: Path, plan: Manifest) -> None:
 def finalize(folder: Path, images_per_s: float | None) -> None:
     """Moves the records of all shards into the manifest and prints a summary."""
     manifest = Manifest.load(folder)
+    manifest.check_finished(folder, folder / MANIFEST)
     manifest.save(folder)
     skipped = f", {len(manifest.skipped)} images skipped" if manifest.skipped else ""
     rate = "" if images_per_s is None else f"; {images_per_s:.1f} images/s per device"

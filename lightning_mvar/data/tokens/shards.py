@@ -180,8 +180,8 @@ class Manifest:
         """Writes the manifest, which must include the records of `parts`, and removes them."""
         with atomic_path(folder / MANIFEST) as path:
             path.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        if (folder / PARTS).is_dir():
-            shutil.rmtree(folder / PARTS)
+        if (parts := parts_of(folder)).is_dir():
+            shutil.rmtree(parts)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -334,9 +334,21 @@ def read_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list[i
     return Pack(np.stack(tokens), np.array(labels), list(keys))
 
 
+def parts_of(folder: Path) -> Path:
+    """Returns the folder of the records, which may not exist.
+
+    Raises:
+        InputError: if it is a link, which may lead elsewhere, or no folder.
+    """
+    parts = folder / PARTS
+    if parts.is_symlink() or (parts.exists() and not parts.is_dir()):
+        raise InputError(f"{parts} must be a folder: remove it and run the same `lightning-mvar tokenize` again")
+    return parts
+
+
 def record_paths(folder: Path) -> list[Path]:
     """Returns the record files of finished shards that are not in the manifest yet."""
-    return sorted((folder / PARTS).glob("*.tar.json"))
+    return sorted(parts_of(folder).glob("*.tar.json"))
 
 
 def read_record(path: Path) -> Shard:
@@ -348,7 +360,7 @@ def read_record(path: Path) -> Shard:
 
 def save_record(folder: Path, shard: Shard) -> None:
     """Records atomically that a shard is finished."""
-    with atomic_path(folder / PARTS / f"{shard.name}.json") as path:
+    with atomic_path(parts_of(folder) / f"{shard.name}.json") as path:
         path.write_text(json.dumps(asdict(shard)) + "\n")
 
 

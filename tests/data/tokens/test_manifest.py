@@ -160,3 +160,15 @@ def test_records_of_finished_shards_are_checked_like_the_manifest(folder: Path) 
     os.mkfifo(path)
     with pytest.raises(InputError, match=r"parts/000002\.tar\.json is not a regular file"):
         Manifest.load(folder)
+
+
+@pytest.mark.parametrize(
+    "replace", [lambda path: path.symlink_to(path.parent.parent), lambda path: path.write_text("")]
+)
+def test_records_are_neither_read_nor_written_through_a_link(folder: Path, replace: Callable[[Path], object]) -> None:
+    manifest = Manifest.load(folder)
+    replace(folder / PARTS)
+    for act in (lambda: Manifest.load(folder), lambda: save_record(folder, manifest.shards[0])):
+        with pytest.raises(InputError, match=r"shards/parts must be a folder: remove it"):
+            act()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["shards"]
