@@ -1,11 +1,16 @@
-"""Short hashes that identify a module's weights."""
+"""Hashes that identify a module's weights, or the content of a file."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from lightning_mvar.io.files import open_regular
+
+CHUNK_BYTES = 2**20
 
 
 def fingerprint(module: nn.Module, description: str = "") -> str:
@@ -15,3 +20,12 @@ def fingerprint(module: nn.Module, description: str = "") -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a regular file as hex digits; raises InputError if it cannot be opened."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from lightning_mvar.data.tokens.packs import PACK_ERRORS, CheckedPack, Pack, TokenSpec, read_packs
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import atomic_path, open_regular, read_regular, remove_unfinished
+from lightning_mvar.io.files import atomic_path, read_regular, remove_unfinished
+from lightning_mvar.io.fingerprint import sha256_of
 from lightning_mvar.io.json_files import MAX_BYTES, parse_json, read_json
 from lightning_mvar.scales import ScaleSchedule, Shape
 
@@ -42,7 +43,6 @@ MANIFEST = "manifest.json"
 PARTS = "parts"  # subfolder with a record per finished shard
 MAX_TOKENS = 2**20  # per image; 1024 pixels have 9,451
 MAX_COUNT = 2**40
-CHUNK_BYTES = 2**20
 REMOVE_REMEDY = "remove that file and run the same `lightning-mvar tokenize` again"
 REWRITE_REMEDY = "write the shards again into an empty folder"
 DAMAGED_REMEDY = (
@@ -382,14 +382,6 @@ def write_shard(path: Path, tokens: NDArray[np.uint16], labels: NDArray[np.int64
                 arrays = {"tokens.npy": tokens[part], "labels.npy": labels[part], "keys.json": keys[part]}
                 writer.write({"__key__": name, **arrays})
         return Shard(path.name, len(labels), temporary.stat().st_size, sha256_of(temporary))
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_shard(path: Path, shard: Shard, spec: TokenSpec) -> Iterator[Pack]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, Shard, sha256_of
+from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, Shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import (
     FetchError,
@@ -31,6 +31,7 @@ from lightning_mvar.io.fetch import (
     wait_for_lock,
 )
 from lightning_mvar.io.files import atomic_path, remove_unfinished
+from lightning_mvar.io.fingerprint import sha256_of
 from lightning_mvar.io.json_files import MAX_BYTES
 
 SHARD_CACHE = "outputs/shard_cache"

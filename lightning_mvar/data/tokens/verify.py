@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_mvar.data.tokens.packs import PACK_ERRORS, CheckedPack, TokenSpec, read_packs
-from lightning_mvar.data.tokens.shards import MANIFEST, REWRITE_REMEDY, Manifest, Shard, sha256_of, shard_name
+from lightning_mvar.data.tokens.shards import MANIFEST, REWRITE_REMEDY, Manifest, Shard, shard_name
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import sha256_of
 
 REWRITE = "run the same `lightning-mvar tokenize` again, it rewrites that shard only"
 
