@@ -127,30 +127,22 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         save_folder(save_directory, self.tokenizer, self.network, self.class_names)
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]  # adds device and precision
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        device: str = "auto",
-        precision: Precision = "float32",
+    def from_pretrained(  # type: ignore[override]  # the mixin's reads config.json first, unchecked
+        cls, path: str | Path, *, device: str = "auto", precision: Precision = "float32", **hub: Any
     ) -> MVARPipeline:
-        """Loads a folder of `export`, or a Hub repository that holds one."""
-        if Path(model_id).is_dir():
-            return cls(load_trained(model_id), device, precision)
-        folder = snapshot_download(
-            model_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            allow_patterns=EXPORT_FILES,
-        )
+        """Loads a folder of `export`, a training checkpoint, or a Hub repository that holds such a folder.
+
+        Args:
+            path: path or repository.
+            device: auto, cpu, cuda or cuda:N.
+            precision: precision of network and decoder.
+            hub: options of `huggingface_hub.snapshot_download`: revision, token, cache_dir.
+
+        Raises:
+            InputError: if what is there cannot be read.
+        """
+        local = Path(path).expanduser()
+        folder = local if local.exists() else snapshot_download(str(path), allow_patterns=EXPORT_FILES, **hub)
         return cls(load_trained(folder), device, precision)
 
 

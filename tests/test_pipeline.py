@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -148,11 +149,21 @@ def test_a_repository_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest
         return str(folder)
 
     monkeypatch.setattr("lightning_mvar.pipeline.snapshot_download", download)
-    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: folder / "config.json")
     pipe = MVARPipeline.from_pretrained("somebody/digits", revision="v1", device="cpu")
     assert pipe.shape == (8, 8)
     assert (request["repo_id"], request["revision"]) == ("somebody/digits", "v1")
     assert request["allow_patterns"] == ["config.json", "*.safetensors"]
+
+
+@pytest.mark.parametrize("config", ["{", "null", '{"format_version": 2, "device": "cuda"}'])
+def test_a_foreign_config_is_refused_in_one_line(folder: Path, config: str) -> None:
+    (folder / "config.json").write_text(config)
+    with pytest.raises(InputError, match=r"config\.json"):
+        MVARPipeline.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(InputError, match=r"config\.json is not a regular file"):
+        MVARPipeline.from_pretrained(folder)
 
 
 def test_an_unavailable_device_is_rejected(tokenizer: Tokenizer) -> None:

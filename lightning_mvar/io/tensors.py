@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -129,7 +130,8 @@ def read_plain(file: Path | IO[bytes], source: str) -> Any:
         if is_zip:
             refuse_compression(file)
         mapped = is_zip and isinstance(file, Path)
-        with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]):
+        with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # said again in the error, if there is one
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         check_storage(tensors_in(content))
     except pickle.UnpicklingError as error:  # torch's own message suggests weights_only=False
