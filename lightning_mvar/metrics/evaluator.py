@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 NEIGHBOURS = 3  # k of precision and recall
+FLOOR_ROUNDING = 1e-9  # of a distance, relative to the variances
 FULL_NAMES = {
     "fid": "frechet_distance",
     "sfid": "spatial_frechet_distance",
@@ -56,21 +58,43 @@ class Evaluator:
         }
 
     def summary(self, reference: Reference) -> Summary:
-        """Returns the reference's statistics and features."""
-        return reference.summary(
+        """Returns the reference's statistics and features; warns if its images are too few for some scores."""
+        summary = reference.summary(
             self.extractor, self.shape, self.cache, tokenizer=self.tokenizer, num_workers=self.num_workers
         )
+        count, features = len(summary.features) if summary.features is not None else None, num_features(self.extractor)
+        if count is not None and count <= features:
+            scores = " and there is no precision or recall" if count <= NEIGHBOURS else ""
+            warn(f"{reference.name} has {count} images for {features} features: its covariance is singular{scores}")
+        return summary
 
     def score(self, images: ImageSet, real: Summary, progress: str) -> dict[str, Any]:
         """Returns all scores that the extractor and the reference support, by full name."""
-        scores = Scores(self.extractor, real, len(images), NEIGHBOURS if len(images) > NEIGHBOURS else 0)
+        fewest = min(len(images), len(images) if real.features is None else len(real.features))
+        scores = Scores(self.extractor, real, len(images), NEIGHBOURS if fewest > NEIGHBOURS else 0)
         feed_shard(images, scores, progress)
         return {FULL_NAMES[name]: value for name, value in scores.compute().items()}
 
     def floor_scores(self, distance: float, real: Summary, floor: Reference) -> dict[str, Any]:
-        """Returns the distance of other real images to the reference, and the samples' distance divided by it."""
-        floor_distance = frechet_distance(real.statistics, self.summary(floor).statistics)
+        """Returns the distance of other real images to the reference, and the samples' distance divided by it.
+
+        There is no ratio if the floor's distance is 0 up to rounding: its images are those of the reference.
+        """
+        statistics = self.summary(floor).statistics
+        floor_distance = frechet_distance(real.statistics, statistics)
+        if floor_distance <= FLOOR_ROUNDING * float(real.statistics.sigma.trace() + statistics.sigma.trace()):
+            warn(
+                f"the floor {floor.name} is at distance {floor_distance:.1e} from the reference, 0 up to rounding: for "
+                f"a ratio, name other real images"
+            )
+            return {"floor_frechet_distance": floor_distance}
         return {"floor_frechet_distance": floor_distance, "frechet_distance_over_floor": distance / floor_distance}
+
+
+def warn(message: str) -> None:
+    """Prints a warning on rank 0."""
+    if not (dist.is_initialized() and dist.get_rank()):
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def check_sample_count(count: int, extractor: nn.Module) -> None:
@@ -82,9 +106,8 @@ def check_sample_count(count: int, extractor: nn.Module) -> None:
     if count < 2:
         raise InputError(f"{count} samples are too few: a Frechet distance needs at least 2")
     if count <= num_features(extractor):
-        tqdm.write(
-            f"warning: {count} samples for {num_features(extractor)} features: the covariance is singular and the "
+        warn(
+            f"{count} samples for {num_features(extractor)} features: the covariance is singular and the "
             f"Frechet distance is biased upwards; compare it only with distances of equally many samples (published "
-            f"ones use 50,000)",
-            file=sys.stderr,
+            f"ones use 50,000)"
         )

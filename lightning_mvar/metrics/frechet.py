@@ -48,10 +48,12 @@ class FeatureStatistics(Metric):
         self.n += len(features)
 
     def compute(self) -> Statistics:
-        """Returns mean and covariance; raises InputError for fewer than two feature vectors."""
+        """Returns mean and covariance; raises InputError for fewer than two feature vectors, or infinite ones."""
         n = int(self.n)
         if n < 2:
             raise InputError(f"a Frechet distance needs at least 2 images, got {n}")
+        if not (self.total.isfinite().all() and self.outer.isfinite().all()):
+            raise InputError("the extractor returned features that are not finite: check its weights and its precision")
         mu = self.total / n
         sigma = (self.outer - n * torch.outer(mu, mu)) / (n - 1)
         return Statistics(mu.cpu(), sigma.cpu())

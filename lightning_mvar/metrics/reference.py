@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
-from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, find_embedded_set, open_images
+from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images
 from lightning_mvar.data.tokens.shards import MANIFEST
 from lightning_mvar.data.tokens.sources import open_shards
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.fetch import is_remote, remote_file_name
+from lightning_mvar.io.fetch import fetch_files, is_remote, remote_file_name
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.npz import array_names
 from lightning_mvar.metrics.image_sets import DecodedShards, ImageSet, SourceImages
@@ -24,6 +24,7 @@ from lightning_mvar.sampling.readers import NpzSamples
 from lightning_mvar.scales import Shape, format_shape, shape_of
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
+RETRIES = 5  # of a download
 MAX_FEATURES = 10_000  # real images used for precision and recall, as in the published protocol
 
 
@@ -118,19 +119,24 @@ def open_reference(name: str) -> Reference:
 
     Args:
         name: `digits:test`, `photos:test` or another embedded set; a folder of class folders; local or remote archives;
-            an npz of images (`arr_0`) or of statistics (`mu`, `sigma`); a local or remote folder of token shards.
+            a local or remote npz of images (`arr_0`) or statistics (`mu`, `sigma`); a local or remote folder of token
+            shards.
 
     Raises:
         InputError: if a file or folder does not exist, or an npz is damaged.
     """
     if (embedded := find_embedded_set(name)) is not None:
         return Reference(name, "images", embedded)
-    if is_remote(name):
-        is_archive = remote_file_name(name).endswith(ARCHIVE_SUFFIXES)
-        return Reference(name, "images" if is_archive else "shards")
     path = Path(name)
+    if is_remote(name):
+        file = remote_file_name(name)
+        if "{}" in name or not file.endswith((*ARCHIVE_SUFFIXES, ".npz")):
+            return Reference(name, "shards")
+        if file.endswith(ARCHIVE_SUFFIXES):
+            return Reference(name, "images")
+        (path,) = fetch_files([name], Path(IMAGE_CACHE), RETRIES)
     if path.suffix == ".npz":
-        return Reference(name, "npz", arrays=tuple(array_names(path)))
+        return Reference(str(path), "npz", arrays=tuple(array_names(path)))
     if (path / MANIFEST).is_file():
         return Reference(name, "shards")
     if not path.exists() and not set(name) & set("{*?["):  # of a pattern of archives

@@ -21,6 +21,7 @@ from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics
 from lightning_mvar.metrics.image_sets import BATCH_SIZE, ImageSet, shard_range
 from lightning_mvar.metrics.precision_recall import FeatureBank
 
+MAX_VALUE = 1e30  # of a statistic or feature; squares of larger numbers may overflow
 SPATIAL = ("mu_s", "sigma_s")  # array names in published files
 MAX_FEATURES = 100_000  # images whose features a file may hold; scores use at most 50,000
 
@@ -166,13 +167,26 @@ def read_statistics(path: Path, names: tuple[str, str], expected: int, extractor
             f"{path} has {names[0]} {mu.shape} and {names[1]} {sigma.shape}, but "
             f"{type(extractor).__name__} has {expected} features: the file was made with another extractor"
         )
-    return Statistics(*(torch.from_numpy(read_finite(array, np.float64)) for array in (mu, sigma)))
+    statistics = Statistics(*(torch.from_numpy(read_finite(array, np.float64)) for array in (mu, sigma)))
+    if not may_be_covariance(statistics.sigma):
+        raise InputError(f"{path}: {names[1]} is not a covariance: it must be symmetric and positive semi-definite")
+    return statistics
+
+
+def may_be_covariance(sigma: Tensor) -> bool:
+    """Returns whether a matrix is symmetric and |s_ij|^2 <= s_ii s_jj, up to rounding of float32."""
+    variances = sigma.diagonal()
+    tolerance = 1e-4 * variances.abs().max() + torch.finfo(sigma.dtype).tiny
+    if (sigma - sigma.T).abs().max() > tolerance or (variances < -tolerance).any():
+        return False
+    deviations = variances.clamp(min=0).sqrt()
+    return bool((sigma.abs() <= deviations[:, None] * deviations + tolerance).all())
 
 
 def read_finite(array: NpzArray, dtype: type[np.floating[Any]]) -> NDArray[Any]:
     """Reads an array whose shape has been checked; raises InputError if it does not hold finite numbers."""
     with np.errstate(over="ignore"):
         values = array.read().astype(dtype, copy=False) if array.dtype.kind in "fiu" else None
-    if values is None or not np.isfinite(values).all():
+    if values is None or not (np.abs(values) <= MAX_VALUE).all():
         raise InputError(f"{array.path}: {array.name} must be finite numbers, got an array of {array.dtype}")
     return values
