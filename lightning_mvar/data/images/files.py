@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_mvar.data.images.decoding import SUFFIXES, UnusableFileError, read_file
 from lightning_mvar.data.images.labels import Labels
-from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_split_folders
+from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_single_parent, refuse_split_folders
 from lightning_mvar.errors import InputError
 
 
@@ -115,6 +115,7 @@ class FolderImages(EncodedImages):
             raise InputError(f"no images under {root}: expected {expected} with a suffix of {', '.join(SUFFIXES)}")
         if labels is None:
             refuse_split_folders(classes, names, str(root))
+            refuse_single_parent(classes, names, str(root))
             numbers = {name: label for label, name in enumerate(classes)}
             keys, image_labels = names, [numbers[name.split("/")[0]] for name in names]
         else:

@@ -32,6 +32,7 @@ NAME_FIELDS = {
 }
 CLASS_FIELDS = {*LABEL_FIELDS, "predictionstring"}
 CLASS_AND_BOX = re.compile(r"(n\d{8})( \d+)+")  # in Kaggle's LOC_val_solution.csv
+SEPARATOR = re.compile(r"[\s,;]+")
 NAME_WITH_SUFFIX = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, SUFFIXES))}))[\s,;]+(.+)", re.IGNORECASE)
 
 
@@ -145,7 +146,11 @@ class Labels:
 
     def words_in_order(self, names: Sequence[str], source: Path) -> list[str]:
         """Returns the lines as the classes of the images in order."""
-        lines = [*self.lines]
+        lines, known = [*self.lines], {*names, *map(without_suffix, names)}
+        if doubtful := next(
+            (line for line in lines if any(is_known(f, known) for f in SEPARATOR.split(line)[1:])), None
+        ):
+            raise InputError(f"--labels {self.path} has the line {doubtful!r}: put the name before the class")
         if lines[0].lower() in CLASS_FIELDS and len(lines) == len(names) + 1:
             del lines[0]
         first_words = [line.split()[0] for line in lines]

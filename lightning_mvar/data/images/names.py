@@ -78,6 +78,16 @@ def refuse_split_folders(classes: Sequence[str], names: Iterable[str], source: s
         )
 
 
+def refuse_single_parent(classes: Sequence[str], names: Iterable[str], source: str) -> None:
+    """Raises InputError if all images are in several folders of one folder: they, not it, may be the classes."""
+    folders = {name.split("/")[1] if name.count("/") > 1 else "" for name in names}
+    if len(classes) == 1 and len(folders) > 1 and "" not in folders:
+        raise InputError(
+            f"{source} has one folder, {classes[0]}, with {len(folders)} folders in it: if these are the classes, pass "
+            f"--images {source}/{classes[0]}; if it is the only class, put its images directly into it"
+        )
+
+
 def refuse_split_files(paths: Sequence[Path], source: str) -> None:
     """Raises InputError if the files of a folder belong to several splits, as their names say."""
     splits = Counter(split for path in paths if (split := split_of(path.name)))

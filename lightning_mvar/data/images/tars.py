@@ -70,7 +70,7 @@ def list_members(paths: Sequence[Path], skipped: Skipped) -> Iterator[Member]:
 
     Args:
         paths: the archives.
-        skipped: counts links that lead to no file.
+        skipped: counts devices, and links that lead to no file.
 
     Raises:
         InputError: if an archive cannot be read.
@@ -103,7 +103,7 @@ def follow_links(members: list[Member], path: Path, skipped: Skipped) -> Iterato
                 break
             found = by_path.get((member.inner, found.target))
         if found is None or found.target:
-            skipped.add("links to no file of the archive", f"{path}: {member.path}")
+            skipped.add("devices, or links to no file of the archive", f"{path}: {member.path}")
         else:
             yield member._replace(offset=found.offset, size=found.size, target="")
 
@@ -120,11 +120,11 @@ def walk_members(file: BinaryIO, begin: int, end: int, number: int, inner: str) 
     with tarfile.open(fileobj=HeaderReader(file), mode="r:") as archive:  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
             data = member.offset_data
+            if member.isfile() and member.issparse():
+                raise tarfile.ReadError(f"{member.name} is stored as a sparse file: pack it without --sparse")
             if not 0 <= member.size <= end - data and not (member.islnk() or member.issym()):
                 raise tarfile.ReadError(f"it is truncated in the middle of {member.name}")
             path = posixpath.normpath(member.name.lstrip("/"))
-            if member.isfile() and member.issparse():
-                raise tarfile.ReadError(f"{member.name} is stored as a sparse file: pack it without --sparse")
             if member.isfile() and member.name.endswith(".tar") and not inner:
                 yield from walk_archive(file, data, data + member.size, number, path)
             elif member.isfile():
@@ -134,6 +134,8 @@ def walk_members(file: BinaryIO, begin: int, end: int, number: int, inner: str) 
             elif member.issym():
                 target = posixpath.join(posixpath.dirname(path), member.linkname)
                 yield Member(number, path, 0, 0, inner, posixpath.normpath(target))
+            elif not member.isdir():
+                yield Member(number, path, 0, 0, inner, path)  # a device, which leads nowhere
             archive.members.clear()  # tarfile would keep all in memory
         return end_of_padding(file, archive.offset, end)
 

@@ -104,6 +104,14 @@ def test_splits_are_not_classes(names: tuple[str, ...], tmp_path: Path) -> None:
             open_encoded(write_tar(tmp_path / "a.tar", [(name, b"x") for name in paths]), None, None)
 
 
+def test_the_only_folder_is_not_taken_for_the_only_class(tmp_path: Path) -> None:
+    write(tmp_path / "repository", [f"data/{name}" for name in IMAGES])
+    with pytest.raises(InputError, match=r"has one folder, data, with 2 folders in it: .* pass --images .*/data; if"):
+        open_encoded(str(tmp_path / "repository"), None, None)
+    one = write(tmp_path / "one", ["ant/0.png", "ant/more/1.png"])
+    assert open_encoded(str(one), None, None).class_names == ["ant"]
+
+
 def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", ["train/0.png", "test/0.png"])
     assert open_encoded(str(folder), None, None).class_names == ["test", "train"]

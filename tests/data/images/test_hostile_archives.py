@@ -78,6 +78,8 @@ def test_links_in_an_archive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         ("bee/out.png", tarfile.SYMTYPE, "../../../etc/passwd"),
         ("bee/root.png", tarfile.SYMTYPE, "/etc/passwd"),
         ("bee/folder", tarfile.SYMTYPE, "../ant"),
+        ("bee/device.png", tarfile.CHRTYPE, ""),
+        ("bee/pipe.png", tarfile.FIFOTYPE, ""),
     ]
     path = Path(write_tar(tmp_path / "a.tar", IMAGES))
     with tarfile.open(path, "a") as archive:
@@ -92,7 +94,13 @@ def test_links_in_an_archive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         "bee/soft.png": b"ant 1",
         "bee/chain.png": b"ant 1",
     }
-    assert "links to no file of the archive (4, such as" in caplog.text
+    assert "links to no file of the archive (6, such as" in caplog.text
+
+
+def test_sparse_files_are_refused(tmp_path: Path) -> None:
+    block = header("ant/hole.png", 512, tarfile.GNUTYPE_SPARSE)
+    with pytest.raises(InputError, match=r"ant/hole.png is stored as a sparse file: pack it without --sparse"):
+        open_tar(tmp_path / "a.tar", block + b"x" * 512 + plain(tmp_path))
 
 
 def test_names_that_climb_stay_keys(tmp_path: Path) -> None:

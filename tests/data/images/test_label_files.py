@@ -47,6 +47,7 @@ BIRDS = ["golden eagle", "golden retriever"]
         "\ufeff1.png,golden eagle\n2.png,golden retriever\n3.png,golden eagle",
         "1.png,golden eagle\n1.png,golden eagle\n2.png,golden retriever\n3.png,golden eagle",
         "1.jpg golden eagle\n2.jpg golden retriever\n3.jpg golden eagle",
+        "1.png;golden eagle\n2.png;golden retriever\n3.png;golden eagle",
         "golden eagle\ngolden retriever\ngolden eagle",
     ],
 )
@@ -100,6 +101,7 @@ def test_annotations_of_tiny_imagenet(tmp_path: Path) -> None:
         ("1.png,x,ant\n2.png,y,bee\n3.png,z,ant", None, "has 3 columns and no header: keep two"),
         ("1.png ant\n2.png bee", None, "has no label for 1 image.* such as 3.png"),
         ("a ant\nb bee\nc cat", None, "has no label for 3 image.* such as 1.png"),
+        ("ant,1.png\nbee,2.png\nant,3.png", None, "has the line 'ant,1.png': put the name before the class"),
         ("ant\nbee", None, "has 2 labels for the 3 images"),
         ("1.png 1000000000\n2.png 0\n3.png 1", None, "there is a class 1000000000; numbers go up to"),
         ("1.png a\0b\n2.png c\n3.png c", None, "has the class 'a.x00b': a class is a number or a printable name"),
