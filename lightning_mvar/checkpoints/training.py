@@ -219,13 +219,13 @@ class RunRecord:
         ema: whether the weights are averaged.
         skipped_steps: number of steps skipped so far, and length of the current run of skipped steps.
         world_size: number of ranks.
-        batch_of_all_ranks: images per batch, all ranks together.
+        batch_of_all_ranks: images per batch, all ranks together; None if the data were not a `TokenDataModule`.
     """
 
     ema: bool
     skipped_steps: tuple[int, int]
     world_size: int
-    batch_of_all_ranks: int
+    batch_of_all_ranks: int | None
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class ResumableLoader(ABC):
         self.batches_trained: Callable[[], int] = lambda: self.position
         self.start = 0
         self.batches_per_epoch = lambda: len(self)  # may be limited to less than all
+        self.repeats_epoch = False  # whether every epoch has the batches of the first, to overfit them
 
     def __len__(self) -> int:
         return len(self.source)
@@ -52,7 +53,7 @@ class ResumableLoader(ABC):
             self.epoch, self.position = self.epoch + 1, 0
         self.resumed = False
         self.start = self.position - self.batches_trained()
-        self.source.epoch, self.source.first_batch = self.epoch, self.position
+        self.source.epoch, self.source.first_batch = 0 if self.repeats_epoch else self.epoch, self.position
         for batch in self.batches():
             self.position += 1
             yield batch

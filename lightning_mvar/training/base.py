@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import random
-from functools import cached_property
+import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mvar.errors import DivergedError, InputError
-from lightning_mvar.training.lightning_internals import correct_logged_step, loggers_see_this_step
+from lightning_mvar.training.lightning_internals import correct_logged_step, loggers_see_this_step, training_loader
 from lightning_mvar.training.optim import OptimizerConfig, apply_schedule, build_optimizer, skip_step_unless
 from lightning_mvar.training.strategies import full_tensor, local_shards
 
@@ -46,8 +47,9 @@ class PendingStep(NamedTuple):
     gradient_norm: AsyncScalar
 
 
+@runtime_checkable
 class TrainingData(Protocol):
-    """Interface that a module expects of its datamodule."""
+    """Interface of this package's datamodules that modules use; with other data, a module does without."""
 
     batch_size: int  # images per rank
 
@@ -86,9 +88,37 @@ class ScheduledModule(L.LightningModule):
         self.gradients_finite = torch.tensor(True)  # of this step, on the device
 
     @property
-    def data(self) -> TrainingData:
-        """The datamodule, with the interface that modules rely on."""
-        return cast(TrainingData, self.trainer.datamodule)  # type: ignore[attr-defined]
+    def data(self) -> TrainingData | None:
+        """The datamodule, if it is one of this package."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return datamodule if isinstance(datamodule, TrainingData) else None
+
+    @property
+    def batch_size(self) -> int:
+        """Images per rank and batch: the datamodule's, or that of the DataLoader.
+
+        Raises:
+            InputError: if a DataLoader does not tell it.
+        """
+        size = getattr(self.data or training_loader(self.trainer), "batch_size", None)
+        if size is None:
+            raise InputError("the learning rate follows the images per step: give the DataLoader a batch_size")
+        return int(size)
+
+    def keys(self, batch: Any) -> list[str]:
+        """Returns the names of the images of a batch; none if its data have no names."""
+        return [] if self.data is None else self.data.keys(batch)
+
+    @property
+    def lr(self) -> float:
+        """Peak of the learning rate, by the name that Lightning's LearningRateFinder looks for."""
+        return self.optimizer_config.base_lr * self.global_batch / 256
+
+    @lr.setter
+    def lr(self, peak: float) -> None:
+        base_lr = peak * 256 / self.global_batch
+        self.optimizer_config = replace(self.optimizer_config, base_lr=base_lr)
+        rank_zero_info(f"the peak of the learning rate is {peak:.3g} now: --model.optimizer.base_lr {base_lr:.3g}")
 
     def setup(self, stage: str) -> None:
         """Checks the precision.
@@ -101,12 +131,14 @@ class ScheduledModule(L.LightningModule):
             mixed = precision.replace("true", "mixed")
             raise InputError(f"--trainer.precision {precision} keeps no weights in float32; use {mixed}")
         self.seed = self.trainer.strategy.broadcast(self.seed)
+        # It also takes the batches of datamodules, which this package's need not change.
+        warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # float16 only; fused kernels bypass it
         return build_optimizer(self, self.optimizer_config, scaler is None, self.undecayed)
 
-    @cached_property
+    @property
     def total_steps(self) -> int:
         """Number of optimizer steps of the run, from max_steps or max_epochs.
 
@@ -123,7 +155,7 @@ class ScheduledModule(L.LightningModule):
     @property
     def batch_of_all_ranks(self) -> int:
         """Images per batch over all ranks."""
-        return self.data.batch_size * self.trainer.world_size
+        return self.batch_size * self.trainer.world_size
 
     @property
     def global_batch(self) -> int:
@@ -145,6 +177,8 @@ class ScheduledModule(L.LightningModule):
         correct_logged_step(self.trainer, self.global_step)
         self.batches.append(batch)
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
+        if self.trainer.lr_scheduler_configs:  # of LearningRateFinder or StochasticWeightAveraging
+            return
         step = (self.global_step, self.total_steps, self.global_batch)
         lr, weight_decay = apply_schedule(optimizer, self.optimizer_config, *step)
         if self.is_logging_step:
@@ -233,7 +267,7 @@ class ScheduledModule(L.LightningModule):
         self.skipped_in_a_row += 1
         folder = Path(self.trainer.default_root_dir) / SKIPPED_STEPS
         folder.mkdir(parents=True, exist_ok=True)
-        keys = [key for batch in pending.batches for key in self.data.keys(batch)]
+        keys = [key for batch in pending.batches for key in self.keys(batch)]
         record = {"step": step, "epoch": pending.epoch, "gradient_norm": str(norm), "keys": keys}
         with open(folder / f"rank{self.global_rank}.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")

@@ -145,7 +145,7 @@ class TokenDataModule(BatchedDataModule):
                 classes in training than in validation.
         """
         super().setup(stage)
-        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
+        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
 
         def read() -> tuple[dict[str, Manifest], dict[str, str]]:
             manifests = {name: self.shards[name].manifest() for name in needed}
@@ -173,6 +173,10 @@ class TokenDataModule(BatchedDataModule):
 
     def test_dataloader(self) -> TokenLoader:
         return self.loader("test", None)
+
+    def predict_dataloader(self) -> TokenLoader:
+        """Returns the test shards, for their labels."""
+        return self.test_dataloader()
 
     def loader(self, name: str, seed: int | None) -> TokenLoader:
         rank, world_size = rank_and_world_size(self.trainer)
@@ -270,5 +274,6 @@ def track_progress(loader: Loader, trainer: L.Trainer | None) -> Loader:
 
         loader.batches_trained = trained
         loader.batches_per_epoch = lambda: min(len(loader), int(trainer.num_training_batches))
+        loader.repeats_epoch = trainer.overfit_batches > 0  # type: ignore[attr-defined]
         loader.epoch = trainer.current_epoch - 1  # incremented by the next pass; a restored position is added later
     return loader

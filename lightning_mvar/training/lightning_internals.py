@@ -28,6 +28,12 @@ def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
     return module._trainer
 
 
+def training_loader(trainer: L.Trainer) -> Any:
+    """Returns what `fit` was given to train on, or None; the public property is set too late for LearningRateFinder."""
+    source = trainer.fit_loop._data_source.instance
+    return None if isinstance(source, L.LightningModule) else source
+
+
 def loggers_see_this_step(trainer: L.Trainer) -> bool:
     """Returns whether loggers record the current step, so that other steps copy no values from the device."""
     return bool(trainer._logger_connector.should_update_logs)

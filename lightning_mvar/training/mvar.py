@@ -5,28 +5,41 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_mvar.checkpoints import load_tokenizer
+from lightning_mvar.checkpoints import load_tokenizer, load_trained
 from lightning_mvar.checkpoints.pair import check_pair
-from lightning_mvar.checkpoints.training import NETWORK_KEY, NetworkRecord, RunRecord, TokenizerRecord
+from lightning_mvar.checkpoints.training import (
+    NETWORK_KEY,
+    NetworkRecord,
+    RunRecord,
+    TokenizerRecord,
+    read_plain_part,
+    resolve_last,
+)
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import checked
 from lightning_mvar.models.config import MVARConfig, NetworkOptions
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.models.parameters import UNDECAYED
-from lightning_mvar.sampling.generate import teacher_inputs
+from lightning_mvar.sampling.generate import draw_images, teacher_inputs
+from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.base import ScheduledModule, update_ema
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import attached_trainer
 from lightning_mvar.training.optim import OptimizerConfig
-from lightning_mvar.training.strategies import FSDP2Strategy, build_network, enable_activation_checkpointing
+from lightning_mvar.training.strategies import (
+    FSDP2Strategy,
+    build_network,
+    enable_activation_checkpointing,
+    sampling_mode,
+)
 
 
 class LitMVAR(ScheduledModule):
@@ -72,6 +85,9 @@ class LitMVAR(ScheduledModule):
         self.tokenizer_path = tokenizer
         self.label_drop, self.ema_decay = label_drop, ema_decay
         self.compile_blocks, self.checkpoint_activations = compile, activation_checkpointing
+        self.sampling = SamplingSettings()  # of `predict_step`
+        self.predicted = 0  # images that this rank has drawn since `predict` began
+        self.known_class_names: list[str] = []
         self.network: MVAR
         self.ema: MVAR | None = None
 
@@ -82,26 +98,40 @@ class LitMVAR(ScheduledModule):
             InputError: naming the first field that differs.
         """
         super().setup(stage)
-        data, network = cast(TokenDataModule, self.data), self.network_config
-        for name, manifest in data.manifests.items():
+        network, data = self.network_config, self.token_data
+        for name, manifest in data.manifests.items() if data is not None else ():
             side_lengths = network.schedule.side_lengths
             expected = (side_lengths, network.vocab_size, network.num_classes, self.tokenizer_fingerprint)
-            manifest.check_model(data.shards[name], *expected)
+            manifest.check_model(data.shards[name], *expected)  # type: ignore[union-attr]
 
     @cached_property
     def network_config(self) -> MVARConfig:
-        """Configuration of the network; known once the datamodule has read its shards."""
+        """Configuration of the network; known once the datamodule has read its shards.
+
+        Raises:
+            InputError: if neither the options nor shards tell the number of classes.
+        """
         options = self.network_options
         if not isinstance(options, NetworkOptions):
             return options
         tokenizer = self.hidden_tokenizer[0].config
-        num_classes = len(self.class_names) if options.num_classes is None else options.num_classes
+        num_classes = options.num_classes
+        if num_classes is None and self.token_data is None:
+            raise InputError("network.num_classes is needed with your own DataLoaders: token shards would tell it")
+        num_classes = len(self.class_names) if num_classes is None else num_classes
         return options.complete(tokenizer.schedule, tokenizer.vocab_size, tokenizer.code_dim, num_classes)
 
     @property
+    def token_data(self) -> TokenDataModule | None:
+        """The datamodule, unless the data are DataLoaders or another datamodule."""
+        return self.data if isinstance(self.data, TokenDataModule) else None
+
+    @property
     def class_names(self) -> list[str]:
-        """Class names in label order, from the shards."""
-        return cast(TokenDataModule, self.data).class_names
+        """Class names in label order, from the shards or the checkpoint; without either, the labels themselves."""
+        if self.token_data is not None:
+            return self.token_data.class_names
+        return self.known_class_names or [str(label) for label in range(self.network_config.num_classes)]
 
     def configure_model(self) -> None:
         """Builds the network and its average, sharding each part as soon as it exists; see `build_network`."""
@@ -150,6 +180,12 @@ class LitMVAR(ScheduledModule):
     def tokenizer_fingerprint(self) -> str:
         return self.hidden_tokenizer[0].fingerprint()
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Accepts batches of any DataLoader; see `token_batch` and `labels_of`."""
+        if self.trainer.predicting:
+            return labels_of(batch, self.network_config.num_classes)
+        return token_batch(batch, self.network_config)
+
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         labels = self.drop_labels(batch.labels, batch_idx)
         losses, correct = self.score(batch, labels)
@@ -165,6 +201,21 @@ class LitMVAR(ScheduledModule):
 
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.evaluate(batch, "test")
+
+    def on_predict_start(self) -> None:
+        self.predicted = 0
+
+    def predict_step(self, labels: Tensor, batch_idx: int) -> Tensor:
+        """Draws an image (3, H, W) in [0, 1] per label (b,), with the settings in `self.sampling`.
+
+        Image i of a seed is the same in any batch and on any number of ranks, if a DistributedSampler without shuffling
+        divides the labels.
+        """
+        numbers = range(self.predicted, self.predicted + len(labels))
+        generators = self.sampling.generators(i * self.trainer.world_size + self.global_rank for i in numbers)
+        self.predicted += len(labels)
+        with sampling_mode(self.averaged, self.trainer.strategy) as network:
+            return draw_images(network, self.tokenizer, labels, self.sampling, generators)[0]
 
     def evaluate(self, batch: TokenBatch, stage: str) -> None:
         """Logs teacher-forced scores of a batch without its padding; the epoch average weights every sample equally."""
@@ -210,16 +261,47 @@ class LitMVAR(ScheduledModule):
         names = self.network_config.schedule.names
         return {f"{prefix}/{name}": part.mean() for name, part in zip(names, self.per_scale(losses), strict=True)}
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, tokenizer: str | None = None, **options: Any
+    ) -> LitMVAR:
+        """Builds the module of a checkpoint of `fit`, sharded or not, with its weights and their average.
+
+        Args:
+            checkpoint_path: the checkpoint.
+            map_location: device to move the module to.
+            tokenizer: folder of the tokenizer, if it has moved.
+            options: other arguments of the constructor, for training on: a checkpoint has none but the network. Without
+                `ema_decay`, an average is kept on with 0.9999.
+
+        Raises:
+            InputError: if the checkpoint is missing or not one of `fit`, or its tokenizer is a different one.
+        """
+        path = Path(checkpoint_path)
+        trained = load_trained(path, tokenizer, weights="raw")
+        record = checked(read_plain_part(resolve_last(path)).get(NETWORK_KEY), NetworkRecord, str(path))
+        if record.run.ema:
+            options = {"ema_decay": 0.9999} | options
+        network = NetworkOptions(**vars(trained.network.config))
+        module = cls(network, tokenizer or record.tokenizer.path, **options)
+        module.network = trained.network.train().requires_grad_()
+        module.known_class_names = trained.class_names
+        if module.ema_decay is not None:
+            module.ema = load_trained(path, tokenizer, weights="ema").network.requires_grad_(False)
+        return module.to(map_location) if map_location is not None else module
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tokenizer = TokenizerRecord(str(Path(self.tokenizer_path).resolve()), self.tokenizer_fingerprint)
-        run = RunRecord(self.ema_decay is not None, self.skip_counts, self.trainer.world_size, self.batch_of_all_ranks)
+        batch = None if self.token_data is None else self.batch_of_all_ranks
+        run = RunRecord(self.ema_decay is not None, self.skip_counts, self.trainer.world_size, batch)
         checkpoint[NETWORK_KEY] = asdict(NetworkRecord(self.network_config, tokenizer, self.class_names, run))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         record = self.check_checkpoint(checkpoint[NETWORK_KEY])
         if self.trainer.state.fn == "fit":
             self.skipped_steps, self.skipped_in_a_row = record.run.skipped_steps
-            self.adapt_to_devices(record.run, checkpoint["loops"]["fit_loop"])
+            if self.token_data is not None and record.run.batch_of_all_ranks is not None:
+                self.adapt_to_devices(record.run, record.run.batch_of_all_ranks, checkpoint["loops"]["fit_loop"])
 
     def check_checkpoint(self, entry: Any) -> NetworkRecord:
         """Reads the `NETWORK_KEY` entry of a checkpoint; fields that it lacks have their defaults.
@@ -246,12 +328,12 @@ class LitMVAR(ScheduledModule):
                 )
         return record
 
-    def adapt_to_devices(self, run: RunRecord, fit_loop: dict[str, Any]) -> None:
+    def adapt_to_devices(self, run: RunRecord, before: int, fit_loop: dict[str, Any]) -> None:
         """Keeps the place in the epoch if the run resumes with other devices or batch sizes, and reports what changes.
 
         The order of the samples does not depend on the devices. Lightning counts batches, so its counts are converted.
         """
-        before, now = run.batch_of_all_ranks, self.batch_of_all_ranks
+        now = self.batch_of_all_ranks
         if before != now:
             current = fit_loop["epoch_loop.batch_progress"]["current"]
             repeated = current["completed"] * before % now
@@ -267,3 +349,43 @@ class LitMVAR(ScheduledModule):
                 f"resuming on {self.trainer.world_size} ranks, not {run.world_size}: batches and dropped labels are "
                 f"the same; drop path draws other random numbers, sums round differently"
             )
+
+
+def token_batch(batch: Any, network: MVARConfig) -> TokenBatch:
+    """Returns a batch of any DataLoader as a TokenBatch.
+
+    Args:
+        batch: a TokenBatch, or a pair (tokens (b, l), labels (b,)) of integers.
+        network: the network that will read it.
+
+    Raises:
+        InputError: if it is neither, or its tokens are not those of the network's schedule and vocabulary.
+    """
+    if isinstance(batch, TokenBatch):
+        return batch
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise InputError("a batch must be a TokenBatch or a pair (tokens (b, l), labels (b,))")
+    tokens, length = batch[0], network.schedule.num_tokens
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.shape[1:] != (length,):
+        raise InputError(f"tokens of a batch must be an integer tensor (b, {length})")
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < network.vocab_size:
+        raise InputError(f"tokens of a batch must be in [0, {network.vocab_size - 1}]")
+    labels = labels_of(batch[1], network.num_classes)
+    if len(labels) != len(tokens):
+        raise InputError(f"a batch has {len(tokens)} rows of tokens and {len(labels)} labels")
+    every = torch.ones(len(labels), dtype=torch.bool)
+    return TokenBatch(tokens.long(), labels, every, torch.full((len(labels),), -1))
+
+
+def labels_of(batch: Any, num_classes: int) -> Tensor:
+    """Returns the labels (b,) int64 of a batch: the batch itself, or its last element.
+
+    Raises:
+        InputError: if it has none, or one is not in [0, num_classes]; `num_classes` means unconditional.
+    """
+    labels = batch.labels if isinstance(batch, TokenBatch) else batch[-1] if isinstance(batch, tuple | list) else batch
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+        raise InputError("labels must be an integer tensor (b,): the batch itself, or its last element")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= num_classes:
+        raise InputError(f"labels must be in [0, {num_classes}], got {labels.min()} to {labels.max()}")
+    return labels.long()

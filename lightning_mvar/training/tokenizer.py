@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_official_tokenizer, load_tokenizer
+from lightning_mvar.checkpoints.training import EMA_PREFIX, read_plain_part, read_tensors, resolve_last
 from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.data.tokens.statistics import perplexity
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import checked
+from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, assignment_sums, entropy_loss
 from lightning_mvar.tokenizer.discriminator import (
     AdversaryConfig,
@@ -141,6 +143,10 @@ class LitTokenizer(ScheduledModule):
         """The tokenizer to validate and save: the weight average if one is kept, else the weights being trained."""
         return self.tokenizer if self.ema is None else self.ema
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Accepts batches of any DataLoader; see `image_batch`."""
+        return image_batch(batch, self.tokenizer.config.shape)
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         self.warn_about_corrupt_images(batch)
         if not len(batch.images):
@@ -185,6 +191,11 @@ class LitTokenizer(ScheduledModule):
             self.count_usage("val", reconstruction.steps)
         self.log_dict({f"val/{n}": v for n, v in losses.items()}, batch_size=count, sync_dist=True)
         return reconstruction.decoded.float().clamp(-1, 1) if count else None
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Returns reconstructions (b, 3, H, W) float32 in [-1, 1]."""
+        decoded: Tensor = self.averaged(batch.images).decoded
+        return decoded.float().clamp(-1, 1)
 
     def on_validation_epoch_end(self) -> None:
         """Logs codebook usage and codebook perplexity of each scale."""
@@ -270,7 +281,7 @@ class LitTokenizer(ScheduledModule):
         if not self.codebook.scale_dropout:
             return None
         generator = torch.Generator().manual_seed(self.derive_seed(batch_idx, "scale dropout"))
-        size = (self.trainer.world_size, self.data.batch_size)
+        size = (self.trainer.world_size, self.batch_size)
         scales = self.tokenizer.config.schedule.num_scales
         first = torch.randint(1, scales, size, generator=generator)
         dropped = torch.rand(size, generator=generator) < self.codebook.scale_dropout
@@ -325,6 +336,33 @@ class LitTokenizer(ScheduledModule):
     def warn_about_corrupt_images(self, batch: ImageBatch) -> None:
         for message in batch.errors:
             log.warning("skipped: %s", message)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, **options: Any
+    ) -> LitTokenizer:
+        """Builds the module of a checkpoint of `train-tokenizer`, sharded or not, with its weights and their average.
+
+        Args:
+            checkpoint_path: the checkpoint.
+            map_location: device to move the module to.
+            options: other arguments of the constructor, for training on: a checkpoint has none but the tokenizer. An
+                adversary starts with a new discriminator. Without `ema_decay`, an average is kept on with 0.9999.
+
+        Raises:
+            InputError: if the checkpoint is missing or not one of `train-tokenizer`.
+        """
+        path = resolve_last(Path(checkpoint_path))
+        record = read_plain_part(path).get(TOKENIZER_KEY)
+        if record is None:
+            raise InputError(f"{path} is not a checkpoint of `lightning-mvar train-tokenizer`")
+        if record.get("ema_decay (an average of the weights)") == "kept":
+            options = {"ema_decay": 0.9999} | options
+        module = cls(checked(record["config"], TokenizerConfig, str(path)), **options)
+        module.tokenizer.load_state_dict(read_tensors(path, "tokenizer."))
+        if module.ema is not None:
+            module.ema.load_state_dict(read_tensors(path, EMA_PREFIX))
+        return module.to(map_location) if map_location is not None else module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         usage = self.usage["train"].clone()
@@ -384,3 +422,21 @@ def load_pretrained(weights: str, config: TokenizerConfig) -> Tokenizer:
     tokenizer = Tokenizer(config)
     tokenizer.load_state_dict(loaded.state_dict())
     return tokenizer
+
+
+def image_batch(batch: Any, shape: Shape) -> ImageBatch:
+    """Returns a batch of any DataLoader as an ImageBatch.
+
+    Args:
+        batch: an ImageBatch, images (b, 3, H, W) in [-1, 1], or a tuple or list that begins with them.
+        shape: height and width of the tokenizer's images.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    if isinstance(batch, ImageBatch):
+        return batch
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.shape[1:] != (3, *shape):
+        raise InputError(f"images of a batch must be a float tensor (b, 3, {shape[0]}, {shape[1]}) in [-1, 1]")
+    return ImageBatch(images, torch.full((len(images),), -1), [], [], [])
