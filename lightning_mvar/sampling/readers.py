@@ -14,6 +14,7 @@ from PIL import Image
 
 from lightning_mvar.data.images.decoding import (
     IMAGE_ERRORS,
+    MAX_PIXELS,
     SUFFIXES,
     decode_upright,
     describe,
@@ -108,6 +109,10 @@ class NpzSamples(Samples):
         shape, dtype = self.rows.shape, self.rows.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape[1:]:
             raise InputError(f"{path}: arr_0 must be uint8 N x H x W x 3, got {dtype} {' x '.join(map(str, shape))}")
+        if shape[1] * shape[2] > MAX_PIXELS:
+            raise InputError(
+                f"{path}: images of {shape[1]} x {shape[2]} pixels are too large; the most is {MAX_PIXELS}"
+            )
         if self.rows.header.fortran_order:
             raise InputError(f"{path}: arr_0 must be in C order: save numpy.ascontiguousarray(images)")
         self.class_names: list[str] = []

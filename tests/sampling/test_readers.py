@@ -174,3 +174,22 @@ def test_samples_may_be_of_any_shape(tmp_path: Path, pixels: np.ndarray) -> None
     for samples in (open_samples(tmp_path / "oblong.npz"), open_samples(tmp_path / "oblong")):
         assert samples.shape == (4, 8)
         assert np.array_equal(samples.pixels(5), pixels[5, :4])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            np.zeros((1, 12_000, 12_000, 3), np.uint8),
+            "images of 12000 x 12000 are too large: the most is 120000000 pix",
+        ),
+        (np.zeros((10**9, 0, 4, 3), np.uint8), "arr_0 must be uint8 N x H x W x 3, got uint8 1000000000 x 0 x 4 x 3"),
+        (np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8)), "must be in C order: save numpy.ascontiguousarray"),
+    ],
+)
+def test_an_npz_of_impossible_images_is_refused_before_it_is_read(
+    tmp_path: Path, images: np.ndarray, message: str
+) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images)
+    with pytest.raises(InputError, match=message):
+        open_samples(tmp_path / "a.npz")
