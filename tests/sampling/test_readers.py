@@ -181,7 +181,7 @@ def test_samples_may_be_of_any_shape(tmp_path: Path, pixels: np.ndarray) -> None
     [
         (
             np.zeros((1, 12_000, 12_000, 3), np.uint8),
-            "images of 12000 x 12000 are too large: the most is 120000000 pix",
+            "images of 12000 x 12000 pixels are too large; the most is 120000000",
         ),
         (np.zeros((10**9, 0, 4, 3), np.uint8), "arr_0 must be uint8 N x H x W x 3, got uint8 1000000000 x 0 x 4 x 3"),
         (np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8)), "must be in C order: save numpy.ascontiguousarray"),
