@@ -139,7 +139,7 @@ def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         orientation = pop_orientation(file)
         file.load()
         transposition = TRANSPOSITIONS.get(orientation)
-        return file.copy() if transposition is None else file.transpose(transposition)
+        return file if transposition is None else file.transpose(transposition)
 
 
 def pop_orientation(file: Image.Image) -> int:
