@@ -172,6 +172,7 @@ def draw_set(
     """
     if per_class < 1 or batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
+    check_count(per_class, 1, keep)  # before the network is read, which says how many classes there are
     if keep is not None and reject is None:
         raise InputError(
             "--keep is the share of the images that --reject CLASSIFIER keeps: add --reject, or drop --keep"
@@ -181,8 +182,7 @@ def draw_set(
     model = load()
     network, tokenizer, names = model
     chosen = select_labels(classes, Classes(names, network.config.num_classes))
-    if per_class * len(chosen) > MAX_IMAGES:
-        raise InputError(f"--per_class {per_class}: a set has at most {MAX_IMAGES:,} images; draw several sets")
+    check_count(per_class, len(chosen), keep)
     labels = torch.tensor(chosen).repeat_interleave(per_class)
     check_arguments(network, tokenizer, labels)  # before anything is written
     metadata = asdict(settings) | {
@@ -200,6 +200,16 @@ def draw_set(
         images = open_set(target, metadata | ({} if rejection is None else rejection.metadata()), drawing)
         fill(images, drawing, rejection, ranks, batch_size)
     return drawing
+
+
+def check_count(per_class: int, classes: int, keep: float | None) -> None:
+    """Raises InputError if a set would have too many images, or too many candidates that rejection draws."""
+    if keep is not None and not 0 < keep <= 1:
+        raise InputError(f"--keep is the share of the images that is kept and must be in (0, 1], got {keep}")
+    if per_class * classes > MAX_IMAGES:
+        raise InputError(f"--per_class {per_class}: a set has at most {MAX_IMAGES:,} images; draw several sets")
+    if keep is not None and per_class * classes > MAX_IMAGES * keep:
+        raise InputError(f"--keep {keep}: at most {MAX_IMAGES:,} images are drawn to choose from; keep a larger share")
 
 
 def own_target(target: Path, ranks: Ranks) -> AbstractContextManager[Any]:
@@ -235,8 +245,6 @@ def progress_bar(ranks: Ranks, count: int, missing: int) -> tqdm:
 
 def prepare_rejection(classifier: nn.Module, keep: float, drawing: Drawing) -> Rejection:
     """Moves the classifier to the device; raises InputError unless it has the classes that are drawn."""
-    if not 0 < keep <= 1:
-        raise InputError(f"--keep is the share of the images that is kept and must be in (0, 1], got {keep}")
     rejection = Rejection(classifier.eval().requires_grad_(False).to(drawing.sampler.device), keep)
     image_shape, num_classes = drawing.sampler.tokenizer.config.shape, drawing.sampler.classes.count
     if (drawing.labels == num_classes).any():

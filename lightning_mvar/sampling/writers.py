@@ -7,6 +7,7 @@ continuing it with other settings is refused.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -117,6 +118,19 @@ class NpzFile(SampleSet):
     def __init__(self, file: Path, metadata: dict[str, Any], count: int, shape: Shape) -> None:
         self.file, self.shape = file, (count, *shape, 3)
         super().__init__(partial_folder(file), metadata, count)
+        self.require_space()
+
+    def require_space(self) -> None:
+        """Raises InputError if the disk has no space for the missing batches and, after them, for the file itself."""
+        if self.file.is_file():
+            return
+        written = sum(path.stat().st_size for path in visible(self.folder.glob("*.npz")))
+        needed, free = 2 * math.prod(self.shape) - written, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise InputError(
+                f"drawing {self.file} takes {needed / 1e9:,.1f} GB, the batches and the file, but its disk has "
+                f"{free / 1e9:,.1f} GB free: draw fewer images, or use another disk"
+            )
 
     def claim(self) -> None:
         if self.file.is_file():

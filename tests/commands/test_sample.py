@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -245,6 +246,7 @@ def test_rejection_keeps_the_images_with_the_highest_confidence(workdir: Path) -
         (["--reject", "conftest.Brightness", "--strip", "a.png"], "before --reject selects"),
         (["--keep", "0.3"], "--keep is the share of the images that --reject CLASSIFIER keeps: add --reject"),
         (["--per_class", "1000000000000"], "a set has at most 10,000,000 images"),
+        (["--per_class", str(2**63), "--ckpt_path", "nowhere"], "a set has at most 10,000,000 images"),
         (["--animation", "a.mp4"], "--animation a.mp4 must end in .gif or .webp"),
         (["--classes", "3,3x"], "--classes: there is no class '3x'"),
         (["--devices", "0"], "--devices and --num_nodes must be at least 1"),
@@ -257,6 +259,20 @@ def test_invalid_options_are_refused(
     assert run([*SAMPLE, "--out", "set", *options]) == 1
     assert message in capfd.readouterr().err
     assert not Path("set").exists()
+
+
+def test_a_set_that_the_disk_cannot_hold_is_refused_before_drawing(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=7000))
+    assert run([*SAMPLE, "--out", "a.npz"]) == 1  # 20 images of 192 bytes, twice, are 7,680 bytes
+    assert (
+        "drawing a.npz takes 0.0 GB, the batches and the file, but its disk has 0.0 GB free" in capfd.readouterr().err
+    )
+    assert not list(Path("a.npz.partial").glob("*.npz"))
+    assert run([*SAMPLE, "--out", "a.npz", "--per_class", "1"]) == 1  # the folder belongs to the other set
+    assert run([*SAMPLE, "--out", "b.npz", "--per_class", "1"]) == 0
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
