@@ -67,9 +67,8 @@ def run(argv: list[str]) -> int:
             return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
     if argv[0] not in COMMANDS:
         return fail(f"there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
-    command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")
     try:
-        command.main(argv)
+        importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}").main(argv)
     except InputError as error:
         return fail(strip_worker_traceback(str(error)))
     except OSError as error:

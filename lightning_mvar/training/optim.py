@@ -44,6 +44,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.base_lr <= 0:
             raise InputError(f"optimizer.base_lr must be positive, got {self.base_lr}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("weight_decay", "final_weight_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
         for name in ("warmup", "initial_lr_ratio", "final_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"optimizer.{name} must be in [0, 1], got {getattr(self, name)}")

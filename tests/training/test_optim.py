@@ -91,7 +91,18 @@ def test_a_step_is_adamw() -> None:
     torch.testing.assert_close(weight.detach(), before * (1 - lr * weight_decay) - lr * weight.grad.sign())
 
 
-@pytest.mark.parametrize("wrong", [{"base_lr": 0.0}, {"warmup": 1.5}, {"final_lr_ratio": -0.1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base_lr": 0.0},
+        {"warmup": 1.5},
+        {"final_lr_ratio": -0.1},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"weight_decay": -1.0},
+        {"final_weight_decay": -1.0},
+    ],
+)
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError):
         OptimizerConfig(**wrong)
