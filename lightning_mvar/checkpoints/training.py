@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lightning_mvar.checkpoints.folders import build_network, check_class_names, load_tokenizer
 from lightning_mvar.checkpoints.pair import TrainedModel
 from lightning_mvar.checkpoints.sharded import read_tensors as read_sharded
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular, sync
 from lightning_mvar.io.json_files import checked, read_json
-from lightning_mvar.io.tensors import StateDict, read_torch
+from lightning_mvar.io.tensors import StateDict, check_storage, read_torch
 from lightning_mvar.models.config import MVARConfig
 
 log = logging.getLogger(__name__)
@@ -200,7 +202,10 @@ def read_tensors(path: Path, prefix: str) -> StateDict:
     weights = read_torch(path).get("state_dict")
     if not isinstance(weights, dict):
         raise InputError(f"{path} has no state_dict")
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    named = {name: part for name, part in weights.items() if isinstance(name, str) and isinstance(part, Tensor)}
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+    check_storage([*tensors.values()], path)
+    return tensors
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def read_weights(path: Path) -> StateDict:
 
 
 def read_any(path: Path) -> dict[str, Any]:
-    """Reads a .safetensors file or one of `torch.save`, which of them its content says.
+    """Reads a .safetensors file or one of `torch.save`, as its content says; all tensors are stored completely.
 
     Raises:
         InputError: if it cannot be read; see `read_weights` and `read_torch`.
@@ -99,7 +99,9 @@ def read_any(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
         begin = file.read(9)
     safe = begin[8:] == b"{" or path.suffix == ".safetensors"  # torch takes the suffix at its word
-    return read_weights(path) if safe else read_torch(path)
+    content = read_weights(path) if safe else read_torch(path)
+    check_storage(tensors_in(content), path)
+    return content
 
 
 def read_torch(path: Path) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 
 def read_plain(file: Path | IO[bytes], source: str) -> Any:
-    """Reads what `torch.save` wrote, plain data and tensors on the CPU, in no more memory than the file has bytes.
+    """Reads what `torch.save` wrote, plain data and tensors on the CPU; nothing is decompressed.
 
     Args:
         file: a path, whose tensors are memory-mapped and read on use, or a stream.
@@ -133,7 +135,7 @@ def read_plain(file: Path | IO[bytes], source: str) -> Any:
         with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # said again in the error, if there is one
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        check_storage(tensors_in(content))
+        check_layout(tensors_in(content))
     except pickle.UnpicklingError as error:  # torch's own message suggests weights_only=False
         raise InputError(
             f"{source} is damaged or not a file of plain weights (it holds other objects or code)"
@@ -176,18 +178,23 @@ def tensors_in(content: Any) -> list[Tensor]:
     return tensors
 
 
-def check_storage(tensors: list[Tensor]) -> None:
-    """Raises InputError unless the tensors are plain and stored completely: a copy could be larger than any memory.
+def check_layout(tensors: list[Tensor]) -> None:
+    """Raises InputError unless the tensors are plain ones on the CPU."""
+    kinds = {(type(t) in (Tensor, nn.Parameter), t.device.type, t.layout) for t in tensors}
+    if kinds - {(True, "cpu", torch.strided)}:
+        raise InputError("it holds tensors without data, or of an unusual layout")
+
+
+def check_storage(tensors: list[Tensor], source: object) -> None:
+    """Raises InputError if tensors claim more bytes than are stored, for weights whose own shapes say what is built.
 
     Tied weights are stored once.
     """
-    if any(
-        type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.layout != torch.strided for t in tensors
-    ):
-        raise InputError("it holds tensors without data, or of an unusual layout")
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     if (needed := sum(t.numel() * t.element_size() for t in tensors)) > 2 * sum(stored.values()):
-        raise InputError(f"its tensors have {needed} bytes, of which it holds {sum(stored.values())}")
+        raise InputError(
+            f"{source} is damaged: its tensors have {needed} bytes, of which it holds {sum(stored.values())}"
+        )
 
 
 def require_weights(path: Path) -> None:
