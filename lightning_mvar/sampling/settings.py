@@ -60,5 +60,5 @@ class SamplingSettings:
 
 
 def image_generators(seed: int, numbers: Iterable[int]) -> list[Generator]:
-    """Returns one CPU generator per image number, so that an image is the same in any batch."""
+    """Returns one CPU generator per image number, so that an image draws the same numbers in any batch."""
     return [Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + number) % 2**63) for number in numbers]
