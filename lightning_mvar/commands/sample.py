@@ -36,8 +36,8 @@ def sample(
 ) -> None:
     """Draws images with a trained network. Run the same command again after an interruption to draw the missing ones.
 
-    Image i of a seed has a random stream of its own, whatever the batch size and the number of devices. Other batch sizes
-    round differently: in float32, a few images then differ by a grey level (docs/devices.md has figures).
+    Image i of a seed has a random stream of its own, for any batch size and number of devices. Other batch sizes round
+    differently: in float32, a few images then differ by a grey level (docs/devices.md has figures).
 
     Args:
         ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file (.pth, .safetensors).
