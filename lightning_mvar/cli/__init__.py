@@ -126,7 +126,8 @@ def strip_worker_traceback(message: str) -> str:
 
 
 def fail(message: str) -> int:
-    print(f"lightning-mvar: error: {message}", file=sys.stderr)
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"lightning-mvar: error: {escaped}", file=sys.stderr)  # names from files may hold control characters
     return 1
 
 

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lightning_mvar import cli
-from lightning_mvar.cli import run
+from lightning_mvar.cli import fail, run
 from lightning_mvar.cli.arguments import call, check
 
 
@@ -95,3 +95,8 @@ def test_help_lists_only_the_classes_of_this_package(capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "known subclasses: lightning_mvar." in " ".join(printed.split())
     assert "torch.nn" not in printed
+
+
+def test_control_characters_of_a_message_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fail("no class \x1b[31mred\nblue \ud800 ä") == 1
+    assert capsys.readouterr().err == "lightning-mvar: error: no class \\x1b[31mred\\nblue \\ud800 ä\n"
