@@ -11,11 +11,11 @@ import torch
 from jsonargparse import Namespace
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
-from lightning_mvar.checkpoints.folders import config_from_dict
 from lightning_mvar.cli import run
 from lightning_mvar.cli.training import TrainingCLI, parse_command
 from lightning_mvar.commands.sweep import plan_cells
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
+from lightning_mvar.io.json_files import checked
 from lightning_mvar.models.config import BASELINES
 from lightning_mvar.sweeps.plan import read_sweep
 
@@ -54,7 +54,7 @@ def network_config(model: Namespace, config: str) -> MVARConfig:
     values = {name: value for name, value in model.network.as_dict().items() if value is not None}
     resolution = next((int(r) for r in (512, 1024) if f"imagenet_{r}" in (ROOT / config).read_text()), 256)
     published = {"schedule": {"side_lengths": ScaleSchedule.for_resolution(resolution).side_lengths}}
-    return config_from_dict(MVARConfig, published | values, config)
+    return checked(published | values, MVARConfig, config)
 
 
 @pytest.mark.parametrize("config", BLOCKS)
@@ -76,7 +76,7 @@ def test_the_commands_of_every_header_parse(config: str, monkeypatch: pytest.Mon
                 network = MVAR(network_config(model, config))
                 check_stated_size(config, network)
             else:
-                Tokenizer(config_from_dict(TokenizerConfig, model.tokenizer.as_dict(), config))
+                Tokenizer(checked(model.tokenizer.as_dict(), TokenizerConfig, config))
 
 
 def check_stated_size(config: str, network: MVAR) -> None:
