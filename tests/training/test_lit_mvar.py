@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.callbacks import Checkpoint
-from lightning_mvar.checkpoints.training import describe_network, newest_intact
+from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord, TokenizerRecord, newest_intact
 from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
@@ -359,7 +360,8 @@ def test_no_step_waits_for_the_gpu(tokenizer_folder: Path, shards: Path, tmp_pat
 def test_a_checkpoint_from_before_an_option_existed_had_its_default(tokenizer_folder: Path) -> None:
     """Options of a later version are refused."""
     module = make_module(tokenizer_folder)
-    record = describe_network(module.network_config, "", module.tokenizer_fingerprint, []) | {"run": {"ema": False}}
+    tokenizer, state = TokenizerRecord("", module.tokenizer_fingerprint), RunRecord(False, (0, 0), 1, 4)
+    record = asdict(NetworkRecord(module.network_config, tokenizer, [], state))
     older = {name: value for name, value in record["network"].items() if name not in ("qk_norm", "scan_order")}
     module.check_checkpoint(record | {"network": older})
     with pytest.raises(InputError, match="qk_norm is True in the checkpoint and False in this run"):
