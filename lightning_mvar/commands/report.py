@@ -9,7 +9,7 @@ from tensorboard.plugins.hparams import api_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mvar.cli.arguments import call
-from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.files import atomic_path, path_component
 from lightning_mvar.io.hparams import columns_summary, end_summary, row_summary
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.figures import all_figures
@@ -123,7 +123,7 @@ def write_hparams(sweep: Sweep, folder: Path) -> None:
     metrics = [name for name in TITLES if name in present]
     for cell in sweep.cells:
         values = hyperparameters(cell)
-        with SummaryWriter(str(folder / cell.name)) as writer:
+        with SummaryWriter(str(folder / path_component(cell.name))) as writer:
             state = HPARAMS_STATUS.get(cell.status, api_pb2.STATUS_RUNNING)
             for summary in (columns_summary(values, metrics, values), row_summary(values), end_summary(state)):
                 writer._get_file_writer().add_summary(summary)
