@@ -47,8 +47,8 @@ class ShardSource(Protocol):
             InputError: if it cannot be read, or shards are missing.
         """
 
-    def fetch(self, shard: Shard) -> Path:
-        """Returns a local file with this shard, whose SHA-256 this process has compared with the manifest's.
+    def fetch(self, shard: Shard, verify: bool = True) -> Path:
+        """Returns a local file with this shard, by default after comparing its SHA-256 with the manifest's.
 
         Raises:
             InputError: if the shard is unavailable or damaged.
@@ -60,7 +60,6 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.verified: set[tuple[str, str]] = set()  # name and SHA-256 of the shards that this process found intact
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -70,15 +69,13 @@ class LocalShards:
         manifest.check_files(self.folder)
         return manifest
 
-    def fetch(self, shard: Shard) -> Path:
+    def fetch(self, shard: Shard, verify: bool = True) -> Path:
         path = shard.path_in(self.folder)
-        if (shard.name, shard.sha256) not in self.verified:
-            if sha256_of(path) != shard.sha256:
-                raise InputError(
-                    f"{path} is damaged: its SHA-256 is not the manifest's; copy it again, or run the same "
-                    f"`lightning-mvar tokenize` again, it rewrites that shard only"
-                )
-            self.verified.add((shard.name, shard.sha256))
+        if verify and sha256_of(path) != shard.sha256:
+            raise InputError(
+                f"{path} is damaged: its SHA-256 is not the manifest's; copy it again, or run the same "
+                f"`lightning-mvar tokenize` again, it rewrites that shard only"
+            )
         return path
 
 
@@ -99,7 +96,6 @@ class RemoteShards:
         if location.startswith("pipe:") and "{}" not in location:
             raise InputError(f"{location} does not say which file: put {{}} where its name belongs")
         self.location, self.cache_dir, self.retries = location, cache_dir, retries
-        self.verified: set[str] = set()  # SHA-256 of the cached shards that this process found intact
 
     def __str__(self) -> str:
         return self.location
@@ -126,21 +122,21 @@ class RemoteShards:
             raise FetchError(f"the response is not JSON: {error}") from error
         return file.getvalue()
 
-    def fetch(self, shard: Shard) -> Path:
+    def fetch(self, shard: Shard, verify: bool = True) -> Path:
         path = self.cache_dir / f"{shard.sha256}.tar"
-        if not self.is_cached(path, shard):
+        if not self.is_cached(path, shard, verify):
             with wait_for_lock(self.cache_dir / f".{shard.sha256}.lock"):
-                if not self.is_cached(path, shard):  # another process may have downloaded it while this one waited
+                if not self.is_cached(
+                    path, shard, verify
+                ):  # another process may have downloaded it while this one waited
                     retry(self.address(shard.name), lambda: self.download(shard, path), self.retries)
         return path
 
-    def is_cached(self, path: Path, shard: Shard) -> bool:
-        """Whether the cache has a shard, intact; a damaged one is downloaded again."""
+    def is_cached(self, path: Path, shard: Shard, verify: bool) -> bool:
+        """Whether the cache has a shard of the right size and, if verified, content."""
         if not path.is_file() or path.stat().st_size != shard.bytes:
             return False
-        if shard.sha256 not in self.verified and sha256_of(path) == shard.sha256:
-            self.verified.add(shard.sha256)
-        return shard.sha256 in self.verified
+        return not verify or sha256_of(path) == shard.sha256
 
     def download(self, shard: Shard, path: Path) -> None:
         remove_unfinished(path)
@@ -151,7 +147,6 @@ class RemoteShards:
                 raise FetchError(f"received {size} bytes, the manifest says {shard.bytes}")
             if digest != shard.sha256:
                 raise FetchError("the received SHA-256 differs from the manifest's")
-        self.verified.add(shard.sha256)
 
 
 def open_shards(location: str, cache_dir: str | Path = SHARD_CACHE, retries: int = 5) -> ShardSource:

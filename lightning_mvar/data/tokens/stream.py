@@ -72,6 +72,8 @@ class TokenStream(IterableDataset[TokenRows]):
         self.shards, self.manifest, self.seed, self.block_size = shards, manifest, seed, block_size
         self.batch_size, self.rank, self.global_batch = batch_size, rank, batch_size * world_size
         self.epoch, self.first_batch = 0, 0
+        # Shards whose checksums were right: in shared memory, because every epoch starts new workers.
+        self.verified = torch.zeros(len(manifest.shards), dtype=torch.bool).share_memory_()
         if len(self) == 0:
             raise InputError(
                 f"{shards} has {manifest.num_samples} samples, fewer than one global batch of {self.global_batch}: "
@@ -111,13 +113,14 @@ class TokenStream(IterableDataset[TokenRows]):
 
     def blocks(self) -> Iterator[Block]:
         """Yields samples in the epoch's order, about `block_size` at a time."""
-        shards = list(zip(self.manifest.shards, self.manifest.offsets, strict=True))
+        shards, offsets = self.manifest.shards, self.manifest.offsets
         rng = None if self.seed is None else np.random.default_rng([self.seed, self.epoch])
-        if rng is not None:
-            shards = [shards[i] for i in rng.permutation(len(shards))]
+        order = range(len(shards)) if rng is None else rng.permutation(len(shards)).tolist()
         packs: list[Block] = []
-        for shard, begin in shards:
-            for pack in read_shard(self.shards.fetch(shard), shard, self.manifest.spec):
+        for i in order:
+            path, begin = self.shards.fetch(shards[i], verify=not self.verified[i]), offsets[i]
+            self.verified[i] = True
+            for pack in read_shard(path, shards[i], self.manifest.spec):
                 packs.append((pack.tokens, pack.labels, np.arange(begin, begin + len(pack.labels))))
                 begin += len(pack.labels)
                 if sum(len(labels) for _, labels, _ in packs) >= self.block_size:

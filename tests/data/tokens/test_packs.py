@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import os
-import shutil
 import struct
 import tarfile
 import time
@@ -17,12 +16,14 @@ import numpy as np
 import pytest
 from conftest import write_token_shards
 
+from lightning_mvar.data.tokens import sources
 from lightning_mvar.data.tokens.packs import TokenSpec
 from lightning_mvar.data.tokens.shards import Shard, read_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.stream import TokenLoader, TokenStream
 from lightning_mvar.data.tokens.verify import find_problems
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import sha256_of
 
 Members = dict[str, bytes]
 SPEC = TokenSpec(30, 48, 10)
@@ -172,16 +173,26 @@ def test_every_flipped_bit_is_told_before_a_sample_of_its_shard_is_used(tmp_path
         assert not set(seen) & set(range(20, 40))
 
 
-def test_each_of_two_equal_shards_is_verified(tmp_path: Path) -> None:
-    manifest = write_token_shards(tmp_path, "abc", [20, 20])
-    shutil.copy(tmp_path / "000000.tar", tmp_path / "000001.tar")
-    first, second = manifest.shards
-    second.sha256 = first.sha256
-    shards = LocalShards(tmp_path)
-    shards.fetch(first)
-    (tmp_path / second.name).write_bytes(b"x")
-    with pytest.raises(InputError, match=r"000001\.tar is damaged"):
-        shards.fetch(second)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_shard_is_verified_in_the_first_epoch_only(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_token_shards(tmp_path / "shards", "abc", [20, 20, 20])
+    hashed = tmp_path / "hashed"
+
+    def record(path: Path) -> str:
+        with open(hashed, "a") as file:
+            file.write(f"{path.name}\n")
+        return sha256_of(path)
+
+    monkeypatch.setattr(sources, "sha256_of", record)
+    stream = TokenStream(LocalShards(tmp_path / "shards"), manifest, 4, 0, 1, 0, 1)
+    loader = TokenLoader(stream, workers, pin_memory=False)
+    list(loader)
+    first = hashed.read_text().split()
+    assert set(first) == {shard.name for shard in manifest.shards}
+    list(loader)
+    assert hashed.read_text().split() == first
 
 
 def test_values_are_checked_even_if_the_checksum_is_that_of_the_manifest(tmp_path: Path) -> None:
