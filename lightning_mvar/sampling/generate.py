@@ -1,8 +1,8 @@
 """Sampling of images, scale by scale (VAR, arXiv 2404.02905, section 3.2; guidance as in its code).
 
 The network's state is carried from scale to scale: no prefix is ever run again. Each token of an image consumes one
-uniform number of that image's generator, so with one generator per image the batch affects the result only by rounding:
-matrix products and convolutions sum in another order for another batch size (see docs/devices.md).
+uniform number of that image's generator, so with one generator per image the batch affects the result only by rounding
+(docs/devices.md has figures).
 
 Shapes: b images, n tokens of the scale, v vocabulary, c code dim.
 """

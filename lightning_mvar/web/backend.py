@@ -15,7 +15,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline, fitted, size_of
 from lightning_mvar.sampling.grids import picture_grid
 
-MAX_IMAGES, MAX_GUIDANCE, MAX_TOP_K, MIN_TOP_P = 8, 100, 1_000_000, 0.001
+MAX_IMAGES, MAX_GUIDANCE, MAX_TOP_K = 8, 100, 1_000_000
 MAX_SEED = 2**53 - 1  # the largest integer that a browser's numbers hold exactly
 MAX_PIXELS = 50_000_000  # of an image file
 MAX_SHOWN = 40  # characters of a wrong value in a message
@@ -131,7 +131,7 @@ def sampling_arguments(
         "classes": [name] * check_integer("images", count, 1, MAX_IMAGES),
         "guidance": check_number("guidance", guidance, 0, MAX_GUIDANCE),
         "top_k": check_integer("top-k", top_k, 0, MAX_TOP_K),
-        "top_p": check_number("top-p", top_p, MIN_TOP_P, 1),
+        "top_p": check_number("top-p", top_p, 0, 1),
         "seed": check_integer("seed", seed, 0, MAX_SEED),
         "smooth": smooth,
     }

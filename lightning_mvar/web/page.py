@@ -93,7 +93,7 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
         guidance = gr.Number(1.5, label="Guidance", info="0 for none", step=0.1, min_width=120)
     with gr.Group(), gr.Row():
         top_k = gr.Number(900, label="Top-k", info="0 for all", step=1, min_width=120)
-        top_p = gr.Number(0.96, label="Top-p", info="1 for all", step=0.01, min_width=120)
+        top_p = gr.Number(0.96, label="Top-p", info="1 or 0 for all", step=0.01, min_width=120)
     with gr.Group():
         seed = gr.Number(0, label="Seed", info="the same seed draws the same images", step=1)
         new_seed = gr.Button("New seed", size="sm")

@@ -116,7 +116,7 @@ def test_an_image_lies_on_white_as_in_tokenize(backend: PageBackend) -> None:
         (2, float("nan"), "guidance must be a number"),
         (2, None, "guidance must be a number from 0 to 100, not empty"),
         (3, -1, "top-k must be a whole number"),
-        (4, 0, "top-p must be a number from 0.001 to 1, not 0"),
+        (4, -0.1, "top-p must be a number from 0 to 1, not -0.1"),
         (4, True, "top-p must be a number"),
         (5, float("inf"), "seed must be a whole number"),
         (5, 2**70, "seed must be a whole number from 0 to"),
