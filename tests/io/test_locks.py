@@ -61,6 +61,16 @@ def test_a_lock_whose_file_was_removed_counts_for_nothing(tmp_path: Path, monkey
     assert FileLock.try_acquire(tmp_path / "lock") is not None
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("content")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(target)
+    with pytest.raises(InputError, match=r"cannot write to .*run"):
+        lock_folder(tmp_path / "run", "fit").__enter__()
+    assert target.read_text() == "content"
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
