@@ -69,9 +69,8 @@ class AtomicCheckpoint(CheckpointHooks):
         Raises:
             InputError: on all ranks, if any rank could not write.
         """
-        module = trainer.lightning_module
-        assert isinstance(module, ScheduledModule)
-        module.saves_alone = single_rank
+        if isinstance(trainer.lightning_module, ScheduledModule):
+            trainer.lightning_module.saves_alone = single_rank
         checkpoint = dump_checkpoint(trainer, self.save_weights_only)
         self.discard_incomplete_progress(trainer, checkpoint["loops"]["fit_loop"])
         temporary = hidden_path(path, "unfinished")

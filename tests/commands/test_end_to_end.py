@@ -40,10 +40,7 @@ def test_tokenizer_training_leaves_a_folder_and_its_curves(here: Path) -> None:
 def test_a_second_training_refuses_to_overwrite_a_tokenizer(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in (here / "tok").rglob("*") if path.is_file()}
     assert run(["train-tokenizer", "--config", "tokenizer.yaml"]) == 1
-    assert (
-        "tok holds a finished tokenizer: continue its training with --resume, or choose another"
-        in capfd.readouterr().err
-    )
+    assert "tok holds a finished tokenizer: continue its training with --resume, replace" in capfd.readouterr().err
     assert {path: path.read_bytes() for path in (here / "tok").rglob("*") if path.is_file()} == before
 
 
