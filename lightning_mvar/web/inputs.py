@@ -1,4 +1,4 @@
-"""What a request may pass to the page: files of the page's own folder, and a bounded number of edited images."""
+"""Validates page requests: files of the page's own folder only, and a bounded number of pending edits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 from gradio.components.base import server
 from gradio.components.image_editor import AcceptBlobs
-from gradio_client.utils import is_file_obj, traverse
 
 from lightning_mvar.errors import InputError
 
@@ -23,7 +22,7 @@ class Page(gr.Blocks):
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
     ) -> list[Any]:
         try:
-            traverse(inputs, check_file, is_file_obj)
+            check_files(inputs)
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except gr.Error:
             raise
@@ -31,9 +30,22 @@ class Page(gr.Blocks):
             raise gr.Error("the values do not fit the fields of the page", print_exception=False) from error
 
 
-def check_file(file: dict[str, Any]) -> None:
-    """Raises gr.Error unless a file was uploaded or drawn here, and is still there."""
-    folder, path = Path(os.environ["GRADIO_TEMP_DIR"]), Path(file["path"])
+def check_files(value: Any) -> None:
+    """Raises gr.Error unless each file in a JSON value was uploaded or drawn here, and is still there.
+
+    Objects within files are checked too: gradio downloads each `path` that is a URL, however deep it lies.
+    """
+    if isinstance(value, dict):
+        if isinstance(value.get("path"), str):
+            check_file(Path(value["path"]))
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            check_files(item)
+
+
+def check_file(path: Path) -> None:
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
     if not (path.is_absolute() and path.resolve().is_relative_to(folder.resolve()) and path.is_file()):
         raise gr.Error("an image is no longer kept: draw or upload it again", print_exception=False)
 
