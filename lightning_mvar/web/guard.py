@@ -1,4 +1,4 @@
-"""Guard in front of the page: which hosts and pages may call it, what it accepts, and who waits for its images."""
+"""ASGI middleware that checks hosts, origins and body sizes, and tracks clients that wait for results."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ class Guard:
             await PlainTextResponse(f"{message}\n", status)(scope, receive, send)
             return
         scope[RECEIVED] = time.monotonic()
-        size = int(headers.get("content-length", 0)) if FILE_POSTS.fullmatch(scope["path"]) else 0
+        is_upload = scope["method"] == "POST" and FILE_POSTS.fullmatch(scope["path"])
+        size = int(headers["content-length"]) if is_upload else 0
         self.arriving += size
         try:
             if size:

@@ -63,7 +63,7 @@ class Jobs:
         assert session is not None
         assert http_request is not None
         if not self.audience.waits(session, http_request.scope[RECEIVED]):
-            raise InputError("nobody waits for these images any more")
+            raise InputError("no client is waiting for these images any more")
 
 
 def build_page(pipe: MVARPipeline, name: str, folder: PageFolder, audience: Audience) -> gr.Blocks:

@@ -115,6 +115,14 @@ def test_bodies_are_bounded(guard: Guard, method: str, path: str, length: int | 
     assert ask(guard, method, path, headers).status_code == status
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_only_posts_make_room(guard: Guard, method: str) -> None:
+    drawn = guard.folder.new_folder() / "0.png"
+    drawn.write_bytes(b"x")
+    assert ask(guard, method, "/gradio_api/upload", {"Content-Length": "999999999999"}).status_code == 200
+    assert drawn.exists()
+
+
 def test_unfinished_uploads_are_bounded_together(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ARRIVING", 100)
     ended = asyncio.Event()
