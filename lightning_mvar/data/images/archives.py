@@ -7,11 +7,11 @@ it; or, with a label file, a flat tar of images such as `ILSVRC2012_img_val.tar`
 
 from __future__ import annotations
 
+import json
 import os.path
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from lightning_mvar.data.images.labels import Labels
 from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_split_folders
 from lightning_mvar.data.images.tars import Member, list_members
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.json_files import parse_json
+from lightning_mvar.io.json_files import shown
 
 INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 MAX_LABEL_BYTES = 2**20  # of a .cls or .json file
@@ -144,8 +144,16 @@ class TarImages(EncodedImages):
 
 
 def class_in_json(data: bytes, source: str, field: str) -> str | int | None:
-    """Returns the class in the JSON next to an image: in the given field, or in the only one that may hold it."""
-    values = parse_json(data, dict[str, Any], source)
+    """Returns the class in the JSON next to an image: in the given field, or in the only one that may hold it.
+
+    Other fields may hold anything: img2dataset writes scores that are NaN, for example.
+    """
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{source} is {shown(values)}; it must be an object")
     fields = [field] if field else [name for name in LABEL_FIELDS if isinstance(values.get(name), str | int)]
     if len(fields) > 1:
         raise InputError(
@@ -155,8 +163,8 @@ def class_in_json(data: bytes, source: str, field: str) -> str | int | None:
     if not fields:
         return None
     value = values.get(fields[0])
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise InputError(f"{source} has the class {value!r} in {fields[0]}; expected a number from 0, or a name")
+    if not isinstance(value, str) and not (type(value) is int and abs(value) < 2**63):
+        raise InputError(f"{source} has the class {shown(value)} in {fields[0]}; expected a number from 0, or a name")
     return value
 
 

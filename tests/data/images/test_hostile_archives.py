@@ -144,6 +144,8 @@ def test_a_large_member_is_an_image_that_cannot_be_decoded(tmp_path: Path) -> No
         (b'{"label": ' + b"[" * 100_000, "is not valid JSON"),
         (b'{"label": -1}', "has the class -1, but numbers count from 0"),
         (b'{"label": 99999999999}', "there is a class 99999999999"),
+        (b'{"label": 1180591620717411303424}', "expected a number from 0, or a name"),
+        (b'{"label": true}', "has the class True in label; expected"),
         (b"[1]", "it must be an object"),
         (b"\xff\xfe", "is not valid JSON"),
         (b"x" * 2_000_000, "has 2000000 bytes, too many for a class"),
@@ -153,6 +155,15 @@ def test_labels_in_json_are_checked(label: bytes, message: str, tmp_path: Path) 
     with pytest.raises(InputError, match=message) as error:
         open_encoded(write_tar(tmp_path / "a.tar", [("0.png", b"x"), ("0.json", label)]), None, None)
     assert "\n" not in str(error.value)
+
+
+def test_other_fields_of_the_json_may_hold_anything(tmp_path: Path) -> None:
+    """Shards of img2dataset hold scores, captions and hashes of any kind."""
+    label = (
+        rb'{"label": "cat", "similarity": NaN, "caption": "a\u0000b", "id": 1180591620717411303424, "exif": {"a": []}}'
+    )
+    images = open_encoded(write_tar(tmp_path / "a.tar", [("0.png", b"x"), ("0.json", label)]), None, None)
+    assert images.class_names == ["cat"]
 
 
 def test_the_choice_among_images_and_labels_of_a_sample(tmp_path: Path) -> None:
