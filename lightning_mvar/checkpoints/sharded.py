@@ -17,7 +17,14 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -59,7 +66,13 @@ class MetadataUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it changes a class")
         super().load_build()  # type: ignore[misc]
 
-    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
+    def load_bytearray8(self) -> None:
+        raise pickle.UnpicklingError("it holds a bytearray, which would be allocated before it is read")
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
 
 class PlainLoadPlanner(dcp.DefaultLoadPlanner):
@@ -142,31 +155,45 @@ def read_metadata(folder: Path) -> Metadata:
     data = read_regular(path, MAX_METADATA_BYTES)
     try:
         metadata = MetadataUnpickler(io.BytesIO(data)).load()
-        check_metadata(metadata, {file.name: file.stat().st_size for file in folder.iterdir()})
     except (pickle.UnpicklingError, *DAMAGE) as error:
         raise InputError(f"{path} is damaged or not of a sharded checkpoint ({first_line(error)})") from error
-    return metadata
+    if problem := find_problem(metadata, {file.name: file.stat().st_size for file in folder.iterdir()}):
+        raise InputError(f"{path} is damaged or not of a sharded checkpoint ({problem})")
+    checked: Metadata = metadata
+    return checked
 
 
-def check_metadata(metadata: Any, sizes: dict[str, int]) -> None:
-    """Raises ValueError, TypeError or AttributeError unless the files, with these sizes, can hold what is described."""
-    if not isinstance(metadata, Metadata):
-        raise TypeError("it is no metadata")
+def find_problem(metadata: Any, sizes: dict[str, int]) -> str | None:
+    """Returns why the files, with these sizes, cannot hold what is described; no field has its type for certain."""
+    if not fits(metadata, Metadata, state_dict_metadata=dict, storage_data=dict):
+        return "it is no metadata"
     needed = 0
     for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            if min(entry.size, default=0) < 0 or not isinstance(entry.properties.dtype, torch.dtype):
-                raise ValueError(f"it has a negative size or no dtype of {name}")
-            needed += math.prod(entry.size) * entry.properties.dtype.itemsize
-        elif not isinstance(entry, BytesStorageMetadata):
-            raise TypeError(f"it has a {type(entry).__name__} for {name}")
+        if not isinstance(name, str):
+            return "it has an entry without a name"
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        if not fits(entry, TensorStorageMetadata, size=torch.Size, properties=TensorProperties):
+            return f"it has a {type(entry).__name__} for {name}, not a tensor's size and properties"
+        if min(entry.size, default=0) < 0 or not fits(entry.properties, TensorProperties, dtype=torch.dtype):
+            return f"it has a negative size or no dtype of {name}"
+        needed += math.prod(entry.size) * entry.properties.dtype.itemsize
     if needed > sum(sizes.values()):
-        raise ValueError(f"it claims {needed} bytes of tensors, more than the files hold")
+        return f"it claims {needed} bytes of tensors, more than the files hold"
     for index, info in metadata.storage_data.items():
-        if not isinstance(index, MetadataIndex) or info.transform_descriptors:
-            raise ValueError("it has data of an unknown form")
+        known = fits(index, MetadataIndex, fqn=str) and fits(
+            info, _StorageInfo, relative_path=str, offset=int, length=int
+        )
+        if not known or getattr(info, "transform_descriptors", None):
+            return "it has data of an unknown form"
         if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes.get(info.relative_path, -1):
-            raise ValueError(f"it places {index.fqn} outside the files of the folder")
+            return f"it places {index.fqn} outside the files of the folder"
+    return None
+
+
+def fits(value: Any, kind: type, **fields: type) -> bool:
+    """Returns whether an unpickled object is of a class and has these fields, which unpickling does not ensure."""
+    return isinstance(value, kind) and all(isinstance(getattr(value, name, None), fields[name]) for name in fields)
 
 
 def read_tensors(folder: Path, prefix: str) -> StateDict:

@@ -27,7 +27,7 @@ MAX_HEADER_BYTES = 2**14
 MAX_TEXT_BYTES = 2**20
 MAX_INFLATION = 1032  # of deflate: compressed content grows by at most this factor
 KINDS = "biufcSU"  # numpy's codes of the plain types: numbers and strings
-# Raised by numpy for a forged header, and by zipfile for a forged archive.
+# Raised by numpy for a forged header (MemoryError: nested too deeply for Python's parser), and by zipfile.
 HEADER_ERRORS = (ValueError, EOFError, SyntaxError, TokenError, TypeError, OverflowError, MemoryError, RecursionError)
 NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, RuntimeError, OverflowError, struct.error, BadZipFile, ZlibError)
 

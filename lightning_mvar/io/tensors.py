@@ -33,7 +33,6 @@ DAMAGE = (
     AttributeError,
     AssertionError,
     ArithmeticError,
-    MemoryError,
     ImportError,
     struct.error,
     zipfile.BadZipFile,
@@ -135,19 +134,19 @@ def read_plain(file: Path | IO[bytes], source: str) -> Any:
         with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # said again in the error, if there is one
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        check_layout(tensors_in(content))
     except pickle.UnpicklingError as error:  # torch's own message suggests weights_only=False
         raise InputError(
             f"{source} is damaged or not a file of plain weights (it holds other objects or code)"
         ) from error
-    except DAMAGE as error:
+    except (MemoryError, *DAMAGE) as error:  # torch allocates, but does not fill, what a string claims: up to 4 GB
         reason = str(error) if isinstance(error, InputError) else type(error).__name__
         raise InputError(f"{source} is damaged or not a file of plain weights ({reason})") from error
+    check_layout(tensors_in(content), source)
     return content
 
 
 class Ignored:
-    """Stands for an object beside the weights that is not read: a number or array of numpy, a path."""
+    """Placeholder for objects beside the weights (numpy scalars, paths), which are discarded."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -178,11 +177,11 @@ def tensors_in(content: Any) -> list[Tensor]:
     return tensors
 
 
-def check_layout(tensors: list[Tensor]) -> None:
+def check_layout(tensors: list[Tensor], source: str) -> None:
     """Raises InputError unless the tensors are plain ones on the CPU."""
     kinds = {(type(t) in (Tensor, nn.Parameter), t.device.type, t.layout) for t in tensors}
     if kinds - {(True, "cpu", torch.strided)}:
-        raise InputError("it holds tensors without data, or of an unusual layout")
+        raise InputError(f"{source} holds tensors without data, or of an unusual layout: save it as plain weights")
 
 
 def check_storage(tensors: list[Tensor], source: object) -> None:
@@ -233,7 +232,7 @@ def load_strictly(module: Module, weights: Mapping[str, Tensor], source: object)
     check_state_dict(expected, weights, f"{source} does not fit {type(module).__name__}")
     for name, tensor in expected.items():
         if weights[name].is_floating_point() != tensor.is_floating_point() or weights[name].is_complex():
-            raise InputError(f"{source} has {name} as {weights[name].dtype}, which is no {tensor.dtype}")
+            raise InputError(f"{source} has {name} as {weights[name].dtype}, expected {tensor.dtype}")
     copies = {name: weights[name].to("cpu", tensor.dtype, copy=True).contiguous() for name, tensor in expected.items()}
     module.load_state_dict(copies, assign=True)
     return module.eval()

@@ -175,6 +175,23 @@ def hold_text(metadata: Metadata) -> None:
     metadata.state_dict_metadata["state_dict.network.head.weight"] = "text"  # type: ignore[assignment]
 
 
+def drop_the_properties(metadata: Metadata) -> None:
+    del first_tensor(metadata).properties
+
+
+def place_data_by_text(metadata: Metadata) -> None:
+    for info in metadata.storage_data.values():
+        info.offset = "0"
+
+
+def list_the_data(metadata: Metadata) -> None:
+    metadata.storage_data = list(metadata.storage_data)
+
+
+def claim_a_bytearray(metadata: Metadata) -> None:
+    metadata.planner_data = bytearray(1)  # protocol 5 stores its size before its content
+
+
 @pytest.mark.parametrize(
     ("forge", "message"),
     [
@@ -185,16 +202,32 @@ def hold_text(metadata: Metadata) -> None:
         (read_beyond_the_end, "outside the files of the folder"),
         (forget_the_data, r"run\.ckpt does not fit, or is damaged \("),
         (hold_text, "it has a str for state_dict.network.head.weight"),
+        (drop_the_properties, "it has a TensorStorageMetadata for state_dict.network.head.weight, not a tensor's size"),
+        (place_data_by_text, "it has data of an unknown form"),
+        (list_the_data, "it is no metadata"),
+        (claim_a_bytearray, "it holds a bytearray, which would be allocated before it is read"),
     ],
 )
 def test_metadata_that_the_files_do_not_bear_out_is_refused(checkpoint: Path, forge: Any, message: str) -> None:
     (checkpoint.parent / "other").write_bytes(bytes(10**6))
     metadata = metadata_of(checkpoint)
     forge(metadata)
-    change(checkpoint, ".metadata", pickle.dumps(metadata))
+    change(checkpoint, ".metadata", pickle.dumps(metadata, protocol=5))
     with pytest.raises(InputError, match=message) as raised:
         load_trained(checkpoint)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("check", ["checkpoints.sharded.find_problem", "io.tensors.check_layout"])
+def test_a_bug_of_a_check_is_not_reported_as_a_damaged_file(
+    checkpoint: Path, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(f"lightning_mvar.{check}", fail)
+    with pytest.raises(AttributeError, match="a bug"):
+        load_trained(checkpoint)
 
 
 def test_a_compressed_shard_is_refused_before_it_fills_memory(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from lightning_mvar.data.tokens.shards import Manifest
 from lightning_mvar.io.fingerprint import sha256_of
 
 CASES = int(os.environ.get("FUZZ_CASES", "8"))
+PEAK_BYTES = 2**28  # resident memory of a command; a read without bounds takes more before it meets those of `bounded`
 OUTPUTS = {"out", "outputs", "out.rank0.txt", "peak_bytes"}  # `outputs` holds the statistics of references
 SAMPLE = ["sample", "--ckpt_path", "model", "--out", "out", "--classes", "1", "--device", "cpu"]
 SHARDS = [["shards", action, "shards"] for action in ("info", "verify")]
@@ -105,6 +106,7 @@ def test_damaged_files_end_in_one_message_at_most(sound: Path, kind: str, tmp_pa
             problems.append(f"seed {seed} wrote {new - OUTPUTS}")
     assert not problems, "\n".join(problems)
     peak, seconds = max(outcome.peak_bytes for outcome in outcomes), max(outcome.seconds for outcome in outcomes)
+    assert 0 < peak < PEAK_BYTES
     refused = sum(outcome.code == 1 for outcome in outcomes)
     print(f"{kind}: {refused} of {len(outcomes)} commands refused, at most {peak / 2**20:.0f} MiB and {seconds:.1f} s")
 

@@ -22,7 +22,7 @@ from lightning_mvar.errors import InputError
 
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"  # in the development kit
 MAX_KIT_MEMBERS, MAX_KIT_BYTES = 1000, 2**24  # the kit has 2.5 MB
-KIT_ERRORS = (  # of tarfile and scipy on damaged files
+KIT_ERRORS = (  # of tarfile and scipy on damaged files; MemoryError: scipy, for an array of a claimed size
     *(OSError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError, struct.error, zlib.error),
     tarfile.TarError,
 )

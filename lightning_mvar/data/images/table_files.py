@@ -17,7 +17,7 @@ MAX_GROUP_BYTES = 2**31  # of a row group in memory
 MAX_ROWS_PER_BYTE = 8  # of a file
 MAX_TEXT_BYTES = 4096  # of a name or path
 ARROW_FILE = b"ARROW1"  # begins Arrow's file format; its stream format has no mark
-TABLE_ERRORS = (  # base classes of pyarrow's errors
+TABLE_ERRORS = (  # base classes of pyarrow's errors; MemoryError: a buffer of a claimed size, allocated but not filled
     *(OSError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError),
 )
 
