@@ -123,7 +123,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Namespace, Names
 
     Raises:
         argparse.ArgumentError: if an option is unknown or has a wrong type.
-        InputError: if an interpolation cannot be resolved, or a value cannot be meant.
+        InputError: if an interpolation cannot be resolved, or a value makes no sense.
     """
 
     def load(text: str, path: str | None = None) -> Any:

@@ -23,7 +23,7 @@ from lightning_mvar.training.lightning_internals import setup_with_timeout, star
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = "LIGHTNING_MVAR_START_TIMEOUT"  # environment variable: seconds for all ranks to start
-DEFAULT_START_TIMEOUT_S, NOTICE_S = 180, 15
+DEFAULT_START_TIMEOUT_S, MAX_START_TIMEOUT_S, NOTICE_S = 180, 10**6, 15
 
 
 @contextmanager
@@ -100,13 +100,13 @@ def limit_start(strategy: Any) -> None:
     """
     if not hasattr(strategy, "_timeout"):  # a single device
         return
-    seconds = float(os.environ.get(START_TIMEOUT, DEFAULT_START_TIMEOUT_S))
+    seconds = start_timeout()
     setup_environment = strategy.setup_environment
 
     def setup_in_time() -> None:
         strategy.setup_environment = setup_environment
         rank, ranks = strategy.global_rank, strategy.world_size
-        notice = Timer(NOTICE_S, lambda: log.info("rank %d waits for the start of all %d ranks", rank, ranks))
+        notice = Timer(NOTICE_S, lambda: log.info("rank %d is waiting for all %d ranks to start", rank, ranks))
         notice.start()
         try:
             setup_with_timeout(strategy, timedelta(seconds=seconds))
@@ -114,13 +114,25 @@ def limit_start(strategy: Any) -> None:
             if not is_loss_of_rank(error):
                 raise
             raise InputError(
-                f"rank {rank} ends: not all {ranks} ranks have started within {seconds:g} s ({first_sentence(error)}): "
-                f"see the messages of the others. {START_TIMEOUT}=SECONDS allows more time"
+                f"rank {rank} gives up: not all {ranks} ranks started within {seconds:g} s ({first_sentence(error)}): "
+                f"see the output of the other ranks, or set {START_TIMEOUT}=SECONDS to wait longer"
             ) from error
         finally:
             notice.cancel()
 
     strategy.setup_environment = setup_in_time
+
+
+def start_timeout() -> float:
+    """Returns the seconds to wait for all ranks to start; raises InputError if the environment gives no such number."""
+    text = os.environ.get(START_TIMEOUT, str(DEFAULT_START_TIMEOUT_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_START_TIMEOUT_S:
+        raise InputError(f"{START_TIMEOUT}={text!r} is not a number of seconds")
+    return seconds
 
 
 def is_loss_of_rank(error: BaseException) -> bool:

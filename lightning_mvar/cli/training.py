@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -47,7 +47,7 @@ from lightning_mvar.training.strategies import FSDP2Strategy
 
 CLI = TypeVar("CLI", bound="TrainingCLI")
 
-LOG_FILES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")  # of a run, in the folder of its logger
+LOG_FILES = ("events.out.tfevents.*", "hparams.yaml")  # of a run, in its logger's folder; config.yaml is replaced
 MAX_SEED = 2**32 - 1
 LEAST = {  # least values of the trainer's options that Lightning does not check
     "accumulate_grad_batches": 1,
@@ -108,12 +108,14 @@ class TrainingCLI(LightningCLI):
         """Builds the objects.
 
         Raises:
-            InputError: if Lightning or a class named by an option rejects its arguments, or they have no meaning here.
+            InputError: if Lightning or a user's class named by an option rejects its arguments, or they make no sense.
         """
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            raise find_input_error(error) or InputError(one_line(error)) from error
+            if (input_error := find_input_error(error)) is None and is_bug(error):
+                raise
+            raise input_error or InputError(one_line(error)) from error
         if not sys.stdout.isatty():
             replace_rich_progress_bar(self.trainer)
 
@@ -150,9 +152,10 @@ class TrainingCLI(LightningCLI):
         return self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def choose_checkpoint(self) -> str | None:
-        """Returns the checkpoint to continue from, if any, and removes an earlier run if --overwrite is given.
+        """Returns the checkpoint to continue from, if any; an earlier run is removed later if --overwrite is given.
 
-        Rank 0 alone looks for the newest one, and all ranks restore what it has found: their file systems may differ.
+        Rank 0 alone looks for the newest one and verifies it, and all ranks restore what it has found: their file
+        systems may differ.
 
         Raises:
             InputError: if it cannot be read, is not of this command, or does not suit the strategy; or if a new run
@@ -161,17 +164,20 @@ class TrainingCLI(LightningCLI):
         ckpt_path, start = self.config.ckpt_path, StartOptions.of(self.config)
         if start.resume and ckpt_path is not None:
             raise InputError("give --resume or --ckpt_path, not both")
+        if start.verify and not start.resume and ckpt_path is None:
+            raise InputError("`--verify` needs --resume or --ckpt_path")
         restore_choice_of_rank_zero(self.trainer)
         if start.resume and self.trainer.is_global_zero:
             ckpt_path = self.newest_checkpoint(start.verify)
         elif ckpt_path is not None:
             ckpt_path = str(resolve_last(Path(ckpt_path)))
-            if start.verify:
+            if start.verify and self.trainer.is_global_zero:
                 check_intact(Path(ckpt_path), verify_checksums=True)
         if self.training and self.writes_run:
             if start.overwrite:
-                self.remove_run(ckpt_path)
-            self.refuse_other_runs(ckpt_path, start.resume)
+                self.replace_run(ckpt_path)
+            else:
+                self.refuse_other_runs(ckpt_path, start.resume)
         if ckpt_path is not None:
             self.check_checkpoint(ckpt_path)
         return ckpt_path
@@ -224,16 +230,27 @@ class TrainingCLI(LightningCLI):
                 f"--trainer.default_root_dir for it, or continue from the newest with --resume"
             )
 
-    def remove_run(self, ckpt_path: str | None) -> None:
-        """Removes checkpoints and logs of an earlier run, and nothing else, from the folders of this run."""
+    def replace_run(self, ckpt_path: str | None) -> None:
+        """Makes this run remove an earlier one from its folders right before the first step.
+
+        By then, the checkpoint to start from, the data and the model have been read: whatever is wrong with them ends
+        this run and leaves the earlier one as it is.
+        """
         if self.is_own(ckpt_path):
             raise InputError(f"--overwrite would remove --ckpt_path {ckpt_path}: choose another folder for the new run")
+        logs = [path for folder in self.log_folders() for pattern in LOG_FILES for path in folder.glob(pattern)]
+        self.trainer.callbacks.append(  # type: ignore[attr-defined]
+            LambdaCallback(on_train_start=lambda trainer, module: self.remove_run(logs))
+        )
+
+    def remove_run(self, logs: list[Path]) -> None:
+        """Removes checkpoints and `logs` of an earlier run, and nothing else, from the folders of this run."""
         for folder in self.folders(AtomicCheckpoint):
             (folder / LAST).unlink(missing_ok=True)
             for path in newest_first(folder):
                 remove_checkpoint(path)
-        for path in [path for logs in self.log_folders() for pattern in LOG_FILES for path in logs.glob(pattern)]:
-            path.unlink()
+        for path in logs:
+            path.unlink(missing_ok=True)
         shutil.rmtree(Path(self.trainer.default_root_dir) / SKIPPED_STEPS, ignore_errors=True)
 
     def newest_checkpoint(self, verify_checksums: bool) -> str | None:
@@ -250,13 +267,15 @@ class TrainingCLI(LightningCLI):
 
 
 def check_trainer_options(trainer: Namespace) -> None:
-    """Raises InputError for options of the trainer that Lightning accepts, though they cannot be meant."""
+    """Raises InputError for options of the trainer that Lightning accepts, though they make no sense."""
     for name, least in LEAST.items():
         value = trainer[name]
         if isinstance(value, int | float) and value < least:
             raise InputError(f"--trainer.{name} {value} is too small; use at least {least}")
     if trainer.val_check_interval == 0:
-        raise InputError("--trainer.val_check_interval 0 is too small; --trainer.limit_val_batches 0 validates never")
+        raise InputError(
+            "--trainer.val_check_interval must be positive; to disable validation, use --trainer.limit_val_batches 0"
+        )
     strategy = trainer.strategy.class_path if isinstance(trainer.strategy, Namespace) else trainer.strategy
     if strategy.rpartition(".")[2] in ("fsdp", "fsdp_cpu_offload", "FSDPStrategy"):
         raise InputError(f"--trainer.strategy {strategy} (FSDP1) is not supported: use fsdp2")
@@ -275,7 +294,7 @@ def parse_command(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> Name
 
     Raises:
         argparse.ArgumentError: if it does not parse.
-        InputError: if it cannot be meant.
+        InputError: if it makes no sense.
     """
 
     class Parsing(cli):  # type: ignore[misc,valid-type]
@@ -358,10 +377,24 @@ def run_cli(cli: type[CLI], argv: list[str]) -> CLI:
     return built
 
 
-def raised_by_lightning(error: Exception) -> bool:
+def raised_by_lightning(error: BaseException) -> bool:
     """Returns whether a check of Lightning's own raised an exception, not code that it called."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals["__name__"]).startswith("lightning.")
+    return modules_of(error)[-1].startswith("lightning.")
+
+
+def is_bug(error: BaseException) -> bool:
+    """Returns whether an exception comes from a class of this package that an option names, not from its arguments."""
+    while error.__cause__ is not None:  # jsonargparse wraps exceptions
+        error = error.__cause__
+    modules = modules_of(error)
+    builders = [i for i, name in enumerate(modules) if name.startswith(("jsonargparse.", "lightning.pytorch.cli"))]
+    built = modules[builders[-1] + 1 :] if builders else modules
+    return any(name.startswith("lightning_mvar.") for name in built) and not raised_by_lightning(error)
+
+
+def modules_of(error: BaseException) -> list[str]:
+    """Returns the modules of an exception's traceback; the last one raised it."""
+    return [str(frame.f_globals["__name__"]) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def one_line(error: Exception) -> str:

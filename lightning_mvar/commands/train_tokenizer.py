@@ -29,8 +29,8 @@ class TokenizerCLI(TrainingCLI):
                 + (" (--resume found no complete checkpoint of it)" if resume else "")
             )
 
-    def remove_run(self, ckpt_path: str | None) -> None:
-        super().remove_run(ckpt_path)
+    def remove_run(self, logs: list[Path]) -> None:
+        super().remove_run(logs)
         for name in (CONFIG, WEIGHTS):
             (Path(self.trainer.default_root_dir) / name).unlink(missing_ok=True)
 

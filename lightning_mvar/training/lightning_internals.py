@@ -17,7 +17,7 @@ from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from lightning_mvar.checkpoints.sealed import save_sharded
 from lightning_mvar.checkpoints.training import Checksums
@@ -55,12 +55,18 @@ def collective_timeout(trainer: L.Trainer) -> timedelta | None:
 
 
 def setup_with_timeout(strategy: Any, timeout: timedelta) -> None:
-    """Creates the process group with a time-out of its own, for ranks that never start; collectives keep theirs."""
+    """Creates the process group with a time-out of its own, for ranks that never start; collectives keep theirs.
+
+    A rank whose own run has ended can join the store of another run with the same MASTER_PORT: the group then exists,
+    but its first collective never ends.
+    """
     run_timeout, strategy._timeout = strategy._timeout, timeout
     try:
         strategy.setup_environment()
+        strategy.barrier("start")
     finally:
         strategy._timeout = run_timeout
+    _get_default_store().set_timeout(run_timeout)
     mesh = getattr(strategy, "_device_mesh", None)
     for group in [None, *([] if mesh is None else mesh.get_all_groups())]:
         _set_pg_timeout(run_timeout, group)

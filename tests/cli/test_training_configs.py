@@ -1,4 +1,4 @@
-"""Configurations of training: strict files, interpolations that saved files keep, and values that cannot be meant."""
+"""Configurations of training: strict files, interpolations that saved files keep, and values that make no sense."""
 
 from __future__ import annotations
 

@@ -68,6 +68,62 @@ def test_overwrite_removes_that_run_alone_and_is_not_repeated_by_its_config(plai
     assert newest_first(plain_run_folder / "run/checkpoints") == checkpoints
 
 
+def save_of_another_width(path: Path, other: Path) -> None:
+    """Copies a checkpoint as one of a network with another width."""
+    content = torch.load(path, weights_only=True)
+    content["lightning_mvar"]["network"]["width"] *= 2
+    torch.save(content, other)
+
+
+def test_overwrite_keeps_the_earlier_run_until_the_new_one_starts(plain_run_folder: Path) -> None:
+    train(plain_run_folder, "run", ["--trainer.max_steps", "3"])
+    before = read_files(plain_run_folder / "run/checkpoints")
+    (plain_run_folder / "torn.ckpt").write_bytes(b"PK")
+    save_of_another_width(plain_run_folder / "run/checkpoints/step=00000003.ckpt", plain_run_folder / "other.ckpt")
+    command = [*FIT[:-1], "--overwrite", "--trainer.default_root_dir", "run"]
+    for options, message in (
+        (["--ckpt_path", "torn.ckpt"], "torn.ckpt"),
+        (["--ckpt_path", "other.ckpt"], "is of another configuration: width is"),
+        (["--data.train", "shrads"], "shrads"),
+        (["--model.tokenizer", "nowhere"], "nowhere"),
+    ):
+        failed = start([*command, *options], plain_run_folder)
+        assert failed.wait() == [1], failed.printed()
+        assert message in failed.printed()
+        assert read_files(plain_run_folder / "run/checkpoints") == before
+        assert list((plain_run_folder / "run/logs").glob("events.*")), options
+
+
+def break_a_constructor(rank: int) -> None:
+    import lightning_mvar.training.datamodules as module
+
+    module.require_at_least = lambda: None
+
+
+def test_a_bug_in_a_constructor_keeps_its_traceback(plain_run_folder: Path) -> None:
+    broken = start(FIT, plain_run_folder, prepare=break_a_constructor)
+    assert broken.wait() == [70], broken.printed()
+    assert "TypeError: break_a_constructor" in broken.printed()
+
+
+def test_verify_needs_a_checkpoint_which_rank_0_alone_reads(plain_run_folder: Path) -> None:
+    without = start([*FIT[:-1], "--verify"], plain_run_folder)
+    assert without.wait() == [1]
+    assert "`--verify` needs --resume or --ckpt_path" in without.printed()
+    train(plain_run_folder, "run", ["--trainer.max_steps", "3"])
+    options = ["--data.batch_size", "8", "--trainer.strategy", "ddp", "--trainer.max_steps", "4", "--verify"]
+    command = [*FIT[:-1], *options, "--ckpt_path", "run/checkpoints/last.ckpt"]
+    verified = start(command, plain_run_folder, 2, prepare=report_verification)
+    assert verified.wait() == [0, 0], verified.printed()
+    assert ["verified" in path.read_text() for path in verified.outputs] == [True, False]
+
+
+def report_verification(rank: int) -> None:
+    import lightning_mvar.cli.training as module
+
+    module.check_intact = lambda *arguments, **options: print("verified")
+
+
 def test_a_run_from_an_older_checkpoint_does_not_remove_the_later_ones(plain_run_folder: Path) -> None:
     train(plain_run_folder, "run", ["--trainer.max_steps", "6"])
     again = [*FIT[:-1], "--ckpt_path", "run/checkpoints/step=00000003.ckpt", "--trainer.default_root_dir"]
