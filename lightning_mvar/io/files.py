@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -53,15 +54,30 @@ def open_regular(path: str | Path) -> BinaryIO:
         InputError: if the file is missing, unreadable or of another kind.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open_if_regular(path)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:  # ValueError: the name holds NUL
-        raise InputError(f"cannot read {path} ({getattr(error, 'strerror', error)})") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})") from error
+    if file is None:
         raise InputError(f"{path} is not a regular file")
-    return os.fdopen(descriptor, "rb")
+    return file
+
+
+def open_if_regular(path: str | Path) -> BinaryIO | None:
+    """Opens a file as `open_regular` does; returns None if it is of another kind.
+
+    Raises:
+        OSError: if the file is missing or unreadable.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # the name holds NUL
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    return None
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_mvar.data.images.decoding import (
-    IMAGE_ERRORS,
     MAX_PIXELS,
     SUFFIXES,
+    UnusableFileError,
     decode_upright,
     describe,
     read_file,
@@ -204,7 +204,7 @@ class FolderSamples(Samples):
     def open(path: Path) -> Image.Image:
         try:
             return decode_upright(read_file(path))
-        except IMAGE_ERRORS as error:
+        except (UnusableFileError, OSError) as error:
             raise InputError(f"{path} cannot be decoded ({describe(error)}): remove it and draw it again") from error
 
     def labels(self, class_names: list[str]) -> list[int] | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageChops
 
 from lightning_mvar.data.classes import UNCONDITIONAL, Classes, normalized
-from lightning_mvar.data.images.decoding import FORMATS, IMAGE_ERRORS, decode_upright, to_rgb
+from lightning_mvar.data.images.decoding import FORMATS, TooManyPixelsError, UnusableFileError, decode_upright, to_rgb
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline, fitted, size_of
 from lightning_mvar.sampling.grids import picture_grid
@@ -112,9 +112,9 @@ def decode(data: bytes, name: str) -> Image.Image:
     """
     try:
         return decode_upright(data, MAX_PIXELS)
-    except Image.DecompressionBombError as error:
+    except TooManyPixelsError as error:
         raise InputError(f"{name} is too large: reduce it to {MAX_PIXELS // 10**6} megapixels") from error
-    except IMAGE_ERRORS as error:
+    except UnusableFileError as error:
         raise InputError(f"{name} cannot be read as an image: use {', '.join(FORMATS)}") from error
 
 

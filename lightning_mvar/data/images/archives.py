@@ -23,6 +23,7 @@ from lightning_mvar.data.images.labels import Labels
 from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_split_folders
 from lightning_mvar.data.images.tars import Member, list_members
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import open_regular
 from lightning_mvar.io.json_files import shown
 
 INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
@@ -91,7 +92,7 @@ class TarImages(EncodedImages):
         return self.read_range(archive, offset, size)
 
     def read_range(self, archive: int, offset: int, size: int) -> bytes:
-        with self.paths[archive].open("rb", buffering=0) as file:
+        with open_regular(self.paths[archive]) as file:
             file.seek(offset)
             data = file.read(size)
         if len(data) < size:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Generator
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
-from lightning_mvar.data.images.decoding import IMAGE_ERRORS, UnusableFileError, decode_image, describe, to_tensor
+from lightning_mvar.data.images.decoding import UnusableFileError, decode_image, describe, to_tensor
 from lightning_mvar.data.images.examples import Example, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.errors import InputError
@@ -96,20 +96,16 @@ class DecodedImages:
     def example(self, index: int, generator: Generator | None) -> Example:
         label, key, path = int(self.encoded.labels[index]), self.key(index), self.encoded.display_path(index)
         try:
-            data = self.encoded.read(index)
+            image = decode_image(self.encoded.read(index))
         except OSError as error:  # disk or network failure: the image itself may be fine, so it is not skipped
             raise InputError(
                 f"{path} cannot be read ({error}): make it readable, then run the command again"
             ) from error
         except UnusableFileError as error:
             return self.failed(index, error)
-        try:
-            image = decode_image(data)
-        except IMAGE_ERRORS as error:
-            return self.failed(index, error)
         return Example(to_tensor(self.resize_and_crop(image, generator)), label, key)
 
-    def failed(self, index: int, error: BaseException) -> Example:
+    def failed(self, index: int, error: UnusableFileError) -> Example:
         """Returns an example that cannot be decoded, or raises CorruptImageError, as `on_corrupt` says."""
         message = f"{self.encoded.display_path(index)} cannot be decoded ({describe(error)})"
         if self.on_corrupt == "skip":

@@ -1,15 +1,16 @@
-"""The one way to open a picture: raster formats only, bounded, upright, 8-bit RGB on white; and pictures as tensors."""
+"""Decodes image files of raster formats to upright 8-bit RGB in bounded memory, and converts images to tensors."""
 
 from __future__ import annotations
 
 import math
+import os
 import struct
 import warnings
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from stat import S_ISREG
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import open_if_regular
 
 SUFFIXES_BY_FORMAT = {  # Pillow reads these without starting another program, unlike EPS, PDF or WMF
     "PNG": (".png",),
@@ -36,16 +38,9 @@ FORMATS = tuple(name for name in SUFFIXES_BY_FORMAT if name in Image.OPEN)  # ol
 MAX_PIXELS = 120_000_000  # a JPEG or PNG of this size takes 1 GB, a WebP 3 GB
 MAX_BYTES = 2**30  # size of a file
 STRIP_PIXELS = 2**20  # pixels converted to RGB at once
-IMAGE_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
-    *(
-        TypeError,
-        IndexError,
-        KeyError,
-        OverflowError,
-        MemoryError,
-        RuntimeError,
-    ),  # Pillow's plugins, on damaged headers
+PILLOW_ERRORS = (  # of its plugins, on damaged files
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError, RuntimeError),
+    *(struct.error, zlib.error),
 )
 
 ORIENTATION = 0x0112  # of EXIF
@@ -65,12 +60,13 @@ PNG_ORIENTATION = (  # chunks that may hold the orientation
 )
 MAX_PNG_RECORD = 2**18  # bytes of such a chunk
 
-# Pillow warns of metadata that are not used here, and of sizes that are checked here.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 class UnusableFileError(ValueError):
-    """The content of an image file is missing or too large."""
+    """The content of an image file is missing, damaged or too large."""
+
+
+class TooManyPixelsError(UnusableFileError):
+    """An image is too large to be decoded."""
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -80,25 +76,26 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         InputError: if the file does not exist, is not a regular file, or cannot be decoded.
     """
     try:
-        return decode_image(read_file(Path(path)), max_pixels)
+        return decode_image(read_file(path), max_pixels)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except IMAGE_ERRORS as error:
+    except (UnusableFileError, OSError) as error:
         raise InputError(f"{path} cannot be decoded ({describe(error)})") from error
 
 
-def read_file(path: Path) -> bytes:
-    """Returns the bytes of a regular file: others, such as a named pipe, might never end.
+def read_file(path: str | Path) -> bytes:
+    """Returns the bytes of a regular file.
 
     Raises:
         OSError: if it cannot be read.
         UnusableFileError: if it is not a regular file, or has more than `MAX_BYTES`.
     """
-    status = path.stat()
-    if not S_ISREG(status.st_mode):
+    file = open_if_regular(path)
+    if file is None:
         raise UnusableFileError("it is not a regular file")
-    check_bytes(status.st_size)
-    return path.read_bytes()
+    with file:
+        check_bytes(os.fstat(file.fileno()).st_size)
+        return file.read()
 
 
 def check_bytes(size: int) -> None:
@@ -111,35 +108,56 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image file to upright 8-bit RGB; see `decode_upright` and `to_rgb`.
 
     Raises:
-        Exception: one of `IMAGE_ERRORS`, if the file cannot be decoded.
+        UnusableFileError: if the file cannot be decoded.
     """
     return to_rgb(decode_upright(data, max_pixels))
 
 
 def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes the first frame of an image file in its own mode, turned as its EXIF orientation says.
+    """Decodes the first frame of an image file in its own mode, turned as its EXIF orientation says, without metadata.
 
     Args:
         data: content of a file in one of `FORMATS`.
         max_pixels: images of more pixels are refused before they are decoded.
 
     Raises:
-        Exception: one of `IMAGE_ERRORS`, if the file cannot be decoded.
+        TooManyPixelsError: if it has more than `max_pixels`.
+        UnusableFileError: if the file cannot be decoded for another reason.
     """
-    try:
-        file = Image.open(BytesIO(essential_png(data) if data.startswith(PNG_SIGNATURE) else data), formats=FORMATS)
-    except UnidentifiedImageError as error:  # its message contains a memory address
-        raise OSError(f"it is empty, damaged or none of {', '.join(FORMATS)}") from error
+    if data.startswith(PNG_SIGNATURE):
+        data = essential_png(data)
+    with pillow_errors():
+        file = Image.open(BytesIO(data), formats=FORMATS)
     with file:
         if file.width * file.height > max_pixels:
-            raise Image.DecompressionBombError(f"it has {file.width} x {file.height} pixels, more than {max_pixels}")
+            raise TooManyPixelsError(f"it has {file.width} x {file.height} pixels, more than {max_pixels}")
         scale_transparent_value(file)
-        if file.format == "PNG":
-            file.load()  # an EXIF record may follow the pixels
-        orientation = pop_orientation(file)
-        file.load()
+        with pillow_errors():
+            if file.format == "PNG":
+                file.load()  # an EXIF record may follow the pixels
+            orientation = pop_orientation(file)
+            file.load()
+        file.info = {name: value for name, value in file.info.items() if name == "transparency"}
         transposition = TRANSPOSITIONS.get(orientation)
         return file if transposition is None else file.transpose(transposition)
+
+
+@contextmanager
+def pillow_errors() -> Iterator[None]:
+    """Turns Pillow's errors into UnusableFileError, and ignores its warnings.
+
+    It warns of metadata that are not used here, and of sizes that are checked here.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UnidentifiedImageError as error:  # its message contains a memory address
+        raise UnusableFileError(f"it is empty, damaged or none of {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise TooManyPixelsError(describe(error)) from error
+    except PILLOW_ERRORS as error:
+        raise UnusableFileError(describe(error)) from error
 
 
 def pop_orientation(file: Image.Image) -> int:
@@ -147,10 +165,11 @@ def pop_orientation(file: Image.Image) -> int:
 
     Only this entry of the EXIF record is decoded, because cameras and editors leave many others damaged.
     """
-    with suppress(*IMAGE_ERRORS):  # the pixels are usable even if the record is damaged
-        file.getexif()
-    exif = file.getexif()  # what could be read of it
-    with suppress(*IMAGE_ERRORS):
+    try:
+        exif = file.getexif()
+    except PILLOW_ERRORS:  # the pixels are usable even if the record is damaged
+        exif = file.getexif()  # what could be read of it
+    with suppress(*PILLOW_ERRORS):
         orientation = exif.get(ORIENTATION)
         exif[ORIENTATION] = 1
         if isinstance(orientation, int) and orientation in TRANSPOSITIONS:
@@ -198,6 +217,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     16-bit and 32-bit grey is scaled to 8 bits; of floats, white is the first of 1, 255, 65535 that no value exceeds,
     else the largest value.
     """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     white = white_value(image)
     rgb = Image.new("RGB", image.size)
     rows = max(1, STRIP_PIXELS // max(image.width, 1))

@@ -136,9 +136,12 @@ class FolderImages(EncodedImages):
 
     def read(self, index: int) -> bytes:
         path = self.path(index)
-        if path.is_symlink() and not path.exists():
-            raise UnusableFileError("it is a link to a file that does not exist")
-        return read_file(path)
+        try:
+            return read_file(path)
+        except FileNotFoundError as error:
+            if path.is_symlink():
+                raise UnusableFileError("it is a link to a file that does not exist") from error
+            raise
 
 
 def list_folder(

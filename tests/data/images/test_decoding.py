@@ -4,7 +4,7 @@ from imagenet_folder import BROKEN, UNUSUAL, encoded
 from PIL import Image
 
 from lightning_mvar.data.builtin.photos import PHOTO_FILES, read_photo
-from lightning_mvar.data.images.decoding import IMAGE_ERRORS, decode_image
+from lightning_mvar.data.images.decoding import UnusableFileError, decode_image
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_unusual_formats_decode_to_their_appearance(original: Image.Image) -> No
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_raise(original: Image.Image, name: str) -> None:
-    with pytest.raises(IMAGE_ERRORS):
+    with pytest.raises(UnusableFileError):
         decode_image(BROKEN[name](original))
 
 

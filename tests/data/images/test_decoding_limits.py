@@ -6,14 +6,25 @@ import io
 import os
 import struct
 import subprocess
+import sys
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from lightning_mvar.data.images.decoding import FORMATS, IMAGE_ERRORS, decode_image, read_image
+from lightning_mvar.data.images import decoding
+from lightning_mvar.data.images.decoding import (
+    FORMATS,
+    TooManyPixelsError,
+    UnusableFileError,
+    decode_image,
+    read_image,
+    to_rgb,
+)
 from lightning_mvar.errors import InputError
 
 SIDE = 40
@@ -79,7 +90,7 @@ def test_a_fifo_a_folder_and_a_missing_file_are_told_in_one_line(tmp_path: Path)
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:
     data = encoded(Image.new("1", (4000, 4000)), "PNG")
-    with pytest.raises(IMAGE_ERRORS, match="4000 x 4000 pixels, more than 15000000"):
+    with pytest.raises(TooManyPixelsError, match="4000 x 4000 pixels, more than 15000000"):
         decode_image(data, max_pixels=15_000_000)
     assert decode_image(data, max_pixels=16_000_000).size == (4000, 4000)
 
@@ -120,5 +131,46 @@ def test_many_small_changes_of_a_file_raise_known_errors_only() -> None:
         data[rng.integers(0, min(len(data), 400), 3)] = rng.choice([0, 1, 127, 255], 3)
         try:
             assert decode_image(data.tobytes(), max_pixels=100_000).mode == "RGB"
-        except IMAGE_ERRORS:
+        except UnusableFileError:
             continue
+
+
+@pytest.mark.parametrize("error", [IndexError, RuntimeError, MemoryError])
+def test_an_error_of_our_own_is_no_damage_of_the_file(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    (tmp_path / "a.png").write_bytes(encoded(gradient(), "PNG"))
+    for name in ("essential_png", "scale_transparent_value", "to_rgb"):
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, name, fail)
+            with pytest.raises(error):
+                read_image(tmp_path / "a.png")
+
+
+def test_an_rgb_image_is_not_converted_again() -> None:
+    image = gradient()
+    assert to_rgb(image) is image
+
+
+def test_decoded_images_hold_no_metadata() -> None:
+    text = PngInfo()
+    text.add_text("place", "home")
+    data = (
+        encoded(gradient(), "JPEG", icc_profile=b"profile", comment=b"home"),
+        encoded(gradient(), "PNG", pnginfo=text),
+    )
+    assert [decode_image(file).info for file in data] == [{}, {}]
+
+
+def test_warnings_of_pillow_are_silenced_while_it_decodes_only() -> None:
+    record = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 1, 0x010E, 2, 100, 1000)  # a text outside of the record
+    data = encoded(gradient(), "JPEG", exif=record)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode_image(data)
+    program = "import warnings, lightning_mvar.data.images.decoding; print([f for f in warnings.filters if f[3]])"
+    filters = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "PIL" not in filters
