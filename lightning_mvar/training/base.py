@@ -102,7 +102,7 @@ class ScheduledModule(L.LightningModule):
         """
         size = getattr(self.data or training_loader(self.trainer), "batch_size", None)
         if size is None:
-            raise InputError("the learning rate follows the images per step: give the DataLoader a batch_size")
+            raise InputError("cannot scale the learning rate: the DataLoader has no batch_size")
         return int(size)
 
     def keys(self, batch: Any) -> list[str]:
@@ -124,12 +124,12 @@ class ScheduledModule(L.LightningModule):
         """Checks the precision.
 
         Raises:
-            InputError: if it would round the weights themselves, which loses small steps; errors of decays even get
-                exponentiated over all tokens.
+            InputError: if weights are stored in half precision: small updates are lost, and errors in the decays are
+                exponentiated over the sequence.
         """
         if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
             mixed = precision.replace("true", "mixed")
-            raise InputError(f"--trainer.precision {precision} keeps no weights in float32; use {mixed}")
+            raise InputError(f"--trainer.precision {precision} does not keep the weights in float32; use {mixed}")
         self.seed = self.trainer.strategy.broadcast(self.seed)
         # It also takes the batches of datamodules, which this package's need not change.
         warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")
@@ -281,6 +281,16 @@ class ScheduledModule(L.LightningModule):
                 f"last one step {step}; their images are listed in {folder}. The last checkpoint is kept: lower "
                 f"--model.optimizer.base_lr or --trainer.gradient_clip_val, or repair the data, then add --resume"
             )
+
+
+def require_same_average(saved: bool, current: bool) -> None:
+    """Raises InputError unless checkpoint and run both keep a weight average, or neither does."""
+    if saved != current:
+        kept = {True: "kept", False: "not kept"}
+        raise InputError(
+            f"--ckpt_path has another ema_decay: an average of the weights is {kept[saved]} in the checkpoint "
+            f"and {kept[current]} in this run"
+        )
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from lightning_mvar.models.parameters import UNDECAYED
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
-from lightning_mvar.training.base import ScheduledModule, update_ema
+from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import attached_trainer
 from lightning_mvar.training.optim import OptimizerConfig
@@ -117,7 +117,7 @@ class LitMVAR(ScheduledModule):
         tokenizer = self.hidden_tokenizer[0].config
         num_classes = options.num_classes
         if num_classes is None and self.token_data is None:
-            raise InputError("network.num_classes is needed with your own DataLoaders: token shards would tell it")
+            raise InputError("set network.num_classes: without token shards it is unknown")
         num_classes = len(self.class_names) if num_classes is None else num_classes
         return options.complete(tokenizer.schedule, tokenizer.vocab_size, tokenizer.code_dim, num_classes)
 
@@ -206,16 +206,17 @@ class LitMVAR(ScheduledModule):
         self.predicted = 0
 
     def predict_step(self, labels: Tensor, batch_idx: int) -> Tensor:
-        """Draws an image (3, H, W) in [0, 1] per label (b,), with the settings in `self.sampling`.
+        """Draws an image (3, H, W) in [0, 1] per label (b,), maybe none, with the settings in `self.sampling`.
 
         Image i of a seed is the same in any batch and on any number of ranks, if a DistributedSampler without shuffling
         divides the labels.
         """
-        numbers = range(self.predicted, self.predicted + len(labels))
+        drawn = labels if len(labels) else labels.new_zeros(1)  # a sharded network needs all ranks in each forward pass
+        numbers = range(self.predicted, self.predicted + len(drawn))
         generators = self.sampling.generators(i * self.trainer.world_size + self.global_rank for i in numbers)
         self.predicted += len(labels)
         with sampling_mode(self.averaged, self.trainer.strategy) as network:
-            return draw_images(network, self.tokenizer, labels, self.sampling, generators)[0]
+            return draw_images(network, self.tokenizer, drawn, self.sampling, generators)[0][: len(labels)]
 
     def evaluate(self, batch: TokenBatch, stage: str) -> None:
         """Logs teacher-forced scores of a batch without its padding; the epoch average weights every sample equally."""
@@ -271,17 +272,20 @@ class LitMVAR(ScheduledModule):
             checkpoint_path: the checkpoint.
             map_location: device to move the module to.
             tokenizer: folder of the tokenizer, if it has moved.
-            options: other arguments of the constructor, for training on: a checkpoint has none but the network. Without
-                `ema_decay`, an average is kept on with 0.9999.
+            options: other arguments of the constructor, for training on: a checkpoint has none but the network, and the
+                decay of its average, if it keeps one.
 
         Raises:
-            InputError: if the checkpoint is missing or not one of `fit`, or its tokenizer is a different one.
+            InputError: if the checkpoint is missing or not one of `fit`, its tokenizer is a different one, or it is of
+                an older version that did not record the decay of its average.
         """
         path = Path(checkpoint_path)
         trained = load_trained(path, tokenizer, weights="raw")
         record = checked(read_plain_part(resolve_last(path)).get(NETWORK_KEY), NetworkRecord, str(path))
-        if record.run.ema:
-            options = {"ema_decay": 0.9999} | options
+        if record.run.ema and "ema_decay" not in options:
+            if record.run.ema_decay is None:
+                raise InputError(f"{path} does not record the decay of its weight average: pass ema_decay")
+            options["ema_decay"] = record.run.ema_decay
         network = NetworkOptions(**vars(trained.network.config))
         module = cls(network, tokenizer or record.tokenizer.path, **options)
         module.network = trained.network.train().requires_grad_()
@@ -293,7 +297,7 @@ class LitMVAR(ScheduledModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tokenizer = TokenizerRecord(str(Path(self.tokenizer_path).resolve()), self.tokenizer_fingerprint)
         batch = None if self.token_data is None else self.batch_of_all_ranks
-        run = RunRecord(self.ema_decay is not None, self.skip_counts, self.trainer.world_size, batch)
+        run = RunRecord(self.ema_decay is not None, self.skip_counts, self.trainer.world_size, batch, self.ema_decay)
         checkpoint[NETWORK_KEY] = asdict(NetworkRecord(self.network_config, tokenizer, self.class_names, run))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -310,15 +314,10 @@ class LitMVAR(ScheduledModule):
             InputError: if it is damaged, or of another network or tokenizer; names the first field that differs.
         """
         record = checked(entry, NetworkRecord, "--ckpt_path")
-        kept = {True: "kept", False: "not kept"}
-        saved = asdict(record.network) | {
-            "tokenizer": record.tokenizer.fingerprint,
-            "ema_decay (an average of the weights)": kept[record.run.ema],
-        }
+        saved = asdict(record.network) | {"tokenizer": record.tokenizer.fingerprint}
         network = self.network_options if attached_trainer(self) is None else self.network_config
         current = {name: value for name, value in asdict(network).items() if value is not None} | {
-            "tokenizer": self.tokenizer_fingerprint,
-            "ema_decay (an average of the weights)": kept[self.ema_decay is not None],
+            "tokenizer": self.tokenizer_fingerprint
         }
         for name in current:
             if current[name] != saved.get(name):
@@ -326,6 +325,7 @@ class LitMVAR(ScheduledModule):
                     f"--ckpt_path is of another configuration: {name} is {saved.get(name)} in the checkpoint and "
                     f"{current[name]} in this run"
                 )
+        require_same_average(record.run.ema, self.ema_decay is not None)
         return record
 
     def adapt_to_devices(self, run: RunRecord, before: int, fit_loop: dict[str, Any]) -> None:
@@ -378,12 +378,15 @@ def token_batch(batch: Any, network: MVARConfig) -> TokenBatch:
 
 
 def labels_of(batch: Any, num_classes: int) -> Tensor:
-    """Returns the labels (b,) int64 of a batch: the batch itself, or its last element.
+    """Returns the labels (b,) int64 of a batch without its padding: the batch itself, or its last element.
 
     Raises:
         InputError: if it has none, or one is not in [0, num_classes]; `num_classes` means unconditional.
     """
-    labels = batch.labels if isinstance(batch, TokenBatch) else batch[-1] if isinstance(batch, tuple | list) else batch
+    if isinstance(batch, TokenBatch):
+        labels = batch.labels[batch.valid]
+    else:
+        labels = batch[-1] if isinstance(batch, tuple | list) else batch
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         raise InputError("labels must be an integer tensor (b,): the batch itself, or its last element")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= num_classes:

@@ -31,7 +31,7 @@ from lightning_mvar.tokenizer.discriminator import (
 )
 from lightning_mvar.tokenizer.quantizer import PyramidStep
 from lightning_mvar.tokenizer.tokenizer import Reconstruction, Tokenizer, TokenizerConfig
-from lightning_mvar.training.base import ScheduledModule, update_ema
+from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
 from lightning_mvar.training.strategies import FSDP2Strategy, assign_values, full_tensor
 
@@ -346,8 +346,8 @@ class LitTokenizer(ScheduledModule):
         Args:
             checkpoint_path: the checkpoint.
             map_location: device to move the module to.
-            options: other arguments of the constructor, for training on: a checkpoint has none but the tokenizer. An
-                adversary starts with a new discriminator. Without `ema_decay`, an average is kept on with 0.9999.
+            options: other arguments of the constructor, for training on: a checkpoint has none but the tokenizer, and
+                the decay of its average, if it keeps one. An adversary starts with a new discriminator.
 
         Raises:
             InputError: if the checkpoint is missing or not one of `train-tokenizer`.
@@ -356,8 +356,9 @@ class LitTokenizer(ScheduledModule):
         record = read_plain_part(path).get(TOKENIZER_KEY)
         if record is None:
             raise InputError(f"{path} is not a checkpoint of `lightning-mvar train-tokenizer`")
-        if record.get("ema_decay (an average of the weights)") == "kept":
-            options = {"ema_decay": 0.9999} | options
+        require_current(record, path)
+        if record["ema"] and "ema_decay" not in options:
+            options["ema_decay"] = record["ema_decay"]
         module = cls(checked(record["config"], TokenizerConfig, str(path)), **options)
         module.tokenizer.load_state_dict(read_tensors(path, "tokenizer."))
         if module.ema is not None:
@@ -371,6 +372,7 @@ class LitTokenizer(ScheduledModule):
         checkpoint[TOKENIZER_KEY] = self.checkpoint_identity() | {
             "train_usage": usage.cpu(),
             "skipped_steps": self.skip_counts,
+            "ema_decay": self.ema_decay,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -382,12 +384,12 @@ class LitTokenizer(ScheduledModule):
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """Returns the settings that a checkpoint must share with this run to resume it."""
-        size = (self.adversary.channels, self.adversary.levels)
+        size = {"channels": self.adversary.channels, "levels": self.adversary.levels}
         return {
             "config": asdict(self.tokenizer.config),
-            "discriminator": "none" if self.discriminator is None else "{} channels, {} levels".format(*size),
+            "discriminator": None if self.discriminator is None else size,
             "codebook.learning": self.codebook.learning,
-            "ema_decay (an average of the weights)": "not kept" if self.ema is None else "kept",
+            "ema": self.ema is not None,
         }
 
     def check_checkpoint(self, record: dict[str, Any]) -> None:
@@ -398,6 +400,8 @@ class LitTokenizer(ScheduledModule):
         Raises:
             InputError: naming the first setting that differs.
         """
+        require_current(record, "--ckpt_path")
+        require_same_average(record["ema"], self.ema is not None)
         config = asdict(checked(record["config"], TokenizerConfig, "--ckpt_path"))
         saved_settings = {"codebook.learning": CodebookConfig().learning, **record, "config": config}
         for name, current in self.checkpoint_identity().items():
@@ -405,6 +409,15 @@ class LitTokenizer(ScheduledModule):
             if saved != current:
                 what = "tokenizer" if name == "config" else name
                 raise InputError(f"--ckpt_path has another {what}: {saved} in the checkpoint, {current} in this run")
+
+
+def require_current(record: dict[str, Any], source: str | Path) -> None:
+    """Raises InputError for a checkpoint of a version that recorded its settings in another form."""
+    if "ema" not in record:
+        raise InputError(
+            f"{source} is of an earlier version of lightning_mvar, which cannot be resumed: train with --overwrite, or "
+            f"start from its finished tokenizer with --model.weights FOLDER"
+        )
 
 
 def load_pretrained(weights: str, config: TokenizerConfig) -> Tokenizer:

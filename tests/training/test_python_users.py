@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mvar import Tokenizer, TokenizerConfig, generate
 from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.checkpoints import load_trained
+from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import NetworkOptions
 from lightning_mvar.sampling.settings import SamplingSettings, image_generators
@@ -55,6 +56,7 @@ def test_a_checkpoint_gives_its_module(tokenizer_folder: Path, loader: DataLoade
     trainer.fit(trained, loader)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = LitMVAR.load_from_checkpoint(tmp_path / "a.ckpt", optimizer=OptimizerConfig(base_lr=0.1))
+    assert loaded.ema_decay == 0.5
     for name, weights in trained.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weights)
     (before,), (after,) = (make_trainer(tmp_path, 1).validate(m, loader, verbose=False) for m in (trained, loaded))
@@ -62,6 +64,13 @@ def test_a_checkpoint_gives_its_module(tokenizer_folder: Path, loader: DataLoade
     make_trainer(tmp_path, 1).fit(loaded, loader)
     with pytest.raises(InputError, match="does not exist"):
         LitMVAR.load_from_checkpoint(tmp_path / "none.ckpt")
+    older = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    del older["lightning_mvar"]["run"]["ema_decay"]
+    torch.save(older, tmp_path / "older.ckpt")
+    with pytest.raises(InputError, match=r"older.ckpt does not record the decay of its weight average: pass ema_decay"):
+        LitMVAR.load_from_checkpoint(tmp_path / "older.ckpt")
+    assert LitMVAR.load_from_checkpoint(tmp_path / "older.ckpt", ema_decay=0.9).ema_decay == 0.9
+    assert LitMVAR.load_from_checkpoint(tmp_path / "older.ckpt", ema_decay=None).ema is None
 
 
 def test_predictions_are_the_images_of_their_labels(
@@ -81,7 +90,12 @@ def test_predictions_are_the_images_of_their_labels(
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     write_token_shards(tmp_path / "shards", module.tokenizer_fingerprint, [6])
     shards = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=4)
-    assert sum(len(batch) for batch in trainer.predict(module, shards)) == 8  # the last batch is padded
+    assert [len(batch) for batch in trainer.predict(module, shards)] == [4, 2]  # without the padding
+    padding = TokenBatch(
+        random_tokens(4), torch.zeros(4).long(), torch.zeros(4, dtype=torch.bool), torch.zeros(4).long()
+    )
+    (none,) = trainer.predict(module, DataLoader([padding], batch_size=None))
+    assert none.shape == (0, 3, 8, 8)
 
 
 def test_what_own_loaders_cannot_tell_is_asked_for(tokenizer_folder: Path, loader: DataLoader, tmp_path: Path) -> None:
@@ -100,10 +114,10 @@ def test_what_own_loaders_cannot_tell_is_asked_for(tokenizer_folder: Path, loade
     with pytest.raises(InputError, match="labels must be"):
         trainer.predict(module, DataLoader(torch.tensor([11])))
     batches = DataLoader(TensorDataset(tokens, labels), batch_sampler=[[0, 1], [2, 3]])
-    with pytest.raises(InputError, match="give the DataLoader a batch_size"):
+    with pytest.raises(InputError, match="cannot scale the learning rate: the DataLoader has no batch_size"):
         trainer.fit(make_module(tokenizer_folder), batches)
     open_ended = LitMVAR(NetworkOptions(depth=1, width=32, heads=1, head_dim=32), str(tokenizer_folder))
-    with pytest.raises(InputError, match="num_classes is needed"):
+    with pytest.raises(InputError, match=r"set network.num_classes: without token shards it is unknown"):
         trainer.validate(open_ended, loader, verbose=False)
 
 
@@ -128,6 +142,7 @@ def test_the_tokenizer_too(tmp_path: Path) -> None:
     trainer.fit(module, loader, DataLoader(images, batch_size=4))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = LitTokenizer.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.ema_decay == 0.5
     for name, weights in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weights)
     (before,), (after,) = (make_trainer(tmp_path, 1).validate(m, loader, verbose=False) for m in (module, loaded))
