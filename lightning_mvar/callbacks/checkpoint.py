@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,9 @@ class AtomicCheckpoint(CheckpointHooks):
 
     def raise_write_error(self, trainer: L.Trainer, path: Path, error: BaseException | None) -> None:
         if trainer.is_global_zero:
-            remove_checkpoint(hidden_path(path, "unfinished"))
-            mend_last(path.parent)
+            with suppress(OSError):  # on a full disk: the next start mends the rest, and `error` is what counts
+                remove_checkpoint(hidden_path(path, "unfinished"))
+                mend_last(path.parent)
         self.mark_saved(trainer)  # a second attempt would fail too
         reason = "see the message of another rank" if error is None else failure_reason(error)
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -255,9 +256,19 @@ def test_a_run_killed_before_its_first_checkpoint_restarts_and_shows_each_step_o
 
 
 def limit_file_size(rank: int) -> None:
-    """Limits the file size, so that writing fails as on a full disk."""
+    """Limits the file size, so that writing fails as on a full disk, where no link can be made either."""
+    import lightning_mvar.callbacks.checkpoint as module
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    calls, mend_last = [], module.mend_last
+
+    def mend_at_the_start(folder: Path) -> None:
+        if calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        calls.append(mend_last(folder))
+
+    module.mend_last = mend_at_the_start
 
 
 @pytest.mark.parametrize(("devices", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp2")])
