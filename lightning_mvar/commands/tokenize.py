@@ -154,10 +154,15 @@ def prepare_folder(folder: Path, plan: Manifest) -> None:
 
 
 def finalize(folder: Path, images_per_s: float | None) -> None:
-    """Moves the records of all shards into the manifest and prints a summary."""
+    """Moves the records of all shards into the manifest, removes temporary files, and prints a summary.
+
+    The caller holds the lock of the folder and all ranks have written their shards, so no temporary file is in use.
+    """
     manifest = Manifest.load(folder)
     manifest.check_finished(folder, folder / MANIFEST)
     manifest.save(folder)
+    for leftover in folder.glob(".*.tmp.tar"):
+        leftover.unlink(missing_ok=True)
     skipped = f", {len(manifest.skipped)} images skipped" if manifest.skipped else ""
     rate = "" if images_per_s is None else f"; {images_per_s:.1f} images/s per device"
     print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards in {folder}{skipped}{rate}")

@@ -176,6 +176,7 @@ def test_repeatedly_killed_ranks_write_every_sample_exactly_once(workdir: Path, 
         assert commands.wait() == [-signal.SIGKILL] * 2
     num_finished = len(list(out.glob("*.tar")))
     assert 4 <= num_finished < 102
+    (out / ".000003.another_host.0123abcd.tmp.tar").touch()
     commands = start(command("folder", str(out), "--shard_size", "10"), folder, 2, option="--devices")
     assert commands.wait() == [0, 0], commands.printed()
     assert samples(out) == samples(Path("complete"))

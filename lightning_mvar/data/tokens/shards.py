@@ -371,7 +371,7 @@ def shard_name(index: int) -> str:
 def write_shard(path: Path, tokens: NDArray[np.uint16], labels: NDArray[np.int64], keys: list[str]) -> Shard:
     """Writes one shard of tokens (n, l) atomically; its bytes depend only on the content.
 
-    The caller must be its only writer: temporary files that a killed process left behind are removed.
+    The caller must be its only writer: temporary files that a killed process of this host left behind are removed.
     """
     remove_unfinished(path)
     with atomic_path(path) as temporary:
