@@ -52,7 +52,8 @@ class SurvivingRecords:
         except OSError as error:
             self.failed = True
             log.warning(
-                "cannot write TensorBoard's events to %s (%s): the run goes on without; --resume begins a new file",
+                "cannot write TensorBoard's events to %s (%s): training continues without TensorBoard; "
+                "--resume starts a new event file",
                 self.folder,
                 error.strerror or error,
             )

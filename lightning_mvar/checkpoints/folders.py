@@ -118,7 +118,7 @@ def load_folder(folder: Path, tokenizer: str | Path | None = None) -> TrainedMod
 def build_network(config: MVARConfig, weights: StateDict, source: Path) -> MVAR:
     """Builds a network of these weights; `source` names their file in messages."""
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    if config.depth > max(len(blocks), 1):  # told before that many blocks are built
+    if config.depth > max(len(blocks), 1):  # fail before building that many blocks
         raise InputError(f"{source} does not fit MVAR: its weights have {len(blocks)} blocks, not {config.depth}")
     with torch.device("meta"):
         network = MVAR(config)

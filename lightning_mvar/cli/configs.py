@@ -52,7 +52,7 @@ def load_yaml(text: str, path: str | None = None, sections: Iterable[str] = ()) 
         content = section_of(value, section.split("."))
         if not isinstance(content, dict | str):  # a string is the path of a file
             found = "null" if content is None else content
-            raise InputError(f"{path}: {section} is {found}, no options: remove it to leave the section as it is")
+            raise InputError(f"{path}: {section} is {found}, no options: remove the key to keep the inherited section")
     return {} if value is None else value
 
 

@@ -100,8 +100,8 @@ def create_folder(folder: Path, remedy: str) -> None:
     """Creates a folder with its parents, unless it exists.
 
     Raises:
-        InputError: that names what is in the way and ends with the remedy. Names that are not UTF-8 are refused too,
-            because messages, JSON and YAML files cannot hold them.
+        InputError: names the obstacle and ends with `remedy`; also for names that are not UTF-8, which messages, JSON
+            and YAML cannot hold.
     """
     try:
         str(folder).encode()

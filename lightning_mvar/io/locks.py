@@ -45,7 +45,7 @@ class FileLock:
                 if isinstance(error, BlockingIOError):
                     return None
                 raise
-            log.warning("the file system of %s has no locks: start no second command there", path)
+            log.warning("the file system of %s does not support locks: do not start a second command there", path)
         if os.fstat(descriptor).st_nlink == 0:  # a removed lock would keep nobody out
             os.close(descriptor)
             return None

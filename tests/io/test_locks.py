@@ -40,6 +40,7 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path / "run", str(tmp_path / "ready")))
     process.start()
     while not (tmp_path / "ready").exists():
+        assert process.is_alive()
         time.sleep(0.01)
     with pytest.raises(InputError, match="another fit is running"):
         lock_folder(tmp_path / "run", "fit").__enter__()
@@ -80,7 +81,7 @@ def test_a_file_system_without_locks_gives_a_warning(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with lock_folder(tmp_path / "run", "fit"):
-        assert "has no locks: start no second command there" in caplog.text
+        assert "does not support locks: do not start a second command there" in caplog.text
 
 
 def test_a_folder_that_cannot_be_owned_is_named(tmp_path: Path) -> None:
