@@ -1,4 +1,4 @@
-"""Compute devices and precisions."""
+"""Compute devices, precisions and ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lightning_mvar.errors import InputError
@@ -28,6 +29,16 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available on this machine ({str(error).splitlines()[0]})") from error
     return device
+
+
+def in_process_group() -> bool:
+    """Returns whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_first_rank() -> bool:
+    """Returns whether this process is rank 0, or the only one."""
+    return not in_process_group() or dist.get_rank() == 0
 
 
 def device_of(module: nn.Module) -> torch.device:

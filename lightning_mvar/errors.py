@@ -9,6 +9,11 @@ class InputError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the message of an exception on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class DivergedError(InputError):
     """Training has diverged: its gradients are not finite, so the state of the run is not saved."""
 

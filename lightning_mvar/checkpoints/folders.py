@@ -63,7 +63,7 @@ def save_folder(
     Raises:
         InputError: if the folder cannot be written, or there is not one class name per class.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     config = FolderConfig(
         FORMAT.number, tokenizer.config, None if network is None else network.config, class_names or []
     )

@@ -306,10 +306,11 @@ def save_official(folder: str | Path, model: TrainedModel) -> list[Path]:
             model.tokenizer
         ),
     }
-    require_folder(Path(folder))
+    folder = Path(folder).expanduser()
+    require_folder(folder)
     for name, state in files.items():
-        save_torch(state, Path(folder) / name)
-    return [Path(folder) / name for name in files]
+        save_torch(state, folder / name)
+    return [folder / name for name in files]
 
 
 def load_official_mvar(source: str | Path | Mapping[str, Tensor], schedule: ScaleSchedule | None = None) -> MVAR:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
-from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.errors import InputError, Interrupted, one_line
 
 BUG_EXIT_CODE = 70  # of any exception that is not an InputError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of writes outside `atomic_path`: never a bug
@@ -114,7 +114,7 @@ def usage() -> str:
 
 def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> str:
     """Returns the parser's message as one line that also names the configuration files."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     configs = [value for option, value in pairwise(argv) if option in ("-c", "--config")]
     source = f" (config: {', '.join(configs)})" if configs else ""
     return f"{reason}{source}; `lightning-mvar {argv[0]} --help` lists the options"

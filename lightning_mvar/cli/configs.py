@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mvar.cli.arguments import check_values
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, one_line
 
 MODE = "omegaconf+"  # in which jsonargparse accepts an interpolation for an option of any type
 OBJECT = "Unable to serialize instance "  # what jsonargparse writes for a default that is no plain value
@@ -139,7 +139,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Namespace, Names
     try:
         parser.validate(config, skip_unset=False)  # a null where the option's type has none
     except TypeError as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(one_line(error)) from error
     return written, check_values(config)
 
 

@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
 from lightning_mvar.devices import choose_device
-from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.errors import InputError, Interrupted, one_line
 from lightning_mvar.training.lightning_internals import setup_with_timeout, started_processes
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def launch_ranks(device: str, devices: int, num_nodes: int, strategy: DDPStrateg
             strategy=(strategy or "ddp") if several else "auto",
         )
     except (ValueError, RuntimeError) as error:  # Lightning's message for unavailable devices
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(one_line(error)) from error
     with stop_ranks_on_error(fabric.strategy, "run the same command again to continue"):
         fabric.launch()
         yield fabric

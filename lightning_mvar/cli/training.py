@@ -36,7 +36,7 @@ from lightning_mvar.checkpoints.training import (
 from lightning_mvar.cli.arguments import find_input_error
 from lightning_mvar.cli.configs import MODE, config_files, parse, run_folder
 from lightning_mvar.cli.ranks import stop_ranks_on_error
-from lightning_mvar.errors import RESUME_REMEDY, InputError
+from lightning_mvar.errors import RESUME_REMEDY, InputError, one_line
 from lightning_mvar.io.files import create_folder
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.training.base import SKIPPED_STEPS
@@ -395,7 +395,3 @@ def is_bug(error: BaseException) -> bool:
 def modules_of(error: BaseException) -> list[str]:
     """Returns the modules of an exception's traceback; the last one raised it."""
     return [str(frame.f_globals["__name__"]) for frame, _ in traceback.walk_tb(error.__traceback__)]
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -77,7 +77,7 @@ def evaluate(
     check_options(statistics, num_workers)
     real = open_reference(reference)
     if floor == reference:
-        raise InputError(f"--floor {floor} is the reference itself, at distance 0: name other real images")
+        raise InputError(f"--floor {floor} is the reference itself, at distance 0: pass other real images")
     floor_images = None if floor is None else open_reference(floor)
     if reconstructions is not None and not real.has_images:
         raise InputError(f"--reconstructions needs images to reconstruct: {reference} has only statistics")

@@ -36,6 +36,7 @@ from lightning_mvar.data.tokens.shards import (
 )
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fetch import RETRIES
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
@@ -57,7 +58,7 @@ def tokenize(
     num_workers: int = 0,
     max_failures: int = 0,
     cache_dir: str = IMAGE_CACHE,
-    retries: int = 5,
+    retries: int = RETRIES,
     precision: Precision = "float32",
     device: str = "auto",
     devices: int = 1,

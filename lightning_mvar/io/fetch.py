@@ -49,6 +49,8 @@ CURL_ERRORS = {  # by exit code
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+RETRIES = 5  # further attempts after a failed download, by default
+
 
 class FetchError(Exception):
     """A single attempt to read a remote file failed."""

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.files import read_regular
 
 T = TypeVar("T")
 
-MAX_BYTES = 2**24  # of a file; as Python objects, JSON takes up to 20 times as much memory
+MAX_JSON_BYTES = 2**24  # of a file; as Python objects, JSON takes up to 20 times as much memory
 SHOWN = 80  # characters of a value in a message
 ESCAPED = re.compile("[\0\ud800-\udfff]")  # characters that no path and no UTF-8 file can hold
 SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # type: (name in messages, check)
@@ -45,7 +45,7 @@ class Mismatch(Exception):
     """A JSON value does not have the expected type; the message starts with the path of its field."""
 
 
-def read_json(path: Path, kind: type[T], max_bytes: int = MAX_BYTES, version: FormatVersion | None = None) -> T:
+def read_json(path: Path, kind: type[T], max_bytes: int = MAX_JSON_BYTES, version: FormatVersion | None = None) -> T:
     """Reads a JSON file as an instance of `kind`; see `parse_json`.
 
     Raises:
@@ -170,7 +170,7 @@ def convert_dataclass(values: dict[str, Any], kind: Any, path: str) -> Any:
     try:
         return kind(**converted)
     except (ValueError, ArithmeticError) as error:  # of __post_init__
-        raise Mismatch(" ".join(str(error).split())) from error
+        raise Mismatch(one_line(error)) from error
 
 
 @cache

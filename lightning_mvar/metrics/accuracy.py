@@ -11,6 +11,7 @@ from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.builtin.digits import DIGITS
 from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
 from lightning_mvar.metrics.embedded import EmbeddedClassifier
+from lightning_mvar.metrics.evaluator import warn
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.reference import Reference
@@ -64,10 +65,18 @@ def reconstruction_accuracy(
 def samples_and_labels(images: Samples, embedded: EmbeddedSet) -> tuple[Tensor, Tensor] | None:
     """Returns samples (n, 3, H, W) in [0, 1] and their intended classes (n,).
 
-    Returns None if the classes are unknown or not those of the set, or if there is only one, which an SVM cannot learn.
+    Returns None if the classes are unknown or (with a warning) not those of the set, or if there is only one, which an
+    SVM cannot learn.
     """
-    labels = images.labels(list(embedded.class_names))
-    if labels is None or len(set(labels)) < 2 or not set(labels) <= set(range(len(embedded.class_names))):
+    names = list(embedded.class_names)
+    labels = images.labels(names)
+    if unknown := sorted(set(labels or ()) - set(range(len(names)))):
+        warn(
+            f"the samples have the label {unknown[0]}, but {embedded.name} have labels 0 to {len(names) - 1}: class "
+            f"accuracy is not measured"
+        )
+        return None
+    if labels is None or len(set(labels)) < 2:
         return None
     return torch.cat([*SourceImages(images).batches(0, len(images))]), torch.tensor(labels)
 

@@ -43,7 +43,7 @@ class EmbeddedClassifier(nn.Module):
             *(nn.Flatten(), nn.Linear(64 * (self.embedded.resolution // 8) ** 2, self.num_features), nn.ReLU()),
         )
         self.head = nn.Linear(self.num_features, len(self.embedded.class_names))
-        path = Path(weights)
+        path = Path(weights).expanduser()
         if path.is_file():
             load_strictly(self, read_weights(path), path)
         else:

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics.frechet import frechet_distance
@@ -84,8 +84,8 @@ class Evaluator:
         floor_distance = frechet_distance(real.statistics, statistics)
         if floor_distance <= FLOOR_ROUNDING * float(real.statistics.sigma.trace() + statistics.sigma.trace()):
             warn(
-                f"the floor {floor.name} is at distance {floor_distance:.1e} from the reference, 0 up to rounding: for "
-                f"a ratio, name other real images"
+                f"the floor {floor.name} is at distance {floor_distance:.1e} from the reference, zero up to rounding, "
+                f"so no ratio is reported: pass other real images as --floor"
             )
             return {"floor_frechet_distance": floor_distance}
         return {"floor_frechet_distance": floor_distance, "frechet_distance_over_floor": distance / floor_distance}
@@ -93,7 +93,7 @@ class Evaluator:
 
 def warn(message: str) -> None:
     """Prints a warning on rank 0."""
-    if not (dist.is_initialized() and dist.get_rank()):
+    if is_first_rank():
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_mvar.data.images.examples import ImageSource, image_loader
 from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.data.tokens.sources import ShardSource
+from lightning_mvar.devices import in_process_group
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.readers import Samples
 from lightning_mvar.scales import Shape
@@ -125,5 +126,5 @@ class Reconstructions(ImageSet):
 
 def shard_range(count: int) -> tuple[int, int]:
     """Returns this rank's range [begin, end) of `count` images."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if in_process_group() else (0, 1)
     return count * rank // world_size, count * (rank + 1) // world_size

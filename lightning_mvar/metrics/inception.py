@@ -197,7 +197,7 @@ class InceptionV3(InceptionNetwork):
     """
 
     def __init__(self, weights: str) -> None:
-        path = Path(weights)
+        path = Path(weights).expanduser()
         if not path.exists():
             raise InputError(f"{path} does not exist; download it from {RELEASE}")
         with torch.device("meta"):

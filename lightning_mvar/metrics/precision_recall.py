@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
+from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
 
 BLOCK_ROWS = 512  # rows of the distance matrix in memory at a time
@@ -86,8 +86,7 @@ def coverage(centres: Tensor, points: Tensor, neighbours: int) -> float:
 
 def row_blocks(features: Tensor, progress: str) -> Iterable[Tensor]:
     """Splits features (n, f) into blocks of rows; rank 0 shows a progress bar if it takes long."""
-    hidden = dist.is_initialized() and dist.get_rank() > 0
-    return tqdm(features.split(BLOCK_ROWS), progress, leave=False, delay=5, disable=hidden)
+    return tqdm(features.split(BLOCK_ROWS), progress, leave=False, delay=5, disable=not is_first_rank())
 
 
 def squared_distances(rows: Tensor, centres: Tensor, squares: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,8 +15,9 @@ from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images
 from lightning_mvar.data.tokens.shards import MANIFEST
 from lightning_mvar.data.tokens.sources import open_shards
+from lightning_mvar.devices import in_process_group, is_first_rank
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.fetch import fetch_files, is_remote, remote_file_name
+from lightning_mvar.io.fetch import RETRIES, fetch_files, is_remote, remote_file_name
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.npz import array_names
 from lightning_mvar.metrics.image_sets import DecodedShards, ImageSet, SourceImages
@@ -24,8 +26,7 @@ from lightning_mvar.sampling.readers import NpzSamples
 from lightning_mvar.scales import Shape, format_shape, shape_of
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-RETRIES = 5  # of a download
-MAX_FEATURES = 10_000  # real images used for precision and recall, as in the published protocol
+MAX_REAL_FEATURES = 10_000  # real images used for precision and recall, as in the published protocol
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class Reference:
         kind: an embedded or external image source, token shards, or an npz.
         embedded: the embedded set and its split, if the source is one.
         arrays: array names, if the reference is an npz.
+        cache_dir: local folder for downloaded archives.
+        retries: further attempts after a failed download.
     """
 
     name: str
     kind: Literal["images", "shards", "npz"]
     embedded: tuple[EmbeddedSet, Split] | None = None
     arrays: tuple[str, ...] = ()
+    cache_dir: str = IMAGE_CACHE
+    retries: int = RETRIES
 
     @property
     def has_images(self) -> bool:
@@ -64,11 +69,13 @@ class Reference:
         if self.kind == "shards":
             if tokenizer is None:
                 raise InputError(f"{self.name} holds token shards: pass the tokenizer that encoded them as --tokenizer")
-            images: ImageSet = DecodedShards(open_shards(self.name), tokenizer)
+            images: ImageSet = DecodedShards(open_shards(self.name, retries=self.retries), tokenizer)
         elif self.kind == "npz":
             images = SourceImages(NpzSamples(Path(self.name)))
         else:
-            images = SourceImages(open_images(self.name, shape), num_workers)
+            images = SourceImages(
+                open_images(self.name, shape, cache_dir=self.cache_dir, retries=self.retries), num_workers
+            )
         if images.shape != shape:
             raise InputError(
                 f"the images of {self.name} are {format_shape(images.shape)}, but the images to score are "
@@ -114,27 +121,30 @@ class Reference:
         return Summary(published.statistics, published.spatial, measured.features)
 
 
-def open_reference(name: str) -> Reference:
+def open_reference(name: str, cache_dir: str = IMAGE_CACHE, retries: int = RETRIES) -> Reference:
     """Parses the value of `--reference`.
 
     Args:
         name: `digits:test`, `photos:test` or another embedded set; a folder of class folders; local or remote archives;
             a local or remote npz of images (`arr_0`) or statistics (`mu`, `sigma`); a local or remote folder of token
             shards.
+        cache_dir: local folder for downloaded archives and npz files.
+        retries: further attempts after a failed download.
 
     Raises:
         InputError: if a file or folder does not exist, or an npz is damaged.
     """
+    name = os.path.expanduser(name)
     if (embedded := find_embedded_set(name)) is not None:
         return Reference(name, "images", embedded)
     path = Path(name)
     if is_remote(name):
         file = remote_file_name(name)
         if "{}" in name or not file.endswith((*ARCHIVE_SUFFIXES, ".npz")):
-            return Reference(name, "shards")
+            return Reference(name, "shards", retries=retries)
         if file.endswith(ARCHIVE_SUFFIXES):
-            return Reference(name, "images")
-        (path,) = fetch_files([name], Path(IMAGE_CACHE), RETRIES)
+            return Reference(name, "images", cache_dir=cache_dir, retries=retries)
+        (path,) = fetch_files([name], Path(cache_dir).expanduser(), retries)
     if path.suffix == ".npz":
         return Reference(str(path), "npz", arrays=tuple(array_names(path)))
     if (path / MANIFEST).is_file():
@@ -151,7 +161,7 @@ def measure_cached(extractor: nn.Module, images: ImageSet, name: str, cache: Pat
     if broadcast_from_rank_zero(path.is_file()):
         return Summary.load(path, extractor)
     summary = measure(extractor, images, f"features of {name}")
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first_rank():
         summary.save(path, extractor)
     return summary
 
@@ -159,7 +169,7 @@ def measure_cached(extractor: nn.Module, images: ImageSet, name: str, cache: Pat
 def broadcast_from_rank_zero(value: bool) -> bool:
     """Returns rank 0's value on all ranks, because a file may appear between the checks of two ranks."""
     values = [value]
-    if dist.is_initialized():
+    if in_process_group():
         dist.broadcast_object_list(values)
     return values[0]
 
@@ -172,7 +182,7 @@ def measure(extractor: nn.Module, images: ImageSet, progress: str) -> Summary:
     """
     if len(images) < 2:
         raise InputError(f"a covariance needs at least 2 images, got {len(images)}")
-    features = Features(extractor, len(images), MAX_FEATURES)
+    features = Features(extractor, len(images), MAX_REAL_FEATURES)
     feed_shard(images, features, progress)
     summary = features.compute()
     return Summary(summary.statistics, summary.spatial, None if summary.features is None else summary.features.cpu())

@@ -12,7 +12,7 @@ from lightning_mvar.metrics.precision_recall import precision_recall
 from lightning_mvar.metrics.summary import Features, Summary, num_features
 
 SPLITS = 10  # splits of the inception score, as published
-MAX_FEATURES = 50_000  # samples used for precision and recall, as in the published protocol
+MAX_SAMPLE_FEATURES = 50_000  # samples used for precision and recall, as in the published protocol
 
 
 class Scores:
@@ -32,7 +32,7 @@ class Scores:
         self.extractor, self.reference, self.neighbours = extractor, reference, neighbours
         device = device_of(extractor)
         needs_features = neighbours and reference.features is not None
-        self.features = Features(extractor, num_samples, MAX_FEATURES if needs_features else 0)
+        self.features = Features(extractor, num_samples, MAX_SAMPLE_FEATURES if needs_features else 0)
         self.inception: InceptionScore | None = None
         if hasattr(extractor, "logits"):
             zeros = torch.zeros(1, num_features(extractor), device=device)

@@ -23,7 +23,7 @@ from lightning_mvar.metrics.precision_recall import FeatureBank
 
 MAX_VALUE = 1e30  # of a statistic or feature; squares of larger numbers may overflow
 SPATIAL = ("mu_s", "sigma_s")  # array names in published files
-MAX_FEATURES = 100_000  # images whose features a file may hold; scores use at most 50,000
+MAX_STORED_FEATURES = 100_000  # images whose features a file may hold; scores use at most 50,000
 
 
 @dataclass
@@ -155,8 +155,10 @@ def read_features(path: Path, expected: int) -> NDArray[Any]:
         InputError: if there are not `expected` numbers per image, or not finite ones, or too many images.
     """
     array = NpzArray(path, "features")
-    if len(array.shape) != 2 or array.shape[1] != expected or len(array) > MAX_FEATURES:
-        raise InputError(f"{path} has features {array.shape}, not (n, {expected}) of at most {MAX_FEATURES} images")
+    if len(array.shape) != 2 or array.shape[1] != expected or len(array) > MAX_STORED_FEATURES:
+        raise InputError(
+            f"{path} has features {array.shape}, not (n, {expected}) of at most {MAX_STORED_FEATURES} images"
+        )
     return read_finite(array, np.float32)
 
 

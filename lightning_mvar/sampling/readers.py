@@ -17,7 +17,6 @@ from lightning_mvar.data.images.decoding import (
     SUFFIXES,
     UnusableFileError,
     decode_upright,
-    describe,
     read_file,
     to_rgb,
     to_tensor,
@@ -25,7 +24,7 @@ from lightning_mvar.data.images.decoding import (
 from lightning_mvar.data.images.examples import Example
 from lightning_mvar.data.images.files import identity_of, list_folder
 from lightning_mvar.data.images.names import Skipped, without_suffix
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.files import read_regular
 from lightning_mvar.io.json_files import parse_json
 from lightning_mvar.io.locks import LOCK
@@ -74,7 +73,7 @@ def open_samples(path: str | Path) -> Samples:
     Raises:
         InputError: if there are no images, or they have another format.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         return FolderSamples(path)
     if not path.is_file():
@@ -111,7 +110,7 @@ class NpzSamples(Samples):
             raise InputError(f"{path}: arr_0 must be uint8 N x H x W x 3, got {dtype} {' x '.join(map(str, shape))}")
         if shape[1] * shape[2] > MAX_PIXELS:
             raise InputError(
-                f"{path}: images of {shape[1]} x {shape[2]} pixels are too large; the most is {MAX_PIXELS}"
+                f"{path}: images of {shape[1]} x {shape[2]} pixels are too large; use at most {MAX_PIXELS} pixels"
             )
         if self.rows.header.fortran_order:
             raise InputError(f"{path}: arr_0 must be in C order: save numpy.ascontiguousarray(images)")
@@ -205,7 +204,7 @@ class FolderSamples(Samples):
         try:
             return decode_upright(read_file(path))
         except (UnusableFileError, OSError) as error:
-            raise InputError(f"{path} cannot be decoded ({describe(error)}): remove it and draw it again") from error
+            raise InputError(f"{path} cannot be decoded ({one_line(error)}): remove it and draw it again") from error
 
     def labels(self, class_names: list[str]) -> list[int] | None:
         names, numbers = [path.parent.name for path in self.files], {name: i for i, name in enumerate(class_names)}
@@ -225,8 +224,8 @@ def refuse_ambiguous(names: list[str], root: Path) -> None:
         rarest = min(depths, key=lambda depth: (depths[depth], depth))
         odd = next(name for name in names if name.count("/") == rarest)
         raise InputError(
-            f"{root / odd} lies beside folders of other images: samples lie in one folder, or all in class folders; "
-            f"move away what is no sample"
+            f"{root / odd} is next to class folders: put all samples in one folder or all in class folders, and remove "
+            f"other images"
         )
     folders: dict[str, str] = {}
     stems: dict[str, str] = {}

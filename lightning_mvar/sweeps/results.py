@@ -16,7 +16,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.hparams import read_row
 from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, attempts
 from lightning_mvar.sweeps.plan import read_sweep
@@ -251,5 +251,5 @@ def read_json(path: Path) -> Any:
 def damaged_error(path: Path, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path} is missing: start the sweep again, or remove {path.parent}")
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return InputError(f"{path} is damaged ({type(error).__name__}: {reason})")

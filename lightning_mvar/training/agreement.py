@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch.distributed as dist
 
+from lightning_mvar.devices import in_process_group
 from lightning_mvar.errors import InputError
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ class Report(NamedTuple):
 def read_on_all_ranks(read: Callable[[], tuple[T, dict[str, str]]]) -> T:
     """Reads data on every rank and compares its digests, in one collective that every rank reaches.
 
-    Ranks on different machines may read different files under one name, and would train on both in silence. If one
+    Ranks on different machines may read different files under one name, and would silently train on both. If one
     rank cannot read its data, the others end with its message instead of waiting for it.
 
     Args:
@@ -36,7 +37,7 @@ def read_on_all_ranks(read: Callable[[], tuple[T, dict[str, str]]]) -> T:
     Raises:
         InputError: on all ranks, if one cannot read its data, or reads other data than rank 0.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return read()[0]
     host, data = socket.gethostname(), None
     try:

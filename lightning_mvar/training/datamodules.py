@@ -16,6 +16,7 @@ from lightning_mvar.data.tokens.shards import Manifest, read_samples
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.data.tokens.stream import TokenBatch, TokenLoader, TokenStream
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fetch import RETRIES
 from lightning_mvar.scales import Shape, shape_of
 from lightning_mvar.training.agreement import read_on_all_ranks
 
@@ -128,7 +129,7 @@ class TokenDataModule(BatchedDataModule):
         block_size: int = 16_384,
         seed: int | None = None,
         cache_dir: str = SHARD_CACHE,
-        retries: int = 5,
+        retries: int = RETRIES,
     ) -> None:
         super().__init__(global_batch_size, batch_size, max_batch_size, num_workers, seed, retries)
         require_at_least(1, block_size=block_size)
@@ -218,7 +219,7 @@ class ImageDataModule(BatchedDataModule):
         on_corrupt: OnCorrupt = "raise",
         seed: int | None = None,
         cache_dir: str = IMAGE_CACHE,
-        retries: int = 5,
+        retries: int = RETRIES,
     ) -> None:
         super().__init__(global_batch_size, batch_size, max_batch_size, num_workers, seed, retries)
         self.sources = {"train": train, "val": val}

@@ -426,7 +426,7 @@ def load_pretrained(weights: str, config: TokenizerConfig) -> Tokenizer:
     Raises:
         InputError: if the weights are missing or of another tokenizer; only the schedule may differ.
     """
-    path = Path(weights)
+    path = Path(weights).expanduser()
     loaded = load_tokenizer(path) if path.is_dir() else load_official_tokenizer(path, config.schedule)
     saved, current = asdict(loaded.config), asdict(config)
     for name in current:

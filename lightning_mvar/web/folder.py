@@ -13,7 +13,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.locks import LOCK, FileLock
 
 PREFIX = "lightning_mvar_serve_"
-MAX_BYTES, MAX_FILES = 256 * 2**20, 500
+MAX_FOLDER_BYTES, MAX_FILES = 256 * 2**20, 500
 
 
 class PageFolder:
@@ -39,7 +39,7 @@ class PageFolder:
                     files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
         total = sum(size for _, size, _ in files) + num_bytes
         for count, (_, size, file) in zip(range(len(files), 0, -1), sorted(files), strict=True):
-            if total <= MAX_BYTES and count <= MAX_FILES:
+            if total <= MAX_FOLDER_BYTES and count <= MAX_FILES:
                 return
             file.unlink(missing_ok=True)
             total -= size

@@ -186,10 +186,10 @@ def test_the_source_in_a_manifest_is_never_run_or_fetched(
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("{0..99999999999}.tar", "stands for more than 100000 names"),
-        ("{a,b}" * 40, "stands for more than 100000 names"),
-        ("{a..z}" * 20, "stands for more than 100000 names"),
-        ("{{a,b},c}" * 40, "stands for more than 100000 names"),
+        ("{0..99999999999}.tar", "expands to more than 100000 names"),
+        ("{a,b}" * 40, "expands to more than 100000 names"),
+        ("{a..z}" * 20, "expands to more than 100000 names"),
+        ("{{a,b},c}" * 40, "expands to more than 100000 names"),
         ("a{b", "is not a pattern of names"),
         (f"{{0..{'9' * 5000}}}", "is not a pattern of names"),
         ("/dev/zero", "does not exist (or is not a file)"),

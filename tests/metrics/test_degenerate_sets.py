@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import Pixels
 
+from lightning_mvar.data.builtin.digits import DIGITS
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.evaluator import Evaluator
+from lightning_mvar.metrics.accuracy import samples_and_labels
+from lightning_mvar.metrics.evaluator import Evaluator, warn
 from lightning_mvar.metrics.frechet import FeatureStatistics
 from lightning_mvar.metrics.image_sets import SourceImages
 from lightning_mvar.metrics.reference import open_reference
@@ -34,9 +36,30 @@ def test_a_floor_of_the_same_images_has_no_ratio(
     real = evaluator.summary(open_reference(write_set(tmp_path / "real.npz", 9)))
     same = open_reference(write_set(tmp_path / "same.npz", 9))
     assert set(evaluator.floor_scores(5.0, real, same)) == {"floor_frechet_distance"}
-    assert "0 up to rounding: for a ratio, name other real images" in capfd.readouterr().err
+    assert "zero up to rounding, so no ratio is reported: pass other real images as --floor" in capfd.readouterr().err
     other = evaluator.floor_scores(5.0, real, open_reference(write_set(tmp_path / "other.npz", 9, seed=1)))
     assert other["frechet_distance_over_floor"] == 5.0 / other["floor_frechet_distance"]
+
+
+@pytest.mark.parametrize(("labels", "named"), [(range(0, 2000, 100), 100), (range(-5, 15), -5)])
+def test_labels_that_the_reference_does_not_have_are_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], labels: range, named: int
+) -> None:
+    np.savez(tmp_path / "drawn.npz", np.zeros((20, 8, 8, 3), np.uint8), np.array(labels))
+    assert samples_and_labels(open_samples(tmp_path / "drawn.npz"), DIGITS) is None
+    message = f"the samples have the label {named}, but digits have labels 0 to 9: class accuracy is not measured"
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_only_process_warns_with_and_without_torch_distributed(
+    capfd: pytest.CaptureFixture[str], distributed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not distributed:
+        monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+        monkeypatch.delattr(torch.distributed, "is_initialized")  # as in a torch that was built without it
+    warn("too few")
+    assert capfd.readouterr().err == "warning: too few\n"
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

@@ -30,7 +30,7 @@ def test_a_reference_is_mean_covariance_and_features_of_all_images(extractor: Pr
 def test_features_are_limited_and_spaced_evenly_over_all_images(
     extractor: Projection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_FEATURES", 10)
+    monkeypatch.setattr(module, "MAX_REAL_FEATURES", 10)
     images = open_reference("digits:test").images(32)
     summary = measure(extractor, images, "")
     pixels = torch.cat([*images.batches(0, 450)])

@@ -68,7 +68,7 @@ def test_real_images_score_perfectly_against_themselves(reference: Summary) -> N
 def test_precision_and_recall_use_a_limited_number_of_samples(
     reference: Summary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_FEATURES", 20)
+    monkeypatch.setattr(module, "MAX_SAMPLE_FEATURES", 20)
     torch.manual_seed(0)
     extractor, images = Projection(), torch.rand(58, 3, 8, 8)
     scores = compute_scores(extractor, reference, images, 7)

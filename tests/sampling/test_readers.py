@@ -131,10 +131,10 @@ def test_pictures_of_every_format_count_and_what_is_left_out_is_told(
     [
         (
             ["3/0.png", "3/1.png", "grid.png"],
-            r"grid\.png lies beside folders of other images: samples lie in one folder",
+            r"grid\.png is next to class folders: put all samples in one folder",
         ),
-        (["0.png", "1.png", "old/0.png"], r"old/0\.png lies beside folders of other images"),
-        (["3/0.png", "3/a/0.png", "3/1.png"], r"3/a/0\.png lies beside"),
+        (["0.png", "1.png", "old/0.png"], r"old/0\.png is next to class folders"),
+        (["3/0.png", "3/a/0.png", "3/1.png"], r"3/a/0\.png is next to class folders"),
         (["a/3/0.png", "b/3/1.png"], r"a/3 and .*b/3 have the same name: score each set by itself"),
         (["3/0.png", "3/0.JPG", "4/0.png"], r"3/0\.(png|JPG) and .*3/0\.(png|JPG) may be the same sample"),
     ],
@@ -181,7 +181,7 @@ def test_samples_may_be_of_any_shape(tmp_path: Path, pixels: np.ndarray) -> None
     [
         (
             np.zeros((1, 12_000, 12_000, 3), np.uint8),
-            "images of 12000 x 12000 pixels are too large; the most is 120000000",
+            "images of 12000 x 12000 pixels are too large; use at most 120000000 pixels",
         ),
         (np.zeros((10**9, 0, 4, 3), np.uint8), "arr_0 must be uint8 N x H x W x 3, got uint8 1000000000 x 0 x 4 x 3"),
         (np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8)), "must be in C order: save numpy.ascontiguousarray"),

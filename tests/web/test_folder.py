@@ -21,7 +21,7 @@ def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_oldest_files_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_BYTES", 1000)
+    monkeypatch.setattr(module, "MAX_FOLDER_BYTES", 1000)
     folder = PageFolder(tmp_path)
     files = [folder.new_folder() / f"{number}.png" for number in range(20)]
     for age, file in enumerate(files):

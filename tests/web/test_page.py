@@ -145,7 +145,7 @@ def size_of_files(folder: PageFolder) -> tuple[int, int]:
 def test_files_of_many_uploads_and_draws_are_bounded(
     url: str, client: Client, folder: PageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_mvar.web.folder.MAX_BYTES", 3 * 2**20)
+    monkeypatch.setattr("lightning_mvar.web.folder.MAX_FOLDER_BYTES", 3 * 2**20)
     for number in range(8):
         file = bytes([number]) * 2**20
         assert httpx.post(f"{url}/gradio_api/upload", files={"files": ("a.png", file)}).status_code == 200

@@ -13,7 +13,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular
 
 MAX_CLASSES = 1_000_000  # of classes that only have numbers
-MAX_TEXT_BYTES = 2**28  # of a label file: ImageNet's training images take 60 MB
+MAX_LABEL_FILE_BYTES = 2**28  # of a label file: ImageNet's training images take 60 MB
 NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 Numbers = Literal["from_zero", "any", "never"]
 LABEL_FIELDS = (  # names of columns or JSON fields that hold the class
@@ -126,11 +126,11 @@ def read_lines(path: Path) -> list[str]:
     """Returns the lines of a text file that are not blank, without blanks around them.
 
     Raises:
-        InputError: if the file cannot be read or is larger than `MAX_TEXT_BYTES`.
+        InputError: if the file cannot be read or is larger than `MAX_LABEL_FILE_BYTES`.
         UnicodeDecodeError: if it is not UTF-8.
     """
     with open_regular(path) as file:
-        data = file.read(MAX_TEXT_BYTES + 1)
-    if len(data) > MAX_TEXT_BYTES:
-        raise InputError(f"{path} has more than {MAX_TEXT_BYTES} bytes")
+        data = file.read(MAX_LABEL_FILE_BYTES + 1)
+    if len(data) > MAX_LABEL_FILE_BYTES:
+        raise InputError(f"{path} has more than {MAX_LABEL_FILE_BYTES} bytes")
     return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]

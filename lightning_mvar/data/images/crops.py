@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Generator
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
-from lightning_mvar.data.images.decoding import UnusableFileError, decode_image, describe, to_tensor
+from lightning_mvar.data.images.decoding import UnusableFileError, decode_image, to_tensor
 from lightning_mvar.data.images.examples import Example, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.scales import Shape
 
 RESIZE_MARGIN = 1.125  # ratio of the resized shorter side to the crop (VAR's preprocessing)
@@ -107,7 +107,7 @@ class DecodedImages:
 
     def failed(self, index: int, error: UnusableFileError) -> Example:
         """Returns an example that cannot be decoded, or raises CorruptImageError, as `on_corrupt` says."""
-        message = f"{self.encoded.display_path(index)} cannot be decoded ({describe(error)})"
+        message = f"{self.encoded.display_path(index)} cannot be decoded ({one_line(error)})"
         if self.on_corrupt == "skip":
             return Example(None, int(self.encoded.labels[index]), self.key(index), message)
         raise CorruptImageError(

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.files import open_if_regular
 
 SUFFIXES_BY_FORMAT = {  # Pillow reads these without starting another program, unlike EPS, PDF or WMF
@@ -36,7 +36,7 @@ Image.init()
 FORMATS = tuple(name for name in SUFFIXES_BY_FORMAT if name in Image.OPEN)  # older versions of Pillow lack AVIF
 
 MAX_PIXELS = 120_000_000  # a JPEG or PNG of this size takes 1 GB, a WebP 3 GB
-MAX_BYTES = 2**30  # size of a file
+MAX_IMAGE_BYTES = 2**30  # size of a file
 STRIP_PIXELS = 2**20  # pixels converted to RGB at once
 PILLOW_ERRORS = (  # of its plugins, on damaged files
     *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError, RuntimeError),
@@ -80,7 +80,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (UnusableFileError, OSError) as error:
-        raise InputError(f"{path} cannot be decoded ({describe(error)})") from error
+        raise InputError(f"{path} cannot be decoded ({one_line(error)})") from error
 
 
 def read_file(path: str | Path) -> bytes:
@@ -88,7 +88,7 @@ def read_file(path: str | Path) -> bytes:
 
     Raises:
         OSError: if it cannot be read.
-        UnusableFileError: if it is not a regular file, or has more than `MAX_BYTES`.
+        UnusableFileError: if it is not a regular file, or has more than `MAX_IMAGE_BYTES`.
     """
     file = open_if_regular(path)
     if file is None:
@@ -99,9 +99,9 @@ def read_file(path: str | Path) -> bytes:
 
 
 def check_bytes(size: int) -> None:
-    """Raises UnusableFileError if an image file is larger than `MAX_BYTES`."""
-    if size > MAX_BYTES:
-        raise UnusableFileError(f"it has {size} bytes, more than {MAX_BYTES}")
+    """Raises UnusableFileError if an image file is larger than `MAX_IMAGE_BYTES`."""
+    if size > MAX_IMAGE_BYTES:
+        raise UnusableFileError(f"it has {size} bytes, more than {MAX_IMAGE_BYTES}")
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -155,9 +155,9 @@ def pillow_errors() -> Iterator[None]:
     except UnidentifiedImageError as error:  # its message contains a memory address
         raise UnusableFileError(f"it is empty, damaged or none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise TooManyPixelsError(describe(error)) from error
+        raise TooManyPixelsError(one_line(error)) from error
     except PILLOW_ERRORS as error:
-        raise UnusableFileError(describe(error)) from error
+        raise UnusableFileError(one_line(error)) from error
 
 
 def pop_orientation(file: Image.Image) -> int:
@@ -252,11 +252,6 @@ def strip_to_rgb(image: Image.Image, white: float | None) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def describe(error: BaseException) -> str:
-    """Returns the reason of a failed decoding on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-import torch.distributed as dist
-
 from lightning_mvar.data.images.decoding import SUFFIXES
+from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
 
 # Left by macOS, Windows, Synology and file systems; hidden names, such as .DS_Store or .ipynb_checkpoints, as well.
@@ -38,7 +37,7 @@ class Skipped:
 
     def tell(self, source: str) -> None:
         """Logs what was left out in one line, once for all openings and ranks of a run."""
-        if self.counts and not (dist.is_initialized() and dist.get_rank()):
+        if self.counts and is_first_rank():
             parts = [f"{reason} ({n}, such as {self.examples[reason]!r})" for reason, n in self.counts.items()]
             tell_once(f"{source}: left out {'; '.join(parts)}")
 

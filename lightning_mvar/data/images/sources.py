@@ -28,7 +28,7 @@ from lightning_mvar.data.images.labels import read_labels
 from lightning_mvar.data.images.names import SPLITS, is_image, refuse_split_files, visible
 from lightning_mvar.data.images.tables import TableImages
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.fetch import fetch_files, is_remote
+from lightning_mvar.io.fetch import RETRIES, fetch_files, is_remote
 from lightning_mvar.scales import Shape, format_shape, shape_of
 
 EMBEDDED_SETS = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64)}
@@ -50,7 +50,7 @@ def open_images(
     labels: str | None = None,
     class_names: str | None = None,
     cache_dir: str = IMAGE_CACHE,
-    retries: int = 5,
+    retries: int = RETRIES,
 ) -> ImageSource:
     """Opens the images of a source, cropped to one size.
 
@@ -67,6 +67,8 @@ def open_images(
     Raises:
         InputError: if the source does not exist, has no images, or its images are of another size.
     """
+    source, cache_dir = os.path.expanduser(source), os.path.expanduser(cache_dir)
+    labels, class_names = (name and os.path.expanduser(name) for name in (labels, class_names))
     embedded, shape = find_embedded_set(source), shape_of(size)
     if embedded is None:
         names = None if class_names is None else read_class_names(class_names)
@@ -86,7 +88,7 @@ def open_encoded(
     labels: str | None,
     class_names: list[str] | None,
     cache_dir: str = IMAGE_CACHE,
-    retries: int = 5,
+    retries: int = RETRIES,
 ) -> EncodedImages:
     """Opens the image files of a folder or of archives."""
     paths = resolve_files(source, Path(cache_dir), retries)
@@ -146,7 +148,7 @@ def expand_braces(pattern: str) -> list[str]:
             return list(expand_urls(pattern))
     except ValueError as error:
         raise InputError(f"{pattern:.200} is not a pattern of names ({error!s:.80})") from error
-    raise InputError(f"{pattern:.200} stands for more than {MAX_NAMES} names")
+    raise InputError(f"{pattern:.200} expands to more than {MAX_NAMES} names")
 
 
 def max_names(pattern: str) -> int:

@@ -9,13 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.files import open_regular
 
 CACHED_GROUPS = 2  # groups cached per process: a batch reads from one or two
 MAX_GROUP_BYTES = 2**31  # of a row group in memory
 MAX_ROWS_PER_BYTE = 8  # of a file
-MAX_TEXT_BYTES = 4096  # of a name or path
+MAX_NAME_BYTES = 4096  # of a name or path
 ARROW_FILE = b"ARROW1"  # begins Arrow's file format; its stream format has no mark
 TABLE_ERRORS = (  # base classes of pyarrow's errors; MemoryError: a buffer of a claimed size, allocated but not filled
     *(OSError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError),
@@ -67,7 +67,7 @@ class ParquetTable(TableFile):
                 file = ParquetFile(self.path, read_dictionary=repeated)
                 return file.read_row_group(group, columns=list(columns), use_threads=False)
         except TABLE_ERRORS as error:
-            raise InputError(f"{self.path} is damaged in row group {group} ({describe(error)})") from error
+            raise InputError(f"{self.path} is damaged in row group {group} ({one_line(error)})") from error
         raise InputError(
             f"{self.path} has {rows} rows and {size} bytes in row group {group}, more than {MAX_GROUP_BYTES}: write it "
             f"again with smaller row groups"
@@ -96,7 +96,7 @@ class ArrowTable(TableFile):
             batch = self.batches[group].select(names)
             batch.validate(full=True)  # offsets of a damaged file would point outside of it
         except TABLE_ERRORS as error:
-            raise InputError(f"{self.path} is damaged in batch {group} ({describe(error)})") from error
+            raise InputError(f"{self.path} is damaged in batch {group} ({one_line(error)})") from error
         return Table.from_batches([batch])
 
 
@@ -115,7 +115,7 @@ def open_table(path: Path) -> TableFile:
         return ParquetTable(path) if path.suffix == ".parquet" else cached_arrow(path)
     except TABLE_ERRORS as error:
         kind = "a Parquet" if path.suffix == ".parquet" else "an Arrow"
-        raise InputError(f"{path} is damaged or not {kind} file ({describe(error)})") from error
+        raise InputError(f"{path} is damaged or not {kind} file ({one_line(error)})") from error
 
 
 def read_group(path: Path, group: int, columns: tuple[str, ...]) -> Any:
@@ -131,12 +131,12 @@ def texts_of(column: Any, path: Path) -> list[Any]:
     """Returns the values of a column of numbers or texts, which may be null.
 
     Raises:
-        InputError: if a text has more than `MAX_TEXT_BYTES`, or is not UTF-8.
+        InputError: if a text has more than `MAX_NAME_BYTES`, or is not UTF-8.
     """
     try:
         return [value for chunk in column.chunks for value in chunk_values(chunk)]
     except TABLE_ERRORS as error:
-        raise InputError(f"{path} has a damaged column ({describe(error)})") from error
+        raise InputError(f"{path} has a damaged column ({one_line(error)})") from error
 
 
 def chunk_values(chunk: Any) -> list[Any]:
@@ -145,13 +145,9 @@ def chunk_values(chunk: Any) -> list[Any]:
     choices = chunk.dictionary if types.is_dictionary(chunk.type) else chunk
     if not types.is_integer(choices.type):
         longest = compute.max(compute.binary_length(choices)).as_py()
-        if longest is not None and longest > MAX_TEXT_BYTES:
-            raise ValueError(f"a name or path of {longest} bytes, more than {MAX_TEXT_BYTES}")
+        if longest is not None and longest > MAX_NAME_BYTES:
+            raise ValueError(f"a name or path of {longest} bytes, more than {MAX_NAME_BYTES}")
     values = choices.to_pylist()
     if choices is chunk:
         return list(values)
     return [None if i is None else values[i] for i in chunk.indices.to_pylist()]  # repeated texts are shared
-
-
-def describe(error: BaseException) -> str:
-    return " ".join(str(error).split())

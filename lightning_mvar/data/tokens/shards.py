@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import webdataset as wds
@@ -34,10 +33,11 @@ from lightning_mvar.data.tokens.packs import PACK_ERRORS, CheckedPack, Pack, Tok
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path, read_regular, remove_unfinished
 from lightning_mvar.io.fingerprint import sha256_of
-from lightning_mvar.io.json_files import MAX_BYTES, parse_json, read_json
+from lightning_mvar.io.json_files import MAX_JSON_BYTES, FormatVersion, parse_json, read_json
 from lightning_mvar.scales import ScaleSchedule, Shape
 
 FORMAT_VERSION = 3
+FORMAT = FormatVersion(FORMAT_VERSION, "another release wrote it")
 PACK_SIZE = 512  # images per tar sample: 0.7 MB at 680 tokens
 MANIFEST = "manifest.json"
 PARTS = "parts"  # subfolder with a record per finished shard
@@ -195,7 +195,7 @@ class Manifest:
             raise InputError(
                 f"no token shards in {folder}: {path} does not exist; write them with `lightning-mvar tokenize`"
             )
-        return cls.parse(read_regular(path, MAX_BYTES), str(path), record_paths(folder))
+        return cls.parse(read_regular(path, MAX_JSON_BYTES), str(path), record_paths(folder))
 
     @classmethod
     def parse(cls, data: bytes, location: str, records: Sequence[Path] = ()) -> Manifest:
@@ -207,15 +207,9 @@ class Manifest:
             InputError: if it is damaged or of another format version.
         """
         try:
-            version = parse_json(data, dict[str, Any], MANIFEST).get("format_version")
-            if version == FORMAT_VERSION:
-                manifest = parse_json(data, cls, MANIFEST)
+            manifest = parse_json(data, cls, MANIFEST, FORMAT)
         except InputError as error:
             raise InputError(f"{location} is damaged ({error}); {REMOVE_REMEDY}") from error
-        if version != FORMAT_VERSION:
-            raise InputError(
-                f"{location} has format version {version!r:.80}; this release reads {FORMAT_VERSION}: tokenize again"
-            )
         newer = [read_record(path) for path in records]
         names = {shard.name for shard in newer}
         shards = [shard for shard in manifest.shards if shard.name not in names]

@@ -78,7 +78,7 @@ def find_problems(
     for name in sorted({*files, *listed}):
         path, shard = folder / name, listed.get(name)
         if shard is not None and not shard.is_file_name:
-            continue  # told as a problem of the manifest
+            continue  # already reported with the manifest
         if shard is None and spec is not None:
             yield Problem(path, "is not listed in the manifest", "remove it, or restore the manifest that lists it")
         yield from shard_problems(path, shard, spec or TokenSpec(), key_index)

@@ -103,6 +103,21 @@ def test_the_last_failed_attempt_raises_address_reason_and_remedy(
     assert shards.fetch(shard).is_file()
 
 
+@pytest.mark.parametrize("response", ["<html>Sign in</html>", '{"format_version": 3'])
+def test_a_response_that_is_no_manifest_is_retried(server: ShardServer, tmp_path: Path, response: str) -> None:
+    (server.folder / "manifest.json").write_text(response)
+    with pytest.raises(InputError, match=r"manifest\.json cannot be read \(the response is no.*3 attempt"):
+        remote_shards(server, tmp_path / "cache", retries=2).manifest()
+    assert Counter(server.requests)["manifest.json"] == 3
+
+
+def test_a_manifest_of_another_release_is_not_retried(server: ShardServer, tmp_path: Path) -> None:
+    (server.folder / "manifest.json").write_text('{"format_version": 99}')
+    with pytest.raises(InputError, match=r"has format_version 99; this release reads 3: another release wrote it"):
+        remote_shards(server, tmp_path / "cache").manifest()
+    assert Counter(server.requests)["manifest.json"] == 1
+
+
 def test_waits_between_attempts_grow(server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(fetching, "sleep", waits.append)
