@@ -9,6 +9,7 @@ from tensorboard.plugins.hparams import api_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mvar.cli.arguments import call
+from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path, path_component
 from lightning_mvar.io.hparams import columns_summary, end_summary, row_summary
 from lightning_mvar.io.locks import lock_folder
@@ -57,6 +58,8 @@ def report(folder: str, baseline: str | None = None, out: str | None = None) -> 
     variants = variants_of(sweep)
     baseline_variant = choose_baseline(variants, baseline)
     target = Path(folder) / "report" if out is None else Path(out)
+    if out is None:
+        refuse_links(target)
     figures = all_figures(sweep, variants, baseline_variant)
     text = render_markdown(sweep, variants, baseline_variant, list(figures))
     with lock_folder(target, "report"):
@@ -108,6 +111,12 @@ def render_markdown(sweep: Sweep, variants: list[Variant], baseline: Variant, fi
 def caption(name: str) -> str:
     axis = name.removeprefix("axis_")
     return CAPTIONS.get(name, f"Results against {axis}, one line per combination of the other axes: mean and seeds.")
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises InputError if a sweep from elsewhere links its report to other files, which would be overwritten."""
+    if link := next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None):
+        raise InputError(f"{link} is a link: remove it, or name another folder with --out")
 
 
 def write_figure(figure: Figure, path: Path) -> None:

@@ -158,6 +158,21 @@ def test_a_second_report_replaces_the_first(done: Path, tmp_path: Path) -> None:
     assert all(len(list(cell.iterdir())) == 1 for cell in (folder / "report/hparams").iterdir())
 
 
+@pytest.mark.parametrize("link", ["report", "report/hparams", "report/hparams/zz", "report/.lock"])
+def test_a_report_changes_no_files_behind_links(
+    done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], link: str
+) -> None:
+    folder = Path(shutil.copytree(done, tmp_path / "tiny", ignore=shutil.ignore_patterns("report")))
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "events.out.tfevents.1").write_text("precious")
+    (folder / link).parent.mkdir(parents=True, exist_ok=True)
+    (folder / link).symlink_to(logs)
+    assert run(["report", str(folder)]) == 1
+    assert f"{folder / link} is a link: remove it" in capfd.readouterr().err
+    assert [path.read_text() for path in logs.iterdir()] == ["precious"]
+
+
 def test_it_prints_the_main_table_and_can_write_elsewhere(
     done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
