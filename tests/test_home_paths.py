@@ -14,11 +14,15 @@ from lightning_mvar.checkpoints import load_official_mvar, load_tokenizer, read_
 from lightning_mvar.checkpoints.published import network_to_published
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.data.tokens.sources import open_shards
+from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import save_torch
 from lightning_mvar.metrics.reference import open_reference
+from lightning_mvar.models.config import NetworkOptions
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.sampling.readers import open_samples
 from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
+from lightning_mvar.training.mvar import LitMVAR
+from lightning_mvar.training.tokenizer import LitTokenizer
 
 DOORS: dict[str, Callable[[], object]] = {
     "tokenizer": lambda: load_tokenizer("~/model"),
@@ -48,6 +52,17 @@ def home(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [6])
     np.savez(tmp_path / "samples.npz", np.zeros((4, 8, 8, 3), np.uint8))
     return tmp_path
+
+
+@pytest.mark.parametrize("module", [LitMVAR, LitTokenizer])
+def test_modules_look_for_checkpoints_in_the_home_folder(home: Path, module: type[LitMVAR | LitTokenizer]) -> None:
+    with pytest.raises(InputError, match=f"{home}/missing.ckpt"):
+        module.load_from_checkpoint("~/missing.ckpt")
+
+
+def test_checkpoints_record_the_path_of_a_tokenizer_in_the_home_folder(home: Path) -> None:
+    options = NetworkOptions(**vars(tiny_network().config))
+    assert LitMVAR(options, "~/tok").tokenizer_path == str(home / "tok")
 
 
 @pytest.mark.parametrize("door", DOORS)

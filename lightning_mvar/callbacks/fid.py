@@ -67,7 +67,7 @@ class FIDCallback(L.Callback):
         for name, period in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
             if period is not None and period < 1:
                 raise InputError(f"{name} of the FID callback must be at least 1, got {period}")
-        self.extractor, self.reference_name, self.cache = extractor, reference, Path(cache)
+        self.extractor, self.reference_name, self.cache = extractor, reference, Path(cache).expanduser()
         self.num_samples, self.batch_size, self.sampling = num_samples, batch_size, sampling
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.weights, self.keep_sharded, self.neighbours = weights, keep_sharded, neighbours

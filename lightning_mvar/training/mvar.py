@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -82,7 +83,7 @@ class LitMVAR(ScheduledModule):
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise InputError(f"model.ema_decay must be in [0, 1), got {ema_decay}")
         self.network_options: MVARConfig = network
-        self.tokenizer_path = tokenizer
+        self.tokenizer_path = os.path.expanduser(tokenizer)
         self.label_drop, self.ema_decay = label_drop, ema_decay
         self.compile_blocks, self.checkpoint_activations = compile, activation_checkpointing
         self.sampling = SamplingSettings()  # of `predict_step`
@@ -279,7 +280,7 @@ class LitMVAR(ScheduledModule):
             InputError: if the checkpoint is missing or not one of `fit`, its tokenizer is a different one, or it is of
                 an older version that did not record the decay of its average.
         """
-        path = Path(checkpoint_path)
+        path = Path(checkpoint_path).expanduser()
         trained = load_trained(path, tokenizer, weights="raw")
         record = checked(read_plain_part(resolve_last(path)).get(NETWORK_KEY), NetworkRecord, str(path))
         if record.run.ema and "ema_decay" not in options:

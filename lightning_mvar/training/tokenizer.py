@@ -352,7 +352,7 @@ class LitTokenizer(ScheduledModule):
         Raises:
             InputError: if the checkpoint is missing or not one of `train-tokenizer`.
         """
-        path = resolve_last(Path(checkpoint_path))
+        path = resolve_last(Path(checkpoint_path).expanduser())
         record = read_plain_part(path).get(TOKENIZER_KEY)
         if record is None:
             raise InputError(f"{path} is not a checkpoint of `lightning-mvar train-tokenizer`")
