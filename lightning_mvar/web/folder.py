@@ -19,12 +19,14 @@ MAX_FOLDER_BYTES, MAX_FILES = 256 * 2**20, 500
 class PageFolder:
     """Files that gradio and the page write. The oldest are removed beyond its bounds.
 
-    Uploads and drawn images are below `served`, which clients can read.
+    Uploads and drawn images are below `served`, which clients can read. The files in `shown`, those of the newest job,
+    are kept.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.served = path, path / "served"
         self.served.mkdir()
+        self.shown: frozenset[Path] = frozenset()
 
     def new_folder(self) -> Path:
         """Creates an empty folder for images."""
@@ -37,12 +39,14 @@ class PageFolder:
             with suppress(FileNotFoundError):  # gradio renames and removes its files at any time
                 if file.is_file() and file != self.path / LOCK:
                     files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
-        total = sum(size for _, size, _ in files) + num_bytes
-        for count, (_, size, file) in zip(range(len(files), 0, -1), sorted(files), strict=True):
+        total, count = sum(size for _, size, _ in files) + num_bytes, len(files)
+        for _, size, file in sorted(files):
             if total <= MAX_FOLDER_BYTES and count <= MAX_FILES:
                 return
+            if file in self.shown:
+                continue
             file.unlink(missing_ok=True)
-            total -= size
+            total, count = total - size, count - 1
             with suppress(OSError):  # other files are in it
                 file.parent.rmdir()
 
@@ -81,9 +85,10 @@ def create_locked(parent: str) -> tuple[Path, FileLock]:
 def remove_abandoned(parent: Path) -> None:
     """Removes the folders of servers that were killed, which are those whose lock nobody holds."""
     for path in parent.glob(f"{PREFIX}*"):
-        if path.lstat().st_uid != os.getuid() or path.is_symlink() or not (path / LOCK).is_file():
-            continue
-        lock = FileLock.try_acquire(path / LOCK)
-        if lock is not None:
-            shutil.rmtree(path, ignore_errors=True)
-            lock.release()
+        with suppress(FileNotFoundError):  # another server that starts removes it as well
+            if path.lstat().st_uid != os.getuid() or path.is_symlink() or not (path / LOCK).is_file():
+                continue
+            lock = FileLock.try_acquire(path / LOCK)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                lock.release()

@@ -54,6 +54,7 @@ class Jobs:
         for step, preview in enumerate(previews):
             images = [save(image, folder, f"{step}_{i}") for i, image in enumerate(preview.images)]
             scales.append((save(preview.sheet, folder, f"{step}"), preview.caption))
+            self.folder.shown = frozenset([*images, *(path for path, _ in scales)])
             self.folder.make_room()
             yield images, scales
             self.check_wanted(request)

@@ -37,6 +37,15 @@ def test_the_oldest_files_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(folder.served.iterdir()) == [files[19].parent]
 
 
+def test_a_folder_that_another_server_removes_is_passed_over(
+    temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = temporary_folder / f"{module.PREFIX}a"
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([missing]))
+    with page_folder() as folder:
+        assert folder.path.is_dir()
+
+
 def test_the_folder_is_removed_at_the_end(temporary_folder: Path) -> None:
     with suppress(RuntimeError), page_folder() as folder:
         tempfile.mkstemp()

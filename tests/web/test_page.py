@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,9 +24,10 @@ from PIL import Image
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import TrainedModel
 from lightning_mvar.pipeline import MVARPipeline
-from lightning_mvar.web.backend import INSIDE
+from lightning_mvar.web.backend import INSIDE, ScalePreview
 from lightning_mvar.web.folder import PageFolder
-from lightning_mvar.web.page import MAX_QUEUED_JOBS
+from lightning_mvar.web.guard import RECEIVED, Audience
+from lightning_mvar.web.page import MAX_QUEUED_JOBS, Jobs
 from lightning_mvar.web.server import serving
 
 FIELDS = ("3", 2, 1.5, 900, 0.96, 0, False)
@@ -155,6 +157,16 @@ def test_files_of_many_uploads_and_draws_are_bounded(
         images, scales = client.predict(*FIELDS[:5], seed, False, api_name="/draw")
         assert size_of_files(folder)[0] <= 20
     assert all(Path(item["image"]).is_file() for item in [*images, *scales])  # downloaded
+
+
+def test_a_job_keeps_what_it_shows_while_uploads_make_room(tmp_path: Path) -> None:
+    folder, image = PageFolder(tmp_path), Image.new("RGB", (8, 8))
+    request: Any = SimpleNamespace(session_hash="a", request=SimpleNamespace(scope={RECEIVED: time.monotonic()}))
+    previews = iter([ScalePreview([image, image], image, "1 x 1")] * 4)
+    for images, scales in Jobs(folder, Audience()).run(previews, request):
+        folder.make_room(2**30)
+        assert all(path.is_file() for path in [*images, *(path for path, _ in scales)])
+    assert size_of_files(folder)[0] == len(images) + len(scales)  # earlier images are removed
 
 
 def test_jobs_that_nobody_waits_for_are_dropped(
