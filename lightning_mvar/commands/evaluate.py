@@ -20,7 +20,7 @@ from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.summary import prepare
-from lightning_mvar.sampling.draw import Drawing, draw_set
+from lightning_mvar.sampling.draw import METADATA_KEYS, Drawing, draw_set
 from lightning_mvar.sampling.readers import Samples, open_samples
 from lightning_mvar.sampling.settings import SamplingSettings
 
@@ -102,13 +102,17 @@ def evaluate(
             load = partial(read_model, ckpt_path, tokenizer, weights)
             sampled = draw_set(fabric, load, samples, per_class=per_class, **sampling)
         images = open_samples(samples)
+        if sampled is not None:
+            require_count(images, len(sampled.labels), samples)
         if fabric.is_global_zero:
             check_sample_count(len(images), extractor)
         evaluator = Evaluator(extractor, images.shape, Path(cache), decoder, num_workers)
         summary = evaluator.summary(real)
         if statistics is not None and fabric.is_global_zero:
             summary.save(Path(statistics), extractor)
-        record: Record = images.metadata | {"samples": samples, "reference": reference}
+        # Anything else in the metadata might be taken for a score.
+        record: Record = {name: value for name, value in images.metadata.items() if name in METADATA_KEYS}
+        record |= {"samples": samples, "reference": reference}
         record |= describe(images, evaluator, sampled)
         record |= evaluator.score(SourceImages(images, num_workers), summary, "features of the samples")
         if floor_images is not None:
@@ -138,6 +142,14 @@ def describe(images: Samples, evaluator: Evaluator, sampled: Drawing | None) -> 
     if sampled is not None and sampled.images_per_s is not None:
         record["images_per_s"] = sampled.images_per_s
     return record
+
+
+def require_count(images: Samples, count: int, name: str) -> None:
+    """Raises InputError unless there are as many images as were drawn."""
+    if len(images) != count:
+        raise InputError(
+            f"{name} holds {len(images)} images, but the set has {count}, numbered 0 to {count - 1}: remove the others"
+        )
 
 
 def check_options(statistics: str | None, num_workers: int) -> None:

@@ -126,6 +126,8 @@ def decode(
     """
     if n < 1:
         raise InputError(f"--n must be at least 1, got {n}")
+    if seed < 0:
+        raise InputError(f"--seed must be at least 0, got {seed}")
     path, torch_device = require_folder(folder), choose_device(device)
     manifest = load_valid_manifest(path)
     if not manifest.num_samples:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -30,6 +30,11 @@ from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, Samp
 T = TypeVar("T")
 
 MAX_IMAGES = 10_000_000
+# Keys of the metadata of a set, by which it says how it was drawn.
+METADATA_KEYS = frozenset(
+    [field.name for field in fields(SamplingSettings)]
+    + ["per_class", "dtype", "classes", "network", "network_tokenizer", "reject", "reject_weights", "keep"]
+)
 Batch = tuple[list[int], PixelArray]  # image numbers, images
 
 

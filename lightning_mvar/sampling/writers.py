@@ -142,9 +142,24 @@ class NpzFile(SampleSet):
         """Maps the number of each written image to its batch file and its row in it."""
         rows: dict[int, tuple[Path, int]] = {}
         for path in sorted(visible(self.folder.glob("*.npz"))):
-            numbers = NpzArray(path, "numbers").read().tolist()
-            rows |= {number: (path, row) for row, number in enumerate(numbers)}
+            rows |= {number: (path, row) for row, number in enumerate(self.numbers_in(path))}
         return rows
+
+    def numbers_in(self, path: Path) -> list[int]:
+        """Returns the numbers of the images in a batch file.
+
+        Raises:
+            InputError: if it is damaged, or holds images of another set.
+        """
+        numbers, images = NpzArray(path, "numbers"), NpzArray(path, "images")
+        fits = numbers.dtype.kind in "iu" and numbers.shape == images.shape[:1] and images.shape[1:] == self.shape[1:]
+        found = numbers.read().tolist() if fits and images.dtype == np.uint8 else []
+        if not found or not 0 <= min(found) <= max(found) < self.count:
+            raise InputError(
+                f"{path} holds {images.dtype} {images.shape} images and {numbers.dtype} {numbers.shape} numbers, not "
+                f"numbered uint8 images {self.shape[1:]} of this set: remove it, and its images are drawn again"
+            )
+        return found
 
     def missing(self) -> list[int]:
         if self.file.is_file():

@@ -179,6 +179,22 @@ def test_metadata_in_a_file_cannot_override_the_record(workspace: Path) -> None:
     assert (record["samples"], record["num_samples"], record["seed"]) == ("a.npz", 30, 3)
 
 
+def test_scores_in_the_metadata_of_a_file_are_not_reported(workspace: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3)).astype(np.uint8)
+    forged = {"spatial_frechet_distance": 0.001, "svm_accuracy_on_samples": 1.0, "frechet_distance_over_floor": 1.0}
+    np.savez("forged.npz", arr_0=pixels, about=np.array(json.dumps(forged | {"top_k": 3, "keep": 0.5})))
+    record = evaluate_scores("forged.npz")
+    assert not set(forged) & set(record)
+    assert (record["top_k"], record["keep"]) == (3, 0.5)
+
+
+def test_a_stray_picture_in_a_drawn_set_is_refused(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["sample", "--ckpt_path", "model", "--out", "set", *SAMPLING]) == 0
+    Image.new("RGB", (8, 8)).save("set/0/777777.png")
+    assert run(["evaluate", "--samples", "set", *REFERENCE, "--ckpt_path", "model", *SAMPLING]) == 1
+    assert "error: set holds 31 images, but the set has 30, numbered 0 to 29" in capfd.readouterr().err
+
+
 def test_mistakes_are_reported_in_one_line(
     workspace: Path, capfd: pytest.CaptureFixture[str], tokenizer: Tokenizer
 ) -> None:

@@ -234,6 +234,7 @@ def test_mistakes_are_reported_in_one_line(
         (["decode", "odd", *decode], "odd/manifest.json is damaged"),
         (["decode", "empty", *decode], "there are no samples in empty yet"),
         (["decode", "tokens", *decode, "--n", "0"], "--n must be at least 1, got 0"),
+        (["decode", "tokens", *decode, "--seed", "-1"], "--seed must be at least 0, got -1"),
     ]:
         assert run(["shards", *options]) == 1, options
         error = capfd.readouterr().err

@@ -115,12 +115,19 @@ def find_by_key(source: ImageSource, views: int, seed: int, flips: bool, keys: S
         keys: keys of the token shards.
     """
     examples: Examples = source if views == 1 else Views(source, views, seed, flips)
-    image_keys = [key if views == 1 else key.rpartition("#")[0] for key in keys]
-    requested = set(image_keys)
-    index_of = {key: index for index in range(len(source)) if (key := source.key(index)) in requested}
-    view_numbers = [0 if views == 1 else int(key.rpartition("#")[2]) for key in keys]
-    indices = [index_of.get(key) for key in image_keys]
-    return [None if i is None else examples[i * views + v] for i, v in zip(indices, view_numbers, strict=True)]
+    split = [(key, 0) if views == 1 else split_key(key, views) for key in keys]
+    requested = {key for key, _ in split}
+    index_of: dict[str | None, int] = {
+        key: index for index in range(len(source)) if (key := source.key(index)) in requested
+    }
+    return [None if (index := index_of.get(key)) is None else examples[index * views + view] for key, view in split]
+
+
+def split_key(key: str, views: int) -> tuple[str | None, int]:
+    """Splits the key of a view into that of its image and the view's number; (None, 0) if it is not one of `views`."""
+    image, _, view = key.rpartition("#")
+    is_view = view.isdecimal() and len(view) <= len(str(views)) and int(view) < views
+    return (image, int(view)) if is_view else (None, 0)
 
 
 def image_loader(

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_mvar.data.images.examples import Views, collate
+from lightning_mvar.data.images.examples import Views, collate, find_by_key
 from lightning_mvar.data.images.sources import open_images
 
 
@@ -27,3 +27,10 @@ def test_views_are_drawn_from_seed_and_index_alone(image_folder: Path, workers: 
     before = torch.random.get_rng_state()
     assert views[0].key == "a/4.webp#0"
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_keys_without_a_valid_view_number_are_not_found(image_folder: Path) -> None:
+    source = open_images(str(image_folder), 16)
+    keys = ["a/4.webp", "a/4.webp#x", "a/4.webp#-1", "a/4.webp#2", "a/4.webp#" + "9" * 5000, "a/4.webp#1"]
+    found = find_by_key(source, 2, 0, False, keys)
+    assert [example and example.key for example in found] == [None] * 5 + ["a/4.webp#1"]
