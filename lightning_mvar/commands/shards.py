@@ -18,6 +18,7 @@ from lightning_mvar.cli.arguments import call
 from lightning_mvar.cli.tables import format_value, print_rows, print_table, write_records
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
+from lightning_mvar.data.images.files import scan
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, read_samples, read_shard
 from lightning_mvar.data.tokens.sources import LocalShards
@@ -33,6 +34,8 @@ DESCRIPTION = (
     "Inspect a folder of token shards. `lightning-mvar shards verify DIR` checks every file, `info DIR` prints its "
     "contents, `decode DIR --tokenizer DIR --out PNG` draws some samples; each has --help."
 )
+MAX_OTHER_FILES = 10_000  # in the folder of the source, such as class folders and files of other types
+WILDCARDS = frozenset("*?[")
 MAX_LISTED = 5  # classes at each end of the histogram, and skipped images
 COLUMNS = 8  # of the picture
 
@@ -141,8 +144,8 @@ def decode(
     ids = stratified_ids(manifest.num_samples, n, seed)
     samples = read_samples(manifest, LocalShards(path).fetch, ids)
     try:
-        if images is None and (is_remote(manifest.source) or not manifest.source.isprintable()):  # untrusted
-            raise InputError(f"the manifest names {manifest.source!r}, which is not a path on this machine")
+        if images is None:
+            check_source(manifest)
         source = open_images(images or manifest.source, model.config.shape, "skip", labels, class_names)
         originals = find_originals(manifest, samples.keys, source)
     except InputError as error:
@@ -157,6 +160,31 @@ def decode(
     save_image(image_grid(torch.stack(pairs), min(len(pairs), COLUMNS)), out)
     num_originals = sum(original is not None for original in originals)
     print(f"{len(pairs)} samples of {folder} in {out}, {num_originals} of them beneath their originals")
+
+
+def check_source(manifest: Manifest) -> None:
+    """Checks that the location in a manifest, which may be foreign, can be opened without harm or a long search.
+
+    Raises:
+        InputError: if it is no path on this machine, has wildcards, or is a folder of far more files than the images.
+    """
+    source, most = manifest.source, 2 * manifest.num_images + MAX_OTHER_FILES
+    if is_remote(source) or not source.isprintable():
+        raise InputError(f"the manifest names {source!r}, which is not a path on this machine")
+    if not os.path.isdir(source) and not WILDCARDS.isdisjoint(source):
+        raise InputError(f"the manifest names {source!r:.200}, which has wildcards")
+    if os.path.isdir(source) and (os.path.realpath(source) == os.sep or holds_more(Path(source), most)):
+        raise InputError(f"the manifest names {source!r:.200}, which has far more files than the shards have images")
+
+
+def holds_more(folder: Path, most: int) -> bool:
+    """Returns whether there are more than `most` files and folders below a folder; follows no links."""
+    count, pending = 0, [folder]
+    while pending and count <= most:
+        entries = scan(pending.pop())
+        count += len(entries)
+        pending += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return count > most
 
 
 def find_originals(manifest: Manifest, keys: Sequence[str], source: ImageSource) -> list[torch.Tensor | None]:

@@ -103,6 +103,7 @@ def tokenize(
     folder = Path(out)
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; name a folder")
+    refuse_overlap(images, out)
     # Ranks work independently and only wait for each other at the end; gloo reports a dead rank at once.
     strategy = DDPStrategy(process_group_backend="gloo", timeout=BARRIER_TIMEOUT)
     with launch_ranks(device, devices, num_nodes, strategy) as fabric, ExitStack() as stack:
@@ -122,6 +123,16 @@ def tokenize(
         fabric.barrier()
         if fabric.is_global_zero:
             finalize(folder, writer.images_per_s)
+
+
+def refuse_overlap(images: str, out: str) -> None:
+    """Raises InputError if one folder holds the other, where shards would be taken for images or images for shards."""
+    if os.path.isdir(images):
+        paths = [os.path.realpath(images), os.path.realpath(out)]
+        if os.path.commonpath(paths) in paths:
+            raise InputError(
+                f"--out {out} and --images {images} hold one another: choose an --out outside of the images"
+            )
 
 
 def make_plan(model: Tokenizer, source: ImageSource, name: str, order: NDArray[np.int64], shard_size: int) -> Manifest:

@@ -93,7 +93,7 @@ class LitMVAR(ScheduledModule):
         self.ema: MVAR | None = None
 
     def setup(self, stage: str) -> None:
-        """Checks that the datamodule's shards match the network.
+        """Checks that the datamodule's shards match the network, and the classes of the checkpoint it is from, if any.
 
         Raises:
             InputError: naming the first field that differs.
@@ -104,6 +104,13 @@ class LitMVAR(ScheduledModule):
             side_lengths = network.schedule.side_lengths
             expected = (side_lengths, network.vocab_size, network.num_classes, self.tokenizer_fingerprint)
             manifest.check_model(data.shards[name], *expected)  # type: ignore[union-attr]
+        self.check_classes(self.known_class_names)
+
+    def check_classes(self, class_names: list[str]) -> None:
+        """Raises InputError if the shards have other classes than a network with these names; naming the first one."""
+        data = self.token_data
+        for name, manifest in data.manifests.items() if data is not None and class_names else ():
+            manifest.check_classes(data.shards[name], class_names)  # type: ignore[union-attr]
 
     @cached_property
     def network_config(self) -> MVARConfig:
@@ -303,6 +310,7 @@ class LitMVAR(ScheduledModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         record = self.check_checkpoint(checkpoint[NETWORK_KEY])
+        self.check_classes(record.class_names)
         if self.trainer.state.fn == "fit":
             self.skipped_steps, self.skipped_in_a_row = record.run.skipped_steps
             if self.token_data is not None and record.run.batch_of_all_ranks is not None:

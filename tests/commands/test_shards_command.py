@@ -207,6 +207,33 @@ def test_a_pattern_in_a_manifest_is_bounded(
     assert max(len(line) for line in out.splitlines()) < 1000
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("/*/*/*/*/*/*/*.tar", "which has wildcards"),
+        ("/", "far more files than the shards have images"),
+        ("many", "far more files than the shards have images"),
+    ],
+)
+def test_the_source_in_a_manifest_is_not_searched_for_long(
+    workdir: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    source: str,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("lightning_mvar.commands.shards.MAX_OTHER_FILES", 20)
+    path = workdir / "tokens/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"source": source}))
+    for number in range(60):
+        (workdir / "many" / str(number)).mkdir(parents=True)
+    assert run(["shards", "decode", "tokens", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png"]) == 0
+    out = capfd.readouterr().out
+    assert f"without originals: the manifest names {source!r}, which " in out
+    assert f"{reason}; pass their location as --images" in out
+
+
 def test_mistakes_are_reported_in_one_line(
     workdir: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -246,6 +246,14 @@ def test_a_folder_keeps_its_order_of_images(workdir: Path, tmp_path: Path, capfd
     assert samples(tmp_path / "out") == samples(Path("complete"))
 
 
+def test_shards_and_images_are_kept_apart(workdir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("folder", tmp_path / "images/folder")
+    for images, out in (("images", "images/_shards"), ("images", "images"), ("images/folder", "images")):
+        assert run(command(str(tmp_path / images), str(tmp_path / out))) == 1
+        assert "hold one another: choose an --out outside of the images" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["folder"]
+
+
 def test_a_second_process_waits_for_the_lock_and_fails(
     workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

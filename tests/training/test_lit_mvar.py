@@ -280,6 +280,32 @@ def test_a_run_with_an_average_refuses_to_resume_one_without(
         make_trainer(tmp_path, 4).fit(module, data, ckpt_path=str(tmp_path / "run/last.ckpt"))
 
 
+def test_shards_with_their_classes_in_another_order_are_refused(
+    tokenizer_folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    names = [f"class {label}" for label in range(10)]
+    for folder, class_names in (("shards", names), ("swapped", [*names[:3], names[4], names[3], *names[5:]])):
+        manifest = write_token_shards(tmp_path / folder, tokenizer.fingerprint(), SAMPLES)
+        manifest.class_names = class_names
+        manifest.save(tmp_path / folder)
+    data, swapped = (
+        TokenDataModule(str(tmp_path / f), str(tmp_path / f), batch_size=16) for f in ("shards", "swapped")
+    )
+    checkpoint = Checkpoint(str(tmp_path / "run"), every_n_train_steps=1)
+    make_trainer(tmp_path, 1, callbacks=[checkpoint], enable_checkpointing=True).fit(
+        make_module(tokenizer_folder), data
+    )
+    path = str(tmp_path / "run/last.ckpt")
+    make_trainer(tmp_path, 2).validate(make_module(tokenizer_folder), data, ckpt_path=path, verbose=False)
+    message = "swapped do not fit the model: class 3 is 'class 4' in the shards and 'class 3' in the model"
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, 2).fit(make_module(tokenizer_folder), swapped, ckpt_path=path)
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, 2).validate(make_module(tokenizer_folder), swapped, ckpt_path=path, verbose=False)
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, 2).validate(LitMVAR.load_from_checkpoint(path), swapped, verbose=False)
+
+
 def test_the_tokenizer_is_neither_trained_nor_saved(tokenizer_folder: Path) -> None:
     module = make_module(tokenizer_folder)
     module.configure_model()

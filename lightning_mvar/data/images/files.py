@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -138,8 +139,8 @@ class FolderImages(EncodedImages):
         path = self.path(index)
         try:
             return read_file(path)
-        except FileNotFoundError as error:
-            if path.is_symlink():
+        except OSError as error:
+            if is_broken_link(error) and path.is_symlink():
                 raise UnusableFileError("it is a link to a file that does not exist") from error
             raise
 
@@ -171,12 +172,12 @@ def list_folder(
             name = folder + entry.name
             if name in known:
                 continue
-            reason = reason_to_skip(entry) if recursive or not entry.is_dir() else "folders"
-            if reason is None and entry.is_dir() and not guard.admits(entry):
+            reason = reason_to_skip(entry) if recursive or not is_folder(entry) else "folders"
+            if reason is None and is_folder(entry) and not guard.admits(entry):
                 reason = "links to folders of the same set"
             if reason is not None:
                 skipped.add(reason, name)
-            elif not entry.is_dir():
+            elif not is_folder(entry):
                 images.append(name)
             else:
                 pending.append(f"{name}/")
@@ -188,12 +189,22 @@ def reason_to_skip(entry: os.DirEntry[str]) -> str | None:
     """Returns why a file or folder is not part of a set of images; None if it is."""
     if is_clutter(entry.name):
         return "hidden or system files or folders"
-    if entry.is_dir():
+    if is_folder(entry):
         return None
     if not is_image(entry.name):
         return "files of other types"
     # A broken link is an image that is missing.
-    return None if entry.is_file() or entry.is_symlink() else "pipes or devices"
+    return None if entry.is_symlink() or entry.is_file() else "pipes or devices"
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns whether an entry is a folder or a link to one; a link to itself is none."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def is_broken_link(error: OSError) -> bool:
+    """Returns whether a file could not be found, or is a link to itself."""
+    return error.errno in (errno.ENOENT, errno.ELOOP)
 
 
 class LinkGuard:
@@ -233,5 +244,7 @@ def identity_of(files: Iterable[Path]) -> str:
 def status_of(path: Path) -> os.stat_result:
     try:
         return path.stat()
-    except FileNotFoundError:
-        return path.lstat()  # of a broken link
+    except OSError as error:
+        if not is_broken_link(error):
+            raise
+        return path.lstat()

@@ -232,6 +232,25 @@ class Manifest:
                     f"the model; set the model's to match, or tokenize again with the model's tokenizer"
                 )
 
+    def check_classes(self, location: object, class_names: Sequence[str]) -> None:
+        """Checks the order of the classes of a network.
+
+        Args:
+            location: names the shards in messages.
+            class_names: the network's, in label order; as many as the shards have, and ignored if they are the labels.
+
+        Raises:
+            InputError: naming the first class that differs.
+        """
+        if list(class_names) == [str(label) for label in range(len(class_names))]:
+            return  # of a network trained on labels without names
+        for label, (ours, theirs) in enumerate(zip(self.class_names, class_names, strict=True)):
+            if ours != theirs:
+                raise InputError(
+                    f"the shards in {location} do not fit the model: class {label} is {ours!r:.80} in the shards and "
+                    f"{theirs!r:.80} in the model; tokenize images of the model's classes"
+                )
+
     def invalid_values(self) -> Iterator[tuple[str, str]]:
         """Yields the message and remedy of each value that no manifest can have."""
         spec = self.spec

@@ -91,6 +91,15 @@ def test_a_broken_link_and_a_pipe(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "pipes or devices (1, such as 'ant/8.png')" in caplog.text
 
 
+def test_a_link_to_itself_is_a_broken_link(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", IMAGES)
+    os.symlink("loop.png", folder / "ant/loop.png")
+    images = open_images(str(folder), 8, "skip")
+    assert images.identity
+    (error,) = [str(images[i].error) for i in range(len(images)) if images.key(i) == "ant/loop.png"]
+    assert "it is a link to a file that does not exist" in error
+
+
 @pytest.mark.parametrize("names", [("train", "val"), ("Train", "test", "validation"), ("train",)])
 def test_splits_are_not_classes(names: tuple[str, ...], tmp_path: Path) -> None:
     paths = [f"{split}/{name}" for split in names for name in IMAGES]
