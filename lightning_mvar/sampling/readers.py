@@ -148,7 +148,7 @@ class NpzSamples(Samples):
 class FolderSamples(Samples):
     """All pictures in a folder or in its class folders, sorted by file name; the name of a file's folder is its class.
 
-    Whatever is left out is told once. Pictures that may be something else than samples are refused.
+    Whatever is left out is reported once. Pictures that may be something else than samples are refused.
 
     Raises:
         InputError: if there are no pictures, some lie beside folders of others, or two have the same name.
@@ -160,7 +160,7 @@ class FolderSamples(Samples):
         if not names:
             raise InputError(f"no images under {root}: expected files that end in {', '.join(SUFFIXES)}")
         refuse_ambiguous(names, root)
-        skipped.tell(str(root))
+        skipped.report(str(root))
         self.files = [root / name for name in names]
         self.class_names = sorted({path.parent.name for path in self.files})
         self.shape = self.most_frequent_shape()

@@ -1,4 +1,4 @@
-"""Image sets and statistics that scores are not defined for: told in one line, never a traceback or a number."""
+"""Image sets and statistics that scores are not defined for: reported in one line, never a traceback or a number."""
 
 from __future__ import annotations
 

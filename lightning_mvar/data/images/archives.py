@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from lightning_mvar.data.images.classes import LABEL_FIELDS, KeysAndLabels, Numbers, labels_of
+from lightning_mvar.data.images.class_words import LABEL_FIELDS, KeysAndLabels, Numbers, labels_from_words
 from lightning_mvar.data.images.decoding import SUFFIXES, check_bytes
 from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.data.images.labels import Labels
@@ -193,7 +193,7 @@ def keys_from_words(
                 f"the archives ({paths[0]}, ...) have the class {number}; --class_names has {len(class_names)} names"
             )
     numbers: Numbers = "any" if any(isinstance(word, int) for word in words) else "never"
-    names, labels = labels_of([*map(str, words)], class_names, str(paths[0]), numbers)
+    names, labels = labels_from_words([*map(str, words)], class_names, str(paths[0]), numbers)
     stems = [paths[image.archive].stem for image in images]
     choices = (
         [image.name for image in images],

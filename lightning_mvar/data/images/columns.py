@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lightning_mvar.data.images.classes import LABEL_FIELDS
+from lightning_mvar.data.images.class_words import LABEL_FIELDS
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import parse_json
 

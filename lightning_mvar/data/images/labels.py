@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_mvar.data.classes import imagenet_classes
-from lightning_mvar.data.images.classes import LABEL_FIELDS, KeysAndLabels, labels_of, read_lines
+from lightning_mvar.data.images.class_words import LABEL_FIELDS, KeysAndLabels, labels_from_words, read_lines
 from lightning_mvar.data.images.decoding import SUFFIXES
 from lightning_mvar.data.images.names import Skipped, without_suffix
 from lightning_mvar.errors import InputError
@@ -64,7 +64,7 @@ class Labels:
         """
         rows = self.rows_of(names)
         words = self.words_in_order(names, source) if rows is None else [word for _, word in rows]
-        classes, labels = labels_of(words, self.class_names, f"--labels {self.path}", "from_zero")
+        classes, labels = labels_from_words(words, self.class_names, f"--labels {self.path}", "from_zero")
         if rows is not None:
             labels = self.match([name for name, _ in rows], labels, classes, names, source, skipped)
         keys = [f"{classes[label]}/{name}" for label, name in zip(labels, names, strict=True)]

@@ -1,4 +1,4 @@
-"""What file names say: which are images, which the system or a program left there, and which are splits of a set."""
+"""Classifies file names: images, clutter left by systems and programs, dataset splits."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Skipped:
         self.counts[reason] += 1
         self.examples.setdefault(reason, example)
 
-    def tell(self, source: str) -> None:
+    def report(self, source: str) -> None:
         """Logs what was left out in one line, once for all openings and ranks of a run."""
         if self.counts and is_first_rank():
             parts = [f"{reason} ({n}, such as {self.examples[reason]!r})" for reason, n in self.counts.items()]
-            tell_once(f"{source}: left out {'; '.join(parts)}")
+            warn_once(f"{source}: left out {'; '.join(parts)}")
 
 
 @cache
-def tell_once(line: str) -> None:
+def warn_once(line: str) -> None:
     log.warning("%s", line)
 
 

@@ -19,7 +19,7 @@ from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.builtin.digits import DIGITS
 from lightning_mvar.data.builtin.photos import PHOTOS, PHOTOS64
 from lightning_mvar.data.images.archives import TarImages
-from lightning_mvar.data.images.classes import read_class_names
+from lightning_mvar.data.images.class_words import read_class_names
 from lightning_mvar.data.images.compressed import COMPRESSED_SUFFIXES, decompressed
 from lightning_mvar.data.images.crops import DecodedImages, EmbeddedImages
 from lightning_mvar.data.images.examples import ImageSource, OnCorrupt
@@ -105,7 +105,7 @@ def open_encoded(
         if class_names is not None and label_file is None:
             raise InputError(f"the classes of {source} are named by its folders: leave out --class_names")
         images = FolderImages(Path(source), label_file)
-    images.skipped.tell(source)
+    images.skipped.report(source)
     return images
 
 

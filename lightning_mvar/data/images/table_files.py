@@ -64,7 +64,7 @@ class ParquetTable(TableFile):
             if 0 <= size <= MAX_GROUP_BYTES and 0 <= rows <= MAX_ROWS_PER_BYTE * self.path.stat().st_size:
                 # Where each row might refer to one long value, values are read as a dictionary and stored once.
                 repeated = list(columns) if rows * size > MAX_GROUP_BYTES else None
-                file = ParquetFile(self.path, read_dictionary=repeated)
+                file = self.file if repeated is None else ParquetFile(self.path, read_dictionary=repeated)
                 return file.read_row_group(group, columns=list(columns), use_threads=False)
         except TABLE_ERRORS as error:
             raise InputError(f"{self.path} is damaged in row group {group} ({one_line(error)})") from error

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from lightning_mvar.data.images.classes import MAX_CLASSES, labels_of
-from lightning_mvar.data.images.columns import find_columns
+from lightning_mvar.data.images.class_words import MAX_CLASSES, labels_from_words
+from lightning_mvar.data.images.columns import Columns, find_columns
 from lightning_mvar.data.images.decoding import UnusableFileError, check_bytes, read_file
 from lightning_mvar.data.images.files import EncodedImages
-from lightning_mvar.data.images.table_files import CACHED_GROUPS, cached_group, open_table, texts_of
+from lightning_mvar.data.images.table_files import CACHED_GROUPS, TableFile, cached_group, open_table, texts_of
 from lightning_mvar.errors import InputError
 
 
@@ -35,45 +35,49 @@ class TableImages(EncodedImages):
         InputError: if pyarrow is not installed, or a file is damaged or lacks images or labels.
     """
 
+    columns: Columns
+
     def __init__(self, paths: Sequence[Path], class_names: Sequence[str] | None, columns: str = "") -> None:
         self.paths = list(paths)
-        found = {path: find_columns(path, open_table(path).schema, columns) for path in self.paths}
-        self.columns = found[self.paths[0]]
-        if other := next((path for path in self.paths if found[path] != self.columns), None):
-            raise InputError(f"{other} has other columns or classes than {self.paths[0]}")
-        self.names: list[str] = []  # of the images; for paths, relative to the file's folder
+        names: list[str] = []  # of the images; for paths, relative to the file's folder
         values: list[Any] = []  # class of each image
         locations: list[tuple[int, int, int, int]] = []
         for number, path in enumerate(self.paths):
-            for group in range(open_table(path).num_groups):
-                for row, (name, value) in enumerate(self.rows_of(path, group)):
+            table = open_table(path)
+            found = find_columns(path, table.schema, columns)
+            if number and found != self.columns:
+                raise InputError(f"{path} has other columns or classes than {self.paths[0]}")
+            self.columns = found
+            for group in range(table.num_groups):
+                for row, (name, value) in enumerate(self.rows_of(table, group)):
                     locations.append((number, group, row, len(values)))
-                    self.names.append(name)
+                    names.append(name)
                     values.append(value)
         classes, labels = self.labels_of(values, class_names)
-        keys = [f"{classes[label]}/{PurePosixPath(name).name}" for label, name in zip(labels, self.names, strict=True)]
+        keys = [f"{classes[label]}/{PurePosixPath(name).name}" for label, name in zip(labels, names, strict=True)]
         if len(set(keys)) < len(keys):
             places = [f"{self.paths[number].stem}-{group}-{row}" for number, group, row, _ in locations]
             keys = [key.replace("/", f"/{place}-") for key, place in zip(keys, places, strict=True)]
+        # As an array, whose memory loader workers share.
+        self.names = np.array([name.encode() for name in names], dtype=bytes) if self.columns.kind == "path" else None
         super().__init__(classes, keys, labels, np.array(locations, np.int64))
         groups, group_of_image = np.unique(self.locations[:, :2], axis=0, return_inverse=True)
         self.groups = group_of_image if len(groups) > CACHED_GROUPS else None
 
-    def rows_of(self, path: Path, group: int) -> Iterator[tuple[str, Any]]:
+    def rows_of(self, table: TableFile, group: int) -> Iterator[tuple[str, Any]]:
         """Yields name and class of each image in a row group."""
         image, kind, label, _, _, key = self.columns
-        table = open_table(path)
         if kind == "struct":
             source = f"{image}.path" if table.has_field(image, "path") else None
         else:
             source = image if kind == "path" else None
         source = key if source is None else source
         selected = table.read(group, [label, *([] if source is None else [source])])
-        values = texts_of(selected.column(label), path)
-        names = [None] * len(values) if source is None else texts_of(column_of(selected, source), path)
+        values = texts_of(selected.column(label), table.path)
+        names = [None] * len(values) if source is None else texts_of(column_of(selected, source), table.path)
         suffix = f".{image}" if source is not None and source == key else ""
         for row, (name, value) in enumerate(zip(names, values, strict=True)):
-            yield (f"{name}{suffix}" if name else f"{path.stem}-{group}-{row}"), value
+            yield (f"{name}{suffix}" if name else f"{table.path.stem}-{group}-{row}"), value
 
     def labels_of(self, values: list[Any], class_names: Sequence[str] | None) -> tuple[list[str], list[int]]:
         """Returns the class names in label order, and the label of each image."""
@@ -81,7 +85,7 @@ class TableImages(EncodedImages):
         if not values or any(value is None or value == "" for value in values):
             raise InputError(f"{source}: some images have no label; remove those rows")
         if self.columns.has_names:
-            return labels_of(values, class_names, source, "never")
+            return labels_from_words(values, class_names, source, "never")
         if min(values) < 0:
             raise InputError(f"{source}: some images have no label ({min(values)}); remove those rows")
         names = list(class_names if class_names is not None else self.columns.class_names)
@@ -98,7 +102,8 @@ class TableImages(EncodedImages):
 
     def path_of(self, index: int) -> Path:
         number, _, _, position = self.locations[index].tolist()
-        return file_below(self.paths[number].parent, self.names[position])
+        assert self.names is not None
+        return file_below(self.paths[number].parent, bytes(self.names[position]).decode())
 
     def display_path(self, index: int) -> str:
         return f"{self.paths[int(self.locations[index, 0])]}: {self.key(index)}"

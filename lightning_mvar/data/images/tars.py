@@ -1,4 +1,4 @@
-"""Lists the files of tar archives and where their bytes lie, without reading or unpacking them."""
+"""Lists tar members and their byte offsets without unpacking."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What systems and programs leave among images is neither a class nor an image, and is told once."""
+"""What systems and programs leave among images is neither a class nor an image, and is reported once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from storage_forms import write_tar
 
-from lightning_mvar.data.images.names import tell_once
+from lightning_mvar.data.images.names import warn_once
 from lightning_mvar.data.images.sources import open_encoded, open_images
 from lightning_mvar.errors import InputError
 
@@ -22,7 +22,7 @@ CLUTTER = [
 
 @pytest.fixture(autouse=True)
 def forget_what_was_told() -> None:
-    tell_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def write(root: Path, names: list[str]) -> Path:

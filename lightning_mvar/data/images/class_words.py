@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from lightning_mvar.data.classes import imagenet_classes
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import open_regular
+from lightning_mvar.io.files import read_regular
 
 MAX_CLASSES = 1_000_000  # of classes that only have numbers
 MAX_LABEL_FILE_BYTES = 2**28  # of a label file: ImageNet's training images take 60 MB
@@ -30,7 +30,7 @@ class KeysAndLabels(NamedTuple):
     labels: list[int]
 
 
-def labels_of(
+def labels_from_words(
     words: Sequence[str], class_names: Sequence[str] | None, source: str, numbers: Numbers
 ) -> tuple[list[str], list[int]]:
     """Returns the class names in label order, and the label of each word.
@@ -129,8 +129,5 @@ def read_lines(path: Path) -> list[str]:
         InputError: if the file cannot be read or is larger than `MAX_LABEL_FILE_BYTES`.
         UnicodeDecodeError: if it is not UTF-8.
     """
-    with open_regular(path) as file:
-        data = file.read(MAX_LABEL_FILE_BYTES + 1)
-    if len(data) > MAX_LABEL_FILE_BYTES:
-        raise InputError(f"{path} has more than {MAX_LABEL_FILE_BYTES} bytes")
+    data = read_regular(path, MAX_LABEL_FILE_BYTES)
     return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
