@@ -14,6 +14,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# Raised by modules that are called with images but are made for something else.
+FOREIGN_MODULE_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+
+
 class DivergedError(InputError):
     """Training has diverged: its gradients are not finite, so the state of the run is not saved."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mvar.checkpoints import load_tokenizer, read_model
+from lightning_mvar.checkpoints import TrainedModel, load_tokenizer, read_model
 from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.cli.ranks import launch_ranks
@@ -19,7 +19,7 @@ from lightning_mvar.metrics.accuracy import classifier_for, reconstruction_accur
 from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.reference import open_reference
-from lightning_mvar.metrics.summary import prepare
+from lightning_mvar.metrics.summary import prepare, try_extractor
 from lightning_mvar.sampling.draw import METADATA_KEYS, Drawing, draw_set
 from lightning_mvar.sampling.readers import Samples, open_samples
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -92,6 +92,8 @@ def evaluate(
         raise InputError("--extractor is required unless the reference is digits or photos; for example InceptionV3")
     with launch_ranks(device, devices, num_nodes) as fabric:
         prepare(extractor, fabric.device)
+        if ckpt_path is None:
+            try_extractor(extractor, shape)
         decodes = "shards" in (real.kind, None if floor_images is None else floor_images.kind)
         decoder, reconstructor = (
             None if folder is None else load_tokenizer(folder).to(fabric.device)
@@ -99,7 +101,7 @@ def evaluate(
         )
         sampled = None
         if ckpt_path is not None:
-            load = partial(read_model, ckpt_path, tokenizer, weights)
+            load = partial(read_and_try, extractor, ckpt_path, tokenizer, weights)
             sampled = draw_set(fabric, load, samples, per_class=per_class, **sampling)
         images = open_samples(samples)
         if sampled is not None:
@@ -142,6 +144,13 @@ def describe(images: Samples, evaluator: Evaluator, sampled: Drawing | None) -> 
     if sampled is not None and sampled.images_per_s is not None:
         record["images_per_s"] = sampled.images_per_s
     return record
+
+
+def read_and_try(extractor: nn.Module, ckpt_path: str, tokenizer: str | None, weights: WhichWeights) -> TrainedModel:
+    """Reads a network and tries the extractor on an image of its size, before any are drawn."""
+    model = read_model(ckpt_path, tokenizer, weights)
+    try_extractor(extractor, model.tokenizer.config.shape)
+    return model
 
 
 def require_count(images: Samples, count: int, name: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_mvar.data.builtin.base import EmbeddedSet
+from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 
 if TYPE_CHECKING:
@@ -29,12 +30,17 @@ class EmbeddedClassifier(nn.Module):
     Args:
         weights: file of the trained weights; if it does not exist, the classifier is trained and written to it.
         epochs: passes over the training images.
+
+    Raises:
+        InputError: if `epochs` is less than 1, or the file holds other weights.
     """
 
     num_features = 64
     embedded: EmbeddedSet
 
     def __init__(self, weights: str, epochs: int = 25) -> None:
+        if epochs < 1:
+            raise InputError(f"{type(self).__name__} needs epochs of at least 1, got {epochs}")
         super().__init__()
         self.features = nn.Sequential(
             *(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU()),

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_mvar.devices import device_of
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.npz import NpzArray, array_names, read_text
 from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics
 from lightning_mvar.metrics.image_sets import BATCH_SIZE, ImageSet, shard_range
 from lightning_mvar.metrics.precision_recall import FeatureBank
+from lightning_mvar.scales import Shape, format_shape
 
 MAX_VALUE = 1e30  # of a statistic or feature; squares of larger numbers may overflow
 SPATIAL = ("mu_s", "sigma_s")  # array names in published files
@@ -129,6 +130,22 @@ def prepare(extractor: nn.Module, device: torch.device) -> nn.Module:
     """Moves an extractor to a device, in eval mode without gradients; raises InputError if it is not an extractor."""
     num_features(extractor)
     return extractor.eval().requires_grad_(False).to(device)
+
+
+def try_extractor(extractor: nn.Module, shape: Shape) -> None:
+    """Raises InputError unless a prepared extractor maps an image of `shape` to its features."""
+    name, image = type(extractor).__name__, torch.zeros(1, 3, *shape, device=device_of(extractor))
+    try:
+        with torch.no_grad():
+            features = extractor(image)
+    except FOREIGN_MODULE_ERRORS as error:
+        raise InputError(
+            f"{name} does not extract features of images: it raises {type(error).__name__} for one of "
+            f"{format_shape(shape)}"
+        ) from error
+    expected, found = (1, num_features(extractor)), tuple(getattr(features, "shape", ()))
+    if not isinstance(features, Tensor) or found != expected:
+        raise InputError(f"{name} does not extract features of images: it returns {found} for one, not {expected}")
 
 
 def num_features(extractor: nn.Module) -> int:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lightning_mvar.checkpoints import TrainedModel
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.devices import Precision, device_of
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.generate import check_arguments, compile_steps
@@ -26,6 +26,7 @@ from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.sampler import Sampler
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet, partial_folder
+from lightning_mvar.scales import format_shape
 
 T = TypeVar("T")
 
@@ -254,7 +255,13 @@ def prepare_rejection(classifier: nn.Module, keep: float, drawing: Drawing) -> R
     image_shape, num_classes = drawing.sampler.tokenizer.config.shape, drawing.sampler.classes.count
     if (drawing.labels == num_classes).any():
         raise InputError("--reject needs classes: remove `unconditional` from --classes")
-    shape = rejection.probabilities(np.zeros((1, *image_shape, 3), np.uint8)).shape
+    try:
+        shape = rejection.probabilities(np.zeros((1, *image_shape, 3), np.uint8)).shape
+    except FOREIGN_MODULE_ERRORS as error:
+        raise InputError(
+            f"--reject {type(classifier).__name__} does not classify images: it raises {type(error).__name__} for one "
+            f"of {format_shape(image_shape)}"
+        ) from error
     if shape != (1, num_classes):
         raise InputError(
             f"--reject {type(classifier).__name__} returns {tuple(shape)} for one image; a classifier of the network's "

@@ -230,6 +230,14 @@ def test_mistakes_are_reported_in_one_line(
     assert "pass the tokenizer that encoded them as --tokenizer" in error_of(
         "good.npz", *REFERENCE, "--reference", "shards"
     )
+    module = ["--extractor", "torch.nn.BatchNorm2d", "--extractor.num_features", "3", "--ckpt_path", "model"]
+    assert "BatchNorm2d does not extract features of images: it returns (1, 3, 8, 8) for one, not (1, 3)" in error_of(
+        "new.npz", "--reference", "images", *module
+    )
+    module[3] = "4"
+    assert "BatchNorm2d does not extract features of images: it raises RuntimeError for one of 8 x 8" in error_of(
+        "good.npz", "--reference", "images", *module[:4]
+    )
     assert "nowhere does not exist" in error_of("new.npz", *REFERENCE, "--ckpt_path", "model", "--reference", "nowhere")
     assert "nowhere does not exist" in error_of("new.npz", *REFERENCE, "--ckpt_path", "model", "--floor", "nowhere")
     np.savez("known.npz", mu=np.zeros(4), sigma=np.eye(4))

@@ -243,6 +243,10 @@ def test_rejection_keeps_the_images_with_the_highest_confidence(workdir: Path) -
             ["--reject", "conftest.Pixels"],
             "--reject Pixels returns (1, 4) for one image; a classifier of the net",
         ),
+        (
+            ["--reject", "torch.nn.Linear", "--reject.in_features", "2", "--reject.out_features", "10"],
+            "--reject Linear does not classify images: it raises RuntimeError for one of 8 x 8",
+        ),
         (["--reject", "conftest.Brightness", "--strip", "a.png"], "before --reject selects"),
         (["--keep", "0.3"], "--keep is the share of the images that --reject CLASSIFIER keeps: add --reject"),
         (["--per_class", "1000000000000"], "a set has at most 10,000,000 images"),

@@ -105,3 +105,13 @@ def test_other_floats_are_cast_and_other_numbers_refused(dtype: str, reads: bool
         return
     with pytest.raises(InputError, match=r"weights\.safetensors"):
         load_strictly(module, read_weights(path), path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
+    module = nn.Linear(2, 2)
+    weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert load_strictly(module, weights, "file") is module
+    weights["bias"][1] = value
+    with pytest.raises(InputError, match="file holds NaN or infinite values in bias"):
+        load_strictly(module, weights, "file")

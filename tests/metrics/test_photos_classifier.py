@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import pytest
 import torch
 
 from lightning_mvar.data.builtin.digits import DIGITS, load_digits
 from lightning_mvar.data.builtin.photos import PHOTOS, PHOTOS64
+from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.digits import DigitsClassifier
 from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
@@ -60,3 +62,8 @@ def test_digits_are_augmented_by_rolling(tmp_path: Path) -> None:
     torch.manual_seed(3)
     shift = torch.randint(-2, 3, (2,)).tolist()
     assert torch.equal(augmented, load_digits("test")[0].roll(shift, dims=(2, 3)))
+
+
+def test_training_needs_epochs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="PhotosClassifier needs epochs of at least 1, got 0"):
+        PhotosClassifier(str(tmp_path / "weights.safetensors"), epochs=0)
