@@ -60,7 +60,9 @@ def read_row(events: EventAccumulator) -> dict[str, Any]:
 
     Raises:
         KeyError: if the run has none.
+        google.protobuf.message.DecodeError: if they are damaged.
     """
     content = events.PluginTagToContent(metadata.PLUGIN_NAME)[metadata.SESSION_START_INFO_TAG]
     session = HParamsPluginData.FromString(content).session_start_info
-    return {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in session.hparams.items()}
+    kinds = {name: value.WhichOneof("kind") for name, value in session.hparams.items()}
+    return {name: getattr(session.hparams[name], kind) for name, kind in kinds.items() if kind is not None}

@@ -9,23 +9,26 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import with_included
-from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.files import atomic_path, read_regular
+from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, read_json, shown
 from lightning_mvar.io.locks import FileLock, is_locked
 from lightning_mvar.sweeps.processes import POLL_S, ProcessContext, Stop, run_until_stopped
 
+T = TypeVar("T")
 State = Literal["waiting", "running", "finished", "crashed", "interrupted"]
 
 # Exit codes of commands that were stopped or killed from outside, as opposed to crashed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 INTERRUPTED_CODES = {128 + number for number in STOP_SIGNALS} | {-number for number in (*STOP_SIGNALS, signal.SIGKILL)}
+MAX_SECONDS = 10**10  # of an attempt; 300 years
 ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor movements of progress bars
 
 
@@ -46,6 +49,21 @@ class Attempt:
     end: str | None = None
     seconds: float | None = None
     code: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 <= self.seconds < MAX_SECONDS:
+            raise ValueError(f"seconds is {self.seconds}; it must be from 0 to {MAX_SECONDS}")
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """Content of cell.json: the cell's definition, and the SHA-256 of each YAML file that its commands name."""
+
+    name: str
+    axes: dict[str, str]
+    seed: int
+    commands: tuple[str, ...]
+    configs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,24 +100,23 @@ class Cell:
         """Returns the arguments of each command."""
         return [shlex.split(command) for command in self.commands]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> CellRecord:
         """Returns the content of cell.json; two cells are the same if and only if these are equal."""
-        definition = {"name": self.name, "axes": self.axes, "seed": self.seed, "commands": list(self.commands)}
-        return definition | {"configs": config_hashes(self.commands)}
+        return CellRecord(self.name, self.axes, self.seed, self.commands, config_hashes(self.commands))
 
     @classmethod
     def read(cls, folder: Path) -> Cell:
         """Reads the cell that `record` has written."""
-        definition = read_record(folder / "cell.json")
-        return cls(folder, definition["axes"], definition["seed"], tuple(definition["commands"]))
+        definition = read_record(folder / "cell.json", CellRecord)
+        return cls(folder, definition.axes, definition.seed, definition.commands)
 
     def check(self) -> None:
         """Raises InputError if the cell has already been started with another definition."""
         path = self.folder / "cell.json"
         if not path.is_file() or not (attempts(self.folder) or is_locked(self.lock)):
             return
-        before, timestamp = read_record(path), self.identity()
-        if changed := [key for key in timestamp if before.get(key) != timestamp[key]]:
+        before, now = asdict(read_record(path, CellRecord)), asdict(self.identity())
+        if changed := [key for key in now if before[key] != now[key]]:
             reason = {"configs": "a YAML file that it names has changed"}.get(changed[0], "its commands have changed")
             raise InputError(
                 f"cell {self.name} has been run before, and {reason} since: "
@@ -109,7 +126,7 @@ class Cell:
     def record(self) -> None:
         """Writes cell.json, which `run_cell` reads."""
         with atomic_path(self.folder / "cell.json") as path:
-            path.write_text(json.dumps(self.identity(), indent=2) + "\n")
+            path.write_text(json.dumps(asdict(self.identity()), indent=2) + "\n")
 
     def state(self) -> State:
         if is_locked(self.lock):
@@ -131,25 +148,26 @@ def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
     return {str(path): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def read_record(path: Path) -> Any:
+def read_record(path: Path, kind: type[T]) -> T:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({error}): remove its folder to run that cell from scratch") from error
+        return read_json(path, kind)
+    except InputError as error:
+        raise InputError(f"{error}: remove its folder to run that cell from scratch") from error
 
 
 def attempts(folder: Path) -> list[Attempt]:
     """Reads all attempts at a cell, in order."""
     path = folder / "attempts.jsonl"
-    entries: dict[int, dict[str, Any]] = {}
-    complete, _, _ = path.read_text().rpartition("\n") if path.is_file() else ("", "", "")  # drop a half-written line
-    for line in complete.splitlines():
+    entries: dict[Any, dict[str, Any]] = {}
+    complete, _, _ = read_regular(path, MAX_JSON_BYTES).rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    for line in complete.splitlines():  # without a half-written one
         try:
-            entry = json.loads(line)
-            entries[entry["attempt"]] = entries.get(entry["attempt"], {}) | entry
-            Attempt(**entries[entry["attempt"]])
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is damaged at {line!r}: remove that line, or the folder") from error
+            entry = parse_json(line, dict[str, Any], "the line")
+            number = checked(entry.get("attempt"), int, "its number")
+            entries[number] = entries.get(number, {}) | entry
+            checked(entries[number], Attempt, "the attempt")
+        except InputError as error:
+            raise InputError(f"{path} is damaged at {shown(line)}: {error}; remove that line, or the folder") from error
     return [Attempt(**entry) for entry in entries.values()]
 
 

@@ -23,7 +23,7 @@ def prepare(commands: tuple[tuple[str, ...], ...], out: Path, stop: Stop, lock: 
         InputError: if a command fails, after that command has printed its own message.
     """
     record = out / "prepare.json"
-    before = read_record(record) if record.is_file() else []
+    before = read_record(record, list[dict[str, Any]]) if record.exists() else []
     done: list[dict[str, Any]] = []
     for args in commands:
         command = shlex.join(args)

@@ -5,26 +5,36 @@ A cell is one training run with one seed; a variant is a set of cells that diffe
 
 from __future__ import annotations
 
-import json
+import re
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from lightning_mvar.errors import InputError, one_line
+from lightning_mvar.io.files import open_regular, read_regular
 from lightning_mvar.io.hparams import read_row
-from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, attempts
+from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, shown
+from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, CellRecord, attempts
 from lightning_mvar.sweeps.plan import read_sweep
 
+T = TypeVar("T")
+Scalar = bool | int | float | str | None
 Axes = dict[str, str]  # axis -> name of the value
 Curve = list[tuple[int, float]]  # images trained on, value
 
-SCALE_LOSS = "val_scale_loss/"  # followed by the side length
+SCALE_LOSS = "val_scale_loss/"  # followed by the name of the scale, see ScaleSchedule.names
+SCALE_TAG = re.compile(rf"{SCALE_LOSS}[0-9]{{1,6}}(x[0-9]{{1,6}})?")
+MAX_BATCH = 2**31  # images
+MAX_RECORD_BYTES = 2**28  # of an event file
 TRAINING_RATE = "perf/images_per_s"
 # Measures and their titles in tables.
 LOSSES = {
@@ -161,20 +171,15 @@ def is_number(text: str) -> bool:
 
 def read_cell(folder: Path) -> CellResult:
     """Reads a cell's folder; its results only if it has finished."""
-    definition = read_json(folder / "cell.json")
-    try:
-        axes = {str(axis): str(value) for axis, value in definition["axes"].items()}
-        name, seed = str(definition["name"]), int(definition["seed"])
-        commands = [str(line) for line in definition["commands"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged_error(folder / "cell.json", error) from error
+    definition = read_json(folder / "cell.json", CellRecord)
+    name, axes, seed, commands = definition.name, definition.axes, definition.seed, list(definition.commands)
     status, tries, seconds = summarize_attempts(folder)
     if status != FINISHED:
         return CellResult(name, axes, seed, status, commands, tries, seconds)
     curves, rate, tokenizer = read_logs(folder / "logs")
     last = {tag: curve[-1][1] for tag, curve in curves.items()}
     costs_file, scores_file = folder / "costs.json", folder / "scores.json"
-    costs = parse_numbers(costs_file, check_flat(read_json(costs_file), costs_file), COSTS)
+    costs = parse_numbers(costs_file, read_json(costs_file, dict[str, Scalar]), COSTS)
     scores = read_scores(scores_file)
     measures = (
         last | rate | costs | parse_numbers(scores_file, scores, [key for key in (*SCORES, *RATES) if key in scores])
@@ -195,17 +200,26 @@ def summarize_attempts(folder: Path) -> tuple[str, int, float]:
 
 def read_logs(logs: Path) -> tuple[dict[str, Curve], dict[str, float], str]:
     """Reads the curves, the training rate and the tokenizer of the cell's fit from TensorBoard's event files."""
-    if not list(logs.glob("events.out.tfevents.*")):
+    files = [path for path in logs.glob("*") if "tfevents" in path.name]  # those that TensorBoard reads
+    if not files:
         raise InputError(f"{logs} has no TensorBoard events: remove the cell's folder and start the sweep again")
+    for path in files:
+        check_records(path)
     events = EventAccumulator(str(logs), size_guidance={"scalars": 0, "tensors": 1, "images": 1, "histograms": 1})
-    events.Reload()
     try:
+        events.Reload()
         row = read_row(events)
-        batch, tokenizer = int(row["global_batch"]), str(row["tokenizer"])
+        batch, tokenizer = checked(row["global_batch"], float, "global_batch"), str(row["tokenizer"])
     except KeyError as error:
         raise InputError(f"{logs} has no hyperparameter {error}: it was not written by `lightning-mvar fit`") from error
+    except (DecodeError, InputError) as error:
+        raise InputError(f"{logs} is damaged ({one_line(error)}): remove the cell's folder to run it again") from error
+    if not 1 <= batch <= MAX_BATCH:
+        raise InputError(f"{logs} is damaged: global_batch is {batch:g}; remove the cell's folder to run it again")
     tags = [tag for tag in events.Tags()["scalars"] if tag in (*LOSSES, *TRAINING_SCORES) or tag.startswith(SCALE_LOSS)]
-    curves = {tag: [((step + 1) * batch, value) for step, value in curve_points(events, tag)] for tag in tags}
+    if unknown := [tag for tag in tags if tag.startswith(SCALE_LOSS) and not SCALE_TAG.fullmatch(tag)]:
+        raise InputError(f"{logs} is damaged: {shown(unknown[0])} names no scale; remove the cell's folder")
+    curves = {tag: [((step + 1) * int(batch), value) for step, value in curve_points(events, tag)] for tag in tags}
     if "val/loss" not in curves:
         raise InputError(f"{logs} has no val/loss: the sweep's fit must validate (--trainer.val_check_interval)")
     has_rate = TRAINING_RATE in events.Tags()["scalars"]
@@ -213,43 +227,56 @@ def read_logs(logs: Path) -> tuple[dict[str, Curve], dict[str, float], str]:
     return curves, {TRAINING_RATE: median(rates)} if rates else {}, tokenizer
 
 
+def check_records(path: Path) -> None:
+    """Checks the CRCs of an event file: TensorBoard silently stops at a damaged record, and reports an earlier loss.
+
+    A half-written last record, left by a run that was killed, is no damage.
+    """
+    with open_regular(path) as file:
+        while len(header := file.read(12)) == 12:
+            length, header_crc = struct.unpack("<QI", header)
+            intact = masked_crc32c(header[:8]) == header_crc and length <= MAX_RECORD_BYTES
+            record = file.read(length + 4) if intact else b""
+            if intact and len(record) < length + 4:
+                return
+            if not intact or masked_crc32c(record[:-4]) != int.from_bytes(record[-4:], "little"):
+                raise InputError(f"{path} is damaged: a checksum differs; remove the cell's folder to run it again")
+
+
 def curve_points(events: EventAccumulator, tag: str) -> Curve:
     """Returns (step, value) pairs, steps counted from 0; if attempts overlap, the last value of a step wins."""
     return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
 
 
-def read_scores(path: Path) -> dict[str, Any]:
+def read_scores(path: Path) -> dict[str, Scalar]:
     """Reads the scores that `evaluate` wrote; empty if the sweep does not evaluate."""
     if not path.exists():
         return {}
-    records = read_json(path)
-    if not isinstance(records, list) or len(records) != 1:
+    records = read_json(path, list[dict[str, Scalar]])
+    if len(records) != 1:
         raise InputError(f"{path} is damaged: it must be a list of one record")
-    return check_flat(records[0], path)
+    return records[0]
 
 
-def check_flat(content: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(content, dict) or any(isinstance(value, dict | list) for value in content.values()):
-        raise InputError(f"{path} is damaged: it must be a flat record")
-    return content
-
-
-def parse_numbers(path: Path, record: dict[str, Any], keys: Iterable[str]) -> dict[str, float]:
+def parse_numbers(path: Path, record: dict[str, Scalar], keys: Iterable[str]) -> dict[str, float]:
     try:
-        return {key: float(record[key]) for key in keys}
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged_error(path, error) from error
+        return {key: checked(record[key], float, key) for key in keys}
+    except KeyError as error:
+        raise InputError(f"{path} is damaged (KeyError: {error})") from error
+    except InputError as error:
+        raise InputError(f"{path} is damaged ({error})") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: type[T]) -> T:
+    """Reads a JSON file of a cell.
+
+    Raises:
+        InputError: if the file is missing or its content does not fit `kind`.
+    """
+    if not path.exists():
+        raise InputError(f"{path} is missing: start the sweep again, or remove {path.parent}")
+    data = read_regular(path, MAX_JSON_BYTES)
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise damaged_error(path, error) from error
-
-
-def damaged_error(path: Path, error: Exception) -> InputError:
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} is missing: start the sweep again, or remove {path.parent}")
-    reason = one_line(error)
-    return InputError(f"{path} is damaged ({type(error).__name__}: {reason})")
+        return parse_json(data, kind, path.name)
+    except InputError as error:
+        raise InputError(f"{path} is damaged ({error})") from error

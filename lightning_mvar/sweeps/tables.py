@@ -109,7 +109,8 @@ def scale_table(variants: list[Variant]) -> Table:
 def scale_tags(variants: list[Variant]) -> list[str]:
     """Returns the validation-loss tags of all scales, coarse to fine."""
     measures = {tag for variant in variants for cell in variant.cells.values() for tag in cell.measures}
-    return sorted((t for t in measures if t.startswith(SCALE_LOSS)), key=lambda t: int(t.removeprefix(SCALE_LOSS)))
+    tags = [tag for tag in measures if tag.startswith(SCALE_LOSS)]
+    return sorted(tags, key=lambda tag: [int(side) for side in tag.removeprefix(SCALE_LOSS).split("x")])
 
 
 def stats_table(variants: list[Variant], measures: Sequence[str]) -> Table:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +26,13 @@ from sweep_folder import (
     write_json,
     write_sweep,
 )
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.hparams import row_summary
 from lightning_mvar.sweeps.results import INTERRUPTED, KILLED, WAITING, read_results
+from lightning_mvar.sweeps.tables import scale_tags
 from lightning_mvar.sweeps.variants import (
     Variant,
     choose_baseline,
@@ -250,6 +256,95 @@ def test_damaged_and_missing_files_are_named(folder: Path, file: str, content: s
         shutil.rmtree(path)
     else:
         path.unlink()
+    with pytest.raises(InputError, match=message):
+        read_results(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("cell.json", b"[" * 100_000, "nested too deeply|recursion"),
+        ("cell.json", b'{"name": "\\ud800", "axes": {}, "seed": 0, "commands": []}', "a string without NUL"),
+        ("cell.json", b'{"name": "a", "axes": {}, "seed": Infinity, "commands": []}', "it holds Infinity"),
+        ("costs.json", b'{"parameters": 1%s}' % (b"0" * 400), "parameters is 1000.*"),
+        ("scores.json", b'[{"precision": true}]', "precision: the content is True; it must be a finite number"),
+        ("attempts.jsonl", b'{"attempt": 1, "begin": "x", "seconds": "x"}\n', "seconds is 'x'"),
+        ("attempts.jsonl", b'{"attempt": 1, "begin": "x", "seconds": 1e308}\n', "seconds is 1e\\+308"),
+        ("attempts.jsonl", b'{"attempt": 1, "begin": "x", "code": [1]}\n', r"code is \[1\]"),
+        ("attempts.jsonl", b"\xff\xfe\n", "is damaged at"),
+    ],
+)
+def test_values_that_no_sweep_writes_are_refused(folder: Path, file: str, content: bytes, message: str) -> None:
+    (cell_folder(folder, "mvar", "2", 0) / file).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{re.escape(file)} .*({message})") as error:
+        read_results(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["cell.json", "attempts.jsonl", "costs.json", "logs/events.out.tfevents.9.x"])
+def test_pipes_are_refused(folder: Path, file: str) -> None:
+    path = cell_folder(folder, "mvar", "2", 0) / file
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=f"{re.escape(file)} is not a regular file"):
+        read_results(folder)
+
+
+@pytest.mark.parametrize("position", [0.0, 0.5, 0.999])
+def test_a_damaged_record_of_the_logs_is_found(folder: Path, position: float) -> None:
+    (path,) = (cell_folder(folder, "mvar", "2", 0) / "logs").iterdir()
+    data = bytearray(path.read_bytes())
+    data[int(position * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=f"{path.name} is damaged: a checksum differs"):
+        read_results(folder)
+
+
+def test_a_half_written_record_at_the_end_of_the_logs_is_no_damage(folder: Path) -> None:
+    (path,) = (cell_folder(folder, "mvar", "2", 0) / "logs").iterdir()
+    path.write_bytes(path.read_bytes()[:-7])
+    assert read_results(folder).cells[0].finished
+
+
+@pytest.mark.parametrize("name", ["abc", "9" * 5000, "2x"])
+def test_losses_of_unknown_scales_are_refused(folder: Path, name: str) -> None:
+    with SummaryWriter(str(cell_folder(folder, "mvar", "2", 0) / "logs")) as writer:
+        writer.add_scalar(f"val_scale_loss/{name}", 1.0, 1)
+    with pytest.raises(InputError, match=r"logs is damaged: 'val_scale_loss/.* names no scale"):
+        read_results(folder)
+
+
+def test_oblong_scales_are_sorted_by_height(folder: Path) -> None:
+    with SummaryWriter(str(cell_folder(folder, "mvar", "2", 0) / "logs")) as writer:
+        writer.add_scalar("val_scale_loss/3x10", 1.0, 1)
+    tags = scale_tags(variants_of(read_results(folder)))
+    assert tags == [f"val_scale_loss/{name}" for name in ("1", "2", "3x10", "4")]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (float("nan"), "global_batch: the content is nan"),
+        (float("inf"), "global_batch: the content is inf"),
+        ("abc", "global_batch: the content is 'abc'"),
+        (-4.0, "global_batch is -4"),
+        (None, "has no hyperparameter 'global_batch'"),
+        (b"\xff\xff\xff", "logs is damaged"),
+    ],
+)
+def test_damaged_hyperparameters_are_refused(folder: Path, batch: Any, message: str) -> None:
+    logs = cell_folder(folder, "mvar", "2", 0) / "logs"
+    shutil.rmtree(logs)
+    summary = row_summary({"tokenizer": "x"} if batch is None else {"global_batch": str(batch), "tokenizer": "x"})
+    plugin = summary.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin.content)
+    if batch is None:
+        content.session_start_info.hparams["global_batch"].Clear()
+    elif isinstance(batch, float):
+        content.session_start_info.hparams["global_batch"].number_value = batch
+    plugin.content = batch if isinstance(batch, bytes) else content.SerializeToString()
+    with SummaryWriter(str(logs)) as writer:
+        writer._get_file_writer().add_summary(summary, -1)
     with pytest.raises(InputError, match=message):
         read_results(folder)
 
