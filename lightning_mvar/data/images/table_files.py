@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lightning_mvar.data.images.arrow_bodies import decompressed_bytes
 from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.files import open_regular
 
@@ -16,7 +17,10 @@ CACHED_GROUPS = 2  # groups cached per process: a batch reads from one or two
 MAX_GROUP_BYTES = 2**31  # of a row group in memory
 MAX_ROWS_PER_BYTE = 8  # of a file
 MAX_NAME_BYTES = 4096  # of a name or path
-ARROW_FILE = b"ARROW1"  # begins Arrow's file format; its stream format has no mark
+ARROW_FILE = b"ARROW1"  # begins Arrow's file format, which is a stream and its index; the stream format has no mark
+STREAM_BEGIN = 8  # in the file format
+MAX_GROWTH = 8  # of an Arrow file when decompressed, which it stays
+MIN_DECOMPRESSED = 2**20  # bytes that any Arrow file may have
 TABLE_ERRORS = (  # base classes of pyarrow's errors; MemoryError: a buffer of a claimed size, allocated but not filled
     *(OSError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError),
 )
@@ -75,18 +79,24 @@ class ParquetTable(TableFile):
 
 
 class ArrowTable(TableFile):
-    """An Arrow file, as `save_to_disk` writes it; its groups are its record batches, mapped into memory."""
+    """An Arrow file, as `save_to_disk` writes it; its groups are its record batches, mapped unless compressed."""
 
     def __init__(self, path: Path) -> None:
         from pyarrow import ipc, memory_map  # type: ignore[import-untyped]
 
         source = memory_map(os.fspath(path))
-        magic = source.read(len(ARROW_FILE))
-        source.seek(0)
-        reader = ipc.open_file(source) if magic == ARROW_FILE else ipc.open_stream(source)
+        is_file = source.read(len(ARROW_FILE)) == ARROW_FILE
+        begin, most = STREAM_BEGIN if is_file else 0, MAX_GROWTH * source.size() + MIN_DECOMPRESSED
+        source.seek(begin)
+        if (size := decompressed_bytes(source)) > most:
+            raise ValueError(f"it claims {size} bytes after decompression, more than {most}: write it uncompressed")
+        source.seek(begin)
+        reader = ipc.open_stream(source)
         self.path, self.schema = path, reader.schema
         self.batches = reader.read_all().to_batches()
         self.num_groups = len(self.batches)
+        if is_file and self.num_groups != ipc.open_file(source).num_record_batches:
+            raise ValueError("its index lists other batches")
 
     def read(self, group: int, columns: Sequence[str]) -> Any:
         from pyarrow import Table
@@ -124,7 +134,7 @@ def read_group(path: Path, group: int, columns: tuple[str, ...]) -> Any:
 
 # Groups are read without threads, because a process forked afterwards would not inherit them.
 cached_group = lru_cache(maxsize=CACHED_GROUPS)(read_group)
-cached_arrow = lru_cache(maxsize=None)(ArrowTable)  # mapped, so they take no memory
+cached_arrow = lru_cache(maxsize=None)(ArrowTable)  # mapped; compressed ones take `MAX_GROWTH` times their size at most
 
 
 def texts_of(column: Any, path: Path) -> list[Any]:

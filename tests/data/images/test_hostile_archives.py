@@ -8,12 +8,13 @@ import os
 import pickle
 import tarfile
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 from storage_forms import structs, write_table, write_tar
 
 from lightning_mvar.data.images import compressed
@@ -267,6 +268,25 @@ def test_long_names_and_many_rows_are_refused(tmp_path: Path, monkeypatch: pytes
     constant = {"image": pa.array([b"x"] * 200_000, pa.binary()), "label": pa.array([0] * 200_000)}
     with pytest.raises(InputError, match="it claims 200000 rows in"):
         open_encoded(write_parquet(tmp_path / "b.parquet", constant), None, None)
+
+
+@pytest.mark.parametrize("new", [ipc.new_file, ipc.new_stream])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_an_arrow_file_that_grows_is_refused_before_it_is_decompressed(
+    new: Callable[..., ipc.RecordBatchStreamWriter], dictionary: bool, tmp_path: Path
+) -> None:
+    for pixels, compression in ((bytes(20_000_000), "zstd"), (np.random.default_rng(0).bytes(2_000_000), "lz4")):
+        image = pa.array([pixels, pixels], pa.binary())
+        table = pa.table({"image": image.dictionary_encode() if dictionary else image, "label": ["ant", "bee"]})
+        with new(tmp_path / "a.arrow", table.schema, options=ipc.IpcWriteOptions(compression=compression)) as file:
+            file.write_table(table)
+        before = pa.total_allocated_bytes()
+        if compression == "lz4":
+            assert open_encoded(str(tmp_path / "a.arrow"), None, None).read(1) == pixels
+            continue
+        with pytest.raises(InputError, match=r"it claims [24]000\d+ bytes after decompression"):
+            open_encoded(str(tmp_path / "a.arrow"), None, None)
+        assert pa.total_allocated_bytes() - before < 1_000_000
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
