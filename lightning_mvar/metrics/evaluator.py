@@ -16,7 +16,7 @@ from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.image_sets import ImageSet
 from lightning_mvar.metrics.reference import Reference
 from lightning_mvar.metrics.scores import Scores
-from lightning_mvar.metrics.summary import Summary, feed_shard, num_features
+from lightning_mvar.metrics.summary import Summary, describe_extractor, feed_shard, num_features
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ class Evaluator:
         """Returns the extractor's properties that the scores depend on."""
         return {
             "extractor": type(self.extractor).__name__,
+            "extractor_class": describe_extractor(self.extractor),
             "extractor_weights": fingerprint(self.extractor),
             "resize": getattr(self.extractor, "resize", "none"),
             "num_features": num_features(self.extractor),

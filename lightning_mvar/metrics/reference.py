@@ -21,7 +21,7 @@ from lightning_mvar.io.fetch import RETRIES, fetch_files, is_remote, remote_file
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.npz import array_names
 from lightning_mvar.metrics.image_sets import DecodedShards, ImageSet, SourceImages
-from lightning_mvar.metrics.summary import Features, Summary, feed_shard
+from lightning_mvar.metrics.summary import Features, Summary, describe_extractor, feed_shard
 from lightning_mvar.sampling.readers import NpzSamples
 from lightning_mvar.scales import Shape, format_shape, shape_of
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -156,7 +156,7 @@ def open_reference(name: str, cache_dir: str = IMAGE_CACHE, retries: int = RETRI
 
 def measure_cached(extractor: nn.Module, images: ImageSet, name: str, cache: Path) -> Summary:
     """Returns the summary of an image set from the folder `cache`; measures and caches it if it is not there."""
-    identity = f"{name} {images.identity} {images.shape} {fingerprint(extractor)}"
+    identity = f"{name} {images.identity} {images.shape} {describe_extractor(extractor)} {fingerprint(extractor)}"
     path = cache / f"{type(extractor).__name__}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     if broadcast_from_rank_zero(path.is_file()):
         return Summary.load(path, extractor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from lightning_mvar.scales import Shape, format_shape
 
 MAX_VALUE = 1e30  # of a statistic or feature; squares of larger numbers may overflow
 SPATIAL = ("mu_s", "sigma_s")  # array names in published files
+EXTRACTOR = "extractor_class"  # array name; "extractor" is the fingerprint of its weights
 MAX_STORED_FEATURES = 100_000  # images whose features a file may hold; scores use at most 50,000
 
 
@@ -42,6 +44,7 @@ class Summary:
             arrays |= dict(zip(SPATIAL, (self.spatial.mu.numpy(), self.spatial.sigma.numpy()), strict=True))
         if self.features is not None:
             arrays["features"] = self.features.numpy()
+        arrays[EXTRACTOR] = np.array(describe_extractor(extractor))
         with atomic_path(path) as temporary:
             np.savez(temporary, **arrays, extractor=np.array(fingerprint(extractor)))
 
@@ -53,6 +56,12 @@ class Summary:
             InputError: if the file is missing or damaged, or was written with another extractor.
         """
         names = array_names(path)
+        if EXTRACTOR in names:  # not in published files
+            saved, current = read_text(path, EXTRACTOR), describe_extractor(extractor)
+            if saved != current:
+                raise InputError(
+                    f"{path} was made with extractor {saved!r:.200}, not {current!r}: use the same extractor"
+                )
         if "extractor" in names:
             saved, current = read_text(path, "extractor"), fingerprint(extractor)
             if saved != current:
@@ -146,6 +155,23 @@ def try_extractor(extractor: nn.Module, shape: Shape) -> None:
     expected, found = (1, num_features(extractor)), tuple(getattr(features, "shape", ()))
     if not isinstance(features, Tensor) or found != expected:
         raise InputError(f"{name} does not extract features of images: it returns {found} for one, not {expected}")
+
+
+def describe_extractor(extractor: nn.Module) -> str:
+    """Returns class path and arguments of an extractor, such as "package.Features(scale=2.0)".
+
+    The weights alone do not identify it: poolings have none. Arguments are known if they are plain values that the
+    module keeps under their names. `weights` are left out, because a file may be moved and is hashed by its content.
+    """
+    kind = type(extractor)
+    values = {name: getattr(extractor, name, None) for name in signature(kind).parameters if name != "weights"}
+    plain = [f"{name}={value!r}" for name, value in values.items() if is_plain(value)]
+    return f"{kind.__module__}.{kind.__qualname__}({', '.join(plain)})"
+
+
+def is_plain(value: Any) -> bool:
+    """Returns whether a value is a number, a string, or a sequence of them."""
+    return all(map(is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, int | float | str)
 
 
 def num_features(extractor: nn.Module) -> int:

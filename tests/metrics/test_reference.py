@@ -119,6 +119,38 @@ def test_a_saved_statistics_file_is_a_reference_for_the_same_weights_only(
         open_reference(str(path)).summary(extractor, 32, tmp_path / "cache")
 
 
+class MeanPool(nn.Module):
+    """Extractor without weights."""
+
+    num_features = 12
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.scale * nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+class MaxPool(MeanPool):
+    """Extractor of the same number of features as `MeanPool`."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.scale * nn.functional.adaptive_max_pool2d(images, 2).flatten(1)
+
+
+def test_extractors_without_weights_differ_by_class_and_arguments(tmp_path: Path) -> None:
+    reference = open_reference("digits:test")
+    cached = [reference.summary(pool, 32, tmp_path / "cache") for pool in (MeanPool(), MeanPool(100.0), MaxPool())]
+    assert len({float(summary.statistics.mu.sum()) for summary in cached}) == 3
+    path = tmp_path / "own.npz"
+    cached[0].save(path, MeanPool())
+    Summary.load(path, MeanPool())
+    for other in (MeanPool(100.0), MaxPool()):
+        with pytest.raises(InputError, match=r"made with extractor '\w+\.MeanPool\(scale=1\.0\)', not '\w+\.M.*Pool\("):
+            Summary.load(path, other)
+
+
 def test_images_without_statistics_are_measured(extractor: Projection, tmp_path: Path) -> None:
     """Covers samples of other models, and real images in an npz."""
     pixels = np.random.default_rng(1).integers(0, 256, (70, 8, 8, 3)).astype(np.uint8)
