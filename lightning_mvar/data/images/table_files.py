@@ -16,11 +16,13 @@ from lightning_mvar.io.files import open_regular
 CACHED_GROUPS = 2  # groups cached per process: a batch reads from one or two
 MAX_GROUP_BYTES = 2**31  # of a row group in memory
 MAX_ROWS_PER_BYTE = 8  # of a file
+MAX_ROW_BYTES = 64  # of a row in memory besides its values: offsets and marks of nulls
+ROWS_AT_ONCE = 64
 MAX_NAME_BYTES = 4096  # of a name or path
 ARROW_FILE = b"ARROW1"  # begins Arrow's file format, which is a stream and its index; the stream format has no mark
 STREAM_BEGIN = 8  # in the file format
 MAX_GROWTH = 8  # of an Arrow file when decompressed, which it stays
-MIN_DECOMPRESSED = 2**20  # bytes that any Arrow file may have
+MIN_DECOMPRESSED = 2**20  # bytes that any file or row group may have
 TABLE_ERRORS = (  # base classes of pyarrow's errors; MemoryError: a buffer of a claimed size, allocated but not filled
     *(OSError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError),
 )
@@ -68,7 +70,9 @@ class ParquetTable(TableFile):
             if 0 <= size <= MAX_GROUP_BYTES and 0 <= rows <= MAX_ROWS_PER_BYTE * self.path.stat().st_size:
                 # Where each row might refer to one long value, values are read as a dictionary and stored once.
                 repeated = list(columns) if rows * size > MAX_GROUP_BYTES else None
-                file = self.file if repeated is None else ParquetFile(self.path, read_dictionary=repeated)
+                if rows and repeated is None:
+                    return read_rows(self.file, group, columns, rows * size + rows * MAX_ROW_BYTES + MIN_DECOMPRESSED)
+                file = ParquetFile(self.path, read_dictionary=repeated)
                 return file.read_row_group(group, columns=list(columns), use_threads=False)
         except TABLE_ERRORS as error:
             raise InputError(f"{self.path} is damaged in row group {group} ({one_line(error)})") from error
@@ -78,11 +82,29 @@ class ParquetTable(TableFile):
         )
 
 
+def read_rows(file: Any, group: int, columns: Sequence[str], most: int) -> Any:
+    """Reads a row group of a Parquet file in small batches, because the size in its index may be false.
+
+    Raises:
+        ValueError: as soon as the rows that have been read have more than `most` bytes.
+    """
+    from pyarrow import Table  # type: ignore[import-untyped]
+
+    batches, size = [], 0
+    options = {"row_groups": [group], "columns": list(columns), "use_threads": False}
+    for batch in file.iter_batches(ROWS_AT_ONCE, **options):
+        batches.append(batch)
+        size += batch.nbytes
+        if size > most:
+            raise ValueError(f"its rows have more than {most} bytes, the most that its index allows")
+    return Table.from_batches(batches)
+
+
 class ArrowTable(TableFile):
     """An Arrow file, as `save_to_disk` writes it; its groups are its record batches, mapped unless compressed."""
 
     def __init__(self, path: Path) -> None:
-        from pyarrow import ipc, memory_map  # type: ignore[import-untyped]
+        from pyarrow import ipc, memory_map
 
         source = memory_map(os.fspath(path))
         is_file = source.read(len(ARROW_FILE)) == ARROW_FILE

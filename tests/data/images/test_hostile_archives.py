@@ -270,6 +270,24 @@ def test_long_names_and_many_rows_are_refused(tmp_path: Path, monkeypatch: pytes
         open_encoded(write_parquet(tmp_path / "b.parquet", constant), None, None)
 
 
+def varint(value: int) -> bytes:
+    """Returns a number as the footer of a Parquet file holds it: zigzag, 7 bits per byte, here always in 4 bytes."""
+    groups = [2 * value >> shift & 127 for shift in range(0, 28, 7)]
+    return bytes([group | 128 for group in groups[:-1]] + groups[-1:])
+
+
+def test_a_row_group_larger_than_its_index_claims_is_not_read_whole(tmp_path: Path) -> None:
+    columns = {"image": pa.array([bytes(30_000)] * 1024, pa.binary()), "label": pa.array(["ant"] * 1024)}
+    source = Path(write_parquet(tmp_path / "a.parquet", columns, compression="zstd", use_dictionary=False))
+    data, size = source.read_bytes(), parquet.ParquetFile(source).metadata.row_group(0).total_byte_size
+    claimed, false = varint(size), varint(8)
+    assert data.count(claimed) == 1
+    source.write_bytes(data.replace(claimed, false))
+    images = open_encoded(str(source), None, None)
+    with pytest.raises(InputError, match=r"damaged in row group 0 .*its rows have more than"):
+        images.read(0)
+
+
 @pytest.mark.parametrize("new", [ipc.new_file, ipc.new_stream])
 @pytest.mark.parametrize("dictionary", [False, True])
 def test_an_arrow_file_that_grows_is_refused_before_it_is_decompressed(
