@@ -1,7 +1,8 @@
 """Command line: `lightning-mvar COMMAND ...`, the same as `python -m lightning_mvar COMMAND ...`.
 
 Exit codes: 0 done; 1 a user's mistake or bad data, reported in one message without a traceback; 130 interrupted by
-Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1; anything else is a bug and shows its traceback.
+Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1; 141, without a message, if the reader of a pipe has ended (`| head`); anything
+else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import logging
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,8 +24,10 @@ from typing import NoReturn
 from lightning_mvar import __version__
 from lightning_mvar.errors import InputError, Interrupted, one_line
 
+PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 BUG_EXIT_CODE = 70  # of any exception that is not an InputError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of writes outside `atomic_path`: never a bug
+ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP)  # of a path that a user names
 
 COMMANDS = {  # command: (module with `main(argv)`, help)
     "fit": ("fit", "train a network on token shards"),
@@ -46,37 +52,71 @@ COMMANDS = {  # command: (module with `main(argv)`, help)
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits with its code."""
+    prepare_streams()
+    bug = None
     try:
-        sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
-    except Exception:
-        traceback.print_exc()
-        sys.exit(BUG_EXIT_CODE)
+        code = run(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:
+        code = PIPE_EXIT_CODE
+    except Exception as error:
+        code, bug = BUG_EXIT_CODE, error
+    code = flush_streams(code)
+    if code == BUG_EXIT_CODE:
+        traceback.print_exception(bug)
+    sys.exit(code)
+
+
+def prepare_streams() -> None:
+    """Makes the standard streams take any text: escapes what their encoding lacks, and opens those that are closed."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors, the lowest of which is free
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 (stays open)
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_streams(code: int) -> int:
+    """Writes what the output streams still hold, and returns `code`, or the code of a failure to write it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would try again, and complain
+            if isinstance(error, BrokenPipeError):
+                return PIPE_EXIT_CODE
+            code = fail(f"cannot write to {stream.name} ({error.strerror})")
+    return code
 
 
 def run(argv: list[str]) -> int:
     """Runs one command and returns its exit code."""
     enable_logging()
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        print(f"lightning-mvar {__version__}")
-        return 0
-    for argument in argv:
-        if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
-            return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
-    if argv[0] not in COMMANDS:
-        return fail(f"there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(usage())
+            return 0
+        if argv[0] == "--version":
+            print(f"lightning-mvar {__version__}")
+            return 0
+        for argument in argv:
+            if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
+                return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
+        if argv[0] not in COMMANDS:
+            return fail(f"there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
         importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}").main(argv)
     except InputError as error:
         return fail(strip_worker_traceback(str(error)))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return fail(f"the path {str(error.filename)[:40]}... is too long for a file system")
+        if error.errno in ACCESS_ERRORS and error.filename is not None:
+            return fail(f"cannot access {error.filename} ({error.strerror})")
         if error.errno not in DISK_ERRORS:
             raise
-        return fail(f"cannot write {error.filename or 'a file'} ({error.strerror}): free space, or use another disk")
+        return fail(
+            f"cannot write {error.filename or 'the output'} ({error.strerror}): free space, or use another disk"
+        )
     except argparse.ArgumentError as error:
         return fail(describe_argument_error(argv, error))
     except Interrupted as stop:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, auto_cli, capture_parser
+from PIL import Image
 
 from lightning_mvar.errors import InputError
 
+DESCRIPTIONS = ("config.json", "manifest.json")  # of exported networks, and of token shards
 BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
 MODULES = re.compile(r"lightning_mvar\.metrics\.\w+")  # options that take a module take an extractor or a classifier
 SUBCLASSES = ", known subclasses: "  # jsonargparse's heading of the classes that an option accepts
@@ -38,7 +41,8 @@ def check_values(value: Any, name: str = "") -> Any:
     """Returns parsed options with `~` expanded at the start of each string: a shell does not expand `--out=~/x`.
 
     Raises:
-        InputError: if a number is not finite.
+        InputError: if a number is not finite, or a string is empty: as a path, it would be the current folder. Only
+            options of a class may be empty, such as the name of a logger.
     """
     if isinstance(value, Namespace):
         return Namespace({key: check_values(item, f"{name}.{key}") for key, item in vars(value).items()})
@@ -48,6 +52,8 @@ def check_values(value: Any, name: str = "") -> Any:
         return type(value)(check_values(item, f"{name}[{i}]") for i, item in enumerate(value))
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"--{name.lstrip('.')} is {value}; use a finite number")
+    if value == "" and ".init_args" not in name and ".dict_kwargs" not in name:
+        raise InputError(f"--{name.lstrip('.')} is empty; give it a value")
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
@@ -100,6 +106,39 @@ def check(function: Callable[..., None], argv: list[str]) -> None:
         lambda: auto_cli(function, as_positional=False, exit_on_error=False, parser_class=CommandParser)
     )
     parser.parse_args(argv[1:])
+
+
+def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping[str, str | None]) -> None:
+    """Checks that a command replaces nothing that it reads, and writes everything to a path of its own.
+
+    Args:
+        outputs: files or folders to write, by the option that names them; None for an option without a value.
+        inputs: files, folders or names of sources to read, likewise.
+
+    Raises:
+        InputError: if an output is an input, a picture or description inside an input folder, or another output.
+    """
+    read = {option: os.path.realpath(path) for option, path in inputs.items() if path is not None}
+    written: dict[str, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        target = os.path.realpath(path)
+        for other, source in read.items():
+            if target == source or is_part(Path(target), Path(source)):
+                raise InputError(f"{option} {path} would replace what {other} {inputs[other]} reads: name another path")
+        for other, earlier in written.items():
+            if target == earlier:
+                raise InputError(f"{option} and {other} both name {path}: name two paths")
+        written[option] = target
+
+
+def is_part(path: Path, folder: Path) -> bool:
+    """Returns whether an existing file is one that a folder is read from: its description, or one of its images."""
+    if folder not in path.parents or not path.is_file():
+        return False
+    is_image = path.suffix.lower() in Image.registered_extensions() and not (folder / "config.json").exists()
+    return path.name in DESCRIPTIONS or is_image
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from lightning_mvar.checkpoints import WhichWeights, read_model
-from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.data.images.decoding import read_image
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
@@ -74,10 +74,13 @@ def edit(
     region = box_mask(box, pipe.shape) if box is not None else read_image(str(mask)).convert("L")
     region = ImageOps.invert(region) if outside else region
     names = [name for name in pipe.classes.split(classes) for _ in range(count)]
+    files = [Path(out) / f"{number:06d}.png" for number in range(len(names))]
+    outputs = {"--picture": picture} | {f"image {number} of --out": file for number, file in enumerate(files)}
+    refuse_overwriting(outputs, {"--image": image, "--mask": mask, "--ckpt_path": ckpt_path, "--tokenizer": tokenizer})
     edited = pipe.edit(original, region, names, **sampling)
     with lock_folder(Path(out), "edit"):
-        for number, result in enumerate(edited):
-            with atomic_path(Path(out) / f"{number:06d}.png") as path:
+        for file, result in zip(files, edited, strict=True):
+            with atomic_path(file) as path:
                 result.save(path)
     print(f"{len(edited)} images in {out}")
     if picture is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_mvar.checkpoints import TrainedModel, load_tokenizer, read_model
 from lightning_mvar.checkpoints.training import WhichWeights
-from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.errors import InputError
@@ -75,6 +75,11 @@ def evaluate(
         sampling: with --ckpt_path, how to draw the samples.
     """
     check_options(statistics, num_workers)
+    outputs = {"--statistics": statistics, "--json": json}
+    inputs = {"--reference": reference, "--floor": floor, "--reconstructions": reconstructions}
+    inputs |= {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer}
+    (inputs if ckpt_path is None else outputs)["--samples"] = samples
+    refuse_overwriting(outputs, inputs)
     real = open_reference(reference)
     if floor == reference:
         raise InputError(f"--floor {floor} is the reference itself, at distance 0: pass other real images")

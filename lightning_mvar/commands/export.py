@@ -13,7 +13,7 @@ from lightning_mvar.checkpoints import (
     save_folder,
     save_official,
 )
-from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.scales import ScaleSchedule, format_shape
@@ -32,7 +32,7 @@ def export(
     """Writes network and tokenizer as one self-contained folder, or in the published format.
 
     Args:
-        out: folder to write.
+        out: folder to write; an export that it already holds is replaced.
         ckpt_path: checkpoint of `fit` (sharded or not; only its weights are read), or folder of `export`.
         official: instead of --ckpt_path, a published VAR or M-VAR network (.pth, .safetensors), or a checkpoint of the
             published trainer.
@@ -46,6 +46,7 @@ def export(
     """
     if ckpt_path is not None and official is not None:
         raise InputError("give --ckpt_path or --official, not both")
+    refuse_overwriting({"--out": out}, {"--ckpt_path": ckpt_path, "--official": official, "--tokenizer": tokenizer})
     schedule = requested_schedule(resolution, side_lengths)
     if ckpt_path is None and official is None:
         export_tokenizer(out, tokenizer, schedule or ScaleSchedule.for_resolution(256), to)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.checkpoints import TrainedModel, WhichWeights, read_model
-from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.progress import check_reading, read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.classes import Classes
@@ -52,6 +52,9 @@ def likelihood(
         device: auto, cpu, cuda or cuda:N.
     """
     check_reading(batch_size, num_workers)
+    refuse_overwriting(
+        {"--json": json, "--each": each}, {"--ckpt_path": ckpt_path, "--images": images, "--tokenizer": tokenizer}
+    )
     torch_device, model = choose_device(device), read_model(ckpt_path, tokenizer, weights)
     source = open_images(images, model.tokenizer.config.shape, on_corrupt)
     labels = folder_labels(model, source.class_names, classes)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.progress import check_reading, read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.images.examples import OnCorrupt
@@ -55,6 +55,7 @@ def reconstruct(
         device: auto, cpu, cuda or cuda:N.
     """
     check_reading(batch_size, num_workers)
+    refuse_overwriting({"--picture": picture, "--json": json}, {"--tokenizer": tokenizer, "--images": images})
     target = choose_device(device)
     model = load_tokenizer(tokenizer).to(target)
     source = open_images(images, model.config.shape, on_corrupt)

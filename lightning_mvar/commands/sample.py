@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_mvar.checkpoints import WhichWeights, read_model
-from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.draw import Drawing, draw_set
@@ -58,6 +58,10 @@ def sample(
         raise InputError(
             "--strip and --animation show all drawn images, before --reject selects: drop them or --reject"
         )
+    refuse_overwriting(
+        {"--out": out, "--grid": grid, "--strip": strip, "--animation": animation},
+        {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer},
+    )
     with launch_ranks(device, devices, num_nodes) as fabric:
         drawn = draw_set(fabric, partial(read_model, ckpt_path, tokenizer, weights), out, **drawing)
         if fabric.is_global_zero:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.cli.arguments import call
+from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
@@ -98,6 +98,10 @@ def tokenize(
             "--views, --shard_size and --batch_size must be at least 1; --num_workers, --max_failures and --retries "
             "must be at least 0"
         )
+    refuse_overwriting(
+        {"--out": out},
+        {"--images": images, "--tokenizer": tokenizer, "--labels": labels, "--class_names": class_names},
+    )
     if flips and views == 1:
         raise InputError("--flips applies to random crops: set --views to 2 or more")
     folder = Path(out)

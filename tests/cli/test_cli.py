@@ -1,11 +1,18 @@
+import errno
+import os
+import re
+import subprocess
+import sys
 from argparse import ArgumentError
+from pathlib import Path
 
 import pytest
 from torch import nn
 
 from lightning_mvar import cli
 from lightning_mvar.cli import fail, run
-from lightning_mvar.cli.arguments import call, check
+from lightning_mvar.cli.arguments import call, check, refuse_overwriting
+from lightning_mvar.errors import InputError
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,3 +107,74 @@ def test_help_lists_only_the_classes_of_this_package(capsys: pytest.CaptureFixtu
 def test_control_characters_of_a_message_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     assert fail("no class \x1b[31mred\nblue \ud800 ä") == 1
     assert capsys.readouterr().err == "lightning-mvar: error: no class \\x1b[31mred\\nblue \\ud800 ä\n"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ELOOP])
+def test_a_path_that_cannot_be_accessed_is_reported(
+    code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_mvar.commands import sample
+
+    def fail(_: list[str]) -> None:
+        raise OSError(code, os.strerror(code), "/private/file")
+
+    monkeypatch.setattr(sample, "main", fail)
+    assert run(["sample"]) == 1
+    expected = f"lightning-mvar: error: cannot access /private/file ({os.strerror(code)})\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("{ sleep 0.2; CLI --help; } | true", 141, ""),
+        ("CLI --help 2>&1 >/dev/full | grep -q 'error: cannot write'", 1, ""),
+        ("CLI --help >&-", 0, ""),
+        ("CLI nothing 2>&-", 1, ""),
+        ("CLI nothing <&- >&- 2>&-", 1, ""),
+        ("PYTHONIOENCODING=ascii CLI ä 2>&1 >/dev/null | grep -qF '\\xe4'", 1, ""),
+    ],
+)
+def test_standard_streams_may_be_closed_full_or_ascii(command: str, code: int, message: str) -> None:
+    script = "set -o pipefail; " + command.replace("CLI", f"{sys.executable} -m lightning_mvar")
+    root = str(Path(cli.__file__).parents[2])
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def write(out: str, data: str | None = None) -> None:
+    raise AssertionError("called with an empty path")
+
+
+@pytest.mark.parametrize("options", [["--out", ""], ["--out="], ["--out", "x", "--data", ""]])
+def test_an_empty_option_is_refused(options: list[str]) -> None:
+    for parse in (call, check):
+        with pytest.raises(InputError, match=r"^--(out|data) is empty; give it a value$"):
+            parse(write, ["write", *options])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"--out": "model"}, "--out model would replace what --ckpt_path model reads"),
+        ({"--out": "link"}, "--out link would replace what --ckpt_path model reads"),
+        ({"--json": "model/config.json"}, "--json model/config.json would replace what --ckpt_path model reads"),
+        ({"--picture": "images/a/1.png"}, "--picture images/a/1.png would replace what --images images reads"),
+        ({"--out": "q.npz", "--grid": "x/../q.npz"}, "--grid and --out both name x/../q.npz"),
+    ],
+)
+def test_no_output_replaces_an_input_or_another_output(
+    outputs: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model/config.json", "model/grid.png", "model/scores.json", "images/a/1.png", "images/scores.json"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    Path("link").symlink_to("model")
+    inputs = {"--ckpt_path": "model", "--images": "images", "--tokenizer": None}
+    with pytest.raises(InputError, match=re.escape(message)):
+        refuse_overwriting(outputs, inputs)
+    again = {"--json": "model/scores.json", "--grid": "model/grid.png", "--each": "images/scores.json", "--out": None}
+    refuse_overwriting(again, inputs)  # of an earlier run of the same command

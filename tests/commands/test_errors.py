@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_network, write_images, write_token_shards
 from lightning.pytorch.plugins import MixedPrecision
+from PIL import Image
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import save_folder
@@ -300,3 +302,31 @@ def test_paths_that_cannot_exist_are_reported(
     next((here / "images").rglob("*.png")).rename("0.png")
     assert run(arguments) == 1
     assert message in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export --ckpt_path export --out export",
+        "export --tokenizer export --out ./export",
+        "sample --ckpt_path export --out q.npz --grid q.npz",
+        "likelihood --ckpt_path export --images images --json export/config.json",
+        "reconstruct --tokenizer export --images images --json r.json --picture r.json",
+        "tokenize --tokenizer export --images images --out images",
+        "evaluate --samples x.npz --reference x.npz --statistics x.npz",
+        "evaluate --samples x.npz --reference digits:test --statistics x.npz",
+        "edit --ckpt_path export --image 000000.png --out . --classes 1 --box 0,0,2,2",
+        "edit --ckpt_path export --image p.png --picture p.png --out edited --classes 1 --box 0,0,2,2",
+    ],
+)
+def test_an_output_that_is_also_an_input_is_refused(
+    command: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("000000.png", "p.png"):
+        Image.new("RGB", (16, 16)).save(name)
+    np.savez("x.npz", arr_0=np.zeros((2, 16, 16, 3), dtype=np.uint8))
+    make_images(here)
+    files = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    assert run(command.split()) == 1
+    assert "name another path" in (message := capsys.readouterr().err) or "name two paths" in message
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == files
