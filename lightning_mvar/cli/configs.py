@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mvar.cli.arguments import check_values
 from lightning_mvar.errors import InputError, one_line
+from lightning_mvar.io.configs import YAML_ERRORS, compose
+from lightning_mvar.io.json_files import shown
 
 MODE = "omegaconf+"  # in which jsonargparse accepts an interpolation for an option of any type
 OBJECT = "Unable to serialize instance "  # what jsonargparse writes for a default that is no plain value
@@ -37,21 +39,23 @@ def load_yaml(text: str, path: str | None = None, sections: Iterable[str] = ()) 
     """
     where = "" if path is None else f"{path}, "
     try:
+        node = None if path is None else compose(text)
         value = get_loader("yaml")(text)
-        if isinstance(value, dict | list):
-            check_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
-    except yaml.YAMLError as error:
-        if path is None:
-            raise
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if path is None and isinstance(value, dict | list):
+            node = compose(text)
     except RecursionError as error:
         raise InputError(f"{where}YAML is nested too deeply, or an alias refers to itself") from error
+    except YAML_ERRORS as error:
+        if path is None:
+            raise yaml.YAMLError(one_line(error)) from error
+        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
+    check_keys(node, where)
     if path is None:
         return value
     for section in sections if isinstance(value, dict) else ():
         content = section_of(value, section.split("."))
         if not isinstance(content, dict | str):  # a string is the path of a file
-            found = "null" if content is None else content
+            found = "null" if content is None else shown(content)
             raise InputError(f"{path}: {section} is {found}, no options: remove the key to keep the inherited section")
     return {} if value is None else value
 

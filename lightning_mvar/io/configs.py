@@ -5,10 +5,51 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
+
+from lightning_mvar.io.json_files import ESCAPED
+
 INCLUDED = re.compile(r"^[^#\n]*?[:-] +(\S+\.ya?ml) *$", re.MULTILINE)  # a value that is the path of another YAML file
+MAX_NODES = 100_000  # values of a YAML file, with its aliases written out
+# What yaml raises for text that is no YAML, and for values such as 2023-02-30, !!int "abc", !!bool x, !!timestamp x.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def with_included(path: Path) -> list[Path]:
-    """Returns a YAML file and the existing ones that its values name, relative to it, at any depth."""
-    named = [path.parent / name for name in INCLUDED.findall(path.read_text())]
-    return [path, *(other for file in named if file.is_file() for other in with_included(file))]
+    """Returns a YAML file and the existing ones that its values name, relative to it, at any depth; each once."""
+    files, seen, stack = [], set(), [path]
+    while stack:
+        file = stack.pop()
+        if file.resolve() in seen:
+            continue
+        seen.add(file.resolve())
+        files.append(file)
+        named = [file.parent / name for name in INCLUDED.findall(file.read_text(errors="replace"))]
+        stack += [other for other in reversed(named) if other.is_file()]
+    return files
+
+
+def compose(text: str) -> yaml.Node | None:
+    """Returns the root node of a YAML text.
+
+    Raises:
+        yaml.YAMLError: if the text is no YAML, holds characters that no path can, or has more than MAX_NODES values
+            with its aliases written out.
+        RecursionError: if it is nested too deeply, or an alias refers to itself.
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and written_size(root, {}) > MAX_NODES:
+        raise yaml.YAMLError(f"its aliases stand for more than {MAX_NODES} values")
+    return root
+
+
+def written_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Returns the number of values in a node with its aliases written out; `sizes` holds those of nodes seen before."""
+    if isinstance(node, yaml.ScalarNode):
+        if ESCAPED.search(node.value):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a character that no path can hold")
+        return 1
+    if id(node) not in sizes:
+        children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(written_size(child, sizes) for child in children)
+    return sizes[id(node)]

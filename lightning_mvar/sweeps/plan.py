@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import yaml
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, one_line
+from lightning_mvar.io.configs import YAML_ERRORS, compose
+from lightning_mvar.io.files import read_regular
+from lightning_mvar.io.json_files import shown
 from lightning_mvar.sweeps.cells import Cell
 
 BudgetDimension = Literal["width", "depth"]
@@ -22,6 +27,8 @@ BudgetDimension = Literal["width", "depth"]
 RESERVED_FIT_OPTIONS = ("--seed_everything", "--trainer.default_root_dir", "--resume", "--ckpt_path")
 RESERVED_EVALUATE_OPTIONS = ("--ckpt_path", "--samples", "--json", "--seed")
 REPORT_COLUMNS = ("cell", "variant", "status", "tries", "seconds")  # of a report's tables, so no axis names
+MAX_BYTES = 2**20  # of a sweep file
+MAX_CELLS = 10_000
 CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
@@ -95,7 +102,7 @@ class SweepFile:
         """Returns the points of the grid, or only those listed under `cells`, in order."""
         points = [self.variant(values) for values in self.listed_cells or self.grid()]
         names = [point.name for point in points]
-        if duplicates := [name for name in names if names.count(name) > 1]:
+        if duplicates := [name for name, count in Counter(names).items() if count > 1]:
             raise InputError(
                 f"{self.path}: two cells would be named {duplicates[0]}: list each once, with distinct names"
             )
@@ -148,25 +155,35 @@ def read_sweep(path: Path) -> SweepFile:
     prepare = content.get("prepare") or []
     if not isinstance(prepare, list):
         raise InputError(f"{path}: `prepare` must be a list of commands")
+    seeds = read_seeds(path, content.get("seeds", [0]))
+    listed = content.get("cells")
+    check_cell_count(path, len(seeds) * (prod(map(len, axes.values())) if listed is None else 1))
     return SweepFile(
         path=path,
         fit=fit,
         prepare=tuple(split_arguments(path, "prepare", command) for command in prepare),
         evaluate=None if evaluate is None else split_arguments(path, "evaluate", evaluate, RESERVED_EVALUATE_OPTIONS),
         axes=axes,
-        listed_cells=tuple(read_listed_cells(path, axes, content["cells"])) if content.get("cells") is not None else (),
-        seeds=read_seeds(path, content.get("seeds", [0])),
+        listed_cells=() if listed is None else tuple(read_listed_cells(path, axes, listed, len(seeds))),
+        seeds=seeds,
         budget=None if content.get("budget") is None else read_budget(path, content["budget"]),
     )
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}): name a sweep file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        data = read_regular(path, MAX_BYTES)
+    except InputError as error:
+        raise InputError(f"cannot read {path} ({error}): name a sweep file") from error
+    try:
+        text = data.decode()
+        compose(text)
+        content = yaml.safe_load(text)
+        str(content)  # fails for integers of more than 4,300 digits
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply, or an alias refers to itself") from error
+    except YAML_ERRORS as error:
+        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a sweep file: it has no keys such as fit, axes, seeds")
     return content
@@ -175,11 +192,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def split_arguments(path: Path, key: str, text: object, reserved: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Splits a command line into arguments and refuses the options that the sweep itself sets."""
     if not isinstance(text, str):
-        raise InputError(f"{path}: `{key}` must be a command line as text, got {text!r}")
+        raise InputError(f"{path}: `{key}` must be a command line as text, got {shown(text)}")
     try:
         args = tuple(shlex.split(text))
     except ValueError as error:
-        raise InputError(f"{path}: `{key}`: {error} in {text!r}") from error
+        raise InputError(f"{path}: `{key}`: {error} in {shown(text)}") from error
     if clashes := [arg for arg in args if arg.split("=")[0] in reserved]:
         raise InputError(f"{path}: `{key}` has {clashes[0]}, which the sweep sets for each cell: leave it out")
     return args
@@ -204,7 +221,7 @@ def read_axes(path: Path, axes: object) -> dict[str, tuple[Choice, ...]]:
         else:
             choices[axis] = value_choices(path, key, axis, values)
         names = [choice.name for choice in choices[axis]]
-        if duplicates := [name for name in names if names.count(name) > 1]:
+        if duplicates := [name for name, count in Counter(names).items() if count > 1]:
             raise InputError(f"{path}: axis {key} has two values named {duplicates[0]}")
     return choices
 
@@ -232,7 +249,7 @@ def value_choices(path: Path, key: str, axis: str, values: list[Any]) -> tuple[C
 
 def as_argument(value: object) -> str:
     """Formats a value for the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def as_label(text: str) -> str:
@@ -240,50 +257,63 @@ def as_label(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text).strip("_.")
 
 
-def read_listed_cells(path: Path, axes: dict[str, tuple[Choice, ...]], cells: object) -> Iterator[dict[str, str]]:
+def check_cell_count(path: Path, count: int) -> None:
+    if count > MAX_CELLS:
+        raise InputError(f"{path} describes at least {count} cells, more than {MAX_CELLS}: split it")
+
+
+def read_listed_cells(
+    path: Path, axes: dict[str, tuple[Choice, ...]], cells: object, seeds: int
+) -> Iterator[dict[str, str]]:
     """Yields the cells listed under `cells`; a cell with lists of values expands to their product."""
     if not isinstance(cells, list) or not cells:
         raise InputError(f"{path}: `cells` must list maps of axes to values; leave it out for the complete grid")
+    count = 0
     for cell in cells:
         if not isinstance(cell, dict):
-            raise InputError(f"{path}: `cells` has {cell!r}, which is not a map of axes to values")
+            raise InputError(f"{path}: `cells` has {shown(cell)}, which is not a map of axes to values")
         given = {
             str(key).rsplit(".", 1)[-1]: value if isinstance(value, list) else [value] for key, value in cell.items()
         }
         if unknown := [axis for axis in given if axis not in axes]:
             raise InputError(
-                f"{path}: the cell {cell} names {unknown[0]!r}, which is not an axis; the axes are {', '.join(axes)}"
+                f"{path}: the cell {shown(cell)} names {shown(unknown[0])}, which is not an axis; "
+                f"the axes are {', '.join(axes)}"
             )
         if missing := [axis for axis in axes if not given.get(axis)]:
-            raise InputError(f"{path}: the cell {cell} does not give its {missing[0]}")
+            raise InputError(f"{path}: the cell {shown(cell)} does not give its {missing[0]}")
         for axis, values in given.items():
             names = [choice.name for choice in axes[axis]]
             if unknown := [value for value in values if str(value) not in names]:
-                raise InputError(f"{path}: axis {axis} has no value {str(unknown[0])!r}; it has {', '.join(names)}")
+                raise InputError(
+                    f"{path}: axis {axis} has no value {shown(str(unknown[0]))}; it has {', '.join(names)}"
+                )
+        count += seeds * prod(map(len, given.values()))
+        check_cell_count(path, count)
         for point in product(*(given[axis] for axis in axes)):
             yield {axis: str(value) for axis, value in zip(axes, point, strict=True)}
 
 
 def read_seeds(path: Path, seeds: object) -> tuple[int, ...]:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise InputError(f"{path}: `seeds` must be a list of integers of at least 0, got {seeds!r}")
+        raise InputError(f"{path}: `seeds` must be a list of integers of at least 0, got {shown(seeds)}")
     if len(set(seeds)) < len(seeds):
-        raise InputError(f"{path}: `seeds` names one twice: {seeds}")
+        raise InputError(f"{path}: `seeds` names one twice: {shown(seeds)}")
     return tuple(seeds)
 
 
 def read_budget(path: Path, budget: object) -> Budget:
     expected = "`budget` must be {parameters: NUMBER, by: width}, with flops for parameters or depth for width"
     if not isinstance(budget, dict) or len(budget) != 2 or budget.get("by") not in get_args(BudgetDimension):
-        raise InputError(f"{path}: {expected}, got {budget!r}")
+        raise InputError(f"{path}: {expected}, got {shown(budget)}")
     (kind,) = (key for key in budget if key != "by")
     amount = budget[kind]
     if kind not in ("parameters", "flops") or isinstance(amount, bool) or not isinstance(amount, int | float | str):
-        raise InputError(f"{path}: {expected}, got {budget!r}")
+        raise InputError(f"{path}: {expected}, got {shown(budget)}")
     try:
         number = int(float(amount))  # YAML reads 5e5 as a string
     except (ValueError, OverflowError):
         number = 0
     if number < 1:
-        raise InputError(f"{path}: `budget` needs at least 1 as its number of {kind}, got {amount!r}")
+        raise InputError(f"{path}: `budget` needs at least 1 as its number of {kind}, got {shown(amount)}")
     return Budget(cast(BudgetDimension, budget["by"]), **{kind: number})

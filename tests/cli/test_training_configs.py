@@ -252,3 +252,25 @@ def test_a_runs_folder_is_named_after_its_configs(here: Path) -> None:
 def test_options_of_a_wrong_type_are_refused_by_the_parser(here: Path) -> None:
     with pytest.raises(ArgumentError, match="batch_size"):
         parse_command(["fit", "--config", "run.yaml", "--data.batch_size", "many"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "\n".join(["a: &a0 x", *(f"a{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(9))]),
+            "aliases stand",
+        ),
+        ('seed_everything: !!int "abc"', "not valid YAML"),
+        ("seed_everything: !!timestamp x", "not valid YAML"),
+        ("seed_everything: 2023-02-30", "seed_everything|not valid YAML"),
+        ("model: " + "[" * 2000, "nested too deeply"),
+        ("model: [" + "x, " * 1000 + "]", "no options"),
+    ],
+)
+def test_hostile_yaml_is_refused_at_once(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "hostile.yaml"
+    path.write_text(content)
+    with pytest.raises((ArgumentError, InputError), match=message) as error:
+        parse_command(["fit", "--config", str(path)])
+    assert len(str(error.value)) < 2000

@@ -10,3 +10,9 @@ def test_a_config_comes_with_the_files_that_its_values_name() -> None:
     blocks = {f"base/callbacks/{name}.yaml" for name in ("checkpoint", "samples", "throughput")}
     assert found == {"experiment/digits.yaml", "base/logger.yaml", *blocks}
     assert with_included(ROOT / "mixer/var.yaml") == [ROOT / "mixer/var.yaml"]  # its header names others
+
+
+def test_a_config_that_names_itself_comes_once(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"x: {other}.yaml\ny: {name}.yaml\n")
+    assert with_included(tmp_path / "a.yaml") == [tmp_path / "a.yaml", tmp_path / "b.yaml"]

@@ -130,7 +130,9 @@ def test_an_orphan_holds_the_lock_and_ends_by_sigterm(tmp_path: Path) -> None:
     lock = FileLock.try_acquire(tmp_path / "lock")
     assert lock is not None
     ready = tmp_path / "ready"
-    parent = FORKSERVER.Process(target=run_and_sleep, args=(["sweep", str(tmp_path / "sweep.yaml")], lock, str(ready)))
+    parent = FORKSERVER.Process(
+        target=run_and_sleep, args=(["fit", "--config", str(tmp_path / "sweep.yaml")], lock, str(ready))
+    )
     parent.start()
     lock.release()
     while not ready.exists() or not ready.read_text():
@@ -149,7 +151,7 @@ def test_stop_ends_a_running_command(tmp_path: Path) -> None:
     stop = Stop()
     timer = threading.Timer(1.0, lambda: setattr(stop, "signal", signal.SIGINT))
     timer.start()
-    assert run_until_stopped(stop, ["sweep", str(tmp_path / "sweep.yaml")]) == -signal.SIGTERM
+    assert run_until_stopped(stop, ["fit", "--config", str(tmp_path / "sweep.yaml")]) == -signal.SIGTERM
     assert run_until_stopped(stop, [GOOD]) == 130
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -158,3 +159,48 @@ def test_a_cell_that_is_listed_twice_is_refused(file: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read .*nowhere\.yaml"):
         read_sweep(tmp_path / "nowhere.yaml")
+
+
+LAUGHS = "\n".join(["a0: &a0 x", *(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(9))])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LAUGHS, "aliases stand for more than 100000 values"),
+        ("\n".join(f"m{i}: &m{i}\n  <<: [{', '.join([f'*m{i - 1}'] * 9 if i else [])}]" for i in range(9)), "aliases"),
+        ("fit: 2023-02-30", "not valid YAML"),
+        ('fit: !!int "abc"', "not valid YAML"),
+        ('fit: !!int ""', "not valid YAML"),
+        ("fit: !!bool x", "not valid YAML"),
+        ("fit: !!timestamp x", "not valid YAML"),
+        ("seeds: [" + "9" * 5000 + "]", "not valid YAML"),
+        ("seeds: [0x" + "f" * 5000 + "]", "not valid YAML"),
+        ("fit: " + "[" * 2000, "nested too deeply"),
+        ('fit: "a\\0b"', "line 1: a character that no path can hold"),
+        ("fit: a\0b", "not valid YAML"),
+        ("fit: [" + "long, " * 1000 + "]", "`fit` must be a command line as text, got ['long', 'long'"),
+        (
+            "fit: a\naxes:\n" + "\n".join(f"  {axis}: {list(range(30))}" for axis in "abcdefgh"),
+            "describes at least 656100000000 cells, more than 10000",
+        ),
+        (
+            f"fit: a\naxes: {{a: [1, 2], b: [1, 2]}}\ncells: [{{a: {[1] * 101}, b: {[2] * 101}}}]",
+            "describes at least 10201 cells",
+        ),
+    ],
+)
+def test_hostile_content_is_refused_at_once(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError) as error:
+        read_sweep(path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "sweep.yaml")
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_sweep(tmp_path / "sweep.yaml")
