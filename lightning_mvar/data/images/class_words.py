@@ -15,6 +15,7 @@ from lightning_mvar.io.files import read_regular
 MAX_CLASSES = 1_000_000  # of classes that only have numbers
 MAX_LABEL_FILE_BYTES = 2**28  # of a label file: ImageNet's training images take 60 MB
 NUMBER = re.compile(r"\d{1,18}", re.ASCII)
+DECIMAL = re.compile(r"-?\d+\.\d*", re.ASCII)
 Numbers = Literal["from_zero", "any", "never"]
 LABEL_FIELDS = (  # names of columns or JSON fields that hold the class
     *("label", "labels", "cls", "class", "class_id", "class_name", "class_label", "label_name", "classname"),
@@ -81,6 +82,11 @@ def infer_classes(words: Collection[str], source: str, numbers: Numbers) -> list
         raise InputError(
             f"{source} has the class {negative}, but numbers count from 0: remove images without a class, or list the "
             f"names with --class_names"
+        )
+    if all(DECIMAL.fullmatch(word) for word in words):
+        raise InputError(
+            f"{source} has the class {min(words)}, but class numbers are integers: write them without a decimal point, "
+            f"or list the names with --class_names"
         )
     if names := numbered(words):
         if numbers == "from_zero" and int(min(words, key=int)) > 0:

@@ -87,6 +87,7 @@ def test_annotations_of_tiny_imagenet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "class_names", "message"),
     [
+        ("1.png 0.0\n2.png 11.0\n3.png 2.0", None, "the class 0.0, but class numbers are integers"),
         ("1.png ant\n1.png bee\n2.png ant\n3.png ant", None, "gives 1.png two classes, 'ant' and 'bee': keep one"),
         ("1.png -1\n2.png 0\n3.png 1", None, "has the class -1, but numbers count from 0: remove images without"),
         ("1.png -1\n2.png 0\n3.png 1", ["a", "b"], "has the class '-1', which is not one of the 2 classes"),
