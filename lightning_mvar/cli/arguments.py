@@ -16,6 +16,7 @@ from PIL import Image
 from lightning_mvar.errors import InputError
 
 DESCRIPTIONS = ("config.json", "manifest.json")  # of exported networks, and of token shards
+MAY_BE_EMPTY = re.compile(r"\.(init_args|dict_kwargs|host)\b")  # options of classes, and what `serve` itself checks
 BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
 MODULES = re.compile(r"lightning_mvar\.metrics\.\w+")  # options that take a module take an extractor or a classifier
 SUBCLASSES = ", known subclasses: "  # jsonargparse's heading of the classes that an option accepts
@@ -52,7 +53,7 @@ def check_values(value: Any, name: str = "") -> Any:
         return type(value)(check_values(item, f"{name}[{i}]") for i, item in enumerate(value))
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"--{name.lstrip('.')} is {value}; use a finite number")
-    if value == "" and ".init_args" not in name and ".dict_kwargs" not in name:
+    if value == "" and not MAY_BE_EMPTY.search(name):
         raise InputError(f"--{name.lstrip('.')} is empty; give it a value")
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
