@@ -16,7 +16,7 @@ from PIL import Image
 from lightning_mvar.errors import InputError
 
 DESCRIPTIONS = ("config.json", "manifest.json")  # of exported networks, and of token shards
-MAY_BE_EMPTY = re.compile(r"\.(init_args|dict_kwargs|host)\b")  # options of classes, and what `serve` itself checks
+MAY_BE_EMPTY = re.compile(r"\.(init_args|dict_kwargs|host|allowed_hosts)\b")  # options of classes; hosts
 BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
 MODULES = re.compile(r"lightning_mvar\.metrics\.\w+")  # options that take a module take an extractor or a classifier
 SUBCLASSES = ", known subclasses: "  # jsonargparse's heading of the classes that an option accepts

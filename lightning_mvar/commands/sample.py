@@ -60,7 +60,7 @@ def sample(
         )
     refuse_overwriting(
         {"--out": out, "--grid": grid, "--strip": strip, "--animation": animation},
-        {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer},
+        {},  # `draw_set` itself refuses a folder of other files
     )
     with launch_ranks(device, devices, num_nodes) as fabric:
         drawn = draw_set(fabric, partial(read_model, ckpt_path, tokenizer, weights), out, **drawing)
