@@ -26,7 +26,7 @@ def test_a_full_disk_ends_the_curves_with_one_warning(tmp_path: Path, caplog: py
         records._writer = sound
     writer.close()
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith(f"cannot write TensorBoard's events to {tmp_path} (No space left on device): the run")
+    assert message.startswith(f"cannot write TensorBoard's events to {tmp_path} (No space left on device): training")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [0]

@@ -291,7 +291,7 @@ def test_the_module_is_the_console_script() -> None:
                 "--picture",
                 "",
             ],
-            "cannot write '.': name a file",
+            "--picture is empty; give it a value",
         ),
     ],
 )
