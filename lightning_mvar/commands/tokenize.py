@@ -98,10 +98,7 @@ def tokenize(
             "--views, --shard_size and --batch_size must be at least 1; --num_workers, --max_failures and --retries "
             "must be at least 0"
         )
-    refuse_overwriting(
-        {"--out": out},
-        {"--images": images, "--tokenizer": tokenizer, "--labels": labels, "--class_names": class_names},
-    )
+    refuse_overwriting({"--out": out}, {"--tokenizer": tokenizer, "--labels": labels, "--class_names": class_names})
     if flips and views == 1:
         raise InputError("--flips applies to random crops: set --views to 2 or more")
     folder = Path(out)

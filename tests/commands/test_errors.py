@@ -312,7 +312,7 @@ def test_paths_that_cannot_exist_are_reported(
         "sample --ckpt_path export --out q.npz --grid q.npz",
         "likelihood --ckpt_path export --images images --json export/config.json",
         "reconstruct --tokenizer export --images images --json r.json --picture r.json",
-        "tokenize --tokenizer export --images images --out images",
+        "tokenize --tokenizer export --images images --out export",
         "evaluate --samples x.npz --reference x.npz --statistics x.npz",
         "evaluate --samples x.npz --reference digits:test --statistics x.npz",
         "edit --ckpt_path export --image 000000.png --out . --classes 1 --box 0,0,2,2",
