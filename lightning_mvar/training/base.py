@@ -306,5 +306,18 @@ def update_ema(average: nn.Module, weights: nn.Module, decay: float, step: int, 
     """
     decay = min(decay, (1 + step) / (10 + step))
     averages, targets = local_shards(list(average.parameters())), local_shards(list(weights.parameters()))
-    share = (1 - decay) * finite.float()
-    torch._foreach_lerp_(averages, targets, [share] * len(targets))
+    # a + (1 - decay) (w - a) as an ascent on w with weight decay 1: the fused kernels of SGD take all parameters in one
+    # launch and read the flag on the device, as AdamW's do in `skip_step_unless`.
+    torch._fused_sgd_(
+        averages,
+        targets,
+        momentum_buffer_list=[],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=1 - decay,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=(~finite).float(),
+    )
