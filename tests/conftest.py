@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,21 @@ VARIANTS = [
     {"mixers": ("block_causal_attention",), "prediction": "token"},
     {"mixers": ("mamba2", "markov_attention", "linear_attention"), "prediction": "token"},
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides all GPUs from this process and its children unless only tests marked `cuda` are selected.
+
+    All other tests compare results that are exact on a CPU alone. Runs before anything asks for a GPU, which is when
+    CUDA reads the variable.
+    """
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, which only `pytest -m cuda` can see")
 
 
 def tiny_network(schedule: ScaleSchedule = SCHEDULE, **overrides: object) -> MVAR:

@@ -74,7 +74,7 @@ STAGES = [
     *[
         Stage(
             f"tokenize_{split}",
-            f"tokenize --images {source} --tokenizer {ROOT}/tokenizer --out {ROOT}/shards/{split}",
+            f"tokenize --images {source} --tokenizer {ROOT}/tokenizer --out {ROOT}/shards/{split} --device cpu",
             ROOT / "shards" / split,
             "manifest.json",
         )
@@ -90,13 +90,13 @@ STAGES = [
     Stage(
         "sample",
         f"sample --ckpt_path {ROOT}/export --per_class 100 --seed 0 --guidance 0.45 --top_p 0.98 "
-        f"--out {ROOT}/samples.npz --grid {ROOT}/grid.png --strip {ROOT}/strip.png",
+        f"--out {ROOT}/samples.npz --grid {ROOT}/grid.png --strip {ROOT}/strip.png --device cpu",
         ROOT / "samples.npz",
     ),
     Stage(
         "evaluate",
         f"evaluate --samples {ROOT}/samples.npz --reference digits:test --floor digits:train "
-        f"--reconstructions {ROOT}/tokenizer --json {ROOT}/scores.json",
+        f"--reconstructions {ROOT}/tokenizer --json {ROOT}/scores.json --device cpu",
         ROOT / "scores.json",
     ),
 ]
@@ -105,7 +105,8 @@ STAGES = [
 def demo() -> None:
     """Trains a tokenizer and a network on the embedded digits, then samples and evaluates, in outputs/demo.
 
-    Finished stages are skipped and an interrupted one resumes. `make demo-clean` removes everything.
+    All stages run on the CPU, whatever GPUs the machine has. Finished stages are skipped and an interrupted one
+    resumes. `make demo-clean` removes everything.
     """
     if not CONFIGS.is_dir():
         raise InputError(f"{CONFIGS} does not exist: run the demo in the root of a clone of the project")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_mvar.commands import demo as module
 from lightning_mvar.commands.demo import CONFIGS, ROOT, STAGES, demo
@@ -44,6 +45,17 @@ def test_finished_stages_are_skipped(calls: list[list[str]]) -> None:
     assert command_names(calls) == ALL_COMMANDS
     demo()
     assert command_names(calls) == ALL_COMMANDS
+
+
+def test_all_stages_run_on_the_cpu() -> None:
+    """`tokenize`, `sample` and `evaluate` would take a GPU of the machine by default."""
+    for stage in STAGES:
+        name, *options = stage.command.split()
+        if "--config" in options:
+            config = yaml.safe_load((Path(__file__).parents[2] / options[1]).read_text())
+            assert config["trainer"]["accelerator"] == "cpu"
+        elif name != "export":
+            assert options[-2:] == ["--device", "cpu"]
 
 
 def test_an_interrupted_stage_resumes_from_its_checkpoint(calls: list[list[str]]) -> None:

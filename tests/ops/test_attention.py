@@ -60,7 +60,7 @@ def test_packed_attention_passes_each_scale_as_one_sequence(qkv: Tensor) -> None
     assert all(a.default is not inspect.Parameter.empty for a in arguments[7:])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_variable_length_kernel_matches_outputs_and_gradients(dtype: torch.dtype) -> None:
     look_for_kernels()

@@ -77,7 +77,7 @@ def test_decays_that_underflow_float32_equal_the_loop() -> None:
         assert relative_error(actual, expected) < 2e-5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the mamba-ssm kernel needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("length", [63, 64, 680])
 def test_the_kernel_equals_the_loop_in_outputs_state_and_gradients(length: int, dtype: torch.dtype) -> None:

@@ -364,7 +364,7 @@ def test_a_step_reads_only_the_outcome_of_the_previous_step_from_the_device(
     assert in_step[6:11] == [1, 2, 2, 2, 2]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA can report synchronisations")
+@pytest.mark.cuda
 def test_no_step_waits_for_the_gpu(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
     class Watch(Callback):
         """Makes synchronising with the GPU an error from the second step on."""
