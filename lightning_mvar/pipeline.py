@@ -17,10 +17,11 @@ from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
 from lightning_mvar.data.images.decoding import to_rgb, to_tensor
 from lightning_mvar.devices import Precision, choose_device
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling.generate import KnownTokens, Step, decode_images, kept_tokens_mask
+from lightning_mvar.sampling.generate import decode_images, kept_tokens_mask
 from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.sampler import Sampler
 from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.steps import KnownTokens, Step
 from lightning_mvar.scales import Shape, format_shape
 
 ClassChoice = Iterable[str | int] | NDArray[np.integer] | Tensor | str | int
@@ -93,14 +94,14 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         return self.sampler.steps(labels, SamplingSettings(**sampling), range(len(labels)), known)
 
     def labels_of(self, classes: ClassChoice) -> Tensor:
-        """Returns the labels (b,) int64 of names and numbers, on the device."""
+        """Returns the labels (b,) int64 of names and numbers."""
         entries: Any = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else classes
         entries = [entries] if isinstance(entries, str) or not isinstance(entries, Iterable) else entries
         numbers: list[Any] = [
             entry.item() if isinstance(entry, Tensor) and entry.ndim == 0 else entry for entry in entries
         ]
         labels = [self.classes.label(number) for number in numbers]
-        return torch.tensor(labels, dtype=torch.int64, device=self.device)
+        return torch.tensor(labels, dtype=torch.int64)
 
     @torch.no_grad()
     def known_tokens(self, image: Image.Image, mask: Image.Image | None, count: int) -> KnownTokens:

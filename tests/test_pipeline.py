@@ -17,7 +17,7 @@ from lightning_mvar.checkpoints import TrainedModel, save_folder
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.sampling.grids import to_uint8
-from lightning_mvar.sampling.settings import image_generators
+from lightning_mvar.sampling.philox import image_keys
 
 NAMES = ["zero", *map(str, range(1, 10))]
 
@@ -36,7 +36,7 @@ def pipe(folder: Path) -> MVARPipeline:
 def test_images_match_generate(pipe: MVARPipeline) -> None:
     images = pipe(["zero", 3, "unconditional"], guidance=2.0, seed=4)
     labels = torch.tensor([0, 3, 10])
-    expected = generate(pipe.network, pipe.tokenizer, labels, guidance=2.0, generator=image_generators(4, range(3)))
+    expected = generate(pipe.network, pipe.tokenizer, labels, guidance=2.0, generator=image_keys(4, range(3)))
     assert (stack_images(images) == to_uint8(expected)).all()
     assert images[0].size == (8, 8)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_mvar.models.recurrences
-import lightning_mvar.sampling.generate
+import lightning_mvar.sampling.steps
 from lightning_mvar.bench.measure import Run
 from lightning_mvar.devices import DTYPES, Precision
 from lightning_mvar.errors import InputError
@@ -25,7 +25,7 @@ from lightning_mvar.models.costs import META, count_flops, forward_flops, sampli
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.models.parameters import UNDECAYED, lower_precision
 from lightning_mvar.sampling.generate import generate
-from lightning_mvar.sampling.settings import image_generators
+from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.scales import ScaleSchedule, Shape, lengths_of
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
@@ -142,14 +142,14 @@ class Subject:
 
     def sample(self) -> Tensor:
         """Samples images (b, 3, H, W) with guidance."""
-        generators = image_generators(0, range(self.batch_size))
-        return generate(self.network, self.tokenizer, self.labels, generator=generators)
+        keys = image_keys(0, range(self.batch_size))
+        return generate(self.network, self.tokenizer, self.labels, generator=keys)
 
     def parts(self) -> list[tuple[Any, str, str]]:
         """Returns the parts that a profile distinguishes, for `Stopwatch.instrument`."""
         network, tokenizer = self.network, self.tokenizer
         parts: list[tuple[Any, str, str]] = [
-            (lightning_mvar.sampling.generate, "draw", "drawing tokens"),
+            (lightning_mvar.sampling.steps, "draw", "drawing tokens"),
             (lightning_mvar.models.recurrences, "ssd", "scan"),
             (tokenizer, "decode_features", "decoder"),
             (tokenizer.quantizer, "accumulate", "residual pyramid"),

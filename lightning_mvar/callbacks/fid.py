@@ -138,11 +138,11 @@ class FIDCallback(L.Callback):
             for begin in tqdm(range(0, self.num_samples, stride), desc="samples", leave=False, disable=quiet):
                 raise_if_interrupted(trainer)
                 first = begin + trainer.global_rank * self.batch_size
-                ids = torch.arange(first, first + self.batch_size, device=pl_module.device)
-                generators = self.sampling.generators(range(first, first + self.batch_size))
-                images, _ = draw_images(network, pl_module.tokenizer, ids % classes, self.sampling, generators)
-                valid = ids < self.num_samples  # the rest pads the last batch to an equal size
-                scores.update(images[valid].float(), ids[valid])
+                ids = torch.arange(first, first + self.batch_size)
+                keys = self.sampling.keys(ids.tolist())
+                images, _ = draw_images(network, pl_module.tokenizer, ids % classes, self.sampling, keys)
+                valid = ids[ids < self.num_samples]  # the rest pads the last batch to an equal size
+                scores.update(images[: len(valid)].float(), valid)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scored": self.scored}

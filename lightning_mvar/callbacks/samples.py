@@ -46,11 +46,11 @@ class SamplesCallback(L.Callback):
         assert isinstance(pl_module, LitMVAR)
         total = pl_module.network_config.num_classes
         shown = torch.linspace(0, total - 1, min(self.classes, total)).long()
-        labels = shown.repeat_interleave(self.per_class).to(pl_module.device)
-        generators = self.sampling.generators(range(len(labels)))
+        labels = shown.repeat_interleave(self.per_class)
+        keys = self.sampling.keys(range(len(labels)))
         # On all ranks, because the forward pass of a sharded network needs them all.
         with sampling_mode(pl_module.averaged, trainer.strategy, self.keep_sharded) as network:
-            images, tokens = draw_images(network, pl_module.tokenizer, labels, self.sampling, generators)
+            images, tokens = draw_images(network, pl_module.tokenizer, labels, self.sampling, keys)
         classes = Classes(pl_module.class_names, total)
         names = [classes.name(label) for label in shown.tolist()]
         log_image(trainer, "samples", with_row_names(image_grid(images, self.per_class), names))

@@ -1,16 +1,14 @@
 """Sampling of images, scale by scale (VAR, arXiv 2404.02905, section 3.2; guidance as in its code).
 
-The network's state is carried from scale to scale: no prefix is ever run again. Each token of an image consumes one
-uniform number of that image's generator, so with one generator per image the batch affects the result only by rounding
-(docs/devices.md has figures).
-
-Shapes: b images, n tokens of the scale, v vocabulary, c code dim.
+The network's state is carried from scale to scale: no prefix is ever run again. The random numbers of an image are
+functions of its key alone (`sampling.philox`), so the batch affects the result only by rounding (docs/devices.md has
+figures).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +19,13 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR, MVARState
 from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-
-class Step(NamedTuple):
-    """One drawn scale of a batch of images."""
-
-    tokens: Tensor  # (b, n) int64
-    f_hat: Tensor  # (b, c, s, s), this scale included
-
-
-class KnownTokens(NamedTuple):
-    """Tokens of given images, and which of them to keep."""
-
-    tokens: Tensor  # (b, l) int64
-    keep: Tensor  # (b, l) bool
+# Where the random numbers of the images come from: a CPU generator for all or one per image, which gives each image a
+# key; keys (b, 2) of `image_keys`; or torch's default generator.
+Randomness = Generator | Sequence[Generator] | Tensor | None
 
 
 @overload
@@ -61,7 +50,7 @@ def generate(
     top_k: int = 900,
     top_p: float = 0.96,
     smooth: bool = False,
-    generator: Generator | Sequence[Generator] | None = None,
+    generator: Randomness = None,
     known: KnownTokens | None = None,
     return_tokens: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -70,13 +59,15 @@ def generate(
     Args:
         model: in eval mode, on the device to sample on.
         tokenizer: in eval mode, on the same device.
-        labels: (b,) integer classes in [0, num_classes]; `num_classes` means unconditional.
+        labels: (b,) integer classes in [0, num_classes]; `num_classes` means unconditional. On the CPU: to check labels
+            on a GPU, the host waits for it.
         guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. A
             network that predicts single tokens uses it for every token, like LlamaGen (arXiv 2406.06525).
         top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
         top_p: then from the fewest tokens whose probabilities sum to p; 0 or 1 for all.
         smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images to look at, never for scores.
-        generator: CPU generator, one for all images or one per image; None for torch's default generator.
+        generator: CPU generator, one for all images or one per image, or keys (b, 2) of `image_keys`; None for torch's
+            default generator.
         known: tokens of given images, and which of them to keep; the others are drawn conditioned on those.
         return_tokens: also return the tokens.
 
@@ -97,7 +88,7 @@ def draw_images(
     tokenizer: Tokenizer,
     labels: Tensor,
     settings: SamplingSettings,
-    generator: Generator | Sequence[Generator] | None = None,
+    generator: Randomness = None,
     known: KnownTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws images (b, 3, H, W) in [0, 1] and their tokens (b, l) int64; see `generate`."""
@@ -119,7 +110,7 @@ def draw_scales(
     tokenizer: Tokenizer,
     labels: Tensor,
     settings: SamplingSettings,
-    generator: Generator | Sequence[Generator] | None = None,
+    generator: Randomness = None,
     known: KnownTokens | None = None,
 ) -> Iterator[Step]:
     """Draws scale by scale, coarse to fine; see `generate` for the arguments.
@@ -127,40 +118,11 @@ def draw_scales(
     Raises:
         InputError: if the tokenizer does not fit the model, or an argument is out of range.
     """
-    check_arguments(model, tokenizer, labels, generator)
-    labels = labels.long()
+    check_arguments(model, tokenizer, labels)
     check_known(known, len(labels), model.config.schedule.num_tokens)
-    schedule, quantizer, device = model.config.schedule, tokenizer.quantizer, labels.device
-    by_token = model.config.prediction == "token"
-    guided = settings.guidance > 0
-    guided_labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)]) if guided else labels
-    state = model.init_state(guided_labels)
-    inputs, f_hat = None, quantizer.empty(len(labels))
-    for k, (offset, length) in enumerate(zip(schedule.offsets, schedule.lengths, strict=True)):
-        drawn = []  # (tokens, codes) of each step of this scale
-        n = 1 if by_token else length
-        for begin in range(offset, offset + length, n):
-            logits, state = model.step(inputs, state)
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                strength = settings.guidance * (1 if by_token else schedule.ratio(k))
-                logits = (1 + strength) * conditional - strength * unconditional
-            tokens = draw(logits, uniform((len(labels), n), generator, device), settings)
-            codes = quantizer.codebook(tokens)
-            if settings.smooth:
-                noise = uniform((len(labels), n, logits.shape[-1]), generator, device)
-                codes = gumbel_mixture(logits, noise, schedule.ratio(k), settings) @ quantizer.codebook.weight
-            if known is not None:
-                span = slice(begin, begin + n)
-                tokens = torch.where(known.keep[:, span], known.tokens[:, span], tokens)
-                codes = torch.where(known.keep[:, span, None], quantizer.codebook(tokens), codes)
-            drawn.append((tokens, codes))
-            inputs = codes.repeat(2 if guided else 1, 1, 1)
-        tokens, codes = (torch.cat(parts, dim=1) for parts in zip(*drawn, strict=True))
-        f_hat = quantizer.accumulate(f_hat, codes, k)
-        yield Step(tokens, f_hat)
-        if not by_token and k + 1 < schedule.num_scales:
-            inputs = quantizer.downsample(f_hat, k + 1).repeat(2 if guided else 1, 1, 1)
+    keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
+    batch = Batch(labels.to(device, torch.int64, non_blocking=True), keys.to(device, non_blocking=True), known)
+    yield from ScaleDrawer(model, tokenizer.quantizer, settings).steps(batch)
 
 
 def teacher_inputs(network: MVARConfig, tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
@@ -220,70 +182,33 @@ def compile_steps(network: MVAR) -> None:
     network.step = step  # type: ignore[method-assign]
 
 
-def uniform(shape: tuple[int, ...], generator: Generator | Sequence[Generator] | None, device: torch.device) -> Tensor:
-    """Draws uniform numbers (b, ...) float32 in [0, 1), row i from generator i."""
-    if generator is None or isinstance(generator, Generator):
-        numbers = torch.rand(shape, generator=generator)
-    else:
-        numbers = torch.stack([torch.rand(shape[1:], generator=g) for g in generator])
-    return numbers.to(device, non_blocking=True)  # the device may still compute the previous scale
+def keys_from(generator: Randomness, count: int) -> Tensor:
+    """Returns the key (b, 2) int64 of each image.
 
-
-def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Applies top-k, then top-p, each skipped if 0, as in VAR's `sample_with_top_k_top_p_`.
-
-    Returns probabilities (b, n, k), 0 if excluded, and tokens (b, n, k), most likely first.
+    Raises:
+        InputError: if there is not one generator or key per image.
     """
-    size = logits.shape[-1]
-    logits, tokens = logits.topk(min(top_k, size) if top_k else size, dim=-1)
-    probabilities = logits.softmax(dim=-1)
-    if top_p == 0:
-        return probabilities, tokens
-    preceding = probabilities.cumsum(dim=-1) - probabilities
-    outside = preceding >= top_p
-    outside[..., 0] = False
-    return probabilities.masked_fill(outside, 0), tokens
+    if isinstance(generator, Tensor):
+        if generator.shape != (count, 2) or generator.dtype != torch.int64:
+            raise InputError(f"keys of {count} images must be ({count}, 2) int64, got {tuple(generator.shape)}")
+        return generator
+    if generator is None or isinstance(generator, Generator):
+        return torch.randint(2**32, (count, 2), generator=generator)
+    if len(generator) != count:
+        raise InputError(f"{len(generator)} generators for {count} labels")
+    return torch.cat([torch.randint(2**32, (1, 2), generator=each) for each in generator])
 
 
-def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
-    """Draws tokens (b, n) int64 from logits (b, n, v) by inverting the CDF at `uniforms` (b, n) in [0, 1)."""
-    probabilities, tokens = truncate(logits, settings.top_k, settings.top_p)
-    cumulative = probabilities.cumsum(dim=-1)
-    target = uniforms[..., None] * cumulative[..., -1:]
-    choice = torch.searchsorted(
-        cumulative, target
-    )  # the first token that reaches the target: never one of probability 0
-    choice = choice.clamp(max=tokens.shape[-1] - 1)  # NaN logits must not raise an index error
-    return tokens.gather(-1, choice)[..., 0]
-
-
-def gumbel_mixture(logits: Tensor, uniforms: Tensor, ratio: float, settings: SamplingSettings) -> Tensor:
-    """Returns Gumbel-softmax weights (b, n, v), noise from `uniforms` (b, n, v); the temperature falls with `ratio`."""
-    probabilities, tokens = truncate(logits, settings.top_k, settings.top_p)
-    kept = torch.zeros_like(logits).scatter(-1, tokens, probabilities) > 0
-    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
-    gumbel = -torch.log(-torch.log(uniforms.clamp(1e-9, 1 - 1e-7)))
-    noisy = (logits * (1 + ratio)).masked_fill(~kept, -torch.inf) + gumbel
-    return (noisy / temperature).softmax(dim=-1)
-
-
-def check_arguments(
-    model: MVAR,
-    tokenizer: Tokenizer,
-    labels: Tensor,
-    generator: Generator | Sequence[Generator] | None = None,
-) -> None:
+def check_arguments(model: MVAR, tokenizer: Tokenizer, labels: Tensor) -> None:
     check_pair(model.config, tokenizer.config, "tokenizer")
     is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     num_classes = model.config.num_classes
-    is_valid = is_integer and labels.ndim == 1 and len(labels) > 0
-    if not is_valid or labels.long().min() < 0 or labels.long().max() > num_classes:
+    found = labels.flatten().tolist()  # one wait, if the labels are on a GPU
+    if not is_integer or labels.ndim != 1 or not found or not 0 <= min(found) <= max(found) <= num_classes:
         raise InputError(
             f"labels must be (b,) integers, classes in [0, {num_classes}], got {labels.dtype} {tuple(labels.shape)} "
-            f"{labels.flatten()[:8].tolist()}"
+            f"{found[:8]}"
         )
-    if isinstance(generator, Sequence) and len(generator) != len(labels):
-        raise InputError(f"{len(generator)} generators for {len(labels)} labels")
 
 
 def check_known(known: KnownTokens | None, images: int, num_tokens: int) -> None:

@@ -11,8 +11,9 @@ from lightning_mvar.checkpoints.pair import TrainedModel
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.devices import DTYPES, Precision
 from lightning_mvar.models.parameters import lower_precision
-from lightning_mvar.sampling.generate import KnownTokens, Step, decode_images, draw_images, draw_scales
+from lightning_mvar.sampling.generate import decode_images, draw_images, draw_scales
 from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.steps import KnownTokens, Step
 
 
 class Sampler:
@@ -42,8 +43,7 @@ class Sampler:
             numbers: number of each image; with the seed it determines the image's random stream.
             known: tokens of given images, and which of them to keep.
         """
-        generators = settings.generators(numbers)
-        return draw_scales(self.network, self.tokenizer, labels.to(self.device), settings, generators, known)
+        return draw_scales(self.network, self.tokenizer, labels, settings, settings.keys(numbers), known)
 
     def stream_images(self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int]) -> Iterator[Tensor]:
         """Yields the images (b, 3, H, W) in [0, 1] decoded after each scale; see `steps`."""
@@ -52,5 +52,4 @@ class Sampler:
 
     def draw(self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int]) -> Tensor:
         """Draws images (b, 3, H, W) in [0, 1]; see `steps`."""
-        generators = settings.generators(numbers)
-        return draw_images(self.network, self.tokenizer, labels.to(self.device), settings, generators)[0]
+        return draw_images(self.network, self.tokenizer, labels, settings, settings.keys(numbers))[0]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Generator
+from torch import Tensor
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.sampling.philox import image_keys
 
 MAX_GUIDANCE = 1000  # logits stay finite in float32
 MAX_SEED = 2**63 - 1
@@ -54,11 +55,6 @@ class SamplingSettings:
             raise InputError(f"{name} must be {'an integer' if kind is Integral else 'a number'} {limits}, got {value}")
         object.__setattr__(self, name, int(value) if kind is Integral else float(value))
 
-    def generators(self, numbers: Iterable[int]) -> list[Generator]:
-        """Returns one CPU generator per image number."""
-        return image_generators(self.seed, numbers)
-
-
-def image_generators(seed: int, numbers: Iterable[int]) -> list[Generator]:
-    """Returns one CPU generator per image number, so that an image draws the same numbers in any batch."""
-    return [Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + number) % 2**63) for number in numbers]
+    def keys(self, numbers: Iterable[int]) -> Tensor:
+        """Returns the key (b, 2) int64 of the random numbers of each image, given by its number."""
+        return image_keys(self.seed, numbers)

@@ -221,10 +221,10 @@ class LitMVAR(ScheduledModule):
         """
         drawn = labels if len(labels) else labels.new_zeros(1)  # a sharded network needs all ranks in each forward pass
         numbers = range(self.predicted, self.predicted + len(drawn))
-        generators = self.sampling.generators(i * self.trainer.world_size + self.global_rank for i in numbers)
+        keys = self.sampling.keys(i * self.trainer.world_size + self.global_rank for i in numbers)
         self.predicted += len(labels)
         with sampling_mode(self.averaged, self.trainer.strategy) as network:
-            return draw_images(network, self.tokenizer, drawn, self.sampling, generators)[0][: len(labels)]
+            return draw_images(network, self.tokenizer, drawn, self.sampling, keys)[0][: len(labels)]
 
     def evaluate(self, batch: TokenBatch, stage: str) -> None:
         """Logs teacher-forced scores of a batch without its padding; the epoch average weights every sample equally."""

@@ -20,7 +20,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.reference import measure, open_reference
 from lightning_mvar.sampling.generate import generate
-from lightning_mvar.sampling.settings import image_generators
+from lightning_mvar.sampling.philox import image_keys
 
 
 def steps_scored(
@@ -71,7 +71,7 @@ def test_the_chosen_weights_are_scored_and_the_end_is_scored_without_a_validatio
     for name, value in values.items():
         model = load_trained(run_folder / name / "checkpoints/last.ckpt", weights=name)  # type: ignore[arg-type]
         metric = FeatureStatistics(4)
-        generators = image_generators(0, range(13))
+        generators = image_keys(0, range(13))
         metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(13) % 10, generator=generators)))
         assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
 
@@ -85,7 +85,7 @@ def test_samples_are_scored_against_decoded_shards(run_folder: Path, tokenizer: 
     reference = measure(Pixels(), open_reference(str(run_folder / "shards")).images(8, tokenizer), "").statistics
     model = load_trained(run_folder / "run/checkpoints/last.ckpt")
     metric = FeatureStatistics(4)
-    generators = image_generators(0, range(13))
+    generators = image_keys(0, range(13))
     metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(13) % 10, generator=generators)))
     assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
 

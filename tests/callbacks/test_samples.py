@@ -16,7 +16,7 @@ from lightning_mvar import Tokenizer, TokenizerConfig
 from lightning_mvar.callbacks import ReconstructionsCallback, SamplesCallback
 from lightning_mvar.callbacks.tensorboard import add_counts
 from lightning_mvar.sampling.generate import generate
-from lightning_mvar.sampling.settings import image_generators
+from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
 from lightning_mvar.training.tokenizer import LitTokenizer
 
@@ -52,7 +52,7 @@ def test_histograms_count_the_codes_of_the_shown_samples(
     assert logged.keys() == {f"sampled_codes/{scale}" for scale in [*SCALES, "all"]}
     labels = torch.linspace(0, 9, 3).long().repeat_interleave(2)
     network = module.network.eval()
-    _, tokens = generate(network, tokenizer, labels, generator=image_generators(0, range(6)), return_tokens=True)
+    _, tokens = generate(network, tokenizer, labels, generator=image_keys(0, range(6)), return_tokens=True)
     for scale, sampled in [*zip(SCALES, module.per_scale(tokens), strict=True), ("all", tokens)]:
         assert counts_of(logged[f"sampled_codes/{scale}"], 48) == sampled.flatten().bincount(minlength=48).tolist()
 

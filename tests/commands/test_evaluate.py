@@ -22,7 +22,7 @@ from lightning_mvar.data.builtin.photos import PHOTOS
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.photos import PhotosClassifier
 from lightning_mvar.metrics.reference import measure, open_reference
-from lightning_mvar.sampling.settings import image_generators
+from lightning_mvar.sampling.philox import image_keys
 
 SCORES = ("frechet_distance", "precision", "recall")
 REFERENCE = ["--reference", "images", "--extractor", "conftest.Pixels", "--device", "cpu"]
@@ -67,7 +67,7 @@ def test_scores_are_those_of_a_plain_loop(workspace: Path) -> None:
     metric = FeatureStatistics(4)
     for number in range(30):
         label = torch.tensor([number // 3])
-        image = generate(network, tokenizer, label, guidance=0.5, generator=image_generators(0, [number]))
+        image = generate(network, tokenizer, label, guidance=0.5, generator=image_keys(0, [number]))
         metric.update(Pixels()((image * 255).round() / 255))
     real = measure(Pixels(), open_reference("images").images(8), "").statistics
     assert record["frechet_distance"] == pytest.approx(frechet_distance(real, metric.compute()), rel=1e-3)

@@ -22,8 +22,8 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.sampling import sampler
 from lightning_mvar.sampling.generate import draw_images
 from lightning_mvar.sampling.grids import to_uint8
+from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.readers import open_samples
-from lightning_mvar.sampling.settings import image_generators
 
 SAMPLE = ["sample", "--ckpt_path", "model", "--per_class", "2", "--batch_size", "3", "--guidance", "0.5"]
 
@@ -187,7 +187,7 @@ def test_classes_are_selected_by_name_number_or_unconditional(workdir: Path, tok
     assert run([*SAMPLE, "--out", "set", "--classes", "Zero,unconditional"]) == 0
     assert {path.parent.name for path in Path("set").rglob("*.png")} == {"zero", "unconditional"}
     unconditional = contents(Path("set.npz"))["arr_0"][4:]
-    labels, generators = torch.tensor([10, 10]), image_generators(0, [4, 5])
+    labels, generators = torch.tensor([10, 10]), image_keys(0, [4, 5])
     network, codes, _ = load_trained("model")
     expected = to_uint8(generate(network, codes, labels, guidance=0.0, generator=generators))
     assert np.abs(unconditional.astype(int) - expected).max() <= 1
@@ -212,7 +212,7 @@ def test_rejection_keeps_the_images_with_the_highest_confidence(workdir: Path) -
         candidates = []
         for number in range(group * 5, group * 5 + 5):  # keep 0.4: two images of five
             labels = torch.tensor([label])
-            image = to_uint8(generate(network, codes, labels, guidance=0.5, generator=image_generators(0, [number])))
+            image = to_uint8(generate(network, codes, labels, guidance=0.5, generator=image_keys(0, [number])))
             logits = Brightness()(torch.from_numpy(image).movedim(-1, 1) / 255)
             candidates.append((float(logits.softmax(dim=-1)[0, label]), number, image[0]))
         best = sorted(sorted(candidates, key=lambda c: -c[0])[:2], key=lambda c: c[1])

@@ -4,20 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MIXERS, OBLONG, SCHEDULE, random_tokens, tiny_network
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.parameters import lower_precision
-from lightning_mvar.sampling.generate import (
-    KnownTokens,
-    compile_steps,
-    draw,
-    gumbel_mixture,
-    kept_tokens_mask,
-    teacher_inputs,
-    truncate,
-)
-from lightning_mvar.sampling.settings import SamplingSettings, image_generators
+from lightning_mvar.sampling.generate import compile_steps, kept_tokens_mask, teacher_inputs
+from lightning_mvar.sampling.philox import image_keys
+from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, draw, gumbel_mixture, truncate
+from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
 LABELS = torch.tensor([0, 3, 9, 3])
 KINDS = {name: {"mixers": mixers} for name, mixers in MIXERS.items()} | {
@@ -71,21 +68,58 @@ def test_images_are_the_decoded_tokens_in_the_unit_range(network: MVAR, tokenize
 
 
 def test_an_image_does_not_depend_on_its_batch(network: MVAR, tokenizer: Tokenizer) -> None:
-    batch = generate(network, tokenizer, LABELS, generator=image_generators(5, range(4)))
+    batch = generate(network, tokenizer, LABELS, generator=image_keys(5, range(4)))
     for i in range(4):
-        single = generate(network, tokenizer, LABELS[i : i + 1], generator=image_generators(5, [i]))
+        single = generate(network, tokenizer, LABELS[i : i + 1], generator=image_keys(5, [i]))
         torch.testing.assert_close(single[0], batch[i])
-    other_seed = generate(network, tokenizer, LABELS, generator=image_generators(6, range(4)))
+    other_seed = generate(network, tokenizer, LABELS, generator=image_keys(6, range(4)))
     assert (other_seed - batch).abs().max() > 0.01
 
 
-def test_one_generator_serves_all_images(network: MVAR, tokenizer: Tokenizer) -> None:
-    images = [generate(network, tokenizer, LABELS, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert torch.equal(*images)
+def test_one_generator_serves_all_images_or_each_its_own(tokenizer: Tokenizer) -> None:
+    network = tiny_network()
+
+    def draw_tokens(generator: object) -> torch.Tensor:
+        return generate(network, tokenizer, LABELS, generator=generator, return_tokens=True)[1]
+
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    shared = seeded(1)
+    first, second = draw_tokens(shared), draw_tokens(shared)
+    assert torch.equal(draw_tokens(seeded(1)), first)
+    assert not torch.equal(second, first)
+    own = draw_tokens([seeded(seed) for seed in range(4)])
+    assert torch.equal(draw_tokens([seeded(seed) for seed in (0, 5, 2, 6)])[[0, 2]], own[[0, 2]])
+    torch.manual_seed(1)
+    assert torch.equal(draw_tokens(None), first)
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Refuses operations that read a tensor of another device than meta, or move one there."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        outputs = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, outputs)):
+            assert not isinstance(leaf, torch.Tensor) or leaf.is_meta, function
+        return outputs
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_drawing_neither_waits_for_the_device_nor_copies_to_it(smooth: bool) -> None:
+    """On the meta device no value can be read."""
+    schedule = ScaleSchedule((1, 2))
+    network = tiny_network(schedule=schedule, depth=1).to("meta")
+    quantizer = ResidualQuantizer(schedule, 48, 8, 1).to("meta")
+    tokens = torch.zeros(4, schedule.num_tokens, dtype=torch.int64, device="meta")
+    batch = Batch(tokens[:, 0], tokens[:, :2], KnownTokens(tokens, tokens > 0))
+    with OnlyMeta():
+        steps = [*ScaleDrawer(network, quantizer, SamplingSettings(smooth=smooth)).steps(batch)]
+    assert [step.tokens.shape for step in steps] == [(4, 1), (4, 4)]
 
 
 def test_smooth_sampling_mixes_codes(network: MVAR, tokenizer: Tokenizer) -> None:
-    settings = {"generator": image_generators(0, range(4))}
+    settings = {"generator": image_keys(0, range(4))}
     smooth = generate(network, tokenizer, LABELS, smooth=True, **settings)
     assert smooth.shape == (4, 3, 8, 8)
     assert smooth.isfinite().all()
@@ -166,7 +200,8 @@ def test_the_gumbel_mixture_sharpens_with_the_scale() -> None:
         ([], {}, "classes in"),
         ([1], {"guidance": -1.0}, "guidance"),
         ([1], {"top_p": 1.5}, "top_p must be a number from 0 to 1, got 1.5"),
-        ([1], {"generator": image_generators(0, range(2))}, "2 generators for 1 labels"),
+        ([1], {"generator": [torch.Generator()] * 2}, "2 generators for 1 labels"),
+        ([1], {"generator": image_keys(0, range(2))}, r"keys of 1 images must be \(1, 2\) int64, got \(2, 2\)"),
     ],
 )
 def test_invalid_arguments_are_refused(
@@ -179,9 +214,9 @@ def test_invalid_arguments_are_refused(
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
 def test_labels_may_be_integers_of_any_type(tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     network = tiny_network(num_classes=300)
-    expected = generate(network, tokenizer, LABELS, generator=image_generators(0, range(4)))
+    expected = generate(network, tokenizer, LABELS, generator=image_keys(0, range(4)))
     labels = LABELS.to(dtype)
-    assert torch.equal(generate(network, tokenizer, labels, generator=image_generators(0, range(4))), expected)
+    assert torch.equal(generate(network, tokenizer, labels, generator=image_keys(0, range(4))), expected)
     for wrong in (LABELS.float(), LABELS.bool(), LABELS.to(torch.complex64), LABELS[None]):
         with pytest.raises(InputError, match=r"labels must be \(b,\) integers, classes in"):
             generate(network, tokenizer, wrong)
@@ -248,7 +283,7 @@ def test_keeping_nothing_is_sampling_and_keeping_everything_is_reconstruction(
 
     def sample(keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         known = None if keep is None else KnownTokens(given, keep)
-        generators = image_generators(0, range(4))
+        generators = image_keys(0, range(4))
         return generate(
             network, tokenizer, LABELS, generator=generators, known=known, smooth=smooth, return_tokens=True
         )

@@ -17,7 +17,8 @@ from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import NetworkOptions
-from lightning_mvar.sampling.settings import SamplingSettings, image_generators
+from lightning_mvar.sampling.philox import image_keys
+from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.optim import OptimizerConfig
@@ -83,7 +84,7 @@ def test_predictions_are_the_images_of_their_labels(
     labels = torch.tensor([3, 1, 4, 1, 5])
     module.sampling = SamplingSettings(guidance=0.5, seed=7)
     network = load_trained(tmp_path / "a.ckpt").network
-    expected = generate(network, tokenizer, labels, guidance=0.5, generator=image_generators(7, range(5)))
+    expected = generate(network, tokenizer, labels, guidance=0.5, generator=image_keys(7, range(5)))
     pairs = TensorDataset(torch.zeros(5, 2), labels)
     for data in (DataLoader(labels, batch_size=2), DataLoader(TensorDataset(labels)), DataLoader(pairs, batch_size=4)):
         images = torch.cat(trainer.predict(module, data))
