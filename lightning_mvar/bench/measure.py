@@ -5,12 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -100,57 +97,3 @@ def read_status_bytes(name: str) -> int:
     """Reads a memory counter of this process, such as VmRSS, in bytes."""
     line = next(line for line in (PROC_SELF / "status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
-
-
-class Stopwatch:
-    """Profiler of the seconds spent in each part of a run, excluding the parts nested in it.
-
-    Parts are functions and methods, measured inside `instrument`. CUDA is synchronized only when `seconds` is called.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.open_parts: list[str] = []
-        self.marks: list[tuple[str | None, Any]] = [(None, self.mark())]  # (part that ends here, time)
-
-    def mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self.marks.append((self.open_parts[-1] if self.open_parts else None, self.mark()))
-        self.open_parts.append(name)
-        yield
-        self.marks.append((self.open_parts.pop(), self.mark()))
-
-    @contextmanager
-    def instrument(self, parts: list[tuple[Any, str, str]]) -> Iterator[None]:
-        """Measures calls of `owner.attribute` as the part `name`, for each (owner, attribute, name)."""
-        originals = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute, _ in parts]
-        for owner, attribute, name in parts:
-            setattr(owner, attribute, self.instrumented(getattr(owner, attribute), name))
-        try:
-            yield
-        finally:
-            for owner, attribute, original in reversed(originals):
-                delattr(owner, attribute) if original is None else setattr(owner, attribute, original)
-
-    def instrumented(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return call
-
-    def seconds(self) -> dict[str, float]:
-        """Returns the seconds of each part; time outside of all parts is not counted."""
-        synchronized_time(self.device)
-        total: dict[str, float] = defaultdict(float)
-        for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
-            if name is not None:
-                total[name] += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
-        return dict(total)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lightning_mvar.models.recurrences
 import lightning_mvar.sampling.steps
 from lightning_mvar.bench.measure import Run
+from lightning_mvar.bench.parts import Part
 from lightning_mvar.devices import DTYPES, Precision
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.base import State
@@ -145,40 +146,60 @@ class Subject:
         keys = image_keys(0, range(self.batch_size))
         return generate(self.network, self.tokenizer, self.labels, generator=keys)
 
-    def parts(self) -> list[tuple[Any, str, str]]:
-        """Returns the parts that a profile distinguishes, for `Stopwatch.instrument`."""
+    def parts(self) -> list[Part]:
+        """Returns the parts that a profile distinguishes."""
         network, tokenizer = self.network, self.tokenizer
-        parts: list[tuple[Any, str, str]] = [
+        outside: list[Part] = [
             (lightning_mvar.sampling.steps, "draw", "drawing tokens"),
-            (lightning_mvar.models.recurrences, "ssd", "scan"),
             (tokenizer, "decode_features", "decoder"),
             (tokenizer.quantizer, "accumulate", "residual pyramid"),
             (tokenizer.quantizer, "downsample", "residual pyramid"),
             (network, "logits", "head"),
         ]
-        for block in network.blocks:
+        return [*outside, *self.block_parts()]
+
+    def block_parts(self) -> list[Part]:
+        """Returns the parts inside blocks."""
+        parts: list[Part] = [(lightning_mvar.models.recurrences, "ssd", "scan")]
+        for block in self.network.blocks:
             parts += [(block, "forward", "AdaLN and residuals"), (block.mlp, "forward", "MLP")]
             parts += [(mixer, "forward", type(mixer).__name__) for mixer in block.mixers]  # type: ignore[union-attr]
         return parts
 
-    def training_step(self) -> Run:
-        """Returns a function that runs one training step on random tokens (b, l)."""
-        network = self.network.float().train()
-        optimizer = build_optimizer(network, OptimizerConfig(), undecayed_names=UNDECAYED)
-        schedule = self.network_config.schedule
-        scale_inputs = self.scale_inputs(self.batch_size)
-        shape = (self.batch_size, schedule.num_tokens)
-        tokens = torch.randint(self.network_config.vocab_size, shape, device=self.device)
+    def training_step(self) -> TrainingStep:
+        return TrainingStep(self)
 
-        def step() -> None:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                losses, _ = network.score(self.labels, scale_inputs, tokens)
-            losses.mean().backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
-            optimizer.step()
-            optimizer.zero_grad()
 
-        return step
+class TrainingStep:
+    """A training step of a subject on random tokens (b, l): forward and backward pass, clipping and AdamW."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, config = subject, subject.network_config
+        self.network = subject.network.float().train()
+        self.optimizer = build_optimizer(self.network, OptimizerConfig(), undecayed_names=UNDECAYED)
+        self.scale_inputs = subject.scale_inputs(subject.batch_size)
+        shape = (subject.batch_size, config.schedule.num_tokens)
+        self.tokens = torch.randint(config.vocab_size, shape, device=subject.device)
+
+    def __call__(self) -> None:
+        subject = self.subject
+        with torch.autocast(subject.device.type, subject.dtype, enabled=subject.dtype != torch.float32):
+            losses, _ = self.network.score(subject.labels, self.scale_inputs, self.tokens)
+        losses.mean().backward()
+        self.update()
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 2.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def make_subject(setting: Setting, device: torch.device) -> Subject:
+    return Subject(setting.network, setting.tokenizer, setting.batch_size, setting.dtype, device)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:

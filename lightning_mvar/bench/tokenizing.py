@@ -4,35 +4,36 @@ from __future__ import annotations
 
 from collections import deque
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_mvar.bench.measure import time_interleaved
-from lightning_mvar.data.images.examples import ImageSource, batch_loader, batched
+from lightning_mvar.bench.subjects import Setting, make_subject
+from lightning_mvar.cli.tables import Record
+from lightning_mvar.data.images.examples import batch_loader, batched
+from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.data.tokens.encode import TokenEncoder
-from lightning_mvar.devices import Precision
-from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 BATCHES = 8  # per run
 
 
-def measure_tokenizing(
-    source: ImageSource,
-    model: Tokenizer,
-    batch_size: int,
-    num_workers: int,
-    precision: Precision,
-    device: torch.device,
-    repeats: int,
-) -> dict[str, Any]:
+def measure_tokenizing(images: str, setting: Setting, num_workers: int, device: torch.device, repeats: int) -> Record:
     """Measures images/s of reading and decoding, of the encoder, and of both as in `tokenize`, interleaved.
 
     All use the same random images, up to 8 batches of them. Images that cannot be decoded are skipped.
+
+    Args:
+        images: images, given as for `lightning-mvar tokenize`.
+        setting: resolution, batch size and precision.
+        num_workers: number of reader processes.
+        device: device of the encoder.
+        repeats: number of measured runs.
     """
+    source = open_images(images, (setting.resolution, setting.resolution), "skip")
+    model, batch_size = make_subject(setting.with_changes("precision=float32"), device).tokenizer, setting.batch_size
     indices = np.random.default_rng(0).permutation(len(source))[: BATCHES * batch_size].tolist()
-    batches, encoder = batched(indices, batch_size), TokenEncoder(model, device, precision)
+    batches, encoder = batched(indices, batch_size), TokenEncoder(model, device, setting.precision)
     decoded = list(batch_loader(source, batches, num_workers))
 
     def decode() -> None:
@@ -51,6 +52,6 @@ def measure_tokenizing(
         "resolution": model.config.shape[0],
         "batch_size": batch_size,
         "num_workers": num_workers,
-        "precision": precision,
+        "precision": setting.precision,
         "images": len(indices),
     } | dict(zip(names, rates, strict=True))

@@ -1,12 +1,8 @@
 """FLOP counts, times and memory compared with known values."""
 
-from types import SimpleNamespace
-
-import pytest
 import torch
 
-from lightning_mvar.bench import measure
-from lightning_mvar.bench.measure import Stopwatch, large_matmul, peak_memory, time_interleaved
+from lightning_mvar.bench.measure import large_matmul, peak_memory, time_interleaved
 from lightning_mvar.models.costs import count_flops
 
 CPU = torch.device("cpu")
@@ -43,23 +39,3 @@ def test_memory_freed_by_an_earlier_run_does_not_hide_the_peak_of_the_next() -> 
     del filled
     assert peak_memory(fill, CPU) > 0.9 * blocks * size
     assert top.all()
-
-
-def test_a_part_excludes_the_parts_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100))  # each reading takes a second
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-
-    class Work:
-        def outer(self) -> None:
-            self.inner()
-
-        def inner(self) -> None:
-            pass
-
-    work, watch = Work(), Stopwatch(CPU)
-    with watch.instrument([(work, "outer", "outer"), (work, "inner", "inner")]):
-        work.outer()
-        work.inner()
-    work.outer()  # no longer instrumented
-    assert watch.seconds() == {"outer": 2, "inner": 2}
-    assert vars(work) == {}

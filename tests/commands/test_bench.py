@@ -62,6 +62,19 @@ def test_training_operations_and_memory(tmp_path: Path) -> None:
     assert state_bytes["var", 1024] == 2 * 4 * 9451 * 768 * 12
 
 
+def test_launches_are_counted_by_part(tmp_path: Path) -> None:
+    file = tmp_path / "launches.json"
+    assert run(["bench", "launches", *SMALL, "--json", str(file)]) == 0
+    records = {(record["run"], record["part"]): record for record in json.loads(file.read_text())}
+    for name, steps in (("sample", 10), ("train", 1)):
+        parts = {part: record for (of, part), record in records.items() if of == name}
+        total, blocks = parts.pop("total"), parts.pop("all blocks")
+        assert total["launches"] == sum(record["launches"] for record in parts.values())
+        assert total["launches"] > blocks["launches"] == blocks["launches_per_block_and_scale"] * steps
+        assert parts["MLP"]["launches"] == 3 * steps  # depth 1
+    assert run(["bench", "launches", *SMALL, "--compile", "true"]) == 1
+
+
 @pytest.mark.usefixtures("narrow_tokenizer")
 def test_tokenizing_is_measured_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(seconds=0)
