@@ -245,12 +245,18 @@ class ScheduledModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norms that `on_before_optimizer_step` has computed, which works under every strategy."""
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            for name, part in self.clip_groups().items():
-                torch.nn.utils.clip_grads_with_norm_(part.parameters(), gradient_clip_val, self.gradient_norms[name])
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clips by the norms that `on_before_optimizer_step` has computed, or by value, under every strategy.
+
+        Lightning's own clipping refuses fused optimizers in mixed precision, because under float16 loss scaling they
+        unscale the gradients themselves. Here the optimizer is not fused then, and the gradients are unscaled already.
+        """
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            return
+        for name, part in self.clip_groups().items():
+            torch.nn.utils.clip_grads_with_norm_(part.parameters(), gradient_clip_val, self.gradient_norms[name])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -364,6 +364,26 @@ def test_a_step_reads_only_the_outcome_of_the_previous_step_from_the_device(
     assert in_step[6:11] == [1, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_can_be_clipped_by_value(
+    tokenizer_folder: Path, shards: Path, tmp_path: Path, precision: str
+) -> None:
+    class Gradients(Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: LitMVAR, *_: object) -> None:
+            self.before = [parameter.grad.clone() for parameter in pl_module.network.parameters()]
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitMVAR, *_: object) -> None:
+            self.after = [parameter.grad for parameter in pl_module.network.parameters()]
+
+    gradients = Gradients()
+    options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value", "precision": precision}
+    trainer = make_trainer(tmp_path, 1, callbacks=[gradients], **options)
+    trainer.fit(make_module(tokenizer_folder), TokenDataModule(str(shards), str(shards), batch_size=16))
+    assert max(float(gradient.abs().max()) for gradient in gradients.before) > 1e-3
+    for before, after in zip(gradients.before, gradients.after, strict=True):
+        assert torch.equal(after, before.clamp(-1e-3, 1e-3))
+
+
 @pytest.mark.cuda
 def test_no_step_waits_for_the_gpu(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
     class Watch(Callback):
