@@ -67,6 +67,11 @@ class BatchedDataModule(L.LightningDataModule):
                 self.trainer.val_check_interval = interval * after // before
 
     @property
+    def pin_memory(self) -> bool:
+        """Whether to pin batches: only for a trainer on GPUs, because pinning initializes CUDA."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    @property
     def batch_size(self) -> int:
         """Images per device and batch."""
         if self.given_batch_size is not None:
@@ -184,7 +189,7 @@ class TokenDataModule(BatchedDataModule):
         stream = TokenStream(
             self.shards[name], self.manifests[name], self.batch_size, seed, self.block_size, rank, world_size
         )
-        return TokenLoader(stream, self.num_workers, pin_memory=torch.cuda.is_available())
+        return TokenLoader(stream, self.num_workers, self.pin_memory)
 
 
 class ImageDataModule(BatchedDataModule):
@@ -245,8 +250,7 @@ class ImageDataModule(BatchedDataModule):
         source = ShuffledImages(
             self.images("train"), self.batch_size, self.seed, self.crop, *rank_and_world_size(self.trainer)
         )
-        loader = ImageLoader(source, self.num_workers, pin_memory=torch.cuda.is_available())
-        return track_progress(loader, self.trainer)
+        return track_progress(ImageLoader(source, self.num_workers, self.pin_memory), self.trainer)
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         return DataLoader[Example](  # type: ignore[return-value]
@@ -254,7 +258,7 @@ class ImageDataModule(BatchedDataModule):
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pin_memory,
             worker_init_fn=ignore_signals_in_worker,
         )
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import write_token_shards
 from lit_modules import Losses, make_module, make_trainer
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_mvar import Tokenizer
+from lightning_mvar.data.images.examples import collate
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import NetworkOptions
 from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
@@ -49,6 +51,31 @@ def test_every_division_of_a_global_batch_has_its_size() -> None:
         assert per_device <= most
         fewer = [n for n in range(1, batches) if 768 % (devices * n) == 0 and 768 // (devices * n) <= most]
         assert fewer == []
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_batches_are_pinned_for_a_trainer_on_gpus_alone(
+    shards: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where CUDA is available to a trainer on CPUs; and as a whole, which dataclasses would not be."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    trainer = make_trainer(Path(), 1)
+    trainer.strategy._root_device = torch.device(kind)  # type: ignore[attr-defined]
+    tokens = TokenDataModule(shards, shards, batch_size=4)
+    images = ImageDataModule("digits:train", "digits:test", 32)
+    for data in (tokens, images):
+        data.trainer = trainer
+    tokens.setup("fit")
+    loaders = [data.train_dataloader() for data in (tokens, images)] + [
+        tokens.val_dataloader(),
+        images.val_dataloader(),
+    ]
+    assert [loader.pin_memory for loader in loaders] == [kind == "cuda"] * 4
+    pinned: list[torch.Size] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor.shape) or tensor)
+    batch = collate([images.images("val")[i] for i in range(3)])
+    assert pin_memory(batch) == batch
+    assert pinned == [batch.images.shape, batch.labels.shape]
 
 
 def test_images_per_device_can_be_given_instead() -> None:

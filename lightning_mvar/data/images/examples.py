@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ class Example:
     error: str | None = None
 
 
-@dataclass
-class ImageBatch:
+class ImageBatch(NamedTuple):
     """The decoded examples of a batch, and the keys and errors of those that failed."""
 
     images: Tensor  # (b, 3, H, W) float32 in [-1, 1]
