@@ -92,8 +92,9 @@ class CodebookAverage(nn.Module):
 
     @torch.no_grad()
     def restart(self, rows: Tensor, codes: Tensor) -> None:
-        """Restarts the running means of `rows` (n,) from `codes` (n, c)."""
-        self.sizes[rows], self.sums[rows] = 1.0, codes.to(self.sums)
+        """Restarts the running means of the rows marked in `rows` (v,) bool from those of `codes` (v, c)."""
+        self.sizes.masked_fill_(rows, 1.0)
+        self.sums.copy_(torch.where(rows[:, None], codes, self.sums))
 
 
 @torch.no_grad()
@@ -126,28 +127,29 @@ def entropy_loss(
         steps: pyramid steps, one per scale.
         codes: (v, c) codes, with gradient if they are learned by it.
         config: provides temperature and number of queries.
-        mean_over_ranks: averages a tensor over all ranks.
+        mean_over_ranks: averages a tensor over all ranks, without gradient; called twice.
     """
     f_hats = [torch.zeros_like(features), *(step.f_hat.detach() for step in steps[:-1])]
-    terms = []
     with torch.autocast(features.device.type, enabled=False):
+        distances = []  # (n, v) squared, of each scale
         for scale, f_hat in enumerate(f_hats):
             queries = quantizer.downsample(features.float() - f_hat.float(), scale).flatten(0, 1)  # (b n, c)
             if len(queries) > config.entropy_queries:
                 queries = queries[torch.randint(len(queries), (config.entropy_queries,), device=queries.device)]
-            logs = soft_assignment(queries, codes.float(), config.temperature, mean_over_ranks)
-            mean = logs.exp().mean(dim=0)
-            global_mean = mean + (mean_over_ranks(mean.detach()) - mean.detach())  # gradient of this rank's mean only
-            query_entropy = -(logs.exp() * logs).sum(dim=1).mean()
-            mean_entropy = -(global_mean * global_mean.clamp(min=1e-12).log()).sum()
-            terms.append((query_entropy - mean_entropy) / math.log(len(codes)))
-    return torch.stack(terms).mean()
+            distances.append(squared_distances(queries, codes.float()))
+        means = mean_over_ranks(torch.stack([squared.detach().mean() for squared in distances]))
+        logs = [
+            (-squared / (config.temperature * mean)).log_softmax(dim=1)
+            for squared, mean in zip(distances, means, strict=True)
+        ]
+        query_entropy = -torch.stack([(log.exp() * log).sum(dim=1).mean() for log in logs])
+        assignment = torch.stack([log.exp().mean(dim=0) for log in logs])  # (k, v) mean of this rank
+        own = assignment.detach()
+        assignment = assignment + (mean_over_ranks(own) - own)  # mean of all ranks, with the gradient of this one's
+        mean_entropy = -(assignment * assignment.clamp(min=1e-12).log()).sum(dim=1)
+        return (query_entropy - mean_entropy).mean() / math.log(len(codes))
 
 
-def soft_assignment(
-    queries: Tensor, codes: Tensor, temperature: float, mean_over_ranks: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Returns log probabilities (n, v) of assigning queries (n, c) to codes (v, c)."""
-    squared = queries.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * queries @ codes.T
-    mean = mean_over_ranks(squared.detach().mean())
-    return (-squared / (temperature * mean)).log_softmax(dim=1)
+def squared_distances(queries: Tensor, codes: Tensor) -> Tensor:
+    """Returns the squared distances (n, v) of queries (n, c) to codes (v, c)."""
+    return queries.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * queries @ codes.T

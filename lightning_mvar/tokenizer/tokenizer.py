@@ -126,7 +126,9 @@ class Tokenizer(nn.Module):
         commitment = torch.stack([F.mse_loss(step.f_hat.detach(), features) for step in steps]).mean()
         f_hat = steps[-1].f_hat
         if scales is not None:
-            f_hat = torch.stack([step.f_hat for step in steps])[scales - 1, torch.arange(len(images))]
+            f_hat = torch.stack([step.f_hat for step in steps])[
+                scales - 1, torch.arange(len(images), device=images.device)
+            ]
         maps = self.decoder.maps(self.post_quant_conv(features + (f_hat - features).detach()))
         codes = self.quantizer.codebook.weight.clone()
         return Reconstruction(features, steps, codebook, commitment, codes, maps, self.decoder.conv_out(maps))

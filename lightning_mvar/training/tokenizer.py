@@ -32,6 +32,7 @@ from lightning_mvar.tokenizer.discriminator import (
 from lightning_mvar.tokenizer.quantizer import PyramidStep
 from lightning_mvar.tokenizer.tokenizer import Reconstruction, Tokenizer, TokenizerConfig
 from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
+from lightning_mvar.training.collectives import broadcast_from_rank_zero, mean_over_ranks, sum_over_ranks
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
 from lightning_mvar.training.strategies import FSDP2Strategy, assign_values, full_tensor
 
@@ -162,7 +163,7 @@ class LitTokenizer(ScheduledModule):
             loss = loss + self.codebook.entropy_weight * losses["entropy"]
         self.track_codebook(reconstruction.steps, batch_idx)
         if self.is_logging_step:
-            means = self.mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
+            means = mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
             self.log_scalars(dict(zip((f"train/{name}" for name in losses), means, strict=True)))
         return loss
 
@@ -199,10 +200,10 @@ class LitTokenizer(ScheduledModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs codebook usage and codebook perplexity of each scale."""
-        counts = self.trainer.strategy.reduce(self.usage["val"].to(self.device), reduce_op="sum")
+        counts = sum_over_ranks(self.usage["val"].to(self.device))
         used = counts > 0
         self.log("val/codebook_usage", used.any(dim=0).float().mean(), prog_bar=True, sync_dist=True)
-        perplexities = perplexity(torch.as_tensor(counts)).float()
+        perplexities = perplexity(counts).float()
         for k, name in enumerate(self.tokenizer.config.schedule.names):
             self.log(f"codebook_usage/{name}", used[k].float().mean(), sync_dist=True)
             self.log(f"codebook_perplexity/{name}", perplexities[k], sync_dist=True)
@@ -263,14 +264,11 @@ class LitTokenizer(ScheduledModule):
             return image_gradient.new_ones(())
         last, gradients = self.tokenizer.decoder.conv_out, (image_gradient, adversarial_gradient)
         at_last_layer = torch.stack([last_layer_gradient(last, maps, gradient) for gradient in gradients])
-        return adaptive_weight(*self.mean_over_ranks(at_last_layer))
+        return adaptive_weight(*mean_over_ranks(at_last_layer))
 
     def entropy(self, reconstruction: Reconstruction) -> Tensor:
         features, steps, codes = reconstruction.features, reconstruction.steps, reconstruction.codes
-        return entropy_loss(self.tokenizer.quantizer, features, steps, codes, self.codebook, self.mean_over_ranks)
-
-    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
-        return torch.as_tensor(self.trainer.strategy.reduce(tensor, reduce_op="mean"))
+        return entropy_loss(self.tokenizer.quantizer, features, steps, codes, self.codebook, mean_over_ranks)
 
     def draw_scale_counts(self, count: int, batch_idx: int) -> Tensor | None:
         """Draws (count,) the number of leading scales from which each image is decoded; None for all scales.
@@ -303,31 +301,27 @@ class LitTokenizer(ScheduledModule):
         Takes residuals from all scales equally often: most belong to the finest scale, so a uniform draw would leave
         the coarse scales without codes.
         """
-        used = self.trainer.strategy.reduce(self.usage["train"].sum(dim=0), reduce_op="sum")
+        unused = sum_over_ranks(self.usage["train"].sum(dim=0)) == 0  # (v,)
         self.usage["train"] = torch.zeros_like(self.usage["train"])
         if self.global_step > self.revive_until * self.total_steps:
             return
-        unused = (used == 0).nonzero().flatten()
-        queries = [step.queries.flatten(0, 1) for step in steps]  # (b n, c) of each scale
-        scales = [queries[i % len(queries)] for i in range(len(unused))]
-        revived = torch.stack([q[torch.randint(len(q), ())] for q in scales]) if scales else queries[0][:0]
-        revived = self.trainer.strategy.broadcast(revived.cpu())
+        residuals = broadcast_from_rank_zero(draw_residuals(steps, len(unused)))
+        # Residual i is for the i-th unused code; how many there are is known to the device alone.
+        residuals = residuals[(unused.cumsum(0) - 1).clamp(min=0)]
         for tokenizer in (self.tokenizer, self.ema):
             if tokenizer is not None:  # the average too: a mean of old and new code would match no residual
                 weight = tokenizer.quantizer.codebook.weight
-                codes = full_tensor(weight.detach()).clone()
-                codes[unused] = revived.to(codes)
-                assign_values(weight, codes)
+                codes = full_tensor(weight.detach())
+                assign_values(weight, torch.where(unused[:, None], residuals.to(codes), codes))
         if self.code_average is not None:
-            self.code_average.restart(unused, revived)
-        self.log("train/revived_codes", float(len(unused)))
+            self.code_average.restart(unused, residuals.to(self.code_average.sums))
+        self.log("train/revived_codes", unused.sum().float())
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Updates the codes if they are running means, then the weight average."""
         if self.code_average is not None and self.code_sums is not None:
-            code_sums = self.trainer.strategy.reduce(self.code_sums, reduce_op="sum")
-            codes = self.code_average.update(torch.as_tensor(code_sums), self.gradients_finite)
+            codes = self.code_average.update(sum_over_ranks(self.code_sums), self.gradients_finite)
             assign_values(self.tokenizer.quantizer.codebook.weight, codes)
             self.code_sums = None
         if self.ema is not None and self.ema_decay is not None:
@@ -366,9 +360,9 @@ class LitTokenizer(ScheduledModule):
         return module.to(map_location) if map_location is not None else module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        usage = self.usage["train"].clone()
+        usage = self.usage["train"]
         if not self.saves_alone:  # else the counts of the other ranks since the last revival are lost
-            usage = torch.as_tensor(self.trainer.strategy.reduce(usage, reduce_op="sum"))
+            usage = sum_over_ranks(usage.to(self.device))
         checkpoint[TOKENIZER_KEY] = self.checkpoint_identity() | {
             "train_usage": usage.cpu(),
             "skipped_steps": self.skip_counts,
@@ -409,6 +403,18 @@ class LitTokenizer(ScheduledModule):
             if saved != current:
                 what = "tokenizer" if name == "config" else name
                 raise InputError(f"--ckpt_path has another {what}: {saved} in the checkpoint, {current} in this run")
+
+
+def draw_residuals(steps: list[PyramidStep], count: int) -> Tensor:
+    """Draws `count` residuals (count, c) of a batch at random, from one scale after the other."""
+    queries = [step.queries.flatten(0, 1) for step in steps]  # (b n, c) of each scale
+    scales = len(queries)
+    rows = torch.stack([torch.randint(len(queries[i % scales]), ()) for i in range(count)])
+    rows = rows.to(queries[0].device, non_blocking=True)
+    drawn = queries[0].new_empty(count, queries[0].shape[1])
+    for scale, residuals in enumerate(queries):
+        drawn[scale::scales] = residuals[rows[scale::scales]]
+    return drawn
 
 
 def require_current(record: dict[str, Any], source: str | Path) -> None:

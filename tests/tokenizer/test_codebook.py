@@ -10,7 +10,13 @@ from torch import Tensor
 
 from lightning_mvar import ScaleSchedule
 from lightning_mvar.errors import InputError
-from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, assignment_sums, entropy_loss
+from lightning_mvar.tokenizer.codebook import (
+    CodebookAverage,
+    CodebookConfig,
+    assignment_sums,
+    entropy_loss,
+    squared_distances,
+)
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
 
@@ -59,11 +65,12 @@ def test_a_skipped_step_changes_nothing_and_a_restarted_code_stays_in_place() ->
     average = CodebookAverage(start, CodebookConfig(learning="ema"))
     nan_sums = torch.full((4, 4), torch.nan)
     torch.testing.assert_close(average.update(nan_sums, torch.tensor(False)), start)
-    new_code = torch.tensor([[9.0, 8.0, 7.0]])
-    average.restart(torch.tensor([2]), new_code)
+    new_codes = torch.randn(4, 3) + 9
+    average.restart(torch.tensor([False, False, True, False]), new_codes)
     for _ in range(3):
         codes = average.update(torch.zeros(4, 4), torch.tensor(True))
-    torch.testing.assert_close(codes[2:3], new_code, rtol=1e-3, atol=0)
+    torch.testing.assert_close(codes[2], new_codes[2], rtol=1e-3, atol=0)
+    torch.testing.assert_close(codes[3], start[3], rtol=1e-3, atol=0)
 
 
 def test_the_entropy_loss_equals_the_formula_and_reaches_encoder_and_codes() -> None:
@@ -103,10 +110,8 @@ def test_entropy_queries_limits_the_number_of_queries(monkeypatch: pytest.Monkey
     quantizer, counts = make_quantizer(), []
     features = torch.randn(2, 4, 4, 4)
     config = CodebookConfig(entropy_weight=1.0, entropy_queries=5)
-    module = "lightning_mvar.tokenizer.codebook.soft_assignment"
-    from lightning_mvar.tokenizer.codebook import soft_assignment
-
-    monkeypatch.setattr(module, lambda queries, *rest: counts.append(len(queries)) or soft_assignment(queries, *rest))
+    module = "lightning_mvar.tokenizer.codebook.squared_distances"
+    monkeypatch.setattr(module, lambda queries, codes: counts.append(len(queries)) or squared_distances(queries, codes))
     entropy_loss(quantizer, features, list(quantizer.pyramid(features)), quantizer.codebook.weight, config, identity)
     assert counts == [2, 5, 5]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import pictures, scalars, write_images
 from processes import start
 
@@ -118,3 +119,40 @@ def test_rank_0_of_ddp_shows_its_own_exception_and_saves_alone(folder: Path) -> 
     assert "rank 1 lost another rank" in rank_1
     train(folder, "ddp", "run", *options[:2], "--resume")
     assert "config.json" in {path.name for path in (folder / "run").iterdir()}
+
+
+def print_collectives(rank: int) -> None:
+    """Makes each rank print the collectives of its steps that Python calls: not DDP's own of the gradients."""
+    calls: list[str] = []
+    for name in [name for name in dir(dist) if name.startswith(("all_", "barrier", "broadcast", "reduce"))]:
+
+        def counted(*args, name=name, call=getattr(dist, name), **kwargs):  # type: ignore[no-untyped-def]
+            if not kwargs.get("async_op"):  # as the exchange of signals is
+                calls.append(name)
+            return call(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        calls.clear()
+        return step(self, batch, batch_idx)
+
+    def after_step(self) -> None:  # type: ignore[no-untyped-def]
+        after(self)
+        print(f"step {self.global_step}: {' '.join(calls)}")
+
+    step, LitTokenizer.training_step = LitTokenizer.training_step, training_step
+    after, LitTokenizer.after_step = LitTokenizer.after_step, after_step
+
+
+def test_a_step_takes_four_collectives_however_many_scales_there_are(folder: Path) -> None:
+    """Two of the entropies, one of the adversary's weight, one of the codes; two more where codes are revived."""
+    options = ["--model.codebook.learning", "ema", "--model.adversary.start_step", "0", "--model.revive_every", "3"]
+    options += ["--trainer.max_steps", "4", "--trainer.log_every_n_steps", "9", "--trainer.limit_val_batches", "0"]
+    command = ["train-tokenizer", "--config", "run.yaml", "--data.batch_size", "4", "--trainer.strategy", "ddp"]
+    ranks = start([*command, *options], folder, 2, prepare=print_collectives)
+    assert ranks.wait() == [0, 0], ranks.printed()
+    for path in ranks.outputs:
+        counts = [line.split()[2:] for line in path.read_text().splitlines() if line.startswith("step ")]
+        revival = ["all_reduce", "all_reduce", "all_reduce", "all_reduce", "broadcast", "all_reduce"]
+        assert counts == [["all_reduce"] * 4, ["all_reduce"] * 4, revival, ["all_reduce"] * 4]
