@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from threading import Timer
 from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
+from lightning_mvar.cli.rendezvous import limit_start
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, Interrupted, one_line
-from lightning_mvar.training.lightning_internals import setup_with_timeout, started_processes
-
-log = logging.getLogger(__name__)
-
-START_TIMEOUT = "LIGHTNING_MVAR_START_TIMEOUT"  # environment variable: seconds for all ranks to start
-DEFAULT_START_TIMEOUT_S, MAX_START_TIMEOUT_S, NOTICE_S = 180, 10**6, 15
+from lightning_mvar.training.lightning_internals import started_processes
+from lightning_mvar.training.lost_ranks import first_sentence, is_loss_of_rank
 
 
 @contextmanager
@@ -91,54 +83,3 @@ def stop_ranks_on_error(strategy: Any, remedy: str, progress: Callable[[], str] 
                 f"why; {remedy}"
             ) from error
         raise
-
-
-def limit_start(strategy: Any) -> None:
-    """Makes the ranks wait for each other at the start for `START_TIMEOUT` only, instead of as long as a collective.
-
-    A rank that is killed before the process group exists has no connection whose loss the others could notice.
-    """
-    if not hasattr(strategy, "_timeout"):  # a single device
-        return
-    seconds = start_timeout()
-    setup_environment = strategy.setup_environment
-
-    def setup_in_time() -> None:
-        strategy.setup_environment = setup_environment
-        rank, ranks = strategy.global_rank, strategy.world_size
-        notice = Timer(NOTICE_S, lambda: log.info("rank %d is waiting for all %d ranks to start", rank, ranks))
-        notice.start()
-        try:
-            setup_with_timeout(strategy, timedelta(seconds=seconds))
-        except RuntimeError as error:
-            if not is_loss_of_rank(error):
-                raise
-            raise InputError(
-                f"rank {rank} gives up: not all {ranks} ranks started within {seconds:g} s ({first_sentence(error)}): "
-                f"see the output of the other ranks, or set {START_TIMEOUT}=SECONDS to wait longer"
-            ) from error
-        finally:
-            notice.cancel()
-
-    strategy.setup_environment = setup_in_time
-
-
-def start_timeout() -> float:
-    """Returns the seconds to wait for all ranks to start; raises InputError if the environment gives no such number."""
-    text = os.environ.get(START_TIMEOUT, str(DEFAULT_START_TIMEOUT_S))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= MAX_START_TIMEOUT_S:
-        raise InputError(f"{START_TIMEOUT}={text!r} is not a number of seconds")
-    return seconds
-
-
-def is_loss_of_rank(error: BaseException) -> bool:
-    """Returns whether an error of torch.distributed says that another rank cannot be reached."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
-
-
-def first_sentence(error: BaseException) -> str:
-    return str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0].rstrip(".")

@@ -8,7 +8,7 @@ import traceback
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -36,6 +36,7 @@ from lightning_mvar.checkpoints.training import (
 from lightning_mvar.cli.arguments import find_input_error
 from lightning_mvar.cli.configs import MODE, config_files, parse, run_folder
 from lightning_mvar.cli.ranks import stop_ranks_on_error
+from lightning_mvar.cli.rendezvous import fail_together
 from lightning_mvar.errors import RESUME_REMEDY, InputError, one_line
 from lightning_mvar.io.files import create_folder
 from lightning_mvar.io.locks import lock_folder
@@ -121,10 +122,13 @@ class TrainingCLI(LightningCLI):
 
     def run_command(self) -> None:
         """Trains, or scores a checkpoint."""
-        with self.own_folders() if self.training else nullcontext():
-            ckpt_path = self.choose_checkpoint()
-            if ckpt_path is None and not self.training:
-                raise InputError(f"{self.command} needs --ckpt_path: without it the network is untrained")
+        with ExitStack() as stack:
+            with fail_together(self.trainer.strategy):
+                if self.training:
+                    stack.enter_context(self.own_folders())
+                ckpt_path = self.choose_checkpoint()
+                if ckpt_path is None and not self.training:
+                    raise InputError(f"{self.command} needs --ckpt_path: without it the network is untrained")
             run = getattr(self.trainer, "fit" if self.training else self.command)
             with stop_trainer_ranks_on_error(self.trainer):
                 run(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)

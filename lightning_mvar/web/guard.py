@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import time
@@ -11,8 +12,9 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, QueryParams
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightning_mvar.web.folder import PageFolder
 
@@ -22,6 +24,7 @@ FILE_POSTS = re.compile(r"/gradio_api/(upload|component_server)/?")
 RESULTS = re.compile(r"/gradio_api/(queue/data|call/\w+/(?P<event>\w+))")
 MAX_FILE_BODY, MAX_JSON_BODY = 20 * 2**20, 2**20
 MAX_ARRIVING = 5 * MAX_FILE_BODY  # uploads that are being received at the same time
+BODY_TIMEOUT_S = 120.0  # for the body of a request, 20 MB of files at most, to arrive
 PATIENCE_S = 10.0  # how long a job may wait for a client that asks for its images
 RECEIVED = "lightning_mvar.received"  # time of arrival, in the scope of a request
 
@@ -50,6 +53,30 @@ class Audience:
     def waits(self, session: str, received: float) -> bool:
         """Returns whether a job is still wanted; `received` is when its request arrived."""
         return not self.closed and (self.streams[session] > 0 or time.monotonic() - received < PATIENCE_S)
+
+
+class Body:
+    """Body of a request, which must arrive in time; one that does not looks to the application like a lost client."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self.receive_message, self.send_message = receive, send
+        self.deadline = time.monotonic() + BODY_TIMEOUT_S
+        self.complete = self.late = False
+
+    async def receive(self) -> Message:
+        if self.complete:  # what follows is the end of the connection
+            return await self.receive_message()
+        try:
+            message = await asyncio.wait_for(self.receive_message(), self.deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            self.late = True
+            return {"type": "http.disconnect"}
+        self.complete = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if not self.late:  # otherwise the guard answers
+            await self.send_message(message)
 
 
 class Guard:
@@ -89,13 +116,20 @@ class Guard:
         is_upload = scope["method"] == "POST" and FILE_POSTS.fullmatch(scope["path"])
         size = int(headers["content-length"]) if is_upload else 0
         self.arriving += size
+        body = Body(receive, send)
         try:
             if size:
                 self.folder.make_room(self.arriving)
             with self.audience.joined(result_session(scope)):
-                await self.app(scope, receive, send)
+                await self.app(scope, body.receive, body.send)
+        except ClientDisconnect:
+            if not body.late:
+                raise
         finally:
             self.arriving -= size
+        if body.late:
+            late = f"the request did not arrive within {BODY_TIMEOUT_S:g} s: try again\n"
+            await PlainTextResponse(late, 408, {"Connection": "close"})(scope, receive, send)
 
     def foreign(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         """Returns status and message if a request is not from a page of this server."""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
 from functools import partial
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 
 import processes
 import pytest
+import torch.distributed as dist
 from processes import start
 from training_runs import act_in_step
 
-from lightning_mvar.cli.ranks import START_TIMEOUT, start_timeout
+from lightning_mvar.cli.rendezvous import START_TIMEOUT, Meeting, start_timeout
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.locks import lock_folder
 
 
 def end_before_rendezvous(rank: int, killed: int) -> None:
@@ -40,11 +46,13 @@ def wait_in_steps(rank: int) -> None:
     act_in_step(rank, None, lambda module, batch: time.sleep(60))
 
 
-def start_in_three_seconds(rank: int) -> None:
-    os.environ[START_TIMEOUT] = "3"
+def wait_briefly_for_locks(rank: int) -> None:
+    import lightning_mvar.io.locks as module
+
+    module.LOCK_TIMEOUT_S = 0.2
 
 
-def test_a_rank_that_joins_another_run_gives_up(plain_run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_meets_another_run_ends(plain_run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = processes.free_port()
     monkeypatch.setattr(processes, "free_port", lambda: port)
     command = ["fit", "--config", "run.yaml", "--data.batch_size", "8", "--trainer.strategy", "ddp"]
@@ -52,15 +60,56 @@ def test_a_rank_that_joins_another_run_gives_up(plain_run_folder: Path, monkeypa
     while not list(plain_run_folder.rglob("config.yaml")):
         assert all(rank.is_alive() for rank in first.ranks), first.printed()
         time.sleep(0.1)
-    second = start(command, plain_run_folder, 2, prepare=start_in_three_seconds, name="second")
+    second = start(command, plain_run_folder, 2, prepare=wait_briefly_for_locks, name="second")
     try:
         assert second.wait(60) == [1, 1], second.printed()
         assert [rank.exitcode for rank in first.ranks] == [None, None], first.printed()
     finally:
         first.send(signal.SIGKILL)
-    refused, gave_up = (path.read_text() for path in second.outputs)
+    refused, ended = (path.read_text() for path in second.outputs)
     assert "another fit is running in" in refused
-    assert "rank 1 gives up: not all 2 ranks started within 3 s (" in gave_up
+    assert f"another run uses 127.0.0.1:{port}: give each run on this machine its own MASTER_PORT" in ended
+
+
+def test_a_rank_that_is_refused_ends_the_others_with_its_message(plain_run_folder: Path) -> None:
+    with lock_folder(plain_run_folder / "run", "tokenize"):
+        command = ["fit", "--config", "run.yaml", "--data.batch_size", "8", "--trainer.strategy", "ddp"]
+        ranks = start(command, plain_run_folder, 2, prepare=wait_briefly_for_locks)
+        assert ranks.wait(60) == [1, 1], ranks.printed()  # the others would wait for 180 s
+    for output in ranks.outputs:
+        assert "another tokenize is running in run: wait for it" in output.read_text()
+    assert f"rank 0 on {socket.gethostname()}: another" in ranks.outputs[1].read_text()
+
+
+def meet(strategy: SimpleNamespace, failure: str, ended: Queue) -> None:
+    """Runs one rank's part of a meeting: arrives, or reports `failure`."""
+    meeting = Meeting(strategy, 20)
+    try:
+        meeting.report(failure) if failure else meeting.arrive()
+    except InputError as error:
+        failure = str(error)
+    ended.put((strategy.global_rank, failure, meeting))  # which stays open until all have read from it
+
+
+@pytest.mark.parametrize("failing", [None, 0, 1, 2])
+def test_all_ranks_start_or_all_hear_of_the_failure(failing: int | None) -> None:
+    ended: Queue = Queue()
+    environment = SimpleNamespace(main_address="127.0.0.1", main_port=processes.free_port())
+    for rank in (2, 1, 0):  # rank 0, which opens the store, last
+        strategy = SimpleNamespace(global_rank=rank, world_size=3, cluster_environment=environment)
+        threading.Thread(target=meet, args=(strategy, "no data" if rank == failing else "", ended)).start()
+        time.sleep(0.05)
+    results = [ended.get(timeout=30) for _ in range(3)]
+    assert {rank: failure for rank, failure, _ in results} == dict.fromkeys(
+        range(3), "" if failing is None else "no data"
+    )
+
+
+def test_a_start_without_rank_0_ends() -> None:
+    environment = SimpleNamespace(main_address="127.0.0.1", main_port=processes.free_port())
+    strategy = SimpleNamespace(global_rank=1, world_size=2, cluster_environment=environment)
+    with pytest.raises(dist.DistError, match=f"nothing came from 127.0.0.1:{environment.main_port} within 0.3 s"):
+        Meeting(strategy, 0.3)
 
 
 @pytest.mark.parametrize("text", ["3m", "", "0", "-1", "nan", "inf"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from lightning_mvar.web import guard as module
@@ -176,3 +178,26 @@ def test_streams_of_results_are_counted(guard: Guard, path: str, session: str | 
     guard.app = app
     ask(guard, "GET", path)
     assert seen == [{session: 1} if session else {}]
+
+
+def test_a_body_that_arrives_too_slowly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Request(scope, receive).body()
+        await PlainTextResponse("answered")(scope, receive, send)
+
+    async def drip() -> AsyncIterator[bytes]:
+        for _ in range(10):
+            yield b"x"
+            await asyncio.sleep(0.1)
+
+    async def upload() -> int:
+        transport = httpx.ASGITransport(guard)
+        async with httpx.AsyncClient(transport=transport, base_url=URL) as client:
+            headers = {"Content-Length": "10"}
+            return (await client.post("/gradio_api/upload", content=drip(), headers=headers)).status_code
+
+    guard = Guard(app, "page.lan", [], PageFolder(tmp_path), Audience())
+    assert asyncio.run(upload()) == 200
+    monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.3)
+    assert asyncio.run(upload()) == 408
+    assert guard.arriving == 0
