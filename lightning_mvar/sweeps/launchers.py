@@ -130,8 +130,15 @@ def report_failure(job: Any) -> None:
     """Prints the error of a job that failed before it could run its cell and so is missing from the cell's log."""
     error = job.exception()
     if error is not None:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"job {job.job_id} failed: {reason[-1]}; see {job.paths.stderr}", file=sys.stderr, flush=True)
+        print(f"job {job.job_id} failed: {failure_reason(error)}; see {job.paths.stderr}", file=sys.stderr, flush=True)
+
+
+def failure_reason(error: BaseException) -> str:
+    """Returns the last line of the traceback that a message of submitit quotes, or else of the message itself."""
+    message = str(error)
+    parts = message.split(f"\n{'-' * 22}\n")  # a sentence, the traceback, where the logs are
+    lines = (parts[1] if len(parts) == 3 else message).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix("submitit.core.utils.UncompletedJobError: ").rstrip(".")
 
 
 def submit(executor: Any, folder: Path) -> Any:

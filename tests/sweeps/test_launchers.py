@@ -102,6 +102,23 @@ def test_a_job_at_its_time_limit_saves_and_is_submitted_again(
     assert "resuming from" in cell.log.read_text()
 
 
+def test_the_reason_of_a_failed_job_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    submitit = pytest.importorskip("submitit")
+
+    def end_as_submitit_does_after_the_last_time_limit() -> None:
+        from submitit.core.utils import UncompletedJobError
+
+        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+
+    executor = submitit.AutoExecutor(tmp_path, cluster="local")
+    job = executor.submit(end_as_submitit_does_after_the_last_time_limit)
+    launchers.report_failure(job)
+    error = capfd.readouterr().err
+    assert error == (
+        f"job {job.job_id} failed: Job not requeued because: timed-out too many times; see {job.paths.stderr}\n"
+    )
+
+
 @pytest.mark.parametrize("name", ["submitit", "ray"])
 def test_a_missing_package_is_named_with_its_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "find_spec", lambda package: None)
