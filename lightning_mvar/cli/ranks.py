@@ -72,9 +72,11 @@ def stop_ranks_on_error(strategy: Any, remedy: str, progress: Callable[[], str] 
     try:
         yield
     except BaseException as error:
-        rank = getattr(strategy, "global_rank", 0)
+        rank, several = getattr(strategy, "global_rank", 0), getattr(strategy, "world_size", 1) > 1
         for process in started_processes(strategy):
             process.send_signal(signal.SIGKILL)
+        if isinstance(error, Interrupted) and several:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun and torchrun send it to the ranks that end last
         if isinstance(error, Interrupted) and rank > 0:
             sys.exit(0)  # rank 0 reports it; a nonzero exit code here would make rank 0 kill itself
         if is_loss_of_rank(error):

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from processes import start
 from training_runs import act_in_step
 
+from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.cli.rendezvous import START_TIMEOUT, Meeting, start_timeout
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, Interrupted
 from lightning_mvar.io.locks import lock_folder
 
 
@@ -117,3 +118,15 @@ def test_a_start_timeout_that_is_no_number_of_seconds_is_refused(text: str, monk
     monkeypatch.setenv(START_TIMEOUT, text)
     with pytest.raises(InputError, match=f"{START_TIMEOUT}='{text}' is not a number of seconds"):
         start_timeout()
+
+
+@pytest.mark.parametrize(("ranks", "handler"), [(1, signal.SIG_DFL), (2, signal.SIG_IGN)])
+def test_an_interrupted_rank_ends_with_its_own_code_though_a_cluster_terminates_it(ranks: int, handler: int) -> None:
+    previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    strategy = SimpleNamespace(global_rank=0, world_size=ranks, launcher=None)
+    try:
+        with pytest.raises(Interrupted), stop_ranks_on_error(strategy, "start again"):
+            raise Interrupted(signal.SIGUSR1, "interrupted")
+        assert signal.getsignal(signal.SIGTERM) == handler
+    finally:
+        signal.signal(signal.SIGTERM, previous)
