@@ -240,7 +240,7 @@ def block_operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, 
     carried state.
     """
     with x.device:
-        block = Block(config, 0, 0.0).to(x.dtype)
+        block = Block(config, 0).to(x.dtype)
     cond = torch.randn(len(x), config.width, device=x.device, dtype=x.dtype)
     shapes = config.step_shapes
 

@@ -147,6 +147,10 @@ class MVARConfig:
             return self.mixers  # type: ignore[return-value]
         return self.mixers[block % len(self.mixers)]  # type: ignore[return-value]
 
+    def drop_path_of(self, block: int) -> float:
+        """Returns the drop path rate of block number `block`."""
+        return self.drop_path * block / max(self.depth - 1, 1)
+
     def orders_of(self, block: int) -> tuple[str, ...]:
         """Returns the scan orders of block number `block`; blocks with a recurrence cycle through them."""
         orders = SCAN_ORDERS[self.scan_order]

@@ -17,6 +17,7 @@ of a step.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,24 +61,10 @@ class MVARState:
     blocks: list[BlockState | None]
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drops a sample's residual branch with probability `rate` and rescales the rest."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
-
-
 class Block(nn.Module):
     """Mixers, then an MLP, each a residual branch: x + drop_path(gate * branch(LayerNorm(x) * gain + shift))."""
 
-    def __init__(self, config: MVARConfig, number: int, drop_path: float) -> None:
+    def __init__(self, config: MVARConfig, number: int) -> None:
         super().__init__()
         self.config = config
         names = config.mixers_of(number)
@@ -88,10 +75,14 @@ class Block(nn.Module):
             self.adaln_table = nn.Parameter(torch.empty(1, 1, 3 * branches, d))
         else:
             self.adaln = nn.Linear(d, 3 * branches * d)
-        self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, cond: Tensor, shapes: tuple[Shape, ...], state: BlockState | None = None
+        self,
+        x: Tensor,
+        cond: Tensor,
+        shapes: tuple[Shape, ...],
+        state: BlockState | None = None,
+        survival: Tensor | None = None,
     ) -> tuple[Tensor, BlockState]:
         """Runs tokens x (b, l, d) of steps with these token maps, continuing from `state`.
 
@@ -100,27 +91,31 @@ class Block(nn.Module):
             cond: (b, d), or (b, 1, 3 m, d) with shared AdaLN; used only to begin an image, that is without a `state`.
             shapes: height and width of each step's token map, l tokens together.
             state: as returned for the step before.
+            survival: (b, 1, m, 1) drop path of this pass, see `draw_survival`; None for none.
         """
-        state = state or BlockState(self.adaln_parameters(cond), (None,) * len(self.mixers))
+        state = state or BlockState(self.adaln_parameters(cond, survival), (None,) * len(self.mixers))
         *of_mixers, of_mlp = state.adaln
         entered, carried = x, []
         for mixer, adaln, before in zip(self.mixers, of_mixers, state.mixers, strict=True):
             source = entered if self.config.parallel else x
             y, after = mixer(modulate(source, adaln.gain, adaln.shift), shapes, before)  # (b, l, d)
-            x = torch.addcmul(x, self.drop_path(adaln.gate), y)  # (b, l, d)
+            x = torch.addcmul(x, adaln.gate, y)  # (b, l, d)
             carried.append(after)
         y = self.mlp(modulate(x, of_mlp.gain, of_mlp.shift))  # (b, l, d)
-        x = torch.addcmul(x, self.drop_path(of_mlp.gate), y)  # (b, l, d)
+        x = torch.addcmul(x, of_mlp.gate, y)  # (b, l, d)
         return x, BlockState(state.adaln, tuple(carried))
 
-    def adaln_parameters(self, cond: Tensor) -> list[AdaLN]:
-        """Computes the AdaLN parameters of mixers and MLP; they depend on the class alone."""
+    def adaln_parameters(self, cond: Tensor, survival: Tensor | None = None) -> list[AdaLN]:
+        """Computes the AdaLN parameters of mixers and MLP from the class alone; drop path closes gates."""
         if self.config.shared_adaln:
             table = self.adaln_table + cond  # (b, 1, 3 m, d)
         else:
             table = self.adaln(F.silu(cond))[:, None].unflatten(-1, (-1, cond.shape[-1]))  # (b, 1, 3 m, d)
-        gates, gains, shifts = (part.unbind(2) for part in table.unflatten(2, (3, -1)).unbind(2))  # m times (b, 1, d)
-        return [AdaLN(gate, 1 + gain, shift) for gate, gain, shift in zip(gates, gains, shifts, strict=True)]
+        gates, gains, shifts = table.unflatten(2, (3, -1)).unbind(2)  # (b, 1, m, d) each
+        if survival is not None:
+            gates = (gates / survival).to(gates.dtype)
+        branches = zip(gates.unbind(2), gains.unbind(2), shifts.unbind(2), strict=True)  # m times (b, 1, d)
+        return [AdaLN(gate, 1 + gain, shift) for gate, gain, shift in branches]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -155,8 +150,7 @@ class MVAR(nn.Module):
         self.input_proj = nn.Linear(config.code_dim, d)
         if config.shared_adaln:
             self.shared_adaln = nn.Linear(d, 3 * (len(config.mixers_of(0)) + 1) * d)
-        last = max(config.depth - 1, 1)
-        self.blocks = nn.ModuleList(Block(config, i, config.drop_path * i / last) for i in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.head_adaln = nn.Linear(d, 2 * d)
         self.head = nn.Linear(d, config.vocab_size)
         self.init_weights()
@@ -185,9 +179,27 @@ class MVAR(nn.Module):
         x = torch.cat([self.start(cond), self.project(scale_inputs)], dim=1)  # (b, l, d)
         x = x + self.positions(0, self.config.schedule.num_tokens)  # (b, l, d)
         block_cond = self.block_cond(cond)  # (b, d) or (b, 1, 3 m, d)
-        for block in self.blocks:
-            x, _ = block(x, block_cond, self.config.step_shapes)  # (b, l, d)
+        for block, survival in zip(self.blocks, self.draw_survival(x), strict=True):
+            x, _ = block(x, block_cond, self.config.step_shapes, survival=survival)  # (b, l, d)
         return x, cond
+
+    def draw_survival(self, x: Tensor) -> Sequence[Tensor | None]:
+        """Draws drop path (stochastic depth) for all blocks; outside them, so that one compiled graph serves any rate.
+
+        Returns:
+            Per block (b, 1, m, 1) float32 by which to divide the gates of a sample's branches: the probability of a
+            branch to be kept if it is, else infinity. None for each block in eval mode or without drop path.
+        """
+        if not self.training or self.config.drop_path == 0:
+            return [None] * self.config.depth
+        survival = []
+        for i in range(self.config.depth):
+            kept = x.new_ones(len(self.config.mixers_of(i)) + 1, len(x), dtype=torch.float32)  # (m, b)
+            share = 1 - self.config.drop_path_of(i)
+            for branch in kept if share < 1 else ():
+                branch.bernoulli_(share).mul_(share)
+            survival.append(kept.masked_fill_(kept == 0, math.inf).t()[:, None, :, None])
+        return survival
 
     def init_state(self, labels: Tensor) -> MVARState:
         """Returns the state before the first step, for images of `labels` (b,) int64 in [0, num_classes]."""

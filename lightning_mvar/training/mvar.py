@@ -32,13 +32,13 @@ from lightning_mvar.sampling.generate import draw_images, teacher_inputs
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
+from lightning_mvar.training.blocks import ActivationCheckpointing, configure_block
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import attached_trainer
 from lightning_mvar.training.optim import OptimizerConfig
 from lightning_mvar.training.strategies import (
     FSDP2Strategy,
     build_network,
-    enable_activation_checkpointing,
     sampling_mode,
 )
 
@@ -59,8 +59,9 @@ class LitMVAR(ScheduledModule):
             the average (in the first steps at most (1 + step) / (10 + step), counted from 0). 0.9999 is usual; null
             keeps no average.
         compile: compile each block with torch.compile.
-        activation_checkpointing: keep only the input of each block for the backward pass, which then runs the block
-            again: less memory, a third more time.
+        activation_checkpointing: what each block keeps for the backward pass, which computes the rest again: everything
+            (none), its input and the outputs of linear layers, attention and scans (selective), or only its input
+            (full; a third more time).
         max_skipped_steps: number of consecutive steps with gradients that are not finite that ends training.
     """
 
@@ -74,7 +75,7 @@ class LitMVAR(ScheduledModule):
         label_drop: float = 0.1,
         ema_decay: float | None = None,
         compile: bool = False,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
         max_skipped_steps: int = 20,
     ) -> None:
         super().__init__(optimizer, max_skipped_steps)
@@ -85,7 +86,7 @@ class LitMVAR(ScheduledModule):
         self.network_options: MVARConfig = network
         self.tokenizer_path = os.path.expanduser(tokenizer)
         self.label_drop, self.ema_decay = label_drop, ema_decay
-        self.compile_blocks, self.checkpoint_activations = compile, activation_checkpointing
+        self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.sampling = SamplingSettings()  # of `predict_step`
         self.predicted = 0  # images that this rank has drawn since `predict` began
         self.known_class_names: list[str] = []
@@ -150,10 +151,8 @@ class LitMVAR(ScheduledModule):
         shard = strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda part: None
 
         def finish(part: nn.Module) -> None:
-            if isinstance(part, Block) and self.checkpoint_activations:
-                enable_activation_checkpointing(part)
-            if isinstance(part, Block) and self.compile_blocks:
-                part.compile()
+            if isinstance(part, Block):
+                configure_block(part, self.compile_blocks, self.activation_checkpointing)
             shard(part)
 
         self.network = build_network(self.network_config, device, self.seed, finish)

@@ -1,4 +1,4 @@
-"""Sharding, activation checkpointing and gathering, applied to a network from outside.
+"""Sharding and gathering, applied to a network from outside.
 
 `--trainer.strategy fsdp2` shards block by block (PyTorch's `fully_shard`); single device and `ddp` are
 Lightning's own.
@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 from lightning_mvar.checkpoints.sharded import ShardReader
 from lightning_mvar.checkpoints.training import read_plain_part
@@ -152,11 +150,6 @@ def build_network(
         network.init_outer_weights()
         finish(network)
     return network
-
-
-def enable_activation_checkpointing(block: nn.Module) -> None:
-    """Makes a block keep only its input for the backward pass, which then runs the block again."""
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.attention import Attention
 from lightning_mvar.models.base import Mixer
 from lightning_mvar.models.config import INTRA_SCALE_MIXERS, SIZES
-from lightning_mvar.models.mvar import DropPath
 from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.scales import Shape
 
@@ -48,9 +47,7 @@ def test_sizes_have_the_published_parameter_counts(mixer: str, size: str) -> Non
 def test_drop_path_follows_the_depth() -> None:
     for name, depth in SIZES.items():
         assert MVARConfig.for_size(name).drop_path == pytest.approx(0.1 * depth / 24)
-    with torch.device("meta"):
-        network = MVAR(MVARConfig.for_size("d12"))
-    rates = [block.drop_path.rate for block in network.blocks]
+    rates = [MVARConfig.for_size("d12").drop_path_of(i) for i in range(12)]
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.05, 12))
 
 
@@ -301,19 +298,28 @@ def test_the_qk_norm_scale_is_capped_at_100() -> None:
     torch.testing.assert_close(*outputs)
 
 
-def test_drop_path_keeps_the_mean_and_drops_complete_samples() -> None:
-    torch.manual_seed(0)
-    dropped = DropPath(0.25).train()(torch.ones(4000, 3, 2))
-    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.05)
-    assert (dropped == dropped[:, :1, :1]).all()
-    assert torch.equal(DropPath(0.25).eval()(dropped), dropped)
+def test_drop_path_keeps_the_mean_and_drops_complete_branches() -> None:
+    network = tiny_network(drop_path=0.25).train()
+    assert network.eval().draw_survival(torch.zeros(2)) == [None, None]
+    first, last = network.train().draw_survival(torch.zeros(4000))
+    assert first is not None
+    assert last is not None
+    assert (first == 1).all()
+    assert last.shape == (4000, 1, 3, 1)
+    assert set(last.unique().tolist()) == {0.75, math.inf}
+    torch.testing.assert_close((1 / last).mean(0).flatten(), torch.ones(3), atol=0.05, rtol=0)
+    block, x, cond = network.blocks[1], torch.randn(2, 30, 64), torch.randn(2, 64)
+    drops_all = torch.tensor([math.inf, 1.0])[:, None, None, None].expand(2, 1, 3, 1)
+    dropped, _ = block(x, cond, SCHEDULE.shapes, survival=drops_all)
+    kept, _ = block(x, cond, SCHEDULE.shapes)
+    assert torch.equal(dropped[0], x[0])
+    assert torch.equal(dropped[1], kept[1])
 
 
 def test_drop_path_rises_linearly_over_the_blocks() -> None:
     """Published rates: 0 in the first block, 0.1 D / 24 in the last."""
-    with torch.device("meta"):
-        network = MVAR(MVARConfig.for_size("d24", vocab_size=8))
-    assert [block.drop_path.rate for block in network.blocks] == pytest.approx([0.1 * i / 23 for i in range(24)])
+    config = MVARConfig.for_size("d24")
+    assert [config.drop_path_of(i) for i in range(24)] == pytest.approx([0.1 * i / 23 for i in range(24)])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""Compilation and activation checkpointing of a network's blocks, applied from outside."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lightning_mvar.models.mvar import Block
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+KEPT_PRODUCTS = ("aten::mm", "aten::addmm")  # those of linear layers; the scan's are batched
+KEPT_NAMESPACES = ("lightning_mvar", "torch_attn")  # scans, variable-length attention
+
+
+def configure_block(block: Block, compile: bool, checkpointing: ActivationCheckpointing) -> None:
+    """Makes `block.forward` compiled, recomputed in the backward pass, or both.
+
+    Args:
+        block: the block. A deep copy of it uses its own weights.
+        compile: compile the whole forward pass with torch.compile, together with what is recomputed. All blocks of the
+            same mixers share one graph; a graph break is an error, because the rest would run eagerly unnoticed.
+        checkpointing: what the forward pass keeps for the backward pass: `full` the block's input only, `selective`
+            also the outputs of linear layers, attention and scans, `none` everything.
+    """
+    forward: Any = Block.forward
+    if checkpointing != "none":
+        options = {} if checkpointing == "full" else {"context_fn": selective_contexts}
+        forward = recomputed(forward, options)
+    if compile:
+        forward = torch.compile(forward, fullgraph=True)
+    block.forward = MethodType(forward, block)  # type: ignore[method-assign]
+
+
+def recomputed(forward: Any, options: dict[str, Any]) -> Any:
+    """Wraps a block's forward pass; it draws no random numbers, so none need to be repeated."""
+
+    def run(block: Block, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, block, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
+
+    return run
+
+
+def keeps(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keeps what costs most to compute and little to store."""
+    name = operator.name()  # namespace::name[.overload]
+    kept = name.split(".")[0] in KEPT_PRODUCTS or operator.namespace in KEPT_NAMESPACES or "scaled_dot_product" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+selective_contexts = partial(create_selective_checkpoint_contexts, keeps)
