@@ -167,6 +167,12 @@ class ScheduledModule(L.LightningModule):
         """Whether the current step is logged."""
         return loggers_see_this_step(self.trainer)
 
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Logs as Lightning does; but a number stays on the host, where Lightning would wait for its copy to a device."""
+        if isinstance(value, int | float) and not kwargs.get("sync_dist"):
+            value = torch.tensor(float(value))
+        super().log(name, value, *args, **kwargs)
+
     def log_scalars(self, scores: dict[str, Tensor]) -> None:
         """Logs scalars of this step from the host, because Lightning reads the progress bar's values in every step."""
         for name, value in zip(scores, torch.stack([*scores.values()]).cpu(), strict=True):

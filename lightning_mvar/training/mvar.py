@@ -227,11 +227,11 @@ class LitMVAR(ScheduledModule):
 
     def evaluate(self, batch: TokenBatch, stage: str) -> None:
         """Logs teacher-forced scores of a batch without its padding; the epoch average weights every sample equally."""
-        weight = int(batch.valid.sum())
-        rows = batch.valid if weight else slice(None)  # a batch of only padding has weight 0
-        losses, correct = (scores[rows] for scores in self.score(batch, batch.labels))
+        weight = batch.valid.sum()  # on the device, which the host does not wait for; 0 for a batch of only padding
+        factors = batch.valid * (len(batch.valid) / weight.clamp(min=1))  # a mean over all rows is one over valid ones
+        losses, correct = (scores * factors[:, None] for scores in self.score(batch, batch.labels))
         logged = self.summary(stage, losses, correct) | self.scale_losses(f"{stage}_scale_loss", losses)
-        self.log_dict(logged, batch_size=weight, sync_dist=True)
+        self.log_dict(logged, batch_size=weight, sync_dist=True)  # type: ignore[arg-type]
 
     def score(self, batch: TokenBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cross entropy (b, l) in nats and whether the most likely token is correct (b, l), both float32."""

@@ -384,6 +384,21 @@ def test_gradients_can_be_clipped_by_value(
         assert torch.equal(after, before.clamp(-1e-3, 1e-3))
 
 
+def test_validation_reads_nothing_from_the_device(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
+    syncs, counts = SyncCounter(), []
+
+    class Batches(Callback):
+        def on_validation_batch_start(self, *_: object) -> None:
+            counts.append(syncs.count)
+
+    data = TokenDataModule(str(shards), str(shards), batch_size=8)
+    trainer = make_trainer(tmp_path, 1, callbacks=[Batches()])
+    with syncs:
+        trainer.validate(make_module(tokenizer_folder), data, verbose=False)
+    assert len(counts) == 7  # the last batch has padding
+    assert len(set(counts)) == 1
+
+
 @pytest.mark.cuda
 def test_no_step_waits_for_the_gpu(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
     class Watch(Callback):
