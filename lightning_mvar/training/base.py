@@ -168,7 +168,7 @@ class ScheduledModule(L.LightningModule):
         return loggers_see_this_step(self.trainer)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Logs as Lightning does; but a number stays on the host, where Lightning would wait for its copy to a device."""
+        """Logs as Lightning does, but keeps numbers on the host: Lightning would wait for their copy to the device."""
         if isinstance(value, int | float) and not kwargs.get("sync_dist"):
             value = torch.tensor(float(value))
         super().log(name, value, *args, **kwargs)
