@@ -13,7 +13,8 @@ from torch import nn
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints import save_folder
-from lightning_mvar.data.tokens.shards import Manifest, shard_name, write_shard
+from lightning_mvar.data.tokens.manifest import Manifest, shard_name
+from lightning_mvar.data.tokens.shards import write_shard
 
 CLASSES = ["dark", "light", "mixed"]
 SCHEDULE = ScaleSchedule((1, 2, 3, 4))

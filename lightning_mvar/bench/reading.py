@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from lightning_mvar.bench.subjects import Setting
 from lightning_mvar.cli.tables import Record
-from lightning_mvar.data.tokens.shards import Manifest, shard_name, write_shard
+from lightning_mvar.data.tokens.manifest import Manifest, shard_name
+from lightning_mvar.data.tokens.shards import write_shard
 from lightning_mvar.data.tokens.sources import LocalShards, ShardSource
 from lightning_mvar.data.tokens.stream import TokenLoader, TokenStream
 

@@ -20,7 +20,8 @@ from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
 from lightning_mvar.data.images.files import scan
 from lightning_mvar.data.images.sources import open_images
-from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, read_samples, read_shard
+from lightning_mvar.data.tokens.manifest import MANIFEST, Manifest
+from lightning_mvar.data.tokens.shards import read_samples, read_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.statistics import TokenStatistics, stratified_ids
 from lightning_mvar.data.tokens.verify import find_problems
@@ -136,11 +137,7 @@ def decode(
     if not manifest.num_samples:
         raise InputError(f"there are no samples in {folder} yet: let `lightning-mvar tokenize` finish")
     model = load_tokenizer(tokenizer).to(torch_device)
-    if manifest.tokenizer != model.fingerprint():
-        raise InputError(
-            f"the tokens in {folder} were made by tokenizer {manifest.tokenizer}, not by {model.fingerprint()} in "
-            f"{tokenizer}: pass the folder of their tokenizer as --tokenizer"
-        )
+    manifest.check_tokenizer(folder, model.fingerprint())
     ids = stratified_ids(manifest.num_samples, n, seed)
     samples = read_samples(manifest, LocalShards(path).fetch, ids)
     try:

@@ -25,15 +25,8 @@ from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
 from lightning_mvar.data.tokens.encode import EncodedBatch, TokenEncoder
-from lightning_mvar.data.tokens.shards import (
-    MANIFEST,
-    Manifest,
-    read_record,
-    record_paths,
-    save_record,
-    shard_name,
-    write_shard,
-)
+from lightning_mvar.data.tokens.manifest import MANIFEST, Manifest, read_record, record_paths, save_record, shard_name
+from lightning_mvar.data.tokens.shards import write_shard
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES

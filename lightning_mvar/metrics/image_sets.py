@@ -13,7 +13,6 @@ from lightning_mvar.data.images.examples import ImageSource, image_loader
 from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.data.tokens.sources import ShardSource
 from lightning_mvar.devices import in_process_group
-from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.readers import Samples
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -70,11 +69,7 @@ class DecodedShards(ImageSet):
 
     def __init__(self, shards: ShardSource, tokenizer: Tokenizer) -> None:
         self.shards, self.tokenizer, self.manifest = shards, tokenizer, shards.manifest()
-        if self.manifest.tokenizer != (ours := tokenizer.fingerprint()):
-            raise InputError(
-                f"the shards in {shards} were encoded by tokenizer {self.manifest.tokenizer}, not by {ours}: pass the "
-                f"folder of their tokenizer as --tokenizer"
-            )
+        self.manifest.check_tokenizer(shards, tokenizer.fingerprint())
         self.shape = tokenizer.config.shape
 
     @property

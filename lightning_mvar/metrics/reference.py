@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images
-from lightning_mvar.data.tokens.shards import MANIFEST
+from lightning_mvar.data.tokens.manifest import MANIFEST
 from lightning_mvar.data.tokens.sources import open_shards
 from lightning_mvar.devices import in_process_group, is_first_rank
 from lightning_mvar.errors import InputError

@@ -12,7 +12,8 @@ from lightning_mvar.data.images.examples import Crop, Example, ImageBatch, Image
 from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
 from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_worker
-from lightning_mvar.data.tokens.shards import Manifest, read_samples
+from lightning_mvar.data.tokens.manifest import Manifest
+from lightning_mvar.data.tokens.shards import read_samples
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.data.tokens.stream import TokenBatch, TokenLoader, TokenStream
 from lightning_mvar.errors import InputError

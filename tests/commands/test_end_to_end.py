@@ -14,7 +14,8 @@ from stages import FIT_YAML, TOKENIZER_YAML, run_stages, tags
 
 from lightning_mvar.checkpoints import load_tokenizer, load_trained
 from lightning_mvar.cli import run
-from lightning_mvar.data.tokens.shards import Manifest, read_shard
+from lightning_mvar.data.tokens.manifest import Manifest
+from lightning_mvar.data.tokens.shards import read_shard
 
 
 @pytest.fixture(scope="module")

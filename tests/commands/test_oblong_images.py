@@ -11,7 +11,7 @@ from PIL import Image
 from stages import FIT_YAML, TOKENIZER_YAML, run_stages, tags
 
 from lightning_mvar.cli import run
-from lightning_mvar.data.tokens.shards import Manifest
+from lightning_mvar.data.tokens.manifest import Manifest
 
 SIDES = "[1, [1, 2], [2, 3], [4, 6]]"
 SQUARE = "schedule: {side_lengths: [1, 2, 4]}"

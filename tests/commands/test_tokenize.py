@@ -29,7 +29,8 @@ from processes import Run, start
 from lightning_mvar import Tokenizer
 from lightning_mvar.cli import run
 from lightning_mvar.data.images.decoding import TooManyPixelsError, decode_image, to_tensor
-from lightning_mvar.data.tokens.shards import PARTS, Manifest, read_shard
+from lightning_mvar.data.tokens.manifest import PARTS, Manifest
+from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.io.locks import lock_folder
 
 Samples = dict[str, tuple[int, bytes]]  # label and tokens by key

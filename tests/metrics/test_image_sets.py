@@ -64,7 +64,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Toke
     write_token_shards(tmp_path, "0123456789abcdef", [4])
     with pytest.raises(InputError, match="holds token shards: pass the tokenizer that encoded them as --tokenizer"):
         open_reference(str(tmp_path)).images(8)
-    with pytest.raises(InputError, match="were encoded by tokenizer 0123456789abcdef, not by"):
+    with pytest.raises(InputError, match="were made by tokenizer 0123456789abcdef, not by"):
         open_reference(str(tmp_path)).images(8, tokenizer)
 
 

@@ -20,7 +20,7 @@ from mutations import damaged_bytes, damaged_json, damaged_lines, damaged_npz, d
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import save_folder
-from lightning_mvar.data.tokens.shards import Manifest
+from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.io.fingerprint import sha256_of
 
 CASES = int(os.environ.get("FUZZ_CASES", "8"))

@@ -11,7 +11,7 @@ import pytest
 from conftest import write_token_shards
 from processes import start
 
-from lightning_mvar.data.tokens.shards import Manifest
+from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.errors import InputError
 from lightning_mvar.training.agreement import Report, read_on_all_ranks, require_same
 

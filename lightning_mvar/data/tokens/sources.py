@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from lightning_mvar.data.tokens.shards import MANIFEST, Manifest, Shard
+from lightning_mvar.data.tokens.manifest import MANIFEST, Manifest, Shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import (
     RETRIES,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.data.tokens.packs import Pack
-from lightning_mvar.data.tokens.shards import Manifest
 
 
 class TokenStatistics:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_worker
-from lightning_mvar.data.tokens.shards import Manifest, read_shard
+from lightning_mvar.data.tokens.manifest import Manifest
+from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.data.tokens.sources import ShardSource
 from lightning_mvar.errors import InputError
 

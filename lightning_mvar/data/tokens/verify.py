@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightning_mvar.data.tokens.manifest import MANIFEST, REWRITE_REMEDY, Manifest, Shard, shard_name
 from lightning_mvar.data.tokens.packs import PACK_ERRORS, CheckedPack, TokenSpec, read_packs
-from lightning_mvar.data.tokens.shards import MANIFEST, REWRITE_REMEDY, Manifest, Shard, shard_name
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import sha256_of
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import write_token_shards
 
-from lightning_mvar.data.tokens.shards import PARTS, Manifest, save_record
+from lightning_mvar.data.tokens.manifest import PARTS, Manifest, save_record
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.stream import TokenStream
 from lightning_mvar.data.tokens.verify import find_problems

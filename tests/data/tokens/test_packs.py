@@ -17,8 +17,9 @@ import pytest
 from conftest import write_token_shards
 
 from lightning_mvar.data.tokens import sources
+from lightning_mvar.data.tokens.manifest import Shard
 from lightning_mvar.data.tokens.packs import TokenSpec
-from lightning_mvar.data.tokens.shards import Shard, read_shard
+from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.stream import TokenLoader, TokenStream
 from lightning_mvar.data.tokens.verify import find_problems

@@ -9,8 +9,9 @@ import pytest
 import webdataset as wds
 from conftest import write_token_shards
 
-from lightning_mvar.data.tokens.packs import Pack, TokenSpec
-from lightning_mvar.data.tokens.shards import PACK_SIZE, Manifest, Shard, read_samples, read_shard, write_shard
+from lightning_mvar.data.tokens.manifest import Manifest, Shard
+from lightning_mvar.data.tokens.packs import PACK_SIZE, Pack, TokenSpec
+from lightning_mvar.data.tokens.shards import read_samples, read_shard, write_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.errors import InputError
 
