@@ -44,6 +44,7 @@ from lightning_mvar.training.base import SKIPPED_STEPS
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import restore_choice_of_rank_zero
 from lightning_mvar.training.mvar import LitMVAR
+from lightning_mvar.training.run_state import check_run_state
 from lightning_mvar.training.strategies import FSDP2Strategy
 
 CLI = TypeVar("CLI", bound="TrainingCLI")
@@ -199,6 +200,8 @@ class TrainingCLI(LightningCLI):
                 f"`lightning-mvar export` writes its weights to one folder"
             )
         self.model.check_checkpoint(content[self.checkpoint_key])
+        loop = "fit_loop" if self.training else f"{self.command}_loop"
+        check_run_state(content, self.trainer, loop, Path(ckpt_path).is_dir(), f"--ckpt_path {ckpt_path}")
 
     def log_folders(self) -> list[Path]:
         return [Path(logger.log_dir) for logger in self.trainer.loggers if logger.log_dir is not None]

@@ -165,16 +165,26 @@ def refuse_compression(file: Path | IO[bytes]) -> None:
 
 
 def tensors_in(content: Any) -> list[Tensor]:
-    """Returns the tensors in nested dictionaries and lists, which may refer to each other."""
-    tensors, pending, seen = [], [content], set()
+    """Returns the tensors in nested dictionaries and lists."""
+    return [part for part in parts_of(content) if isinstance(part, Tensor)]
+
+
+def holds_ignored_objects(content: Any) -> bool:
+    """Returns whether `read_plain` has discarded objects of a file."""
+    return any(isinstance(part, Ignored) for part in parts_of(content))
+
+
+def parts_of(content: Any) -> list[Any]:
+    """Returns all that nested dictionaries and lists hold, which may refer to each other."""
+    parts, pending, seen = [], [content], set()
     while pending:
         part = pending.pop()
-        if isinstance(part, Tensor):
-            tensors.append(part)
-        elif isinstance(part, dict | list | tuple) and id(part) not in seen:
+        if not isinstance(part, dict | list | tuple):
+            parts.append(part)
+        elif id(part) not in seen:
             seen.add(id(part))
             pending.extend(part.values() if isinstance(part, dict) else part)
-    return tensors
+    return parts
 
 
 def check_layout(tensors: list[Tensor], source: str) -> None:
@@ -231,15 +241,25 @@ def load_strictly(module: Module, weights: Mapping[str, Tensor], source: object)
     """
     expected = module.state_dict()
     check_state_dict(expected, weights, f"{source} does not fit {type(module).__name__}")
-    for name, tensor in expected.items():
-        if weights[name].is_floating_point() != tensor.is_floating_point() or weights[name].is_complex():
-            raise InputError(f"{source} has {name} as {weights[name].dtype}, expected {tensor.dtype}")
+    check_kinds(expected, weights, source)
     copies = {name: weights[name].to("cpu", tensor.dtype, copy=True).contiguous() for name, tensor in expected.items()}
-    for name, tensor in copies.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise InputError(f"{source} holds NaN or infinite values in {name}: use weights of an earlier checkpoint")
+    check_finite(copies, source)
     module.load_state_dict(copies, assign=True)
     return module.eval()
+
+
+def check_kinds(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: object) -> None:
+    """Raises InputError if a tensor holds another kind of number than expected; names the first one."""
+    for name in (name for name in expected if name in weights):
+        if weights[name].is_floating_point() != expected[name].is_floating_point() or weights[name].is_complex():
+            raise InputError(f"{source} has {name} as {weights[name].dtype}, expected {expected[name].dtype}")
+
+
+def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
+    """Raises InputError if a tensor is not finite; names the first one."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise InputError(f"{source} holds NaN or infinite values in {name}: use weights of an earlier checkpoint")
 
 
 def is_finite(tensor: Tensor) -> bool:

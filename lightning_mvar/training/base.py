@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.training.lightning_internals import correct_logged_step, loggers_see_this_step, training_loader
 from lightning_mvar.training.optim import OptimizerConfig, apply_schedule, build_optimizer, skip_step_unless
+from lightning_mvar.training.run_state import check_tensors
 from lightning_mvar.training.strategies import full_tensor, local_shards
 
 SKIPPED_STEPS = "skipped_steps"  # folder in a run's folder that lists the images of skipped steps
@@ -133,6 +134,16 @@ class ScheduledModule(L.LightningModule):
         self.seed = self.trainer.strategy.broadcast(self.seed)
         # It also takes the batches of datamodules, which this package's need not change.
         warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks weights and moments before they are restored; FSDP2, which restores them earlier, has done so then.
+
+        Raises:
+            InputError: if they do not fit this run, or are not finite.
+        """
+        if "state_dict" in checkpoint:
+            optimizers = [self.configure_optimizers()] if self.trainer.state.fn == "fit" else []
+            check_tensors(checkpoint, self, optimizers, f"--ckpt_path {self.trainer.ckpt_path}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # float16 only; fused kernels bypass it

@@ -310,6 +310,7 @@ class LitMVAR(ScheduledModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         record = self.check_checkpoint(checkpoint[NETWORK_KEY])
         self.check_classes(record.class_names)
+        super().on_load_checkpoint(checkpoint)
         if self.trainer.state.fn == "fit":
             self.skipped_steps, self.skipped_in_a_row = record.run.skipped_steps
             if self.token_data is not None and record.run.batch_of_all_ranks is not None:

@@ -33,11 +33,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lightning_mvar.checkpoints.sharded import ShardReader
 from lightning_mvar.checkpoints.training import read_plain_part
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.tensors import is_finite, tensors_in
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.tokenizer.autoencoder import Level
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.lightning_internals import DataParallelStrategy
+from lightning_mvar.training.run_state import check_tensors
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -81,27 +83,36 @@ class FSDP2Strategy(DataParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads a checkpoint as Lightning does; but a sharded one runs no code from its files.
+        """Loads a checkpoint as Lightning does, but checks it first, and a sharded one runs no code from its files.
 
         Raises:
-            InputError: if a sharded checkpoint is damaged, or lacks a part of the network.
+            InputError: if it is damaged, not finite, or lacks a part of the network.
         """
         path = Path(self.broadcast(checkpoint_path))
-        if not path.is_dir():
-            return super().load_checkpoint(path, weights_only=True)
         assert self.model is not None
         assert self.lightning_module is not None
+        if not path.is_dir():
+            check_tensors(read_plain_part(path), self.lightning_module, self.optimizers, f"--ckpt_path {path}")
+            return super().load_checkpoint(path, weights_only=True)
         reader = ShardReader(path)
         state = {"state_dict": get_model_state_dict(self.model)}
         reader.load(state)
+        self.require_finite(state, path)
         self.model.load_state_dict(state["state_dict"], strict=self.lightning_module.strict_loading)
         for index, optimizer in enumerate(self.optimizers):  # after the network, whose parameters they name
             name = f"optimizer_{index}"
             part = {name: get_optimizer_state_dict(self.model, optimizer)}
             reader.load(part)
+            self.require_finite(part, path)
             options = StateDictOptions(cpu_offload=True)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=part[name], options=options)
         return read_plain_part(path)
+
+    def require_finite(self, state: dict[str, Any], path: Path) -> None:
+        """Raises InputError on all ranks if a tensor in nested dictionaries is not finite on any rank."""
+        finite = all(is_finite(shard) for shard in local_shards(tensors_in(state)) if shard.is_floating_point())
+        if not self.reduce_boolean_decision(finite):
+            raise InputError(f"--ckpt_path {path} holds NaN or infinite values: use an earlier checkpoint")
 
     def shard_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Shards a tokenizer level by level, then the rest. Only its `forward` gathers weights."""

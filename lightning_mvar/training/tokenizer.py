@@ -17,7 +17,7 @@ from lightning_mvar.checkpoints.training import EMA_PREFIX, read_plain_part, rea
 from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.data.tokens.statistics import perplexity
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.json_files import checked
+from lightning_mvar.io.json_files import checked, shown
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, assignment_sums, entropy_loss
 from lightning_mvar.tokenizer.discriminator import (
@@ -372,9 +372,14 @@ class LitTokenizer(ScheduledModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         record = checkpoint[TOKENIZER_KEY]
         self.check_checkpoint(record)
+        super().on_load_checkpoint(checkpoint)
+        usage, own = record.get("train_usage"), self.usage["train"]
+        if not isinstance(usage, Tensor) or (usage.shape, usage.dtype) != (own.shape, own.dtype):
+            raise InputError(f"--ckpt_path is damaged: train_usage must be an int64 tensor {tuple(own.shape)}")
         # The saved counts are the sum over all ranks: rank 0 takes them, the others start from 0.
-        self.usage["train"] = record["train_usage"] * (self.global_rank == 0)
-        self.skipped_steps, self.skipped_in_a_row = record["skipped_steps"]
+        self.usage["train"] = usage * (self.global_rank == 0)
+        skipped = checked(record.get("skipped_steps"), tuple[int, int], "--ckpt_path: skipped_steps")
+        self.skipped_steps, self.skipped_in_a_row = skipped
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """Returns the settings that a checkpoint must share with this run to resume it."""
@@ -395,9 +400,11 @@ class LitTokenizer(ScheduledModule):
             InputError: naming the first setting that differs.
         """
         require_current(record, "--ckpt_path")
-        require_same_average(record["ema"], self.ema is not None)
-        config = asdict(checked(record["config"], TokenizerConfig, "--ckpt_path"))
-        saved_settings = {"codebook.learning": CodebookConfig().learning, **record, "config": config}
+        settings = {name: value for name, value in record.items() if name != "train_usage"}
+        settings = checked(settings, dict[str, Any], "--ckpt_path")
+        require_same_average(checked(settings["ema"], bool, "--ckpt_path: ema"), self.ema is not None)
+        config = asdict(checked(settings.get("config"), TokenizerConfig, "--ckpt_path"))
+        saved_settings = {"codebook.learning": CodebookConfig().learning, **settings, "config": config}
         for name, current in self.checkpoint_identity().items():
             saved = saved_settings.get(name)
             if saved != current:
@@ -417,8 +424,10 @@ def draw_residuals(steps: list[PyramidStep], count: int) -> Tensor:
     return drawn
 
 
-def require_current(record: dict[str, Any], source: str | Path) -> None:
+def require_current(record: Any, source: str | Path) -> None:
     """Raises InputError for a checkpoint of a version that recorded its settings in another form."""
+    if not isinstance(record, dict):
+        raise InputError(f"{source} is damaged: {TOKENIZER_KEY} is {shown(record)}")
     if "ema" not in record:
         raise InputError(
             f"{source} is of an earlier version of lightning_mvar, which cannot be resumed: train with --overwrite, or "

@@ -7,6 +7,7 @@ from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_mvar.cli import run
@@ -274,3 +275,23 @@ def test_hostile_yaml_is_refused_at_once(tmp_path: Path, content: str, message: 
     with pytest.raises((ArgumentError, InputError), match=message) as error:
         parse_command(["fit", "--config", str(path)])
     assert len(str(error.value)) < 2000
+
+
+def test_odd_values_in_a_checkpoint_are_told(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fit() == 0
+    newest = Path("run/checkpoints/last.ckpt").resolve()
+    content = torch.load(newest, weights_only=True)  # not mapped: the file is written to
+    weights = content["state_dict"] | {"network.head.weight": content["state_dict"]["network.head.weight"] * torch.nan}
+    for command, change, message in (
+        ("fit", {"loops": {"fit_loop": {"state_dict": 1}}}, "is damaged: loops.fit_loop."),
+        ("fit", {"state_dict": weights}, "holds NaN or infinite values in network.head.weight"),
+        ("validate", {"pytorch-lightning_version": None}, "pytorch-lightning_version is None, must be 2.6 or later"),
+    ):
+        torch.save(content | change, newest)
+        capfd.readouterr()
+        start = ["--resume"] if command == "fit" else ["--ckpt_path", str(newest)]
+        assert run([command, "--config", "run.yaml", *start]) == 1
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        (line,) = [line for line in captured.err.splitlines() if "lightning-mvar: error: " in line]
+        assert message in line
