@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_mvar.bench.parts import PartTracker
-from lightning_mvar.bench.subjects import Setting, Subject, device_name
+from lightning_mvar.bench.subjects import Setting, Subject, device_name, make_subject
 from lightning_mvar.cli.tables import Record
 
 aten = torch.ops.aten
@@ -137,16 +137,13 @@ def count_training(subject: Subject) -> dict[str, Counts]:
 
 
 def measure_launches(setting: Setting, device: torch.device) -> list[Record]:
-    """Counts sampling and training of a network by part; on a CPU, of one narrowed to width 64 and its decoder to 32.
+    """Counts sampling and training of a network by part; on a CPU, of a narrow one.
 
     `launches_per_block_and_scale` divides by the blocks, and in sampling by the scales too.
     """
-    network, tokenizer = setting.network, setting.tokenizer
-    if device.type == "cpu":
-        network, tokenizer = replace(network, width=64, heads=1), replace(tokenizer, channels=32)
-    subject = Subject(network, tokenizer, setting.batch_size, setting.dtype, device)
+    subject = make_subject(replace(setting, narrow=device.type == "cpu", graphs=False), device)
     block_parts = {name for *_, name in subject.block_parts()}
-    runs = {"sample": (count_sampling, len(network.step_lengths)), "train": (count_training, 1)}
+    runs = {"sample": (count_sampling, len(subject.network_config.step_lengths)), "train": (count_training, 1)}
     records = []
     for run, (count, steps) in runs.items():
         by_part = count(subject)
@@ -155,6 +152,6 @@ def measure_launches(setting: Setting, device: torch.device) -> list[Record]:
             record = {"run": run, "size": setting.size, "mixer": setting.mixer, "batch_size": setting.batch_size}
             record |= {"device": device_name(device), "part": part, **asdict(counts)}
             if part in block_parts or part == "all blocks":
-                record["launches_per_block_and_scale"] = counts.launches / network.depth / steps
+                record["launches_per_block_and_scale"] = counts.launches / subject.network_config.depth / steps
             records.append(record)
     return records

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from statistics import median
 
 import torch
 
 from lightning_mvar.bench.measure import Run, large_matmul, peak_memory, time_interleaved
 from lightning_mvar.bench.parts import Stopwatch
-from lightning_mvar.bench.subjects import Setting, Subject, block_operations, device_name, flops_per_image, make_subject
+from lightning_mvar.bench.subjects import (
+    Setting,
+    Subject,
+    block_operations,
+    flops_per_image,
+    make_subject,
+    setting_record,
+)
 from lightning_mvar.cli.tables import Record
 from lightning_mvar.models.costs import state_bytes
 from lightning_mvar.sampling.generate import compile_steps
@@ -142,13 +148,3 @@ def time_with_matmul_reference(
     seconds = time_interleaved([*runs, *(product for product, _ in products)], repeats, device)
     times = zip(dtypes, products, seconds[len(runs) :], strict=True)
     return seconds[: len(runs)], {dtype: flops / median(t) for dtype, (_, flops), t in times}
-
-
-def setting_record(what: str, setting: Setting, device: torch.device) -> Record:
-    return {
-        "what": what,
-        **asdict(setting),
-        "depth": setting.network.depth,
-        "device": device_name(device),
-        "torch": torch.__version__,
-    }

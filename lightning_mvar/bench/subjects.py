@@ -6,7 +6,7 @@ Shapes: b images, l tokens, c code dim, d width, h heads, p head dim, n SSM stat
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ import lightning_mvar.models.recurrences
 import lightning_mvar.sampling.steps
 from lightning_mvar.bench.measure import Run
 from lightning_mvar.bench.parts import Part
+from lightning_mvar.cli.tables import Record
 from lightning_mvar.devices import DTYPES, Precision
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.base import State
@@ -34,7 +35,10 @@ from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
 
 @dataclass(frozen=True)
 class Setting:
-    """One column of a comparison; its fields are the arguments of `lightning-mvar bench` of the same names."""
+    """One column of a comparison; its fields are the arguments of `lightning-mvar bench` of the same names.
+
+    A `narrow` network has width 64, and its decoder 32 channels: it runs the same operations in little time.
+    """
 
     size: str = "d16"
     mixer: str = "mvar"
@@ -43,6 +47,8 @@ class Setting:
     precision: Precision = "float32"
     depth: int = 0
     compile: bool = False
+    graphs: bool = True
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("size", SIZES), ("precision", DTYPES)):
@@ -90,11 +96,12 @@ class Setting:
     @property
     def network(self) -> MVARConfig:
         config = MVARConfig.for_size(self.size, schedule=self.schedule, **self.blocks)
+        config = replace(config, width=64, heads=1) if self.narrow else config
         return replace(config, depth=self.depth) if self.depth else config
 
     @property
     def tokenizer(self) -> TokenizerConfig:
-        return TokenizerConfig(self.schedule)
+        return TokenizerConfig(self.schedule, channels=32 if self.narrow else TokenizerConfig.channels)
 
     @property
     def schedule(self) -> ScaleSchedule:
@@ -202,14 +209,25 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
+def setting_record(what: str, setting: Setting, device: torch.device) -> Record:
+    return {
+        "what": what,
+        **asdict(setting),
+        "depth": setting.network.depth,
+        "device": device_name(device),
+        "torch": torch.__version__,
+    }
+
+
 def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:
-    """Counts FLOPs per image: `forward` (teacher-forced pass), `sampling` (guided steps) and `decoder`."""
-    decoder = Subject(network, tokenizer, 1, device=META).tokenizer
-    f_hat = decoder.quantizer.empty(1)
+    """Counts FLOPs per image: `forward` (teacher-forced pass), `sampling` (guided steps), `decoder` and `encoder`."""
+    codec = Subject(network, tokenizer, 1, device=META).tokenizer
+    f_hat, images = codec.quantizer.empty(1), torch.empty(1, 3, *tokenizer.shape, device=META)
     return {
         "forward": forward_flops(network),
         "sampling": sampling_flops(network),
-        "decoder": count_flops(lambda: decoder.decode_features(f_hat)),
+        "decoder": count_flops(lambda: codec.decode_features(f_hat)),
+        "encoder": count_flops(lambda: codec.features(images)),
     }
 
 

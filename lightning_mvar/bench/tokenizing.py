@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
 import torch
 
 from lightning_mvar.bench.measure import time_interleaved
-from lightning_mvar.bench.subjects import Setting, make_subject
+from lightning_mvar.bench.subjects import Setting, flops_per_image, make_subject, setting_record
 from lightning_mvar.cli.tables import Record
-from lightning_mvar.data.images.examples import batch_loader, batched
+from lightning_mvar.data.images.examples import ImageBatch, batch_loader, batched
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.data.tokens.encode import TokenEncoder
 
@@ -55,3 +56,16 @@ def measure_tokenizing(images: str, setting: Setting, num_workers: int, device: 
         "precision": setting.precision,
         "images": len(indices),
     } | dict(zip(names, rates, strict=True))
+
+
+def measure_encoding(setting: Setting, device: torch.device, repeats: int) -> Record:
+    """Measures images/s of the encoder on a batch of random images in the host's memory."""
+    model = make_subject(replace(setting, precision="float32"), device).tokenizer
+    encoder, b = TokenEncoder(model, device, setting.precision), setting.batch_size
+    images = torch.rand(b, 3, *model.config.shape) * 2 - 1
+    batch = ImageBatch(images, torch.zeros(b, dtype=torch.int64), [str(i) for i in range(b)], [], [])
+    (seconds,) = time_interleaved([lambda: deque(encoder([batch]), maxlen=0)], repeats, device)
+    return setting_record("tokenize", setting, device) | {
+        "images_per_s": b / median(seconds),
+        "flops_per_image": flops_per_image(setting.network, setting.tokenizer)["encoder"],
+    }

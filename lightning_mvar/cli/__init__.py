@@ -45,6 +45,7 @@ COMMANDS = {  # command: (module with `main(argv)`, help)
     "reconstruct": ("reconstruct", "compare real images with their reconstructions"),
     "export": ("export", "write a checkpoint as one self-contained folder"),
     "bench": ("bench", "measure speed and memory on this machine"),
+    "bench-gpu": ("bench_gpu", "run a fixed list of benchmarks on one GPU"),
     "report": ("report", "make tables and figures of a sweep, with the spread over seeds"),
     "demo": ("demo", "run everything on the embedded digits: train-tokenizer, tokenize, fit, sample, evaluate"),
 }

@@ -1,0 +1,47 @@
+"""`bench-gpu`: a fixed list of benchmarks for one GPU, with the shares of its peak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_mvar.bench.suite import describe, markdown, run_suite, suite
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.devices import choose_device
+from lightning_mvar.errors import InputError
+
+
+def bench_gpu(
+    out: str = "outputs/gpu", minutes: float = 5, dry_run: bool = False, tiny: bool = False, device: str = "auto"
+) -> None:
+    """Measures sampling, training, tokenizing and memory on one GPU, most important first, until the time is up.
+
+    Writes OUT/gpu.json and OUT/gpu.md, a table, after each benchmark. Exits with 1 if one failed.
+
+    Args:
+        out: folder for the results.
+        minutes: time for all of them; those that no longer fit are left out.
+        dry_run: only list the benchmarks with their estimated seconds.
+        tiny: run networks of one narrow block instead, to test the command, also on a CPU.
+        device: auto, cuda or cuda:N; with `--tiny true` also cpu.
+    """
+    benchmarks = suite()
+    if dry_run:
+        for benchmark in benchmarks:
+            record = {"what": benchmark.what, **vars(benchmark.setting)}
+            print(f"{benchmark.seconds:4.0f} s  {describe(record)}")
+        print(f"{sum(benchmark.seconds for benchmark in benchmarks):4.0f} s  in all, of {60 * minutes:.0f} s")
+        return
+    place = choose_device(device)
+    if tiny:
+        benchmarks = list(dict.fromkeys(benchmark.tiny() for benchmark in benchmarks))
+    elif place.type != "cuda":
+        raise InputError("bench-gpu needs a CUDA GPU; `--tiny true` runs through on a CPU, `--dry_run true` lists")
+    records = run_suite(benchmarks, place, 60 * minutes, Path(out))
+    print("\n".join(markdown(records)))
+    failed = sum("error" in record for record in records)
+    if failed:
+        raise InputError(f"{failed} of {len(records)} benchmarks failed; see `error` in {Path(out) / 'gpu.json'}")
+
+
+def main(argv: list[str]) -> None:
+    call(bench_gpu, argv)
