@@ -19,6 +19,7 @@ from lightning_mvar.bench.subjects import (
 from lightning_mvar.cli.tables import Record
 from lightning_mvar.models.costs import state_bytes
 from lightning_mvar.sampling.generate import compile_steps
+from lightning_mvar.training.blocks import configure_block
 
 
 def measure_sampling(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
@@ -75,7 +76,7 @@ def measure_training(settings: list[Setting], device: torch.device, repeats: int
     for setting, subject in zip(settings, subjects, strict=True):
         if setting.compile:
             for block in subject.network.blocks:
-                block.compile()
+                configure_block(block, compile=True, checkpointing="none")  # type: ignore[arg-type]
     runs: list[Run] = [subject.training_step() for subject in subjects]
     peaks = [peak_memory(run, device) for run in runs]
     seconds, rates = time_with_matmul_reference(settings, runs, repeats, device)
