@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+
+# Triton reads it when it is imported: on a CPU its kernels run in its interpreter, in the workers of xdist too.
+os.environ.setdefault("TRITON_INTERPRET", str(int("cuda" not in sys.argv)))
 
 import numpy as np
 import pytest

@@ -25,12 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.models.base import Mixer, State
-from lightning_mvar.ops.conv import causal_conv
-from lightning_mvar.ops.gated_norm import gated_rms_norm
+from lightning_mvar.ops.conv import convolve
 from lightning_mvar.ops.linear_attention import MIN_LOG_DECAY, linear_attention
+from lightning_mvar.ops.mamba2 import Mamba2Parameters, mamba2
 from lightning_mvar.ops.neighbours import reading_order
 from lightning_mvar.ops.selective_scan import selective_scan
-from lightning_mvar.ops.ssd import ssd
 from lightning_mvar.scales import Shape, lengths_of
 
 RASTER = ("raster",)
@@ -113,17 +112,15 @@ class Mamba2(Recurrence):
         self.norm.weight.fill_(1.0)
 
     def scan(self, x: Tensor, state: State) -> tuple[Tensor, tuple[Tensor, ...]]:
-        conv_state, scan_state = state if state is not None else (None, None)
-        z, xBC, dt = self.in_proj(x).split([self.inner, self.conv1d.in_channels, len(self.A_log)], dim=-1)
-        xBC, conv_state = convolve(self.conv1d, xBC, conv_state)
-        u, B, C = F.silu(xBC).split([self.inner, self.state_dim, self.state_dim], dim=-1)
-        u = u.unflatten(-1, (-1, self.head_dim))  # (b, l, h, p)
-        # Step sizes and decays in float32: errors in their products accumulate over the sequence.
-        dt = F.softplus(dt.float() + self.dt_bias.float())
-        y, scan_state = ssd(u, dt, -self.A_log.float().exp(), B, C, scan_state)
-        y = torch.addcmul(y, u, self.D[:, None].to(u.dtype))
-        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, NORM_EPS)
-        return self.out_proj(y), (conv_state, scan_state)
+        y, new_state = mamba2(self.in_proj(x), self.inner_parameters(), state, NORM_EPS)
+        return self.out_proj(y), new_state
+
+    def inner_parameters(self) -> Mamba2Parameters:
+        """Returns the parameters between the two projections."""
+        conv_bias = self.conv1d.bias
+        assert conv_bias is not None
+        conv_weight = self.conv1d.weight.flatten(1)  # (c, w)
+        return Mamba2Parameters(conv_weight, conv_bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
 
 
 class Mamba1(Recurrence):
@@ -159,7 +156,8 @@ class Mamba1(Recurrence):
     def scan(self, x: Tensor, state: State) -> tuple[Tensor, tuple[Tensor, ...]]:
         conv_state, scan_state = state if state is not None else (None, None)
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, conv_state = convolve(self.conv1d, u, conv_state)
+        assert self.conv1d.bias is not None
+        u, conv_state = convolve(u, self.conv1d.weight.flatten(1), self.conv1d.bias, conv_state)
         u = F.silu(u)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         dt = F.softplus(F.linear(dt, self.dt_proj.to(dt.dtype)).float() + self.dt_bias.float())
@@ -258,11 +256,3 @@ def draw_dt_bias(dt_bias: Tensor, dt_min: float = 1e-3, dt_max: float = 1e-1) ->
     """Draws dt log-uniformly in [dt_min, dt_max] and stores its inverse softplus in place."""
     dt = torch.empty_like(dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-
-
-def convolve(conv1d: nn.Conv1d, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Convolves (b, l, channels) causally and depthwise, continuing after the inputs in `conv_state`."""
-    past = conv1d.kernel_size[0] - 1
-    x = F.pad(x, (0, 0, past, 0)) if conv_state is None else torch.cat([conv_state, x], dim=1)
-    assert conv1d.bias is not None
-    return causal_conv(x, conv1d.weight[:, 0], conv1d.bias), x[:, x.shape[1] - past :]

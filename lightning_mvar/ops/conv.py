@@ -31,6 +31,21 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return CausalConv.apply(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Convolves x (b, l, c), continuing after the inputs in `state`.
+
+    Args:
+        x, weight, bias: as in `causal_conv`, x without earlier inputs.
+        state: (b, w - 1, c) as returned for the tokens before; None before the first.
+
+    Returns:
+        (b, l, c) in the dtype of `x`, and the last w - 1 inputs (b, w - 1, c).
+    """
+    past = weight.shape[1] - 1
+    x = F.pad(x, (0, 0, past, 0)) if state is None else torch.cat([state, x], dim=1)
+    return causal_conv(x, weight, bias), x[:, x.shape[1] - past :]
+
+
 class CausalConv(torch.autograd.Function):
     """Depthwise convolution with a custom backward pass; torch's own is slower in bfloat16."""
 

@@ -14,25 +14,24 @@ import torch
 
 log = logging.getLogger(__name__)
 
-KERNELS: dict[str, Callable[..., Any]] = {}  # by purpose: `scan`, `packed attention`
+KERNELS: dict[str, Callable[..., Any]] = {}  # by purpose: `mamba2`, `packed attention`
 
 
 @cache
 def look_for_kernels() -> None:
     """Fills `KERNELS` with the kernels available on this machine and logs them once."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return
     try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        from lightning_mvar.ops.triton.mamba2 import mamba2_forward
 
-        KERNELS["scan"] = mamba_chunk_scan_combined
+        KERNELS["mamba2"] = mamba2_forward
     except ImportError as error:
-        log.info("scan: using torch operations, because mamba-ssm cannot be imported: %s", error)
+        log.info("Mamba-2: using torch operations, because Triton cannot be imported: %s", error)
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        if torch.cuda.get_device_capability() >= (8, 0):
-            KERNELS["packed attention"] = varlen_attn
+        KERNELS["packed attention"] = varlen_attn
     except ImportError as error:
         log.info("attention inside scales: one call per scale, because torch has no variable-length kernel: %s", error)
     log.info("GPU kernels in use: %s", ", ".join(KERNELS) or "none")

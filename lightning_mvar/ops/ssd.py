@@ -1,4 +1,4 @@
-"""State-space duality, the Mamba-2 scan: one recurrence, three ways to compute it.
+"""State-space duality, the Mamba-2 scan: one recurrence, two ways to compute it.
 
 For each head h, with a scalar decay, and B and C shared by all heads (Mamba-2, arXiv 2405.21060, sections 5 and 6):
 
@@ -16,10 +16,9 @@ For each head h, with a scalar decay, and B and C shared by all heads (Mamba-2, 
 
 Shapes: b batch, l tokens, h heads, p head dim, n SSM state; in the chunked form, q tokens per chunk.
 
-Networks call `ssd`, which dispatches to the Triton kernels of mamba-ssm on CUDA if that package is installed, and to
-`ssd_chunked` otherwise. `ssd_recurrent` is the definition, and the reference for tests. All of them take the state
-before the first token and return the state after the last, so a long sequence can be computed in pieces. The state is
-always float32, because it accumulates over the full sequence.
+`ops.mamba2` runs `ssd_chunked` where this package's Triton kernels cannot run; `ssd_recurrent` is the definition, and
+the reference for tests. Both take the state before the first token and return the state after the last, so a long
+sequence can be computed in pieces. The state is always float32, because it accumulates over the full sequence.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mvar.ops.kernels import KERNELS
-
 CHUNK_SIZE = 64
 MIN_LOG_DECAY = -80.0  # smaller decays are negligible, and denormals are slow
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scans with the fastest implementation available for the device of `x`.
+def ssd_recurrent(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Computes the recurrence token by token (slow reference).
 
     Args:
         x: (b, l, h, p) input, any floating dtype.
@@ -49,19 +48,6 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | 
     Returns:
         y (b, l, h, p) in the dtype of `x`, and the state after the last token (b, h, p, n) in float32.
     """
-    kernel = KERNELS.get("scan") if x.is_cuda else None
-    if kernel is None:
-        return ssd_chunked(x, dt, A, B, C, state)
-    y, final = kernel(
-        x, dt, A, B[:, :, None], C[:, :, None], CHUNK_SIZE, initial_states=state, return_final_states=True
-    )
-    return y, final.float()
-
-
-def ssd_recurrent(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Computes the recurrence token by token (slow reference). Arguments and results as in `ssd`."""
     b, l, h, p = x.shape
     state = x.new_zeros(b, h, p, B.shape[-1], dtype=torch.float32) if state is None else state
     outputs = []
@@ -84,9 +70,9 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Computes the recurrence as matrix products over chunks (paper, section 6): linear in l, any l, with autograd.
 
-    Arguments and results as in `ssd`. `chunk_size`, the maximum chunk length, trades the (q, q) products inside a chunk
-    for the number of states. Products run in the dtype of `x`, decays and states in float32. Only the arguments are
-    saved for the backward pass.
+    Arguments and results as in `ssd_recurrent`. `chunk_size`, the maximum chunk length, trades the (q, q) products
+    inside a chunk for the number of states. Products run in the dtype of `x`, decays and states in float32. Only the
+    arguments are saved for the backward pass.
     """
     if state is None:
         state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32)

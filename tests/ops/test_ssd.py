@@ -5,8 +5,7 @@ import torch
 from conftest import relative_error
 from torch import Tensor
 
-from lightning_mvar.ops.kernels import KERNELS, look_for_kernels
-from lightning_mvar.ops.ssd import ssd, ssd_chunked, ssd_recurrent
+from lightning_mvar.ops.ssd import ssd_chunked, ssd_recurrent
 
 LENGTHS = [1, 2, 63, 64, 65, 680]
 # Maximum difference over maximum magnitude. In bfloat16 the loop rounds only inputs and output, the chunked form also
@@ -47,11 +46,11 @@ def test_the_chunk_size_does_not_change_the_result(chunk_size: int) -> None:
 
 def test_scanning_in_pieces_equals_one_scan() -> None:
     x, dt, A, B, C, state = scan_inputs(30, torch.float32)
-    full, final = ssd(x, dt, A, B, C, state)
+    full, final = ssd_chunked(x, dt, A, B, C, state)
     parts, start = [], 0
     for length in (1, 4, 9, 16):
         part = slice(start, start + length)
-        y, state = ssd(x[:, part], dt[:, part], A, B[:, part], C[:, part], state)
+        y, state = ssd_chunked(x[:, part], dt[:, part], A, B[:, part], C[:, part], state)
         parts.append(y)
         start += length
     assert relative_error(torch.cat(parts, dim=1), full) < 1e-5
@@ -75,26 +74,3 @@ def test_decays_that_underflow_float32_equal_the_loop() -> None:
         results.append([y, final, *[t.grad for t in inputs]])
     for expected, actual in zip(*results, strict=True):
         assert relative_error(actual, expected) < 2e-5
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("length", [63, 64, 680])
-def test_the_kernel_equals_the_loop_in_outputs_state_and_gradients(length: int, dtype: torch.dtype) -> None:
-    """Starts from a nonzero state, as in sampling; float32 inputs use TF32."""
-    pytest.importorskip("mamba_ssm")
-    look_for_kernels()
-    assert "scan" in KERNELS
-    inputs = [t.cuda().requires_grad_() for t in scan_inputs(length, dtype, h=4, p=64, n=64)]
-    expected_inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    (y, state), (expected_y, expected_state) = ssd(*inputs), ssd_recurrent(*expected_inputs)
-    assert y.dtype == dtype
-    assert state.dtype == torch.float32
-    assert relative_error(y, expected_y) < 2e-2
-    assert relative_error(state, expected_state) < 2e-2
-    weights = torch.randn_like(y)
-    ((y * weights).sum() + state.sum()).backward()
-    ((expected_y * weights).sum() + expected_state.sum()).backward()
-    for actual, expected in zip(inputs, expected_inputs, strict=True):
-        assert actual.grad is not None
-        assert relative_error(actual.grad, expected.grad) < 5e-2

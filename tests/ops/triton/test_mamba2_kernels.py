@@ -1,0 +1,93 @@
+"""Mamba-2 in Triton kernels against PyTorch operations; on a CPU, Triton interprets the kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from torch import Tensor
+
+pytest.importorskip("triton")
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from lightning_mvar.ops.mamba2 import Mamba2Parameters, mamba2_reference
+from lightning_mvar.ops.triton.mamba2 import mamba2_forward
+
+B, H, P, N, TAPS = 2, 2, 8, 4, 4
+INNER, CHANNELS = H * P, H * P + 2 * N
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+OUTPUTS = ["y", "new_conv_state", "new_scan_state"]
+ARGUMENTS = ["projected", *Mamba2Parameters._fields, "conv_state", "scan_state"]
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mends the interpreter of Triton 3.7, which multiplies the bits of bfloat16 as integers."""
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(t: TensorHandle) -> TensorHandle:
+        if t.dtype.scalar != tl.bfloat16:
+            return t
+        return TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def product(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
+
+
+def random_arguments(length: int, dtype: torch.dtype, with_state: bool) -> list[Tensor | None]:
+    """Returns the kernels' arguments: projection and convolution's state in `dtype`, all others in float32."""
+    generator = torch.Generator().manual_seed(length)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    parameters = Mamba2Parameters(
+        randn(CHANNELS, TAPS), randn(CHANNELS), randn(H) - 2, randn(H).abs(), randn(H), randn(INNER)
+    )
+    state = [randn(B, TAPS - 1, CHANNELS).to(dtype), randn(B, H, P, N)] if with_state else [None, None]
+    return [randn(B, length, INNER + CHANNELS + H).to(dtype), *parameters, *state]
+
+
+def outputs_and_gradients(
+    function: Callable[..., tuple[Tensor, ...]], arguments: list[Tensor | None]
+) -> dict[str, Tensor]:
+    """Returns outputs and states, and the gradients of a weighted sum of them."""
+    leaves = [None if t is None else t.clone().requires_grad_() for t in arguments]
+    outputs = function(*leaves)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(t.shape, generator=generator).to(t.device) for t in outputs]
+    torch.stack([(t * weight).sum() for t, weight in zip(outputs, weights, strict=True)]).sum().backward()
+    gradients = {f"{name}.grad": t.grad for name, t in zip(ARGUMENTS, leaves, strict=True) if t is not None}
+    return dict(zip(OUTPUTS, outputs, strict=True)) | gradients  # type: ignore[arg-type]
+
+
+def reference(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+    projected, *parameters, conv_state, scan_state = arguments
+    state = None if conv_state is None else (conv_state, scan_state)
+    y, new_state = mamba2_reference(projected, Mamba2Parameters(*parameters), state, 1e-5)
+    return y, *new_state
+
+
+def kernels(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+    return mamba2_forward(*arguments, 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("length", "with_state"), [(1, True), (2, True), (63, True), (64, True), (65, False), (200, True)]
+)
+def test_kernels_equal_the_reference(length: int, with_state: bool, dtype: torch.dtype, device: str) -> None:
+    """Compares outputs, states and every gradient with float32; bfloat16 may err a few times as much as in PyTorch."""
+    arguments = [None if t is None else t.to(device) for t in random_arguments(length, dtype, with_state)]
+    actual = outputs_and_gradients(kernels, arguments)
+    expected = outputs_and_gradients(reference, [None if t is None else t.float() for t in arguments])
+    rounded = outputs_and_gradients(reference, arguments)
+    for name in expected:
+        bound = max(TOLERANCE[dtype], 3 * relative_error(rounded[name], expected[name]))
+        assert relative_error(actual[name], expected[name]) < bound, name
+    assert actual["y"].dtype == actual["new_conv_state"].dtype == actual["projected.grad"].dtype == dtype
+    assert actual["new_scan_state"].dtype == torch.float32
