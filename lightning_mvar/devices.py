@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Literal
 
@@ -11,8 +13,30 @@ from torch import nn
 
 from lightning_mvar.errors import InputError
 
-Precision = Literal["float32", "bfloat16", "float16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# In `float32`, products on a GPU are float32 as on a CPU; `tf32` rounds their factors to 10 bits of mantissa.
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def set_tf32(allowed: bool) -> None:
+    """Sets whether this process computes products of float32 on GPUs in TF32: matrix products and convolutions.
+
+    Every command begins without TF32. PyTorch's own default is none of the two: TF32 in convolutions alone.
+    """
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Computes products of float32 without TF32, whatever `set_tf32` allows: for tokens and scores."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    set_tf32(False)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def choose_device(name: str) -> torch.device:

@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
+from lightning_mvar.devices import set_tf32
 from lightning_mvar.errors import InputError, Interrupted, one_line
 
 PIPE_EXIT_CODE = 128 + signal.SIGPIPE
@@ -93,6 +94,7 @@ def flush_streams(code: int) -> int:
 def run(argv: list[str]) -> int:
     """Runs one command and returns its exit code."""
     enable_logging()
+    set_tf32(False)
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(usage())

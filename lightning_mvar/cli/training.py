@@ -37,6 +37,7 @@ from lightning_mvar.cli.arguments import find_input_error
 from lightning_mvar.cli.configs import MODE, config_files, parse, run_folder
 from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.cli.rendezvous import fail_together
+from lightning_mvar.devices import set_tf32
 from lightning_mvar.errors import RESUME_REMEDY, InputError, one_line
 from lightning_mvar.io.files import create_folder
 from lightning_mvar.io.locks import lock_folder
@@ -87,6 +88,7 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"trainer.default_root_dir": run_folder(self.command, self.files)})
+        parser.add_argument("--tf32", type=bool, default=False, help=TF32_HELP)
         what = "resume" if self.training else "score"
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=f"checkpoint to {what} from")
         for name, text in START_HELP.items():  # hidden in `validate` and `test`, which take a file that fit printed
@@ -100,6 +102,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Prepares the configuration to save: the seed that was drawn, and not how this process was started."""
+        set_tf32(self.config.tf32)
         saved = self.written.clone()
         saved.seed_everything = self.config.seed_everything
         for name in ("ckpt_path", *StartOptions._fields):
@@ -338,6 +341,10 @@ class StartOptions(NamedTuple):
         return start
 
 
+TF32_HELP = (
+    "compute what stays in float32 on GPUs in TF32, with 10 bits of mantissa: several times faster; inputs made from "
+    "tokens, samples and their scores are computed in float32 in any case"
+)
 START_HELP = {
     "resume": "continue from the newest complete checkpoint of this run; start from scratch if it has none",
     "overwrite": "remove the checkpoints and logs of an earlier run in the same folder, and start from scratch",

@@ -19,7 +19,7 @@ from lightning_mvar.bench.tokenizing import measure_tokenizing
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
-from lightning_mvar.devices import Precision, choose_device
+from lightning_mvar.devices import Precision, choose_device, set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
 
@@ -79,6 +79,9 @@ def bench(
     check_options(what, versus, compile, repeats, num_workers, profile, images, shards)
     first = Setting(size, mixer, resolution, batch_size, precision, depth, compile)
     settings = [first] if versus is None else [first, first.with_changes(versus)]
+    if len({setting.precision == "tf32" for setting in settings}) > 1:
+        raise InputError("--versus: tf32 holds for a whole run, so compare it with other precisions in two runs")
+    set_tf32(precision == "tf32")
     place = choose_device(device)
     measurements: dict[Measurement, Callable[[], list[Record]]] = {
         "sample": lambda: measure_sampling(settings, place, repeats),

@@ -14,6 +14,7 @@ from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.devices import set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import classifier_for, reconstruction_accuracy, sample_accuracy
 from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
@@ -108,6 +109,7 @@ def evaluate(
         if ckpt_path is not None:
             load = partial(read_and_try, extractor, ckpt_path, tokenizer, weights)
             sampled = draw_set(fabric, load, samples, per_class=per_class, **sampling)
+        set_tf32(False)  # scores are computed in float32, in whatever precision the samples were drawn
         images = open_samples(samples)
         if sampled is not None:
             require_count(images, len(sampled.labels), samples)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_mvar.devices import exact_float32
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import load_strictly, read_torch
 
@@ -168,9 +169,7 @@ class InceptionNetwork(nn.Module):
 
     def features_and_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns pool features and sFID features (b, 2023): 7 channels of "mixed_6/conv", 17 x 17, row by row."""
-        # By default cuDNN convolutions round their inputs to TF32.
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.autocast(images.device.type, enabled=False), exact:
+        with torch.autocast(images.device.type, enabled=False), exact_float32():
             x = resize_like_tensorflow((images.float() * 255).round(), (SIDE, SIDE))
             x = (x - 128) / 128
             for name in self.sequence:

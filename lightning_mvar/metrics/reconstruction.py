@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from lightning_mvar.devices import exact_float32
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.summary import num_features
 
@@ -35,8 +36,9 @@ class ReconstructionScores:
         assert isinstance(ssim, Tensor)
         self.ssim.update(ssim.double())
         if self.extractor is not None:
-            self.originals.update(self.extractor(originals))
-            self.decoded.update(self.extractor(decoded))
+            with exact_float32():
+                self.originals.update(self.extractor(originals))
+                self.decoded.update(self.extractor(decoded))
 
     def compute(self) -> dict[str, float]:
         """Returns `psnr` in dB, `ssim` and, with an extractor, `rfid` (needs two pairs); all ranks must call this."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_mvar.devices import device_of
+from lightning_mvar.devices import device_of, exact_float32
 from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.fingerprint import fingerprint
@@ -98,11 +98,12 @@ class Features:
     @torch.no_grad()
     def update(self, images: Tensor, indices: Tensor) -> Tensor:
         """Adds images (b, 3, H, W) float32 in [0, 1] with their indices (b,) in the set; returns features (b, f)."""
-        if self.spatial is None:
-            features = self.extractor(images)
-        else:
-            features, spatial = self.extractor.features_and_spatial(images)  # type: ignore[operator]
-            self.spatial.update(spatial)
+        with exact_float32():
+            if self.spatial is None:
+                features = self.extractor(images)
+            else:
+                features, spatial = self.extractor.features_and_spatial(images)  # type: ignore[operator]
+                self.spatial.update(spatial)
         self.statistics.update(features)
         if self.bank is not None:
             self.bank.update(features[self.in_bank[indices.cpu()].to(features.device)])

@@ -169,8 +169,9 @@ def draw_set(
         keep: with --reject, the share of the images that is kept, default 0.5. One process draws all images of a
             class, so an interruption loses the classes in progress.
         batch_size: images per batch on each device.
-        precision: precision of network and decoder. bfloat16 is faster on GPUs and on CPUs with AMX; it may choose
-            differently between tokens of nearly equal probability, so images differ and may depend on the batch size.
+        precision: precision of network and decoder. bfloat16 is faster on GPUs and on CPUs with AMX, tf32 on GPUs; they
+            may choose differently between tokens of nearly equal probability, so images differ and may depend on the
+            batch size.
         compile: compile each scale with torch.compile; takes minutes, pays off for many images on a GPU.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mvar.checkpoints.pair import TrainedModel
 from lightning_mvar.data.classes import Classes
-from lightning_mvar.devices import DTYPES, Precision
+from lightning_mvar.devices import DTYPES, Precision, set_tf32
 from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.sampling.generate import decode_images, draw_images, draw_scales
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -22,11 +22,12 @@ class Sampler:
     Args:
         model: network, tokenizer and class names.
         device: device to draw on.
-        precision: precision of network and decoder.
+        precision: precision of network and decoder; sets that of float32 products in this process, see `set_tf32`.
     """
 
     def __init__(self, model: TrainedModel, device: torch.device, precision: Precision = "float32") -> None:
         self.device = device
+        set_tf32(precision == "tf32")
         self.network = lower_precision(model.network.to(device), DTYPES[precision])
         self.tokenizer = model.tokenizer.to(device).lower(DTYPES[precision])
         self.class_names = model.class_names

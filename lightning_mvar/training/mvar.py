@@ -23,6 +23,7 @@ from lightning_mvar.checkpoints.training import (
     resolve_last,
 )
 from lightning_mvar.data.tokens.stream import TokenBatch
+from lightning_mvar.devices import exact_float32
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import checked
 from lightning_mvar.models.config import MVARConfig, NetworkOptions
@@ -235,7 +236,8 @@ class LitMVAR(ScheduledModule):
 
     def score(self, batch: TokenBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cross entropy (b, l) in nats and whether the most likely token is correct (b, l), both float32."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # in float32, as in sampling
+        # In float32, as in sampling.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), exact_float32():
             scale_inputs = teacher_inputs(self.network_config, self.tokenizer, batch.tokens)
         scores: tuple[Tensor, Tensor] = self.network.score(labels, scale_inputs, batch.tokens)
         return scores

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_mvar.checkpoints.sharded import ShardReader
 from lightning_mvar.checkpoints.training import read_plain_part
+from lightning_mvar.devices import exact_float32
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import is_finite, tensors_in
 from lightning_mvar.models.config import MVARConfig
@@ -179,7 +180,7 @@ def sampling_mode(network: MVAR, strategy: Strategy, keep_sharded: bool = False)
     try:
         # Compiled blocks would recompile for the length of each scale.
         eager, precision = torch.compiler.set_stance("force_eager"), strategy.precision_plugin.forward_context()
-        with torch.no_grad(), eager, precision, gathered(network, gather=not keep_sharded):
+        with torch.no_grad(), eager, precision, exact_float32(), gathered(network, gather=not keep_sharded):
             yield network
     finally:
         network.train(training)

@@ -12,7 +12,8 @@ import yaml
 
 from lightning_mvar.cli import run
 from lightning_mvar.cli.configs import config_files, run_folder
-from lightning_mvar.cli.training import parse_command
+from lightning_mvar.cli.training import TrainingCLI, parse_command
+from lightning_mvar.devices import exact_float32
 from lightning_mvar.errors import InputError
 
 
@@ -71,6 +72,20 @@ def test_a_saved_configuration_starts_a_new_run_and_scores_an_old_one(here: Path
     for command in ("validate", "test"):
         options = ["--config", "run/logs/config.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]
         assert run([command, *options]) == 0
+
+
+def test_tf32_is_an_option_of_training_that_is_off_by_default(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And set before anything is built."""
+    seen: list[bool] = []
+
+    def stop(self: TrainingCLI) -> None:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(TrainingCLI, "instantiate_classes", stop)
+    with exact_float32():
+        assert fit("--tf32", "true") == fit() == 1
+    assert seen == [True, False]
 
 
 def test_classes_whose_defaults_yaml_cannot_hold_are_saved_without_them(here: Path) -> None:

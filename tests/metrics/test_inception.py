@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_mvar.devices import exact_float32, set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics.inception import InceptionNetwork, InceptionV3, resize_like_tensorflow
@@ -316,10 +317,11 @@ def test_autocast_changes_nothing(network: InceptionV3, pixels: Tensor, features
 def test_convolutions_on_a_gpu_do_not_use_tf32(network: InceptionV3, pixels: Tensor) -> None:
     allow_tf32 = []
     layer = network.get_submodule("Mixed_7c")
-    with layer.register_forward_hook(lambda *_: allow_tf32.append(torch.backends.cudnn.allow_tf32)):
+    with exact_float32(), layer.register_forward_hook(lambda *_: allow_tf32.append(torch.backends.cudnn.allow_tf32)):
+        set_tf32(True)
         network(pixels / 255)
-    assert allow_tf32 == [False]
-    assert torch.backends.cudnn.allow_tf32
+        assert allow_tf32 == [False]
+        assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_mvar.data.images.examples import ImageBatch
-from lightning_mvar.devices import DTYPES, Precision
+from lightning_mvar.devices import DTYPES, Precision, set_tf32
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 
@@ -24,10 +24,17 @@ class EncodedBatch(NamedTuple):
 
 
 class TokenEncoder:
-    """Encodes batches of images into tokens on one device."""
+    """Encodes batches of images into tokens on one device.
+
+    Args:
+        model: the tokenizer, which is moved to the device.
+        device: device to encode on.
+        precision: precision of the encoder; sets that of float32 products in this process, see `set_tf32`.
+    """
 
     def __init__(self, model: Tokenizer, device: torch.device, precision: Precision) -> None:
         self.model, self.device, self.dtype = model.to(device), device, DTYPES[precision]
+        set_tf32(precision == "tf32")
         if self.dtype.itemsize == 2:
             self.model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
