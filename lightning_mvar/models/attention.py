@@ -6,14 +6,14 @@ import math
 from abc import abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.models.base import Mixer, State
 from lightning_mvar.ops.attention import attend_block_causal, attend_previous, attend_window, attend_within_scales
+from lightning_mvar.ops.qk_norm import normalized_qkv, project_qkv
 from lightning_mvar.scales import Shape, lengths_of
 
-INITIAL_QK_SCALE, MAX_QK_SCALE = 4.0, 100.0
+INITIAL_QK_SCALE = 4.0
 
 
 class Attention(Mixer):
@@ -48,15 +48,10 @@ class Attention(Mixer):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projects tokens x (b, l, d) to q, k and v, each (b, h, l, p); normalizes q and k if QK-norm is on."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # (b, h, l, p) each
-        if self.qk_scale_log is not None:
-            # In float32: a scale of up to 100 would amplify the rounding of unit vectors in half precision.
-            scale = self.qk_scale_log.float().clamp(max=math.log(MAX_QK_SCALE)).exp()[:, None, None]
-            q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
-            k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        return q, k, v
+        parameters = self.qkv.weight, self.q_bias, self.v_bias
+        if self.qk_scale_log is None:
+            return project_qkv(x, *parameters, self.heads)
+        return normalized_qkv(x, *parameters, self.qk_scale_log)
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], state: State) -> tuple[Tensor, State]:

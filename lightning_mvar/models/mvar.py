@@ -29,6 +29,7 @@ from lightning_mvar.models.attention import Attention
 from lightning_mvar.models.base import Mixer, State
 from lightning_mvar.models.config import MIXERS, MVARConfig
 from lightning_mvar.models.scoring import score_in_parts
+from lightning_mvar.ops.adaln import add_gated, modulate
 from lightning_mvar.ops.kernels import look_for_kernels
 from lightning_mvar.scales import Shape
 
@@ -99,10 +100,10 @@ class Block(nn.Module):
         for mixer, adaln, before in zip(self.mixers, of_mixers, state.mixers, strict=True):
             source = entered if self.config.parallel else x
             y, after = mixer(modulate(source, adaln.gain, adaln.shift), shapes, before)  # (b, l, d)
-            x = torch.addcmul(x, adaln.gate, y)  # (b, l, d)
+            x = add_gated(x, adaln.gate, y)  # (b, l, d)
             carried.append(after)
         y = self.mlp(modulate(x, of_mlp.gain, of_mlp.shift))  # (b, l, d)
-        x = torch.addcmul(x, of_mlp.gate, y)  # (b, l, d)
+        x = add_gated(x, of_mlp.gate, y)  # (b, l, d)
         return x, BlockState(state.adaln, tuple(carried))
 
     def adaln_parameters(self, cond: Tensor, survival: Tensor | None = None) -> list[AdaLN]:
@@ -272,11 +273,6 @@ class MVAR(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=std)
         self.head.weight.mul_(0.02)
         self.head_adaln.weight.mul_(0.5)
-
-
-def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """Applies AdaLN to x (b, l, d): LayerNorm without learned affine, then gain and shift, each (b, 1, d)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), gain)
 
 
 def float_parameters(linear: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-KERNELS: dict[str, Callable[..., Any]] = {}  # by purpose: `mamba2`, `packed attention`
+KERNELS: dict[str, Callable[..., Any]] = {}  # by purpose, see `look_for_kernels`
 
 
 @cache
@@ -23,11 +23,13 @@ def look_for_kernels() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return
     try:
-        from lightning_mvar.ops.triton.mamba2 import mamba2_forward
+        from lightning_mvar.ops.triton import adaln, mamba2, qk_norm
 
-        KERNELS["mamba2"] = mamba2_forward
+        KERNELS["mamba2"] = mamba2.mamba2_forward
+        KERNELS["qk norm"] = qk_norm.qk_norm
+        KERNELS["modulate"], KERNELS["add gated"] = adaln.modulate, adaln.add_gated
     except ImportError as error:
-        log.info("Mamba-2: using torch operations, because Triton cannot be imported: %s", error)
+        log.info("Mamba-2, QK-norm and AdaLN: using torch operations, because Triton cannot be imported: %s", error)
     try:
         from torch.nn.attention.varlen import varlen_attn
 
