@@ -71,17 +71,17 @@ def read_header(stream: IO[bytes], size: int) -> Header:
     return header
 
 
-def read_npy(data: bytes) -> NDArray[Any]:
+def read_npy(data: bytes | memoryview) -> NDArray[Any]:
     """Decodes an npy file; the array is read-only.
 
     Raises:
         ValueError: if it is damaged, or holds anything but numbers and strings.
     """
-    header = read_header(BytesIO(data), len(data))
+    header = read_header(BytesIO(data[:MAX_HEADER_BYTES]), len(data))
     return decode(data[header.end :], header)
 
 
-def decode(content: bytes, header: Header) -> NDArray[Any]:
+def decode(content: bytes | memoryview, header: Header) -> NDArray[Any]:
     return np.frombuffer(content, header.dtype).reshape(header.shape, order="F" if header.fortran_order else "C")
 
 

@@ -117,7 +117,7 @@ class TokenDataModule(BatchedDataModule):
         batch_size: images per device and batch, instead of `global_batch_size`.
         max_batch_size: maximum images per device and batch; gradients are accumulated to reach `global_batch_size`.
         num_workers: processes that read ahead; 0 reads in the training process, which suffices for local files.
-        block_size: number of samples that are shuffled together in memory.
+        block_size: number of samples that are shuffled together.
         seed: seed of the shuffling, combined with the epoch; default: `seed_everything`.
         cache_dir: local folder that caches remote shards; nothing is ever removed from it.
         retries: number of retries after a remote file could not be read, 1, 2, 4, ... seconds apart.
@@ -143,9 +143,10 @@ class TokenDataModule(BatchedDataModule):
         self.shards = {name: open_shards(source, cache_dir, retries) for name, source in sources.items()}
         self.block_size = block_size
         self.manifests: dict[str, Manifest] = {}
+        self.verified: set[str] = set()  # sets whose shards on this machine have the right checksums
 
     def setup(self, stage: str) -> None:
-        """Reads the manifests that `stage` needs.
+        """Reads the manifests that `stage` needs, and verifies the shards: each process of a machine a part of them.
 
         Raises:
             InputError: on all ranks, if shards are missing, unfinished or damaged, differ between ranks, or have other
@@ -158,7 +159,14 @@ class TokenDataModule(BatchedDataModule):
             manifests = {name: self.shards[name].manifest() for name in needed}
             return manifests, {f"data.{name}": manifest.digest for name, manifest in manifests.items()}
 
+        def verify() -> tuple[set[str], dict[str, str]]:
+            for name in set(needed) - self.verified:
+                self.shards[name].verify(self.manifests[name].shards[part])
+            return set(needed), {}
+
+        part = slice(None) if self.trainer is None else slice(self.trainer.local_rank, None, self.trainer.num_devices)
         self.manifests |= read_on_all_ranks(read)
+        self.verified |= read_on_all_ranks(verify)
         names = {name: manifest.class_names for name, manifest in self.manifests.items()}
         if any(classes != next(iter(names.values())) for classes in names.values()):
             raise InputError(f"the shards in {' and '.join(str(self.shards[n]) for n in names)} have different classes")
@@ -188,7 +196,14 @@ class TokenDataModule(BatchedDataModule):
     def loader(self, name: str, seed: int | None) -> TokenLoader:
         rank, world_size = rank_and_world_size(self.trainer)
         stream = TokenStream(
-            self.shards[name], self.manifests[name], self.batch_size, seed, self.block_size, rank, world_size
+            self.shards[name],
+            self.manifests[name],
+            self.batch_size,
+            seed,
+            self.block_size,
+            rank,
+            world_size,
+            verified=name in self.verified,
         )
         return TokenLoader(stream, self.num_workers, self.pin_memory)
 

@@ -52,6 +52,22 @@ def test_a_rank_without_shards_ends_the_others_with_its_message(machines: Path) 
     assert "Traceback" not in ranks.printed()
 
 
+def test_a_damaged_shard_ends_all_ranks_before_the_first_batch(plain_run_folder: Path) -> None:
+    """Each of two ranks verifies every second shard: the second one finds the damage in shard 1."""
+    path = plain_run_folder / "shards/000001.tar"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    arguments = ["fit", "--config", "run.yaml", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
+    ranks = start([*arguments, "--trainer.default_root_dir", str(plain_run_folder / "run")], plain_run_folder, 2)
+    assert ranks.wait() == [1, 1], ranks.printed()
+    outputs = [file.read_text() for file in ranks.outputs]
+    message = "shards/000001.tar is damaged: its SHA-256 is not the manifest's; copy it again"
+    assert f"error: rank 1 on {socket.gethostname()}: {message}" in outputs[0]
+    assert "Traceback" not in ranks.printed()
+    assert not list((plain_run_folder / "run").rglob("*.ckpt"))
+
+
 def test_reports_are_compared_by_option() -> None:
     same = Report("a", {"data.train": "1", "data.val": "2"})
     require_same([same, same._replace(host="b")], same)

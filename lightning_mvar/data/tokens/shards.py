@@ -65,8 +65,12 @@ def read_shard(path: Path, shard: Shard, spec: TokenSpec) -> Iterator[Pack]:
         if samples != shard.samples:
             raise ValueError(f"it holds {samples} samples, the manifest says {shard.samples}")
     except PACK_ERRORS as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(f"{path} is damaged or not a token shard ({reason}): {DAMAGED_REMEDY}") from error
+        raise damaged_shard(path, error) from error
+
+
+def damaged_shard(path: Path, error: Exception) -> InputError:
+    reason = str(error) or type(error).__name__
+    return InputError(f"{path} is damaged or not a token shard ({reason}): {DAMAGED_REMEDY}")
 
 
 def read_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list[int]) -> Pack:

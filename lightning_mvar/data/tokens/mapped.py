@@ -1,0 +1,147 @@
+"""Single samples of token shards, read through memory maps: the cost is that of the rows, not of their shards."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_mvar.data.tokens.manifest import Manifest, Shard
+from lightning_mvar.data.tokens.packs import PACK_ERRORS, CheckedPack, Member, TokenSpec, find_packs, range_problem
+from lightning_mvar.data.tokens.prefetch import Prefetcher
+from lightning_mvar.data.tokens.shards import damaged_shard
+from lightning_mvar.io.files import open_regular
+
+
+class Layout(NamedTuple):
+    """Where the packs of a shard are; p packs."""
+
+    ends: NDArray[np.int64]  # (p,) number of samples up to and including each pack
+    tokens: NDArray[np.int64]  # (p,) offset in bytes of where sample 0 would be if the pack began with it
+    labels: NDArray[np.int64]  # (p,) the same for its label
+
+
+class MappedShard:
+    """The samples of one shard.
+
+    Headers are checked once, values whenever they are read; the checksum is for `ShardSource.verify` to compare.
+
+    Args:
+        path: the file.
+        shard: its manifest entry.
+        spec: properties that the manifest prescribes for every shard.
+        layout: layout of the file, if it has been opened before.
+
+    Raises:
+        InputError: if the file is missing, truncated or not a token shard, or contradicts the manifest.
+    """
+
+    def __init__(self, path: Path, shard: Shard, spec: TokenSpec, layout: Layout | None = None) -> None:
+        self.path, self.spec = path, spec
+        try:
+            with open_regular(path) as file:
+                memory = np.frombuffer(mmap(file.fileno(), 0, access=ACCESS_READ), np.uint8)
+                if len(memory) != shard.bytes:
+                    raise ValueError(f"it has {len(memory)} bytes, the manifest says {shard.bytes}")
+                self.token_bytes = 2 * (spec.num_tokens or 1)
+                self.layout = layout or self.find_layout(memory, [*find_packs(file)], shard.samples)
+        except PACK_ERRORS as error:
+            raise damaged_shard(path, error) from error
+        # A row is a window at any byte; one indexing operation then copies rows of many packs.
+        self.tokens = np.lib.stride_tricks.sliding_window_view(memory, self.token_bytes)
+        self.labels = np.lib.stride_tricks.sliding_window_view(memory, 8)
+
+    def find_layout(
+        self, memory: NDArray[np.uint8], packs: list[tuple[str, dict[str, Member]]], samples: int
+    ) -> Layout:
+        """Checks the headers of all packs and returns where their samples are."""
+        counts, begins = [], []
+        for name, members in packs:
+            content = {suffix: memory.data[begin : begin + size] for suffix, (_, begin, size) in members.items()}
+            arrays = CheckedPack(name, content, self.spec, headers_only=True).arrays()
+            counts.append(len(arrays[0]))
+            begins.append([address(array) - address(memory) for array in arrays])
+        if sum(counts) != samples:
+            raise ValueError(f"it holds {sum(counts)} samples, the manifest says {samples}")
+        ends = np.cumsum(counts, dtype=np.int64)
+        tokens, labels = np.array(begins, np.int64).T - (ends - counts) * np.array([[self.token_bytes], [8]])
+        return Layout(ends, tokens, labels)
+
+    def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        """Returns tokens (n, l) and labels (n,) of samples of this shard, counted from its first.
+
+        Raises:
+            InputError: if a value is out of range.
+        """
+        pack = np.searchsorted(self.layout.ends, rows, side="right")
+        tokens = self.tokens[self.layout.tokens[pack] + rows * self.token_bytes].view(np.uint16)
+        labels = self.labels[self.layout.labels[pack] + rows * 8].view(np.int64)[:, 0]
+        for problem in (
+            range_problem("tokens", tokens, self.spec.vocab_size),
+            range_problem("labels", labels, self.spec.num_classes),
+        ):
+            if problem:
+                raise damaged_shard(self.path, ValueError(f"it {problem} of {len(rows)} that were read"))
+        return tokens, labels
+
+
+def address(array: NDArray[np.generic]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+class SampleReader:
+    """Reads samples by their index through all shards, and fetches shards ahead; to be closed.
+
+    Args:
+        manifest: manifest of the shards.
+        order: indices of the shards in the order in which they are needed.
+        fetch: returns a local file for a shard.
+        layouts: layouts of shards by index, completed with those of shards that are opened.
+        ahead: number of shards to fetch in advance, half as many as stay mapped.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: Sequence[int],
+        fetch: Callable[[Shard], Path],
+        layouts: dict[int, Layout],
+        ahead: int,
+    ) -> None:
+        self.manifest, self.layouts, self.max_open = manifest, layouts, 2 * ahead
+        self.spec, self.offsets = manifest.spec, np.array(manifest.offsets, np.int64)
+        self.positions = {index: position for position, index in enumerate(order)}
+        self.files = Prefetcher(fetch, [manifest.shards[index] for index in order], ahead)
+        self.open: OrderedDict[int, MappedShard] = OrderedDict()  # least recently used first
+
+    def close(self) -> None:
+        self.files.close()
+
+    def read(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        """Returns tokens (n, l) and labels (n,).
+
+        Raises:
+            InputError: if a shard is unavailable or damaged.
+        """
+        tokens = np.empty((len(ids), self.spec.num_tokens or 0), np.uint16)
+        labels = np.empty(len(ids), np.int64)
+        shard_of = np.searchsorted(self.offsets, ids, side="right") - 1
+        for index in sorted(set(shard_of.tolist()), key=self.positions.__getitem__):
+            own = shard_of == index
+            tokens[own], labels[own] = self.mapped(index).read(ids[own] - self.offsets[index])
+        return tokens, labels
+
+    def mapped(self, index: int) -> MappedShard:
+        if index not in self.open:
+            if len(self.open) >= self.max_open:
+                self.open.popitem(last=False)
+            path = self.files.path(self.positions[index])
+            shard = MappedShard(path, self.manifest.shards[index], self.spec, self.layouts.get(index))
+            self.open[index], self.layouts[index] = shard, shard.layout
+        self.open.move_to_end(index)
+        return self.open[index]
