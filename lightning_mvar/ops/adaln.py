@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.ops.kernels import KERNELS
+from lightning_mvar.ops.recompute import cheap
 
 NORM_EPS = 1e-6
 
@@ -29,7 +30,11 @@ def modulate(x: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype | None =
     if kernel is not None:
         modulated: Tensor = kernel(x, gain, shift, NORM_EPS, dtype or torch.promote_types(x.dtype, gain.dtype))
         return modulated
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), gain).to(dtype)
+    return torch.addcmul(shift, cheap(layer_norm, x), gain).to(dtype)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
 def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

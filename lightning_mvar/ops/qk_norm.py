@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.ops.kernels import KERNELS
+from lightning_mvar.ops.recompute import cheap
 
 MAX_QK_SCALE = 100.0
 
@@ -38,7 +39,12 @@ def normalized_qkv(
     q, k, v = project_qkv(x, weight, q_bias, v_bias, h)
     # In float32: a scale of up to 100 would amplify the rounding of unit vectors in half precision.
     scale = scale_log.float().clamp(max=math.log(MAX_QK_SCALE)).exp()[:, None, None]
-    return (F.normalize(q.float(), dim=-1) * scale).to(v.dtype), F.normalize(k.float(), dim=-1).to(v.dtype), v
+    return (cheap(unit_vectors, q) * scale).to(v.dtype), cheap(unit_vectors, k).to(v.dtype), v
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Returns vectors x (..., p) at length 1, in float32."""
+    return F.normalize(cheap(torch.Tensor.float, x), dim=-1)
 
 
 def project_qkv(x: Tensor, weight: Tensor, q_bias: Tensor, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lightning_mvar.models.mvar import Block
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
-KEPT_PRODUCTS = ("aten::mm", "aten::addmm")  # those of linear layers; the scan's are batched
-KEPT_NAMESPACES = ("lightning_mvar", "torch_attn")  # scans, variable-length attention
+# Products of linear layers (the scan's are batched), scans, and kinds of attention by a part of their names.
+KEPT_OPERATORS = ("aten::mm", "aten::addmm", "lightning_mvar::mamba2", "lightning_mvar::selective_scan")
+ATTENTION = ("aten::_scaled_dot_product", "torch_attn::")
 
 
 def configure_block(block: Block, compile: bool, checkpointing: ActivationCheckpointing) -> None:
@@ -46,8 +47,8 @@ def recomputed(forward: Any, options: dict[str, Any]) -> Any:
 
 def keeps(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keeps what costs most to compute and little to store."""
-    name = operator.name()  # namespace::name[.overload]
-    kept = name.split(".")[0] in KEPT_PRODUCTS or operator.namespace in KEPT_NAMESPACES or "scaled_dot_product" in name
+    name = operator.name().split(".")[0]  # namespace::name[.overload]
+    kept = name in KEPT_OPERATORS or name.startswith(ATTENTION)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
