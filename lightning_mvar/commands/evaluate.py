@@ -19,7 +19,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import classifier_for, reconstruction_accuracy, sample_accuracy
 from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
-from lightning_mvar.metrics.reference import open_reference
+from lightning_mvar.metrics.reference import Reference, open_reference
 from lightning_mvar.metrics.summary import prepare, try_extractor
 from lightning_mvar.sampling.draw import METADATA_KEYS, Drawing, draw_set
 from lightning_mvar.sampling.readers import Samples, open_samples
@@ -107,7 +107,7 @@ def evaluate(
         )
         sampled = None
         if ckpt_path is not None:
-            load = partial(read_and_try, extractor, ckpt_path, tokenizer, weights)
+            load = partial(read_and_try, extractor, ckpt_path, tokenizer, weights, [real, floor_images])
             sampled = draw_set(fabric, load, samples, per_class=per_class, **sampling)
         set_tf32(False)  # scores are computed in float32, in whatever precision the samples were drawn
         images = open_samples(samples)
@@ -153,9 +153,18 @@ def describe(images: Samples, evaluator: Evaluator, sampled: Drawing | None) -> 
     return record
 
 
-def read_and_try(extractor: nn.Module, ckpt_path: str, tokenizer: str | None, weights: WhichWeights) -> TrainedModel:
-    """Reads a network and tries the extractor on an image of its size, before any are drawn."""
+def read_and_try(
+    extractor: nn.Module,
+    ckpt_path: str,
+    tokenizer: str | None,
+    weights: WhichWeights,
+    references: list[Reference | None],
+) -> TrainedModel:
+    """Reads a network; checks that references have its classes, and tries the extractor, before images are drawn."""
     model = read_model(ckpt_path, tokenizer, weights)
+    for reference in references:
+        if reference is not None:
+            reference.check_classes(model.class_names)
     try_extractor(extractor, model.tokenizer.config.shape)
     return model
 

@@ -54,6 +54,11 @@ class Reference:
         """Returns whether there are images, not only statistics."""
         return self.kind != "npz" or "arr_0" in self.arrays
 
+    def check_classes(self, class_names: list[str]) -> None:
+        """Raises InputError if token shards have other classes than a network with these names, or in another order."""
+        if self.kind == "shards" and class_names:
+            open_shards(self.name, retries=self.retries).manifest().check_classes(self.name, class_names)
+
     def images(self, size: int | Shape, tokenizer: Tokenizer | None = None, num_workers: int = 0) -> ImageSet:
         """Opens the images.
 

@@ -128,6 +128,22 @@ def test_references_are_images_shards_or_statistics(workspace: Path, tokenizer: 
     assert record["reconstruction_frechet_distance"] > 0
 
 
+@pytest.mark.parametrize("option", ["--reference", "--floor"])
+def test_shards_with_other_classes_than_the_network_are_refused(
+    workspace: Path, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str], option: str
+) -> None:
+    write_token_shards(workspace / "shards", tokenizer.fingerprint(), [20])
+    command = ["evaluate", *REFERENCE, option, "shards", "--ckpt_path", "named", "--samples", "set.npz", *SAMPLING]
+    for names, message in (
+        ([*"0123465789"], "class 5 is '5' in the shards and '6' in the model"),
+        ([*"abcdefghijk"], "have 10 classes, the model has 11"),
+    ):
+        save_folder("named", tokenizer, tiny_network(num_classes=len(names)), names)
+        assert run(command) == 1
+        assert message in capfd.readouterr().err
+    assert not Path("set.npz").exists()
+
+
 def test_few_samples_cause_a_warning(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     np.savez("few.npz", np.zeros((4, 8, 8, 3), np.uint8))
     evaluate_scores("few.npz")

@@ -229,13 +229,18 @@ class Manifest:
 
         Args:
             location: names the shards in messages.
-            class_names: the network's, in label order; as many as the shards have, and ignored if they are the labels.
+            class_names: the network's, in label order; ignored if they are the labels.
 
         Raises:
             InputError: naming the first class that differs.
         """
         if list(class_names) == [str(label) for label in range(len(class_names))]:
             return  # of a network trained on labels without names
+        if len(class_names) != len(self.class_names):
+            raise InputError(
+                f"the shards in {location} have {len(self.class_names)} classes, the model has {len(class_names)}: "
+                f"tokenize images of the model's classes"
+            )
         for label, (ours, theirs) in enumerate(zip(self.class_names, class_names, strict=True)):
             if ours != theirs:
                 raise InputError(
