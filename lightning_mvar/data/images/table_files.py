@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lightning_mvar.data.images.arrow_bodies import decompressed_bytes
+from lightning_mvar.data.images import arrow_bodies, parquet_pages
 from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.files import open_regular
 
@@ -22,9 +22,11 @@ MAX_NAME_BYTES = 4096  # of a name or path
 ARROW_FILE = b"ARROW1"  # begins Arrow's file format, which is a stream and its index; the stream format has no mark
 STREAM_BEGIN = 8  # in the file format
 MAX_GROWTH = 8  # of an Arrow file when decompressed, which it stays
+MAX_PAGE_GROWTH = 64  # of a Parquet file when columns of a row group are decompressed
+MIN_PAGES = 2**26  # bytes that they may have in any file
 MIN_DECOMPRESSED = 2**20  # bytes that any file or row group may have
 TABLE_ERRORS = (  # base classes of pyarrow's errors; MemoryError: a buffer of a claimed size, allocated but not filled
-    *(OSError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError, OverflowError),
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, MemoryError, OverflowError),
 )
 
 
@@ -66,8 +68,11 @@ class ParquetTable(TableFile):
 
         try:
             metadata = self.file.metadata.row_group(group)  # its columns may abort the process if they are damaged
-            rows, size = metadata.num_rows, metadata.total_byte_size
-            if 0 <= size <= MAX_GROUP_BYTES and 0 <= rows <= MAX_ROWS_PER_BYTE * self.path.stat().st_size:
+            rows, size, file_size = metadata.num_rows, metadata.total_byte_size, self.path.stat().st_size
+            if 0 <= size <= MAX_GROUP_BYTES and 0 <= rows <= MAX_ROWS_PER_BYTE * file_size:
+                most = min(size + MIN_DECOMPRESSED, max(MAX_PAGE_GROWTH * file_size, MIN_PAGES))
+                if parquet_pages.decompressed_bytes(self.path, group, columns) > most:
+                    raise ValueError(f"its rows have more than {most} bytes, the most that index and file size allow")
                 # Where each row might refer to one long value, values are read as a dictionary and stored once.
                 repeated = list(columns) if rows * size > MAX_GROUP_BYTES else None
                 if rows and repeated is None:
@@ -110,7 +115,7 @@ class ArrowTable(TableFile):
         is_file = source.read(len(ARROW_FILE)) == ARROW_FILE
         begin, most = STREAM_BEGIN if is_file else 0, MAX_GROWTH * source.size() + MIN_DECOMPRESSED
         source.seek(begin)
-        if (size := decompressed_bytes(source)) > most:
+        if (size := arrow_bodies.decompressed_bytes(source)) > most:
             raise ValueError(f"it claims {size} bytes after decompression, more than {most}: write it uncompressed")
         source.seek(begin)
         reader = ipc.open_stream(source)

@@ -20,6 +20,7 @@ from storage_forms import structs, write_table, write_tar
 from lightning_mvar.data.images import compressed
 from lightning_mvar.data.images.decoding import UnusableFileError
 from lightning_mvar.data.images.files import EncodedImages
+from lightning_mvar.data.images.parquet_pages import decompressed_bytes
 from lightning_mvar.data.images.sources import open_encoded
 from lightning_mvar.errors import InputError
 
@@ -286,6 +287,31 @@ def test_a_row_group_larger_than_its_index_claims_is_not_read_whole(tmp_path: Pa
     images = open_encoded(str(source), None, None)
     with pytest.raises(InputError, match=r"damaged in row group 0 .*its rows have more than"):
         images.read(0)
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_pages_claim_what_pyarrow_finds_in_the_index(compression: str, version: str, tmp_path: Path) -> None:
+    values = structs({f"ant/{i}.png": bytes([i % 256]) * 900 for i in range(2000)})
+    label, path = pa.array(["ant", "bee"] * 1000), tmp_path / "a.parquet"
+    options = {"compression": compression, "data_page_version": version, "data_page_size": 2**14}
+    write_parquet(path, {"image": values, "label": label}, row_group_size=1500, **options)
+    metadata = parquet.ParquetFile(path).metadata
+    for group in range(2):
+        chunks = [metadata.row_group(group).column(i) for i in range(3)]
+        for columns, part in ((["image.bytes"], chunks[:1]), (["image"], chunks[:2]), (["label", "image"], chunks)):
+            with_headers = sum(chunk.total_uncompressed_size for chunk in part)
+            assert 0.9 * with_headers < decompressed_bytes(path, group, columns) < with_headers
+
+
+def test_a_page_that_grows_is_refused_before_it_is_decompressed(tmp_path: Path) -> None:
+    columns = {"image": pa.array([bytes(10**8)], pa.binary()), "label": pa.array(["ant"])}
+    images = open_encoded(write_parquet(tmp_path / "a.parquet", columns, compression="zstd"), None, None)
+    del columns
+    before = pa.total_allocated_bytes()
+    with pytest.raises(InputError, match=r"damaged in row group 0 .*the most that index and file size allow"):
+        images.read(0)
+    assert pa.total_allocated_bytes() - before < 1_000_000
 
 
 @pytest.mark.parametrize("new", [ipc.new_file, ipc.new_stream])

@@ -1,0 +1,128 @@
+"""How large the pages of a Parquet row group claim to be, read before anything is decompressed.
+
+A reader decompresses each page into a buffer of the size in the page's own header, which the index of the file need not
+repeat. Index and headers are structs in Thrift's compact encoding, whose fields have the numbers of `parquet.thrift`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lightning_mvar.io.files import open_regular
+
+MAGIC = b"PAR1"
+ROW_GROUPS, COLUMNS, METADATA = 4, 1, 3  # of FileMetaData, RowGroup and ColumnChunk
+NAME, COMPRESSED, DATA_PAGES, DICTIONARY_PAGE = 3, 7, 9, 11  # of ColumnMetaData: bytes with headers, and two offsets
+PAGE_UNCOMPRESSED, PAGE_COMPRESSED = 2, 3  # of PageHeader, in bytes
+HEADER_BYTES = 2**16  # of a page header: its statistics hold two values
+MAX_DEPTH = 32  # of structs inside each other
+TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, STRUCT = 1, 2, 3, 7, 8, 9, 10, 12  # types of values
+INTEGERS = (4, 5, 6)
+
+Struct = dict[int, Any]  # values by field number
+
+
+def decompressed_bytes(path: Path, group: int, columns: Sequence[str]) -> int:
+    """Returns the bytes that the pages of some columns of a row group claim.
+
+    Args:
+        path: the file.
+        group: number of the row group.
+        columns: names of columns; `column.field` is a field of a struct.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError, InputError: if the file is damaged.
+    """
+    with open_regular(path) as file:
+        chunks = [chunk[METADATA] for chunk in read_index(file)[ROW_GROUPS][group][COLUMNS]]
+        names = [b".".join(chunk[NAME]).decode() for chunk in chunks]
+        prefixes = tuple(f"{column}." for column in columns)
+        chosen = [chunk for name, chunk in zip(names, chunks, strict=True) if f"{name}.".startswith(prefixes)]
+        return sum(sum(page_sizes(file, chunk)) for chunk in chosen)
+
+
+def read_index(file: BinaryIO) -> Struct:
+    """Reads FileMetaData, which precedes its length and the file's last 4 bytes."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 8))
+    end = file.read(8)
+    length = int.from_bytes(end[:4], "little")
+    if end[4:] != MAGIC or length > size - 8:
+        raise ValueError("it has no index")
+    file.seek(size - 8 - length)
+    return Thrift(file.read(length)).struct()
+
+
+def page_sizes(file: BinaryIO, chunk: Struct) -> Iterator[int]:
+    """Yields the decompressed size that each page of a column chunk, its ColumnMetaData, claims."""
+    position = min(chunk[DATA_PAGES], chunk.get(DICTIONARY_PAGE) or chunk[DATA_PAGES])
+    end = position + chunk[COMPRESSED]
+    if not 0 <= position <= end <= file.seek(0, 2):
+        raise ValueError("its index places pages outside of the file")
+    while position < end:
+        file.seek(position)
+        header = Thrift(file.read(HEADER_BYTES))
+        page = header.struct()
+        if page[PAGE_UNCOMPRESSED] < 0 or page[PAGE_COMPRESSED] < 0:
+            raise ValueError("it has a page of negative size")
+        yield page[PAGE_UNCOMPRESSED]
+        position += header.position + page[PAGE_COMPRESSED]
+
+
+class Thrift:
+    """Reads values in Thrift's compact encoding from `data`; raises ValueError if it ends inside one."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.position, self.depth = data, 0, 0
+
+    def take(self, count: int) -> bytes:
+        taken = self.data[self.position : self.position + count]
+        if len(taken) < count:
+            raise ValueError("a struct of its metadata is cut off")
+        self.position += count
+        return taken
+
+    def varint(self) -> int:
+        number, shift = 0, 0
+        while shift < 64:
+            byte = self.take(1)[0]
+            number |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return number
+            shift += 7
+        raise ValueError("a number of its metadata has more than 64 bits")
+
+    def integer(self) -> int:
+        number = self.varint()
+        return (number >> 1) ^ -(number & 1)
+
+    def struct(self) -> Struct:
+        fields: Struct = {}
+        number, self.depth = 0, self.depth + 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError("its metadata are nested too deeply")
+        while kind := self.take(1)[0]:
+            delta, kind = kind >> 4, kind & 0x0F
+            number = number + delta if delta else self.integer()
+            fields[number] = kind == TRUE if kind in (TRUE, FALSE) else self.value(kind)
+        self.depth -= 1
+        return fields
+
+    def value(self, kind: int) -> Any:
+        if kind in INTEGERS:
+            return self.integer()
+        if kind in (TRUE, FALSE, BYTE):  # a truth value takes a byte in lists
+            return self.take(1)[0]
+        if kind == DOUBLE:
+            return self.take(8)
+        if kind == BINARY:
+            return self.take(self.varint())
+        if kind in (LIST, SET):
+            head = self.take(1)[0]
+            count = self.varint() if head >> 4 == 15 else head >> 4
+            return [self.value(head & 0x0F) for _ in range(count)]
+        if kind == STRUCT:
+            return self.struct()
+        raise ValueError(f"its metadata hold a value of the unknown type {kind}")
