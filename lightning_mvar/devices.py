@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
 
@@ -53,6 +53,11 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available on this machine ({str(error).splitlines()[0]})") from error
     return device
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Returns a context in which operations on the device of `x` ignore an enclosing autocast."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device has no autocast
 
 
 def in_process_group() -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -18,19 +20,16 @@ from lightning_mvar.bench.subjects import (
 )
 from lightning_mvar.cli.tables import Record
 from lightning_mvar.models.costs import state_bytes
-from lightning_mvar.sampling.generate import compile_steps
 from lightning_mvar.training.blocks import configure_block
 
 
 def measure_sampling(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
     subjects = [make_subject(setting, device) for setting in settings]
-    for setting, subject in zip(settings, subjects, strict=True):
-        if setting.compile:
-            compile_steps(subject.network)
     part_seconds: list[list[dict[str, float]]] = [[] for _ in settings]  # by setting, run and part
 
     def instrumented(subject: Subject, parts: list[dict[str, float]]) -> Run:
-        timed_parts = [(subject.network, "step", "network"), (subject.tokenizer, "decode_features", "decoder")]
+        steps: tuple[Any, str] = (subject.network, "step") if subject.graphs is None else (subject.graphs, "replay")
+        timed_parts = [(*steps, "network"), (subject.tokenizer, "decode_features", "decoder")]
 
         def run() -> None:
             watch = Stopwatch(device)
@@ -42,6 +41,9 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
 
     runs = [instrumented(subject, parts) for subject, parts in zip(subjects, part_seconds, strict=True)]
     peaks = [peak_memory(run, device) for run in runs]
+    for subject in subjects:
+        if subject.graphs is not None:
+            subject.sample()  # captures, which a stopwatch would disturb
     seconds, rates = time_with_matmul_reference(settings, runs, repeats, device)
     records = []
     for setting, times, run_parts, subject, peak in zip(settings, seconds, part_seconds, subjects, peaks, strict=True):
@@ -127,7 +129,7 @@ def measure_memory(setting: Setting, resolution: int) -> Record:
 
 def profile_sampling(setting: Setting, device: torch.device) -> list[Record]:
     """Profiles one run after a warm-up run; returns the seconds and share of each part without the parts inside it."""
-    subject = make_subject(setting, device)
+    subject = make_subject(replace(setting, graphs=False), device)
     subject.sample()
     watch = Stopwatch(device)
     with watch.instrument(subject.parts()), watch.part("the rest"):

@@ -26,8 +26,9 @@ from lightning_mvar.models.config import BASELINES, MIXERS, SIZES, MVARConfig
 from lightning_mvar.models.costs import META, count_flops, forward_flops, sampling_flops
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.models.parameters import UNDECAYED, lower_precision
-from lightning_mvar.sampling.generate import generate
-from lightning_mvar.sampling.philox import image_keys
+from lightning_mvar.sampling.generate import draw_images
+from lightning_mvar.sampling.graphs import ScaleGraphs, graphs_for
+from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.scales import ScaleSchedule, Shape, lengths_of
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
@@ -119,6 +120,7 @@ class Subject:
         batch_size: number of images at once.
         dtype: dtype of sampling; in training, weights are float32 and matrix products use `dtype`.
         device: device of both.
+        graphs: on CUDA, sample with CUDA graphs.
     """
 
     def __init__(
@@ -128,8 +130,9 @@ class Subject:
         batch_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
+        graphs: bool = False,
     ) -> None:
-        self.network_config, self.tokenizer_config = network, tokenizer
+        self.network_config, self.tokenizer_config, self.with_graphs = network, tokenizer, graphs
         self.batch_size, self.dtype, self.device = batch_size, dtype, device
         self.labels = torch.arange(batch_size, device=device) % network.num_classes
 
@@ -143,6 +146,10 @@ class Subject:
         with torch.device(self.device):
             return Tokenizer(self.tokenizer_config).eval().requires_grad_(False).lower(self.dtype)
 
+    @cached_property
+    def graphs(self) -> ScaleGraphs | None:
+        return graphs_for(self.network) if self.with_graphs else None
+
     def scale_inputs(self, batch_size: int) -> Tensor:
         """Returns random inputs (b, l - n, c); n is the number of tokens of the first step."""
         config = self.network_config
@@ -150,8 +157,9 @@ class Subject:
 
     def sample(self) -> Tensor:
         """Samples images (b, 3, H, W) with guidance."""
-        keys = image_keys(0, range(self.batch_size))
-        return generate(self.network, self.tokenizer, self.labels, generator=keys)
+        settings, labels = SamplingSettings(), torch.arange(self.batch_size) % self.network_config.num_classes
+        keys = settings.keys(range(self.batch_size))
+        return draw_images(self.network, self.tokenizer, labels, settings, keys, graphs=self.graphs)[0]
 
     def parts(self) -> list[Part]:
         """Returns the parts that a profile distinguishes."""
@@ -202,7 +210,7 @@ class TrainingStep:
 
 
 def make_subject(setting: Setting, device: torch.device) -> Subject:
-    return Subject(setting.network, setting.tokenizer, setting.batch_size, setting.dtype, device)
+    return Subject(setting.network, setting.tokenizer, setting.batch_size, setting.dtype, device, setting.graphs)
 
 
 def device_name(device: torch.device) -> str:

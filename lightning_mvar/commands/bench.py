@@ -35,6 +35,7 @@ def bench(
     precision: Precision = "float32",
     depth: int = 0,
     compile: bool = False,
+    graphs: bool = True,
     versus: str | None = None,
     repeats: int = 3,
     num_workers: int = 1,
@@ -64,7 +65,8 @@ def bench(
         batch_size: number of images at once.
         precision: precision of sampling; in training, weights stay float32 and matrix products use this precision.
         depth: number of blocks, to measure a large size in little time; 0 for the depth of the size.
-        compile: use torch.compile, which takes minutes: per scale in sampling, per block in training.
+        compile: in training, compile each block with torch.compile, which takes minutes.
+        graphs: in sampling on CUDA, launch each scale as one CUDA graph (`launches` and --profile never do).
         versus: second setting, interleaved with the first, such as `mixer=var` or `size=d24,batch_size=1`.
         repeats: number of measured runs, after one warm-up run.
         num_workers: number of reader processes of `data` and `tokenize`.
@@ -77,7 +79,7 @@ def bench(
         json: file to write the table to, as JSON.
     """
     check_options(what, versus, compile, repeats, num_workers, profile, images, shards)
-    first = Setting(size, mixer, resolution, batch_size, precision, depth, compile)
+    first = Setting(size, mixer, resolution, batch_size, precision, depth, compile, graphs)
     settings = [first] if versus is None else [first, first.with_changes(versus)]
     if len({setting.precision == "tf32" for setting in settings}) > 1:
         raise InputError("--versus: tf32 holds for a whole run, so compare it with other precisions in two runs")
@@ -119,10 +121,10 @@ def check_options(
     """Raises InputError if options are out of range or do not go together."""
     if repeats < 1 or num_workers < 0:
         raise InputError(f"--repeats {repeats} must be at least 1 and --num_workers {num_workers} at least 0")
-    if compile and what == "launches":
-        raise InputError("--compile: launches of compiled code cannot be counted; leave it out")
-    if profile and (compile or what != "sample"):
-        raise InputError("--profile works only with `bench sample` without --compile")
+    if compile and what != "train":
+        raise InputError("--compile works only with `bench train`")
+    if profile and what != "sample":
+        raise InputError("--profile works only with `bench sample`")
     if shards is not None and (what != "data" or versus is not None):
         raise InputError("--shards works only with `bench data` without --versus")
     if (images is not None) != (what == "tokenize"):

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mvar.devices import without_autocast
 from lightning_mvar.models.attention import Attention
 from lightning_mvar.models.base import Mixer, State
 from lightning_mvar.models.config import MIXERS, MVARConfig
@@ -256,8 +257,7 @@ class MVAR(nn.Module):
 
     def logits(self, x: Tensor, cond: Tensor) -> Tensor:
         """Computes (b, l, d) -> (b, l, v), in float32 even under autocast: small differences decide the sampling."""
-        device = "cpu" if x.is_meta else x.device.type  # the meta device, where FLOPs are counted, has no autocast
-        with torch.autocast(device, enabled=False):
+        with without_autocast(x):
             gain, shift = F.linear(F.silu(cond.float()), *float_parameters(self.head_adaln))[:, None].chunk(2, dim=-1)
             x = modulate(x.float(), 1 + gain, shift)  # (b, l, d)
             return F.linear(x, *float_parameters(self.head))  # (b, l, v)

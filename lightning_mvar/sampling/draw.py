@@ -21,7 +21,7 @@ from lightning_mvar.devices import Precision, device_of
 from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.locks import lock_folder
-from lightning_mvar.sampling.generate import check_arguments, compile_steps
+from lightning_mvar.sampling.generate import check_arguments
 from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.sampler import Sampler
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -152,7 +152,7 @@ def draw_set(
     keep: float | None = None,
     batch_size: int = 100,
     precision: Precision = "float32",
-    compile: bool = False,
+    graphs: bool = True,
     **sampling: Any,
 ) -> Drawing:
     """Draws the missing images of a set, each rank its share; all ranks return once the set is complete.
@@ -172,7 +172,7 @@ def draw_set(
         precision: precision of network and decoder. bfloat16 is faster on GPUs and on CPUs with AMX, tf32 on GPUs; they
             may choose differently between tokens of nearly equal probability, so images differ and may depend on the
             batch size.
-        compile: compile each scale with torch.compile; takes minutes, pays off for many images on a GPU.
+        graphs: on CUDA, launch each scale as one CUDA graph; `false` launches every kernel by itself.
 
     Raises:
         InputError: if an argument is out of range, or `out` holds other files or another set.
@@ -199,10 +199,8 @@ def draw_set(
         "network": fingerprint(network),
         "network_tokenizer": tokenizer.fingerprint(),
     }
-    drawing = Drawing(Sampler(model, ranks.device, precision), labels, per_class, settings)
+    drawing = Drawing(Sampler(model, ranks.device, precision, graphs), labels, per_class, settings)
     rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
-    if compile:
-        compile_steps(network)
     with own_target(target, ranks):
         images = open_set(target, metadata | ({} if rejection is None else rejection.metadata()), drawing)
         fill(images, drawing, rejection, ranks, batch_size)

@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lightning_mvar.checkpoints.pair import check_pair
+from lightning_mvar.devices import without_autocast
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
-from lightning_mvar.models.mvar import MVAR, MVARState
+from lightning_mvar.models.mvar import MVAR
+from lightning_mvar.sampling.graphs import ScaleGraphs
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
+MAX_STATE_BYTES = 2**33
 # Where the random numbers of the images come from: a CPU generator for all or one per image, which gives each image a
 # key; keys (b, 2) of `image_keys`; or torch's default generator.
 Randomness = Generator | Sequence[Generator] | Tensor | None
@@ -90,10 +93,11 @@ def draw_images(
     settings: SamplingSettings,
     generator: Randomness = None,
     known: KnownTokens | None = None,
+    graphs: ScaleGraphs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws images (b, 3, H, W) in [0, 1] and their tokens (b, l) int64; see `generate`."""
+    """Draws images (b, 3, H, W) in [0, 1] and their tokens (b, l) int64; see `draw_scales`."""
     drawn = []
-    for step in draw_scales(model, tokenizer, labels, settings, generator, known):
+    for step in draw_scales(model, tokenizer, labels, settings, generator, known, graphs):
         drawn.append(step.tokens)
     return decode_images(tokenizer, step.f_hat), torch.cat(drawn, dim=1)
 
@@ -101,7 +105,8 @@ def draw_images(
 @torch.no_grad()
 def decode_images(tokenizer: Tokenizer, f_hat: Tensor) -> Tensor:
     """Decodes f_hat (b, c, s, s) of any scale to images (b, 3, H, W) in [0, 1]."""
-    return (tokenizer.decode_features(f_hat).clamp(-1, 1) + 1) / 2
+    with without_autocast(f_hat):  # of the network alone
+        return (tokenizer.decode_features(f_hat).clamp(-1, 1) + 1) / 2
 
 
 @torch.no_grad()
@@ -112,8 +117,12 @@ def draw_scales(
     settings: SamplingSettings,
     generator: Randomness = None,
     known: KnownTokens | None = None,
+    graphs: ScaleGraphs | None = None,
 ) -> Iterator[Step]:
-    """Draws scale by scale, coarse to fine; see `generate` for the arguments.
+    """Draws scale by scale, coarse to fine; see `generate` for the other arguments.
+
+    Args:
+        graphs: CUDA graphs of earlier batches, to be replayed, or to be captured if there are none yet.
 
     Raises:
         InputError: if the tokenizer does not fit the model, or an argument is out of range.
@@ -122,7 +131,17 @@ def draw_scales(
     check_known(known, len(labels), model.config.schedule.num_tokens)
     keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
     batch = Batch(labels.to(device, torch.int64, non_blocking=True), keys.to(device, non_blocking=True), known)
-    yield from ScaleDrawer(model, tokenizer.quantizer, settings).steps(batch)
+    drawer = ScaleDrawer(model, tokenizer.quantizer, settings)
+    yield from drawer.steps(batch) if graphs is None else graphs.steps(drawer, batch)
+
+
+def max_batch_size(network: MVARConfig) -> int:
+    """Returns how many images may be drawn at once with guidance, beside a training run.
+
+    The bound is that of KV caches in float32, the largest state of all mixers: `MAX_STATE_BYTES`.
+    """
+    cache_bytes = 2 * network.depth * network.schedule.num_tokens * network.width * 4
+    return max(1, MAX_STATE_BYTES // (2 * cache_bytes))
 
 
 def teacher_inputs(network: MVARConfig, tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
@@ -157,29 +176,6 @@ def kept_tokens_mask(schedule: ScaleSchedule, mask: Tensor) -> Tensor:
         share = F.adaptive_avg_pool2d(mask[None, None].float(), shape).flatten()
         kept.append(share > (0.5 if len(share) > 1 else 0))
     return torch.cat(kept)
-
-
-def compile_steps(network: MVAR) -> None:
-    """Compiles one graph per scale with torch.compile; on CUDA, as CUDA graphs for a fixed batch size.
-
-    Compiling takes minutes, once per batch size.
-
-    Raises:
-        InputError: if the network predicts single tokens, each of which would need a graph of its own.
-    """
-    if network.config.prediction == "token":
-        raise InputError("--compile makes one graph per step: a network that predicts single tokens has too many steps")
-    limit, scales = torch._dynamo.config.recompile_limit, network.config.schedule.num_scales
-    torch._dynamo.config.recompile_limit = max(limit, 4 * scales)
-    cuda = network.head.weight.is_cuda
-    compiled = torch.compile(network.step, dynamic=False, mode="reduce-overhead" if cuda else "default")
-
-    def step(scale_inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
-        if cuda and state.step == 0:
-            torch.compiler.cudagraph_mark_step_begin()  # from here on, outputs for earlier batches may be overwritten
-        return compiled(scale_inputs, state)
-
-    network.step = step  # type: ignore[method-assign]
 
 
 def keys_from(generator: Randomness, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_mvar.devices import without_autocast
 from lightning_mvar.models.mvar import MVAR, MVARState
 from lightning_mvar.sampling.philox import NOISE, TOKENS, uniform
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -85,17 +86,19 @@ class ScaleDrawer:
         return Progress(self.model.init_state(labels), None, self.quantizer.empty(len(batch.labels)), uniforms)
 
     def draw_scale(self, k: int, batch: Batch, progress: Progress) -> tuple[Step, Progress]:
-        """Draws scale `k`, continuing where `progress` ends."""
+        """Draws scale `k`, continuing where `progress` ends. An enclosing autocast applies to the network alone."""
         schedule, (state, inputs, f_hat, uniforms) = self.model.config.schedule, progress
         drawn = []  # (tokens, codes) of each step of this scale
         n = 1 if self.by_token else schedule.lengths[k]
         for begin in range(schedule.offsets[k], schedule.offsets[k] + schedule.lengths[k], n):
             logits, state = self.model.step(inputs, state)
-            tokens, codes = self.choose(self.guide(logits, k), k, slice(begin, begin + n), batch, uniforms)
+            with without_autocast(logits):
+                tokens, codes = self.choose(self.guide(logits, k), k, slice(begin, begin + n), batch, uniforms)
             drawn.append((tokens, codes))
             inputs = self.for_network(codes)
         tokens, codes = (torch.cat(parts, dim=1) for parts in zip(*drawn, strict=True))
-        f_hat = self.quantizer.accumulate(f_hat, codes, k)
+        with without_autocast(codes):
+            f_hat = self.quantizer.accumulate(f_hat, codes, k)
         if not self.by_token and k + 1 < schedule.num_scales:
             inputs = self.for_network(self.quantizer.downsample(f_hat, k + 1))
         return Step(tokens, f_hat), Progress(state, inputs, f_hat, uniforms)

@@ -1,0 +1,129 @@
+"""ScaleGraphs: their buffers are static, and what they replay equals what runs without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+
+import pytest
+import torch
+from conftest import MIXERS, SCHEDULE, random_tokens, tiny_network
+from torch import Tensor
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.sampling.generate import draw_images
+from lightning_mvar.sampling.graphs import ScaleGraphs, graphs_for
+from lightning_mvar.sampling.philox import image_keys
+from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
+
+SETTINGS = SamplingSettings()
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    parts = value if isinstance(value, list | tuple) else []
+    return [value] if isinstance(value, Tensor) else [tensor for part in parts for tensor in tensors_in(part)]
+
+
+class Recorder:
+    """Stands in for CUDA graphs: a replay runs the function again and writes into the outputs of the capture."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, run: Callable[[], object]) -> tuple[Callable[[], None], object]:
+        outputs = run()
+        self.captured += 1
+        for tensor in tensors_in(outputs):  # a capture computes nothing
+            tensor.fill_(0 if tensor.dtype == torch.int64 else torch.nan)
+
+        def replay() -> None:
+            self.replayed += 1
+            for buffer, values in zip(tensors_in(outputs), tensors_in(run()), strict=True):
+                buffer.copy_(values)
+
+        return replay, outputs
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def graphs(recorder: Recorder) -> ScaleGraphs:
+    return ScaleGraphs(lambda: recorder)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("mixers", [MIXERS["mvar"], MIXERS["var"], ("window_attention", "gated_linear_attention")])
+def test_replays_draw_what_eager_batches_draw(
+    mixers: tuple[str, ...], smooth: bool, tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
+) -> None:
+    network = tiny_network(mixers=mixers)
+    for number, seed in enumerate((0, 0, 1)):
+        labels = torch.tensor([0, 3, 9, 10]).roll(number)
+        given = random_tokens(4, seed=number)
+        known, settings = KnownTokens(given, given > 30), SamplingSettings(smooth=smooth, seed=seed)
+        request = (network, tokenizer, labels, settings, settings.keys(range(4 * number, 4 * number + 4)), known)
+        for actual, expected in zip(draw_images(*request, graphs=graphs), draw_images(*request), strict=True):
+            assert torch.equal(actual, expected)
+        assert recorder.replayed == number * SCHEDULE.num_scales
+    assert recorder.captured == SCHEDULE.num_scales
+
+
+def test_smaller_batches_use_a_part_and_larger_ones_or_other_settings_begin_anew(
+    tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
+) -> None:
+    network, replayed = tiny_network(), []
+    requests = [(4, SETTINGS), (3, SETTINGS), (1, SETTINGS), (5, SETTINGS), (5, SETTINGS), (5, SamplingSettings(0.0))]
+    for count, settings in requests:
+        labels, keys = torch.arange(count), image_keys(count, range(count))
+        before = recorder.replayed
+        images, tokens = draw_images(network, tokenizer, labels, settings, keys, graphs=graphs)
+        replayed.append(recorder.replayed > before)
+        expected_images, expected_tokens = draw_images(network, tokenizer, labels, settings, keys)
+        assert torch.equal(tokens, expected_tokens)
+        torch.testing.assert_close(images, expected_images)
+    assert replayed == [False, True, True, False, True, False]
+
+
+def test_steps_stay_as_drawn_and_a_batch_in_between_runs_without_graphs(
+    tokenizer: Tokenizer, graphs: ScaleGraphs
+) -> None:
+    drawer = ScaleDrawer(tiny_network(), tokenizer.quantizer, SETTINGS)
+    batches = [Batch(torch.tensor([2, 5]), image_keys(seed, range(2)), None) for seed in range(3)]
+    expected = [[*drawer.steps(batch)] for batch in batches]
+    assert_same_steps(graphs.steps(drawer, batches[0]), expected[0])
+    together = zip(*(graphs.steps(drawer, batch) for batch in batches[1:]), strict=True)
+    for k, drawn in enumerate([*together]):
+        assert_same_steps(iter(drawn), [expected[1][k], expected[2][k]])
+    kept = [*graphs.steps(drawer, batches[1])]
+    assert_same_steps(graphs.steps(drawer, batches[2]), expected[2])
+    assert_same_steps(iter(kept), expected[1])
+    abandoned = graphs.steps(drawer, batches[1])
+    next(abandoned)
+    abandoned.close()
+    assert_same_steps(graphs.steps(drawer, batches[2]), expected[2])
+
+
+def assert_same_steps(actual: Iterator[Step], expected: list[Step]) -> None:
+    for step, other in zip([*actual], expected, strict=True):
+        assert torch.equal(step.tokens, other.tokens)
+        assert torch.equal(step.f_hat, other.f_hat)
+
+
+def test_weights_that_change_in_place_are_used(tokenizer: Tokenizer, graphs: ScaleGraphs) -> None:
+    network, keys = tiny_network(), image_keys(0, range(2))
+    request = (network, tokenizer, torch.tensor([2, 5]), SETTINGS, keys)
+    for _ in range(2):
+        draw_images(*request, graphs=graphs)
+    with torch.no_grad():
+        network.head.bias.add_(torch.linspace(0, 3, 48))
+    assert torch.equal(draw_images(*request, graphs=graphs)[1], draw_images(*request)[1])
+
+
+def test_networks_on_the_cpu_have_no_graphs() -> None:
+    assert graphs_for(tiny_network()) is None
