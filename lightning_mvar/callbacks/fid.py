@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from lightning_mvar.callbacks.interruption import raise_if_interrupted
 from lightning_mvar.checkpoints import WhichWeights
+from lightning_mvar.devices import without_autocast
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, prepare
-from lightning_mvar.sampling.generate import draw_images
+from lightning_mvar.sampling.generate import draw_images, max_batch_size
+from lightning_mvar.sampling.graphs import graphs_for
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.strategies import sampling_mode
@@ -37,7 +39,7 @@ class FIDCallback(L.Callback):
         reference: the real images: `digits:test`, `photos:test`, a folder of class folders, an npz with mu and sigma
             or with images, or a folder of token shards.
         num_samples: number of images to sample, cycling through the classes.
-        batch_size: images per batch and rank.
+        batch_size: images per batch and rank; fewer if the states of that many need more than 8 GiB.
         every_n_steps: minimum number of steps between scored validations.
         every_n_epochs: minimum number of epochs between them. If neither is given, every validation is scored. The last
             one always is.
@@ -131,18 +133,22 @@ class FIDCallback(L.Callback):
     def sample_into(self, scores: Scores, trainer: L.Trainer, pl_module: LitMVAR) -> None:
         """Feeds this rank's share of the samples to `scores`."""
         classes = pl_module.network_config.num_classes
-        stride = self.batch_size * trainer.world_size
+        batch_size = min(self.batch_size, max_batch_size(pl_module.network_config))
+        stride = batch_size * trainer.world_size
         weights = pl_module.averaged if self.weights == "ema" else pl_module.network
         quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
         with sampling_mode(weights, trainer.strategy, self.keep_sharded) as network:
+            graphs = graphs_for(network)
             for begin in tqdm(range(0, self.num_samples, stride), desc="samples", leave=False, disable=quiet):
                 raise_if_interrupted(trainer)
-                first = begin + trainer.global_rank * self.batch_size
-                ids = torch.arange(first, first + self.batch_size)
+                first = begin + trainer.global_rank * batch_size
+                ids = torch.arange(first, first + batch_size)
                 keys = self.sampling.keys(ids.tolist())
-                images, _ = draw_images(network, pl_module.tokenizer, ids % classes, self.sampling, keys)
+                labels = ids % classes
+                images, _ = draw_images(network, pl_module.tokenizer, labels, self.sampling, keys, graphs=graphs)
                 valid = ids[ids < self.num_samples]  # the rest pads the last batch to an equal size
-                scores.update(images[: len(valid)].float(), valid)
+                with without_autocast(images):  # as the features of the reference
+                    scores.update(images[: len(valid)], valid)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scored": self.scored}

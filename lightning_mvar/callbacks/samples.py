@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_mvar.callbacks.tensorboard import log_codes, log_image
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageBatch
-from lightning_mvar.sampling.generate import draw_images
+from lightning_mvar.sampling.generate import draw_images, max_batch_size
+from lightning_mvar.sampling.graphs import graphs_for
 from lightning_mvar.sampling.grids import formation_strip, image_grid, with_row_names
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.mvar import LitMVAR
@@ -46,11 +47,9 @@ class SamplesCallback(L.Callback):
         assert isinstance(pl_module, LitMVAR)
         total = pl_module.network_config.num_classes
         shown = torch.linspace(0, total - 1, min(self.classes, total)).long()
-        labels = shown.repeat_interleave(self.per_class)
-        keys = self.sampling.keys(range(len(labels)))
-        # On all ranks, because the forward pass of a sharded network needs them all.
-        with sampling_mode(pl_module.averaged, trainer.strategy, self.keep_sharded) as network:
-            images, tokens = draw_images(network, pl_module.tokenizer, labels, self.sampling, keys)
+        images, tokens = self.draw(trainer, pl_module, shown.repeat_interleave(self.per_class))
+        if not trainer.is_global_zero:
+            return
         classes = Classes(pl_module.class_names, total)
         names = [classes.name(label) for label in shown.tolist()]
         log_image(trainer, "samples", with_row_names(image_grid(images, self.per_class), names))
@@ -59,6 +58,26 @@ class SamplesCallback(L.Callback):
         scales = pl_module.per_scale(tokens)
         counts = [scale.flatten().bincount(minlength=pl_module.network_config.vocab_size) for scale in scales]
         log_codes(trainer, "sampled_codes", torch.stack(counts), pl_module.network_config.schedule.names)
+
+    def draw(self, trainer: L.Trainer, module: LitMVAR, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws images (b, 3, H, W) in [0, 1] and tokens (b, l), each rank a share; all ranks get all of them.
+
+        The shares have one size, because the forward pass of a sharded network needs all ranks.
+        """
+        share = -(-len(labels) // trainer.world_size)
+        first = trainer.global_rank * share
+        numbers = torch.arange(first, first + share).clamp(max=len(labels) - 1)
+        drawn = []
+        with sampling_mode(module.averaged, trainer.strategy, self.keep_sharded) as network:
+            graphs = graphs_for(network)
+            for part in numbers.split(max_batch_size(module.network_config)):
+                keys = self.sampling.keys(part.tolist())
+                drawn.append(draw_images(network, module.tokenizer, labels[part], self.sampling, keys, graphs=graphs))
+        images, tokens = (
+            trainer.strategy.all_gather(torch.cat(parts)).flatten(0, int(trainer.world_size > 1))[: len(labels)]
+            for parts in zip(*drawn, strict=True)
+        )
+        return images, tokens
 
 
 class ReconstructionsCallback(L.Callback):

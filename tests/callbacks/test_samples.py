@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from lit_modules import make_module, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramValue
 
 from lightning_mvar import Tokenizer, TokenizerConfig
-from lightning_mvar.callbacks import ReconstructionsCallback, SamplesCallback
+from lightning_mvar.callbacks import ReconstructionsCallback, SamplesCallback, samples
 from lightning_mvar.callbacks.tensorboard import add_counts
 from lightning_mvar.sampling.generate import generate
 from lightning_mvar.sampling.philox import image_keys
@@ -55,6 +57,30 @@ def test_histograms_count_the_codes_of_the_shown_samples(
     _, tokens = generate(network, tokenizer, labels, generator=image_keys(0, range(6)), return_tokens=True)
     for scale, sampled in [*zip(SCALES, module.per_scale(tokens), strict=True), ("all", tokens)]:
         assert counts_of(logged[f"sampled_codes/{scale}"], 48) == sampled.flatten().bincount(minlength=48).tolist()
+
+
+def test_images_are_drawn_in_batches_and_shared_by_ranks(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two ranks draws half of five images, the last one twice, in batches of two."""
+    module = make_module(tokenizer_folder)
+    module.trainer = make_trainer(tmp_path, 1)
+    module.configure_model()
+    labels, callback = torch.arange(5), SamplesCallback()
+    expected = callback.draw(module.trainer, module, labels)
+    monkeypatch.setattr(samples, "max_batch_size", lambda config: 2)
+    shares = []
+
+    def draw_share(rank: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        strategy = SimpleNamespace(precision_plugin=module.trainer.precision_plugin, all_gather=gather)
+        trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy)
+        return callback.draw(trainer, module, labels)
+
+    draw_share(1, lambda share: shares.append(share) or torch.stack([share, share]))
+    assert [len(share) for share in shares] == [3, 3]
+    drawn = draw_share(0, lambda share: torch.stack([share, shares.pop(0)]))
+    for actual, wanted in zip(drawn, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 def test_histograms_count_the_codes_of_all_validation_images(tmp_path: Path) -> None:
