@@ -20,7 +20,7 @@ from lightning_mvar.io.configs import with_included
 from lightning_mvar.io.files import atomic_path, read_regular
 from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, read_json, shown
 from lightning_mvar.io.locks import FileLock, is_locked
-from lightning_mvar.sweeps.processes import POLL_S, ProcessContext, Stop, run_until_stopped
+from lightning_mvar.sweeps.processes import POLL_S, WHOLE_MACHINE, ProcessContext, Share, Stop, run_until_stopped
 
 T = TypeVar("T")
 State = Literal["waiting", "running", "finished", "crashed", "interrupted"]
@@ -171,7 +171,7 @@ def attempts(folder: Path) -> list[Attempt]:
     return [Attempt(**entry) for entry in entries.values()]
 
 
-def run_cell(folder: Path, stop: Stop, concurrency: int = 1) -> int:
+def run_cell(folder: Path, stop: Stop, share: Share = WHOLE_MACHINE) -> int:
     """Makes one attempt at a cell: runs its commands in order until one exits with a code other than 0.
 
     First waits for an attempt that a killed sweep left running. Does nothing if the cell has finished.
@@ -179,7 +179,7 @@ def run_cell(folder: Path, stop: Stop, concurrency: int = 1) -> int:
     Args:
         folder: folder of the cell, which holds its cell.json.
         stop: ends the cell early; the next attempt resumes it.
-        concurrency: number of cells that run at once on this machine and share its threads.
+        share: what the cell gets of this machine.
 
     Returns:
         The exit code of the last command, see `run_until_stopped`.
@@ -191,7 +191,7 @@ def run_cell(folder: Path, stop: Stop, concurrency: int = 1) -> int:
         before = attempts(folder)
         if before and before[-1].code == 0:
             return 0
-        context = ProcessContext(cell.log, lock, concurrency)
+        context = ProcessContext(cell.log, lock, share)
         number, begin = len(before) + 1, time.monotonic()
         append_attempt(folder, {"attempt": number, "begin": timestamp()})
         for command, args in zip(cell.commands, cell.argument_lists(), strict=True):

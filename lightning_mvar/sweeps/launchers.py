@@ -16,12 +16,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
+import torch
+
 from lightning_mvar.errors import InputError
 from lightning_mvar.sweeps.cells import run_cell
-from lightning_mvar.sweeps.processes import Stop
+from lightning_mvar.sweeps.processes import Share, Stop
 
 Launcher = Callable[[list[Path], Stop], None]
 
@@ -35,13 +38,41 @@ def require_package(package: str, extra: str) -> None:
 
 
 def local_launcher(jobs: int) -> Launcher:
-    """Returns a launcher that runs `jobs` cells at once on this machine; they share its threads."""
+    """Returns a launcher that runs `jobs` cells at once on this machine; they share its threads and GPUs."""
+    shares = SimpleQueue[Share]()
+    for share in split_machine(jobs):
+        shares.put(share)
+
+    def run(folder: Path, stop: Stop) -> None:
+        share = shares.get()
+        try:
+            run_cell(folder, stop, share)
+        finally:
+            shares.put(share)
 
     def launch(folders: list[Path], stop: Stop) -> None:
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda folder: run_cell(folder, stop, jobs), folders))
+            list(pool.map(lambda folder: run(folder, stop), folders))
 
     return launch
+
+
+def split_machine(jobs: int) -> list[Share]:
+    """Returns equal shares of this machine: GPUs of its own for each job, or one that it shares if there are too few.
+
+    Without GPUs, or for a single job, nothing is hidden from a job.
+    """
+    gpus = visible_gpus() if jobs > 1 else []
+    if not gpus:
+        return [Share(jobs)] * jobs
+    return [Share(jobs, ",".join(gpus[job::jobs] or [gpus[job % len(gpus)]])) for job in range(jobs)]
+
+
+def visible_gpus() -> list[str]:
+    """Returns the names of this process's GPUs, as in CUDA_VISIBLE_DEVICES, without using any of them."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return list(map(str, range(count))) if names is None else [name.strip() for name in names.split(",")][:count]
 
 
 class CellJob:

@@ -37,18 +37,34 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Share of this machine that one of several commands gets.
+
+    Args:
+        concurrency: number of commands that run at once; each gets that fraction of the threads.
+        gpus: GPUs that the command sees, as in CUDA_VISIBLE_DEVICES; all that this process sees if None.
+    """
+
+    concurrency: int = 1
+    gpus: str | None = None
+
+
+WHOLE_MACHINE = Share()
+
+
+@dataclass(frozen=True)
 class ProcessContext:
     """The context a command runs in, as far as it differs from that of the parent process.
 
     Args:
         log: file that the output is appended to.
         lock: lock that the command holds until it ends, even if its parent dies first.
-        concurrency: number of commands that run at once; each gets that fraction of the threads.
+        share: what the command gets of this machine.
     """
 
     log: Path | None = None
     lock: FileLock | None = None
-    concurrency: int = 1
+    share: Share = WHOLE_MACHINE
 
 
 def run_command(args: list[str]) -> int:
@@ -106,10 +122,12 @@ def run_in_child(args: list[str], context: ProcessContext, die_with_parent: bool
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    if context.concurrency > 1:
+    if context.share.gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = context.share.gpus
+    if context.share.concurrency > 1:
         import torch
 
-        torch.set_num_threads(max(1, torch.get_num_threads() // context.concurrency))
+        torch.set_num_threads(max(1, torch.get_num_threads() // context.share.concurrency))
     # Lightning starts the other ranks from these.
     sys.argv[1:] = args
     sys.modules["__main__"].__spec__ = importlib.util.find_spec("lightning_mvar.__main__")

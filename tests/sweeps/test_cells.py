@@ -14,7 +14,7 @@ import pytest
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.locks import FileLock, is_locked
 from lightning_mvar.sweeps.cells import Cell, append_attempt, attempts, last_line, run_cell
-from lightning_mvar.sweeps.processes import FORKSERVER, ProcessContext, Stop, run_until_stopped, start
+from lightning_mvar.sweeps.processes import FORKSERVER, ProcessContext, Share, Stop, run_until_stopped
 
 GOOD, BAD = "--version", "no-such-command"
 
@@ -155,13 +155,25 @@ def test_stop_ends_a_running_command(tmp_path: Path) -> None:
     assert run_until_stopped(stop, [GOOD]) == 130
 
 
-def test_a_command_has_its_share_of_the_threads_and_its_own_log(tmp_path: Path) -> None:
+def print_share(context: ProcessContext) -> None:
+    """Runs a command that prints what it has got of the machine."""
+    import torch
+
+    import lightning_mvar.sweeps.processes as module
+
+    torch.set_num_threads(6)
+    module.main = lambda: print("threads", torch.get_num_threads(), "GPUs", os.environ["CUDA_VISIBLE_DEVICES"])
+    module.run_in_child([], context, die_with_parent=False)
+
+
+def test_a_command_has_its_share_of_the_machine_and_its_own_log(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("before\n")
-    process = start([GOOD], ProcessContext(log=log, concurrency=2))
+    process = FORKSERVER.Process(target=print_share, args=(ProcessContext(log, share=Share(2, "1,3")),))
+    process.start()
     process.join()
     assert process.exitcode == 0
-    assert log.read_text().startswith("before\nlightning-mvar 0")
+    assert log.read_text() == "before\nthreads 3 GPUs 1,3\n"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.sweeps import launchers
 from lightning_mvar.sweeps.cells import Cell, attempts
 from lightning_mvar.sweeps.launchers import CellJob, Launcher, local_launcher, ray_launcher, submitit_launcher
-from lightning_mvar.sweeps.processes import Stop
+from lightning_mvar.sweeps.processes import Share, Stop
 
 MAKE_LAUNCHER: dict[str, Callable[[Path], Launcher]] = {
     "submitit": lambda folder: submitit_launcher(2, folder / "submitit", {"cluster": "local", "timeout_min": 5}),
@@ -66,6 +66,28 @@ def test_nothing_new_starts_after_a_stop(tmp_path: Path) -> None:
     cells = make_cells(tmp_path)
     local_launcher(2)([cell.folder for cell in cells], Stop(15))
     assert [cell.state() for cell in cells] == ["waiting"] * 2
+
+
+@pytest.mark.parametrize(
+    ("jobs", "visible", "expected"),
+    [
+        (8, None, list("01234567")),
+        (3, None, ["0,3,6", "1,4,7", "2,5"]),
+        (10, None, [*"01234567", "0", "1"]),
+        (2, "4, GPU-ab", ["4", "GPU-ab"]),  # as chosen by the user
+        (1, None, [None]),
+    ],
+)
+def test_jobs_on_this_machine_share_its_gpus(
+    jobs: int, visible: str | None, expected: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8 if visible is None else visible.count(",") + 1)
+    assert launchers.split_machine(jobs) == [Share(jobs, gpus) for gpus in expected]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert launchers.split_machine(jobs) == [Share(jobs)] * jobs
 
 
 def test_a_job_at_its_time_limit_saves_and_is_submitted_again(
