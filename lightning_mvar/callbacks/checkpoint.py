@@ -26,6 +26,7 @@ from lightning_mvar.checkpoints.training import (
     remove_checkpoint,
     remove_leftovers,
 )
+from lightning_mvar.devices import in_process_group
 from lightning_mvar.errors import DivergedError, InputError, Interrupted
 from lightning_mvar.training.base import ScheduledModule
 from lightning_mvar.training.lightning_internals import CheckpointHooks, DataParallelStrategy, dump_checkpoint
@@ -223,6 +224,9 @@ class Checkpoint(AtomicCheckpoint):
         all_ranks = isinstance(exception, Interrupted) or trainer.world_size == 1
         unsharded = trainer.strategy.lightning_restore_optimizer  # False if each rank has a shard
         if not (all_ranks or (unsharded and trainer.is_global_zero)):
+            return
+        if trainer.world_size > 1 and not in_process_group():  # see `abort_stuck_collectives`
+            rank_zero_warn("the last step waited for the lost rank: it is not saved, earlier checkpoints are kept")
             return
         try:
             self.save_now(trainer, single_rank=not all_ranks)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lightning_mvar.errors import Interrupted
 from lightning_mvar.training.lightning_internals import collective_timeout, silence_sigterm_broadcast
+from lightning_mvar.training.lost_ranks import abort_stuck_collectives, is_loss_of_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, preemption, Slurm's warning before the time limit
 
@@ -76,6 +77,11 @@ class InterruptionCallback(L.Callback):
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if trainer.state.fn == "fit":
             self.check(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Frees the GPU of a rank that has lost another one; checkpoints, which come later, can then be saved."""
+        if is_loss_of_rank(exception):
+            abort_stuck_collectives()
 
 
 def raise_if_interrupted(trainer: L.Trainer) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import prepare_run, scalars
 from processes import start
+from torch.distributed.distributed_c10d import _abort_process_group
 from training_runs import FIT, TWO_RANKS, act_in_step, largest_difference, train, weights
 
 from lightning_mvar import Tokenizer
@@ -303,6 +304,23 @@ def test_one_rank_that_raises_ends_all(plain_run_folder: Path, devices: int, str
     assert newest.name == f"step={saved:08d}.ckpt"
     assert (plain_run_folder / "run/checkpoints/last.ckpt").resolve() == newest
     train(plain_run_folder, "run", options, devices)
+
+
+def fail_while_the_gpu_waits(rank: int) -> None:
+    """Makes the last rank fail in step 5, and rank 0 give up its process group as if its GPU waited for that rank."""
+    import lightning_mvar.callbacks.interruption as module
+
+    act_in_step(rank, 5, fail)
+    module.abort_stuck_collectives = _abort_process_group
+
+
+def test_a_state_that_waited_for_a_lost_rank_is_not_saved(plain_run_folder: Path) -> None:
+    command = [*FIT, *TWO_RANKS, "ddp", "--trainer.default_root_dir", "run"]
+    lost = start(command, plain_run_folder, 2, prepare=fail_while_the_gpu_waits)
+    assert lost.wait(60) == [1, 70], lost.printed()
+    assert "rank 0 lost another rank after step 5" in lost.printed()
+    assert "the last step waited for the lost rank: it is not saved" in lost.printed()
+    assert newest_first(plain_run_folder / "run/checkpoints")[0].name == "step=00000003.ckpt"
 
 
 def kill_in_validation(rank: int, step: int) -> None:
