@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -17,9 +18,13 @@ from lightning_mvar.errors import InputError, Interrupted, one_line
 from lightning_mvar.training.lightning_internals import started_processes
 from lightning_mvar.training.lost_ranks import first_sentence, is_loss_of_rank
 
+# Ranks share no weights and wait for each other only now and then, perhaps for hours. With gloo no GPU waits, and the
+# end of a rank is reported at once.
+PATIENCE = timedelta(days=30)
+
 
 @contextmanager
-def launch_ranks(device: str, devices: int, num_nodes: int, strategy: DDPStrategy | None = None) -> Iterator[Fabric]:
+def launch_ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
     """Starts this command once per device, or joins the processes that torchrun or Slurm has started.
 
     Everything that can fail in one process only belongs inside the context; see `stop_ranks_on_error`.
@@ -28,7 +33,6 @@ def launch_ranks(device: str, devices: int, num_nodes: int, strategy: DDPStrateg
         device: auto, cpu, cuda, or cuda:N for a single device.
         devices: number of devices per node.
         num_nodes: number of machines.
-        strategy: strategy if there are several processes; default: Fabric's "ddp".
 
     Raises:
         InputError: if the devices are unavailable, or another rank has ended.
@@ -47,7 +51,7 @@ def launch_ranks(device: str, devices: int, num_nodes: int, strategy: DDPStrateg
             accelerator=where.type,
             devices=[where.index] if one_gpu else devices,
             num_nodes=num_nodes,
-            strategy=(strategy or "ddp") if several else "auto",
+            strategy=DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if several else "auto",
         )
     except (ValueError, RuntimeError) as error:  # Lightning's message for unavailable devices
         raise InputError(one_line(error)) from error

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -34,7 +32,6 @@ from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 ORDER_SEED = 0  # images go into the shards in a fixed random order, so that every shard has all classes
-BARRIER_TIMEOUT = timedelta(days=30)  # for ranks that finish early and wait for the others
 
 
 def tokenize(
@@ -98,9 +95,7 @@ def tokenize(
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; name a folder")
     refuse_overlap(images, out)
-    # Ranks work independently and only wait for each other at the end; gloo reports a dead rank at once.
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=BARRIER_TIMEOUT)
-    with launch_ranks(device, devices, num_nodes, strategy) as fabric, ExitStack() as stack:
+    with launch_ranks(device, devices, num_nodes) as fabric, ExitStack() as stack:
         model = load_tokenizer(tokenizer)
         source = open_images(images, model.config.shape, "skip", labels, class_names, cache_dir, retries)
         order = shard_order(source, views)
