@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import traceback
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LambdaCallback, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_mvar.callbacks import Checkpoint, InterruptionCallback
-from lightning_mvar.callbacks.checkpoint import AtomicCheckpoint
+from lightning_mvar.callbacks import InterruptionCallback
 from lightning_mvar.callbacks.overview import OverviewCallback
 from lightning_mvar.checkpoints.training import (
-    LAST,
     NETWORK_KEY,
     check_intact,
-    newest_first,
-    newest_intact,
     read_plain_part,
-    remove_checkpoint,
     resolve_last,
-    step_of,
 )
 from lightning_mvar.cli.arguments import find_input_error
 from lightning_mvar.cli.configs import MODE, config_files, parse, run_folder
 from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.cli.rendezvous import fail_together
+from lightning_mvar.cli.starting import START_HELP, RunFolders, StartOptions
 from lightning_mvar.devices import set_tf32
 from lightning_mvar.errors import RESUME_REMEDY, InputError, one_line
-from lightning_mvar.io.files import create_folder
-from lightning_mvar.io.locks import lock_folder
-from lightning_mvar.training.base import SKIPPED_STEPS
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import restore_choice_of_rank_zero
 from lightning_mvar.training.mvar import LitMVAR
@@ -50,7 +39,6 @@ from lightning_mvar.training.strategies import FSDP2Strategy
 
 CLI = TypeVar("CLI", bound="TrainingCLI")
 
-LOG_FILES = ("events.out.tfevents.*", "hparams.yaml")  # of a run, in its logger's folder; config.yaml is replaced
 MAX_SEED = 2**32 - 1
 LEAST = {  # least values of the trainer's options that Lightning does not check
     "accumulate_grad_batches": 1,
@@ -74,6 +62,7 @@ class TrainingCLI(LightningCLI):
 
     module: ClassVar[type[L.LightningModule]] = LitMVAR
     data: ClassVar[type[L.LightningDataModule]] = TokenDataModule
+    folders: ClassVar[type[RunFolders]] = RunFolders
     checkpoint_key = NETWORK_KEY  # entry that checkpoints of this command have
 
     def __init__(self, argv: list[str], **options: Any) -> None:
@@ -121,6 +110,7 @@ class TrainingCLI(LightningCLI):
             if (input_error := find_input_error(error)) is None and is_bug(error):
                 raise
             raise input_error or InputError(one_line(error)) from error
+        self.run_folders = self.folders(self.trainer)
         if not sys.stdout.isatty():
             replace_rich_progress_bar(self.trainer)
 
@@ -129,7 +119,7 @@ class TrainingCLI(LightningCLI):
         with ExitStack() as stack:
             with fail_together(self.trainer.strategy):
                 if self.training:
-                    stack.enter_context(self.own_folders())
+                    stack.enter_context(self.run_folders.owned(self.command))
                 ckpt_path = self.choose_checkpoint()
                 if ckpt_path is None and not self.training:
                     raise InputError(f"{self.command} needs --ckpt_path: without it the network is untrained")
@@ -140,24 +130,6 @@ class TrainingCLI(LightningCLI):
 
     def finish(self) -> None:
         """Hook after the trainer has ended, while the folders are still locked."""
-
-    @contextmanager
-    def own_folders(self) -> Iterator[None]:
-        """Creates the folders of a training run and keeps other commands out; rank 0 does so for all ranks."""
-        root, option = Path(self.trainer.default_root_dir), "--trainer.default_root_dir"
-        others = [folder for folder in self.folders(AtomicCheckpoint) if not is_inside(folder, root)]
-        with ExitStack() as stack:
-            if self.writes_run:
-                for folder in [root, *dict.fromkeys(others)]:
-                    stack.enter_context(lock_folder(folder, self.command, option))
-                for folder in [*self.log_folders(), *self.folders(AtomicCheckpoint)]:
-                    create_folder(folder, f"choose another {option}")
-            yield
-
-    @property
-    def writes_run(self) -> bool:
-        """Whether this process writes the files of a run: rank 0, unless it is a test run that writes nothing."""
-        return self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def choose_checkpoint(self) -> str | None:
         """Returns the checkpoint to continue from, if any; an earlier run is removed later if --overwrite is given.
@@ -176,16 +148,16 @@ class TrainingCLI(LightningCLI):
             raise InputError("`--verify` needs --resume or --ckpt_path")
         restore_choice_of_rank_zero(self.trainer)
         if start.resume and self.trainer.is_global_zero:
-            ckpt_path = self.newest_checkpoint(start.verify)
+            ckpt_path = self.run_folders.newest_checkpoint(start.verify)
         elif ckpt_path is not None:
             ckpt_path = str(resolve_last(Path(ckpt_path)))
             if start.verify and self.trainer.is_global_zero:
                 check_intact(Path(ckpt_path), verify_checksums=True)
-        if self.training and self.writes_run:
+        if self.training and self.run_folders.writes:
             if start.overwrite:
-                self.replace_run(ckpt_path)
+                self.run_folders.replace_earlier_run(ckpt_path)
             else:
-                self.refuse_other_runs(ckpt_path, start.resume)
+                self.run_folders.refuse_earlier_run(ckpt_path, start.resume)
         if ckpt_path is not None:
             self.check_checkpoint(ckpt_path)
         return ckpt_path
@@ -205,75 +177,6 @@ class TrainingCLI(LightningCLI):
         self.model.check_checkpoint(content[self.checkpoint_key])
         loop = "fit_loop" if self.training else f"{self.command}_loop"
         check_run_state(content, self.trainer, loop, Path(ckpt_path).is_dir(), f"--ckpt_path {ckpt_path}")
-
-    def log_folders(self) -> list[Path]:
-        return [Path(logger.log_dir) for logger in self.trainer.loggers if logger.log_dir is not None]
-
-    def folders(self, kind: type[AtomicCheckpoint]) -> list[Path]:
-        """Returns the folders that the trainer's checkpoint callbacks of type `kind` write to."""
-        callbacks = self.trainer.checkpoint_callbacks
-        return [Path(str(callback.dirpath)) for callback in callbacks if isinstance(callback, kind)]
-
-    def is_own(self, ckpt_path: str | None) -> bool:
-        """Whether a checkpoint lies in a folder that this run writes to."""
-        folders = [folder.resolve() for folder in self.folders(AtomicCheckpoint)]
-        return ckpt_path is not None and Path(ckpt_path).resolve().parent in folders
-
-    def refuse_other_runs(self, ckpt_path: str | None, resume: bool) -> None:
-        """Raises InputError if a new run would write to, and remove from, the checkpoints of an earlier run.
-
-        A run that starts from the newest checkpoint in its own folder continues that run, and so does one with
-        --resume, whose folder may hold damaged checkpoints alone.
-        """
-        occupied = [folder for folder in self.folders(AtomicCheckpoint) if newest_first(folder)]
-        if resume or not occupied:
-            return
-        if not self.is_own(ckpt_path):
-            raise InputError(
-                f"{occupied[0]} holds the checkpoints of an earlier run: continue it with --resume, replace it with "
-                f"--overwrite, or choose another --trainer.default_root_dir for a new one"
-            )
-        newest = newest_first(Path(str(ckpt_path)).parent)[0]
-        if step_of(newest) > step_of(Path(str(ckpt_path))):
-            raise InputError(
-                f"a run from {ckpt_path} would remove later checkpoints, up to {newest}: choose another "
-                f"--trainer.default_root_dir for it, or continue from the newest with --resume"
-            )
-
-    def replace_run(self, ckpt_path: str | None) -> None:
-        """Makes this run remove an earlier one from its folders right before the first step.
-
-        By then, the checkpoint to start from, the data and the model have been read: whatever is wrong with them ends
-        this run and leaves the earlier one as it is.
-        """
-        if self.is_own(ckpt_path):
-            raise InputError(f"--overwrite would remove --ckpt_path {ckpt_path}: choose another folder for the new run")
-        logs = [path for folder in self.log_folders() for pattern in LOG_FILES for path in folder.glob(pattern)]
-        self.trainer.callbacks.append(  # type: ignore[attr-defined]
-            LambdaCallback(on_train_start=lambda trainer, module: self.remove_run(logs))
-        )
-
-    def remove_run(self, logs: list[Path]) -> None:
-        """Removes checkpoints and `logs` of an earlier run, and nothing else, from the folders of this run."""
-        for folder in self.folders(AtomicCheckpoint):
-            (folder / LAST).unlink(missing_ok=True)
-            for path in newest_first(folder):
-                remove_checkpoint(path)
-        for path in logs:
-            path.unlink(missing_ok=True)
-        shutil.rmtree(Path(self.trainer.default_root_dir) / SKIPPED_STEPS, ignore_errors=True)
-
-    def newest_checkpoint(self, verify_checksums: bool) -> str | None:
-        folders = self.folders(Checkpoint)
-        if not folders:
-            raise InputError("--resume needs a lightning_mvar.callbacks.Checkpoint among the trainer's callbacks")
-        newest = newest_intact(folders[0], verify_checksums)
-        rank_zero_info(
-            f"resuming from {newest}"
-            if newest
-            else f"--resume: no intact checkpoint in {folders[0]}, starting from scratch"
-        )
-        return None if newest is None else str(newest)
 
 
 def check_trainer_options(trainer: Namespace) -> None:
@@ -325,35 +228,10 @@ def replace_rich_progress_bar(trainer: L.Trainer) -> None:
         trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar(refresh_rate=10)  # type: ignore[attr-defined]
 
 
-class StartOptions(NamedTuple):
-    """How a training run starts if its folder holds an earlier one; all false for other commands."""
-
-    resume: bool
-    overwrite: bool
-    verify: bool
-
-    @classmethod
-    def of(cls, options: Namespace) -> StartOptions:
-        """Reads the options of a command; raises InputError if they exclude each other."""
-        start = cls(*(bool(options.get(name, False)) for name in cls._fields))
-        if start.resume and start.overwrite:
-            raise InputError("give --resume or --overwrite, not both")
-        return start
-
-
 TF32_HELP = (
     "compute what stays in float32 on GPUs in TF32, with 10 bits of mantissa: several times faster; inputs made from "
     "tokens, samples and their scores are computed in float32 in any case"
 )
-START_HELP = {
-    "resume": "continue from the newest complete checkpoint of this run; start from scratch if it has none",
-    "overwrite": "remove the checkpoints and logs of an earlier run in the same folder, and start from scratch",
-    "verify": "read the checkpoint completely before continuing from it, and compare its checksums",
-}
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 def stop_trainer_ranks_on_error(trainer: L.Trainer) -> AbstractContextManager[None]:

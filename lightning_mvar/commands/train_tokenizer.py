@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_mvar.checkpoints import save_folder
+from lightning_mvar.cli.starting import RunFolders
 from lightning_mvar.cli.training import TrainingCLI, run_cli
 from lightning_mvar.errors import InputError
 from lightning_mvar.training.datamodules import ImageDataModule
@@ -14,30 +15,33 @@ from lightning_mvar.training.tokenizer import TOKENIZER_KEY, LitTokenizer
 CONFIG, WEIGHTS = "config.json", "tokenizer.safetensors"  # of a finished tokenizer
 
 
-class TokenizerCLI(TrainingCLI):
-    """TrainingCLI of `train-tokenizer`."""
+class TokenizerFolders(RunFolders):
+    """Folders of a run that leaves a tokenizer in its root."""
 
-    module, data, checkpoint_key = LitTokenizer, ImageDataModule, TOKENIZER_KEY
-
-    def refuse_other_runs(self, ckpt_path: str | None, resume: bool) -> None:
-        super().refuse_other_runs(ckpt_path, resume)
-        folder = Path(self.trainer.default_root_dir)
-        if not self.is_own(ckpt_path) and (folder / CONFIG).exists():
+    def refuse_earlier_run(self, ckpt_path: str | None, resume: bool) -> None:
+        super().refuse_earlier_run(ckpt_path, resume)
+        if not self.is_own(ckpt_path) and (self.root / CONFIG).exists():
             raise InputError(
-                f"{folder} holds a finished tokenizer: continue its training with --resume, replace it with "
+                f"{self.root} holds a finished tokenizer: continue its training with --resume, replace it with "
                 f"--overwrite, or choose another --trainer.default_root_dir for a new one"
                 + (" (--resume found no complete checkpoint of it)" if resume else "")
             )
 
-    def remove_run(self, logs: list[Path]) -> None:
-        super().remove_run(logs)
+    def remove_earlier_run(self, logs: list[Path]) -> None:
+        super().remove_earlier_run(logs)
         for name in (CONFIG, WEIGHTS):
-            (Path(self.trainer.default_root_dir) / name).unlink(missing_ok=True)
+            (self.root / name).unlink(missing_ok=True)
+
+
+class TokenizerCLI(TrainingCLI):
+    """TrainingCLI of `train-tokenizer`."""
+
+    module, data, folders, checkpoint_key = LitTokenizer, ImageDataModule, TokenizerFolders, TOKENIZER_KEY
 
     def finish(self) -> None:
         """Writes the tokenizer."""
         tokenizer = unsharded_copy(self.model.averaged)
-        folder = Path(self.trainer.default_root_dir)
+        folder = self.run_folders.root
         if self.trainer.is_global_zero:
             save_folder(folder, tokenizer)
             print(f"tokenizer {tokenizer.fingerprint()} in {folder}")

@@ -159,7 +159,7 @@ def test_a_second_start_in_one_folder_is_refused(plain_run_folder: Path) -> None
 def see_no_checkpoint(rank: int) -> None:
     """Rank 1 sees an outdated listing of a network file system, in which the run has no checkpoint."""
     if rank == 1:
-        import lightning_mvar.cli.training as module
+        import lightning_mvar.cli.starting as module
 
         module.newest_intact = lambda *arguments: None
         module.newest_first = lambda folder: []
