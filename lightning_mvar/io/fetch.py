@@ -14,6 +14,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from select import POLLIN, poll
 from subprocess import TimeoutExpired
@@ -26,13 +27,12 @@ from webdataset.gopen import gopen, gopen_schemes
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path, remove_unfinished
-from lightning_mvar.io.locks import FileLock
+from lightning_mvar.io.locks import FileLock, poll_lock
 
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # between attempts; the wait doubles each time
 STALL_S = 120.0  # without a byte; longer than the retries that webdataset requests from curl
 MIN_BYTES_PER_S = 10_000
 RESERVE_BYTES = 2**28  # of the disk, which downloads leave free
-POLL_S = 0.1
 CHUNK_BYTES = 2**18
 CURL_ERRORS = {  # by exit code
     6: "the host is unknown",
@@ -141,8 +141,8 @@ def wait_for_lock(path: Path) -> Iterator[None]:
     """Waits until the lock on `path` is free and holds it inside the block."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        while (lock := FileLock.try_acquire(path)) is None:
-            sleep(POLL_S)
+        lock = poll_lock(partial(FileLock.try_acquire, path))
+        assert lock is not None
     except OSError as error:
         raise InputError(
             f"cannot lock {path} ({error.strerror}): set data.cache_dir or --cache_dir to another folder"

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -80,8 +80,7 @@ def lock_folder(folder: Path, command: str, option: str = "--out") -> Iterator[F
     """
     deadline, remedy = time.monotonic() + LOCK_TIMEOUT_S, f"choose another {option}"
     try:
-        while (lock := try_lock(folder, remedy)) is None and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+        lock = poll_lock(lambda: try_lock(folder, remedy), lambda: time.monotonic() > deadline)
         if lock is None:
             holder = (folder / LOCK).read_text() or "command"
             raise InputError(f"another {holder} is running in {folder}: wait for it, or {remedy}")
@@ -103,6 +102,13 @@ def try_lock(folder: Path, remedy: str) -> FileLock | None:
         return FileLock.try_acquire(folder / LOCK)
     except FileNotFoundError:
         return None
+
+
+def poll_lock(attempt: Callable[[], FileLock | None], stop: Callable[[], bool] = lambda: False) -> FileLock | None:
+    """Calls `attempt` until it returns a lock, and returns that; or returns None once `stop` returns True."""
+    while (lock := attempt()) is None and not stop():
+        time.sleep(POLL_S)
+    return lock
 
 
 def is_locked(path: Path) -> bool:

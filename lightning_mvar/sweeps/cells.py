@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,8 +20,8 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import with_included
 from lightning_mvar.io.files import atomic_path, read_regular
 from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, read_json, shown
-from lightning_mvar.io.locks import FileLock, is_locked
-from lightning_mvar.sweeps.processes import POLL_S, WHOLE_MACHINE, ProcessContext, Share, Stop, run_until_stopped
+from lightning_mvar.io.locks import FileLock, is_locked, poll_lock
+from lightning_mvar.sweeps.processes import WHOLE_MACHINE, ProcessContext, Share, Stop, run_until_stopped
 
 T = TypeVar("T")
 State = Literal["waiting", "running", "finished", "crashed", "interrupted"]
@@ -208,9 +209,8 @@ def run_cell(folder: Path, stop: Stop, share: Share = WHOLE_MACHINE) -> int:
 @contextmanager
 def hold_lock(cell: Cell, stop: Stop) -> Iterator[FileLock | None]:
     """Waits for the cell's lock and holds it; yields None if `stop` came first."""
-    lock = None
-    while not stop.signal and (lock := FileLock.try_acquire(cell.lock)) is None:
-        time.sleep(POLL_S)
+    attempt = partial(FileLock.try_acquire, cell.lock)
+    lock = None if stop.signal else poll_lock(attempt, lambda: stop.signal != 0)
     try:
         yield lock
     finally:
