@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def assert_agrees(case: Case, name: str, actual: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     expected = case.values[name]
-    difference = float((actual.detach() - expected).abs().max() / expected.abs().max())
+    difference = float((actual.detach().cpu() - expected).abs().max() / expected.abs().max())
     print(f"parity: {name:<24} {difference:.1e}")
     assert difference <= tolerance, name
 
@@ -145,3 +146,45 @@ def test_greedy_sampling_agrees(case: Case) -> None:
     assert torch.equal(tokens, case.values["greedy_tokens"])
     if "greedy_image" in case.values:
         assert_agrees(case, "greedy_image", images)
+
+
+@pytest.fixture
+def case_on_gpu(case: Case) -> Iterator[Case]:
+    case.network.cuda()
+    case.tokenizer.cuda()
+    yield case
+    case.network.cpu()
+    case.tokenizer.cpu()
+
+
+@pytest.mark.cuda
+def test_a_gpu_agrees_in_float32(case_on_gpu: Case) -> None:
+    """Compares tokenizer, loss, gradients and greedy sampling, all with products in float32."""
+    case, config = case_on_gpu, case_on_gpu.reference["config"]
+    if "encoder_features" in case.values:
+        images = torch.from_numpy(image(config["batch"], 16 * config["patch_nums"][-1], config["seed"])).cuda()
+        assert_agrees(case, "encoder_features", case.tokenizer.features(images))
+        assert torch.equal(case.tokenizer.encode(images).cpu(), case.values["tokens"])
+        assert_agrees(case, "reconstruction", case.tokenizer.decode(case.values["tokens"].cuda()))
+    tokens, labels = case.values["tokens"].cuda(), case.values["labels"]
+    logits = case.network(labels.cuda(), case.tokenizer.scale_inputs(tokens))
+    assert_agrees(case, "logits", logits)
+    case.network.zero_grad()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+    assert_gradients_agree(case, GRADIENT_TOLERANCE)
+    settings = {"guidance": config["cfg"], "top_k": 1, "top_p": 1.0}
+    _, drawn = generate(case.network, case.tokenizer, labels, return_tokens=True, **settings)
+    assert torch.equal(drawn.cpu(), case.values["greedy_tokens"])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_gpu_stays_near_in_half_precision(case_on_gpu: Case, dtype: torch.dtype) -> None:
+    case, tokens, scale = case_on_gpu, case_on_gpu.values["tokens"].cuda(), 1024.0
+    scale_inputs = case.tokenizer.scale_inputs(tokens)
+    with torch.autocast("cuda", dtype=dtype):
+        logits = case.network(case.values["labels"].cuda(), scale_inputs)
+    assert_agrees(case, "logits", logits, HALF[dtype])
+    case.network.zero_grad()
+    (torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()) * scale).backward()
+    assert_gradients_agree(case, HALF_GRADIENTS[dtype], scale)

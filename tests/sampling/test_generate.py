@@ -342,3 +342,15 @@ def test_a_centred_box_keeps_the_tokens_that_var_keeps(resolution: int, inpainti
     for side, kept in zip(schedule.side_lengths, parts, strict=True):
         cells = F.interpolate(kept_cells[None, None], size=(side, side), mode="bilinear", align_corners=False) > 0.5
         assert torch.equal(kept.view(side, side), cells[0, 0] if side > 1 else torch.ones(1, 1, dtype=torch.bool))
+
+
+@pytest.mark.cuda
+def test_sampling_on_a_gpu_waits_for_nothing(network: MVAR, tokenizer: Tokenizer) -> None:
+    """Neither the host's labels and random keys nor any scale make it wait; reading the images is up to the caller."""
+    network, tokenizer = network.cuda(), deepcopy(tokenizer).cuda()
+    generate(network, tokenizer, LABELS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        generate(network, tokenizer, LABELS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import MIXERS, SCHEDULE, random_tokens, tiny_network
+from conftest import MIXERS, SCHEDULE, random_tokens, relative_error, tiny_network
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,3 +131,23 @@ def test_recomputing_keeps_less_memory() -> None:
             kept[kind] = memory.bytes() / (x.numel() * x.element_size())
         assert output.requires_grad
     assert kept["full"] < kept["selective"] < 0.7 * kept["none"]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_compiled_blocks_on_a_gpu_stay_near_eager_ones(mixer: str) -> None:
+    """Compares losses and all gradients in bfloat16, of generated kernels with and without recomputation."""
+    torch._dynamo.reset()
+    results = []
+    for compile, checkpointing in ((False, "none"), (True, "none"), (True, "selective")):
+        network = make_network(compile, checkpointing, mixers=MIXERS[mixer], head_dim=16).cuda()
+        torch.manual_seed(0)
+        labels, tokens = torch.arange(4).cuda(), random_tokens(4).cuda()
+        inputs = torch.randn(4, SCHEDULE.num_tokens - 1, 8).cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            losses, _ = network.train().score(labels, inputs, tokens)
+        losses.mean().backward()
+        results.append([losses, *(p.grad for p in network.parameters() if p.grad is not None)])
+    for compiled in results[1:]:
+        for actual, expected in zip(compiled, results[0], strict=True):
+            assert relative_error(actual, expected) < 5e-2

@@ -93,6 +93,19 @@ def test_strategies_agree_on_losses_weights_scores_and_samples(run_folder: Path)
     assert half == pytest.approx([value for _, value in one["train/loss"]], abs=2e-3)
 
 
+@pytest.mark.cuda
+def test_fsdp2_on_one_gpu_trains_as_one_process_does(plain_run_folder: Path) -> None:
+    on_gpu = ["--trainer.accelerator", "gpu", "--trainer.devices", "1", "--trainer.default_root_dir"]
+    for name, strategy in (("one", []), ("fsdp2", ["--trainer.strategy", "fsdp2"])):
+        ranks = start([*FIT, *on_gpu, name, *strategy], plain_run_folder, name=name)
+        assert ranks.wait() == [0], ranks.printed()
+    one, fsdp2 = (scalars(plain_run_folder / name / "logs")["train/loss"] for name in ("one", "fsdp2"))
+    assert [loss for _, loss in fsdp2] == pytest.approx([loss for _, loss in one], rel=1e-4)
+    expected = last_weights(plain_run_folder / "one", "network.")
+    for key, tensor in last_weights(plain_run_folder / "fsdp2", "network.").items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-4, rtol=1e-3)
+
+
 def last_weights(root: Path, prefix: str) -> dict[str, torch.Tensor]:
     return read_tensors((root / "checkpoints/last.ckpt").resolve(), prefix)
 
