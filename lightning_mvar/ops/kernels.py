@@ -1,4 +1,4 @@
-"""Optional kernels, which need a certain GPU or package.
+"""Optional kernels, which need a certain GPU, package or compiler.
 
 They are detected when a network is constructed and only read afterwards: torch.compile cannot trace an import.
 """
@@ -14,26 +14,46 @@ import torch
 
 log = logging.getLogger(__name__)
 
-KERNELS: dict[str, Callable[..., Any]] = {}  # by purpose, see `look_for_kernels`
+Kernels = dict[str, Callable[..., Any]]  # by purpose
+
+KERNELS: Kernels = {}  # those of this machine, see `look_for_kernels`
+
+
+def triton_kernels() -> Kernels:
+    """Imports this package's Triton kernels and runs one, because Triton compiles with the system's C compiler."""
+    from lightning_mvar.ops.triton import adaln, mamba2, qk_norm
+
+    x = torch.ones(1, 1, 16, device="cuda")
+    adaln.add_gated(x, x, x)
+    return {
+        "mamba2": mamba2.mamba2_forward,
+        "qk norm": qk_norm.qk_norm,
+        "modulate": adaln.modulate,
+        "add gated": adaln.add_gated,
+    }
+
+
+def packed_attention() -> Kernels:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"packed attention": varlen_attn}
+
+
+SOURCES = [  # what is slower without the kernels, how to load them, what helps
+    ("Mamba-2, QK-norm and AdaLN", triton_kernels, "install a C compiler and the Triton that this torch requires"),
+    ("attention inside scales", packed_attention, "install torch 2.10 or newer"),
+]
 
 
 @cache
 def look_for_kernels() -> None:
-    """Fills `KERNELS` with the kernels available on this machine and logs them once."""
+    """Fills `KERNELS` with the kernels that run on this machine; warns once of those that do not, and why."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return
-    try:
-        from lightning_mvar.ops.triton import adaln, mamba2, qk_norm
-
-        KERNELS["mamba2"] = mamba2.mamba2_forward
-        KERNELS["qk norm"] = qk_norm.qk_norm
-        KERNELS["modulate"], KERNELS["add gated"] = adaln.modulate, adaln.add_gated
-    except ImportError as error:
-        log.info("Mamba-2, QK-norm and AdaLN: using torch operations, because Triton cannot be imported: %s", error)
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-
-        KERNELS["packed attention"] = varlen_attn
-    except ImportError as error:
-        log.info("attention inside scales: one call per scale, because torch has no variable-length kernel: %s", error)
+    for purpose, load, remedy in SOURCES:
+        try:
+            KERNELS.update(load())
+        except Exception as error:  # broken packages and compilers raise anything, and torch operations need neither
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("%s: using PyTorch operations, which are slower (%s); to mend it, %s", purpose, reason, remedy)
     log.info("GPU kernels in use: %s", ", ".join(KERNELS) or "none")
