@@ -16,6 +16,7 @@ from PIL import Image
 from lightning_mvar.errors import InputError
 
 DESCRIPTIONS = ("config.json", "manifest.json")  # of exported networks, and of token shards
+WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".distcp")  # suffixes
 MAY_BE_EMPTY = re.compile(r"\.(init_args|dict_kwargs|host|allowed_hosts)\b")  # options of classes; hosts
 BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
 MODULES = re.compile(r"lightning_mvar\.metrics\.\w+")  # options that take a module take an extractor or a classifier
@@ -117,7 +118,7 @@ def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping
         inputs: files, folders or names of sources to read, likewise.
 
     Raises:
-        InputError: if an output is an input, a picture or description inside an input folder, or another output.
+        InputError: if an output is an input, a file that is read inside an input folder, or another output.
     """
     read = {option: os.path.realpath(path) for option, path in inputs.items() if path is not None}
     written: dict[str, str] = {}
@@ -135,11 +136,11 @@ def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping
 
 
 def is_part(path: Path, folder: Path) -> bool:
-    """Returns whether an existing file is one that a folder is read from: its description, or one of its images."""
+    """Returns whether an existing file is one that is read from a folder: a description, weights or an image."""
     if folder not in path.parents or not path.is_file():
         return False
     is_image = path.suffix.lower() in Image.registered_extensions() and not (folder / "config.json").exists()
-    return path.name in DESCRIPTIONS or is_image
+    return path.name in DESCRIPTIONS or path.suffix in WEIGHTS or is_image
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:

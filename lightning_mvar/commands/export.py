@@ -13,6 +13,7 @@ from lightning_mvar.checkpoints import (
     save_folder,
     save_official,
 )
+from lightning_mvar.checkpoints.folders import CONFIG, read_config
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.locks import lock_folder
@@ -61,9 +62,16 @@ def export(
         if to == "official":
             print("written:", *save_official(out, model))
             return
+        refuse_tokenizer(Path(out))
         save_folder(out, model.tokenizer, model.network, model.class_names)
     parameters = sum(p.numel() for p in model.network.parameters()) / 1e6
     print(f"network ({parameters:,.1f}M parameters, depth {model.network.config.depth}) and tokenizer in {out}")
+
+
+def refuse_tokenizer(folder: Path) -> None:
+    """Raises InputError if a folder holds a tokenizer alone: shards and checkpoints may refer to it."""
+    if (folder / CONFIG).is_file() and read_config(folder, "tokenizer", "").network is None:
+        raise InputError(f"{folder} holds a tokenizer, which shards and checkpoints may refer to: name another --out")
 
 
 def requested_schedule(resolution: int | None, side_lengths: list[int] | None) -> ScaleSchedule | None:

@@ -58,10 +58,9 @@ def sample(
         raise InputError(
             "--strip and --animation show all drawn images, before --reject selects: drop them or --reject"
         )
-    refuse_overwriting(
-        {"--out": out, "--grid": grid, "--strip": strip, "--animation": animation},
-        {},  # `draw_set` itself refuses a folder of other files
-    )
+    figures = {"--grid": grid, "--strip": strip, "--animation": animation}
+    refuse_overwriting({"--out": out, **figures}, {})  # `draw_set` itself refuses a folder of other files
+    refuse_overwriting(figures, {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer})
     with launch_ranks(device, devices, num_nodes) as fabric:
         drawn = draw_set(fabric, partial(read_model, ckpt_path, tokenizer, weights), out, **drawing)
         if fabric.is_global_zero:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+MAX_EPOCHS = 10_000
+
+
 class EmbeddedClassifier(nn.Module):
     """A small convolutional classifier of an embedded set, trained on its real training images in seconds.
 
@@ -32,7 +35,7 @@ class EmbeddedClassifier(nn.Module):
         epochs: passes over the training images.
 
     Raises:
-        InputError: if `epochs` is less than 1, or the file holds other weights.
+        InputError: if `epochs` is not in [1, `MAX_EPOCHS`], or the file holds other weights.
     """
 
     num_features = 64
@@ -41,6 +44,8 @@ class EmbeddedClassifier(nn.Module):
     def __init__(self, weights: str, epochs: int = 25) -> None:
         if epochs < 1:
             raise InputError(f"{type(self).__name__} needs epochs of at least 1, got {epochs}")
+        if epochs > MAX_EPOCHS:
+            raise InputError(f"{type(self).__name__} takes at most {MAX_EPOCHS} epochs, got {epochs}")
         super().__init__()
         self.features = nn.Sequential(
             *(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU()),

@@ -85,8 +85,14 @@ class PngFolder(SampleSet):
     """Set of images in `folder/CLASS/NUMBER.png`; `class_names` has one entry per image."""
 
     def __init__(self, folder: Path, metadata: dict[str, Any], class_names: Sequence[str]) -> None:
-        super().__init__(folder, metadata, len(class_names))
         self.class_names = class_names
+        super().__init__(folder, metadata, len(class_names))
+
+    def claim(self) -> None:
+        """As in the base class; also refuses class folders that are links, and would lead out of `folder`."""
+        if link := next((path for name in set(self.class_names) if (path := self.folder / name).is_symlink()), None):
+            raise InputError(f"{link} is a link: remove it, or choose another --out")
+        super().claim()
 
     def path(self, number: int) -> Path:
         return self.folder / self.class_names[number] / f"{number:06d}.png"

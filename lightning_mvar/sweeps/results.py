@@ -65,6 +65,7 @@ COSTS = {
     "flops_per_sampled_image": "FLOPs per sampled image",
     "state_bytes_per_image": "state bytes per image",
 }
+MAX_NUMBER = 3.4e38  # of float32
 RATES = {TRAINING_RATE: "training images/s", "images_per_s": "sampling images/s"}
 TITLES = LOSSES | SCORES | TRAINING_SCORES | COSTS | RATES
 # Evaluation conditions: scores are comparable only if all of these agree.
@@ -259,8 +260,13 @@ def read_scores(path: Path) -> dict[str, Scalar]:
 
 
 def parse_numbers(path: Path, record: dict[str, Scalar], keys: Iterable[str]) -> dict[str, float]:
+    """Returns numbers of a record; those beyond float32 are refused, because their statistics would overflow."""
     try:
-        return {key: checked(record[key], float, key) for key in keys}
+        numbers = {key: checked(record[key], float, key) for key in keys}
+        for key, number in numbers.items():
+            if abs(number) > MAX_NUMBER:
+                raise InputError(f"{key} is {number}, beyond float32")
+        return numbers
     except KeyError as error:
         raise InputError(f"{path} is damaged (KeyError: {error})") from error
     except InputError as error:

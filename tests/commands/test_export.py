@@ -149,3 +149,12 @@ def test_a_full_disk_is_reported_in_one_message(files: Path, workdir: Path) -> N
         assert process.returncode == 1
         assert process.stderr.startswith("lightning-mvar: error: cannot write full/")
         assert not list(workdir.glob("full/*"))
+
+
+def test_a_network_does_not_replace_a_tokenizer(workdir: Path, files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Shards and checkpoints may refer to it."""
+    assert run(["export", "--tokenizer", str(files / "vae.pth"), "--side_lengths", "[1,2,3,4]", "--out", "tok"]) == 0
+    before = {path: path.read_bytes() for path in Path("tok").iterdir()}
+    assert run(["export", "--official", str(files / "var_trainer.pth"), "--out", "tok"]) == 1
+    assert "tok holds a tokenizer, which shards and checkpoints may refer to" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in Path("tok").iterdir()} == before

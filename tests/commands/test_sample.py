@@ -164,6 +164,17 @@ def test_a_set_is_not_continued_with_other_settings(workdir: Path, capfd: pytest
     assert "set/sampling.json is damaged" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--grid", "--strip"])
+@pytest.mark.parametrize("path", ["model", "model/network.safetensors", "./model/../model/config.json"])
+def test_figures_do_not_replace_the_network(
+    workdir: Path, option: str, path: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {file: file.read_bytes() for file in Path("model").iterdir()}
+    assert run(["sample", "--ckpt_path", "model", "--out", "a.npz", option, path]) == 1
+    assert f"{option} {path} would replace what --ckpt_path model reads" in capfd.readouterr().err
+    assert {file: file.read_bytes() for file in Path("model").iterdir()} == before
+
+
 def test_a_damaged_unfinished_set_is_reported(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

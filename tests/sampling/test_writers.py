@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling.writers import NpzFile
+from lightning_mvar.sampling.writers import NpzFile, PngFolder
 
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
 
@@ -38,3 +38,12 @@ def test_a_batch_of_another_set_is_named(tmp_path: Path, numbers: np.ndarray, im
     np.savez(tmp_path / "set.npz.partial/00000000.npz", numbers=numbers, images=images)
     with pytest.raises(InputError, match=r"00000000\.npz holds .* images and .* remove it, and its images are drawn"):
         target.missing()
+
+
+def test_a_class_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    set_of_two = PngFolder(tmp_path / "set", {}, ["ant", "bee"])
+    set_of_two.write([0], IMAGES[:1])
+    (tmp_path / "set/bee").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="set/bee is a link: remove it, or choose another --out"):
+        PngFolder(tmp_path / "set", {}, ["ant", "bee"])

@@ -245,6 +245,8 @@ def test_cells_without_a_folder_have_the_names_that_the_sweep_will_use(tmp_path:
         ("costs.json", '{"parameters": 3}', r"costs\.json is damaged \(KeyError: 'flops_per_training_image'\)"),
         ("scores.json", "[]", r"scores\.json is damaged"),
         ("scores.json", '[{"precision": "high"}]', r"scores\.json is damaged"),
+        ("scores.json", '[{"precision": -1e308}]', r"scores\.json is damaged \(precision is -1e\+308, beyond float32"),
+        ("scores.json", '[{"precision": NaN}]', r"scores\.json is damaged \(.* is not valid JSON \(it holds NaN\)"),
         ("logs", None, r"logs has no TensorBoard events"),
     ],
 )

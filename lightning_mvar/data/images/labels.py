@@ -22,6 +22,7 @@ from lightning_mvar.errors import InputError
 
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"  # in the development kit
 MAX_KIT_MEMBERS, MAX_KIT_BYTES = 1000, 2**24  # the kit has 2.5 MB
+MAT_HEADER, MAT_COMPRESSED = 128, 15  # bytes of a MATLAB 5 file; kind of a compressed variable
 KIT_ERRORS = (  # of tarfile and scipy on damaged files; MemoryError: scipy, for an array of a claimed size
     *(OSError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError, struct.error, zlib.error),
     tarfile.TarError,
@@ -236,7 +237,8 @@ def read_development_kit(path: Path) -> Labels:
             raise OSError("it is too large")
         with tarfile.open(path) as kit:
             meta, truth = (read_member(kit, suffix) for suffix in (META, GROUND_TRUTH))
-        synsets: Any = loadmat(BytesIO(meta), squeeze_me=True)["synsets"]
+        require_small(meta)
+        synsets: Any = loadmat(BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"]
         ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
         words = [ids[int(number)] for number in truth.split()]
         if not words:
@@ -244,6 +246,22 @@ def read_development_kit(path: Path) -> Labels:
     except (*KIT_ERRORS, MatReadError) as error:
         raise InputError(f"--labels {path} is not ImageNet's development kit, or is damaged ({error})") from error
     return Labels(path, words, list(imagenet_classes()))
+
+
+def require_small(meta: bytes) -> None:
+    """Raises OSError if the compressed variables of a MATLAB 5 file have more than `MAX_KIT_BYTES` together.
+
+    After a header, the file is a list of variables, each with its kind and length in front.
+    """
+    position, left, order = MAT_HEADER, MAX_KIT_BYTES, "<" if meta[MAT_HEADER - 2 : MAT_HEADER] == b"IM" else ">"
+    while position + 8 <= len(meta):
+        kind, length = struct.unpack_from(f"{order}II", meta, position)
+        position += 8
+        if kind == MAT_COMPRESSED:
+            left -= len(zlib.decompressobj().decompress(meta[position : position + length], left + 1))
+        if left < 0:
+            raise OSError(f"{META} has more than {MAX_KIT_BYTES} bytes after decompression")
+        position += length
 
 
 def read_member(archive: tarfile.TarFile, suffix: str) -> bytes:

@@ -21,6 +21,7 @@ from imagenet_folder import (
 
 from lightning_mvar.data.images.crops import DecodedImages
 from lightning_mvar.data.images.files import EncodedImages
+from lightning_mvar.data.images.labels import read_development_kit
 from lightning_mvar.data.images.sources import open_encoded, open_images
 from lightning_mvar.errors import InputError
 
@@ -97,7 +98,7 @@ def validation(files: dict[str, bytes], tmp_path: Path) -> tuple[Path, dict[str,
     return tmp_path / "val.tar", {name: CLASSES.index(key.split("/")[0]) for name, key in keys.items()}
 
 
-def write_development_kit(path: Path, labels: list[int]) -> None:
+def write_development_kit(path: Path, labels: list[int], compressed: bool = False, **others: np.ndarray) -> None:
     """Writes class numbers of its own and a table of their meaning, as in ILSVRC2012_devkit_t12.tar.gz."""
     import io
 
@@ -107,7 +108,7 @@ def write_development_kit(path: Path, labels: list[int]) -> None:
     columns = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
     rows = [(ids[label], name, "words", 0) for label, name in enumerate(CLASSES)] + [(1001, "n00001740", "entity", 9)]
     table = io.BytesIO()
-    savemat(table, {"synsets": np.array(rows, dtype=columns)[:, None]})
+    savemat(table, {"synsets": np.array(rows, dtype=columns)[:, None]} | others, do_compression=compressed)
     with tarfile.open(path, "w:gz") as archive:
         add_file(archive, "ILSVRC2012_devkit_t12/data/meta.mat", table.getvalue())
         truth = "\n".join(str(ids[label]) for label in labels)
@@ -275,3 +276,13 @@ def test_two_images_of_the_same_name_are_refused(tmp_path: Path) -> None:
             add_file(archive, name, b"x")
     with pytest.raises(InputError, match=r"twice.tar: a/1.jpg and .* have the same name"):
         open_encoded(str(tmp_path / "twice.tar"), None, None)
+
+
+def test_the_table_of_a_development_kit_may_be_compressed_but_not_grow(tmp_path: Path) -> None:
+    write_development_kit(path := tmp_path / "kit.tar.gz", [0, 1], compressed=True)
+    assert len(read_development_kit(path).lines) == 2
+    write_development_kit(path, [0, 1], compressed=True, other=np.zeros(2**25, np.uint8))
+    with pytest.raises(
+        InputError, match=r"is damaged \(data/meta.mat has more than 16777216 bytes after decompression\)"
+    ):
+        read_development_kit(path)
