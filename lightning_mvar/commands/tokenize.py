@@ -61,8 +61,8 @@ def tokenize(
             or one tar per class; WebDataset shards with .cls or .json, as a folder or a pattern
             (train-{0000..0146}.tar); Parquet or Arrow files with image and label; or `digits:train`, `photos:test` and
             the like. Tars may be compressed (.tar.gz, .tar.zst). Archives may be remote:
-            https://HOST/train-{0000..0146}.tar, or a command that prints an archive, such as
-            `pipe:aws s3 cp s3://BUCKET/train-{0000..0146}.tar -`.
+            https://HOST/train-{0000..0146}.tar, s3://BUCKET/train-{0000..0146}.tar (also gs:// and hf://), or a command
+            that prints an archive, such as `pipe:rclone cat REMOTE:train-{0000..0146}.tar`.
         tokenizer: folder that `train-tokenizer` or `export` wrote.
         out: folder for the shards and their manifest.
         labels: for images without classes, such as ILSVRC2012_img_val.tar: a file with lines `NAME CLASS`, or only

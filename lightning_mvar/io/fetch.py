@@ -1,51 +1,47 @@
-"""Downloads of remote files through webdataset's `gopen`, with retries; a file arrives complete or not at all.
+"""Downloads of remote files through fsspec, with retries; a file arrives complete or not at all.
 
-    https://host/path                         also http://, gs://, hf:// and the other schemes of webdataset
-    pipe:aws s3 cp s3://bucket/file.tar -     a command that prints the file
+    https://host/path                         also http://, s3://, gs://, hf:// and the other schemes of fsspec
+    pipe:rclone cat remote:bucket/file.tar    a command that prints the file
 
-Processes on one machine share a cache: one of them downloads a file while the others wait for it.
+Credentials and options are those of each scheme's library: its own files and environment variables, and
+FSSPEC_S3_ENDPOINT_URL and the like, see the documentation of fsspec. Processes on one machine share a cache: one of
+them downloads a file while the others wait for it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from select import POLLIN, poll
-from subprocess import TimeoutExpired
+from subprocess import PIPE, Popen, TimeoutExpired
+from threading import Thread
 from time import monotonic, sleep
-from typing import BinaryIO, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import aiohttp
+from fsspec import Callback, get_filesystem_class
+from fsspec.core import url_to_fs
 from tqdm import tqdm
-from webdataset.gopen import gopen, gopen_schemes
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path, remove_unfinished
 from lightning_mvar.io.locks import FileLock, poll_lock
 
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # between attempts; the wait doubles each time
-STALL_S = 120.0  # without a byte; longer than the retries that webdataset requests from curl
+STALL_S = 120.0  # without a byte
 MIN_BYTES_PER_S = 10_000
 RESERVE_BYTES = 2**28  # of the disk, which downloads leave free
 CHUNK_BYTES = 2**18
-CURL_ERRORS = {  # by exit code
-    6: "the host is unknown",
-    7: "the host cannot be reached",
-    18: "the connection was lost",
-    22: "the server answered with an error, such as 404",
-    28: "the host did not answer in time",
-    35: "no secure connection could be set up",
-    52: "the server sent nothing",
-    56: "the connection was lost",
-    60: "the certificate is not trusted",
-}
-
+HTTP_OPTIONS = {"encoded": True}  # as given: a signature must not be quoted again
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -62,13 +58,19 @@ def is_remote(address: str) -> bool:
 
 
 def check_scheme(address: str) -> None:
-    """Raises InputError if webdataset cannot read the scheme of `address`."""
+    """Raises InputError if fsspec cannot read the scheme of `address`, or its library is not installed."""
     scheme = address.partition(":")[0]
-    if scheme not in gopen_schemes:
+    try:
+        if scheme != "pipe":
+            get_filesystem_class(scheme)
+    except ValueError as error:
         raise InputError(
-            f"{address}: webdataset does not read {scheme}://; use a command that does, such as 'pipe:aws s3 cp "
-            f"s3://BUCKET/FILE -' (for token shards, with {{}} in place of the file name)"
-        )
+            f"{address}: fsspec does not know {scheme}://; use https://, s3://, gs:// or hf://, or a command such as "
+            f"'pipe:rclone cat REMOTE:FILE' (for token shards, with {{}} in place of the file name)"
+        ) from error
+    except ImportError as error:
+        extra = ": pip install 'lightning-mvar[s3]'" if scheme in ("s3", "s3a") else ""
+        raise InputError(f"{address} needs a library that is not installed ({error}){extra}") from error
 
 
 def fetch_files(addresses: Sequence[str], cache_dir: Path, retries: int) -> list[Path]:
@@ -77,7 +79,7 @@ def fetch_files(addresses: Sequence[str], cache_dir: Path, retries: int) -> list
     Contents are not checked, and a cached file is never refreshed.
 
     Args:
-        addresses: URLs or commands for `gopen`; each contains a file name with a suffix.
+        addresses: URLs or commands; each contains a file name with a suffix.
         cache_dir: local folder; nothing is ever removed from it.
         retries: further attempts after a failure, with growing waits in between.
 
@@ -94,15 +96,15 @@ def fetch_file(address: str, cache_dir: Path, retries: int) -> Path:
         raise InputError(f"{address} has no file name: it must contain one with a suffix, such as train.tar")
     path = cache_dir / hashlib.sha256(address.encode()).hexdigest()[:16] / name
 
-    def download() -> None:
+    def attempt() -> None:
         remove_unfinished(path)
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            download_to(address, file, free_bytes(path))
+        with atomic_path(path) as temporary:
+            download(address, temporary, free_bytes(path))
 
     if not path.is_file():
         with wait_for_lock(path.with_name(f".{path.name}.lock")):
             if not path.is_file():  # another process may have downloaded it in the meantime
-                retry(address, download, retries)
+                retry(address, attempt, retries)
     return path
 
 
@@ -119,14 +121,14 @@ def retry(address: str, attempt: Callable[[], T], retries: int) -> T:
     Raises:
         InputError: if all attempts fail.
     """
-    wait = FIRST_WAIT_S
+    wait_s = FIRST_WAIT_S
     for _ in range(retries):
         try:
             return attempt()
         except FetchError as error:
-            log.warning("%s cannot be read (%s): retrying in about %.0f s", address, error, wait)
-            sleep(wait * random.Random().uniform(0.75, 1.25))  # jitter, so that a cluster does not retry in lockstep
-            wait = min(2 * wait, MAX_WAIT_S)
+            log.warning("%s cannot be read (%s): retrying in about %.0f s", address, error, wait_s)
+            sleep(wait_s * random.Random().uniform(0.75, 1.25))  # jitter, so that a cluster does not retry in lockstep
+            wait_s = min(2 * wait_s, MAX_WAIT_S)
     try:
         return attempt()
     except FetchError as error:
@@ -167,56 +169,113 @@ def require_space(path: Path, size: int) -> None:
         )
 
 
-def download_to(address: str, file: BinaryIO, max_bytes: int) -> tuple[int, str]:
-    """Writes the content of `address` to an open file.
+class Progress(Callback):
+    """Counts the bytes of a download, and ends it if they are too many or come too slowly.
 
-    Returns:
-        number of bytes, and their SHA-256 as hex digits.
+    Args:
+        address: names the file in messages.
+        max_bytes: maximum number of bytes.
+    """
+
+    def __init__(self, address: str, max_bytes: int) -> None:
+        super().__init__()
+        self.address, self.max_bytes, self.abandoned = address, max_bytes, False
+        self.window_begin, self.window_size = monotonic(), 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Counts `inc` bytes.
+
+        Raises:
+            InputError: if there are more than `max_bytes`.
+            FetchError: if less than `MIN_BYTES_PER_S` arrive on average over `STALL_S`, or nobody waits any longer.
+        """
+        self.value += inc
+        if self.value > self.max_bytes:
+            raise InputError(
+                f"{self.address} sends more than the {self.max_bytes} bytes that are expected, or fit on the disk"
+            )
+        if self.abandoned:
+            raise FetchError("abandoned")
+        if (elapsed := monotonic() - self.window_begin) >= STALL_S:
+            if self.value - self.window_size < MIN_BYTES_PER_S * elapsed:
+                raise FetchError(f"only {self.value - self.window_size} bytes in {elapsed:.0f} s")
+            self.window_begin, self.window_size = monotonic(), self.value
+
+
+def download(address: str, path: Path, max_bytes: int) -> None:
+    """Writes the content of `address` to a local file.
 
     Raises:
-        FetchError: if the reading program fails, or sends nothing for `STALL_S` seconds, or over such a time less than
-            `MIN_BYTES_PER_S` on average.
-        InputError: if the reading program is not installed, or sends more than `max_bytes`.
+        FetchError: if it cannot be read, or nothing arrives for `STALL_S` seconds, or too little, see `Progress`.
+        InputError: if its library is not installed, or it has more than `max_bytes`.
     """
-    try:
-        pipe = gopen(address, "rb")  # a webdataset.gopen.Pipe for every scheme
-    except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
-        raise InputError(f"{address} cannot be opened ({error}): is the program that reads it installed?") from error
-    except OSError as error:
-        raise FetchError(str(error)) from error
-    digest, size = hashlib.sha256(), 0
-    window_begin, window_size = monotonic(), 0
+    progress = Progress(address, max_bytes)
+    if address.startswith("pipe:"):
+        run_command(address.removeprefix("pipe:"), path, progress)
+    else:
+        copy_url(address, path, progress)
+
+
+def copy_url(address: str, path: Path, progress: Progress) -> None:
+    """Downloads in a second thread, which is left behind if it stalls: not every library has a time limit."""
+    check_scheme(address)
+    options = HTTP_OPTIONS | {"client_kwargs": http_client()} if urlsplit(address).scheme in ("http", "https") else {}
+    finished: Future[None] = Future()
+
+    def copy() -> None:
+        try:
+            filesystem, name = url_to_fs(address, **options)
+            filesystem.get_file(name, str(path), callback=progress)
+            finished.set_result(None)
+        except BaseException as error:  # raised below, in the waiting thread
+            finished.set_exception(error)
+
+    Thread(target=copy, daemon=True).start()
+    received = 0
+    while not wait([finished], STALL_S).done:
+        if progress.value == received:
+            progress.abandoned = True
+            raise FetchError(f"no data for {STALL_S:.0f} s")
+        received = progress.value
+    if (error := finished.exception()) is not None:
+        raise as_fetch_error(error) from error
+
+
+def http_client() -> dict[str, Any]:
+    """Returns options of aiohttp: proxies from the environment, and no limit on the time of a whole download."""
+    return {"trust_env": True, "timeout": aiohttp.ClientTimeout(None, sock_connect=STALL_S, sock_read=2 * STALL_S)}
+
+
+def as_fetch_error(error: BaseException) -> BaseException:
+    """Turns an error of a library, or of the network, into a FetchError; leaves others, such as a full disk."""
+    if isinstance(error, FileNotFoundError):
+        return FetchError("there is no such file")
+    from_library = type(error).__module__.partition(".")[0] not in ("builtins", __package__.partition(".")[0])
+    if from_library or (isinstance(error, (OSError, TimeoutError)) and error.errno != errno.ENOSPC):
+        return FetchError(" ".join(str(error).split())[:200] or type(error).__name__)
+    return error
+
+
+def run_command(command: str, path: Path, progress: Progress) -> None:
+    """Writes what a shell command prints to a file; see `download`."""
+    process = Popen(command, stdout=PIPE, shell=True)
+    assert process.stdout is not None
     readable = poll()
-    readable.register(pipe.stream, POLLIN)
+    readable.register(process.stdout, POLLIN)
     try:
-        while readable.poll(1000 * STALL_S):
-            data = pipe.stream.read1(CHUNK_BYTES)
-            if not data:
-                check_exit_code(pipe.proc.wait(STALL_S), address)
-                return size, digest.hexdigest()
-            size += len(data)
-            if size > max_bytes:
-                raise InputError(
-                    f"{address} sends more than the {max_bytes} bytes that are expected, or fit on the disk"
-                )
-            file.write(data)
-            digest.update(data)
-            if (elapsed := monotonic() - window_begin) >= STALL_S:
-                if size - window_size < MIN_BYTES_PER_S * elapsed:
-                    raise FetchError(f"only {size - window_size} bytes in {elapsed:.0f} s")
-                window_begin, window_size = monotonic(), size
+        with open(path, "wb") as file:
+            while readable.poll(1000 * STALL_S):
+                data = process.stdout.read1(CHUNK_BYTES)  # type: ignore[attr-defined]
+                if not data:
+                    if code := process.wait(STALL_S):
+                        raise FetchError(f"the command exited with code {code}")
+                    return
+                progress.relative_update(len(data))
+                file.write(data)
         raise FetchError(f"no data for {STALL_S:.0f} s")
     except TimeoutExpired as error:
-        raise FetchError(f"the program did not exit within {STALL_S:.0f} s") from error
+        raise FetchError(f"the command did not exit within {STALL_S:.0f} s") from error
     finally:
-        pipe.proc.kill()
-        pipe.proc.wait()
-        pipe.stream.close()
-
-
-def check_exit_code(code: int, address: str) -> None:
-    """Raises FetchError if the program that read `address` failed."""
-    if code:
-        program = "the command" if address.startswith("pipe:") else "its program"
-        reason = None if address.startswith("pipe:") else CURL_ERRORS.get(code)
-        raise FetchError(reason or f"{program} exited with code {code}")
+        process.kill()
+        process.wait()
+        process.stdout.close()

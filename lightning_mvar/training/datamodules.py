@@ -109,8 +109,9 @@ class TokenDataModule(BatchedDataModule):
     """Datamodule that streams tokens from shards of `lightning-mvar tokenize`.
 
     Args:
-        train: folder of the training shards: a local path, `https://HOST/PATH`, or a command that prints the file named
-            by {}, such as `pipe:aws s3 cp s3://BUCKET/PATH/{} -`.
+        train: folder of the training shards: a local path; `https://HOST/PATH`, `s3://BUCKET/PATH`, `gs://BUCKET/PATH`
+            or `hf://datasets/USER/NAME`; or a command that prints the file named by {}, such as
+            `pipe:rclone cat REMOTE:PATH/{}`.
         val: folder of the validation shards, like `train`.
         test: folder of the test shards, like `train`; default: the validation shards.
         global_batch_size: images per optimizer step over all devices, which take equal shares.

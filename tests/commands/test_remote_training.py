@@ -50,7 +50,7 @@ def test_a_run_whose_server_dies_reports_it_and_resumes_exactly(server: ShardSer
     errors = [line for line in stopped.printed().splitlines() if line.startswith("lightning-mvar: error:")]
     assert len(errors) == 1, stopped.printed()
     assert f"error: {server.url}/00000" in errors[0]
-    assert "cannot be read (the server sent nothing), in 3 attempt(s): check the address and the network" in errors[0]
+    assert "cannot be read (Server disconnected), in 3 attempt(s): check the address and the network" in errors[0]
     assert "Traceback" not in stopped.printed()
     server.alive_for = None
     server.requests.clear()
@@ -74,7 +74,7 @@ def test_a_data_workers_failure_is_reported_in_one_line(
 
 def test_mistakes_are_reported_in_one_line(server: ShardServer, capfd: pytest.CaptureFixture[str]) -> None:
     for options, message in [
-        (["--data.train", "s3://bucket/shards"], "webdataset does not read s3://"),
+        (["--data.train", "nfs://host/shards"], "fsspec does not know nfs://"),
         (["--data.train", "pipe:cat shards/{}", "--data.retries", "-1"], "data.retries is too small, got -1"),
         (["--data.train", "pipe:cat nowhere/{}", "--data.retries", "0"], "manifest.json cannot be read (the command"),
         (["--data.val", "pipe:sed s/48/49/ shards/{}"], "do not fit the model: vocab_size is 49 in the shards"),

@@ -70,7 +70,7 @@ def test_unavailable_and_truncated_archives_are_reported(server: ShardServer) ->
     for source, message in (
         (f"{server.url}/nowhere.tar", r"nowhere\.tar cannot be read .* in 3 attempt\(s\)"),
         ("pipe:cat images/nowhere.tar", r"pipe:cat images/nowhere\.tar cannot be read .* in 3 attempt\(s\)"),
-        ("nfs://host/a.tar", "webdataset does not read nfs://"),
+        ("nfs://host/a.tar", "fsspec does not know nfs://"),
         (f"{server.url}/archives", "archives has no file name"),
     ):
         with pytest.raises(InputError, match=message):

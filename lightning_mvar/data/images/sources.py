@@ -2,7 +2,8 @@
 
 A source is an embedded set such as `digits:train` or `photos:test`; a folder of class folders; a tar archive, perhaps
 compressed, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or Parquet or Arrow files. Remote
-ones (`https://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are downloaded first: images are read in random order.
+ones (`https://...`, `s3://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are downloaded first: images are read in
+random order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Sources of token shards: a local folder, or anything that webdataset's `gopen` reads, through a cache.
+"""Sources of token shards: a local folder, or anything that fsspec reads, through a cache.
 
-    https://host/path                         also http://, gs://, hf:// and the other schemes of webdataset
-    pipe:aws s3 cp s3://bucket/shards/{} -    a command that prints the file whose name replaces {}
+    https://host/path                         also http://, s3://, gs://, hf:// and the other schemes of fsspec
+    pipe:rclone cat remote:bucket/shards/{}   a command that prints the file whose name replaces {}
 
 A shard is downloaded once for all processes of a machine, checked against the manifest and cached atomically. Files in
 the cache are named by SHA-256, so a changed shard gets a new file and identical shards from two places share one.
@@ -16,8 +16,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
 
@@ -29,7 +29,7 @@ from lightning_mvar.io.fetch import (
     RETRIES,
     FetchError,
     check_scheme,
-    download_to,
+    download,
     is_remote,
     require_space,
     retry,
@@ -104,7 +104,7 @@ class RemoteShards:
         retries: further attempts after a failed one, with growing waits in between.
 
     Raises:
-        InputError: if webdataset cannot read the location.
+        InputError: if fsspec cannot read the location.
     """
 
     def __init__(self, location: str, cache_dir: Path, retries: int) -> None:
@@ -130,9 +130,9 @@ class RemoteShards:
         return manifest
 
     def read_manifest(self) -> bytes:
-        file = BytesIO()
-        download_to(self.address(MANIFEST), file, MAX_JSON_BYTES)
-        data = file.getvalue().strip()
+        with TemporaryDirectory() as folder:
+            download(self.address(MANIFEST), path := Path(folder) / MANIFEST, MAX_JSON_BYTES)
+            data = path.read_bytes().strip()
         if not (data.startswith(b"{") and data.endswith(b"}")):  # a proxy's error page, or a truncated file
             raise FetchError(f"the response is not a manifest: it begins with {data[:40]!r}")
         return data
@@ -166,11 +166,11 @@ class RemoteShards:
     def download(self, shard: Shard, path: Path) -> None:
         remove_unfinished(path)
         require_space(path, shard.bytes)
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            size, digest = download_to(self.address(shard.name), file, shard.bytes)
-            if size != shard.bytes:
+        with atomic_path(path) as temporary:
+            download(self.address(shard.name), temporary, shard.bytes)
+            if (size := temporary.stat().st_size) != shard.bytes:
                 raise FetchError(f"received {size} bytes, the manifest says {shard.bytes}")
-            if digest != shard.sha256:
+            if sha256_of(temporary) != shard.sha256:
                 raise FetchError("the received SHA-256 differs from the manifest's")
 
 

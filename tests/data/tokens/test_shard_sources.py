@@ -3,9 +3,11 @@
 import json
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -78,9 +80,9 @@ def test_failures_are_retried(
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        ("404", "the server answered with an error"),
-        ("drop", "the server sent nothing"),
-        ("cut", "the connection was lost"),
+        ("404", "there is no such file"),
+        ("drop", "Server disconnected"),
+        ("cut", "Response payload is not completed"),
         ("short", r"received \d+ bytes, the manifest says"),
         ("wrong", "the received SHA-256 differs from the manifest's"),
         ("stall", "no data for"),
@@ -93,12 +95,13 @@ def test_the_last_failed_attempt_raises_address_reason_and_remedy(
         monkeypatch.setattr(fetching, "STALL_S", 0.5)
     shards = remote_shards(server, tmp_path / "cache", retries=2)
     shard = shards.manifest().shards[2]
-    server.failures[NAMES[2]] = [failure] * 3  # type: ignore[list-item]
+    requests = 6 if failure == "drop" else 3  # aiohttp repeats a request once if the connection closes before an answer
+    server.failures[NAMES[2]] = [failure] * requests  # type: ignore[list-item]
     with pytest.raises(
         InputError, match=rf"{server.url}/000002\.tar cannot be read \({reason}.*3 attempt.*data\.retries"
     ):
         shards.fetch(shard)
-    assert Counter(server.requests)[NAMES[2]] == 3
+    assert Counter(server.requests)[NAMES[2]] == requests
     assert cached_files(tmp_path / "cache") == []
     assert shards.fetch(shard).is_file()
 
@@ -160,7 +163,7 @@ def test_an_epoch_can_resume_after_a_failure(server: ShardServer, tmp_path: Path
     expected = list(local)
     server.alive_for = len(server.requests) + 2
     head: list[TokenBatch] = []
-    with pytest.raises(InputError, match=r"the server sent nothing\), in 2 attempt"):
+    with pytest.raises(InputError, match=r"Server disconnected\), in 2 attempt"):
         head.extend(loader)
     assert 0 < len(head) < len(expected)
     server.alive_for = None
@@ -259,7 +262,7 @@ def test_leftovers_of_a_killed_process_are_harmless(server: ShardServer, tmp_pat
     process = CONTEXT.Process(target=fetch_first, args=(server.url, cache))
     process.start()
     deadline = time.monotonic() + 30
-    while NAMES[0] not in server.requests and time.monotonic() < deadline:
+    while not (cache.exists() and cached_files(cache)) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.join()
@@ -283,7 +286,8 @@ def fetch_first(url: str, cache: Path) -> None:
         ("https://host/a/b/", "https://host/a/b/0.tar"),
         ("https://host/a?signature=x%2F", "https://host/a/0.tar?signature=x%2F"),
         ("https://host/{}/content?x=1", "https://host/0.tar/content?x=1"),
-        ("gs://bucket/a", "gs://bucket/a/0.tar"),
+        ("s3://bucket/a", "s3://bucket/a/0.tar"),
+        ("hf://datasets/user/name@main/a", "hf://datasets/user/name@main/a/0.tar"),
         ("pipe:aws s3 cp s3://bucket/a/{} -", "pipe:aws s3 cp s3://bucket/a/0.tar -"),
     ],
 )
@@ -294,7 +298,10 @@ def test_addresses(location: str, address: str) -> None:
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("s3://bucket/shards", r"webdataset does not read s3://; use a command that does, such as 'pipe:aws s3 cp"),
+        (
+            "nfs://host/shards",
+            r"fsspec does not know nfs://; use https://, s3://, gs:// or hf://, or a command",
+        ),
         ("pipe:cat shards", "does not say which file: put {} where"),
     ],
 )
@@ -303,12 +310,11 @@ def test_unreadable_locations_are_rejected(location: str, message: str) -> None:
         open_shards(location, Path("cache"), 0)
 
 
-def test_a_missing_program_is_reported_without_retries(
-    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match=r"manifest\.json cannot be opened .*curl.*installed"):
-        remote_shards(server, tmp_path / "cache").manifest()
+def test_a_missing_library_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(import_module("fsspec.registry")._registry, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(InputError, match=r"s3://a/b needs a library .*s3fs.*: pip install 'lightning-mvar\[s3\]'"):
+        open_shards("s3://a/b", tmp_path, 5)
 
 
 def test_an_unwritable_cache_is_reported(server: ShardServer, tmp_path: Path) -> None:
