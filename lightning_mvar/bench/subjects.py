@@ -175,7 +175,7 @@ class Subject:
 
     def block_parts(self) -> list[Part]:
         """Returns the parts inside blocks."""
-        parts: list[Part] = [(lightning_mvar.ops.mamba2, "ssd_chunked", "scan")]
+        parts: list[Part] = [(lightning_mvar.ops.mamba2, "ssd", "scan")]
         for block in self.network.blocks:
             parts += [(block, "forward", "AdaLN and residuals"), (block.mlp, "forward", "MLP")]
             parts += [(mixer, "forward", type(mixer).__name__) for mixer in block.mixers]  # type: ignore[union-attr]
@@ -297,4 +297,4 @@ def scan(config: MVARConfig, x: Tensor) -> Run:
     u, B, C = random(b, l, h, p), random(b, l, n), random(b, l, n)
     dt = random(b, l, h, dtype=torch.float32)
     A = torch.linspace(-16, -1, h, device=x.device)
-    return lambda: lightning_mvar.ops.mamba2.ssd_chunked(u, F.softplus(dt), A, B, C)[0]
+    return lambda: lightning_mvar.ops.mamba2.ssd(u, F.softplus(dt), A, B, C)[0]

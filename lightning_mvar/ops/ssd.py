@@ -1,4 +1,4 @@
-"""State-space duality, the Mamba-2 scan: one recurrence, two ways to compute it.
+"""State-space duality, the Mamba-2 scan: one recurrence, three ways to compute it.
 
 For each head h, with a scalar decay, and B and C shared by all heads (Mamba-2, arXiv 2405.21060, sections 5 and 6):
 
@@ -16,9 +16,10 @@ For each head h, with a scalar decay, and B and C shared by all heads (Mamba-2, 
 
 Shapes: b batch, l tokens, h heads, p head dim, n SSM state; in the chunked form, q tokens per chunk.
 
-`ops.mamba2` runs `ssd_chunked` where this package's Triton kernels cannot run; `ssd_recurrent` is the definition, and
-the reference for tests. Both take the state before the first token and return the state after the last, so a long
-sequence can be computed in pieces. The state is always float32, because it accumulates over the full sequence.
+Where this package's Triton kernels cannot run, `ssd` runs `ssd_chunked` on a CPU and `ssd_batched` on a GPU.
+`ssd_recurrent` is the definition, and the reference for tests. All of them take the state before the first token and
+return the state after the last, so a long sequence can be computed in pieces. The state is always float32, because it
+accumulates over the full sequence.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_SIZE = 64
 MIN_LOG_DECAY = -80.0  # smaller decays are negligible, and denormals are slow
 
 
-def ssd_recurrent(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Computes the recurrence token by token (slow reference).
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Computes the recurrence by PyTorch operations, in the form that suits the device of `x`.
 
     Args:
         x: (b, l, h, p) input, any floating dtype.
@@ -48,6 +49,13 @@ def ssd_recurrent(
     Returns:
         y (b, l, h, p) in the dtype of `x`, and the state after the last token (b, h, p, n) in float32.
     """
+    return (ssd_batched if x.is_cuda else ssd_chunked)(x, dt, A, B, C, state)
+
+
+def ssd_recurrent(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Computes the recurrence token by token (slow reference). Arguments and results as in `ssd`."""
     b, l, h, p = x.shape
     state = x.new_zeros(b, h, p, B.shape[-1], dtype=torch.float32) if state is None else state
     outputs = []
@@ -70,13 +78,56 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Computes the recurrence as matrix products over chunks (paper, section 6): linear in l, any l, with autograd.
 
-    Arguments and results as in `ssd_recurrent`. `chunk_size`, the maximum chunk length, trades the (q, q) products
+    Arguments and results as in `ssd`. `chunk_size`, the maximum chunk length, trades the (q, q) products
     inside a chunk for the number of states. Products run in the dtype of `x`, decays and states in float32. Only the
     arguments are saved for the backward pass.
     """
     if state is None:
         state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32)
     return ChunkedScan.apply(x, dt, A, B, C, state, chunk_size)
+
+
+def ssd_batched(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Computes the recurrence with all chunks as one batch: few operations whatever the length, as GPUs need.
+
+    Arguments and results as in `ssd`. The backward pass recomputes the forward pass.
+    """
+    if state is None:
+        state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32)
+    y, final = checkpoint(scan_all_chunks, x, dt, A, B, C, state, use_reentrant=False, preserve_rng_state=False)
+    return y, final
+
+
+def scan_all_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes `ssd_batched`; k chunks, of which the last is padded by tokens with a step size of 0."""
+    length, dtype, heads = x.shape[1], x.dtype, x.shape[2:]
+    count = -(-length // CHUNK_SIZE)
+    size = min(length, CHUNK_SIZE)
+    x, dt, B, C = (pad_tokens(t, count * size).unflatten(1, (count, size)) for t in (x, dt, B, C))  # (b, k, q, ...)
+    decay = (dt * A).cumsum(2)  # (b, k, q, h)
+    inputs, by_head = scale_heads(x, dt), decay.transpose(2, 3)
+    between = (by_head[..., :, None] - by_head[..., None, :]).clamp(MIN_LOG_DECAY, 0).exp()  # (b, k, h, q, q)
+    scores = (C.float() @ B.float().transpose(2, 3)).tril()[:, :, None]  # (b, k, 1, q, q)
+    inside = ((between * scores).to(dtype) @ inputs.transpose(2, 3)).transpose(2, 3)  # (b, k, q, h, p)
+
+    # The state before chunk i is the sum over j <= i of the update by chunk j - 1, decayed from there to i. Decays add
+    # up over the whole sequence, so their differences need float64.
+    to_end = clamped_exp(decay[:, :, -1:] - decay)
+    updates = B.transpose(2, 3) @ scale_heads(inputs, to_end).flatten(3)  # (b, k, n, h p)
+    updates = torch.cat([state.permute(0, 3, 1, 2).flatten(2)[:, None], updates.float()], dim=1)  # (b, k + 1, n, h p)
+    total = F.pad(decay[:, :, -1].double().cumsum(1), (0, 0, 1, 0)).transpose(1, 2)  # (b, h, k + 1)
+    weights = (total[..., :, None] - total[..., None, :]).clamp(MIN_LOG_DECAY, 0).exp().tril().float()
+    states = torch.einsum("bhij,bjnhp->binhp", weights, updates.unflatten(3, heads))
+    carried = (C @ states[:, :-1].flatten(3).to(dtype)).unflatten(3, heads)  # (b, k, q, h, p)
+    y = torch.addcmul(inside, carried, clamped_exp(decay)[..., None].to(dtype))
+    return y.flatten(1, 2)[:, :length], states[:, -1].permute(0, 2, 3, 1)
+
+
+def pad_tokens(t: Tensor, length: int) -> Tensor:
+    """Pads (b, l, ...) by zeros to `length` tokens."""
+    return F.pad(t, (0, 0) * (t.ndim - 2) + (0, length - t.shape[1]))
 
 
 class Chunk(NamedTuple):
