@@ -54,10 +54,10 @@ class Recurrence(Mixer):
         outputs: list[Tensor] = []
         new_state: tuple[Tensor, ...] = ()
         for i, order in enumerate(self.orders):
-            positions = reading_order(shapes, order, x.device)
-            ordered = x if positions is None else x[:, positions]
+            reading = reading_order(shapes, order, x.device)
+            ordered = x if reading is None else x[:, reading[0]]
             y, order_state = self.scan(ordered, None if state is None else state[i * size : (i + 1) * size])
-            outputs.append(y if positions is None else y[:, positions.argsort()])
+            outputs.append(y if reading is None else y[:, reading[1]])
             new_state += order_state
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0), new_state
 

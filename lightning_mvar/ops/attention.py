@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -135,13 +135,24 @@ def attend_ranges(
     softmax_scale: float,
 ) -> Tensor:
     """Splits the queries by `lengths`; part i attends to keys starts[i]:ends[i]."""
-    outputs = [
-        F.scaled_dot_product_attention(queries, k[:, :, start:end], v[:, :, start:end], scale=softmax_scale)
-        for queries, start, end in zip(q.split(lengths, 2), starts, ends, strict=True)
-    ]
-    return concat_tokens(outputs)
+    parts = zip(q.split(lengths, 2), key_ranges(k, starts, ends), key_ranges(v, starts, ends), strict=True)
+    return concat_tokens([F.scaled_dot_product_attention(*part, scale=softmax_scale) for part in parts])
 
 
-def concat_tokens(outputs: list[Tensor]) -> Tensor:
-    """Concatenates along the token axis; a single scale, as in sampling, is not copied."""
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+def key_ranges(t: Tensor, starts: list[int], ends: list[int]) -> list[Tensor]:
+    """Returns tokens starts[i]:ends[i] of t (b, h, l, p) for each i.
+
+    In training they are copied together from the pieces between these bounds: the gradient of a slice would be a tensor
+    of all tokens, filled with zeros, and there are as many as scales.
+    """
+    if not (t.requires_grad and torch.is_grad_enabled()):
+        return [t[:, :, start:end] for start, end in zip(starts, ends, strict=True)]
+    bounds = sorted({0, *starts, *ends})
+    pieces = t.split([after - before for before, after in pairwise(bounds)], dim=2)
+    ranges = ((bounds.index(start), bounds.index(end)) for start, end in zip(starts, ends, strict=True))
+    return [concat_tokens(list(pieces[first:last])) for first, last in ranges]
+
+
+def concat_tokens(parts: list[Tensor]) -> Tensor:
+    """Concatenates along the token axis; a single part, as in sampling, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -15,14 +15,17 @@ from lightning_mvar.scales import Shape
 
 
 @cache
-def reading_order(shapes: tuple[Shape, ...], order: str, device: torch.device) -> Tensor | None:
-    """Returns (l,) int64: the packed position of the i-th token that a scan reads. The order of scales is unchanged.
+def reading_order(shapes: tuple[Shape, ...], order: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Returns the order in which a scan reads the tokens of each scale; the order of scales is unchanged.
 
     Args:
         shapes: height and width of each scale.
         order: `raster` (row by row, as tokens are packed; returns None), `column` (column by column, top to bottom) or
             `reversed` (raster backwards).
-        device: device of the result.
+        device: device of the results.
+
+    Returns:
+        (l,) int64 packed position of the i-th token that the scan reads, and its inverse.
     """
     if order == "raster" or set(shapes) == {(1, 1)}:
         return None
@@ -32,7 +35,8 @@ def reading_order(shapes: tuple[Shape, ...], order: str, device: torch.device) -
             scale = torch.arange(start, start + math.prod(shape), device=device)
             positions.append(scale.flip(0) if order == "reversed" else scale.view(shape).T.flatten())
             start += len(scale)
-        return torch.cat(positions)
+        forwards = torch.cat(positions)
+        return forwards, forwards.argsort()
 
 
 @cache

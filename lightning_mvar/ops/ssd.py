@@ -49,7 +49,8 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | 
     Returns:
         y (b, l, h, p) in the dtype of `x`, and the state after the last token (b, h, p, n) in float32.
     """
-    return (ssd_batched if x.is_cuda else ssd_chunked)(x, dt, A, B, C, state)
+    few_launches = x.is_cuda and x.shape[1] > CHUNK_SIZE
+    return (ssd_batched if few_launches else ssd_chunked)(x, dt, A, B, C, state)
 
 
 def ssd_recurrent(
@@ -127,7 +128,8 @@ def scan_all_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, stat
 
 def pad_tokens(t: Tensor, length: int) -> Tensor:
     """Pads (b, l, ...) by zeros to `length` tokens."""
-    return F.pad(t, (0, 0) * (t.ndim - 2) + (0, length - t.shape[1]))
+    missing = length - t.shape[1]
+    return F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else t
 
 
 class Chunk(NamedTuple):

@@ -92,6 +92,18 @@ def test_block_causal_is_a_mask_over_scales(qkv: Tensor) -> None:
     torch.testing.assert_close(attend_block_causal(*qkv, SCHEDULE.lengths, 0.3), expected)
 
 
+@pytest.mark.parametrize(("attend", "reach"), [(attend_block_causal, 2), (attend_previous, 1)])
+def test_gradients_of_attention_across_scales_equal_those_of_a_mask(attend, reach: int, qkv: Tensor) -> None:  # type: ignore[no-untyped-def]
+    ids = SCHEDULE.scale_ids
+    allowed = (ids[:, None] >= ids) & (ids[:, None] - ids <= reach)
+    gradients = []
+    for function, choice in ((masked_attention, allowed), (attend, SCHEDULE.lengths)):
+        leaf = qkv.clone().requires_grad_()
+        function(*leaf, choice, 0.3).square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_block_causal_continues_after_cached_keys(qkv: Tensor) -> None:
     q, k, v = qkv
     full = attend_block_causal(q, k, v, SCHEDULE.lengths, 0.3)
