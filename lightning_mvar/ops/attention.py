@@ -8,7 +8,6 @@ all scales of all images at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate, pairwise
@@ -36,7 +35,7 @@ def attend_within_scales(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ..
     """
     kernel = KERNELS.get("packed attention")
     if kernel is not None and len(lengths) > 1 and supports_packed_kernel(q):
-        return attend_packed(kernel, q, k, v, lengths, softmax_scale)
+        return attend_packed(kernel, q, k, v, lengths, lengths, softmax_scale)
     splits = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     return concat_tokens([F.scaled_dot_product_attention(*scale, scale=softmax_scale) for scale in splits])
 
@@ -48,14 +47,30 @@ def supports_packed_kernel(q: Tensor) -> bool:
 
 
 def attend_packed(
-    kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], softmax_scale: float
+    kernel: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    softmax_scale: float,
 ) -> Tensor:
-    """Runs `attend_within_scales` as one variable-length kernel call: each scale of each image is one sequence."""
-    b, _, _, p = q.shape
-    q = q * (softmax_scale * math.sqrt(p))  # the kernel's own factor is 1 / sqrt(p)
+    """Attends by one call of the variable-length kernel: part i of q attends to part i of k and v.
+
+    Args:
+        kernel: `torch.nn.attention.varlen.varlen_attn` or the like.
+        q: (b, h, l, p) with l = sum(lengths).
+        k, v: (b, h, m, p) with m = sum(key_lengths).
+        lengths, key_lengths: tokens of each part.
+        softmax_scale: factor on the logits.
+
+    Returns:
+        (b, h, l, p).
+    """
+    b = len(q)
     packed = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (b l, h, p)
-    offsets, longest = sequence_offsets(lengths, b, q.device), max(lengths)
-    y: Tensor = kernel(*packed, offsets, offsets, longest, longest)
+    offsets = (sequence_offsets(parts, b, q.device) for parts in (lengths, key_lengths))
+    y: Tensor = kernel(*packed, *offsets, max(lengths), max(key_lengths), scale=softmax_scale)
     return y.unflatten(0, (b, -1)).transpose(1, 2)
 
 
@@ -135,6 +150,13 @@ def attend_ranges(
     softmax_scale: float,
 ) -> Tensor:
     """Splits the queries by `lengths`; part i attends to keys starts[i]:ends[i]."""
+    kernel = KERNELS.get("packed attention")
+    if kernel is not None and len(lengths) > 1 and supports_packed_kernel(q):
+        ranges = list(zip(starts, ends, strict=True))
+        key_lengths = tuple(end - start for start, end in ranges)
+        return attend_packed(
+            kernel, q, KeyRanges.apply(k, ranges), KeyRanges.apply(v, ranges), lengths, key_lengths, softmax_scale
+        )
     parts = zip(q.split(lengths, 2), key_ranges(k, starts, ends), key_ranges(v, starts, ends), strict=True)
     return concat_tokens([F.scaled_dot_product_attention(*part, scale=softmax_scale) for part in parts])
 
@@ -151,6 +173,24 @@ def key_ranges(t: Tensor, starts: list[int], ends: list[int]) -> list[Tensor]:
     pieces = t.split([after - before for before, after in pairwise(bounds)], dim=2)
     ranges = ((bounds.index(start), bounds.index(end)) for start, end in zip(starts, ends, strict=True))
     return [concat_tokens(list(pieces[first:last])) for first, last in ranges]
+
+
+class KeyRanges(torch.autograd.Function):
+    """Copies tokens start:end of t (b, h, l, p), for each (start, end), one range after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
+        ctx.length, ctx.ranges = t.shape[2], ranges
+        return torch.cat([t[:, :, start:end].transpose(1, 2) for start, end in ranges], dim=1).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        b, h, _, p = gradient.shape
+        total = gradient.new_zeros(b, ctx.length, h, p).transpose(1, 2)
+        parts = gradient.split([end - start for start, end in ctx.ranges], dim=2)
+        for (start, end), part in zip(ctx.ranges, parts, strict=True):
+            total[:, :, start:end] += part
+        return total, None
 
 
 def concat_tokens(parts: list[Tensor]) -> Tensor:

@@ -5,7 +5,9 @@ They are detected when a network is constructed and only read afterwards: torch.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -24,7 +26,7 @@ def triton_kernels() -> Kernels:
     from lightning_mvar.ops.triton import adaln, mamba2, qk_norm
 
     x = torch.ones(1, 1, 16, device="cuda")
-    adaln.add_gated(x, x, x)
+    adaln.modulate(x, x, x, 1e-6, x.dtype)
     return {
         "mamba2": mamba2.mamba2_forward,
         "qk norm": qk_norm.qk_norm,
@@ -36,7 +38,17 @@ def triton_kernels() -> Kernels:
 def packed_attention() -> Kernels:
     from torch.nn.attention.varlen import varlen_attn
 
-    return {"packed attention": varlen_attn}
+    takes_scale = "scale" in inspect.signature(varlen_attn).parameters  # torch >= 2.11
+    return {"packed attention": varlen_attn if takes_scale else with_scale(varlen_attn)}
+
+
+def with_scale(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the keyword `scale`, the factor on the logits, to a kernel whose own factor is 1 / sqrt(p)."""
+
+    def attend(q: torch.Tensor, *arguments: Any, scale: float) -> Any:
+        return kernel(q * (scale * math.sqrt(q.shape[-1])), *arguments)
+
+    return attend
 
 
 SOURCES = [  # what is slower without the kernels, how to load them, what helps

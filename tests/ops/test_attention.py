@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import lightning_mvar.ops.attention
 from lightning_mvar import ScaleSchedule
 from lightning_mvar.ops.attention import (
     attend_block_causal,
-    attend_packed,
     attend_previous,
     attend_window,
     attend_within_scales,
     sequence_offsets,
 )
-from lightning_mvar.ops.kernels import look_for_kernels
+from lightning_mvar.ops.kernels import look_for_kernels, with_scale
 
 SCHEDULE = ScaleSchedule((1, 2, 3))
 OBLONG = ScaleSchedule(((1, 2), (3, 4)))  # same number of tokens
@@ -40,20 +40,32 @@ def test_within_scales_is_a_block_diagonal_mask(qkv: Tensor) -> None:
 
 def reference_varlen(q, k, v, offsets_q, offsets_k, longest_q, longest_k):  # type: ignore[no-untyped-def]
     """Implements the documented kernel on packed (tokens, heads, channels), one sequence at a time."""
-    assert offsets_q.dtype == torch.int32
-    assert torch.equal(offsets_q, offsets_k)
-    assert longest_q == longest_k == int(offsets_q.diff().max())
+    assert offsets_q.dtype == offsets_k.dtype == torch.int32
+    assert (longest_q, longest_k) == (int(offsets_q.diff().max()), int(offsets_k.diff().max()))
     outputs = []
-    for start, end in pairwise(offsets_q.tolist()):
-        sequence = [t[start:end].transpose(0, 1) for t in (q, k, v)]
-        no_mask = torch.ones(end - start, end - start, dtype=torch.bool)
+    for queries, keys in zip(pairwise(offsets_q.tolist()), pairwise(offsets_k.tolist()), strict=True):
+        sequence = [t[slice(*part)].transpose(0, 1) for t, part in ((q, queries), (k, keys), (v, keys))]
+        no_mask = torch.ones(queries[1] - queries[0], keys[1] - keys[0], dtype=torch.bool)
         outputs.append(masked_attention(*sequence, no_mask, q.shape[-1] ** -0.5).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def test_packed_attention_passes_each_scale_as_one_sequence(qkv: Tensor) -> None:
-    expected = attend_within_scales(*qkv, SCHEDULE.lengths, 0.3)
-    torch.testing.assert_close(attend_packed(reference_varlen, *qkv, SCHEDULE.lengths, 0.3), expected)
+@pytest.mark.parametrize("attend", [attend_within_scales, attend_block_causal, attend_previous])
+def test_packed_attention_equals_a_call_per_scale(  # type: ignore[no-untyped-def]
+    attend, qkv: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for kernels in ({}, {"packed attention": with_scale(reference_varlen)}):
+        monkeypatch.setattr(lightning_mvar.ops.attention, "KERNELS", kernels)
+        monkeypatch.setattr(lightning_mvar.ops.attention, "supports_packed_kernel", lambda q: True)
+        leaf = qkv.clone().requires_grad_()
+        y = attend(*leaf, SCHEDULE.lengths, 0.3)
+        y.square().sum().backward()
+        results.append((y.detach(), leaf.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_the_variable_length_kernel_has_the_arguments_that_it_is_called_with() -> None:
     kernel = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
     arguments = list(inspect.signature(kernel).parameters.values())
     assert [a.name for a in arguments[:7]] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
