@@ -63,3 +63,15 @@ def neighbourhood(shapes: tuple[Shape, ...], window: int, device: torch.device) 
             positions.append(start + row.clamp(0, height - 1) * width + column.clamp(0, width - 1))
             start += height * width
         return torch.cat(positions).to(device), torch.cat(inside).to(device)
+
+
+@cache
+def window_mask(shape: Shape, window: int, device: torch.device) -> Tensor:
+    """Returns (l, l) bool for a map of this (height, width): whether token j is in the window around token i."""
+    with torch.inference_mode(False):
+        tokens = torch.arange(math.prod(shape), device=device)
+        near = [
+            (t[:, None] - t).abs() <= window // 2
+            for t in (tokens.div(shape[1], rounding_mode="floor"), tokens % shape[1])
+        ]
+        return near[0] & near[1]

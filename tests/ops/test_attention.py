@@ -11,6 +11,7 @@ import lightning_mvar.ops.attention
 from lightning_mvar import ScaleSchedule
 from lightning_mvar.ops.attention import (
     attend_block_causal,
+    attend_masked,
     attend_previous,
     attend_window,
     attend_within_scales,
@@ -137,7 +138,10 @@ def test_previous_scale_attention_is_a_two_block_mask(qkv: Tensor) -> None:
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, OBLONG])
 @pytest.mark.parametrize("window", [1, 3, 5])
-def test_window_attention_is_a_mask_of_neighbours_on_the_map(qkv: Tensor, window: int, schedule: ScaleSchedule) -> None:
+@pytest.mark.parametrize("attend", [attend_window, attend_masked])
+def test_window_attention_is_a_mask_of_neighbours_on_the_map(  # type: ignore[no-untyped-def]
+    attend, qkv: Tensor, window: int, schedule: ScaleSchedule
+) -> None:
     positions = [
         (k, row, column)
         for k, (height, width) in enumerate(schedule.shapes)
@@ -149,7 +153,7 @@ def test_window_attention_is_a_mask_of_neighbours_on_the_map(qkv: Tensor, window
         [a[0] == b[0] and max(abs(a[1] - b[1]), abs(a[2] - b[2])) <= reach for b in positions] for a in positions
     ]
     expected = masked_attention(*qkv, torch.tensor(allowed), 0.3)
-    torch.testing.assert_close(attend_window(*qkv, schedule.shapes, window, 0.3), expected)
+    torch.testing.assert_close(attend(*qkv, schedule.shapes, window, 0.3), expected)
 
 
 def test_a_window_covering_the_map_equals_attention_within_scales(qkv: Tensor) -> None:
