@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +31,13 @@ from lightning_mvar.checkpoints.training import (
 from lightning_mvar.devices import in_process_group
 from lightning_mvar.errors import DivergedError, InputError, Interrupted
 from lightning_mvar.training.base import ScheduledModule
-from lightning_mvar.training.lightning_internals import CheckpointHooks, DataParallelStrategy, dump_checkpoint
+from lightning_mvar.training.collectives import DelayedMax
+from lightning_mvar.training.lightning_internals import (
+    CheckpointHooks,
+    DataParallelStrategy,
+    collective_timeout,
+    dump_checkpoint,
+)
 
 # Lightning's state of a validation pass interrupted in its first batch, which makes it start the pass again.
 UNFINISHED_VALIDATION = {
@@ -177,15 +185,19 @@ class Checkpoint(AtomicCheckpoint):
             dirpath=dirpath,
             filename="{step:08d}",
             save_top_k=-1,
-            every_n_train_steps=every_n_train_steps,
-            train_time_interval=train_time_interval,
+            every_n_train_steps=every_n_train_steps or 1,
             enable_version_counter=False,
         )
+        # Not by Lightning, which makes the ranks agree on the time in every step, and the host wait for the device.
+        self.time_interval, self.last_due = train_time_interval, time.monotonic()
+        self.due_on_any_rank: Callable[[int], int] = int
         self.keep = keep
         self.intact: list[Path] = []  # checkpoints that this run has read or written, oldest first
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        if self.time_interval is not None:
+            self.last_due, self.due_on_any_rank = time.monotonic(), DelayedMax(collective_timeout(trainer))
         if trainer.ckpt_path is not None:
             self.mark_saved(trainer)
             self.intact = [Path(trainer.ckpt_path).resolve()]
@@ -193,7 +205,15 @@ class Checkpoint(AtomicCheckpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Saves the step before, if it is time."""
-        super().on_train_batch_end(trainer, pl_module, None, *args)
+        if self.time_interval is None or self.is_time(trainer, self.time_interval):
+            super().on_train_batch_end(trainer, pl_module, None, *args)
+
+    def is_time(self, trainer: L.Trainer, interval: timedelta) -> bool:
+        """Whether the interval has passed on rank 0's clock; all ranks agree, at the batch after."""
+        due = trainer.is_global_zero and time.monotonic() - self.last_due >= interval.total_seconds()
+        if due:
+            self.last_due = time.monotonic()
+        return bool(self.due_on_any_rank(int(due)))
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Does nothing: the step is not logged and not validated yet."""

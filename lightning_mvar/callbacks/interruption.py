@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
-import torch.distributed as dist
 
 from lightning_mvar.errors import Interrupted
+from lightning_mvar.training.collectives import DelayedMax
 from lightning_mvar.training.lightning_internals import collective_timeout, silence_sigterm_broadcast
 from lightning_mvar.training.lost_ranks import abort_stuck_collectives, is_loss_of_rank
 
@@ -20,22 +20,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, preemption,
 class InterruptionCallback(L.Callback):
     """Raises `Interrupted` on all ranks between two steps, after any rank has received SIGINT, SIGTERM or SIGUSR1.
 
-    Before each batch the ranks reduce the received signals, over a gloo group that no GPU waits for, and read the
-    result of the reduction before that. So no rank waits for one that is less than a batch behind. A second Ctrl-C
+    Before each batch the ranks exchange the signals received before the previous one; see `DelayedMax`. A second Ctrl-C
     ends the run within the step and saves nothing. Always part of `fit` and `train-tokenizer`.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self.group: dist.ProcessGroup | None = None
-        self.pending_reduce: tuple[dist.Work, torch.Tensor] | None = None  # reduces to a signal number, or 0
+        self.signal_of_any_rank: Callable[[int], int] = int  # 0 for none
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.received, self.pending_reduce = 0, None
-        if trainer.world_size > 1:
-            timeout = collective_timeout(trainer)  # the run's timeout instead of gloo's default
-            self.group = dist.new_group(backend="gloo", timeout=timeout)
-            silence_sigterm_broadcast(trainer)
+        self.received, self.signal_of_any_rank = 0, DelayedMax(collective_timeout(trainer))
+        silence_sigterm_broadcast(trainer)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.listen()
@@ -56,20 +51,9 @@ class InterruptionCallback(L.Callback):
 
     def check(self, trainer: L.Trainer) -> None:
         """Raises `Interrupted` on all ranks if any has received a signal; all ranks must call this equally often."""
-        if number := self.received if self.group is None else self.signal_of_any_rank(self.group):
+        if number := self.signal_of_any_rank(self.received):
             name = signal.Signals(number).name
             raise Interrupted(number, f"interrupted by {name} after step {trainer.global_step}")
-
-    def signal_of_any_rank(self, group: dist.ProcessGroup) -> int:
-        """Returns the largest signal number that any rank had received at the previous call; 0 for none."""
-        previous, received = self.pending_reduce, torch.tensor(self.received)
-        work = dist.all_reduce(received, dist.ReduceOp.MAX, group, async_op=True)
-        assert work is not None
-        self.pending_reduce = (work, received)
-        if previous is None:
-            return 0
-        previous[0].wait()
-        return int(previous[1])
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self.check(trainer)

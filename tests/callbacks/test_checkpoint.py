@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import scalars
 from processes import start
 
@@ -19,6 +22,33 @@ def test_the_newest_checkpoints_are_kept_and_the_last_is_linked(run_folder: Path
     folder = run_folder / "run/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=00000009.ckpt", "step=00000011.ckpt"]
     assert (folder / "last.ckpt").resolve() == folder / "step=00000011.ckpt"
+
+
+def print_object_broadcasts(rank: int) -> None:
+    """Makes a rank print how many objects its ranks exchange before a step, while it decides whether to save."""
+
+    def on_train_batch_start(self, *args):  # type: ignore[no-untyped-def]
+        with mock.patch.object(dist, "broadcast_object_list", wraps=dist.broadcast_object_list) as broadcast:
+            decide(self, *args)
+        print(f"exchanged {broadcast.call_count} objects")
+
+    decide, Checkpoint.on_train_batch_start = Checkpoint.on_train_batch_start, on_train_batch_start
+
+
+@pytest.mark.parametrize(("interval", "saved"), [("0:00:00", range(1, 7)), ("1:00:00", [6])])
+def test_ranks_agree_on_checkpoints_by_time(run_folder: Path, interval: str, saved: Iterable[int]) -> None:
+    text = (run_folder / "run.yaml").read_text()
+    timed = text.replace("every_n_train_steps: 3", f'train_time_interval: "{interval}", keep: 20')
+    (run_folder / "run.yaml").write_text(timed)
+    command = ["fit", "--config", "run.yaml", "--trainer.max_steps", "6", "--trainer.strategy", "ddp"]
+    ranks = start([*command, "--data.batch_size", "8"], run_folder, 2, prepare=print_object_broadcasts)
+    assert ranks.wait() == [0, 0], ranks.printed()
+    names = {path.name for path in (run_folder / "run/checkpoints").iterdir()}
+    assert names == {"last.ckpt", *(f"step={step:08d}.ckpt" for step in saved)}
+    counts = [line for line in ranks.printed().splitlines() if line.startswith("exchanged")]
+    assert len(counts) == 12
+    if interval != "0:00:00":
+        assert set(counts) == {"exchanged 0 objects"}
 
 
 def test_checkpoints_by_time(run_folder: Path) -> None:
