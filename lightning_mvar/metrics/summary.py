@@ -139,6 +139,8 @@ def feed_shard(images: ImageSet, accumulator: ImageAccumulator, progress: str) -
 def prepare(extractor: nn.Module, device: torch.device) -> nn.Module:
     """Moves an extractor to a device, in eval mode without gradients; raises InputError if it is not an extractor."""
     num_features(extractor)
+    if not [*extractor.parameters(), *extractor.buffers()]:  # then `device_of` needs something to go by
+        extractor.register_buffer("device_mark", torch.empty(0), persistent=False)
     return extractor.eval().requires_grad_(False).to(device)
 
 

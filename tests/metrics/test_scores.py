@@ -3,11 +3,12 @@ import torch
 from conftest import Projection
 from torch import nn
 
+from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics import scores as module
 from lightning_mvar.metrics.precision_recall import precision_recall
 from lightning_mvar.metrics.reference import measure, open_reference
 from lightning_mvar.metrics.scores import Scores
-from lightning_mvar.metrics.summary import Summary
+from lightning_mvar.metrics.summary import Features, Summary, prepare
 
 
 class Classifier(Projection):
@@ -75,3 +76,21 @@ def test_precision_and_recall_use_a_limited_number_of_samples(
     with torch.no_grad():
         features = extractor(images[::3])  # of 58 images, the indices 0, 3, ... 57 are spaced evenly
     assert (scores["precision"], scores["recall"]) == precision_recall(reference.features, features)
+
+
+class Means(nn.Module):
+    """An extractor without parameters."""
+
+    num_features = 3
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3))
+
+
+def test_statistics_are_on_the_device_of_an_extractor_without_parameters() -> None:
+    """NCCL reduces no tensors of a CPU."""
+    prepared = prepare(Means(), torch.device("meta"))
+    features = Features(prepared, 10, 0)
+    features.update(torch.rand(10, 3, 4, 4, device="meta"), torch.arange(10))
+    assert features.statistics.total.device.type == features.statistics.outer.device.type == "meta"
+    assert fingerprint(prepared) == fingerprint(Means())

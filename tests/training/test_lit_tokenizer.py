@@ -370,3 +370,17 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
         make_module().check_checkpoint(before)
     with pytest.raises(InputError, match="scale_dropout needs a schedule of more than one scale"):
         LitTokenizer(TokenizerConfig(ScaleSchedule((4,)), 24, 4), codebook=CodebookConfig(scale_dropout=0.5))
+
+
+def test_counts_of_codes_are_summed_on_the_device_also_before_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from a checkpoint on the CPU, whose tensors NCCL does not sum."""
+    devices, module = [], make_module()
+
+    def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+        devices.append(tensor.device.type)
+        return torch.zeros(tensor.shape)
+
+    monkeypatch.setattr("lightning_mvar.training.tokenizer.sum_over_ranks", sum_over_ranks)
+    module.usage["train"] = torch.ones_like(module.usage["train"])
+    module.to("meta").on_save_checkpoint({})
+    assert devices == ["meta"]
