@@ -1,7 +1,9 @@
+import copy
 import math
 
 import pytest
 import torch
+from conftest import SCHEDULE
 
 from lightning_mvar import ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.errors import InputError
@@ -71,3 +73,22 @@ def test_images_of_another_size_are_rejected(tokenizer: Tokenizer) -> None:
 def test_invalid_configurations_are_rejected(invalid: dict[str, object]) -> None:
     with pytest.raises(InputError):
         TokenizerConfig(**invalid)
+
+
+@pytest.mark.parametrize(("device", "channels_last"), [("cpu", True), ("meta", False)])
+def test_weights_in_half_precision_have_channels_last_on_a_cpu_alone(device: str, channels_last: bool) -> None:
+    config = TokenizerConfig(SCHEDULE, 48, 8, channels=8, multipliers=(1, 2), blocks=1, num_phi=3)
+    tokenizer = Tokenizer(config).to(device).lower(torch.bfloat16).lower_encoder(torch.bfloat16)
+    for weight in (tokenizer.decoder.conv_out.weight, tokenizer.encoder.conv_out.weight):
+        assert weight.dtype == torch.bfloat16
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert tokenizer.quantizer.codebook.weight.dtype == tokenizer.quantizer.phi[0].weight.dtype == torch.float32
+
+
+def test_a_lowered_encoder_gives_features_near_those_in_float32(tokenizer: Tokenizer) -> None:
+    images = torch.rand(3, 3, *tokenizer.config.shape) * 2 - 1
+    lowered = copy.deepcopy(tokenizer).lower_encoder(torch.bfloat16)
+    with torch.no_grad():
+        expected, features = tokenizer.features(images), lowered.features(images)
+    assert features.dtype == torch.bfloat16
+    torch.testing.assert_close(features.float(), expected, atol=0.03 * float(expected.abs().max()), rtol=0)

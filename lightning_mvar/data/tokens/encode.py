@@ -27,24 +27,21 @@ class TokenEncoder:
     """Encodes batches of images into tokens on one device.
 
     Args:
-        model: the tokenizer, which is moved to the device.
+        model: the tokenizer, which is moved to the device and whose encoder is cast.
         device: device to encode on.
         precision: precision of the encoder; sets that of float32 products in this process, see `set_tf32`.
     """
 
     def __init__(self, model: Tokenizer, device: torch.device, precision: Precision) -> None:
-        self.model, self.device, self.dtype = model.to(device), device, DTYPES[precision]
+        self.model, self.device = model.to(device).lower_encoder(DTYPES[precision]), device
         set_tf32(precision == "tf32")
-        if self.dtype.itemsize == 2:
-            self.model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def __call__(self, batches: Iterable[ImageBatch]) -> Iterator[EncodedBatch]:
         for batch in batches:
             tokens = np.empty((0, self.model.config.schedule.num_tokens), np.uint16)
             if len(batch.images):
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    features = self.model.features(batch.images.to(self.device))
+                features = self.model.features(batch.images.to(self.device))
                 tokens = self.model.quantizer.encode(features.float()).cpu().numpy().astype(np.uint16)
             yield EncodedBatch(
                 tokens, batch.labels.numpy(), batch.keys, [*zip(batch.failed_keys, batch.errors, strict=True)]
