@@ -8,19 +8,35 @@ the number of groups in GroupNorm.
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm with statistics in float32 whose output has the dtype of its input, under autocast as well.
+
+    CUDA's autocast, unlike a CPU's, would return float32: feature maps of twice the size, kept for the backward pass.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def group_norm(channels: int, groups: int) -> GroupNorm:
     """Returns a GroupNorm with `groups` groups, or fewer if `channels` is not a multiple of it.
 
     Normalizing a single-channel group removes its mean over the image, which the coarsest scales encode; small networks
     need few groups.
     """
-    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
+    return GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -37,8 +53,22 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + self.second(self.first(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.conv1(F.silu(self.norm1(x)))
+
+    def second(self, x: Tensor) -> Tensor:
+        return self.conv2(F.silu(self.norm2(x)))
+
+    def enable_activation_checkpointing(self) -> None:
+        """Makes the block keep only the inputs of its norms for the backward pass, which computes norm and SiLU again.
+
+        Convolutions are not computed again: recomputation stops at the last tensor to keep, which is their input.
+        """
+        recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        self.first = partial(recompute, self.first)  # type: ignore[method-assign]
+        self.second = partial(recompute, self.second)  # type: ignore[method-assign]
 
 
 class SpatialAttention(nn.Module):

@@ -19,6 +19,7 @@ from torch.nn.grad import conv2d_weight
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.scales import Shape, format_shape
+from lightning_mvar.tokenizer.autoencoder import GroupNorm
 
 MAX_ADAPTIVE_WEIGHT = 1e4  # reached if the discriminator's gradient vanishes
 
@@ -83,7 +84,7 @@ class PatchDiscriminator(nn.Sequential):
             stride = 2 if level < config.levels else 1
             layers += [
                 nn.Conv2d(widths[level - 1], widths[level], 4, stride, padding=1, bias=False),
-                nn.GroupNorm(math.gcd(32, widths[level]), widths[level]),
+                GroupNorm(math.gcd(32, widths[level]), widths[level]),
                 nn.LeakyReLU(0.2),
             ]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))

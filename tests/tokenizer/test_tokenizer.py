@@ -1,12 +1,15 @@
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
 from conftest import SCHEDULE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mvar import ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.errors import InputError
+from lightning_mvar.tokenizer.autoencoder import GroupNorm, ResidualBlock
 from lightning_mvar.tokenizer.tokenizer import DECODER_MAP_BYTES
 
 
@@ -92,3 +95,45 @@ def test_a_lowered_encoder_gives_features_near_those_in_float32(tokenizer: Token
         expected, features = tokenizer.features(images), lowered.features(images)
     assert features.dtype == torch.bfloat16
     torch.testing.assert_close(features.float(), expected, atol=0.03 * float(expected.abs().max()), rtol=0)
+
+
+def test_activation_checkpointing_recomputes_norms_but_no_convolution() -> None:
+    """And leaves all gradients as they are."""
+    torch.manual_seed(0)
+    block, x = ResidualBlock(8, 16, groups=4), torch.randn(2, 8, 6, 6)
+    gradients, calls = [], []
+    for _ in range(2):
+        names: list[str] = []
+        with Calls(names):
+            leaf = x.clone().requires_grad_()
+            block(leaf).square().sum().backward()
+        gradients.append([leaf.grad, *(parameter.grad for parameter in block.parameters())])
+        calls.append(Counter(names))
+        block.zero_grad()
+        block.enable_activation_checkpointing()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    plain, recomputed = calls
+    assert recomputed["native_group_norm"] == 2 * plain["native_group_norm"] == 4
+    assert recomputed["convolution"] == plain["convolution"] == 3
+    assert recomputed["convolution_backward"] == plain["convolution_backward"] == 3
+
+
+class Calls(TorchDispatchMode):
+    """Appends the names of the operations that run."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.cuda
+def test_norms_keep_their_dtype_under_autocast_on_a_gpu() -> None:
+    norm, x = GroupNorm(4, 16).cuda(), torch.randn(2, 16, 8, 8, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), norm(x.float()), atol=0.03, rtol=0.02)

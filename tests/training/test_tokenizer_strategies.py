@@ -25,7 +25,7 @@ trainer: {accelerator: cpu, max_steps: 8, val_check_interval: 3, check_val_every
               {class_path: lightning_mvar.callbacks.ReconstructionsCallback, init_args: {images: 4}},
               {class_path: lightning_mvar.callbacks.ReconstructionScoresCallback,
                init_args: {extractor: {class_path: conftest.Pixels}}}]}
-model: {ema_decay: 0.9, optimizer: {base_lr: 0.02}, revive_every: 0,
+model: {ema_decay: 0.9, optimizer: {base_lr: 0.02}, revive_every: 0, activation_checkpointing: true,
   perceptual: {class_path: lightning_mvar.tokenizer.perceptual.FeatureDistance,
                init_args: {extractor: {class_path: conftest.Pixels}}},
   adversary: {weight: 0.5, start_step: 3, lr_factor: 0.5, channels: 8, levels: 2},
