@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from torch.utils.tensorboard.summary import custom_scalars, text
 from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, survive_write_errors, writers
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.hparams import columns_summary, row_summary
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.models.costs import costs_of
 from lightning_mvar.training.base import ScheduledModule
 from lightning_mvar.training.mvar import LitMVAR
@@ -94,8 +94,7 @@ class OverviewCallback(SaveConfigCallback):
             values |= token_format(pl_module)
             costs = costs_of(pl_module.network_config)._asdict()
             values |= costs
-            with atomic_path(Path(trainer.default_root_dir) / "costs.json") as path:
-                path.write_text(json.dumps(costs, indent=2) + "\n")
+            write_json(Path(trainer.default_root_dir) / "costs.json", costs)
         with atomic_path(self.log_dir / self.config_filename) as path:
             path.write_text(self.yaml)
         summaries = [

@@ -7,7 +7,6 @@ assigned to them, so memory holds the weights once (and, temporarily, the mapped
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import torch
 
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import atomic_path
-from lightning_mvar.io.json_files import FormatVersion, read_json
+from lightning_mvar.io.json_files import FormatVersion, read_json, write_json
 from lightning_mvar.io.tensors import StateDict, load_strictly, read_weights, save_weights
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
@@ -78,8 +76,7 @@ def save_folder(
     values = asdict(config)
     if network is None:
         del values["network"], values["class_names"]
-    with atomic_path(folder / CONFIG) as path:
-        path.write_text(json.dumps(values, indent=2) + "\n")
+    write_json(folder / CONFIG, values)
 
 
 def require_folder(folder: Path) -> None:

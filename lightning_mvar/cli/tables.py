@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.json_files import write_json
 
 Record = dict[str, Any]  # flat; the keys include the units
 
@@ -45,5 +44,4 @@ def ratio(first: Any, second: Any) -> str:
 
 
 def write_records(records: list[Record], path: str | Path) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(records, indent=2) + "\n")
+    write_json(Path(path), records)

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import with_included
-from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.processes import run_command
 
@@ -137,8 +137,7 @@ def run_stage(stage: Stage) -> None:
     code = run_command(words)
     if code:
         sys.exit(code)
-    with atomic_path(stage.record) as path:
-        path.write_text(json.dumps({"identity": stage.identity, "seconds": time.monotonic() - begin}) + "\n")
+    write_json(stage.record, {"identity": stage.identity, "seconds": time.monotonic() - begin})
 
 
 def write_metrics() -> None:
@@ -149,8 +148,7 @@ def write_metrics() -> None:
     metrics |= dict(last_scalars(ROOT / "mvar/logs", "val/")) | dict(last_scalars(ROOT / "mvar/logs", "train/"))
     for stage in STAGES:
         metrics[f"{stage.name}_s"] = json.loads(stage.record.read_text())["seconds"]
-    with atomic_path(ROOT / "metrics.json") as path:
-        path.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(ROOT / "metrics.json", metrics)
 
 
 def last_scalars(logs: Path, prefix: str) -> list[tuple[str, float]]:

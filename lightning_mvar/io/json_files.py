@@ -1,4 +1,4 @@
-"""Foreign JSON, checked against the types of a dataclass before anything uses it.
+"""JSON files: written atomically, and checked against the types of a dataclass before anything uses them.
 
 A reader of its own, because each library lacks a part: msgspec takes no union of tuples and ignores unknown fields,
 pydantic needs its settings inside each dataclass, and neither names the value.
@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.files import read_regular
+from lightning_mvar.io.files import atomic_path, read_regular
 
 T = TypeVar("T")
 
@@ -43,6 +43,16 @@ class FormatVersion(NamedTuple):
 
 class Mismatch(Exception):
     """A JSON value does not have the expected type; the message starts with the path of its field."""
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Writes a value of plain types as a JSON file, atomically.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def read_json(path: Path, kind: type[T], max_bytes: int = MAX_JSON_BYTES, version: FormatVersion | None = None) -> T:

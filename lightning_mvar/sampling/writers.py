@@ -22,6 +22,7 @@ from PIL import Image
 from lightning_mvar.data.images.names import visible
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.io.npz import NpzArray, write_npz
 from lightning_mvar.sampling.readers import METADATA_FILE, NpzSamples, read_metadata
 from lightning_mvar.scales import Shape
@@ -55,8 +56,7 @@ class SampleSet(ABC):
             return
         if others:
             raise InputError(f"{self.folder} holds other files: choose another --out or remove that folder")
-        with atomic_path(record) as path:
-            path.write_text(json.dumps(self.metadata, indent=2) + "\n")
+        write_json(record, self.metadata)
 
     def require_same(self, metadata: dict[str, Any], path: Path) -> None:
         """Raises InputError that names the first difference, unless `metadata` is that of this set."""

@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeVar
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import with_included
-from lightning_mvar.io.files import atomic_path, read_regular
-from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, read_json, shown
+from lightning_mvar.io.files import read_regular
+from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, read_json, shown, write_json
 from lightning_mvar.io.locks import FileLock, is_locked, poll_lock
 from lightning_mvar.sweeps.processes import WHOLE_MACHINE, ProcessContext, Share, Stop, run_until_stopped
 
@@ -126,8 +126,7 @@ class Cell:
 
     def record(self) -> None:
         """Writes cell.json, which `run_cell` reads."""
-        with atomic_path(self.folder / "cell.json") as path:
-            path.write_text(json.dumps(asdict(self.identity()), indent=2) + "\n")
+        write_json(self.folder / "cell.json", asdict(self.identity()))
 
     def state(self) -> State:
         if is_locked(self.lock):

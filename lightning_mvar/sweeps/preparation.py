@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.io.locks import FileLock
 from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, config_hashes, read_record
 from lightning_mvar.sweeps.processes import ProcessContext, Stop, run_until_stopped
@@ -43,5 +42,4 @@ def prepare(commands: tuple[tuple[str, ...], ...], out: Path, stop: Stop, lock: 
         if code:
             raise InputError(f"`lightning-mvar {command}` failed with exit code {code}: see its output above")
         done.append(entry)
-        with atomic_path(record) as path:
-            path.write_text(json.dumps(done, indent=2) + "\n")
+        write_json(record, done)

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from lightning_mvar.data.tokens.packs import TokenSpec
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import atomic_path, read_regular
+from lightning_mvar.io.files import read_regular
 from lightning_mvar.io.fingerprint import sha256_of
-from lightning_mvar.io.json_files import MAX_JSON_BYTES, FormatVersion, parse_json, read_json
+from lightning_mvar.io.json_files import MAX_JSON_BYTES, FormatVersion, parse_json, read_json, write_json
 from lightning_mvar.scales import ScaleSchedule, Shape
 
 FORMAT_VERSION = 3
@@ -162,8 +162,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Writes the manifest, which must include the records of `parts`, and removes them."""
-        with atomic_path(folder / MANIFEST) as path:
-            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_json(folder / MANIFEST, asdict(self), indent=1)
         if (parts := parts_of(folder)).is_dir():
             shutil.rmtree(parts)
 
@@ -348,8 +347,7 @@ def read_record(path: Path) -> Shard:
 
 def save_record(folder: Path, shard: Shard) -> None:
     """Records atomically that a shard is finished."""
-    with atomic_path(parts_of(folder) / f"{shard.name}.json") as path:
-        path.write_text(json.dumps(asdict(shard)) + "\n")
+    write_json(parts_of(folder) / f"{shard.name}.json", asdict(shard), indent=None)
 
 
 def shard_name(index: int) -> str:
