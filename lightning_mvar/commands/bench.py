@@ -39,6 +39,7 @@ def bench(
     versus: str | None = None,
     repeats: int = 3,
     num_workers: int = 1,
+    world_size: int = 1,
     device: str = "auto",
     profile: bool = False,
     images: str | None = None,
@@ -70,6 +71,7 @@ def bench(
         versus: second setting, interleaved with the first, such as `mixer=var` or `size=d24,batch_size=1`.
         repeats: number of measured runs, after one warm-up run.
         num_workers: number of reader processes of `data` and `tokenize`.
+        world_size: number of ranks of a simulated run, one of which `data` measures.
         device: auto, cpu, cuda or cuda:N.
         profile: also show each part's share of the time (`sample` only).
         images: images for `tokenize`, given as for `lightning-mvar tokenize`.
@@ -78,7 +80,7 @@ def bench(
         cache_dir: folder that caches remote shards of `data`.
         json: file to write the table to, as JSON.
     """
-    check_options(what, versus, compile, repeats, num_workers, profile, images, shards)
+    check_options(what, versus, compile, repeats, num_workers, world_size, profile, images, shards)
     first = Setting(size, mixer, resolution, batch_size, precision, depth, compile, graphs)
     settings = [first] if versus is None else [first, first.with_changes(versus)]
     if len({setting.precision == "tf32" for setting in settings}) > 1:
@@ -90,9 +92,9 @@ def bench(
         "train": lambda: measure_training(settings, place, repeats),
         "tokenize": lambda: [measure_tokenizing(str(images), s, num_workers, place, repeats) for s in settings],
         "data": lambda: (
-            measure_data(settings, num_workers, repeats)
+            measure_data(settings, num_workers, repeats, world_size)
             if shards is None
-            else [measure_reading(open_shards(shards, cache_dir), batch_size, num_workers, repeats)]
+            else [measure_reading(open_shards(shards, cache_dir), batch_size, num_workers, repeats, world_size)]
         ),
         "memory": lambda: [measure_memory(s, side) for s in settings for side in PUBLISHED_SIDE_LENGTHS],
         "op": lambda: [record for s in settings for record in measure_operations(s, place, repeats)],
@@ -114,6 +116,7 @@ def check_options(
     compile: bool,
     repeats: int,
     num_workers: int,
+    world_size: int,
     profile: bool,
     images: str | None,
     shards: str | None,
@@ -121,6 +124,8 @@ def check_options(
     """Raises InputError if options are out of range or do not go together."""
     if repeats < 1 or num_workers < 0:
         raise InputError(f"--repeats {repeats} must be at least 1 and --num_workers {num_workers} at least 0")
+    if world_size < 1 or (world_size > 1 and what != "data"):
+        raise InputError(f"--world_size {world_size} must be at least 1, and works only with `bench data`")
     if compile and what != "train":
         raise InputError("--compile works only with `bench train`")
     if profile and what != "sample":

@@ -27,7 +27,6 @@ from time import monotonic, sleep
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
 from fsspec import Callback, get_filesystem_class
 from fsspec.core import url_to_fs
 from tqdm import tqdm
@@ -243,7 +242,9 @@ def copy_url(address: str, path: Path, progress: Progress) -> None:
 
 def http_client() -> dict[str, Any]:
     """Returns options of aiohttp: proxies from the environment, and no limit on the time of a whole download."""
-    return {"trust_env": True, "timeout": aiohttp.ClientTimeout(None, sock_connect=STALL_S, sock_read=2 * STALL_S)}
+    from aiohttp import ClientTimeout  # takes long to import
+
+    return {"trust_env": True, "timeout": ClientTimeout(None, sock_connect=STALL_S, sock_read=2 * STALL_S)}
 
 
 def as_fetch_error(error: BaseException) -> BaseException:

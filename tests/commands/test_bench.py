@@ -103,6 +103,9 @@ def test_tokenizing_is_measured_by_part(tmp_path: Path, monkeypatch: pytest.Monk
 def test_reading_counts_every_sample() -> None:
     (record,) = measure_data([Setting(batch_size=100)], num_workers=1, repeats=1, samples=1000)
     assert record["samples"] == 1000
+    (rank,) = measure_data([Setting(batch_size=100)], num_workers=0, repeats=1, world_size=3, samples=1000)
+    assert rank["samples"] == 300
+    assert rank["global_samples_per_s"] == 3 * rank["samples_per_s"]
     assert 0 < record["first_batch_s"] <= 1000 / record["samples_per_s"]
 
 
@@ -126,6 +129,7 @@ def test_mistakes_are_reported_in_one_line(capfd: pytest.CaptureFixture[str]) ->
         (["memory", "--resolution", "300"], "300"),
         (["train", "--profile", "true"], "--profile works only with"),
         (["train", "--repeats", "0"], "--repeats"),
+        (["train", "--world_size", "2"], "--world_size 2 must be at least 1, and works only with `bench data`"),
         (["train", "--shards", "tokens"], "--shards works only with `bench data`"),
         (["nothing"], "nothing"),
     ]:
