@@ -231,9 +231,12 @@ def fill(images: SampleSet, drawing: Drawing, rejection: Rejection | None, ranks
     share = (missing, batch_size, ranks.global_rank, ranks.world_size)
     batches = drawing.batches(*share) if rejection is None else rejection.batches(drawing, *share)
     with progress_bar(ranks, images.count, len(missing)) as bar:
-        for numbers, pixels in batches:
-            images.write(numbers, pixels)
-            bar.update(min(len(numbers) * ranks.world_size, images.count - bar.n))
+        try:
+            for numbers, pixels in batches:
+                images.write(numbers, pixels)
+                bar.update(min(len(numbers) * ranks.world_size, images.count - bar.n))
+        finally:  # an interruption keeps what was drawn
+            images.flush()
     ranks.barrier()
     if missing:
         drawing.images_per_s = len(missing) / (time.perf_counter() - begin)

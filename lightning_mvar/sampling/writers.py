@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from lightning_mvar.io.npz import NpzArray, write_npz
 from lightning_mvar.sampling.readers import METADATA_FILE, NpzSamples, read_metadata
 from lightning_mvar.scales import Shape
 
+MAX_ENCODERS = 16  # threads of a process
 PixelArray = NDArray[np.uint8]  # (n, H, W, 3)
 
 
@@ -74,7 +77,14 @@ class SampleSet(ABC):
 
     @abstractmethod
     def write(self, numbers: Sequence[int], images: PixelArray) -> None:
-        """Writes images; each file is written atomically, so an interruption leaves no partial file."""
+        """Writes images, maybe in the background; see `flush`.
+
+        Each file is written atomically, so an interruption leaves no partial file.
+        """
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Waits until all images are written; raises what went wrong."""
 
     @abstractmethod
     def finish(self, labels: NDArray[np.int64]) -> None:
@@ -82,11 +92,16 @@ class SampleSet(ABC):
 
 
 class PngFolder(SampleSet):
-    """Set of images in `folder/CLASS/NUMBER.png`; `class_names` has one entry per image."""
+    """Set of images in `folder/CLASS/NUMBER.png`; `class_names` has one entry per image.
+
+    Threads encode a batch while the next one is drawn: on one core, encoding takes longer than drawing on a GPU.
+    """
 
     def __init__(self, folder: Path, metadata: dict[str, Any], class_names: Sequence[str]) -> None:
         self.class_names = class_names
         super().__init__(folder, metadata, len(class_names))
+        self.encoders = ThreadPoolExecutor(min(MAX_ENCODERS, len(os.sched_getaffinity(0))))
+        self.pending: list[Future[None]] = []
 
     def claim(self) -> None:
         """As in the base class; also refuses class folders that are links, and would lead out of `folder`."""
@@ -101,9 +116,21 @@ class PngFolder(SampleSet):
         return [number for number in range(self.count) if not self.path(number).is_file()]
 
     def write(self, numbers: Sequence[int], images: PixelArray) -> None:
-        for number, image in zip(numbers, images, strict=True):
-            with atomic_path(self.path(number)) as path:
-                Image.fromarray(image).save(path)
+        self.flush()  # so that at most one batch waits
+        self.pending = [self.encoders.submit(self.save, *item) for item in zip(numbers, images, strict=True)]
+
+    def save(self, number: int, image: NDArray[np.uint8]) -> None:
+        with atomic_path(self.path(number)) as path:
+            Image.fromarray(image).save(path)
+
+    def flush(self) -> None:
+        pending, self.pending = self.pending, []
+        try:
+            for future in pending:
+                future.result()
+        finally:  # after an error or an interruption, drop what has not begun
+            for future in pending:
+                future.cancel()
 
     def finish(self, labels: NDArray[np.int64]) -> None:
         for leftover in self.folder.rglob(".*.tmp.png"):  # from a process that was killed while writing
@@ -176,6 +203,9 @@ class NpzFile(SampleSet):
     def write(self, numbers: Sequence[int], images: PixelArray) -> None:
         with atomic_path(self.folder / f"{numbers[0]:08d}.npz") as path:
             np.savez(path, numbers=np.array(numbers), images=images)
+
+    def flush(self) -> None:
+        """Nothing waits: a batch is one file, written at once."""
 
     def finish(self, labels: NDArray[np.int64]) -> None:
         if not self.file.is_file():

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.writers import NpzFile, PngFolder
 
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
+
+
+def test_pictures_are_encoded_in_the_background_with_the_bytes_of_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    target, save, threads = PngFolder(tmp_path / "set", {}, ["a", "b", "a", "b", "a"]), PngFolder.save, set()
+    monkeypatch.setattr(PngFolder, "save", lambda *args: (threads.add(get_ident()), save(*args))[1])
+    target.write([3, 0], pictures[[3, 0]])
+    target.write([1, 2, 4], pictures[[1, 2, 4]])
+    assert (tmp_path / "set/b/000003.png").is_file()  # at most one batch waits
+    target.flush()
+    assert target.missing() == []
+    assert get_ident() not in threads
+    for number, name in enumerate("ababa"):
+        buffer = BytesIO()
+        Image.fromarray(pictures[number]).save(buffer, "png")
+        assert (tmp_path / f"set/{name}/{number:06d}.png").read_bytes() == buffer.getvalue()
+
+
+def test_an_error_of_an_encoder_is_raised_by_the_next_call(tmp_path: Path) -> None:
+    target = PngFolder(tmp_path / "set", {}, ["a", "b"])
+    (tmp_path / "set/b").write_text("no folder")
+    target.write([0, 1], IMAGES)
+    with pytest.raises(InputError, match=r"cannot write .*set/b/000001\.png"):
+        target.flush()
+    target.write([0], IMAGES[:1])
+    target.flush()
+    assert target.missing() == [1]
 
 
 def test_batches_are_read_back(tmp_path: Path) -> None:
