@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
+
+T = TypeVar("T")
 
 # In `float32`, products on a GPU are float32 as on a CPU; `tf32` rounds their factors to 10 bits of mantissa.
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -67,7 +69,26 @@ def in_process_group() -> bool:
 
 def is_first_rank() -> bool:
     """Returns whether this process is rank 0, or the only one."""
-    return not in_process_group() or dist.get_rank() == 0
+    return rank_and_world_size()[0] == 0
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Returns the number of this process among all ranks, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if in_process_group() else (0, 1)
+
+
+def object_from_rank_zero(value: T) -> T:
+    """Returns rank 0's picklable value on every rank."""
+    values = [value]
+    if in_process_group():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def wait_for_ranks() -> None:
+    """Waits until every rank has called this."""
+    if in_process_group():
+        dist.barrier()
 
 
 def device_of(module: nn.Module) -> torch.device:

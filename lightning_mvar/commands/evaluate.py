@@ -108,7 +108,7 @@ def evaluate(
         sampled = None
         if ckpt_path is not None:
             load = partial(read_and_try, extractor, ckpt_path, tokenizer, weights, [real, floor_images])
-            sampled = draw_set(fabric, load, samples, per_class=per_class, **sampling)
+            sampled = draw_set(fabric.device, load, samples, per_class=per_class, **sampling)
         set_tf32(False)  # scores are computed in float32, in whatever precision the samples were drawn
         images = open_samples(samples)
         if sampled is not None:

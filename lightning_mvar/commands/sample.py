@@ -62,7 +62,7 @@ def sample(
     refuse_overwriting({"--out": out, **figures}, {})  # `draw_set` itself refuses a folder of other files
     refuse_overwriting(figures, {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer})
     with launch_ranks(device, devices, num_nodes) as fabric:
-        drawn = draw_set(fabric, partial(read_model, ckpt_path, tokenizer, weights), out, **drawing)
+        drawn = draw_set(fabric.device, partial(read_model, ckpt_path, tokenizer, weights), out, **drawing)
         if fabric.is_global_zero:
             print(f"{len(drawn.labels)} images in {out}")
             write_figures(drawn, out, grid, strip, animation)

@@ -6,13 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_mvar.data.images.examples import ImageSource, image_loader
 from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.data.tokens.sources import ShardSource
-from lightning_mvar.devices import in_process_group
+from lightning_mvar.devices import rank_and_world_size
 from lightning_mvar.sampling.readers import Samples
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -121,5 +120,5 @@ class Reconstructions(ImageSet):
 
 def shard_range(count: int) -> tuple[int, int]:
     """Returns this rank's range [begin, end) of `count` images."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if in_process_group() else (0, 1)
+    rank, world_size = rank_and_world_size()
     return count * rank // world_size, count * (rank + 1) // world_size

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed as dist
 from torch import nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images
 from lightning_mvar.data.tokens.manifest import MANIFEST
 from lightning_mvar.data.tokens.sources import open_shards
-from lightning_mvar.devices import in_process_group, is_first_rank
+from lightning_mvar.devices import is_first_rank, object_from_rank_zero
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES, fetch_files, is_remote, remote_file_name
 from lightning_mvar.io.fingerprint import fingerprint
@@ -163,20 +162,12 @@ def measure_cached(extractor: nn.Module, images: ImageSet, name: str, cache: Pat
     """Returns the summary of an image set from the folder `cache`; measures and caches it if it is not there."""
     identity = f"{name} {images.identity} {images.shape} {describe_extractor(extractor)} {fingerprint(extractor)}"
     path = cache / f"{type(extractor).__name__}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
-    if broadcast_from_rank_zero(path.is_file()):
+    if object_from_rank_zero(path.is_file()):  # a file may appear between the checks of two ranks
         return Summary.load(path, extractor)
     summary = measure(extractor, images, f"features of {name}")
     if is_first_rank():
         summary.save(path, extractor)
     return summary
-
-
-def broadcast_from_rank_zero(value: bool) -> bool:
-    """Returns rank 0's value on all ranks, because a file may appear between the checks of two ranks."""
-    values = [value]
-    if in_process_group():
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def measure(extractor: nn.Module, images: ImageSet, progress: str) -> Summary:

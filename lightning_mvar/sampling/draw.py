@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,14 @@ from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel
 from lightning_mvar.data.classes import Classes
-from lightning_mvar.devices import Precision, device_of
+from lightning_mvar.devices import (
+    Precision,
+    device_of,
+    is_first_rank,
+    object_from_rank_zero,
+    rank_and_world_size,
+    wait_for_ranks,
+)
 from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.locks import lock_folder
@@ -28,8 +35,6 @@ from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet, partial_folder
 from lightning_mvar.scales import format_shape
 
-T = TypeVar("T")
-
 MAX_IMAGES = 10_000_000
 # Keys of the metadata of a set, by which it says how it was drawn.
 METADATA_KEYS = frozenset(
@@ -37,26 +42,6 @@ METADATA_KEYS = frozenset(
     + ["per_class", "dtype", "classes", "network", "network_tokenizer", "reject", "reject_weights", "keep"]
 )
 Batch = tuple[list[int], PixelArray]  # image numbers, images
-
-
-class Ranks(Protocol):
-    """Processes that share the work, one per device: the part of a launched Fabric that drawing needs."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def global_rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    @property
-    def is_global_zero(self) -> bool: ...
-
-    def barrier(self) -> None: ...
-
-    def broadcast(self, obj: T) -> T: ...
 
 
 @dataclass
@@ -85,8 +70,9 @@ class Drawing:
         """Yields images (b, 3, H, W) in [0, 1] of the set, decoded after each scale."""
         return self.sampler.stream_images(self.labels[numbers], self.settings, numbers)
 
-    def batches(self, numbers: list[int], batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+    def batches(self, numbers: list[int], batch_size: int) -> Iterator[Batch]:
         """Draws this rank's share of the images with the given numbers."""
+        rank, world_size = rank_and_world_size()
         parts = [numbers[begin : begin + batch_size] for begin in range(0, len(numbers), batch_size)]
         for part in parts[rank::world_size]:
             yield part, self.draw(self.labels[part], part)
@@ -109,10 +95,9 @@ class Rejection:
         name = type(self.classifier).__name__
         return {"reject": name, "reject_weights": fingerprint(self.classifier), "keep": self.keep}
 
-    def batches(
-        self, drawing: Drawing, numbers: list[int], batch_size: int, rank: int, world_size: int
-    ) -> Iterator[Batch]:
+    def batches(self, drawing: Drawing, numbers: list[int], batch_size: int) -> Iterator[Batch]:
         """Draws this rank's share of the classes that contain any of `numbers`, each class completely."""
+        rank, world_size = rank_and_world_size()
         size = drawing.per_class
         groups = sorted({number // size for number in numbers})
         for group in groups[rank::world_size]:
@@ -143,7 +128,7 @@ class Rejection:
 
 
 def draw_set(
-    ranks: Ranks,
+    device: torch.device,
     load: Callable[[], TrainedModel],
     out: str,
     classes: str | None = None,
@@ -158,7 +143,7 @@ def draw_set(
     """Draws the missing images of a set, each rank its share; all ranks return once the set is complete.
 
     Args:
-        ranks: processes that share the work.
+        device: device of this rank.
         load: reads network and tokenizer; called after the options have been checked.
         out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png.
         classes: comma-separated class names (which may contain commas), WordNet ids or numbers, or "unconditional"; all
@@ -192,18 +177,15 @@ def draw_set(
     check_count(per_class, len(chosen), keep)
     labels = torch.tensor(chosen).repeat_interleave(per_class)
     check_arguments(network, tokenizer, labels)  # before anything is written
-    metadata = asdict(settings) | {
-        "per_class": per_class,
-        "dtype": precision,  # the key "precision" is that of a score
-        "classes": "all" if chosen == list(range(network.config.num_classes)) else ",".join(map(str, chosen)),
-        "network": fingerprint(network),
-        "network_tokenizer": tokenizer.fingerprint(),
-    }
-    drawing = Drawing(Sampler(model, ranks.device, precision, graphs), labels, per_class, settings)
+    every = chosen == list(range(network.config.num_classes))
+    metadata = asdict(settings) | {"per_class": per_class, "classes": "all" if every else ",".join(map(str, chosen))}
+    metadata |= {"network": fingerprint(network), "network_tokenizer": tokenizer.fingerprint()}
+    metadata |= {"dtype": precision}  # the key "precision" is that of a score
+    drawing = Drawing(Sampler(model, device, precision, graphs), labels, per_class, settings)
     rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
-    with own_target(target, ranks):
+    with own_target(target):
         images = open_set(target, metadata | ({} if rejection is None else rejection.metadata()), drawing)
-        fill(images, drawing, rejection, ranks, batch_size)
+        fill(images, drawing, rejection, batch_size)
     return drawing
 
 
@@ -217,38 +199,34 @@ def check_count(per_class: int, classes: int, keep: float | None) -> None:
         raise InputError(f"--keep {keep}: at most {MAX_IMAGES:,} images are drawn to choose from; keep a larger share")
 
 
-def own_target(target: Path, ranks: Ranks) -> AbstractContextManager[Any]:
+def own_target(target: Path) -> AbstractContextManager[Any]:
     """Keeps other commands from drawing the same set; rank 0 does so for all ranks, and nobody for a complete file."""
-    if not ranks.is_global_zero or target.is_file():
+    if not is_first_rank() or target.is_file():
         return nullcontext()
     return lock_folder(partial_folder(target) if target.suffix else target, "sample")
 
 
-def fill(images: SampleSet, drawing: Drawing, rejection: Rejection | None, ranks: Ranks, batch_size: int) -> None:
+def fill(images: SampleSet, drawing: Drawing, rejection: Rejection | None, batch_size: int) -> None:
     """Draws the missing images of a set, each rank its share, and completes it."""
-    missing = ranks.broadcast(images.missing() if ranks.is_global_zero else [])
+    missing = object_from_rank_zero(images.missing() if is_first_rank() else [])
     begin = time.perf_counter()
-    share = (missing, batch_size, ranks.global_rank, ranks.world_size)
-    batches = drawing.batches(*share) if rejection is None else rejection.batches(drawing, *share)
-    with progress_bar(ranks, images.count, len(missing)) as bar:
+    parts = (missing, batch_size)
+    batches = drawing.batches(*parts) if rejection is None else rejection.batches(drawing, *parts)
+    # Rank 0 alone shows its progress, and assumes that the other ranks are equally fast.
+    done, hidden = images.count - len(missing), not is_first_rank()
+    with tqdm(total=images.count, initial=done, unit="img", desc="sample", disable=hidden) as bar:
         try:
             for numbers, pixels in batches:
                 images.write(numbers, pixels)
-                bar.update(min(len(numbers) * ranks.world_size, images.count - bar.n))
+                bar.update(min(len(numbers) * rank_and_world_size()[1], images.count - bar.n))
         finally:  # an interruption keeps what was drawn
             images.flush()
-    ranks.barrier()
+    wait_for_ranks()
     if missing:
         drawing.images_per_s = len(missing) / (time.perf_counter() - begin)
-    if ranks.is_global_zero:
+    if is_first_rank():
         images.finish(drawing.labels.numpy())
-    ranks.barrier()
-
-
-def progress_bar(ranks: Ranks, count: int, missing: int) -> tqdm:
-    """Returns a progress bar, shown by rank 0 only, which assumes that the other ranks are equally fast."""
-    hidden = not ranks.is_global_zero
-    return tqdm(total=count, initial=count - missing, unit="img", desc="sample", disable=hidden)
+    wait_for_ranks()
 
 
 def prepare_rejection(classifier: nn.Module, keep: float, drawing: Drawing) -> Rejection:

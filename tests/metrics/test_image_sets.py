@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import write_images, write_token_shards
 
 from lightning_mvar import Tokenizer
@@ -83,10 +84,10 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_ranges_of_the_ranks_cover_all_images_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     ranges = []
     for rank in range(4):
-        monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         ranges.append(module.shard_range(10))
     assert ranges == [(0, 2), (2, 5), (5, 7), (7, 10)]
