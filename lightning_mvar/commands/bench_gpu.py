@@ -11,7 +11,7 @@ from lightning_mvar.errors import InputError
 
 
 def bench_gpu(
-    out: str = "outputs/gpu", minutes: float = 5, dry_run: bool = False, tiny: bool = False, device: str = "auto"
+    out: str = "outputs/gpu", minutes: float = 4, dry_run: bool = False, tiny: bool = False, device: str = "auto"
 ) -> None:
     """Measures sampling, training, tokenizing and memory on one GPU, most important first, until the time is up.
 

@@ -21,11 +21,14 @@ Kernels = dict[str, Callable[..., Any]]  # by purpose
 KERNELS: Kernels = {}  # those of this machine, see `look_for_kernels`
 
 
-def triton_kernels() -> Kernels:
-    """Imports this package's Triton kernels and runs one, because Triton compiles with the system's C compiler."""
+def triton_kernels(device: str = "cuda") -> Kernels:
+    """Imports this package's Triton kernels and runs one, because Triton compiles with the system's C compiler.
+
+    In Triton's interpreter (TRITON_INTERPRET=1) they also run on the CPU.
+    """
     from lightning_mvar.ops.triton import adaln, mamba2, qk_norm
 
-    x = torch.ones(1, 1, 16, device="cuda")
+    x = torch.ones(1, 1, 16, device=device)
     adaln.modulate(x, x, x, 1e-6, x.dtype)
     return {
         "mamba2": mamba2.mamba2_forward,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -127,3 +128,20 @@ def test_weights_that_change_in_place_are_used(tokenizer: Tokenizer, graphs: Sca
 
 def test_networks_on_the_cpu_have_no_graphs() -> None:
     assert graphs_for(tiny_network()) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_replays_on_a_gpu_draw_what_eager_batches_draw(mixer: str, tokenizer: Tokenizer) -> None:
+    network, on_gpu = tiny_network(mixers=MIXERS[mixer]).cuda(), deepcopy(tokenizer).cuda()
+    graphs = graphs_for(network)
+    assert graphs is not None
+    for seed in range(3):  # the first batch runs eagerly, the second is captured
+        settings = SamplingSettings(seed=seed)
+        request = (network, on_gpu, torch.tensor([0, 3, 9]).roll(seed), settings, settings.keys(range(3)))
+        (images, tokens), (expected_images, expected_tokens) = (
+            draw_images(*request, graphs=graphs),
+            draw_images(*request),
+        )
+        assert torch.equal(tokens, expected_tokens)
+        torch.testing.assert_close(images, expected_images, rtol=1e-4, atol=1e-5)
