@@ -91,3 +91,10 @@ def test_kernels_equal_the_reference(length: int, with_state: bool, dtype: torch
         assert relative_error(actual[name], expected[name]) < bound, name
     assert actual["y"].dtype == actual["new_conv_state"].dtype == actual["projected.grad"].dtype == dtype
     assert actual["new_scan_state"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_the_operator_is_registered_as_torch_compile_expects(with_state: bool) -> None:
+    arguments = [t if t is None else t.requires_grad_() for t in random_arguments(2, torch.float32, with_state)]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(mamba2_forward, (*arguments, 1e-5), test_utils=checks)

@@ -16,6 +16,7 @@ from lightning_mvar.ops.triton.qk_norm import qk_norm as qk_norm_kernel
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 B, D, H = 2, 24, 3
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def check(kernel, reference, arguments: list[Tensor], dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
@@ -70,3 +71,15 @@ def test_qk_norm_equals_the_reference(length: int, dtype: torch.dtype, device: s
         [qkv, q_bias, v_bias, scale_log],
         dtype,
     )
+
+
+def test_operators_are_registered_as_torch_compile_expects() -> None:
+    x, gate, qkv, bias, scale_log = random("cpu", (B, 3, D), (B, 1, D), (B, 3, 3 * D), (D,), (H,))
+    calls = [
+        (modulate, (x, gate, gate.clone(), 1e-6, torch.bfloat16)),
+        (add_gated, (x, gate, x.clone())),
+        (qk_norm_kernel, (qkv, bias, bias.clone(), scale_log, 4.0)),
+    ]
+    for operator, arguments in calls:
+        leaves = [t.requires_grad_() if isinstance(t, Tensor) else t for t in arguments]
+        torch.library.opcheck(operator, leaves, test_utils=OPCHECKS)
