@@ -53,7 +53,7 @@ def scan(inputs: ScanInputs, keep_states: bool = False) -> tuple[Tensor, Tensor,
     states = x.new_empty(b, h, chunks, n, p, dtype=torch.float32) if keep_states else None
     scan_kernel[h, b](
         *inputs, y, final, states, l, x.stride(0), x.stride(1), inputs.raw_dt.stride(0), inputs.raw_dt.stride(1),
-        P=p, N=n, **sizes, num_warps=4, num_stages=1,
+        P=p, N=n, **sizes, num_warps=4 if x.dtype.itemsize == 2 else 8, num_stages=1,
     )  # fmt: skip
     return y, final, states
 
@@ -203,8 +203,6 @@ def scan_backward_kernel(
         dtype = x.dtype.element_ty
         inputs, dout = load_tile(x, t, p, x_token, length, P), load_tile(dy, t, p, heads * P, length, P)
         keys, queries = load_tile(B, t, n, x_token, length, N), load_tile(C, t, n, x_token, length, N)
-        before = states + ((image * heads + head) * chunks + number) * N * P + n[:, None] * P + p[None, :]
-        S = tl.load(before, mask=in_state, other=0.0)
         raw, dt = step_sizes(raw_dt, bias, t, dt_token, length)
         decay = tl.cumsum(dt * A, 0)
         end = tl.sum(dt * A, 0)
@@ -222,6 +220,8 @@ def scan_backward_kernel(
         dkeys, dqueries = dot(tl.trans(dscores), queries), dot(dscores, keys)
 
         # From the state before: y_t += from_start_t C_t S.
+        before = states + ((image * heads + head) * chunks + number) * N * P + n[:, None] * P + p[None, :]
+        S = tl.load(before, mask=in_state, other=0.0)
         started = (dout * from_start[:, None]).to(dtype)
         carried = dot(started, tl.trans(S).to(dtype))
         ddecay += tl.sum(carried * queries, 1)
