@@ -106,6 +106,19 @@ def assignment_sums(steps: list[PyramidStep], vocab_size: int) -> Tensor:
     return rows.new_zeros(vocab_size, rows.shape[1]).index_add_(0, tokens, rows)
 
 
+@torch.no_grad()
+def draw_residuals(steps: list[PyramidStep], count: int) -> Tensor:
+    """Draws `count` residuals (count, c) of a batch at random, from one scale after the other."""
+    queries = [step.queries.flatten(0, 1) for step in steps]  # (b n, c) of each scale
+    scales = len(queries)
+    rows = torch.stack([torch.randint(len(queries[i % scales]), ()) for i in range(count)])
+    rows = rows.to(queries[0].device, non_blocking=True)
+    drawn = queries[0].new_empty(count, queries[0].shape[1])
+    for scale, residuals in enumerate(queries):
+        drawn[scale::scales] = residuals[rows[scale::scales]]
+    return drawn
+
+
 def entropy_loss(
     quantizer: ResidualQuantizer,
     features: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -30,18 +30,27 @@ class BatchedDataModule(L.LightningDataModule):
     The images per optimizer step, and so the learning rate, are the same on any number of devices, unless `batch_size`
     sets the images per device.
 
+    Args:
+        global_batch_size: images per optimizer step over all devices, which take equal shares.
+        batch_size: images per device and batch, instead of `global_batch_size`.
+        max_batch_size: maximum images per device and batch; gradients are accumulated to reach `global_batch_size`.
+        num_workers: processes that read ahead, decoding images; 0 reads in the training process, which suffices for
+            local shards.
+        seed: seed of shuffling and crops, combined with the epoch; default: `seed_everything`.
+        retries: number of retries after a remote file could not be read, 1, 2, 4, ... seconds apart.
+
     Raises:
         InputError: if an argument is too small.
     """
 
     def __init__(
         self,
-        global_batch_size: int,
-        batch_size: int | None,
-        max_batch_size: int | None,
-        num_workers: int,
-        seed: int | None,
-        retries: int,
+        global_batch_size: int = 64,
+        batch_size: int | None = None,
+        max_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int | None = None,
+        retries: int = RETRIES,
     ) -> None:
         super().__init__()
         optional = {
@@ -114,14 +123,9 @@ class TokenDataModule(BatchedDataModule):
             `pipe:rclone cat REMOTE:PATH/{}`.
         val: folder of the validation shards, like `train`.
         test: folder of the test shards, like `train`; default: the validation shards.
-        global_batch_size: images per optimizer step over all devices, which take equal shares.
-        batch_size: images per device and batch, instead of `global_batch_size`.
-        max_batch_size: maximum images per device and batch; gradients are accumulated to reach `global_batch_size`.
-        num_workers: processes that read ahead; 0 reads in the training process, which suffices for local files.
         block_size: number of samples that are shuffled together.
-        seed: seed of the shuffling, combined with the epoch; default: `seed_everything`.
         cache_dir: local folder that caches remote shards; nothing is ever removed from it.
-        retries: number of retries after a remote file could not be read, 1, 2, 4, ... seconds apart.
+        batching: options of `BatchedDataModule`.
     """
 
     def __init__(
@@ -129,19 +133,14 @@ class TokenDataModule(BatchedDataModule):
         train: str,
         val: str,
         test: str | None = None,
-        global_batch_size: int = 64,
-        batch_size: int | None = None,
-        max_batch_size: int | None = None,
-        num_workers: int = 0,
         block_size: int = 16_384,
-        seed: int | None = None,
         cache_dir: str = SHARD_CACHE,
-        retries: int = RETRIES,
+        **batching: Any,
     ) -> None:
-        super().__init__(global_batch_size, batch_size, max_batch_size, num_workers, seed, retries)
+        super().__init__(**batching)
         require_at_least(1, block_size=block_size)
         sources = {"train": train, "val": val, "test": test or val}
-        self.shards = {name: open_shards(source, cache_dir, retries) for name, source in sources.items()}
+        self.shards = {name: open_shards(source, cache_dir, self.retries) for name, source in sources.items()}
         self.block_size = block_size
         self.manifests: dict[str, Manifest] = {}
         self.verified: set[str] = set()  # sets whose shards on this machine have the right checksums
@@ -217,15 +216,10 @@ class ImageDataModule(BatchedDataModule):
             archives as in `tokenize`. Avoid Parquet for many images: each access reads a complete row group.
         val: validation images, like `train`.
         resolution: side of the images in pixels, or [height, width].
-        global_batch_size: images per optimizer step over all devices, which take equal shares.
-        batch_size: images per device and batch, instead of `global_batch_size`.
-        max_batch_size: maximum images per device and batch; gradients are accumulated to reach `global_batch_size`.
-        num_workers: processes that decode images; 0 decodes in the training process.
         crop: crop of training images, redrawn in each epoch if random; validation images are center-cropped.
         on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a warning.
-        seed: seed of shuffling and crops, combined with the epoch; default: `seed_everything`.
         cache_dir: local folder that caches remote archives; nothing is ever removed from it.
-        retries: number of retries after a remote archive could not be read, 1, 2, 4, ... seconds apart.
+        batching: options of `BatchedDataModule`.
     """
 
     def __init__(
@@ -233,17 +227,12 @@ class ImageDataModule(BatchedDataModule):
         train: str,
         val: str,
         resolution: int | Shape = 256,
-        global_batch_size: int = 64,
-        batch_size: int | None = None,
-        max_batch_size: int | None = None,
-        num_workers: int = 0,
         crop: Crop = "random",
         on_corrupt: OnCorrupt = "raise",
-        seed: int | None = None,
         cache_dir: str = IMAGE_CACHE,
-        retries: int = RETRIES,
+        **batching: Any,
     ) -> None:
-        super().__init__(global_batch_size, batch_size, max_batch_size, num_workers, seed, retries)
+        super().__init__(**batching)
         self.sources = {"train": train, "val": val}
         self.shape, self.crop, self.on_corrupt = shape_of(resolution), crop, on_corrupt
         self.cache_dir = cache_dir

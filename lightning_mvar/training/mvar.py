@@ -34,6 +34,7 @@ from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
 from lightning_mvar.training.blocks import ActivationCheckpointing, configure_block
+from lightning_mvar.training.collectives import mean_over_ranks
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import attached_trainer
 from lightning_mvar.training.optim import OptimizerConfig
@@ -199,7 +200,7 @@ class LitMVAR(ScheduledModule):
         losses, correct = self.score(batch, labels)
         if self.is_logging_step:
             scores = self.summary("train", losses.detach(), correct) | self.scale_losses("scale_loss", losses.detach())
-            means = torch.as_tensor(self.trainer.strategy.reduce(torch.stack([*scores.values()]), reduce_op="mean"))
+            means = mean_over_ranks(torch.stack([*scores.values()]))
             self.log_scalars(dict(zip(scores, means, strict=True)))
         loss = losses.mean()
         return loss * (1 + 0 * loss.detach())  # if the loss is not finite, neither is any gradient, on all ranks

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_official_tokenizer, load_tokenizer
@@ -20,27 +19,23 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import checked, shown
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.autoencoder import ResidualBlock
-from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, assignment_sums, entropy_loss
+from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, assignment_sums, draw_residuals
 from lightning_mvar.tokenizer.discriminator import (
     AdversaryConfig,
     PatchDiscriminator,
-    adaptive_weight,
-    attach_gradient,
-    hinge_loss,
-    last_layer_gradient,
     min_image_side,
 )
 from lightning_mvar.tokenizer.quantizer import PyramidStep
-from lightning_mvar.tokenizer.tokenizer import Reconstruction, Tokenizer, TokenizerConfig
+from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
 from lightning_mvar.training.collectives import broadcast_from_rank_zero, mean_over_ranks, sum_over_ranks
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
 from lightning_mvar.training.strategies import FSDP2Strategy, assign_values, full_tensor
+from lightning_mvar.training.tokenizer_loss import TokenizerLoss
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_KEY = "lightning_mvar_tokenizer"
-GRADIENT_SCALE = 2.0**16  # initial scale of float16 loss scaling; a power of two does not round
 
 
 class LitTokenizer(ScheduledModule):
@@ -96,7 +91,6 @@ class LitTokenizer(ScheduledModule):
         if codebook.scale_dropout and tokenizer.schedule.num_scales == 1:
             raise InputError("codebook.scale_dropout needs a schedule of more than one scale")
         self.tokenizer = Tokenizer(tokenizer) if weights is None else load_pretrained(weights, tokenizer)
-        self.l1_weight, self.commitment = l1_weight, commitment
         self.revive_every, self.revive_until = revive_every, revive_until
         self.adversary, self.codebook, self.ema_decay = adversary, codebook, ema_decay
         self.discriminator: PatchDiscriminator | None = None
@@ -106,9 +100,8 @@ class LitTokenizer(ScheduledModule):
         codes = self.tokenizer.quantizer.codebook.weight
         if codebook.learning == "ema":
             self.code_average = CodebookAverage(codes.requires_grad_(False), codebook)
-        # The list hides it from the module registry: it is not trained and not saved.
-        self.perceptual = [] if perceptual is None else [perceptual.eval().requires_grad_(False)]
-        self.perceptual_weight = perceptual_weight
+        terms = (l1_weight, commitment, perceptual, perceptual_weight, adversary, codebook)
+        self.loss = TokenizerLoss(self.tokenizer, *terms)
         self.ema = None if ema_decay is None else copy.deepcopy(self.tokenizer).requires_grad_(False)
         if activation_checkpointing:
             for part in self.tokenizer.modules():
@@ -162,12 +155,12 @@ class LitTokenizer(ScheduledModule):
             raise InputError("no image of a batch could be decoded; see the messages above")
         reconstruction = self.tokenizer(batch.images, self.draw_scale_counts(len(batch.images), batch_idx))
         if self.discriminator is not None and self.global_step >= self.adversary.start_step:
-            losses, loss = self.adversarial_losses(self.discriminator, batch.images, reconstruction)
+            losses, loss = self.loss.adversarial_terms(self.discriminator, batch.images, reconstruction)
         else:
-            losses, _ = self.losses(batch.images, reconstruction, reconstruction.decoded)
+            losses, _ = self.loss.terms(batch.images, reconstruction, reconstruction.decoded)
             loss = losses["loss"] + self.idle_discriminator_term(batch.images)
         if self.codebook.entropy_weight:
-            losses["entropy"] = self.entropy(reconstruction)
+            losses["entropy"] = self.loss.entropy(reconstruction)
             loss = loss + self.codebook.entropy_weight * losses["entropy"]
         self.track_codebook(reconstruction.steps, batch_idx)
         if self.is_logging_step:
@@ -195,7 +188,7 @@ class LitTokenizer(ScheduledModule):
             # Still run a pass: a sharded one needs all ranks.
             images = torch.zeros(1, 3, *self.tokenizer.config.shape, device=self.device)
         reconstruction = self.averaged(images)
-        losses, _ = self.losses(images, reconstruction, reconstruction.decoded)
+        losses, _ = self.loss.terms(images, reconstruction, reconstruction.decoded)
         if count:
             self.count_usage("val", reconstruction.steps)
         self.log_dict({f"val/{n}": v for n, v in losses.items()}, batch_size=count, sync_dist=True)
@@ -217,66 +210,12 @@ class LitTokenizer(ScheduledModule):
             self.log(f"codebook_perplexity/{name}", perplexities[k], sync_dist=True)
         self.usage["val"] = torch.zeros_like(self.usage["val"])
 
-    def losses(
-        self, images: Tensor, reconstruction: Reconstruction, decoded: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns all loss terms but the adversarial and entropy ones, with their sum `loss`; and the image loss alone.
-
-        Args:
-            images: (b, 3, H, W) in [-1, 1].
-            reconstruction: the tokenizer's output for the images.
-            decoded: (b, 3, H, W) reconstructions to compare with the images.
-        """
-        losses = {"l2": F.mse_loss(decoded, images), "l1": F.l1_loss(decoded, images)}
-        image_loss = losses["l2"] + self.l1_weight * losses["l1"]
-        for network in self.perceptual:
-            losses["perceptual"] = network.to(self.device)(decoded, images).mean()
-            image_loss = image_loss + self.perceptual_weight * losses["perceptual"]
-        codebook, commitment = reconstruction.codebook, reconstruction.commitment
-        loss = image_loss + codebook + self.commitment * commitment
-        return {"loss": loss, **losses, "codebook": codebook, "commitment": commitment}, image_loss
-
-    def adversarial_losses(
-        self, discriminator: PatchDiscriminator, images: Tensor, reconstruction: Reconstruction
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns the loss terms with a discriminator, and a loss to differentiate that trains each network by its own.
-
-        The reconstructions are detached from the graph, and the gradient of the image losses with respect to them is
-        put back in. That leaves the discriminator's weights alone and does not run it twice.
-        """
-        outputs = reconstruction.decoded.float()  # float16 lacks the range for this gradient
-        decoded = outputs.detach().requires_grad_()
-        losses, image_loss = self.losses(images, reconstruction, decoded)
-        image_gradient = torch.autograd.grad(GRADIENT_SCALE * image_loss, decoded)[0] / GRADIENT_SCALE
-        real, fake = discriminator(torch.cat([images, decoded])).chunk(2)
-        (adversarial_gradient,) = torch.autograd.grad(-fake.float().sum(), decoded, retain_graph=True)
-        adversarial_gradient = adversarial_gradient / fake.numel()  # the mean's gradient would underflow in float16
-        weight = self.adversary.weight * self.adaptive_weight(reconstruction.maps, image_gradient, adversarial_gradient)
-        losses |= {"adversarial": -fake.detach().float().mean(), "discriminator": hinge_loss(real, fake)}
-        losses["adversary_weight"] = weight
-        image_loss = image_loss + weight * losses["adversarial"]
-        image_loss = attach_gradient(image_loss, outputs, image_gradient + weight * adversarial_gradient)
-        quantizer_loss = losses["codebook"] + self.commitment * losses["commitment"]
-        return losses, quantizer_loss + image_loss + losses["discriminator"]
-
     def idle_discriminator_term(self, images: Tensor) -> Tensor | float:
         """Returns 0 with the untrained discriminator in its graph, because DDP expects gradients of all weights."""
         if self.discriminator is None:
             return 0.0
         side = min_image_side(self.adversary)
         return 0 * self.discriminator(images[:1, :, :side, :side]).sum()
-
-    def adaptive_weight(self, maps: Tensor, image_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
-        """Returns () VQGAN's ratio of both losses' gradients at the decoder's last layer, the same on all ranks."""
-        if not self.adversary.adaptive:
-            return image_gradient.new_ones(())
-        last, gradients = self.tokenizer.decoder.conv_out, (image_gradient, adversarial_gradient)
-        at_last_layer = torch.stack([last_layer_gradient(last, maps, gradient) for gradient in gradients])
-        return adaptive_weight(*mean_over_ranks(at_last_layer))
-
-    def entropy(self, reconstruction: Reconstruction) -> Tensor:
-        features, steps, codes = reconstruction.features, reconstruction.steps, reconstruction.codes
-        return entropy_loss(self.tokenizer.quantizer, features, steps, codes, self.codebook, mean_over_ranks)
 
     def draw_scale_counts(self, count: int, batch_idx: int) -> Tensor | None:
         """Draws (count,) the number of leading scales from which each image is decoded; None for all scales.
@@ -418,18 +357,6 @@ class LitTokenizer(ScheduledModule):
             if saved != current:
                 what = "tokenizer" if name == "config" else name
                 raise InputError(f"--ckpt_path has another {what}: {saved} in the checkpoint, {current} in this run")
-
-
-def draw_residuals(steps: list[PyramidStep], count: int) -> Tensor:
-    """Draws `count` residuals (count, c) of a batch at random, from one scale after the other."""
-    queries = [step.queries.flatten(0, 1) for step in steps]  # (b n, c) of each scale
-    scales = len(queries)
-    rows = torch.stack([torch.randint(len(queries[i % scales]), ()) for i in range(count)])
-    rows = rows.to(queries[0].device, non_blocking=True)
-    drawn = queries[0].new_empty(count, queries[0].shape[1])
-    for scale, residuals in enumerate(queries):
-        drawn[scale::scales] = residuals[rows[scale::scales]]
-    return drawn
 
 
 def require_current(record: Any, source: str | Path) -> None:

@@ -59,7 +59,7 @@ def fit(module: LitTokenizer, root: Path, steps: int) -> dict[str, float]:
 def test_the_loss_is_what_the_docstring_says() -> None:
     module, images = make_module(), torch.rand(4, 3, 32, 32) * 2 - 1
     reconstruction = module.tokenizer(images)
-    losses, _ = module.losses(images, reconstruction, reconstruction.decoded)
+    losses, _ = module.loss.terms(images, reconstruction, reconstruction.decoded)
     features, steps = module.tokenizer.features(images), reconstruction.steps
     decoded = module.tokenizer.decode_features(steps[-1].f_hat)
     quantization = sum(F.mse_loss(step.f_hat, features) for step in steps) / len(steps)
@@ -72,7 +72,7 @@ def test_gradients_pass_the_quantizer_straight_through() -> None:
     module = make_module(commitment=0.0)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
     reconstruction = module.tokenizer(images)
-    losses, _ = module.losses(images, reconstruction, reconstruction.decoded)
+    losses, _ = module.loss.terms(images, reconstruction, reconstruction.decoded)
     (losses["l2"]).backward()
     gradient = module.tokenizer.encoder.conv_in.weight.grad
     assert gradient is not None
@@ -201,7 +201,7 @@ def test_each_network_learns_from_its_own_loss_alone(tmp_path: Path) -> None:
     images = torch.rand(5, 3, 16, 16) * 2 - 1
     assert module.discriminator is not None
     module.zero_grad()
-    losses, loss = module.adversarial_losses(module.discriminator, images, module.tokenizer(images))
+    losses, loss = module.loss.adversarial_terms(module.discriminator, images, module.tokenizer(images))
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
+from lightning_mvar.data.resumable import ignore_signals_in_worker
 from lightning_mvar.scales import Shape
 
 OnCorrupt = Literal["raise", "skip"]
@@ -141,13 +142,17 @@ def batched(indices: Sequence[int], size: int) -> list[Sequence[int]]:
     return [indices[begin : begin + size] for begin in range(0, len(indices), size)]
 
 
-def batch_loader(images: Examples, batches: Iterable[Sequence[int]], num_workers: int) -> DataLoader[ImageBatch]:
+def batch_loader(
+    images: Examples, batches: Iterable[Sequence[int]], num_workers: int, pin_memory: bool = False
+) -> DataLoader[ImageBatch]:
     """Returns a loader of the given index batches; each worker reads two batches ahead."""
     return DataLoader[Example](  # type: ignore[return-value]  # collated to ImageBatch
         images,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=num_workers,
         collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals_in_worker,
         generator=torch.Generator(),  # own generator: loading must not advance the global one
     )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from lightning_mvar.data.images.examples import Crop, Example, ImageBatch, ImageSource, collate, generator_for
-from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_worker
+from lightning_mvar.data.images.examples import Crop, Example, ImageBatch, ImageSource, batch_loader, generator_for
+from lightning_mvar.data.resumable import ResumableLoader
 from lightning_mvar.errors import InputError
 
 
@@ -59,11 +59,4 @@ class ImageLoader(ResumableLoader):
     source: ShuffledImages
 
     def batches(self) -> Iterable[ImageBatch]:
-        return DataLoader(
-            self.source,
-            batch_sampler=self.source.batches(),
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=self.pin_memory,
-            worker_init_fn=ignore_signals_in_worker,
-        )
+        return batch_loader(self.source, self.source.batches(), self.num_workers, self.pin_memory)
