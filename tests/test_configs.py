@@ -17,6 +17,7 @@ from lightning_mvar.commands.sweep import plan_cells
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
 from lightning_mvar.io.json_files import checked
 from lightning_mvar.models.config import BASELINES
+from lightning_mvar.models.costs import training_bytes
 from lightning_mvar.sweeps.plan import read_sweep
 
 MIXERS = {"M-VAR": ("scale_attention", "mamba2"), "VAR": ("block_causal_attention",)}
@@ -119,6 +120,23 @@ def test_sizes_carry_their_published_recipe(
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.05)
     assert (optimizer.final_lr_ratio, optimizer.final_weight_decay) == (final_lr, final_decay)
     assert (optimizer.warmup, optimizer.initial_lr_ratio, namespace.model.label_drop) == (0.02, 0.005, 0.1)
+
+
+MEMORY = 80 * 2**30 * 0.9  # of the devices that the headers assume; the rest is for the CUDA context and fragmentation
+ON_EIGHT_GPUS = [config for config in CONFIGS if re.match(r"configs/(size/d|data/imagenet)", config)]
+
+
+@pytest.mark.parametrize("config", ON_EIGHT_GPUS)
+def test_recipes_fit_on_their_devices(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    ((_, options),) = header_commands(config)
+    namespace = parse("fit", options)
+    share = namespace.data.global_batch_size // 8
+    assert share % namespace.data.max_batch_size == 0
+    shards = 8 if "FSDP2" in namespace.trainer.strategy.class_path else 1
+    recompute = namespace.model.activation_checkpointing == "full"
+    network = network_config(namespace.model, config)
+    assert training_bytes(network, namespace.data.max_batch_size, recompute, shards) < MEMORY
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -33,8 +33,12 @@ def score_in_parts(
         losses = F.cross_entropy(predicted.flatten(0, 1), tokens.flatten(), reduction="none")
         return losses.view_as(tokens), (predicted.detach().argmax(dim=-1) == tokens).float()
 
-    images = max(1, LOGITS_AT_ONCE // (x.shape[1] * vocab_size))
-    parts = zip(*(tensor.split(images) for tensor in (x, cond, tokens)), strict=True)
+    parts = zip(*(tensor.split(images_at_once(x.shape[1], vocab_size)) for tensor in (x, cond, tokens)), strict=True)
     scores = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     losses, correct = zip(*scores, strict=True)
     return torch.cat(losses), torch.cat(correct)
+
+
+def images_at_once(length: int, vocab_size: int) -> int:
+    """Returns how many images of `length` tokens are scored at a time."""
+    return max(1, LOGITS_AT_ONCE // (length * vocab_size))

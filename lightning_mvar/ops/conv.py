@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_mvar.ops.recompute import cheap
+
 # Dtypes for which oneDNN has a native depthwise convolution. Without native bfloat16, torch is a hundred times slower.
 ONEDNN_DTYPES_BY_CPU = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -42,8 +44,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None) -> t
         (b, l, c) in the dtype of `x`, and the last w - 1 inputs (b, w - 1, c).
     """
     past = weight.shape[1] - 1
-    x = F.pad(x, (0, 0, past, 0)) if state is None else torch.cat([state, x], dim=1)
-    return causal_conv(x, weight, bias), x[:, x.shape[1] - past :]
+    x = cheap(F.pad, x, (0, 0, past, 0)) if state is None else torch.cat([state, x], dim=1)
+    return cheap(causal_conv, x, weight, bias), x[:, x.shape[1] - past :]
 
 
 class CausalConv(torch.autograd.Function):

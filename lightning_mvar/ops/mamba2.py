@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_mvar.ops.conv import convolve
 from lightning_mvar.ops.gated_norm import gated_rms_norm
 from lightning_mvar.ops.kernels import KERNELS
+from lightning_mvar.ops.recompute import cheap
 from lightning_mvar.ops.ssd import ssd
 
 State = tuple[Tensor, ...]  # last inputs of the convolution (b, w - 1, c); SSM state (b, h, p, n) float32
@@ -69,4 +70,4 @@ def mamba2_reference(
     dt = F.softplus(dt.float() + weights.dt_bias.float())
     y, scan_state = ssd(x, dt, -weights.A_log.float().exp(), B, C, scan_state)
     y = torch.addcmul(y, x, weights.D[:, None].to(x.dtype))
-    return gated_rms_norm(y.flatten(2), z, weights.norm_weight, eps), (conv_state, scan_state)
+    return cheap(gated_rms_norm, y.flatten(2), z, weights.norm_weight, eps), (conv_state, scan_state)

@@ -70,15 +70,15 @@ active: Recipes | None = None
 
 
 @contextmanager
-def recomputation(enabled: bool = True) -> Iterator[None]:
-    """Within, operands of the backward pass that `cheap` has made are computed again when it needs them."""
-    if not enabled:
+def recomputation(recipes: Recipes | None) -> Iterator[None]:
+    """Within, operands of the backward pass that `cheap` has made are computed again; None keeps all operands."""
+    if recipes is None:
         yield
         return
     global active
-    before, active = active, Recipes()
+    before, active = active, recipes
     try:
-        with torch.autograd.graph.saved_tensors_hooks(active.save, restore):
+        with torch.autograd.graph.saved_tensors_hooks(recipes.save, restore):
             yield
     finally:
         active = before

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from conftest import SCHEDULE, VARIANTS, tiny_network
 from torch import Tensor
 
-from lightning_mvar.ops.recompute import cheap, recomputation
+from lightning_mvar.ops.recompute import Recipes, cheap, recomputation
 
 
 def run_block(variant: dict[str, object], dtype: torch.dtype, recompute: bool) -> list[Tensor]:
-    """Returns output, gradients, and the number of bytes kept for the backward pass."""
+    """Returns output and gradients."""
     block = tiny_network(**variant).train().blocks[1]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, SCHEDULE.num_tokens, 64, generator=generator, requires_grad=True)
     cond = torch.randn(3, *((1, 6, 64) if variant.get("shared_adaln") else (64,)), generator=generator)
-    context = recomputation() if recompute else contextlib.nullcontext()
-    with context, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with (
+        recomputation(Recipes() if recompute else None),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
+    ):
         y, _ = block(x, cond, block.config.step_shapes)
     y.float().square().sum().backward()
     return [y, x.grad, *(parameter.grad for parameter in block.parameters())]
@@ -40,7 +40,7 @@ def test_cheap_operands_are_kept_as_recipes() -> None:
         return 2 * t
 
     x = torch.randn(4, 6, requires_grad=True)
-    with recomputation():
+    with recomputation(Recipes()):
         once = cheap(double, x)
         twice = cheap(double, once)
         y = twice.t().square()  # its backward pass reads a view of `twice`
@@ -53,7 +53,7 @@ def test_cheap_operands_are_kept_as_recipes() -> None:
 
 def test_a_result_that_is_its_argument_is_kept() -> None:
     x = torch.randn(3, requires_grad=True)
-    with recomputation():
+    with recomputation(Recipes()):
         y = cheap(Tensor.float, x * 2).square().sum()
     (gradient,) = torch.autograd.grad(y, x)
     torch.testing.assert_close(gradient, 8 * x.detach())
