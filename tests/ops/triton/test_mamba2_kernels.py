@@ -19,15 +19,16 @@ from lightning_mvar.ops.triton.mamba2 import mamba2_forward
 H, P, N, TAPS = 2, 8, 4, 4
 INNER, CHANNELS = H * P, H * P + 2 * N
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+EPS = 0.1  # large: the norm of 16 channels would amplify the rounding of rows that are nearly 0
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 OUTPUTS = ["y", "new_conv_state", "new_scan_state"]
 ARGUMENTS = ["projected", *Mamba2Parameters._fields, "conv_state", "scan_state"]
 
 
 @pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mends the interpreter of Triton 3.7, which multiplies the bits of bfloat16 as integers."""
-    create_dot = InterpreterBuilder.create_dot
+def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mends the interpreter of Triton 3.7, which multiplies the bits of bfloat16 as integers, and rounds towards 0."""
+    create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def widened(t: TensorHandle) -> TensorHandle:
         if t.dtype.scalar != tl.bfloat16:
@@ -37,7 +38,14 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
         return create_dot(self, widened(a), widened(b), *rest)
 
+    def cast(self: InterpreterBuilder, t: TensorHandle, dtype: Any) -> TensorHandle:
+        if (t.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, t, dtype)
+        rounded = torch.tensor(t.data).to(torch.bfloat16).view(torch.uint16)
+        return TensorHandle(rounded.numpy(), tl.bfloat16)
+
     monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
 
 
 def random_arguments(length: int, dtype: torch.dtype, with_state: bool) -> list[Tensor | None]:
@@ -68,12 +76,12 @@ def outputs_and_gradients(
 def reference(*arguments: Tensor | None) -> tuple[Tensor, ...]:
     projected, *parameters, conv_state, scan_state = arguments
     state = None if conv_state is None else (conv_state, scan_state)
-    y, new_state = mamba2_reference(projected, Mamba2Parameters(*parameters), state, 1e-5)
+    y, new_state = mamba2_reference(projected, Mamba2Parameters(*parameters), state, EPS)
     return y, *new_state
 
 
 def kernels(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-    return mamba2_forward(*arguments, 1e-5)
+    return mamba2_forward(*arguments, EPS)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -98,4 +106,4 @@ def test_kernels_equal_the_reference(length: int, with_state: bool, dtype: torch
 def test_the_operator_is_registered_as_torch_compile_expects(with_state: bool) -> None:
     arguments = [t if t is None else t.requires_grad_() for t in random_arguments(2, torch.float32, with_state)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(mamba2_forward, (*arguments, 1e-5), test_utils=checks)
+    torch.library.opcheck(mamba2_forward, (*arguments, EPS), test_utils=checks)
