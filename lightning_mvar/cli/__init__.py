@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import importlib
 import io
 import logging
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     code = flush_streams(code)
     if code == BUG_EXIT_CODE:
         traceback.print_exception(bug)
+    gc.freeze()  # or Python would look for garbage among all objects of torch and Lightning before it ends, for seconds
     sys.exit(code)
 
 
