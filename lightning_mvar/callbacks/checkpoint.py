@@ -245,8 +245,8 @@ class Checkpoint(AtomicCheckpoint):
         unsharded = trainer.strategy.lightning_restore_optimizer  # False if each rank has a shard
         if not (all_ranks or (unsharded and trainer.is_global_zero)):
             return
-        if trainer.world_size > 1 and not in_process_group():  # see `abort_stuck_collectives`
-            rank_zero_warn("the last step waited for the lost rank: it is not saved, earlier checkpoints are kept")
+        if trainer.world_size > 1 and not in_process_group():  # see `abort_collectives`
+            rank_zero_warn("the steps since the last checkpoint may lack the lost rank: they are not saved")
             return
         try:
             self.save_now(trainer, single_rank=not all_ranks)

@@ -12,7 +12,7 @@ import lightning as L
 from lightning_mvar.errors import Interrupted
 from lightning_mvar.training.collectives import DelayedMax
 from lightning_mvar.training.lightning_internals import collective_timeout, silence_sigterm_broadcast
-from lightning_mvar.training.lost_ranks import abort_stuck_collectives, is_loss_of_rank
+from lightning_mvar.training.lost_ranks import abort_collectives, is_loss_of_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, preemption, Slurm's warning before the time limit
 
@@ -63,9 +63,9 @@ class InterruptionCallback(L.Callback):
             self.check(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Frees the GPU of a rank that has lost another one; checkpoints, which come later, can then be saved."""
+        """Frees the GPU of a rank that has lost another one, before other callbacks and the trainer read from it."""
         if is_loss_of_rank(exception):
-            abort_stuck_collectives()
+            abort_collectives()
 
 
 def raise_if_interrupted(trainer: L.Trainer) -> None:
