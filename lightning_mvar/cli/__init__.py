@@ -23,7 +23,6 @@ from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
-from lightning_mvar.devices import set_tf32
 from lightning_mvar.errors import InputError, Interrupted, one_line
 
 PIPE_EXIT_CODE = 128 + signal.SIGPIPE
@@ -96,7 +95,6 @@ def flush_streams(code: int) -> int:
 def run(argv: list[str]) -> int:
     """Runs one command and returns its exit code."""
     enable_logging()
-    set_tf32(False)
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(usage())
@@ -109,7 +107,11 @@ def run(argv: list[str]) -> int:
                 return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
         if argv[0] not in COMMANDS:
             return fail(f"there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
-        importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}").main(argv)
+        command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")
+        from lightning_mvar.devices import set_tf32  # here, because it imports torch
+
+        set_tf32(False)
+        command.main(argv)
     except InputError as error:
         return fail(strip_worker_traceback(str(error)))
     except OSError as error:
