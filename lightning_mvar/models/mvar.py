@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +145,6 @@ class MVAR(nn.Module):
 
     def __init__(self, config: MVARConfig) -> None:
         super().__init__()
-        look_for_kernels()
         self.config = config
         schedule, d = config.schedule, config.width
         self.class_embed = nn.Embedding(config.num_classes + 1, d)
@@ -159,6 +158,15 @@ class MVAR(nn.Module):
         self.head_adaln = nn.Linear(d, 2 * d)
         self.head = nn.Linear(d, config.vocab_size)
         self.init_weights()
+        if self.start_embed.is_cuda:
+            look_for_kernels()
+
+    def _apply(self, *arguments: Any, **options: Any) -> MVAR:
+        """Moves or casts the network, as all of PyTorch's methods for that do; looks for kernels if it is on a GPU."""
+        super()._apply(*arguments, **options)
+        if self.start_embed.is_cuda:
+            look_for_kernels()
+        return self
 
     def forward(self, labels: Tensor, scale_inputs: Tensor) -> Tensor:
         """Computes teacher-forced logits of all scales at once.

@@ -1,6 +1,7 @@
 """Optional kernels, which need a certain GPU, package or compiler.
 
-They are detected when a network is constructed and only read afterwards: torch.compile cannot trace an import.
+They are detected when a network comes to a GPU and only read afterwards: torch.compile cannot trace an import, and what
+runs on a CPU must not initialize CUDA.
 """
 
 from __future__ import annotations

@@ -350,3 +350,16 @@ def test_drop_path_rises_linearly_over_the_blocks() -> None:
 def test_invalid_configurations_are_rejected(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny_network(**overrides)
+
+
+def test_kernels_are_looked_for_when_a_network_comes_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for them initializes CUDA, which may be full or belong to others while this one runs on a CPU."""
+    found: list[str] = []
+    monkeypatch.setattr("lightning_mvar.models.mvar.look_for_kernels", lambda: found.append("kernels"))
+    network = tiny_network().to(torch.bfloat16)
+    assert found == []
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+    network.to(torch.float32)
+    assert found == ["kernels"]
+    tiny_network()
+    assert found[1:]
