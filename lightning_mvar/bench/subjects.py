@@ -177,7 +177,8 @@ class Subject:
         """Returns the parts inside blocks."""
         parts: list[Part] = [(lightning_mvar.ops.mamba2, "ssd", "scan")]
         for block in self.network.blocks:
-            parts += [(block, "forward", "AdaLN and residuals"), (block.mlp, "forward", "MLP")]
+            parts.append((block, "forward", "AdaLN and residuals"))
+            parts += [(layer, "forward", "MLP") for layer in block.mlp]  # type: ignore[union-attr]
             parts += [(mixer, "forward", type(mixer).__name__) for mixer in block.mixers]  # type: ignore[union-attr]
         return parts
 
