@@ -1,0 +1,55 @@
+"""Batches of any DataLoader as those of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mvar.data.tokens.stream import TokenBatch
+from lightning_mvar.errors import InputError
+from lightning_mvar.models.config import MVARConfig
+
+
+def token_batch(batch: Any, network: MVARConfig) -> TokenBatch:
+    """Returns a batch of any DataLoader as a TokenBatch.
+
+    Args:
+        batch: a TokenBatch, or a pair (tokens (b, l), labels (b,)) of integers.
+        network: the network that will read it.
+
+    Raises:
+        InputError: if it is neither, or its tokens are not those of the network's schedule and vocabulary.
+    """
+    if isinstance(batch, TokenBatch):
+        return batch
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise InputError("a batch must be a TokenBatch or a pair (tokens (b, l), labels (b,))")
+    tokens, length = batch[0], network.schedule.num_tokens
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.shape[1:] != (length,):
+        raise InputError(f"tokens of a batch must be an integer tensor (b, {length})")
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < network.vocab_size:
+        raise InputError(f"tokens of a batch must be in [0, {network.vocab_size - 1}]")
+    labels = labels_of(batch[1], network.num_classes)
+    if len(labels) != len(tokens):
+        raise InputError(f"a batch has {len(tokens)} rows of tokens and {len(labels)} labels")
+    every = torch.ones(len(labels), dtype=torch.bool)
+    return TokenBatch(tokens.long(), labels, every, torch.full((len(labels),), -1))
+
+
+def labels_of(batch: Any, num_classes: int) -> Tensor:
+    """Returns the labels (b,) int64 of a batch without its padding: the batch itself, or its last element.
+
+    Raises:
+        InputError: if it has none, or one is not in [0, num_classes]; `num_classes` means unconditional.
+    """
+    if isinstance(batch, TokenBatch):
+        labels = batch.labels[batch.valid]
+    else:
+        labels = batch[-1] if isinstance(batch, tuple | list) else batch
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+        raise InputError("labels must be an integer tensor (b,): the batch itself, or its last element")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= num_classes:
+        raise InputError(f"labels must be in [0, {num_classes}], got {labels.min()} to {labels.max()}")
+    return labels.long()
