@@ -132,6 +132,7 @@ class FSDP2Strategy(DataParallelStrategy):
         reshard = True if isinstance(module, Tokenizer) else None
         fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=reshard, mp_policy=policy)
         if isinstance(module, MVAR):
+            restore_resharding(module)
             register_fsdp_forward_method(module, "init_state")
             register_fsdp_forward_method(module, "step")
             register_fsdp_forward_method(module, "score")
@@ -196,9 +197,17 @@ def gathered(network: nn.Module, gather: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        restore_resharding(network)
         for module in sharded:
-            module.set_reshard_after_forward(module is not network, recurse=False)
             module.reshard()
+
+
+def restore_resharding(network: nn.Module) -> None:
+    """Lets each block free its gathered weights after the forward pass, but the last, with which backward begins."""
+    kept = [network, *(list(network.blocks)[-1:] if isinstance(network, MVAR) else [])]
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(module not in kept, recurse=False)
 
 
 def unsharded_copy(tokenizer: Tokenizer) -> Tokenizer:
