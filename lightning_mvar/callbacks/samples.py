@@ -73,9 +73,10 @@ class SamplesCallback(L.Callback):
             for part in numbers.split(max_batch_size(module.network_config)):
                 keys = self.sampling.keys(part.tolist())
                 drawn.append(draw_images(network, module.tokenizer, labels[part], self.sampling, keys, graphs=graphs))
+        shares = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
+        every = [trainer.strategy.all_gather(part) for part in shares]  # distributed strategies put the ranks first
         images, tokens = (
-            trainer.strategy.all_gather(torch.cat(parts)).flatten(0, int(trainer.world_size > 1))[: len(labels)]
-            for parts in zip(*drawn, strict=True)
+            t.flatten(0, t.ndim - part.ndim)[: len(labels)] for t, part in zip(every, shares, strict=True)
         )
         return images, tokens
 
