@@ -22,9 +22,10 @@ def modulate(x: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dt
     x = x.contiguous()
     b, l, d = x.shape
     out, tile = x.new_empty(b, l, d, dtype=dtype), tile_sizes(d)
-    modulate_kernel[triton.cdiv(l, tile["ROWS"]), b](
-        x, gain, shift, out, l, d, gain.stride(0), shift.stride(0), eps, **tile, num_warps=8
-    )
+    with torch.cuda.device_of(x):
+        modulate_kernel[triton.cdiv(l, tile["ROWS"]), b](
+            x, gain, shift, out, l, d, gain.stride(0), shift.stride(0), eps, **tile, num_warps=8
+        )
     return out
 
 
@@ -35,9 +36,10 @@ def modulate_backward(dout: Tensor, x: Tensor, gain: Tensor, eps: float) -> tupl
     b, l, d = x.shape
     tile = tile_sizes(d)
     dx, partial = torch.empty_like(x), x.new_empty(b, num_blocks(l, tile), 2, d, dtype=torch.float32)
-    modulate_backward_kernel[partial.shape[1], b](
-        dout, x, gain, dx, partial, l, d, gain.stride(0), eps, **tile, num_warps=8
-    )
+    with torch.cuda.device_of(x):
+        modulate_backward_kernel[partial.shape[1], b](
+            dout, x, gain, dx, partial, l, d, gain.stride(0), eps, **tile, num_warps=8
+        )
     return dx, partial.sum(1)
 
 
@@ -48,9 +50,10 @@ def add_gated_backward(dout: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, T
     b, l, d = y.shape
     tile = tile_sizes(d)
     dy, partial = torch.empty_like(y), y.new_empty(b, num_blocks(l, tile), d, dtype=torch.float32)
-    add_gated_backward_kernel[partial.shape[1], b](
-        dout, gate, y, dy, partial, l, d, gate.stride(0), **tile, num_warps=8
-    )
+    with torch.cuda.device_of(y):
+        add_gated_backward_kernel[partial.shape[1], b](
+            dout, gate, y, dy, partial, l, d, gate.stride(0), **tile, num_warps=8
+        )
     return partial.sum(1), dy
 
 

@@ -1,7 +1,8 @@
 """Mamba-2 between its projections in three kernels: convolution, scan, gated norm. The reference is `ops.mamba2`.
 
 Custom operators, so that torch.compile keeps each as one node. Only the arguments are saved for backward, which
-recomputes convolution and scan and writes all gradients of the projection into one tensor.
+recomputes convolution and scan and writes all gradients of the projection into one tensor. Triton launches kernels on
+the current device, hence `device_of`.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ def mamba2_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes what `ops.mamba2.mamba2` does: y (b, l, inner), the convolution's state and the scan's state."""
-    z, xBC, dt = split_projection(projected, conv_weight, A_log, norm_weight)
-    activated, new_conv_state = conv_silu(xBC, conv_weight, conv_bias, conv_state)
-    y, final, _ = scan(scan_inputs(activated, dt, dt_bias, A_log, D, len(norm_weight), scan_state))
-    return gated_norm(y.flatten(2), z, norm_weight, eps), new_conv_state, final
+    with torch.cuda.device_of(projected):
+        z, xBC, dt = split_projection(projected.contiguous(), conv_weight, A_log, norm_weight)
+        activated, new_conv_state = conv_silu(xBC, conv_weight, conv_bias, conv_state)
+        y, final, _ = scan(scan_inputs(activated, dt, dt_bias, A_log, D, len(norm_weight), scan_state))
+        return gated_norm(y.flatten(2), z, norm_weight, eps), new_conv_state, final
 
 
 @torch.library.custom_op("lightning_mvar::mamba2_backward", mutates_args=())
@@ -67,21 +69,24 @@ def mamba2_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns gradients of the projection, of the convolution's weight and bias (c, w + 1), of dt_bias, A_log and D
     (3, h), of the norm's weight, and of the two states, empty without states. Those of parameters are float32."""
-    z, xBC, dt = split_projection(projected, conv_weight, A_log, norm_weight)
-    activated, _ = conv_silu(xBC, conv_weight, conv_bias, conv_state)
-    inputs = scan_inputs(activated, dt, dt_bias, A_log, D, len(norm_weight), scan_state)
-    y, _, states = scan(inputs, keep_states=True)
-    dprojected = torch.empty_like(projected)
-    dz, dxBC, ddt = split_projection(dprojected, conv_weight, A_log, norm_weight)
-    dy, dnorm_weight = gated_norm_backward(dout, dz, y.flatten(2), z, norm_weight, eps)
-    dactivated = torch.empty_like(activated)
-    dx, dBC = dactivated.split([y.shape[2] * y.shape[3], 2 * inputs.B.shape[2]], dim=-1)
-    assert states is not None
-    heads_dBC, dheads, dscan_state = scan_backward(
-        dy.view_as(y), dfinal, dx.unflatten(-1, y.shape[2:]), ddt, inputs, states
-    )
-    torch.sum(heads_dBC.flatten(3), 2, out=dBC)
-    dconv, dconv_state = conv_silu_backward(dactivated, dnew_conv_state, dxBC, xBC, conv_weight, conv_bias, conv_state)
+    with torch.cuda.device_of(projected):
+        z, xBC, dt = split_projection(projected.contiguous(), conv_weight, A_log, norm_weight)
+        activated, _ = conv_silu(xBC, conv_weight, conv_bias, conv_state)
+        inputs = scan_inputs(activated, dt, dt_bias, A_log, D, len(norm_weight), scan_state)
+        y, _, states = scan(inputs, keep_states=True)
+        dprojected = projected.new_empty(projected.shape)
+        dz, dxBC, ddt = split_projection(dprojected, conv_weight, A_log, norm_weight)
+        dy, dnorm_weight = gated_norm_backward(dout, dz, y.flatten(2), z, norm_weight, eps)
+        dactivated = torch.empty_like(activated)
+        dx, dBC = dactivated.split([y.shape[2] * y.shape[3], 2 * inputs.B.shape[2]], dim=-1)
+        assert states is not None
+        heads_dBC, dheads, dscan_state = scan_backward(
+            dy.view_as(y), dfinal, dx.unflatten(-1, y.shape[2:]), ddt, inputs, states
+        )
+        torch.sum(heads_dBC.flatten(3), 2, out=dBC)
+        dconv, dconv_state = conv_silu_backward(
+            dactivated, dnew_conv_state, dxBC, xBC, conv_weight, conv_bias, conv_state
+        )
     empty = dconv.new_empty(0)
     return (
         dprojected,

@@ -22,10 +22,11 @@ def qk_norm(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, scale_log: Tensor, max_
     h = len(scale_log)
     p = qkv.shape[2] // (3 * h)
     out = qkv.new_empty(3, b, l, h, p)
-    qk_norm_kernel[triton.cdiv(b * l, BLOCK_TOKENS), h](
-        qkv.contiguous(), q_bias, v_bias, scale_log, out, b * l, max_log,
-        P=p, BLOCK_T=BLOCK_TOKENS, BLOCK_P=triton.next_power_of_2(p),
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv):
+        qk_norm_kernel[triton.cdiv(b * l, BLOCK_TOKENS), h](
+            qkv.contiguous(), q_bias, v_bias, scale_log, out, b * l, max_log,
+            P=p, BLOCK_T=BLOCK_TOKENS, BLOCK_P=triton.next_power_of_2(p),
+        )  # fmt: skip
     return out
 
 
@@ -37,10 +38,11 @@ def qk_norm_backward(
     _, b, l, h, p = dout.shape
     blocks = triton.cdiv(b * l, BLOCK_TOKENS)
     dqkv, partial = torch.empty_like(qkv), qkv.new_empty(blocks, h, 2 * p + 1, dtype=torch.float32)
-    qk_norm_backward_kernel[blocks, h](
-        dout.contiguous(), qkv.contiguous(), q_bias, scale_log, dqkv, partial, b * l, max_log,
-        P=p, BLOCK_T=BLOCK_TOKENS, BLOCK_P=triton.next_power_of_2(p),
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv):
+        qk_norm_backward_kernel[blocks, h](
+            dout.contiguous(), qkv.contiguous(), q_bias, scale_log, dqkv, partial, b * l, max_log,
+            P=p, BLOCK_T=BLOCK_TOKENS, BLOCK_P=triton.next_power_of_2(p),
+        )  # fmt: skip
     return dqkv, partial.sum(0)
 
 
