@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mvar import MVAR
 from lightning_mvar.models.mvar import Block
+from lightning_mvar.ops.recompute import Recipes, recomputation
 from lightning_mvar.training.blocks import ActivationCheckpointing, configure_block
 
 CHECKPOINTING = get_args(ActivationCheckpointing)
@@ -65,6 +66,19 @@ def test_recomputing_changes_no_bit_of_losses_and_gradients(mixer: str) -> None:
     runs = [losses_and_gradients(make_network(False, kind, mixers=MIXERS[mixer])) for kind in CHECKPOINTING]
     for run in runs[1:]:
         assert all(torch.equal(actual, expected) for actual, expected in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_cheap_operands_are_recomputed_under_any_checkpointing(checkpointing: ActivationCheckpointing) -> None:
+    runs = []
+    for recipes in (None, Recipes()):
+        block = make_network(False, checkpointing).train().blocks[1]
+        x = torch.randn(3, SCHEDULE.num_tokens, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        with recomputation(recipes):
+            y, _ = block(x, torch.ones(3, 64), SCHEDULE.shapes)
+        y.square().sum().backward()
+        runs.append([x.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize(("checkpointing", "depth"), [("none", 12), ("selective", 2)])
