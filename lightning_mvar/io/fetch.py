@@ -237,7 +237,7 @@ def copy_url(address: str, path: Path, progress: Progress) -> None:
             raise FetchError(f"no data for {STALL_S:.0f} s")
         received = progress.value
     if (error := finished.exception()) is not None:
-        raise as_fetch_error(error) from error
+        raise as_fetch_error(error)
 
 
 def http_client() -> dict[str, Any]:
@@ -252,7 +252,7 @@ def as_fetch_error(error: BaseException) -> BaseException:
     if isinstance(error, FileNotFoundError):
         return FetchError("there is no such file")
     from_library = type(error).__module__.partition(".")[0] not in ("builtins", __package__.partition(".")[0])
-    if from_library or (isinstance(error, (OSError, TimeoutError)) and error.errno != errno.ENOSPC):
+    if from_library or (isinstance(error, OSError) and error.errno != errno.ENOSPC):
         return FetchError(" ".join(str(error).split())[:200] or type(error).__name__)
     return error
 
