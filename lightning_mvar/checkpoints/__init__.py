@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_mvar.checkpoints.folders import CONFIG, load_folder, load_tokenizer, save_folder
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
-from lightning_mvar.checkpoints.published import (
+from lightning_mvar.checkpoints.published_files import (
     load_official,
     load_official_mvar,
     load_official_tokenizer,
