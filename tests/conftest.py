@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Triton reads it when it is imported: on a CPU its kernels run in its interpreter, in the workers of xdist too.
 os.environ.setdefault("TRITON_INTERPRET", str(int("cuda" not in sys.argv)))
@@ -14,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints import save_folder
@@ -107,6 +110,29 @@ def random_image(size: tuple[int, int] = (8, 8), seed: int = 0) -> Image.Image:
 def stack_images(images: list[Image.Image]) -> np.ndarray:
     """Returns (n, H, W, 3) int64, which is safe to subtract."""
     return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def storages_of(values: object) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the results computed under it that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in storages_of((args, kwargs))}
+        for storage in storages_of(results):
+            if storage._cdata not in given:  # no view of a weight
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return results
+
+    def bytes(self) -> int:
+        return sum(size for reference, size in self.storages.values() if not reference.expired())
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ arguments. The autograd graph is the same, and so is each bit of the gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -71,14 +71,11 @@ active: Recipes | None = None
 
 @contextmanager
 def recomputation(recipes: Recipes | None) -> Iterator[None]:
-    """Within, operands of the backward pass that `cheap` has made are computed again; None keeps all operands."""
-    if recipes is None:
-        yield
-        return
+    """Within, operands of the backward pass that `cheap` makes are computed again; None keeps them, as outside."""
     global active
     before, active = active, recipes
     try:
-        with torch.autograd.graph.saved_tensors_hooks(recipes.save, restore):
+        with torch.autograd.graph.saved_tensors_hooks(recipes.save, restore) if recipes else nullcontext():
             yield
     finally:
         active = before

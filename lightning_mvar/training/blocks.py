@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_mvar.models.mvar import Block
+from lightning_mvar.ops.recompute import recomputation
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 # Products of linear layers (the scan's are batched), scans, and kinds of attention by a part of their names.
@@ -33,6 +34,8 @@ def configure_block(block: Block, compile: bool, checkpointing: ActivationCheckp
         forward = recomputed(forward, options)
     if compile:
         forward = torch.compile(forward, fullgraph=True)
+    elif checkpointing != "none":
+        forward = recomputation(None)(forward)  # recipes would keep what is computed again anyway
     block.forward = MethodType(forward, block)  # type: ignore[method-assign]
 
 

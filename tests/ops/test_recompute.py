@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SCHEDULE, VARIANTS, tiny_network
+from conftest import MIXERS, SCHEDULE, VARIANTS, LiveMemory, tiny_network
 from torch import Tensor
 
 from lightning_mvar.ops.recompute import Recipes, cheap, recomputation
@@ -30,6 +30,17 @@ def run_block(variant: dict[str, object], dtype: torch.dtype, recompute: bool) -
 def test_gradients_are_the_same_to_the_bit(variant: dict[str, object], dtype: torch.dtype) -> None:
     plain, recomputed = (run_block(variant, dtype, recompute) for recompute in (False, True))
     assert all(torch.equal(actual, expected) for actual, expected in zip(recomputed, plain, strict=True))
+
+
+def test_blocks_keep_less_for_their_backward_pass() -> None:
+    kept = []
+    for recipes in (None, Recipes()):
+        block = tiny_network(mixers=MIXERS["mvar"]).train().blocks[1]
+        x = torch.randn(3, SCHEDULE.num_tokens, 64, requires_grad=True)
+        with recomputation(recipes), LiveMemory() as memory:
+            y, _ = block(x, torch.ones(3, 64), block.config.step_shapes)
+            kept.append(memory.bytes() / (y.numel() * y.element_size()))
+    assert kept[1] < 0.8 * kept[0]
 
 
 def test_cheap_operands_are_kept_as_recipes() -> None:

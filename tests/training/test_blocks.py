@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
+from itertools import product
 from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import MIXERS, SCHEDULE, random_tokens, relative_error, tiny_network
+from conftest import MIXERS, SCHEDULE, LiveMemory, random_tokens, relative_error, tiny_network
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mvar import MVAR
 from lightning_mvar.models.mvar import Block
@@ -112,39 +111,19 @@ def test_a_deep_copy_runs_with_its_own_weights(compile: bool) -> None:
     assert copy.forward.__self__ is copy
 
 
-def storages_of(values: object) -> list[torch.UntypedStorage]:
-    return [t.untyped_storage() for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, Tensor)]
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the results computed under it that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in storages_of((args, kwargs))}
-        for storage in storages_of(results):
-            if storage._cdata not in given:  # no view of a weight
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return results
-
-    def bytes(self) -> int:
-        return sum(size for reference, size in self.storages.values() if not reference.expired())
-
-
-def test_recomputing_keeps_less_memory() -> None:
+def test_checkpointing_keeps_less_memory() -> None:
     kept = {}
-    for kind in CHECKPOINTING:
+    for kind, recipes in product(CHECKPOINTING, (None, Recipes())):
         block = make_network(False, kind, mixers=MIXERS["mvar"], drop_path=0.0).blocks[0]
         x = torch.randn(4, SCHEDULE.num_tokens, 64, requires_grad=True)
-        with LiveMemory() as memory:
+        with recomputation(recipes), LiveMemory() as memory:
             output = block(x, torch.randn(4, 64), SCHEDULE.shapes)[0]
-            kept[kind] = memory.bytes() / (x.numel() * x.element_size())
+            kept[kind, recipes is None] = memory.bytes() / (x.numel() * x.element_size())
         assert output.requires_grad
-    assert kept["full"] < kept["selective"] < 0.7 * kept["none"]
+    for plain in (False, True):
+        assert kept["full", plain] < kept["selective", plain] < 0.7 * kept["none", plain]
+    for kind in ("selective", "full"):  # recipes keep nothing more
+        assert kept[kind, False] == kept[kind, True]
 
 
 @pytest.mark.cuda
