@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_network, write_images, write_token_shards
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.checkpoints import load_official_mvar, load_tokenizer, read_model, save_folder
+from lightning_mvar.checkpoints import load_official_mvar, load_tokenizer, load_trained, save_folder
 from lightning_mvar.checkpoints.published import network_to_published
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.data.tokens.sources import open_shards
@@ -26,7 +26,7 @@ from lightning_mvar.training.tokenizer import LitTokenizer
 
 DOORS: dict[str, Callable[[], object]] = {
     "tokenizer": lambda: load_tokenizer("~/model"),
-    "network": lambda: read_model("~/model", tokenizer="~/tok"),
+    "network": lambda: load_trained("~/model", tokenizer="~/tok"),
     "pipeline": lambda: MVARPipeline.from_pretrained("~/model", device="cpu"),
     "published file": lambda: load_official_mvar("~/network.pth"),
     "images": lambda: open_images("~/images", 8),

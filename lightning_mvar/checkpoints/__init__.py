@@ -26,18 +26,18 @@ __all__ = [
     "load_official_tokenizer",
     "load_tokenizer",
     "load_trained",
-    "read_model",
     "save_folder",
     "save_official",
 ]
 
 
-def read_model(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
-    """Reads a network with its tokenizer from a training checkpoint, an exported folder or a published file.
+def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
+    """Loads a network with its tokenizer from a training checkpoint, an exported folder or a published file.
 
     Args:
-        path: a path that `load_trained` takes, or a file of published VAR or M-VAR weights (.pth, .pt,
-            .bin or .safetensors).
+        path: checkpoint file, folder of a sharded checkpoint (only its weights are read), folder of `export`, or file
+            of published VAR or M-VAR weights (.pth, .pt, .bin or .safetensors). A link `last.ckpt` stands for the
+            newest complete checkpoint beside it, wherever it points.
         tokenizer: folder of the tokenizer, if it has moved; for a published network also a published file.
         weights: for a training checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
 
@@ -47,22 +47,7 @@ def read_model(path: str | Path, tokenizer: str | Path | None = None, weights: W
     path = Path(path).expanduser()
     if path.suffix in PUBLISHED and path.is_file():
         return load_official(path, tokenizer)
-    return load_trained(path, tokenizer, weights)
-
-
-def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
-    """Loads a network with its tokenizer from a training checkpoint or an exported folder.
-
-    Args:
-        path: checkpoint file, folder of a sharded checkpoint (only its weights are read), or folder of `export`. A link
-            `last.ckpt` stands for the newest complete checkpoint beside it, wherever it points.
-        tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoint.
-        weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
-
-    Raises:
-        InputError: if the file is missing or not ours, or its tokenizer is missing or a different one.
-    """
-    path = resolve_last(Path(path).expanduser())
+    path = resolve_last(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
     if path.is_dir() and ((path / CONFIG).exists() or not (path / PLAIN_PART).is_file()):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from lightning_mvar.checkpoints import WhichWeights, read_model
+from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.data.images.decoding import read_image
 from lightning_mvar.devices import Precision
@@ -70,7 +70,7 @@ def edit(
     if Path(out).is_file() or Path(out).suffix:
         raise InputError(f"--out {out} must be a folder")
     original = read_image(image)
-    pipe = MVARPipeline(read_model(ckpt_path, tokenizer, weights), device, precision)
+    pipe = MVARPipeline(load_trained(ckpt_path, tokenizer, weights), device, precision)
     region = box_mask(box, pipe.shape) if box is not None else read_image(str(mask)).convert("L")
     region = ImageOps.invert(region) if outside else region
     names = [name for name in pipe.classes.split(classes) for _ in range(count)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mvar.checkpoints import TrainedModel, load_tokenizer, read_model
+from lightning_mvar.checkpoints import TrainedModel, load_tokenizer, load_trained
 from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
@@ -161,7 +161,7 @@ def read_and_try(
     references: list[Reference | None],
 ) -> TrainedModel:
     """Reads a network; checks that references have its classes, and tries the extractor, before images are drawn."""
-    model = read_model(ckpt_path, tokenizer, weights)
+    model = load_trained(ckpt_path, tokenizer, weights)
     for reference in references:
         if reference is not None:
             reference.check_classes(model.class_names)
@@ -189,7 +189,7 @@ def reject_sampling_options(options: dict[str, Any]) -> None:
     """Raises InputError for sampling options without a checkpoint to sample from."""
     defaults = {
         name: parameter
-        for function in (draw_set, SamplingSettings, read_model)
+        for function in (draw_set, SamplingSettings, load_trained)
         for name, parameter in signature(function).parameters.items()
     }
     for name, value in options.items():

@@ -9,7 +9,7 @@ from lightning_mvar.checkpoints import (
     WhichWeights,
     load_official,
     load_official_tokenizer,
-    read_model,
+    load_trained,
     save_folder,
     save_official,
 )
@@ -55,7 +55,7 @@ def export(
     if ckpt_path is not None:
         if schedule is not None:
             raise InputError("--resolution and --side_lengths are for published weights: others have their schedule")
-        model = read_model(ckpt_path, tokenizer, weights)
+        model = load_trained(ckpt_path, tokenizer, weights)
     else:
         model = load_official(str(official), tokenizer, schedule)
     with lock_folder(Path(out), "export"):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mvar.checkpoints import TrainedModel, WhichWeights, read_model
+from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.progress import check_reading, read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
@@ -55,7 +55,7 @@ def likelihood(
     refuse_overwriting(
         {"--json": json, "--each": each}, {"--ckpt_path": ckpt_path, "--images": images, "--tokenizer": tokenizer}
     )
-    torch_device, model = choose_device(device), read_model(ckpt_path, tokenizer, weights)
+    torch_device, model = choose_device(device), load_trained(ckpt_path, tokenizer, weights)
     source = open_images(images, model.tokenizer.config.shape, on_corrupt)
     labels = folder_labels(model, source.class_names, classes)
     for part in (model.network, model.tokenizer):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_mvar.checkpoints import WhichWeights, read_model
+from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.errors import InputError
@@ -62,7 +62,7 @@ def sample(
     refuse_overwriting({"--out": out, **figures}, {})  # `draw_set` itself refuses a folder of other files
     refuse_overwriting(figures, {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer})
     with launch_ranks(device, devices, num_nodes) as fabric:
-        drawn = draw_set(fabric.device, partial(read_model, ckpt_path, tokenizer, weights), out, **drawing)
+        drawn = draw_set(fabric.device, partial(load_trained, ckpt_path, tokenizer, weights), out, **drawing)
         if fabric.is_global_zero:
             print(f"{len(drawn.labels)} images in {out}")
             write_figures(drawn, out, grid, strip, animation)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from threading import Event
 from types import FrameType
 
-from lightning_mvar.checkpoints import WhichWeights, read_model
+from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError, Interrupted
@@ -42,7 +42,7 @@ def serve(
     if find_spec("gradio") is None:
         raise InputError("the page needs gradio: pip install 'lightning-mvar[serve]'")
     listen(host, port).close()  # reports an unusable address before weights are read
-    pipe = MVARPipeline(read_model(ckpt_path, tokenizer, weights), device, precision)
+    pipe = MVARPipeline(load_trained(ckpt_path, tokenizer, weights), device, precision)
     from lightning_mvar.web.folder import page_folder
     from lightning_mvar.web.server import serving  # importing gradio takes seconds
 

@@ -19,7 +19,7 @@ from hostile import Malicious
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.checkpoints import load_trained, read_model, save_folder
+from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.checkpoints.sharded import ShardReader
 from lightning_mvar.checkpoints.training import (
     NETWORK_KEY,
@@ -112,7 +112,7 @@ def test_no_reader_runs_code_of_a_sharded_checkpoint(
     ):
         assert run([*command, "--ckpt_path", "run.ckpt"]) == 1, command
         assert "run.ckpt" in capfd.readouterr().err
-    for read in (load_trained, read_model, MVARPipeline.from_pretrained):
+    for read in (load_trained, MVARPipeline.from_pretrained):
         with pytest.raises(InputError, match=r"run\.ckpt"):
             read("run.ckpt")
     assert not Path("owned").exists()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_mvar import ScaleSchedule
-from lightning_mvar.checkpoints import load_official, load_official_mvar, read_model
+from lightning_mvar.checkpoints import load_official, load_official_mvar, load_trained
 from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 
@@ -67,7 +67,7 @@ def test_the_content_of_a_file_says_its_format(name: str, tmp_path: Path, monkey
     (save_file if name.startswith("safetensors") else torch.save)(NETWORK, tmp_path / name)
     torch.save(TOKENIZER, tmp_path / "vae.pth")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert read_model(f"~/{name}", "~/vae.pth").network.config.depth == 2
+    assert load_trained(f"~/{name}", "~/vae.pth").network.config.depth == 2
 
 
 def test_a_torch_file_called_safetensors_is_told(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_weights_without_lvl_1l_take_the_schedule_given(
     assert load_official("network.pth", "vae.pth", SCHEDULE).network.config.schedule == SCHEDULE
     export = ["export", "--official", "network.pth", "--tokenizer", "vae.pth", "--out", "folder"]
     assert run([*export, "--side_lengths", "[1,2,3,4]"]) == 0
-    assert read_model("folder").network.config.schedule == SCHEDULE
+    assert load_trained("folder").network.config.schedule == SCHEDULE
     for options, message in (
         ([], "it has no lvl_1L): give it with `lightning-mvar export --official FILE --resolution 256`"),
         (["--resolution", "256"], "is not a complete VAR or M-VAR network"),

@@ -131,7 +131,7 @@ def fail_on_rank_0(rank: int) -> None:
     from lightning_mvar.commands import sample
 
     if rank == 0:
-        sample.read_model = lambda *_: (_ for _ in ()).throw(InputError("rank 0 has no memory"))
+        sample.load_trained = lambda *_: (_ for _ in ()).throw(InputError("rank 0 has no memory"))
 
 
 def test_if_one_process_fails_the_other_ends_too(workdir: Path) -> None:

@@ -1,4 +1,4 @@
-"""`read_model` of exported folders, training checkpoints and published files."""
+"""`load_trained` of exported folders, training checkpoints and published files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conftest import tiny_network
 from published_states import published
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.checkpoints import read_model, save_folder
+from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 
@@ -24,7 +24,7 @@ def test_a_published_file_and_its_exported_folder_give_the_same_model(
     torch.save(network, "network.pth")
     torch.save(tokenizer, "tokenizer.pth")
     assert run(["export", "--official", "network.pth", "--tokenizer", "tokenizer.pth", "--out", "folder"]) == 0
-    direct, exported = read_model("network.pth", "tokenizer.pth"), read_model("folder")
+    direct, exported = load_trained("network.pth", "tokenizer.pth"), load_trained("folder")
     assert direct.network.config == exported.network.config
     for ours, theirs in zip(direct.network.state_dict().values(), exported.network.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -46,4 +46,4 @@ def test_errors_name_files_without_a_network(tmp_path: Path, tokenizer: Tokenize
         "both/network.safetensors": "does not have the keys of a published VAR or M-VAR network",
     }.items():
         with pytest.raises(InputError, match=message):
-            read_model(tmp_path / name)
+            load_trained(tmp_path / name)
