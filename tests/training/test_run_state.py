@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_token_shards
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, Timer
 from lit_modules import make_module, make_trainer
 
 from lightning_mvar import Tokenizer
@@ -141,3 +142,30 @@ def test_objects_beside_the_weights_are_told(trained: tuple[dict[str, Any], LitM
     content, _, folder = trained
     with pytest.raises(InputError, match="it holds other objects than plain data and tensors"):
         check_run_state(content | {"best": [{"score": Ignored()}]}, make_trainer(folder, 2), "fit_loop", False, "it")
+
+
+def test_a_run_with_callbacks_of_lightning_resumes(
+    tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their states before `setup` are not those that they save: a folder, a score, an average of the weights."""
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [8])
+    monkeypatch.chdir(tmp_path)
+    for epochs in (2, 3):
+        data = TokenDataModule("shards", "shards", batch_size=4)
+        callbacks: list[Callback] = [
+            ModelCheckpoint(),
+            StochasticWeightAveraging(0.01, swa_epoch_start=1),
+            EarlyStopping("val/loss", patience=9),
+            Timer("00:01:00:00"),
+        ]
+        trainer = make_trainer(tmp_path, -1, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True)
+        path = next(tmp_path.rglob("*.ckpt"), None)
+        if path is not None:
+            content = read_plain_part(path)
+            check_run_state(content, trainer, "fit_loop", False, "it")
+            name = ModelCheckpoint().state_key
+            with pytest.raises(InputError, match=r"it is damaged: callbacks\.ModelCheckpoint is 'x'"):
+                check_run_state(changed(content, ("callbacks", name), "x"), trainer, "fit_loop", False, "it")
+        trainer.fit(make_module(tokenizer_folder), data, ckpt_path=path)
+    assert path is not None
+    assert trainer.global_step == 6
