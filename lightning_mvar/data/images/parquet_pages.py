@@ -6,7 +6,7 @@ repeat. Index and headers are structs in Thrift's compact encoding, whose fields
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +17,8 @@ ROW_GROUPS, COLUMNS, METADATA = 4, 1, 3  # of FileMetaData, RowGroup and ColumnC
 NAME, COMPRESSED, DATA_PAGES, DICTIONARY_PAGE = 3, 7, 9, 11  # of ColumnMetaData: bytes with headers, and two offsets
 PAGE_UNCOMPRESSED, PAGE_COMPRESSED = 2, 3  # of PageHeader, in bytes
 HEADER_BYTES = 2**16  # of a page header: its statistics hold two values
-MAX_DEPTH = 32  # of structs inside each other
+MAX_PAGES = 2**16  # of a column in a row group; reading their headers takes seconds
+MAX_DEPTH = 32  # of structs and lists inside each other
 TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, STRUCT = 1, 2, 3, 7, 8, 9, 10, 12  # types of values
 INTEGERS = (4, 5, 6)
 
@@ -52,7 +53,7 @@ def read_index(file: BinaryIO) -> Struct:
     if end[4:] != MAGIC or length > size - 8:
         raise ValueError("it has no index")
     file.seek(size - 8 - length)
-    return Thrift(file.read(length)).struct()
+    return Thrift(file, length).struct()
 
 
 def page_sizes(file: BinaryIO, chunk: Struct) -> Iterator[int]:
@@ -61,9 +62,12 @@ def page_sizes(file: BinaryIO, chunk: Struct) -> Iterator[int]:
     end = position + chunk[COMPRESSED]
     if not 0 <= position <= end <= file.seek(0, 2):
         raise ValueError("its index places pages outside of the file")
+    pages = 0
     while position < end:
+        if (pages := pages + 1) > MAX_PAGES:
+            raise ValueError(f"it has more than {MAX_PAGES} pages: write it again with larger pages")
         file.seek(position)
-        header = Thrift(file.read(HEADER_BYTES))
+        header = Thrift(file, HEADER_BYTES)
         page = header.struct()
         if page[PAGE_UNCOMPRESSED] < 0 or page[PAGE_COMPRESSED] < 0:
             raise ValueError("it has a page of negative size")
@@ -72,13 +76,18 @@ def page_sizes(file: BinaryIO, chunk: Struct) -> Iterator[int]:
 
 
 class Thrift:
-    """Reads values in Thrift's compact encoding from `data`; raises ValueError if it ends inside one."""
+    """Reads values in Thrift's compact encoding from a file.
 
-    def __init__(self, data: bytes) -> None:
-        self.data, self.position, self.depth = data, 0, 0
+    Args:
+        file: an open file, at the first value.
+        size: maximum number of bytes to read; a value that ends after them, or after the file, raises ValueError.
+    """
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size, self.position, self.depth = file, size, 0, 0
 
     def take(self, count: int) -> bytes:
-        taken = self.data[self.position : self.position + count]
+        taken = self.file.read(min(count, self.size - self.position))
         if len(taken) < count:
             raise ValueError("a struct of its metadata is cut off")
         self.position += count
@@ -100,15 +109,26 @@ class Thrift:
 
     def struct(self) -> Struct:
         fields: Struct = {}
-        number, self.depth = 0, self.depth + 1
-        if self.depth > MAX_DEPTH:
-            raise ValueError("its metadata are nested too deeply")
+        number = 0
         while kind := self.take(1)[0]:
             delta, kind = kind >> 4, kind & 0x0F
             number = number + delta if delta else self.integer()
             fields[number] = kind == TRUE if kind in (TRUE, FALSE) else self.value(kind)
-        self.depth -= 1
         return fields
+
+    def nested(self, read: Callable[[], Any]) -> Any:
+        """Calls `read` one level deeper."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError("its metadata are nested too deeply")
+        value = read()
+        self.depth -= 1
+        return value
+
+    def items(self) -> list[Any]:
+        head = self.take(1)[0]
+        count = self.varint() if head >> 4 == 15 else head >> 4
+        return [self.value(head & 0x0F) for _ in range(count)]
 
     def value(self, kind: int) -> Any:
         if kind in INTEGERS:
@@ -120,9 +140,7 @@ class Thrift:
         if kind == BINARY:
             return self.take(self.varint())
         if kind in (LIST, SET):
-            head = self.take(1)[0]
-            count = self.varint() if head >> 4 == 15 else head >> 4
-            return [self.value(head & 0x0F) for _ in range(count)]
+            return self.nested(self.items)
         if kind == STRUCT:
-            return self.struct()
+            return self.nested(self.struct)
         raise ValueError(f"its metadata hold a value of the unknown type {kind}")

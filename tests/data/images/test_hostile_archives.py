@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from storage_forms import structs, write_table, write_tar
 from lightning_mvar.data.images import compressed
 from lightning_mvar.data.images.decoding import UnusableFileError
 from lightning_mvar.data.images.files import EncodedImages
-from lightning_mvar.data.images.parquet_pages import decompressed_bytes
+from lightning_mvar.data.images.parquet_pages import COMPRESSED, DATA_PAGES, MAX_PAGES, decompressed_bytes, page_sizes
 from lightning_mvar.data.images.sources import open_encoded
 from lightning_mvar.errors import InputError
 
@@ -302,6 +303,20 @@ def test_pages_claim_what_pyarrow_finds_in_the_index(compression: str, version: 
         for columns, part in ((["image.bytes"], chunks[:1]), (["image"], chunks[:2]), (["label", "image"], chunks)):
             with_headers = sum(chunk.total_uncompressed_size for chunk in part)
             assert 0.9 * with_headers < decompressed_bytes(path, group, columns) < with_headers
+
+
+@pytest.mark.parametrize("kind", [b"\x19", b"\x1c"])  # a list of one list, a struct that begins with a struct
+def test_page_headers_that_are_nested_deeply_are_damaged(kind: bytes) -> None:
+    data = b"\x19" + kind * 5000
+    with pytest.raises(ValueError, match="nested too deeply"):
+        list(page_sizes(io.BytesIO(data), {DATA_PAGES: 0, COMPRESSED: len(data)}))
+
+
+def test_pages_are_not_counted_for_ever() -> None:
+    data = bytes([0x25, 2, 0x15, 0, 0]) * (MAX_PAGES + 1)  # field 2 is 1 byte, field 3 is 0 bytes, end of the header
+    sizes = page_sizes(io.BytesIO(data), {DATA_PAGES: 0, COMPRESSED: len(data)})
+    with pytest.raises(ValueError, match=f"more than {MAX_PAGES} pages"):
+        sum(sizes)
 
 
 def test_a_page_that_grows_is_refused_before_it_is_decompressed(tmp_path: Path) -> None:
