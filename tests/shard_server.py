@@ -18,13 +18,14 @@ class ShardServer:
 
     `failures` lists how the next requests for a file fail: an error, a dropped connection, one that is cut in the
     middle, half of the file, wrong bytes, a stall, or bytes without end. While `dead`, every request is dropped.
-    `requests` lists the requested names.
+    `requests` lists the requested names. Names in `.gz` are sent with `Content-Encoding: gzip`, as some servers do.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.dead = folder, False
         self.failures: dict[str, list[Failure]] = defaultdict(list)
         self.requests: list[str] = []
+        self.encodings: list[str | None] = []  # that the requests accept
         self.alive_for: int | None = None  # number of requests after which every request is dropped
         self.released = threading.Event()  # ends stalls
         self.delay_s = 0.0
@@ -37,6 +38,7 @@ class ShardServer:
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         name = handler.path.strip("/").partition("?")[0]
         self.requests.append(name)
+        self.encodings.append(handler.headers["Accept-Encoding"])
         if self.dead or (self.alive_for is not None and len(self.requests) > self.alive_for):
             return
         failure = self.failures[name].pop(0) if self.failures[name] else None
@@ -52,6 +54,8 @@ class ShardServer:
         handler.send_response(200)
         if failure not in ("short", "endless"):
             handler.send_header("Content-Length", str(len(content)))
+        if name.endswith(".gz"):
+            handler.send_header("Content-Encoding", "gzip")
         handler.end_headers()
         if failure == "stall":
             handler.wfile.write(half)

@@ -1,6 +1,6 @@
 """Downloads of remote files through fsspec, with retries; a file arrives complete or not at all.
 
-    https://host/path                         also http://, s3://, gs://, hf:// and the other schemes of fsspec
+    https://host/path                         also http://, s3://, gs:// and hf://
     pipe:rclone cat remote:bucket/file.tar    a command that prints the file
 
 Credentials and options are those of each scheme's library: its own files and environment variables, and
@@ -41,6 +41,7 @@ MIN_BYTES_PER_S = 10_000
 RESERVE_BYTES = 2**28  # of the disk, which downloads leave free
 CHUNK_BYTES = 2**18
 HTTP_OPTIONS = {"encoded": True}  # as given: a signature must not be quoted again
+SCHEMES = ("https", "http", "s3", "gs", "hf")  # whose libraries report each part of a download, which bounds its size
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -57,18 +58,24 @@ def is_remote(address: str) -> bool:
 
 
 def check_scheme(address: str) -> None:
-    """Raises InputError if fsspec cannot read the scheme of `address`, or its library is not installed."""
+    """Raises InputError unless `address` is a command, or a URL of a supported scheme whose library is installed."""
     scheme = address.partition(":")[0]
-    try:
-        if scheme != "pipe":
-            get_filesystem_class(scheme)
-    except ValueError as error:
+    if scheme == "pipe":
+        return
+    if scheme not in SCHEMES:
         raise InputError(
-            f"{address}: fsspec does not know {scheme}://; use https://, s3://, gs:// or hf://, or a command such as "
+            f"{address}: {scheme}:// is not supported; use https://, s3://, gs:// or hf://, or a command such as "
             f"'pipe:rclone cat REMOTE:FILE' (for token shards, with {{}} in place of the file name)"
-        ) from error
+        )
+    try:
+        parts = urlsplit(address)
+        if not parts.netloc or "::" in address or (scheme in ("http", "https") and parts.port == 0):
+            raise ValueError("it needs a host or bucket, and must not contain ::")
+        get_filesystem_class(scheme)
+    except ValueError as error:
+        raise InputError(f"{address} is not a valid URL ({error})") from error
     except ImportError as error:
-        extra = ": pip install 'lightning-mvar[s3]'" if scheme in ("s3", "s3a") else ""
+        extra = ": pip install 'lightning-mvar[s3]'" if scheme == "s3" else ""
         raise InputError(f"{address} needs a library that is not installed ({error}){extra}") from error
 
 
@@ -223,7 +230,7 @@ def copy_url(address: str, path: Path, progress: Progress) -> None:
 
     def copy() -> None:
         try:
-            filesystem, name = url_to_fs(address, **options)
+            filesystem, name = resolve_url(address, options)
             filesystem.get_file(name, str(path), callback=progress)
             finished.set_result(None)
         except BaseException as error:  # raised below, in the waiting thread
@@ -240,11 +247,24 @@ def copy_url(address: str, path: Path, progress: Progress) -> None:
         raise as_fetch_error(error)
 
 
+def resolve_url(address: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Returns the filesystem of a URL and the name of its file; raises InputError if it is not a valid URL."""
+    try:
+        return url_to_fs(address, **options)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{address} is not a valid URL ({' '.join(str(error).split())[:200]})") from error
+
+
 def http_client() -> dict[str, Any]:
-    """Returns options of aiohttp: proxies from the environment, and no limit on the time of a whole download."""
+    """Returns options of aiohttp: proxies from the environment, no limit on the time of a download, bytes as stored."""
     from aiohttp import ClientTimeout  # takes long to import
 
-    return {"trust_env": True, "timeout": ClientTimeout(None, sock_connect=STALL_S, sock_read=2 * STALL_S)}
+    return {
+        "trust_env": True,
+        "timeout": ClientTimeout(None, sock_connect=STALL_S, sock_read=2 * STALL_S),
+        "headers": {"Accept-Encoding": "identity"},
+        "auto_decompress": False,  # a server may label an archive that is compressed itself
+    }
 
 
 def as_fetch_error(error: BaseException) -> BaseException:

@@ -1,5 +1,6 @@
 """Remote image archives give the same images as local ones, even if downloads fail at first."""
 
+import gzip
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def test_unavailable_and_truncated_archives_are_reported(server: ShardServer) ->
     for source, message in (
         (f"{server.url}/nowhere.tar", r"nowhere\.tar cannot be read .* in 3 attempt\(s\)"),
         ("pipe:cat images/nowhere.tar", r"pipe:cat images/nowhere\.tar cannot be read .* in 3 attempt\(s\)"),
-        ("nfs://host/a.tar", "fsspec does not know nfs://"),
+        ("nfs://host/a.tar", "nfs:// is not supported"),
         (f"{server.url}/archives", "archives has no file name"),
     ):
         with pytest.raises(InputError, match=message):
@@ -79,6 +80,23 @@ def test_unavailable_and_truncated_archives_are_reported(server: ShardServer) ->
     (server.folder / "half.tar").write_bytes(half)
     with pytest.raises(InputError, match=r"image_cache/.*/half\.tar is not a tar archive, or compressed, or damaged"):
         open_images(f"{server.url}/half.tar", 8)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("file:///etc/a.tar", "file:// is not supported"),
+        ("simplecache::s3://bucket/a.tar", "simplecache:// is not supported"),
+        ("s3://bucket/a::file:///b.tar", "is not a valid URL .*must not contain ::"),
+        ("http://[::1/a.tar", r"http://\[::1/a\.tar is not a valid URL"),
+        ("http://a::b/a.tar", "is not a valid URL"),
+        ("http://host:port/a.tar", "is not a valid URL .Port could not be cast"),
+        ("s3:///a.tar", "is not a valid URL .it needs a host or bucket"),
+    ],
+)
+def test_other_schemes_and_malformed_urls_are_refused(address: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fetch.check_scheme(address)
 
 
 @pytest.mark.parametrize(
@@ -105,3 +123,20 @@ def test_an_archive_without_end_stops_before_the_disk_is_full(
         open_images(f"{server.url}/{CLASSES[0]}.tar", 8)
     assert server.requests == [f"{CLASSES[0]}.tar"]
     assert not list((tmp_path / "outputs/image_cache").rglob("*.tar"))
+
+
+def test_a_file_with_a_content_encoding_arrives_as_it_is_stored(server: ShardServer, tmp_path: Path) -> None:
+    data = gzip.compress(b"an archive")
+    (server.folder / "a.tar.gz").write_bytes(data)
+    fetch.download(f"{server.url}/a.tar.gz", tmp_path / "here", 1000)
+    assert (tmp_path / "here").read_bytes() == data
+    assert server.encodings == ["identity"]
+
+
+def test_what_fsspec_cannot_parse_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(address: str, **options: object) -> None:
+        raise AttributeError("no group")
+
+    monkeypatch.setattr(fetch, "url_to_fs", fail)
+    with pytest.raises(InputError, match=r"http://host/a is not a valid URL \(no group\)"):
+        fetch.download("http://host/a", tmp_path / "here", 1000)

@@ -1,6 +1,6 @@
-"""Sources of token shards: a local folder, or anything that fsspec reads, through a cache.
+"""Sources of token shards: a local folder, or a remote one, through a cache.
 
-    https://host/path                         also http://, s3://, gs://, hf:// and the other schemes of fsspec
+    https://host/path                         also http://, s3://, gs:// and hf://
     pipe:rclone cat remote:bucket/shards/{}   a command that prints the file whose name replaces {}
 
 A shard is downloaded once for all processes of a machine, checked against the manifest and cached atomically. Files in
@@ -104,7 +104,7 @@ class RemoteShards:
         retries: further attempts after a failed one, with growing waits in between.
 
     Raises:
-        InputError: if fsspec cannot read the location.
+        InputError: if the location is not of a supported scheme, or not a valid URL.
     """
 
     def __init__(self, location: str, cache_dir: Path, retries: int) -> None:
