@@ -1,7 +1,7 @@
 """CUDA graphs of sampling: one per scale, captured from the very code that runs without them.
 
 Without them, a batch of any size is thousands of kernel launches, for which a host needs longer than a fast GPU does to
-run them. A captured scale is one launch. Nothing is compiled, so captures take less than a second.
+run them. A captured scale is one launch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ T = TypeVar("T")
 # Records what a function launches; returns what replays it, and the function's outputs, which each replay rewrites.
 Capture = Callable[[Callable[[], T]], tuple[Callable[[], object], T]]
 
+CAPTURING = Lock()  # PyTorch captures one graph at a time in a process
+
 
 class CudaCapture:
     """Captures functions as CUDA graphs of one memory pool, to be replayed in the order of capture."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        # By default, all captures share a stream on the device of the process's first.
+        self.device, self.pool, self.stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, run: Callable[[], T]) -> tuple[Callable[[], object], T]:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads pin memory or ask for events meanwhile (loaders, NCCL, the page).
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
+        with CAPTURING, torch.cuda.device(self.device), capture:
             outputs = run()
         return graph.replay, outputs
 
@@ -48,8 +52,9 @@ class ScaleGraphs:
     """Draws batches by replaying one graph per scale.
 
     The first batch of a network and settings runs without graphs: kernels are compiled and caches filled, which no
-    graph can capture. The second is captured. A smaller batch then occupies a part of the captured size; a larger one
-    begins anew. Weights must stay where they are, but may change.
+    graph can capture. The second is captured. A smaller batch then occupies a part of the captured size, if more than
+    half of it: a replay costs as much as a full batch. A larger batch begins anew, and so does the second in a row that
+    is too small; the first runs without graphs. Weights must stay where they are, but may change.
 
     Args:
         capture: returns a function that captures, for each set of graphs; see `Capture`.
@@ -61,6 +66,7 @@ class ScaleGraphs:
         self.kind: object = None  # what the graphs are captured for; None before the first batch
         self.buffers: Batch | None = None  # what the graphs read
         self.scales: list[CapturedScale] = []
+        self.was_small = False  # whether the batch before was too small to be replayed
 
     def steps(self, drawer: ScaleDrawer, batch: Batch) -> Iterator[Step]:
         """Draws all scales of a batch, coarse to fine, as `ScaleDrawer.steps` does.
@@ -79,8 +85,13 @@ class ScaleGraphs:
     def steps_in_turn(self, drawer: ScaleDrawer, batch: Batch) -> Iterator[Step]:
         count = len(batch.labels)
         drawer = replace(drawer, settings=replace(drawer.settings, seed=0))  # which no scale reads
-        kind = drawer, batch.known is None
-        if kind != self.kind or self.buffers is None or count > len(self.buffers.labels):
+        kind = drawer, batch.known is None, precision_on(batch.labels.device.type)
+        size = len(self.buffers.labels) if self.buffers is not None and kind == self.kind else 0
+        was_small, self.was_small = self.was_small, 2 * count <= size
+        if self.was_small and not was_small:
+            yield from drawer.steps(batch)
+            return
+        if self.was_small or count > size or self.buffers is None:
             self.kind, self.buffers, self.scales = None, None, []  # frees the memory of other graphs
             yield from drawer.steps(batch)
             self.kind, self.buffers = kind, copy_of(batch)
@@ -124,6 +135,12 @@ def graphs_for(network: MVAR) -> ScaleGraphs | None:
     if not weight.is_cuda or network.config.prediction == "token" or isinstance(network, FSDPModule):
         return None
     return ScaleGraphs(lambda: CudaCapture(weight.device))
+
+
+def precision_on(device: str) -> tuple[object, ...]:
+    """Returns the settings, outside the network, that decide in which precision it computes; a graph keeps its own."""
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return autocast, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:

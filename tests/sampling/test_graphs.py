@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from conftest import MIXERS, SCHEDULE, random_tokens, tiny_network
 from torch import Tensor
 
 from lightning_mvar import Tokenizer
+from lightning_mvar.devices import exact_float32, set_tf32
 from lightning_mvar.sampling.generate import draw_images
-from lightning_mvar.sampling.graphs import ScaleGraphs, graphs_for
+from lightning_mvar.sampling.graphs import CAPTURING, CudaCapture, ScaleGraphs, graphs_for
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
@@ -75,12 +79,12 @@ def test_replays_draw_what_eager_batches_draw(
     assert recorder.captured == SCHEDULE.num_scales
 
 
-def test_smaller_batches_use_a_part_and_larger_ones_or_other_settings_begin_anew(
+def test_batches_above_half_the_size_use_a_part_and_others_or_other_settings_begin_anew(
     tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
 ) -> None:
     network, replayed = tiny_network(), []
-    requests = [(4, SETTINGS), (3, SETTINGS), (1, SETTINGS), (5, SETTINGS), (5, SETTINGS), (5, SamplingSettings(0.0))]
-    for count, settings in requests:
+    counts = [4, 3, 2, 3, 2, 1, 1, 4, 4]  # one small batch in between keeps the graphs, the second in a row does not
+    for count, settings in [*((count, SETTINGS) for count in counts), (4, SamplingSettings(0.0))]:
         labels, keys = torch.arange(count), image_keys(count, range(count))
         before = recorder.replayed
         images, tokens = draw_images(network, tokenizer, labels, settings, keys, graphs=graphs)
@@ -88,7 +92,67 @@ def test_smaller_batches_use_a_part_and_larger_ones_or_other_settings_begin_anew
         expected_images, expected_tokens = draw_images(network, tokenizer, labels, settings, keys)
         assert torch.equal(tokens, expected_tokens)
         torch.testing.assert_close(images, expected_images)
-    assert replayed == [False, True, True, False, True, False]
+    assert replayed == [False, True, False, True, False, False, True, False, True, False]
+
+
+def test_a_small_batch_after_large_ones_begins_anew_at_its_size(graphs: ScaleGraphs, tokenizer: Tokenizer) -> None:
+    network, sizes = tiny_network(), []
+    for count in (8, 8, 1, 1, 1):
+        request = network, tokenizer, torch.arange(count), SETTINGS, image_keys(0, range(count))
+        draw_images(*request, graphs=graphs)
+        assert graphs.buffers is not None
+        sizes.append(len(graphs.buffers.labels))
+    assert sizes == [8, 8, 8, 1, 1]
+
+
+def test_another_precision_of_products_begins_anew(
+    tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
+) -> None:
+    def replays(context: AbstractContextManager[None]) -> bool:
+        before = recorder.replayed
+        with context:
+            request = network, tokenizer, torch.arange(2), SETTINGS, image_keys(0, range(2))
+            tokens = draw_images(*request, graphs=graphs)[1]
+            assert torch.equal(tokens, draw_images(*request)[1])
+        return recorder.replayed > before
+
+    @contextmanager
+    def tf32() -> Iterator[None]:
+        with exact_float32():  # restores the settings
+            set_tf32(True)
+            yield
+
+    network = tiny_network()
+    bfloat16, float16 = (partial(torch.autocast, "cpu", dtype) for dtype in (torch.bfloat16, torch.float16))
+    contexts = [nullcontext, nullcontext, bfloat16, bfloat16, float16, tf32, tf32, nullcontext]
+    expected = [False, True, False, True, False, False, True, False]
+    assert [replays(context()) for context in contexts] == expected
+
+
+def test_captures_use_a_stream_of_their_device_and_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-ins take the arguments of torch.cuda's functions."""
+    captured = []
+
+    class Capture:
+        def __init__(
+            self, graph: object, pool: object = None, stream: object = None, capture_error_mode: str = "global"
+        ) -> None:
+            self.arguments = pool, stream, capture_error_mode
+
+        def __enter__(self) -> None:
+            captured.append((*self.arguments, CAPTURING.locked()))
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    capture = CudaCapture(torch.device("cuda:1"))
+    assert [capture(lambda: 5)[1] for _ in range(2)] == [5, 5]
+    assert captured == [("pool", "stream of cuda:1", "thread_local", True)] * 2
+    assert not CAPTURING.locked()
 
 
 def test_steps_stay_as_drawn_and_a_batch_in_between_runs_without_graphs(
