@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os.path
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from tqdm import tqdm
 
-from lightning_mvar.data.images.class_words import LABEL_FIELDS, KeysAndLabels, Numbers, labels_from_words
+from lightning_mvar.data.images.class_words import LABEL_FIELDS, NUMBER, KeysAndLabels, Numbers, labels_from_words
 from lightning_mvar.data.images.decoding import SUFFIXES, check_bytes
 from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.data.images.labels import Labels
@@ -26,7 +25,6 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular
 from lightning_mvar.io.json_files import shown
 
-INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 MAX_LABEL_BYTES = 2**20  # of a .cls or .json file
 
 
@@ -141,7 +139,7 @@ class TarImages(EncodedImages):
         if member.column.endswith("json"):
             return class_in_json(data, name, column)
         text = data.decode(errors="replace").strip()
-        return int(text) if INTEGER.fullmatch(text) else text
+        return int(text) if NUMBER.fullmatch(text.removeprefix("-")) else text
 
 
 def class_in_json(data: bytes, source: str, field: str) -> str | int | None:

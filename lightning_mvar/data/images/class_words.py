@@ -77,11 +77,11 @@ def infer_classes(words: Collection[str], source: str, numbers: Numbers) -> list
         return list(imagenet_classes())
     if numbers == "never":
         return sorted(words)
-    if any(re.fullmatch(r"-\d+", word) for word in words) and all(NUMBER.fullmatch(w.lstrip("-")) for w in words):
-        negative = next(word for word in words if word.startswith("-"))
+    negative = [word for word in words if word.startswith("-")]
+    if negative and all(NUMBER.fullmatch(word.removeprefix("-")) for word in words):
         raise InputError(
-            f"{source} has the class {negative}, but numbers count from 0: remove images without a class, or list the "
-            f"names with --class_names"
+            f"{source} has the class {negative[0]}, but numbers count from 0: remove images without a class, or list "
+            f"the names with --class_names"
         )
     if all(DECIMAL.fullmatch(word) for word in words):
         raise InputError(
