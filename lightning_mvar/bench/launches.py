@@ -74,14 +74,18 @@ class LaunchCounter(TorchDispatchMode):
             counts.waits += outputs[0].is_cpu and not self.is_non_blocking(name, args, kwargs)
             return result
         counts.launches += 1
-        counts.waits += name in WAITS or (
-            name in INDEXING and any(t.dtype == torch.bool for t in args[1] if t is not None)
-        )
+        counts.waits += makes_host_wait(name, args)
         return result
 
     @staticmethod
     def is_non_blocking(name: str, args: Any, kwargs: Any) -> bool:
         return bool((kwargs or {}).get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+
+
+def makes_host_wait(operator: str, args: Any) -> bool:
+    """Tells whether the host needs the result of an operator, or its shape, and so waits for a GPU."""
+    masks = (torch.bool, torch.uint8)
+    return operator in WAITS or (operator in INDEXING and any(t is not None and t.dtype in masks for t in args[1]))
 
 
 @contextmanager

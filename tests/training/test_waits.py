@@ -14,10 +14,9 @@ from test_lit_tokenizer import EVERYTHING, make_module
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_mvar.bench.launches import makes_host_wait
 from lightning_mvar.tokenizer.discriminator import AdversaryConfig
 from lightning_mvar.training.datamodules import ImageDataModule
-
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique2", "_unique2", "unique_dim"}
 
 
 class Waits(TorchDispatchMode):
@@ -28,11 +27,8 @@ class Waits(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func._schema.name.removeprefix("aten::")
-        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if name in WAITS or by_mask:
+        name = func.overloadpacket.__name__
+        if makes_host_wait(name, args):
             frames = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
             self.found.append(f"{name} in {frames[-1].name} ({frames[-1].filename}:{frames[-1].lineno})")
         return func(*args, **(kwargs or {}))
