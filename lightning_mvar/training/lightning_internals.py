@@ -17,10 +17,12 @@ from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from lightning_mvar.checkpoints.sealed import save_sharded
 from lightning_mvar.checkpoints.training import Checksums
+from lightning_mvar.errors import InputError
 
 
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
@@ -131,18 +133,37 @@ class CheckpointHooks(ModelCheckpoint):
 
 
 class DataParallelStrategy(ModelParallelStrategy):
-    """ModelParallelStrategy with all devices in one data-parallel mesh; its defaults are one replica per node.
+    """ModelParallelStrategy with data parallelism alone; its defaults are one replica per node and tensor parallelism.
+
+    The device mesh has the dimensions (replicate, shard): consecutive ranks share the weights of one replica.
 
     Sharded checkpoints are hashed while they are written: `checksums` has those of the files that this rank wrote last,
     and is None if checkpoints are single files.
     """
 
     checksums: Checksums | None = None
+    replicas: int = 1
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        self._tensor_parallel_size = 1
+        """Creates the process group and the mesh.
+
+        Raises:
+            InputError: if the replicas do not divide the ranks.
+        """
+        ranks = self.num_nodes * self.num_processes
+        if ranks % self.replicas:
+            raise InputError(f"data_parallel_replicate {self.replicas} must divide the number of ranks, {ranks}")
+        self._data_parallel_size, self._tensor_parallel_size = ranks, 1
         super().setup_environment()
+        shape = (self.replicas, ranks // self.replicas)
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+        assert self.lightning_module is not None
+        self._device_mesh = self.lightning_module._device_mesh = mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank has data of its own, in Lightning's mesh as well as in this one."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self._save_distributed_checkpoint:

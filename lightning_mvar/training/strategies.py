@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -53,6 +54,9 @@ class FSDP2Strategy(DataParallelStrategy):
         param_dtype: dtype in which a block's weights are gathered; `bfloat16` halves the traffic and needs
             `--trainer.precision bf16-mixed`. Shards and gradient sums stay float32, but blocks see all their weights
             rounded, including those that autocast leaves in float32 (A_log, dt_bias, D, norms).
+        data_parallel_replicate: number of replicas of the weights (hybrid sharding, HSDP); must divide the number of
+            ranks. Each replica is sharded over consecutive ranks: with one replica per node, only gradients cross
+            nodes.
         save_distributed_checkpoint: each rank writes its shard to a folder; if false, rank 0 gathers one file.
         process_group_backend: gloo on CPUs and nccl on GPUs if not given.
         timeout: how long a rank waits for the others before it gives up.
@@ -61,6 +65,7 @@ class FSDP2Strategy(DataParallelStrategy):
     def __init__(
         self,
         param_dtype: Literal["float32", "bfloat16"] = "float32",
+        data_parallel_replicate: int = 1,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
@@ -70,7 +75,14 @@ class FSDP2Strategy(DataParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self.param_dtype = param_dtype
+        if data_parallel_replicate < 1:
+            raise InputError(f"data_parallel_replicate {data_parallel_replicate} is too small; use at least 1")
+        self.param_dtype, self.replicas = param_dtype, data_parallel_replicate
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """Mesh that weights are distributed over: (shard,), or (replicate, shard) if there are several replicas."""
+        return self.device_mesh if self.replicas > 1 else self.device_mesh["shard"]
 
     def setup_environment(self) -> None:
         precision = self.precision_plugin.precision
@@ -130,7 +142,7 @@ class FSDP2Strategy(DataParallelStrategy):
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         # Codes change between forward and backward pass, so weights gathered for the forward pass would be stale.
         reshard = True if isinstance(module, Tokenizer) else None
-        fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=reshard, mp_policy=policy)
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
         if isinstance(module, MVAR):
             restore_resharding(module)
             register_fsdp_forward_method(module, "init_state")

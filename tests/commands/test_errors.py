@@ -147,12 +147,11 @@ def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.Captur
 
 
 def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    half = [
-        "--trainer.strategy",
-        "lightning_mvar.training.strategies.FSDP2Strategy",
-        "--trainer.strategy.param_dtype",
-        "bfloat16",
-    ]
+    fsdp2 = ["--trainer.strategy", "lightning_mvar.training.strategies.FSDP2Strategy"]
+    for replicas, problem in ((2, "2 must divide the number of ranks, 1"), (0, "0 is too small; use at least 1")):
+        hybrid = [*fsdp2, "--trainer.strategy.data_parallel_replicate", str(replicas)]
+        assert f"data_parallel_replicate {problem}" in error_of(capfd, "fit", "--config", "fit.yaml", *hybrid)
+    half = [*fsdp2, "--trainer.strategy.param_dtype", "bfloat16"]
     assert "needs --trainer.precision bf16-mixed" in error_of(capfd, "fit", "--config", "fit.yaml", *half)
     double = ["--trainer.strategy", "fsdp2", "--trainer.precision", "64-true"]
     assert "64-true" in error_of(capfd, "fit", "--config", "fit.yaml", *double)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import pictures, scalars
 from hostile import Malicious
 from processes import start
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.checkpoints.sharded import ShardReader
@@ -22,16 +26,12 @@ from lightning_mvar.cli import run
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.training.mvar import LitMVAR
-from lightning_mvar.training.strategies import build_network
+from lightning_mvar.training.strategies import FSDP2Strategy, build_network, gathered
 
 FIT = ["fit", "--config", "run.yaml"]
 KEEP_SHARDED = [f"--trainer.callbacks.{name}.keep_sharded=true" for name in ("SamplesCallback", "FIDCallback")]
-BFLOAT16 = [
-    "--trainer.strategy",
-    "lightning_mvar.training.strategies.FSDP2Strategy",
-    "--trainer.strategy.param_dtype",
-    "bfloat16",
-]
+FSDP2 = ["--trainer.strategy", "lightning_mvar.training.strategies.FSDP2Strategy"]
+BFLOAT16 = [*FSDP2, "--trainer.strategy.param_dtype", "bfloat16"]
 RUNS = {
     "one": (1, []),
     "ddp": (2, ["--trainer.strategy", "ddp"]),
@@ -146,6 +146,37 @@ def test_a_sharded_checkpoint_resumes_on_other_devices_and_exports_to_a_folder(
         torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4)
 
 
+def test_two_sharded_replicas_train_as_one_process_does_and_resume_as_one(run_folder: Path) -> None:
+    """Each replica is sharded over two ranks; two ranks with a single replica resume from the middle of the run."""
+    short = [*FIT, "--trainer.max_steps", "4", "--trainer.default_root_dir"]
+    replicas = ["--trainer.strategy.data_parallel_replicate", "2", "--data.batch_size", "4"]
+    one = start([*short, "one"], run_folder, name="one")
+    hybrid = start([*short, "hybrid", *FSDP2, *replicas], run_folder, 4, name="hybrid")
+    assert one.wait() == [0], one.printed()
+    assert hybrid.wait() == [0] * 4, hybrid.printed()
+    shutil.copytree(run_folder / "hybrid", run_folder / "resumed", symlinks=True)
+    remove_checkpoint(run_folder / "resumed/checkpoints/step=00000004.ckpt")
+    plain = ["--trainer.strategy", "fsdp2", "--data.batch_size", "8", "--resume"]
+    resumed = start([*short, "resumed", *plain], run_folder, 2, name="resumed")
+    assert resumed.wait() == [0, 0], resumed.printed()
+    assert "resuming on 2 ranks, not 4" in resumed.printed()
+    expected = scalars(run_folder / "one/logs")
+    assert len(expected["train/loss"]) == len(expected["train/grad_norm"]) == 4
+    assert len(expected["val/fid"]) == 1
+    for name in ("hybrid", "resumed"):
+        logged = scalars(run_folder / name / "logs")
+        assert logged.keys() == expected.keys()
+        for tag, points in expected.items():
+            assert [step for step, _ in logged[tag]] == [step for step, _ in points]
+            values = [value for _, value in points]
+            assert [value for _, value in logged[tag]] == pytest.approx(values, abs=1e-5, rel=1e-4), (name, tag)
+        assert pictures(run_folder / name / "logs", "samples") == pictures(run_folder / "one/logs", "samples")
+        for part in ("network.", "ema."):
+            weights = last_weights(run_folder / "one", part)
+            for key, tensor in last_weights(run_folder / name, part).items():
+                torch.testing.assert_close(tensor, weights[key], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("where", ["metadata", "optimizer"])
 def test_resuming_runs_no_code_of_a_sharded_checkpoint(where: str, plain_run_folder: Path) -> None:
     one_rank = ["--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--trainer.max_steps"]
@@ -196,3 +227,26 @@ def test_each_part_of_a_network_is_initialised_and_finished_before_the_next() ->
         assert torch.equal(second[name], tensor), name
         assert tensor.isfinite().all(), name
     assert not torch.equal(first["blocks.0.mlp.0.weight"], first["blocks.1.mlp.0.weight"])
+
+
+def test_only_the_last_block_stays_gathered_between_forward_and_backward_pass(tmp_path: Path) -> None:
+    config, cpu = MVARConfig(depth=3, width=32, heads=2, head_dim=32), torch.device("cpu")
+    labels, inputs = torch.tensor([3]), torch.randn(1, config.schedule.num_tokens - 1, config.code_dim)
+    expected = build_network(config, cpu, 0)(labels, inputs)
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
+    try:
+        strategy = FSDP2Strategy()
+        strategy._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+        network = build_network(config, cpu, 0, strategy.shard)
+        logits = network(labels, inputs)
+        torch.testing.assert_close(logits, expected)
+        assert [isinstance(block.mlp[0].weight, DTensor) for block in network.blocks] == [True, True, False]
+        logits.sum().backward()
+        assert all(isinstance(parameter, DTensor) for parameter in network.blocks.parameters())
+        with gathered(network, gather=True):
+            network(labels, inputs)
+            assert not any(isinstance(parameter, DTensor) for parameter in network.parameters())
+        network(labels, inputs)
+        assert [isinstance(block.mlp[0].weight, DTensor) for block in network.blocks] == [True, True, False]
+    finally:
+        dist.destroy_process_group()
