@@ -130,13 +130,12 @@ def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def backward(
     ctx: Any, dout: Tensor | None, dconv_state: Tensor | None, dfinal: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, scan_state = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+    projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, scan_state = saved
     if dout is None:
         dout = projected.new_zeros(*projected.shape[:2], len(norm_weight))
     gradients = [None if t is None else t.contiguous() for t in (dout, dconv_state, dfinal)]
-    dprojected, dconv, dheads, dnorm_weight, dconv_state, dscan_state = mamba2_backward(
-        *gradients, *ctx.saved_tensors, ctx.eps
-    )
+    dprojected, dconv, dheads, dnorm_weight, dconv_state, dscan_state = mamba2_backward(*gradients, *saved, ctx.eps)
     sums = (dconv[:, :-1], dconv[:, -1], *dheads, dnorm_weight)
     parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     return (

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import relative_error
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 import triton.language as tl
@@ -107,3 +108,10 @@ def test_the_operator_is_registered_as_torch_compile_expects(with_state: bool) -
     arguments = [t if t is None else t.requires_grad_() for t in random_arguments(2, torch.float32, with_state)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(mamba2_forward, (*arguments, EPS), test_utils=checks)
+
+
+def test_gradients_are_the_same_under_activation_checkpointing() -> None:
+    recomputed = lambda *arguments: checkpoint(kernels, *arguments, use_reentrant=False)  # noqa: E731
+    arguments = random_arguments(2, torch.float32, with_state=True)
+    actual, expected = (outputs_and_gradients(function, arguments) for function in (recomputed, kernels))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
