@@ -30,7 +30,7 @@ from lightning_mvar.models.attention import Attention
 from lightning_mvar.models.base import Mixer, State
 from lightning_mvar.models.config import MIXERS, MVARConfig
 from lightning_mvar.models.scoring import score_in_parts
-from lightning_mvar.ops.adaln import add_gated, modulate
+from lightning_mvar.ops.adaln import add_and_modulate, add_gated, modulate
 from lightning_mvar.ops.kernels import look_for_kernels
 from lightning_mvar.ops.recompute import Recipes, cheap, recomputation
 from lightning_mvar.scales import Shape
@@ -97,18 +97,21 @@ class Block(nn.Module):
             survival: (b, 1, m, 1) drop path of this pass, see `draw_survival`; None for none.
         """
         state = state or BlockState(self.adaln_parameters(cond, survival), (None,) * len(self.mixers))
-        *of_mixers, of_mlp = state.adaln
-        entered, carried, dtype = x, [], product_dtype(x)
-        for mixer, adaln, before in zip(self.mixers, of_mixers, state.mixers, strict=True):
-            source = entered if self.config.parallel else x
-            normed = cheap(modulate, source, adaln.gain, adaln.shift, dtype)  # (b, l, d)
+        adaln, carried, entered, dtype = state.adaln, [], x, product_dtype(x)
+        normed = cheap(modulate, x, adaln[0].gain, adaln[0].shift, dtype)  # (b, l, d)
+        for i, (mixer, before) in enumerate(zip(self.mixers, state.mixers, strict=True)):
             y, after = mixer(normed, shapes, before)  # (b, l, d)
-            x = add_gated(x, adaln.gate, y)  # (b, l, d)
             carried.append(after)
-        hidden = self.mlp[0](cheap(modulate, x, of_mlp.gain, of_mlp.shift, dtype))  # (b, l, 4 d)
+            gate, (_, gain, shift) = adaln[i].gate, adaln[i + 1]  # its own output, the next branch's input
+            if self.config.parallel and i + 1 < len(self.mixers):  # the next mixer also reads what entered
+                x = add_gated(x, gate, y)  # (b, l, d)
+                normed = cheap(modulate, entered, gain, shift, dtype)  # (b, l, d)
+            else:
+                x, normed = add_and_modulate(x, gate, y, gain, shift, dtype)  # (b, l, d) each
+        hidden = self.mlp[0](normed)  # (b, l, 4 d)
         y = self.mlp[2](cheap(self.mlp[1], hidden))  # (b, l, d)
-        x = add_gated(x, of_mlp.gate, y)  # (b, l, d)
-        return x, BlockState(state.adaln, tuple(carried))
+        x = add_gated(x, adaln[-1].gate, y)  # (b, l, d)
+        return x, BlockState(adaln, tuple(carried))
 
     def adaln_parameters(self, cond: Tensor, survival: Tensor | None = None) -> list[AdaLN]:
         """Computes the AdaLN parameters of mixers and MLP from the class alone; drop path closes gates."""
@@ -119,8 +122,8 @@ class Block(nn.Module):
         gates, gains, shifts = table.unflatten(2, (3, -1)).unbind(2)  # (b, 1, m, d) each
         if survival is not None:
             gates = (gates / survival).to(gates.dtype)
-        branches = zip(gates.unbind(2), gains.unbind(2), shifts.unbind(2), strict=True)  # m times (b, 1, d)
-        return [AdaLN(gate, 1 + gain, shift) for gate, gain, shift in branches]
+        branches = zip(gates.unbind(2), (1 + gains).unbind(2), shifts.unbind(2), strict=True)  # m times (b, 1, d)
+        return [AdaLN(*parameters) for parameters in branches]
 
     @torch.no_grad()
     def init_weights(self) -> None:

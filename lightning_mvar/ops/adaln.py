@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.ops.kernels import KERNELS
-from lightning_mvar.ops.recompute import cheap
+from lightning_mvar.ops.recompute import cheap, mark_cheap
 
 NORM_EPS = 1e-6
 
@@ -42,3 +42,20 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     kernel = KERNELS.get("add gated") if x.is_cuda and torch.is_grad_enabled() else None  # it is for the backward pass
     result: Tensor = torch.addcmul(x, gate, y) if kernel is None else kernel(x, gate, y)
     return result
+
+
+def add_and_modulate(
+    x: Tensor, gate: Tensor, y: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ends a residual branch and begins the next: `add_gated`, then `modulate` of its result.
+
+    Returns:
+        Both results, each (b, l, d). The second counts as `cheap`.
+    """
+    kernel = KERNELS.get("add and modulate") if x.is_cuda else None
+    if kernel is None:
+        x = add_gated(x, gate, y)
+        return x, cheap(modulate, x, gain, shift, dtype)
+    x, modulated = kernel(x, gate, y, gain, shift, NORM_EPS, dtype or torch.promote_types(x.dtype, gain.dtype))
+    mark_cheap(modulated, modulate, x, gain, shift, dtype)
+    return x, modulated

@@ -36,6 +36,7 @@ def triton_kernels(device: str = "cuda") -> Kernels:
         "qk norm": qk_norm.qk_norm,
         "modulate": adaln.modulate,
         "add gated": adaln.add_gated,
+        "add and modulate": adaln.add_and_modulate,
     }
 
 

@@ -90,6 +90,11 @@ def cheap(function: Function, *arguments: Any) -> Tensor:
         arguments: tensors and other values; tensors are kept unless they are cheap themselves.
     """
     result = function(*arguments)
+    mark_cheap(result, function, *arguments)
+    return result
+
+
+def mark_cheap(result: Tensor, function: Function, *arguments: Any) -> None:
+    """Marks the result of another operation as `cheap`, because function(*arguments) computes it too, bit for bit."""
     if not torch.compiler.is_compiling() and active is not None:  # compilers make this choice by themselves
         active.add(result, function, arguments)
-    return result

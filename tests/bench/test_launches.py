@@ -13,8 +13,8 @@ from lightning_mvar.ops.kernels import KERNELS, triton_kernels
 CPU, META = torch.device("cpu"), torch.device("meta")
 TOKENIZER = TokenizerConfig(SCHEDULE, 48, 8, channels=8, multipliers=(1, 2), blocks=1, num_phi=3)
 # In sampling per block and scale, and in a training step of two blocks.
-MOST_LAUNCHES = {"mvar": (70, 710), "var": (25.5, 375)}  # of PyTorch operations
-MOST_LAUNCHES_ON_GPUS = {"mvar": (19.25, 250), "var": (13.5, 240)}  # with Triton kernels
+MOST_LAUNCHES = {"mvar": (69.5, 694), "var": (25.25, 362)}  # of PyTorch operations
+MOST_LAUNCHES_ON_GPUS = {"mvar": (16.75, 226), "var": (12.25, 224)}  # with Triton kernels
 
 
 def test_views_and_allocations_launch_nothing() -> None:
@@ -101,12 +101,12 @@ def test_blocks_launch_no_more_than_their_bounds_and_nothing_waits(mixer: str) -
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_a_block_of_mvar_launches_less_than_half_more_than_one_of_var_on_a_gpu() -> None:
+def test_a_block_of_mvar_launches_at_most_two_fifths_more_than_one_of_var_on_a_gpu() -> None:
     launches = {mixer: launches_of(mixer) for mixer in MIXERS}
     for mixer, bounds in MOST_LAUNCHES_ON_GPUS.items():
         for count, most in zip(launches[mixer], bounds, strict=True):
             assert count <= most
-    assert launches["mvar"][0] <= 1.45 * launches["var"][0]
+    assert launches["mvar"][0] <= 1.4 * launches["var"][0]
 
 
 def test_a_triton_kernel_is_one_launch() -> None:
