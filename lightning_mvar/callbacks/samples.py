@@ -10,7 +10,6 @@ from lightning_mvar.callbacks.tensorboard import log_codes, log_image
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.sampling.generate import draw_images, max_batch_size
-from lightning_mvar.sampling.graphs import graphs_for
 from lightning_mvar.sampling.grids import formation_strip, image_grid, with_row_names
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.mvar import LitMVAR
@@ -69,10 +68,10 @@ class SamplesCallback(L.Callback):
         numbers = torch.arange(first, first + share).clamp(max=len(labels) - 1)
         drawn = []
         with sampling_mode(module.averaged, trainer.strategy, self.keep_sharded) as network:
-            graphs = graphs_for(network)
             for part in numbers.split(max_batch_size(module.network_config)):
                 keys = self.sampling.keys(part.tolist())
-                drawn.append(draw_images(network, module.tokenizer, labels[part], self.sampling, keys, graphs=graphs))
+                # Without CUDA graphs: they begin with the second batch, and a capture empties the allocator's cache.
+                drawn.append(draw_images(network, module.tokenizer, labels[part], self.sampling, keys))
         shares = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
         every = [trainer.strategy.all_gather(part) for part in shares]  # distributed strategies put the ranks first
         images, tokens = (
