@@ -41,10 +41,14 @@ def triton_kernels(device: str = "cuda") -> Kernels:
 
 
 def packed_attention() -> Kernels:
+    """Imports torch's variable-length attention and runs it once, because a build of torch may lack its kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     takes_scale = "scale" in inspect.signature(varlen_attn).parameters  # torch >= 2.11
-    return {"packed attention": varlen_attn if takes_scale else with_scale(varlen_attn)}
+    kernel = varlen_attn if takes_scale else with_scale(varlen_attn)
+    x, offsets = torch.ones(1, 1, 8, dtype=torch.bfloat16, device="cuda"), torch.arange(2, device="cuda").int()
+    kernel(x, x, x, offsets, offsets, 1, 1, scale=1.0)
+    return {"packed attention": kernel}
 
 
 def with_scale(kernel: Callable[..., Any]) -> Callable[..., Any]:
