@@ -17,7 +17,7 @@ BLOCK_TOKENS = 32
 
 @torch.library.custom_op("lightning_mvar::qk_norm", mutates_args=())
 def qk_norm(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, scale_log: Tensor, max_log: float) -> Tensor:
-    """Computes what `ops.qk_norm.qk_norm` does: qkv (b, l, 3 h p) -> (3, b, l, h, p)."""
+    """Computes `ops.qk_norm.normalized_qkv` after its projection: qkv (b, l, 3 h p) -> (3, b, l, h, p)."""
     b, l, _ = qkv.shape
     h = len(scale_log)
     p = qkv.shape[2] // (3 * h)
