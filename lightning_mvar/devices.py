@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from threading import Lock
 from typing import Literal, TypeVar
 
 import torch
@@ -19,6 +20,11 @@ T = TypeVar("T")
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+EXACT_LOCK = Lock()
+BEFORE_EXACT: list[
+    tuple[str, bool]
+] = []  # settings before each `exact_float32` in progress; the last restores the first
+
 
 def set_tf32(allowed: bool) -> None:
     """Sets whether this process computes products of float32 on GPUs in TF32: matrix products and convolutions.
@@ -31,14 +37,21 @@ def set_tf32(allowed: bool) -> None:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Computes products of float32 without TF32, whatever `set_tf32` allows: for tokens and scores."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    set_tf32(False)
+    """Computes products of float32 without TF32, whatever `set_tf32` allows: for tokens and scores.
+
+    The setting is that of the process: other threads compute so, too, until the last one has left such a block.
+    """
+    with EXACT_LOCK:
+        BEFORE_EXACT.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        set_tf32(False)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        with EXACT_LOCK:
+            precision, convolutions = BEFORE_EXACT.pop()
+            if not BEFORE_EXACT:
+                torch.set_float32_matmul_precision(precision)
+                torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def choose_device(name: str) -> torch.device:

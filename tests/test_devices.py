@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import Pixels, write_token_shards
+from conftest import Brightness, Pixels, write_token_shards
 from lit_modules import make_module, make_trainer
 from torch import nn
 
@@ -17,6 +18,7 @@ from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.data.tokens.encode import TokenEncoder
 from lightning_mvar.devices import exact_float32, set_tf32
 from lightning_mvar.metrics.summary import Features
+from lightning_mvar.sampling.draw import Rejection
 from lightning_mvar.training.datamodules import TokenDataModule
 
 
@@ -60,6 +62,17 @@ def test_exact_products_are_a_matter_of_their_block() -> None:
     assert tf32()
 
 
+def test_exact_products_of_overlapping_threads_stay_exact_and_leave_the_setting() -> None:
+    set_tf32(True)
+    first, second = exact_float32(), exact_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # before the second, as in two threads
+    assert not tf32()
+    second.__exit__(None, None, None)
+    assert tf32()
+
+
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_tokens_are_encoded_in_the_given_precision_and_chosen_in_float32(
     tokenizer: Tokenizer, precision: str, monkeypatch: pytest.MonkeyPatch
@@ -81,6 +94,14 @@ def test_features_of_images_are_computed_in_float32() -> None:
     extractor = Pixels()
     recorder = Recorder(extractor)
     Features(extractor, 2, 0).update(torch.rand(2, 3, 8, 8), torch.arange(2))
+    assert recorder.seen == [False]
+
+
+def test_rejection_judges_images_in_float32() -> None:
+    set_tf32(True)
+    classifier = Brightness()
+    recorder = Recorder(classifier)
+    Rejection(classifier, 0.5).probabilities(np.zeros((1, 8, 8, 3), np.uint8))
     assert recorder.seen == [False]
 
 

@@ -20,6 +20,7 @@ from lightning_mvar.data.classes import Classes
 from lightning_mvar.devices import (
     Precision,
     device_of,
+    exact_float32,
     is_first_rank,
     object_from_rank_zero,
     rank_and_world_size,
@@ -122,9 +123,9 @@ class Rejection:
         They are the softmax of the classifier's output or, for a feature extractor, of its `logits` of that output.
         """
         images = torch.from_numpy(pixels).to(device_of(self.classifier)).movedim(-1, 1).float() / 255
-        out = self.classifier(images)
-        logits = getattr(self.classifier, "logits", None)
-        return (out if logits is None else logits(out)).softmax(dim=-1)
+        logits = getattr(self.classifier, "logits", nn.Identity())
+        with exact_float32():
+            return logits(self.classifier(images)).softmax(dim=-1)
 
 
 def draw_set(

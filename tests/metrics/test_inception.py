@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mvar.devices import exact_float32, set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics.inception import InceptionNetwork, InceptionV3, resize_like_tensorflow
@@ -314,11 +313,13 @@ def test_autocast_changes_nothing(network: InceptionV3, pixels: Tensor, features
     assert torch.equal(logits, network.logits(features))
 
 
-def test_convolutions_on_a_gpu_do_not_use_tf32(network: InceptionV3, pixels: Tensor) -> None:
+def test_convolutions_on_a_gpu_do_not_use_tf32(
+    network: InceptionV3, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     allow_tf32 = []
     layer = network.get_submodule("Mixed_7c")
-    with exact_float32(), layer.register_forward_hook(lambda *_: allow_tf32.append(torch.backends.cudnn.allow_tf32)):
-        set_tf32(True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with layer.register_forward_hook(lambda *_: allow_tf32.append(torch.backends.cudnn.allow_tf32)):
         network(pixels / 255)
         assert allow_tf32 == [False]
         assert torch.backends.cudnn.allow_tf32
