@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ from lightning_mvar.sampling.sampler import Sampler
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet, partial_folder
 from lightning_mvar.scales import format_shape
+
+log = logging.getLogger(__name__)
 
 MAX_IMAGES = 10_000_000
 # Keys of the metadata of a set, by which it says how it was drawn.
@@ -220,8 +223,13 @@ def fill(images: SampleSet, drawing: Drawing, rejection: Rejection | None, batch
             for numbers, pixels in batches:
                 images.write(numbers, pixels)
                 bar.update(min(len(numbers) * rank_and_world_size()[1], images.count - bar.n))
-        finally:  # an interruption keeps what was drawn
-            images.flush()
+        except BaseException:  # an interruption keeps what was drawn
+            try:
+                images.flush()
+            except InputError as error:
+                log.error("%s", error)
+            raise
+        images.flush()
     wait_for_ranks()
     if missing:
         drawing.images_per_s = len(missing) / (time.perf_counter() - begin)

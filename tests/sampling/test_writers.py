@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from threading import get_ident
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.sampling.draw import fill
 from lightning_mvar.sampling.writers import NpzFile, PngFolder
 
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
@@ -43,6 +48,22 @@ def test_an_error_of_an_encoder_is_raised_by_the_next_call(tmp_path: Path) -> No
     target.write([0], IMAGES[:1])
     target.flush()
     assert target.missing() == [1]
+
+
+def test_an_interruption_is_not_replaced_by_the_error_of_an_encoder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def batches(*parts: Any) -> Iterator[Any]:
+        yield [0, 1], IMAGES
+        raise Interrupted(signal.SIGINT, "interrupted")
+
+    target = PngFolder(tmp_path / "set", {}, ["a", "b"])
+    (tmp_path / "set/b").write_text("no folder")
+    drawing: Any = SimpleNamespace(batches=batches)
+    with pytest.raises(Interrupted):
+        fill(target, drawing, None, 2)
+    assert target.missing() == [1]
+    assert "set/b/000001.png" in caplog.text
 
 
 def test_batches_are_read_back(tmp_path: Path) -> None:
