@@ -60,22 +60,25 @@ class Body:
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self.receive_message, self.send_message = receive, send
-        self.deadline = time.monotonic() + BODY_TIMEOUT_S
-        self.complete = self.late = False
+        self.remaining_s = BODY_TIMEOUT_S  # of waiting; the application may begin to receive later
+        self.complete = self.late = self.answered = False
 
     async def receive(self) -> Message:
         if self.complete:  # what follows is the end of the connection
             return await self.receive_message()
+        begin = time.monotonic()
         try:
-            message = await asyncio.wait_for(self.receive_message(), self.deadline - time.monotonic())
+            message = await asyncio.wait_for(self.receive_message(), self.remaining_s)
         except asyncio.TimeoutError:
             self.late = True
             return {"type": "http.disconnect"}
+        self.remaining_s -= time.monotonic() - begin
         self.complete = not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
-        if not self.late:  # otherwise the guard answers
+        if self.answered or not self.late:  # otherwise the guard answers
+            self.answered = True
             await self.send_message(message)
 
 
@@ -127,7 +130,7 @@ class Guard:
                 raise
         finally:
             self.arriving -= size
-        if body.late:
+        if body.late and not body.answered:
             late = f"the request did not arrive within {BODY_TIMEOUT_S:g} s: try again\n"
             await PlainTextResponse(late, 408, {"Connection": "close"})(scope, receive, send)
 

@@ -201,3 +201,37 @@ def test_a_body_that_arrives_too_slowly_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.3)
     assert asyncio.run(upload()) == 408
     assert guard.arriving == 0
+
+
+def test_the_time_for_a_body_begins_when_it_is_received(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.3)
+        body = await Request(scope, receive).body()
+        await PlainTextResponse(body)(scope, receive, send)
+
+    monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.1)
+    guard = Guard(app, "page.lan", [], PageFolder(tmp_path), Audience())
+    answer = ask(guard, "POST", "/gradio_api/queue/join", body=b"body")
+    assert (answer.status_code, answer.text) == (200, "body")
+
+
+def test_an_answer_that_has_begun_is_not_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.1)
+    guard = Guard(app, "page.lan", [], PageFolder(tmp_path), Audience())
+    headers = [(b"host", b"localhost"), (b"content-length", b"1")]
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/queue/join", "headers": headers}
+    asyncio.run(guard(scope | {"server": ("localhost", 80), "query_string": b""}, receive, send))
+    assert sent == ["http.response.start", "http.response.body"]
