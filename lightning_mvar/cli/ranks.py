@@ -20,7 +20,7 @@ from lightning_mvar.training.lost_ranks import first_sentence, is_loss_of_rank
 
 # Ranks share no weights and wait for each other only now and then, perhaps for hours. With gloo no GPU waits, and the
 # end of a rank is reported at once.
-PATIENCE = timedelta(days=30)
+BARRIER_TIMEOUT = timedelta(days=30)
 
 
 @contextmanager
@@ -39,19 +39,19 @@ def launch_ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
     """
     if devices < 1 or num_nodes < 1:
         raise InputError(f"--devices and --num_nodes must be at least 1, got {devices} and {num_nodes}")
-    where, several = choose_device(device), devices * num_nodes > 1
-    one_gpu = where.type != "cpu" and where.index is not None
+    torch_device, several = choose_device(device), devices * num_nodes > 1
+    one_gpu = torch_device.type != "cpu" and torch_device.index is not None
     if several and one_gpu:
         raise InputError(
-            f"--device {device} is a single device: use --device {where.type} for --devices {devices}, "
+            f"--device {device} is a single device: use --device {torch_device.type} for --devices {devices}, "
             f"--num_nodes {num_nodes}"
         )
     try:
         fabric = Fabric(
-            accelerator=where.type,
-            devices=[where.index] if one_gpu else devices,
+            accelerator=torch_device.type,
+            devices=[torch_device.index] if one_gpu else devices,
             num_nodes=num_nodes,
-            strategy=DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if several else "auto",
+            strategy=DDPStrategy(process_group_backend="gloo", timeout=BARRIER_TIMEOUT) if several else "auto",
         )
     except (ValueError, RuntimeError) as error:  # Lightning's message for unavailable devices
         raise InputError(one_line(error)) from error

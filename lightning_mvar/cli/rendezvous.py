@@ -1,4 +1,4 @@
-"""Start of several ranks: they meet before their process group exists, so that one that fails ends the others."""
+"""Start of several ranks: a barrier before their process group exists, at which one that fails ends the others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -22,12 +23,13 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT = "LIGHTNING_MVAR_START_TIMEOUT"  # environment variable: seconds for all ranks to start
 DEFAULT_START_TIMEOUT_S, MAX_START_TIMEOUT_S, NOTICE_S = 180, 10**6, 15
-FAREWELL_S = 15  # how long rank 0, which has failed, waits for the others to hear of it
-POLL_S = 0.1
+ABORT_TIMEOUT_S = 15  # for the other ranks to read why one has failed
+POLL_S, CONNECT_TIMEOUT_S = 0.1, 1.0
+starts: Counter[tuple[str, int, int]] = Counter()  # by address and rank: barriers of this process
 
 
-class Meeting:
-    """Key-value store at MASTER_ADDR:MASTER_PORT, at which all ranks arrive, or one reports why it failed.
+class StartBarrier:
+    """Key-value store at MASTER_ADDR:MASTER_PORT, at which all ranks arrive, or one says why it failed.
 
     The process group uses the same store later. Its own rendezvous waits twice its timeout for a store that nobody
     opens, and cannot say why a rank is missing.
@@ -63,12 +65,15 @@ class Meeting:
             if self.opens:
                 raise self.port_in_use() from error
             raise
-        self.store = dist.PrefixStore(f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        key = (self.host, self.port, self.rank)
+        number, starts[key] = starts[key], starts[key] + 1  # a store may outlive its run
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        self.store = dist.PrefixStore(f"start/{restarts}/{number}", store)
 
     def is_open(self) -> bool:
         """Returns whether anyone listens at the address."""
         try:
-            socket.create_connection((self.host, self.port), timeout=POLL_S).close()
+            socket.create_connection((self.host, self.port), timeout=CONNECT_TIMEOUT_S).close()
         except OSError:
             return False
         return True
@@ -88,7 +93,7 @@ class Meeting:
         """Waits for all ranks.
 
         Raises:
-            InputError: if one has failed, or this is another run's meeting.
+            InputError: if one has failed, or this is another run's barrier.
             DistError: if one does not arrive in time.
         """
         if self.store.add(f"arrived/{self.rank}", 1) > 1:
@@ -101,20 +106,20 @@ class Meeting:
         elif arrived <= self.ranks:
             self.wait_until(lambda: self.store.check(["failure"]))
         if failure := self.store.get("failure").decode():
-            self.leave()
+            self.wait_for_readers()
             raise InputError(failure)
 
-    def report(self, failure: str) -> None:
+    def abort(self, failure: str) -> None:
         """Ends the other ranks with the message of this one's failure."""
         self.store.set("failure", failure)
-        self.leave()
+        self.wait_for_readers()
 
-    def leave(self) -> None:
+    def wait_for_readers(self) -> None:
         """Keeps the store open until all ranks have read the failure, if this one has opened it."""
-        left, deadline = self.store.add("left", 1), time.monotonic() + FAREWELL_S
-        while self.opens and left < self.ranks and time.monotonic() < deadline:
+        readers, deadline = self.store.add("readers", 1), time.monotonic() + ABORT_TIMEOUT_S
+        while self.opens and readers < self.ranks and time.monotonic() < deadline:
             time.sleep(POLL_S)
-            left = self.store.add("left", 0)
+            readers = self.store.add("readers", 0)
 
 
 @contextmanager
@@ -126,7 +131,7 @@ def fail_together(strategy: Any) -> Iterator[None]:
         if hasattr(strategy, "_timeout") and strategy.cluster_environment.creates_processes_externally:
             with suppress(InputError, dist.DistError):  # another run has the address, or no rank listens any more
                 rank = strategy.global_rank
-                Meeting(strategy, FAREWELL_S).report(f"rank {rank} on {socket.gethostname()}: {error}")
+                StartBarrier(strategy, ABORT_TIMEOUT_S).abort(f"rank {rank} on {socket.gethostname()}: {error}")
         raise
 
 
@@ -146,8 +151,8 @@ def limit_start(strategy: Any) -> None:
         notice = Timer(NOTICE_S, lambda: log.info("rank %d is waiting for all %d ranks to start", rank, ranks))
         notice.start()
         try:
-            meeting = Meeting(strategy, seconds)  # rank 0 keeps it open until the process group exists
-            meeting.arrive()
+            barrier = StartBarrier(strategy, seconds)  # rank 0 keeps it open until the process group exists
+            barrier.arrive()
             setup_with_timeout(strategy, timedelta(seconds=seconds))
         except RuntimeError as error:
             if not is_loss_of_rank(error):

@@ -19,7 +19,7 @@ from processes import start
 from training_runs import act_in_step
 
 from lightning_mvar.cli.ranks import stop_ranks_on_error
-from lightning_mvar.cli.rendezvous import START_TIMEOUT, Meeting, start_timeout
+from lightning_mvar.cli.rendezvous import START_TIMEOUT, StartBarrier, start_timeout
 from lightning_mvar.errors import InputError, Interrupted
 from lightning_mvar.io.locks import lock_folder
 
@@ -82,14 +82,14 @@ def test_a_rank_that_is_refused_ends_the_others_with_its_message(plain_run_folde
     assert f"rank 0 on {socket.gethostname()}: another" in ranks.outputs[1].read_text()
 
 
-def meet(strategy: SimpleNamespace, failure: str, ended: Queue) -> None:
-    """Runs one rank's part of a meeting: arrives, or reports `failure`."""
-    meeting = Meeting(strategy, 20)
+def start_rank(strategy: SimpleNamespace, failure: str, ended: Queue) -> None:
+    """Runs one rank's part of a start: arrives, or aborts with `failure`."""
+    barrier = StartBarrier(strategy, 20)
     try:
-        meeting.report(failure) if failure else meeting.arrive()
+        barrier.abort(failure) if failure else barrier.arrive()
     except InputError as error:
         failure = str(error)
-    ended.put((strategy.global_rank, failure, meeting))  # which stays open until all have read from it
+    ended.put((strategy.global_rank, failure, barrier))  # which stays open until all have read from it
 
 
 @pytest.mark.parametrize("failing", [None, 0, 1, 2])
@@ -98,7 +98,7 @@ def test_all_ranks_start_or_all_hear_of_the_failure(failing: int | None) -> None
     environment = SimpleNamespace(main_address="127.0.0.1", main_port=processes.free_port())
     for rank in (2, 1, 0):  # rank 0, which opens the store, last
         strategy = SimpleNamespace(global_rank=rank, world_size=3, cluster_environment=environment)
-        threading.Thread(target=meet, args=(strategy, "no data" if rank == failing else "", ended)).start()
+        threading.Thread(target=start_rank, args=(strategy, "no data" if rank == failing else "", ended)).start()
         time.sleep(0.05)
     results = [ended.get(timeout=30) for _ in range(3)]
     assert {rank: failure for rank, failure, _ in results} == dict.fromkeys(
@@ -110,7 +110,33 @@ def test_a_start_without_rank_0_ends() -> None:
     environment = SimpleNamespace(main_address="127.0.0.1", main_port=processes.free_port())
     strategy = SimpleNamespace(global_rank=1, world_size=2, cluster_environment=environment)
     with pytest.raises(dist.DistError, match=f"nothing came from 127.0.0.1:{environment.main_port} within 0.3 s"):
-        Meeting(strategy, 0.3)
+        StartBarrier(strategy, 0.3)
+
+
+def test_ranks_of_one_process_start_again_at_a_store_that_is_still_open() -> None:
+    environment = SimpleNamespace(main_address="127.0.0.1", main_port=processes.free_port())
+    strategy = SimpleNamespace(global_rank=0, world_size=1, cluster_environment=environment)
+    barriers = [StartBarrier(strategy, 5) for _ in range(2)]
+    for barrier in barriers:
+        barrier.arrive()
+    with pytest.raises(InputError, match="another run uses"):
+        barriers[0].arrive()
+
+
+def test_a_slow_link_to_rank_0_is_no_closed_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Connection:
+        def __init__(self, address: tuple[str, int], timeout: float) -> None:
+            if timeout < 0.5:  # seconds for a round trip
+                raise TimeoutError
+
+        def close(self) -> None:
+            pass
+
+    environment = SimpleNamespace(main_address="127.0.0.1", main_port=processes.free_port())
+    strategy = SimpleNamespace(global_rank=0, world_size=1, cluster_environment=environment)
+    barrier = StartBarrier(strategy, 5)
+    monkeypatch.setattr(socket, "create_connection", Connection)
+    assert barrier.is_open()
 
 
 @pytest.mark.parametrize("text", ["3m", "", "0", "-1", "nan", "inf"])
