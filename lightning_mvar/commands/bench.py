@@ -86,26 +86,26 @@ def bench(
     if len({setting.precision == "tf32" for setting in settings}) > 1:
         raise InputError("--versus: tf32 holds for a whole run, so compare it with other precisions in two runs")
     set_tf32(precision == "tf32")
-    place = choose_device(device)
+    torch_device = choose_device(device)
     measurements: dict[Measurement, Callable[[], list[Record]]] = {
-        "sample": lambda: measure_sampling(settings, place, repeats),
-        "train": lambda: measure_training(settings, place, repeats),
-        "tokenize": lambda: [measure_tokenizing(str(images), s, num_workers, place, repeats) for s in settings],
+        "sample": lambda: measure_sampling(settings, torch_device, repeats),
+        "train": lambda: measure_training(settings, torch_device, repeats),
+        "tokenize": lambda: [measure_tokenizing(str(images), s, num_workers, torch_device, repeats) for s in settings],
         "data": lambda: (
             measure_data(settings, num_workers, repeats, world_size)
             if shards is None
             else [measure_reading(open_shards(shards, cache_dir), batch_size, num_workers, repeats, world_size)]
         ),
         "memory": lambda: [measure_memory(s, side) for s in settings for side in PUBLISHED_SIDE_LENGTHS],
-        "op": lambda: [record for s in settings for record in measure_operations(s, place, repeats)],
-        "launches": lambda: [record for s in settings for record in measure_launches(s, place)],
+        "op": lambda: [record for s in settings for record in measure_operations(s, torch_device, repeats)],
+        "launches": lambda: [record for s in settings for record in measure_launches(s, torch_device)],
     }
     records = measurements[what]()
     print_table(records)
     if profile:
         for setting in settings:
             print()
-            print_table(profile_sampling(setting, place))
+            print_table(profile_sampling(setting, torch_device))
     if json is not None:
         write_records(records, json)
 

@@ -31,12 +31,12 @@ def bench_gpu(
             print(f"{benchmark.seconds:4.0f} s  {describe(record)}")
         print(f"{sum(benchmark.seconds for benchmark in benchmarks):4.0f} s  in all, of {60 * minutes:.0f} s")
         return
-    place = choose_device(device)
+    torch_device = choose_device(device)
     if tiny:
         benchmarks = list(dict.fromkeys(benchmark.tiny() for benchmark in benchmarks))
-    elif place.type != "cuda":
+    elif torch_device.type != "cuda":
         raise InputError("bench-gpu needs a CUDA GPU; `--tiny true` runs through on a CPU, `--dry_run true` lists")
-    records = run_suite(benchmarks, place, 60 * minutes, Path(out))
+    records = run_suite(benchmarks, torch_device, 60 * minutes, Path(out))
     print("\n".join(markdown(records)))
     failed = sum("error" in record for record in records)
     if failed:

@@ -165,23 +165,23 @@ def check_source(manifest: Manifest) -> None:
     Raises:
         InputError: if it is no path on this machine, has wildcards, or is a folder of far more files than the images.
     """
-    source, most = manifest.source, 2 * manifest.num_images + MAX_OTHER_FILES
+    source, max_entries = manifest.source, 2 * manifest.num_images + MAX_OTHER_FILES
     if is_remote(source) or not source.isprintable():
         raise InputError(f"the manifest names {source!r}, which is not a path on this machine")
     if not os.path.isdir(source) and not WILDCARDS.isdisjoint(source):
         raise InputError(f"the manifest names {source!r:.200}, which has wildcards")
-    if os.path.isdir(source) and (os.path.realpath(source) == os.sep or holds_more(Path(source), most)):
+    if os.path.isdir(source) and (os.path.realpath(source) == os.sep or holds_more(Path(source), max_entries)):
         raise InputError(f"the manifest names {source!r:.200}, which has far more files than the shards have images")
 
 
-def holds_more(folder: Path, most: int) -> bool:
-    """Returns whether there are more than `most` files and folders below a folder; follows no links."""
+def holds_more(folder: Path, max_entries: int) -> bool:
+    """Returns whether there are more than `max_entries` files and folders below a folder; follows no links."""
     count, pending = 0, [folder]
-    while pending and count <= most:
+    while pending and count <= max_entries:
         entries = scan(pending.pop())
         count += len(entries)
         pending += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return count > most
+    return count > max_entries
 
 
 def find_originals(manifest: Manifest, keys: Sequence[str], source: ImageSource) -> list[torch.Tensor | None]:
@@ -215,7 +215,7 @@ def storage_summary(manifest: Manifest, folder: Path, num_tokens: int) -> dict[s
 
 
 def print_classes(class_names: list[str], counts: np.ndarray) -> None:
-    """Prints the range of samples per class, and the classes with the fewest and the most."""
+    """Prints the range of samples per class, and the classes with the fewest and the max_entries."""
     classes = Classes(class_names, len(class_names))
     print(f"samples per class: min {counts.min()}, median {np.median(counts):g}, max {counts.max()}")
     order = np.argsort(counts, kind="stable")

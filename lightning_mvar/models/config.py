@@ -102,11 +102,11 @@ class MVARConfig:
             raise InputError(f"network.mixers must be a list of names or a list of such lists, got {self.mixers!r}")
         mixers = tuple(part if isinstance(part, str) else tuple(part) for part in self.mixers)
         object.__setattr__(self, "mixers", mixers)
-        for name, (least, most) in RANGES.items():
-            if getattr(self, name) < least:
-                raise InputError(f"network.{name} must be at least {least}, got {getattr(self, name)}")
-            if getattr(self, name) > most:
-                raise InputError(f"network.{name} must be at most {most}, got {getattr(self, name)}")
+        for name, (minimum, maximum) in RANGES.items():
+            if getattr(self, name) < minimum:
+                raise InputError(f"network.{name} must be at least {minimum}, got {getattr(self, name)}")
+            if getattr(self, name) > maximum:
+                raise InputError(f"network.{name} must be at most {maximum}, got {getattr(self, name)}")
         if not 0 <= self.drop_path < 1:
             raise InputError(f"network.drop_path must be in [0, 1), got {self.drop_path}")
         if not math.isfinite(self.adaln_gate_init):
@@ -121,8 +121,8 @@ class MVARConfig:
         self.check_mixers()
 
     def check_mixers(self) -> None:
-        if (most := max(len(self.mixers_of(i)) for i in range(self.depth))) > MAX_MIXERS:
-            raise InputError(f"network.mixers has {most} mixers in a block; at most {MAX_MIXERS}")
+        if (count := max(len(self.mixers_of(i)) for i in range(self.depth))) > MAX_MIXERS:
+            raise InputError(f"network.mixers has {count} mixers in a block; at most {MAX_MIXERS}")
         names = {name for i in range(self.depth) for name in self.mixers_of(i)}
         if unknown := sorted(names - set(MIXERS)):
             raise InputError(f"network.mixers has an unknown mixer {unknown[0]!r}; choose from {', '.join(MIXERS)}")

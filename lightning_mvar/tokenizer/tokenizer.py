@@ -62,10 +62,10 @@ class TokenizerConfig:
             raise InputError(
                 f"tokenizer.vocab_size {self.vocab_size} does not fit the uint16 tokens of shards; use at most 65536"
             )
-        for name, most in LIMITS.items():
-            if not 1 <= (value := getattr(self, name)) <= most:
+        for name, limit in LIMITS.items():
+            if not 1 <= (value := getattr(self, name)) <= limit:
                 raise InputError(
-                    f"tokenizer.{name} must be at {'least 1' if value < 1 else f'most {most}'}, got {value}"
+                    f"tokenizer.{name} must be at {'least 1' if value < 1 else f'most {limit}'}, got {value}"
                 )
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(f"tokenizer.multipliers must be positive, got {self.multipliers}")

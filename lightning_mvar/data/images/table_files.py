@@ -70,9 +70,11 @@ class ParquetTable(TableFile):
             metadata = self.file.metadata.row_group(group)  # its columns may abort the process if they are damaged
             rows, size, file_size = metadata.num_rows, metadata.total_byte_size, self.path.stat().st_size
             if 0 <= size <= MAX_GROUP_BYTES and 0 <= rows <= MAX_ROWS_PER_BYTE * file_size:
-                most = min(size + MIN_DECOMPRESSED, max(MAX_PAGE_GROWTH * file_size, MIN_PAGES))
-                if parquet_pages.decompressed_bytes(self.path, group, columns) > most:
-                    raise ValueError(f"its rows have more than {most} bytes, the most that index and file size allow")
+                max_bytes = min(size + MIN_DECOMPRESSED, max(MAX_PAGE_GROWTH * file_size, MIN_PAGES))
+                if parquet_pages.decompressed_bytes(self.path, group, columns) > max_bytes:
+                    raise ValueError(
+                        f"its rows have more than {max_bytes} bytes, the most that index and file size allow"
+                    )
                 # Where each row might refer to one long value, values are read as a dictionary and stored once.
                 repeated = list(columns) if rows * size > MAX_GROUP_BYTES else None
                 if rows and repeated is None:
@@ -87,11 +89,11 @@ class ParquetTable(TableFile):
         )
 
 
-def read_rows(file: Any, group: int, columns: Sequence[str], most: int) -> Any:
+def read_rows(file: Any, group: int, columns: Sequence[str], max_bytes: int) -> Any:
     """Reads a row group of a Parquet file in small batches, because the size in its index may be false.
 
     Raises:
-        ValueError: as soon as the rows that have been read have more than `most` bytes.
+        ValueError: as soon as the rows that have been read have more than `max_bytes` bytes.
     """
     from pyarrow import Table  # type: ignore[import-untyped]
 
@@ -100,8 +102,8 @@ def read_rows(file: Any, group: int, columns: Sequence[str], most: int) -> Any:
     for batch in file.iter_batches(ROWS_AT_ONCE, **options):
         batches.append(batch)
         size += batch.nbytes
-        if size > most:
-            raise ValueError(f"its rows have more than {most} bytes, the most that its index allows")
+        if size > max_bytes:
+            raise ValueError(f"its rows have more than {max_bytes} bytes, the most that its index allows")
     return Table.from_batches(batches)
 
 
@@ -113,10 +115,10 @@ class ArrowTable(TableFile):
 
         source = memory_map(os.fspath(path))
         is_file = source.read(len(ARROW_FILE)) == ARROW_FILE
-        begin, most = STREAM_BEGIN if is_file else 0, MAX_GROWTH * source.size() + MIN_DECOMPRESSED
+        begin, limit = STREAM_BEGIN if is_file else 0, MAX_GROWTH * source.size() + MIN_DECOMPRESSED
         source.seek(begin)
-        if (size := arrow_bodies.decompressed_bytes(source)) > most:
-            raise ValueError(f"it claims {size} bytes after decompression, more than {most}: write it uncompressed")
+        if (size := arrow_bodies.decompressed_bytes(source)) > limit:
+            raise ValueError(f"it claims {size} bytes after decompression, more than {limit}: write it uncompressed")
         source.seek(begin)
         reader = ipc.open_stream(source)
         self.path, self.schema = path, reader.schema
