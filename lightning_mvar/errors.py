@@ -1,5 +1,7 @@
 """Exceptions for mistakes that the user can fix, and for interruptions."""
 
+from importlib.util import find_spec
+
 
 class InputError(ValueError):
     """A user's mistake: a wrong path, value or file, or a combination that does not fit.
@@ -7,6 +9,12 @@ class InputError(ValueError):
     The message is one line that names the file or value and the remedy. The command line prints it without a
     traceback and exits with 1; any other exception is a bug in this package and keeps its traceback.
     """
+
+
+def require_package(package: str, extra: str, purpose: str) -> None:
+    """Raises InputError, which begins with the purpose, unless a package of an optional extra is installed."""
+    if find_spec(package) is None:
+        raise InputError(f"{purpose} needs {package}: pip install 'lightning-mvar[{extra}]'")
 
 
 def one_line(error: BaseException) -> str:

@@ -6,14 +6,13 @@ import ipaddress
 import signal
 import socket
 import sys
-from importlib.util import find_spec
 from threading import Event
 from types import FrameType
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.cli.arguments import call
 from lightning_mvar.devices import Precision
-from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.errors import InputError, Interrupted, require_package
 from lightning_mvar.pipeline import MVARPipeline
 
 
@@ -39,8 +38,7 @@ def serve(
         device: auto, cpu, cuda or cuda:N.
         precision: precision of network and decoder.
     """
-    if find_spec("gradio") is None:
-        raise InputError("the page needs gradio: pip install 'lightning-mvar[serve]'")
+    require_package("gradio", "serve", "the page")
     listen(host, port).close()  # reports an unusable address before weights are read
     pipe = MVARPipeline(load_trained(ckpt_path, tokenizer, weights), device, precision)
     from lightning_mvar.web.folder import page_folder

@@ -7,7 +7,7 @@ from itertools import chain, cycle
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import require_package
 from lightning_mvar.sweeps.results import SCALE_LOSS, Axes, Sweep, is_number
 from lightning_mvar.sweeps.variants import Variant, comparable, distance_of
 
@@ -181,10 +181,9 @@ def make_panels(count: int) -> tuple[Figure, list[Plot]]:
     Raises:
         InputError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("a report needs matplotlib: pip install 'lightning-mvar[report]'") from error
+    require_package("matplotlib", "report", "a report")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
     plots = list(figure.subplots(1, count, squeeze=False)[0])
     for plot in plots:

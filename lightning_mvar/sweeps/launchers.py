@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_package
 from lightning_mvar.sweeps.cells import run_cell
 from lightning_mvar.sweeps.processes import Share, Stop
 
@@ -30,11 +29,6 @@ Launcher = Callable[[list[Path], Stop], None]
 
 POLL_JOBS_S = 1.0
 DEFAULT_TIMEOUT_MIN = 24 * 60
-
-
-def require_package(package: str, extra: str) -> None:
-    if find_spec(package) is None:
-        raise InputError(f"--launcher {package} needs {package}: pip install 'lightning-mvar[{extra}]'")
 
 
 def local_launcher(jobs: int) -> Launcher:
@@ -127,7 +121,7 @@ def submitit_launcher(jobs: int, folder: Path, parameters: dict[str, Any]) -> La
     Raises:
         InputError: if submitit is not installed, rejects a parameter, or finds no cluster.
     """
-    require_package("submitit", "sweep")
+    require_package("submitit", "sweep", "--launcher submitit")
     from submitit import AutoExecutor
 
     options = {"name": "sweep", "timeout_min": DEFAULT_TIMEOUT_MIN} | parameters
@@ -190,7 +184,7 @@ def ray_launcher(jobs: int, folder: Path, resources: dict[str, float]) -> Launch
     Raises:
         InputError: if Ray Tune is not installed.
     """
-    require_package("ray", "ray")
+    require_package("ray", "ray", "--launcher ray")
     # The sweep handles signals itself, and paths are relative to the folder that it was started in.
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
     try:

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_package
 from lightning_mvar.sweeps.results import LOSSES, SCALE_LOSS, SCORES, Axes, CellResult, Sweep
 
 if TYPE_CHECKING:
@@ -181,8 +181,7 @@ def smallest_significant_difference(seeds: int, comparisons: int) -> float:
 
 
 def scipy_stats() -> ModuleType:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise InputError("a report needs scipy: pip install 'lightning-mvar[report]'") from error
+    require_package("scipy", "report", "a report")
+    from scipy import stats
+
     return stats

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_errors_are_reported_before_the_page_opens(workdir: Path, capfd: pytest.
 def test_missing_gradio_is_reported_with_the_install_command(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     assert run(["serve", "--ckpt_path", "export"]) == 1
     assert "the page needs gradio: pip install 'lightning-mvar[serve]'" in capfd.readouterr().err
 

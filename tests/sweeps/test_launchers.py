@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -143,7 +144,7 @@ def test_the_reason_of_a_failed_job_is_printed(tmp_path: Path, capfd: pytest.Cap
 
 @pytest.mark.parametrize("name", ["submitit", "ray"])
 def test_a_missing_package_is_named_with_its_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "find_spec", lambda package: None)
+    monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
         InputError, match=rf"needs {name}: pip install 'lightning-mvar\[{'ray' if name == 'ray' else 'sweep'}\]'"
     ):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.data.builtin.base import RESOLUTION, EmbeddedSet, Split, check_split
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import require_package
 
 TRAIN_SHARE = 0.75
 SPLIT_SEED = 0
@@ -26,11 +26,10 @@ def load_digits(split: Split) -> tuple[Tensor, Tensor]:
     1,347 train, 450 test.
     """
     check_split("digits", split)
-    try:
-        from sklearn.datasets import load_digits as load_scans
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise InputError("the digits need scikit-learn: pip install 'lightning-mvar[demo]'") from error
+    require_package("sklearn", "demo", f"digits:{split}")
+    from sklearn.datasets import load_digits as load_scans
+    from sklearn.model_selection import train_test_split
+
     scans = load_scans()
     indices = np.arange(len(scans.target))
     splits = train_test_split(indices, train_size=TRAIN_SHARE, stratify=scans.target, random_state=SPLIT_SEED)

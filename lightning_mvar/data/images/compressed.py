@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_package
 from lightning_mvar.io.fetch import wait_for_lock
 from lightning_mvar.io.files import atomic_path, open_regular, remove_unfinished
 
@@ -20,12 +20,9 @@ MAX_RATIO, MAX_SMALL_BYTES = 50, 2**28  # images barely compress; an archive may
 
 
 def open_zstandard(file: BinaryIO) -> Any:
-    try:
-        import pyarrow  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise InputError(
-            "reading .tar.zst needs pyarrow: pip install 'lightning-mvar[parquet]', or decompress it with unzstd"
-        ) from error
+    require_package("pyarrow", "parquet", "reading .tar.zst, unless decompressed with unzstd,")
+    import pyarrow  # type: ignore[import-untyped]
+
     return pyarrow.CompressedInputStream(file, "zstd")
 
 

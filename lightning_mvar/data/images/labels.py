@@ -18,7 +18,7 @@ from lightning_mvar.data.classes import imagenet_classes
 from lightning_mvar.data.images.class_words import LABEL_FIELDS, KeysAndLabels, labels_from_words, read_lines
 from lightning_mvar.data.images.decoding import SUFFIXES
 from lightning_mvar.data.images.names import Skipped, without_suffix
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_package
 
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"  # in the development kit
 MAX_KIT_MEMBERS, MAX_KIT_BYTES = 1000, 2**24  # the kit has 2.5 MB
@@ -227,11 +227,10 @@ def read_labels(path: Path, class_names: Sequence[str] | None = None) -> Labels:
 
 def read_development_kit(path: Path) -> Labels:
     """Reads ImageNet's official validation labels and translates the kit's own class numbers."""
-    try:
-        from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
-    except ImportError as error:
-        raise InputError(f"reading --labels {path} needs scipy: pip install scipy") from error
+    require_package("scipy", "report", f"reading --labels {path}")
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
     try:
         if path.stat().st_size > MAX_KIT_BYTES:
             raise OSError("it is too large")

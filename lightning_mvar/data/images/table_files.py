@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mvar.data.images import arrow_bodies, parquet_pages
-from lightning_mvar.errors import InputError, one_line
+from lightning_mvar.errors import InputError, one_line, require_package
 from lightning_mvar.io.files import open_regular
 
 CACHED_GROUPS = 2  # groups cached per process: a batch reads from one or two
@@ -145,10 +145,7 @@ def open_table(path: Path) -> TableFile:
     Raises:
         InputError: if pyarrow is not installed, or the file is damaged.
     """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"reading {path} needs pyarrow: pip install 'lightning-mvar[parquet]'") from error
+    require_package("pyarrow", "parquet", f"reading {path}")
     open_regular(path).close()
     try:
         return ParquetTable(path) if path.suffix == ".parquet" else cached_arrow(path)
