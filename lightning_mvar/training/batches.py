@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.scales import Shape
 
 
 def token_batch(batch: Any, network: MVARConfig) -> TokenBatch:
@@ -53,3 +55,21 @@ def labels_of(batch: Any, num_classes: int) -> Tensor:
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= num_classes:
         raise InputError(f"labels must be in [0, {num_classes}], got {labels.min()} to {labels.max()}")
     return labels.long()
+
+
+def image_batch(batch: Any, shape: Shape) -> ImageBatch:
+    """Returns a batch of any DataLoader as an ImageBatch.
+
+    Args:
+        batch: an ImageBatch, images (b, 3, H, W) in [-1, 1], or a tuple or list that begins with them.
+        shape: height and width of the tokenizer's images.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    if isinstance(batch, ImageBatch):
+        return batch
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.shape[1:] != (3, *shape):
+        raise InputError(f"images of a batch must be a float tensor (b, 3, {shape[0]}, {shape[1]}) in [-1, 1]")
+    return ImageBatch(images, torch.full((len(images),), -1), [], [], [])

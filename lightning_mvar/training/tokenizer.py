@@ -17,17 +17,13 @@ from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.data.tokens.statistics import perplexity
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import checked, shown
-from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.autoencoder import ResidualBlock
 from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, assignment_sums, draw_residuals
-from lightning_mvar.tokenizer.discriminator import (
-    AdversaryConfig,
-    PatchDiscriminator,
-    min_image_side,
-)
+from lightning_mvar.tokenizer.discriminator import AdversaryConfig, PatchDiscriminator, min_image_side
 from lightning_mvar.tokenizer.quantizer import PyramidStep
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
+from lightning_mvar.training.batches import image_batch
 from lightning_mvar.training.collectives import broadcast_from_rank_zero, mean_over_ranks, sum_over_ranks
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
 from lightning_mvar.training.strategies import FSDP2Strategy, assign_values, full_tensor
@@ -385,21 +381,3 @@ def load_pretrained(weights: str, config: TokenizerConfig) -> Tokenizer:
     tokenizer = Tokenizer(config)
     tokenizer.load_state_dict(loaded.state_dict())
     return tokenizer
-
-
-def image_batch(batch: Any, shape: Shape) -> ImageBatch:
-    """Returns a batch of any DataLoader as an ImageBatch.
-
-    Args:
-        batch: an ImageBatch, images (b, 3, H, W) in [-1, 1], or a tuple or list that begins with them.
-        shape: height and width of the tokenizer's images.
-
-    Raises:
-        InputError: if it is none of these.
-    """
-    if isinstance(batch, ImageBatch):
-        return batch
-    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.shape[1:] != (3, *shape):
-        raise InputError(f"images of a batch must be a float tensor (b, 3, {shape[0]}, {shape[1]}) in [-1, 1]")
-    return ImageBatch(images, torch.full((len(images),), -1), [], [], [])
