@@ -135,7 +135,11 @@ class FSDP2Strategy(DataParallelStrategy):
         self.shard(tokenizer)
 
     def shard(self, module: nn.Module) -> None:
-        """Shards a block, or the network after its blocks; its sampling methods gather weights as `forward` does."""
+        """Shards a block, or the network after its blocks; its sampling methods gather weights as `forward` does.
+
+        Embeddings and head stay in the network's own group. The loss calls the head once per part of a batch, and FSDP2
+        would reduce the gradients of a group of its own once per call.
+        """
         outermost = isinstance(module, MVAR | Tokenizer)
         dtype = torch.bfloat16 if self.param_dtype == "bfloat16" and not outermost else None
         # Inputs keep their dtype: the scan state is carried in float32, and autocast casts what it may.
