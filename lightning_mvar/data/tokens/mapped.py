@@ -42,10 +42,11 @@ class MappedShard:
     """
 
     def __init__(self, path: Path, shard: Shard, spec: TokenSpec, layout: Layout | None = None) -> None:
-        self.path, self.spec = path, spec
+        self.path, self.spec, self.bytes = path, spec, shard.bytes
         try:
             with open_regular(path) as file:
-                memory = np.frombuffer(mmap(file.fileno(), 0, access=ACCESS_READ), np.uint8)
+                self.mapping = mmap(file.fileno(), 0, access=ACCESS_READ)
+                memory = np.frombuffer(self.mapping, np.uint8)
                 if len(memory) != shard.bytes:
                     raise ValueError(f"it has {len(memory)} bytes, the manifest says {shard.bytes}")
                 self.token_bytes = 2 * (spec.num_tokens or 1)
@@ -76,8 +77,10 @@ class MappedShard:
         """Returns tokens (n, l) and labels (n,) of samples of this shard, counted from its first.
 
         Raises:
-            InputError: if a value is out of range.
+            InputError: if a value is out of range, or the file has another size than when it was opened.
         """
+        if (size := self.mapping.size()) != self.bytes:  # reading past the end would kill the process
+            raise damaged_shard(self.path, ValueError(f"it has {size} bytes, it had {self.bytes} when it was opened"))
         pack = np.searchsorted(self.layout.ends, rows, side="right")
         tokens = self.tokens[self.layout.tokens[pack] + rows * self.token_bytes].view(np.uint16)
         labels = self.labels[self.layout.labels[pack] + rows * 8].view(np.int64)[:, 0]

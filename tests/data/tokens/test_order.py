@@ -165,3 +165,18 @@ def test_a_shard_that_shrinks_after_it_was_verified_is_an_error(tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:-512])
     with pytest.raises(InputError, match=r"000000\.tar is damaged .*it has \d+ bytes, the manifest says \d+"):
         list(TokenStream(LocalShards(tmp_path), manifest, 6, None, 60, 0, 1))
+
+
+def test_a_shard_that_is_cut_while_it_is_open_is_told(tmp_path: Path) -> None:
+    write_token_shards(tmp_path, "abc", [40])
+    manifest = Manifest.load(tmp_path)
+    path = manifest.shards[0].path_in(tmp_path)
+    shard = mapped.MappedShard(path, manifest.shards[0], manifest.spec)
+    rows = np.arange(40)
+    assert len(shard.read(rows)[1]) == 40
+    with open(path, "r+b") as file:
+        file.truncate(0)  # a read of the mapped file would kill the process
+    with pytest.raises(
+        InputError, match=rf"{path.name} is damaged .*it has 0 bytes, it had {manifest.shards[0].bytes}"
+    ):
+        shard.read(rows)
