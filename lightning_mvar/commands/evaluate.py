@@ -14,16 +14,17 @@ from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.cli.tables import Record, print_table, write_records
-from lightning_mvar.devices import set_tf32
+from lightning_mvar.devices import is_first_rank, set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import classifier_for, reconstruction_accuracy, sample_accuracy
 from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.reference import Reference, open_reference
-from lightning_mvar.metrics.summary import prepare, try_extractor
+from lightning_mvar.metrics.summary import Summary, prepare, try_extractor
 from lightning_mvar.sampling.draw import METADATA_KEYS, Drawing, draw_set
 from lightning_mvar.sampling.readers import Samples, open_samples
 from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 
 def evaluate(
@@ -119,37 +120,49 @@ def evaluate(
         summary = evaluator.summary(real)
         if statistics is not None and fabric.is_global_zero:
             summary.save(Path(statistics), extractor)
-        # Anything else in the metadata might be taken for a score.
-        record: Record = {name: value for name, value in images.metadata.items() if name in METADATA_KEYS}
-        record |= {"samples": samples, "reference": reference}
-        record |= describe(images, evaluator, sampled)
-        record |= evaluator.score(SourceImages(images, num_workers), summary, "features of the samples")
-        if floor_images is not None:
-            record |= evaluator.floor_scores(record["frechet_distance"], summary, floor_images)
-        if reconstructor is not None:
-            reconstructed = Reconstructions(real.images(images.shape, decoder, num_workers), reconstructor)
-            scores = evaluator.score(reconstructed, summary, "features of the reconstructions")
-            record["reconstruction_frechet_distance"] = scores["frechet_distance"]
-        if not fabric.is_global_zero:
-            return
-        if real.embedded is not None:
-            record |= sample_accuracy(images, *real.embedded, extractor)
-            if reconstructor is not None:
-                record |= reconstruction_accuracy(reconstructed, *real.embedded, extractor)
-        print_table([record])
-        if json is not None:
-            write_records([record], json)
+        record = describe(samples, reference, images, evaluator, sampled)
+        record |= score(images, evaluator, real, summary, floor_images, reconstructor)
+        if fabric.is_global_zero:
+            print_table([record])
+            if json is not None:
+                write_records([record], json)
 
 
-def describe(images: Samples, evaluator: Evaluator, sampled: Drawing | None) -> Record:
-    """Describes what the scores depend on: extractor, number and size of the images; and the sampling rate."""
-    record = evaluator.extractor_metadata() | {
-        "num_samples": len(images),
-        "height": images.shape[0],
-        "width": images.shape[1],
-    }
+def describe(samples: str, reference: str, images: Samples, evaluator: Evaluator, sampled: Drawing | None) -> Record:
+    """Describes what the scores depend on: settings, extractor, number and size of images; and the sampling rate."""
+    # Anything else in the metadata might be taken for a score.
+    record: Record = {name: value for name, value in images.metadata.items() if name in METADATA_KEYS}
+    record |= {"samples": samples, "reference": reference} | evaluator.extractor_metadata()
+    record |= {"num_samples": len(images), "height": images.shape[0], "width": images.shape[1]}
     if sampled is not None and sampled.images_per_s is not None:
         record["images_per_s"] = sampled.images_per_s
+    return record
+
+
+def score(
+    images: Samples,
+    evaluator: Evaluator,
+    real: Reference,
+    summary: Summary,
+    floor: Reference | None,
+    reconstructor: Tokenizer | None,
+) -> Record:
+    """Returns the scores of samples, and those of the floor and of reconstructions of the reference, if given.
+
+    All ranks share the work. Rank 0 alone classifies samples and reconstructions of embedded images.
+    """
+    record = evaluator.score(SourceImages(images, evaluator.num_workers), summary, "features of the samples")
+    if floor is not None:
+        record |= evaluator.floor_scores(record["frechet_distance"], summary, floor)
+    if reconstructor is not None:
+        originals = real.images(images.shape, evaluator.tokenizer, evaluator.num_workers)
+        reconstructed = Reconstructions(originals, reconstructor)
+        scores = evaluator.score(reconstructed, summary, "features of the reconstructions")
+        record["reconstruction_frechet_distance"] = scores["frechet_distance"]
+    if real.embedded is not None and is_first_rank():
+        record |= sample_accuracy(images, *real.embedded, evaluator.extractor)
+        if reconstructor is not None:
+            record |= reconstruction_accuracy(reconstructed, *real.embedded, evaluator.extractor)
     return record
 
 
