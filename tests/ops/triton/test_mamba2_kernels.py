@@ -18,7 +18,6 @@ from lightning_mvar.ops.mamba2 import Mamba2Parameters, mamba2_reference
 from lightning_mvar.ops.triton.mamba2 import mamba2_forward
 
 H, P, N, TAPS = 2, 8, 4, 4
-INNER, CHANNELS = H * P, H * P + 2 * N
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 EPS = 0.1  # large: the norm of 16 channels would amplify the rounding of rows that are nearly 0
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -49,16 +48,16 @@ def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
 
 
-def random_arguments(length: int, dtype: torch.dtype, with_state: bool) -> list[Tensor | None]:
+def random_arguments(length: int, dtype: torch.dtype, with_state: bool, p: int = P, n: int = N) -> list[Tensor | None]:
     """Returns the kernels' arguments: projection and convolution's state in `dtype`, all others in float32."""
-    b = 2 if length <= 2 else 1
+    b, inner, channels = 2 if length <= 2 else 1, H * p, H * p + 2 * n
     generator = torch.Generator().manual_seed(length)
     randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     parameters = Mamba2Parameters(
-        randn(CHANNELS, TAPS), randn(CHANNELS), randn(H) - 2, randn(H).abs(), randn(H), randn(INNER)
+        randn(channels, TAPS), randn(channels), randn(H) - 2, randn(H).abs(), randn(H), randn(inner)
     )
-    state = [randn(b, TAPS - 1, CHANNELS).to(dtype), randn(b, H, P, N)] if with_state else [None, None]
-    return [randn(b, length, INNER + CHANNELS + H).to(dtype), *parameters, *state]
+    state = [randn(b, TAPS - 1, channels).to(dtype), randn(b, H, p, n)] if with_state else [None, None]
+    return [randn(b, length, inner + channels + H).to(dtype), *parameters, *state]
 
 
 def outputs_and_gradients(
@@ -92,7 +91,21 @@ def kernels(*arguments: Tensor | None) -> tuple[Tensor, ...]:
 )
 def test_kernels_equal_the_reference(length: int, with_state: bool, dtype: torch.dtype, device: str) -> None:
     """Compares outputs, states and every gradient with float32; bfloat16 may err a few times as much as in PyTorch."""
-    arguments = [None if t is None else t.to(device) for t in random_arguments(length, dtype, with_state)]
+    compare_with_reference([None if t is None else t.to(device) for t in random_arguments(length, dtype, with_state)])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", [1, 65, 680])
+def test_kernels_equal_the_reference_at_the_published_sizes(length: int, dtype: torch.dtype) -> None:
+    """Head dim and state 64, which a GPU processes in chunks of 64 tokens in bfloat16 and 32 in float32."""
+    arguments = random_arguments(length, dtype, with_state=True, p=64, n=64)
+    compare_with_reference([None if t is None else t.cuda() for t in arguments])
+
+
+def compare_with_reference(arguments: list[Tensor | None]) -> None:
+    assert arguments[0] is not None
+    dtype = arguments[0].dtype
     actual = outputs_and_gradients(kernels, arguments)
     expected = outputs_and_gradients(reference, [None if t is None else t.float() for t in arguments])
     rounded = outputs_and_gradients(reference, arguments)
