@@ -87,7 +87,7 @@ class BatchedDataModule(L.LightningDataModule):
         if self.given_batch_size is not None:
             return self.given_batch_size
         accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        share = self.global_batch_size // (rank_and_world_size(self.trainer)[1] * accumulated)
+        share = self.global_batch_size // (trainer_ranks(self.trainer)[1] * accumulated)
         return max(1, min(share, self.max_batch_size or share))  # outside of `fit` a share need not be exact
 
     def accumulation(self, at_least: int) -> int:
@@ -96,7 +96,7 @@ class BatchedDataModule(L.LightningDataModule):
         Raises:
             InputError: if the global batch cannot be divided over the devices.
         """
-        devices = rank_and_world_size(self.trainer)[1]
+        devices = trainer_ranks(self.trainer)[1]
         per_device, rest = divmod(self.global_batch_size, devices)
         for batches in range(at_least, per_device + 1):
             if rest == 0 and per_device % batches == 0 and per_device // batches <= (self.max_batch_size or per_device):
@@ -194,7 +194,7 @@ class TokenDataModule(BatchedDataModule):
         return self.test_dataloader()
 
     def loader(self, name: str, seed: int | None) -> TokenLoader:
-        rank, world_size = rank_and_world_size(self.trainer)
+        rank, world_size = trainer_ranks(self.trainer)
         stream = TokenStream(
             self.shards[name],
             self.manifests[name],
@@ -254,7 +254,7 @@ class ImageDataModule(BatchedDataModule):
 
     def train_dataloader(self) -> ImageLoader:
         source = ShuffledImages(
-            self.images("train"), self.batch_size, self.seed, self.crop, *rank_and_world_size(self.trainer)
+            self.images("train"), self.batch_size, self.seed, self.crop, *trainer_ranks(self.trainer)
         )
         return track_progress(ImageLoader(source, self.num_workers, self.pin_memory), self.trainer)
 
@@ -269,7 +269,7 @@ class ImageDataModule(BatchedDataModule):
         )
 
 
-def rank_and_world_size(trainer: L.Trainer | None) -> tuple[int, int]:
+def trainer_ranks(trainer: L.Trainer | None) -> tuple[int, int]:
     """Returns the rank of this process and the world size; (0, 1) without a trainer."""
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
