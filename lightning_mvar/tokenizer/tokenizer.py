@@ -21,9 +21,9 @@ from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
 # Maximum size of the decoder's finest feature map, which bounds the images decoded at once; other devices decode one at
 # a time. On a CPU, larger buffers are newly allocated by the system each time, which is slower than smaller batches. On
-# a GPU it is the size of 64 images of 256 pixels in bfloat16, which take 7 GiB in all; twice as many would have maps of
-# more than 2^31 elements.
-DECODER_MAP_BYTES = {"cpu": 2**25, "cuda": 5 * 2**28}
+# a GPU it is the size of 16 images of 256 pixels in bfloat16, which take 2.1 GiB in all: few launches, and room for a
+# training run.
+DECODER_MAP_BYTES = {"cpu": 2**25, "cuda": 5 * 2**26}
 
 # Largest values, which keep a forged config from allocating or looping without limit.
 LIMITS = {"vocab_size": 2**16, "code_dim": 2**14, "channels": 2**14, "blocks": 2**6, "num_phi": 2**10}
