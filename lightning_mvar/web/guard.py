@@ -25,7 +25,7 @@ RESULTS = re.compile(r"/gradio_api/(queue/data|call/\w+/(?P<event>\w+))")
 MAX_FILE_BODY, MAX_JSON_BODY = 20 * 2**20, 2**20
 MAX_ARRIVING = 5 * MAX_FILE_BODY  # uploads that are being received at the same time
 BODY_TIMEOUT_S = 120.0  # for the body of a request, 20 MB of files at most, to arrive
-PATIENCE_S = 10.0  # how long a job may wait for a client that asks for its images
+CLIENT_TIMEOUT_S = 10.0  # how long a job may wait for a client that asks for its images
 RECEIVED = "lightning_mvar.received"  # time of arrival, in the scope of a request
 
 
@@ -52,7 +52,7 @@ class Audience:
 
     def waits(self, session: str, received: float) -> bool:
         """Returns whether a job is still wanted; `received` is when its request arrived."""
-        return not self.closed and (self.streams[session] > 0 or time.monotonic() - received < PATIENCE_S)
+        return not self.closed and (self.streams[session] > 0 or time.monotonic() - received < CLIENT_TIMEOUT_S)
 
 
 class Body:

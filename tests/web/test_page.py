@@ -178,7 +178,7 @@ def test_jobs_that_nobody_waits_for_are_dropped(
             break
     else:
         pytest.fail("the queue never fills up")
-    monkeypatch.setattr("lightning_mvar.web.guard.PATIENCE_S", 0)
+    monkeypatch.setattr("lightning_mvar.web.guard.CLIENT_TIMEOUT_S", 0)
     started = pipe.started
     end = time.monotonic() + 30
     while httpx.get(f"{url}/gradio_api/queue/status").json()["queue_size"]:
