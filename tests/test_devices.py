@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +78,14 @@ def test_exact_products_of_overlapping_threads_stay_exact_and_leave_the_setting(
 def test_tokens_are_encoded_in_the_given_precision_and_chosen_in_float32(
     tokenizer: Tokenizer, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tokenizer = deepcopy(tokenizer)  # the encoder casts its weights, and other tests share the tokenizer
     encoder, argmin = [], []
-    hook = tokenizer.encoder.conv_in.register_forward_hook(lambda *_: encoder.append(tf32()))
+    tokenizer.encoder.conv_in.register_forward_hook(lambda *_: encoder.append(tf32()))
     smallest = torch.Tensor.argmin
     monkeypatch.setattr(torch.Tensor, "argmin", lambda self, **k: argmin.append(tf32()) or smallest(self, **k))
     set_tf32(True)
     batch = ImageBatch(torch.zeros(1, 3, *tokenizer.config.shape), torch.zeros(1, dtype=torch.int64), ["a"], [], [])
     list(TokenEncoder(tokenizer, torch.device("cpu"), precision)([batch]))
-    hook.remove()
     assert encoder == [precision == "tf32"]
     assert argmin == [False] * tokenizer.config.schedule.num_scales
 
