@@ -2,7 +2,7 @@
 # make test   the tests
 # make docs   the documentation site, into build/site
 # All create .venv first if it is absent. PYTHON=python3.12 chooses the interpreter.
-# make gpu    the tests and benchmarks of a GPU, into outputs/gpu, within 8 minutes; PYTHON without .venv
+# make gpu    the tests and benchmarks of a GPU, into outputs/gpu, within 8 minutes; creates no .venv
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -27,8 +27,8 @@ demo-clean:
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-# Creates no .venv, which needs an index of packages. Only files with GPU tests are collected: others may need packages
-# that a lent machine lacks. Several processes, because compiling kernels takes longer than running them.
+# Creates no .venv, which needs a package index. Collects only files with GPU tests: others may need packages that the GPU
+# machine lacks. Several processes, because compiling kernels takes longer than running them.
 GPU_PYTHON := $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON))
 gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
