@@ -21,9 +21,8 @@ Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXACT_LOCK = Lock()
-BEFORE_EXACT: list[
-    tuple[str, bool]
-] = []  # settings before each `exact_float32` in progress; the last restores the first
+# Settings before each `exact_float32` in progress; the last block to end restores the first of them.
+BEFORE_EXACT: list[tuple[str, bool]] = []
 
 
 def set_tf32(allowed: bool) -> None:
@@ -39,7 +38,7 @@ def set_tf32(allowed: bool) -> None:
 def exact_float32() -> Iterator[None]:
     """Computes products of float32 without TF32, whatever `set_tf32` allows: for tokens and scores.
 
-    The setting is that of the process: other threads compute so, too, until the last one has left such a block.
+    The setting is that of the process: other threads are affected until the last such block ends.
     """
     with EXACT_LOCK:
         BEFORE_EXACT.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))

@@ -49,7 +49,9 @@ def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
         return load_official(path, tokenizer)
     path = resolve_last(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote")
+        raise InputError(
+            f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote, or published weights"
+        )
     if path.is_dir() and ((path / CONFIG).exists() or not (path / PLAIN_PART).is_file()):
         return load_folder(path, tokenizer)
     return load_checkpoint(path, tokenizer, weights)

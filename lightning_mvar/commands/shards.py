@@ -215,7 +215,7 @@ def storage_summary(manifest: Manifest, folder: Path, num_tokens: int) -> dict[s
 
 
 def print_classes(class_names: list[str], counts: np.ndarray) -> None:
-    """Prints the range of samples per class, and the classes with the fewest and the max_entries."""
+    """Prints the range of samples per class, and the classes with the fewest and the most."""
     classes = Classes(class_names, len(class_names))
     print(f"samples per class: min {counts.min()}, median {np.median(counts):g}, max {counts.max()}")
     order = np.argsort(counts, kind="stable")

@@ -41,6 +41,7 @@ MIN_BYTES_PER_S = 10_000
 RESERVE_BYTES = 2**28  # of the disk, which downloads leave free
 CHUNK_BYTES = 2**18
 HTTP_OPTIONS = {"encoded": True}  # as given: a signature must not be quoted again
+S3_OPTIONS = {"max_concurrency": 1}  # several ranges at once are reported only when all of them have arrived
 SCHEMES = ("https", "http", "s3", "gs", "hf")  # whose libraries report each part of a download, which bounds its size
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,8 +65,8 @@ def check_scheme(address: str) -> None:
         return
     if scheme not in SCHEMES:
         raise InputError(
-            f"{address}: {scheme}:// is not supported; use https://, s3://, gs:// or hf://, or a command such as "
-            f"'pipe:rclone cat REMOTE:FILE' (for token shards, with {{}} in place of the file name)"
+            f"{address}: {scheme}:// is not supported; use a path, https://, s3://, gs:// or hf://, or a command such "
+            f"as 'pipe:rclone cat REMOTE:FILE' (for token shards, with {{}} in place of the file name)"
         )
     try:
         parts = urlsplit(address)
@@ -188,6 +189,20 @@ class Progress(Callback):
         self.address, self.max_bytes, self.abandoned = address, max_bytes, False
         self.window_begin, self.window_size = monotonic(), 0
 
+    def set_size(self, size: int) -> None:
+        """Takes the size that a server states before it sends anything.
+
+        Raises:
+            InputError: if it is more than `max_bytes`.
+        """
+        if size is not None and size > self.max_bytes:
+            raise self.too_long()
+
+    def too_long(self) -> InputError:
+        return InputError(
+            f"{self.address} sends more than the {self.max_bytes} bytes that are expected, or fit on the disk"
+        )
+
     def relative_update(self, inc: int = 1) -> None:
         """Counts `inc` bytes.
 
@@ -197,9 +212,7 @@ class Progress(Callback):
         """
         self.value += inc
         if self.value > self.max_bytes:
-            raise InputError(
-                f"{self.address} sends more than the {self.max_bytes} bytes that are expected, or fit on the disk"
-            )
+            raise self.too_long()
         if self.abandoned:
             raise FetchError("abandoned")
         if (elapsed := monotonic() - self.window_begin) >= STALL_S:
@@ -225,7 +238,11 @@ def download(address: str, path: Path, max_bytes: int) -> None:
 def copy_url(address: str, path: Path, progress: Progress) -> None:
     """Downloads in a second thread, which is left behind if it stalls: not every library has a time limit."""
     check_scheme(address)
-    options = HTTP_OPTIONS | {"client_kwargs": http_client()} if urlsplit(address).scheme in ("http", "https") else {}
+    scheme, options = urlsplit(address).scheme, {}
+    if scheme in ("http", "https"):
+        options = HTTP_OPTIONS | {"client_kwargs": http_client()}
+    elif scheme == "s3":
+        options = dict(S3_OPTIONS)
     finished: Future[None] = Future()
 
     def copy() -> None:

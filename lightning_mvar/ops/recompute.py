@@ -2,7 +2,8 @@
 
 Autograd keeps the operands of each operation until its backward pass. Operands that a cheap function makes from others,
 which are kept anyway, waste memory: within `recomputation`, results of `cheap` are replaced by their function and its
-arguments. The autograd graph is the same, and so is each bit of the gradients.
+arguments. The autograd graph is the same. With PyTorch operations, so is each
+bit of the gradients; a Triton kernel may sum in another order than the one whose result it stands for.
 """
 
 from __future__ import annotations

@@ -87,12 +87,14 @@ class ScaleGraphs:
         drawer = replace(drawer, settings=replace(drawer.settings, seed=0))  # which no scale reads
         kind = drawer, batch.known is None, precision_on(batch.labels.device.type)
         size = len(self.buffers.labels) if self.buffers is not None and kind == self.kind else 0
-        was_small, self.was_small = self.was_small, 2 * count <= size
-        if self.was_small and not was_small:
+        is_small = 2 * count <= size
+        is_first, self.was_small = is_small and not self.was_small, is_small
+        if is_first:
             yield from drawer.steps(batch)
             return
-        if self.was_small or count > size or self.buffers is None:
-            self.kind, self.buffers, self.scales = None, None, []  # frees the memory of other graphs
+        if is_small or count > size or self.buffers is None:
+            # Frees the memory of other graphs.
+            self.kind, self.buffers, self.scales, self.was_small = None, None, [], False
             yield from drawer.steps(batch)
             self.kind, self.buffers = kind, copy_of(batch)
             return

@@ -291,8 +291,8 @@ class LitMVAR(ScheduledModule):
                 an older version that did not record the decay of its average.
         """
         path = Path(checkpoint_path).expanduser()
-        trained = load_trained(path, tokenizer, weights="raw")
         record = checked(read_plain_part(resolve_last(path)).get(NETWORK_KEY), NetworkRecord, str(path))
+        trained = load_trained(path, tokenizer, weights="raw")
         if record.run.ema and "ema_decay" not in options:
             if record.run.ema_decay is None:
                 raise InputError(f"{path} does not record the decay of its weight average: pass ema_decay")

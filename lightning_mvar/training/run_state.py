@@ -83,10 +83,11 @@ def check_callbacks(states: Any, trainer: L.Trainer) -> None:
         if package not in ("lightning", "lightning_mvar") or callback.state_key not in states:
             continue
         saved = states[callback.state_key]
-        form, path = callback.state_dict(), f"callbacks.{type(callback).__name__}"
+        path = f"callbacks.{type(callback).__name__}"
         check_like(saved, {}, path)
         if package == "lightning":
             continue
+        form = callback.state_dict()
         if isinstance(best := saved.get("best_k_models"), dict):
             form["best_k_models"] = dict.fromkeys(best, torch.zeros(()))
         check_like(saved, form, path)

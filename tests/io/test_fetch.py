@@ -15,7 +15,7 @@ from lightning_mvar.data.images.examples import ImageSource
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.errors import InputError
 from lightning_mvar.io import fetch
-from lightning_mvar.io.fetch import remote_file_name
+from lightning_mvar.io.fetch import Progress, remote_file_name
 
 PATTERN = f"{{{','.join(CLASSES)}}}.tar"  # one tar per class
 
@@ -140,3 +140,10 @@ def test_what_fsspec_cannot_parse_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(fetch, "url_to_fs", fail)
     with pytest.raises(InputError, match=r"http://host/a is not a valid URL \(no group\)"):
         fetch.download("http://host/a", tmp_path / "here", 1000)
+
+
+def test_a_download_that_states_too_large_a_size_ends_before_its_data() -> None:
+    progress = Progress("https://host/a.tar", 10)
+    progress.set_size(10)
+    with pytest.raises(InputError, match="sends more than the 10 bytes that are expected"):
+        progress.set_size(11)

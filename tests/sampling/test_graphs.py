@@ -95,14 +95,19 @@ def test_batches_above_half_the_size_use_a_part_and_others_or_other_settings_beg
     assert replayed == [False, True, False, True, False, False, True, False, True, False]
 
 
-def test_a_small_batch_after_large_ones_begins_anew_at_its_size(graphs: ScaleGraphs, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize(
+    ("counts", "captured"), [([8, 8, 1, 1, 1], [8, 8, 8, 1, 1]), ([8, 8, 2, 2, 1], [8, 8, 8, 2, 2])]
+)
+def test_the_second_small_batch_in_a_row_begins_anew_at_its_size(
+    counts: list[int], captured: list[int], graphs: ScaleGraphs, tokenizer: Tokenizer
+) -> None:
     network, sizes = tiny_network(), []
-    for count in (8, 8, 1, 1, 1):
+    for count in counts:
         request = network, tokenizer, torch.arange(count), SETTINGS, image_keys(0, range(count))
         draw_images(*request, graphs=graphs)
         assert graphs.buffers is not None
         sizes.append(len(graphs.buffers.labels))
-    assert sizes == [8, 8, 8, 1, 1]
+    assert sizes == captured
 
 
 def test_another_precision_of_products_begins_anew(

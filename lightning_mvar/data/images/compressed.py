@@ -20,7 +20,7 @@ MAX_RATIO, MAX_SMALL_BYTES = 50, 2**28  # images barely compress; an archive may
 
 
 def open_zstandard(file: BinaryIO) -> Any:
-    require_package("pyarrow", "parquet", "reading .tar.zst, unless decompressed with unzstd,")
+    require_package("pyarrow", "parquet", "reading .tar.zst (or unzstd in advance)")
     import pyarrow  # type: ignore[import-untyped]
 
     return pyarrow.CompressedInputStream(file, "zstd")

@@ -79,8 +79,11 @@ class MappedShard:
         Raises:
             InputError: if a value is out of range, or the file has another size than when it was opened.
         """
-        if (size := self.mapping.size()) != self.bytes:  # reading past the end would kill the process
-            raise damaged_shard(self.path, ValueError(f"it has {size} bytes, it had {self.bytes} when it was opened"))
+        try:
+            if (size := self.mapping.size()) != self.bytes:  # reading past the end would kill the process
+                raise ValueError(f"it has {size} bytes, it had {self.bytes} when it was opened")
+        except PACK_ERRORS as error:  # a file that was removed from a network file system included
+            raise damaged_shard(self.path, error) from error
         pack = np.searchsorted(self.layout.ends, rows, side="right")
         tokens = self.tokens[self.layout.tokens[pack] + rows * self.token_bytes].view(np.uint16)
         labels = self.labels[self.layout.labels[pack] + rows * 8].view(np.int64)[:, 0]

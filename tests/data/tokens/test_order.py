@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,3 +182,13 @@ def test_a_shard_that_is_cut_while_it_is_open_is_told(tmp_path: Path) -> None:
         InputError, match=rf"{path.name} is damaged .*it has 0 bytes, it had {manifest.shards[0].bytes}"
     ):
         shard.read(rows)
+
+
+def test_a_shard_that_a_network_file_system_has_lost_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_token_shards(tmp_path, "abc", [40])
+    manifest = Manifest.load(tmp_path)
+    shard = mapped.MappedShard(manifest.shards[0].path_in(tmp_path), manifest.shards[0], manifest.spec)
+    lost = SimpleNamespace(size=lambda: os.stat(tmp_path / "removed").st_size)
+    monkeypatch.setattr(shard, "mapping", lost)
+    with pytest.raises(InputError, match=rf"{manifest.shards[0].name} is damaged"):
+        shard.read(np.arange(4))
