@@ -238,11 +238,10 @@ def download(address: str, path: Path, max_bytes: int) -> None:
 def copy_url(address: str, path: Path, progress: Progress) -> None:
     """Downloads in a second thread, which is left behind if it stalls: not every library has a time limit."""
     check_scheme(address)
-    scheme, options = urlsplit(address).scheme, {}
+    scheme = urlsplit(address).scheme
+    options: dict[str, Any] = dict(S3_OPTIONS) if scheme == "s3" else {}
     if scheme in ("http", "https"):
         options = HTTP_OPTIONS | {"client_kwargs": http_client()}
-    elif scheme == "s3":
-        options = dict(S3_OPTIONS)
     finished: Future[None] = Future()
 
     def copy() -> None:
