@@ -300,7 +300,7 @@ def test_addresses(location: str, address: str) -> None:
     [
         (
             "nfs://host/shards",
-            r"nfs:// is not supported; use https://, s3://, gs:// or hf://, or a command",
+            r"nfs:// is not supported; use a path, https://, s3://, gs:// or hf://, or a command",
         ),
         ("pipe:cat shards", "does not say which file: put {} where"),
     ],
