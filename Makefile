@@ -24,9 +24,8 @@ demo: .venv/installed
 demo-clean:
 	rm -rf outputs/demo outputs/statistics
 
-# Two processes per core, because many tests wait for processes that they start.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $$((2 * $$(getconf _NPROCESSORS_ONLN))) --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # Creates no .venv, which needs a package index. Collects only files with GPU tests: others may need packages that the GPU
 # machine lacks. Several processes, because compiling kernels takes longer than running them.
