@@ -85,7 +85,7 @@ class Block(nn.Module):
         cond: Tensor,
         shapes: tuple[Shape, ...],
         state: BlockState | None = None,
-        survival: Tensor | None = None,
+        drop_path: Tensor | None = None,
     ) -> tuple[Tensor, BlockState]:
         """Runs tokens x (b, l, d) of steps with these token maps, continuing from `state`.
 
@@ -94,9 +94,9 @@ class Block(nn.Module):
             cond: (b, d), or (b, 1, 3 m, d) with shared AdaLN; used only to begin an image, that is without a `state`.
             shapes: height and width of each step's token map, l tokens together.
             state: as returned for the step before.
-            survival: (b, 1, m, 1) drop path of this pass, see `draw_survival`; None for none.
+            drop_path: (b, 1, m, 1) factors of the gates in this pass, see `draw_drop_path`; None for none.
         """
-        state = state or BlockState(self.adaln_parameters(cond, survival), (None,) * len(self.mixers))
+        state = state or BlockState(self.adaln_parameters(cond, drop_path), (None,) * len(self.mixers))
         adaln, carried, entered, dtype = state.adaln, [], x, product_dtype(x)
         normed = cheap(modulate, x, adaln[0].gain, adaln[0].shift, dtype)  # (b, l, d)
         for i, (mixer, before) in enumerate(zip(self.mixers, state.mixers, strict=True)):
@@ -113,15 +113,15 @@ class Block(nn.Module):
         x = add_gated(x, adaln[-1].gate, y)  # (b, l, d)
         return x, BlockState(adaln, tuple(carried))
 
-    def adaln_parameters(self, cond: Tensor, survival: Tensor | None = None) -> list[AdaLN]:
+    def adaln_parameters(self, cond: Tensor, drop_path: Tensor | None = None) -> list[AdaLN]:
         """Computes the AdaLN parameters of mixers and MLP from the class alone; drop path closes gates."""
         if self.config.shared_adaln:
             table = self.adaln_table + cond  # (b, 1, 3 m, d)
         else:
             table = self.adaln(F.silu(cond))[:, None].unflatten(-1, (-1, cond.shape[-1]))  # (b, 1, 3 m, d)
         gates, gains, shifts = table.unflatten(2, (3, -1)).unbind(2)  # (b, 1, m, d) each
-        if survival is not None:
-            gates = (gates / survival).to(gates.dtype)
+        if drop_path is not None:
+            gates = (gates * drop_path).to(gates.dtype)
         branches = zip(gates.unbind(2), (1 + gains).unbind(2), shifts.unbind(2), strict=True)  # m times (b, 1, d)
         return [AdaLN(*parameters) for parameters in branches]
 
@@ -197,27 +197,27 @@ class MVAR(nn.Module):
         block_cond = self.block_cond(cond)  # (b, d) or (b, 1, 3 m, d)
         # CPUs have the memory, and would take 3 to 8 % longer.
         with recomputation(Recipes() if x.is_cuda and torch.is_grad_enabled() else None):
-            for block, survival in zip(self.blocks, self.draw_survival(x), strict=True):
-                x, _ = block(x, block_cond, self.config.step_shapes, survival=survival)  # (b, l, d)
+            for block, drop_path in zip(self.blocks, self.draw_drop_path(x), strict=True):
+                x, _ = block(x, block_cond, self.config.step_shapes, drop_path=drop_path)  # (b, l, d)
         return x, cond
 
-    def draw_survival(self, x: Tensor) -> Sequence[Tensor | None]:
+    def draw_drop_path(self, x: Tensor) -> Sequence[Tensor | None]:
         """Draws drop path (stochastic depth) for all blocks; outside them, so that one compiled graph serves any rate.
 
         Returns:
-            Per block (b, 1, m, 1) float32 by which to divide the gates of a sample's branches: the probability of a
-            branch to be kept if it is, else infinity. None for each block in eval mode or without drop path.
+            Per block (b, 1, m, 1) float32, by which to multiply the gates of a sample's branches: 1 / (1 - rate) if a
+            branch is kept, else 0. None for each block in eval mode or without drop path.
         """
         if not self.training or self.config.drop_path == 0:
             return [None] * self.config.depth
-        survival = []
+        factors = []
         for i in range(self.config.depth):
             kept = x.new_ones(len(self.config.mixers_of(i)) + 1, len(x), dtype=torch.float32)  # (m, b)
             share = 1 - self.config.drop_path_of(i)
             for branch in kept if share < 1 else ():
-                branch.bernoulli_(share).mul_(share)
-            survival.append(kept.masked_fill_(kept == 0, math.inf).t()[:, None, :, None])
-        return survival
+                branch.bernoulli_(share).div_(share)
+            factors.append(kept.t()[:, None, :, None])
+        return factors
 
     def init_state(self, labels: Tensor) -> MVARState:
         """Returns the state before the first step, for images of `labels` (b,) int64 in [0, num_classes]."""

@@ -153,8 +153,8 @@ class DataParallelStrategy(ModelParallelStrategy):
         ranks = self.num_nodes * self.num_processes
         if ranks % self.replicas:
             raise InputError(f"data_parallel_replicate {self.replicas} must divide the number of ranks, {ranks}")
-        self._data_parallel_size, self._tensor_parallel_size = ranks, 1
-        super().setup_environment()
+        super(ModelParallelStrategy, self).setup_environment()  # without the mesh of ModelParallelStrategy
+        self._setup_distributed()
         shape = (self.replicas, ranks // self.replicas)
         mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
         assert self.lightning_module is not None
@@ -162,7 +162,7 @@ class DataParallelStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every rank has data of its own, in Lightning's mesh as well as in this one."""
+        """Every rank has data of its own."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

@@ -300,17 +300,17 @@ def test_the_qk_norm_scale_is_capped_at_100() -> None:
 
 def test_drop_path_keeps_the_mean_and_drops_complete_branches() -> None:
     network = tiny_network(drop_path=0.25).train()
-    assert network.eval().draw_survival(torch.zeros(2)) == [None, None]
-    first, last = network.train().draw_survival(torch.zeros(4000))
+    assert network.eval().draw_drop_path(torch.zeros(2)) == [None, None]
+    first, last = network.train().draw_drop_path(torch.zeros(4000))
     assert first is not None
     assert last is not None
     assert (first == 1).all()
     assert last.shape == (4000, 1, 3, 1)
-    assert set(last.unique().tolist()) == {0.75, math.inf}
-    torch.testing.assert_close((1 / last).mean(0).flatten(), torch.ones(3), atol=0.05, rtol=0)
+    assert torch.equal(last.unique(), torch.tensor([0, 1 / 0.75]))
+    torch.testing.assert_close(last.mean(0).flatten(), torch.ones(3), atol=0.05, rtol=0)
     block, x, cond = network.blocks[1], torch.randn(2, 30, 64), torch.randn(2, 64)
-    drops_all = torch.tensor([math.inf, 1.0])[:, None, None, None].expand(2, 1, 3, 1)
-    dropped, _ = block(x, cond, SCHEDULE.shapes, survival=drops_all)
+    drops_all = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 1, 3, 1)
+    dropped, _ = block(x, cond, SCHEDULE.shapes, drop_path=drops_all)
     kept, _ = block(x, cond, SCHEDULE.shapes)
     assert torch.equal(dropped[0], x[0])
     assert torch.equal(dropped[1], kept[1])
