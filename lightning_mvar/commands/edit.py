@@ -84,12 +84,16 @@ def edit(
                 result.save(path)
     print(f"{len(edited)} images in {out}")
     if picture is not None:
-        before = fitted(original, pipe.shape)
-        marked = Image.composite(Image.new("RGB", before.size, REDRAWN_COLOR), before, fitted(region, pipe.shape))
-        rows = [edited[begin : begin + count] for begin in range(0, len(edited), count)]
-        panels = torch.from_numpy(np.stack([np.asarray(panel) for row in rows for panel in (before, marked, *row)]))
-        save_image(image_grid(panels.movedim(-1, 1) / 255, count + 2), picture)
+        save_comparison(fitted(original, pipe.shape), fitted(region, pipe.shape), edited, count, picture)
         print(f"original, part to redraw and results in {picture}")
+
+
+def save_comparison(before: Image.Image, region: Image.Image, edited: list[Image.Image], count: int, path: str) -> None:
+    """Saves a figure with rows of the image, the part to redraw, which is white in `region`, and `count` results."""
+    marked = Image.composite(Image.new("RGB", before.size, REDRAWN_COLOR), before, region)
+    rows = [edited[begin : begin + count] for begin in range(0, len(edited), count)]
+    panels = torch.from_numpy(np.stack([np.asarray(panel) for row in rows for panel in (before, marked, *row)]))
+    save_image(image_grid(panels.movedim(-1, 1) / 255, count + 2), path)
 
 
 def box_mask(box: str, shape: Shape) -> Image.Image:
