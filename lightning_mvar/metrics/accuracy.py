@@ -31,7 +31,7 @@ def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extrac
     """Returns classifier accuracies on the samples, with their intended classes as labels, and on the reference."""
     samples, record = samples_and_labels(images, embedded), dict[str, Any]()
     if embedded is DIGITS:
-        record |= digits_svm_accuracy(samples)
+        record |= digits_svm_accuracy(samples, split)
     if is_classifier_of(extractor, embedded):
         record["classifier_accuracy_on_reference"] = accuracy(extractor, *real_images(embedded, split))
         if samples is not None:
@@ -39,13 +39,17 @@ def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extrac
     return record
 
 
-def digits_svm_accuracy(samples: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
-    """Returns accuracies of SVMs trained on real digits and tested on samples, and the other way round."""
-    train, test = real_images(DIGITS, "train"), real_images(DIGITS, "test")
-    record: dict[str, Any] = {"svm_accuracy_on_reference": svm_accuracy(*train, *test)}
+def digits_svm_accuracy(samples: tuple[Tensor, Tensor] | None, split: Split) -> dict[str, Any]:
+    """Returns accuracies of SVMs trained on real digits and tested on samples, and the other way round.
+
+    Real digits to train on are the training digits; those to test on are the reference's, of the given split. An SVM
+    is not tested on the digits that it was trained on.
+    """
+    train, reference = real_images(DIGITS, "train"), real_images(DIGITS, split)
+    record: dict[str, Any] = {} if split == "train" else {"svm_accuracy_on_reference": svm_accuracy(*train, *reference)}
     if samples is not None:
         record["svm_accuracy_on_samples"] = svm_accuracy(*train, *samples)
-        record["svm_accuracy_trained_on_samples"] = svm_accuracy(*samples, *test)
+        record["svm_accuracy_trained_on_samples"] = svm_accuracy(*samples, *reference)
     return record
 
 

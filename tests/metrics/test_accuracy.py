@@ -1,0 +1,19 @@
+"""Accuracies of SVMs on digits, for references of either split."""
+
+from __future__ import annotations
+
+from lightning_mvar.data.builtin.digits import DIGITS
+from lightning_mvar.metrics.accuracy import digits_svm_accuracy
+from lightning_mvar.metrics.digits import svm_accuracy
+
+
+def test_svm_trained_on_samples_is_tested_on_the_references_split() -> None:
+    (train, train_labels), (test, test_labels) = DIGITS.load("train"), DIGITS.load("test")
+    train, test = (train + 1) / 2, (test + 1) / 2
+    samples = train[:60] * 0.7, train_labels[:60]
+    on_train, on_test = digits_svm_accuracy(samples, "train"), digits_svm_accuracy(samples, "test")
+    assert on_train["svm_accuracy_trained_on_samples"] == svm_accuracy(*samples, train, train_labels)
+    assert on_test["svm_accuracy_trained_on_samples"] == svm_accuracy(*samples, test, test_labels)
+    assert on_train["svm_accuracy_on_samples"] == on_test["svm_accuracy_on_samples"]
+    assert "svm_accuracy_on_reference" not in on_train
+    assert on_test["svm_accuracy_on_reference"] == svm_accuracy(train, train_labels, test, test_labels)
