@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_mvar.checkpoints.folders import CONFIG, load_folder, load_tokenizer, save_folder
+from lightning_mvar.checkpoints.folders import CONFIG, load_tokenizer, open_folder, save_folder
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.checkpoints.published_files import (
     load_official,
     load_official_mvar,
     load_official_tokenizer,
+    open_official,
     save_official,
 )
-from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, load_checkpoint, resolve_last
+from lightning_mvar.checkpoints.stored import StoredModel
+from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, open_checkpoint, resolve_last
 from lightning_mvar.errors import InputError
 
 PUBLISHED = (".pth", ".pt", ".bin", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
 
 __all__ = [
+    "StoredModel",
     "TrainedModel",
     "WhichWeights",
     "check_pair",
@@ -26,13 +29,19 @@ __all__ = [
     "load_official_tokenizer",
     "load_tokenizer",
     "load_trained",
+    "open_trained",
     "save_folder",
     "save_official",
 ]
 
 
 def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
-    """Loads a network with its tokenizer from a training checkpoint, an exported folder or a published file.
+    """Loads a network with its tokenizer; see `open_trained` for arguments and errors."""
+    return open_trained(path, tokenizer, weights).load()
+
+
+def open_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> StoredModel:
+    """Opens a training checkpoint, an exported folder or a published file; its tensors are read when they are used.
 
     Args:
         path: checkpoint file, folder of a sharded checkpoint (only its weights are read), folder of `export`, or file
@@ -46,12 +55,12 @@ def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
     """
     path = Path(path).expanduser()
     if path.suffix in PUBLISHED and path.is_file():
-        return load_official(path, tokenizer)
+        return open_official(path, tokenizer)
     path = resolve_last(path)
     if not path.exists():
         raise InputError(
             f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote, or published weights"
         )
     if path.is_dir() and ((path / CONFIG).exists() or not (path / PLAIN_PART).is_file()):
-        return load_folder(path, tokenizer)
-    return load_checkpoint(path, tokenizer, weights)
+        return open_folder(path, tokenizer)
+    return open_checkpoint(path, tokenizer, weights)

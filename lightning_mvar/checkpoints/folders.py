@@ -8,14 +8,16 @@ assigned to them, so memory holds the weights once (and, temporarily, the mapped
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
+from lightning_mvar.checkpoints.pair import check_pair
+from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import FormatVersion, read_json, write_json
-from lightning_mvar.io.tensors import StateDict, load_strictly, read_weights, save_weights
+from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
@@ -93,8 +95,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return load_strictly(tokenizer, read_weights(folder / "tokenizer.safetensors"), folder)
 
 
-def load_folder(folder: Path, tokenizer: str | Path | None = None) -> TrainedModel:
-    """Loads an exported folder.
+def open_folder(folder: Path, tokenizer: str | Path | None = None) -> StoredModel:
+    """Opens an exported folder.
 
     Args:
         folder: a folder that `export` wrote.
@@ -106,20 +108,16 @@ def load_folder(folder: Path, tokenizer: str | Path | None = None) -> TrainedMod
     config = read_config(folder, "network", "write one with `lightning-mvar export`")
     if config.network is None:
         raise InputError(f"{folder / CONFIG} describes no network; write one with `lightning-mvar export`")
-    network = build_network(config.network, read_weights(folder / "network.safetensors"), folder)
-    loaded = load_tokenizer(tokenizer or folder)
-    check_pair(network.config, loaded.config, f"the tokenizer in {tokenizer or folder}")
-    return TrainedModel(network, loaded, config.class_names)
+    weights = read_weights(folder / "network.safetensors")
+    loader = partial(load_fitting_tokenizer, tokenizer or folder, config.network)
+    return StoredModel(str(folder), config.network, weights, config.class_names, loader)
 
 
-def build_network(config: MVARConfig, weights: StateDict, source: Path) -> MVAR:
-    """Builds a network of these weights; `source` names their file in messages."""
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    if config.depth > max(len(blocks), 1):  # fail before building that many blocks
-        raise InputError(f"{source} does not fit MVAR: its weights have {len(blocks)} blocks, not {config.depth}")
-    with torch.device("meta"):
-        network = MVAR(config)
-    return load_strictly(network, weights, source)
+def load_fitting_tokenizer(folder: str | Path, network: MVARConfig) -> Tokenizer:
+    """Loads the tokenizer of a folder; raises InputError if the network does not predict its tokens."""
+    tokenizer = load_tokenizer(folder)
+    check_pair(network, tokenizer.config, f"the tokenizer in {folder}")
+    return tokenizer
 
 
 def read_config(folder: Path, part: str, remedy: str) -> FolderConfig:

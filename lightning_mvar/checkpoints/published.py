@@ -100,8 +100,10 @@ def without_buffers(state: Mapping[str, Tensor]) -> StateDict:
     return {key: tensor for key, tensor in state.items() if key.rsplit(".", 1)[-1] not in BUFFERS}
 
 
-def network_from_published(state: Mapping[str, Tensor], source: object, schedule: ScaleSchedule | None = None) -> MVAR:
-    """Builds a network in eval mode from a published state dict; `source` names it in messages.
+def network_from_published(
+    state: Mapping[str, Tensor], source: object, schedule: ScaleSchedule | None = None
+) -> tuple[MVARConfig, StateDict]:
+    """Returns architecture and weights of a network of ours, from a published state dict.
 
     Args:
         state: the state dict.
@@ -136,7 +138,7 @@ def network_from_published(state: Mapping[str, Tensor], source: object, schedule
     for key in weights:
         if key.endswith("qk_scale_log"):
             weights[key] = weights[key].flatten()
-    return load_strictly(network, weights, source)
+    return config, weights
 
 
 def network_config(state: Mapping[str, Tensor]) -> MVARConfig:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from lightning_mvar.checkpoints.folders import load_tokenizer, require_folder
@@ -18,8 +20,10 @@ from lightning_mvar.checkpoints.published import (
     tokenizer_from_published,
     tokenizer_to_published,
 )
+from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.tensors import StateDict, read_any, save_torch
+from lightning_mvar.io.tensors import StateDict, load_strictly, read_any, save_torch
+from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -62,7 +66,11 @@ def load_official_mvar(source: str | Path | Mapping[str, Tensor], schedule: Scal
     Raises:
         InputError: if the file cannot be read, or its keys or shapes are not those of a published network.
     """
-    return network_from_published(*read_published_state(source, "network"), schedule)
+    state, name = read_published_state(source, "network")
+    config, weights = network_from_published(state, name, schedule)
+    with torch.device("meta"):
+        network = MVAR(config)
+    return load_strictly(network, weights, name)
 
 
 def load_official_tokenizer(source: str | Path | Mapping[str, Tensor], schedule: ScaleSchedule) -> Tokenizer:
@@ -82,7 +90,14 @@ def load_official_tokenizer(source: str | Path | Mapping[str, Tensor], schedule:
 def load_official(
     network: str | Path, tokenizer: str | Path | None = None, schedule: ScaleSchedule | None = None
 ) -> TrainedModel:
-    """Loads a published network with its tokenizer; the classes have no names.
+    """Loads a published network with its tokenizer; see `open_official`."""
+    return open_official(network, tokenizer, schedule).load()
+
+
+def open_official(
+    network: str | Path, tokenizer: str | Path | None = None, schedule: ScaleSchedule | None = None
+) -> StoredModel:
+    """Opens a published network with its tokenizer; the classes have no names.
 
     Args:
         network: a .pth or .safetensors file, possibly a checkpoint of the published trainer, which holds both parts.
@@ -92,18 +107,24 @@ def load_official(
     Raises:
         InputError: if a file cannot be read or has another format, or the tokenizer does not fit the network.
     """
-    model = load_official_mvar(network, schedule)
+    state, name = read_published_state(network, "network")
+    config, weights = network_from_published(state, name, schedule)
+    return StoredModel(name, config, weights, [], partial(load_its_tokenizer, network, tokenizer, config))
+
+
+def load_its_tokenizer(network: str | Path, tokenizer: str | Path | None, config: MVARConfig) -> Tokenizer:
+    """Loads the tokenizer of a published network, and checks that it fits; arguments as of `open_official`."""
     if tokenizer is None:
         try:
-            loaded = load_official_tokenizer(network, model.config.schedule)
+            loaded = load_official_tokenizer(network, config.schedule)
         except InputError as error:
             raise InputError(f"{error}; pass the file of the tokenizer with --tokenizer") from error
     elif Path(tokenizer).expanduser().is_dir():
         loaded = load_tokenizer(tokenizer)
     else:
-        loaded = load_official_tokenizer(tokenizer, model.config.schedule)
-    check_pair(model.config, loaded.config, f"the tokenizer in {tokenizer or network}")
-    return TrainedModel(model, loaded, [])
+        loaded = load_official_tokenizer(tokenizer, config.schedule)
+    check_pair(config, loaded.config, f"the tokenizer in {tokenizer or network}")
+    return loaded
 
 
 def read_published_state(source: str | Path | Mapping[str, Tensor], part: str) -> tuple[StateDict, str]:

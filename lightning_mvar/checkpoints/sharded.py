@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ from torch.futures import Future
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular, read_regular
-from lightning_mvar.io.tensors import DAMAGE, StateDict, first_line, read_plain
+from lightning_mvar.io.tensors import DAMAGE, first_line, read_plain
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 2**28  # a large network's on 1,000 ranks has about 100 MB
@@ -196,20 +197,31 @@ def fits(value: Any, kind: type, **fields: type) -> bool:
     return isinstance(value, kind) and all(isinstance(getattr(value, name, None), fields[name]) for name in fields)
 
 
-def read_tensors(folder: Path, prefix: str) -> StateDict:
-    """Reads the tensors of a sharded checkpoint whose names start with `prefix`, and returns them without it.
+class ShardedTensors(Mapping[str, Tensor]):
+    """The tensors of a sharded checkpoint whose names start with `prefix`, named without it.
 
-    The shards of all ranks are joined on the CPU of this process.
+    An access reads one tensor and joins the shards of all ranks on the CPU of this process.
 
     Raises:
         InputError: if the checkpoint cannot be read.
     """
-    reader = ShardReader(folder)
-    entries = {
-        name: entry
-        for name, entry in reader.metadata.state_dict_metadata.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    reader.load(tensors, no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.reader, self.prefix = ShardReader(folder), prefix
+        self.entries = {
+            name.removeprefix(prefix): entry
+            for name, entry in self.reader.metadata.state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        self.reader.load({self.prefix + name: tensor}, no_dist=True)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)

@@ -14,20 +14,23 @@ import re
 import shutil
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_mvar.checkpoints.folders import build_network, check_class_names, load_tokenizer
-from lightning_mvar.checkpoints.pair import TrainedModel
-from lightning_mvar.checkpoints.sharded import read_tensors as read_sharded
+from lightning_mvar.checkpoints.folders import check_class_names, load_tokenizer
+from lightning_mvar.checkpoints.sharded import ShardedTensors
+from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular, sync
 from lightning_mvar.io.json_files import checked, read_json
 from lightning_mvar.io.tensors import StateDict, check_storage, read_torch
 from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -192,15 +195,15 @@ def read_plain_part(path: Path) -> dict[str, Any]:
     return read_torch(path / PLAIN_PART if path.is_dir() else path)
 
 
-def read_tensors(path: Path, prefix: str) -> StateDict:
-    """Reads only the weights of a checkpoint whose names start with `prefix`; returns them without the prefix.
+def open_tensors(path: Path, prefix: str) -> Mapping[str, Tensor]:
+    """Finds the weights of a checkpoint whose names start with `prefix`, named without it; each is read on use.
 
     Raises:
         InputError: if the checkpoint cannot be read.
     """
     if path.is_dir():
         check_folder(path, verify_checksums=False)
-        return read_sharded(path, f"state_dict.{prefix}")
+        return ShardedTensors(path, f"state_dict.{prefix}")
     weights = read_torch(path).get("state_dict")
     if not isinstance(weights, dict):
         raise InputError(f"{path} has no state_dict")
@@ -208,6 +211,11 @@ def read_tensors(path: Path, prefix: str) -> StateDict:
     tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
     check_storage([*tensors.values()], path)
     return tensors
+
+
+def read_tensors(path: Path, prefix: str) -> StateDict:
+    """Reads all that `open_tensors` finds."""
+    return dict(open_tensors(path, prefix))
 
 
 @dataclass(frozen=True)
@@ -257,18 +265,23 @@ class NetworkRecord:
         check_class_names(self.network, self.class_names)
 
 
-def load_checkpoint(path: Path, tokenizer: str | Path | None, weights: WhichWeights) -> TrainedModel:
-    """Loads the network of a training checkpoint and the tokenizer it was trained with; see `load_trained`."""
+def open_checkpoint(path: Path, tokenizer: str | Path | None, weights: WhichWeights) -> StoredModel:
+    """Opens the network of a training checkpoint and the tokenizer it was trained with; see `open_trained`."""
     checkpoint = read_plain_part(path)
     if NETWORK_KEY not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of `lightning-mvar fit`")
     record = checked(checkpoint[NETWORK_KEY], NetworkRecord, str(path))
-    prefix = EMA_PREFIX if weights == "ema" and record.run.ema else NETWORK_PREFIX
-    network = build_network(record.network, read_tensors(path, prefix), path)
-    loaded = load_tokenizer(tokenizer or record.tokenizer.path)
-    if (fingerprint := loaded.fingerprint()) != record.tokenizer.fingerprint:
+    tensors = open_tensors(path, EMA_PREFIX if weights == "ema" and record.run.ema else NETWORK_PREFIX)
+    loader = partial(load_recorded_tokenizer, path, tokenizer, record.tokenizer)
+    return StoredModel(str(path), record.network, tensors, record.class_names, loader, record.tokenizer.fingerprint)
+
+
+def load_recorded_tokenizer(checkpoint: Path, folder: str | Path | None, record: TokenizerRecord) -> Tokenizer:
+    """Loads the tokenizer of a checkpoint, from `folder` if it has moved; raises InputError if it is another one."""
+    tokenizer = load_tokenizer(folder or record.path)
+    if (fingerprint := tokenizer.fingerprint()) != record.fingerprint:
         raise InputError(
-            f"{path} was trained with tokenizer {record.tokenizer.fingerprint}, but "
-            f"{tokenizer or record.tokenizer.path} holds {fingerprint}: pass the right one with --tokenizer"
+            f"{checkpoint} was trained with tokenizer {record.fingerprint}, but {folder or record.path} holds "
+            f"{fingerprint}: pass the right one with --tokenizer"
         )
-    return TrainedModel(network, loaded, record.class_names)
+    return tokenizer

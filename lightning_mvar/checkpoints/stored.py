@@ -1,0 +1,57 @@
+"""Networks on disk whose weights are not read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_mvar.checkpoints.pair import TrainedModel
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.tensors import load_strictly
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A network on disk and its tokenizer.
+
+    Args:
+        source: names the file in messages.
+        config: architecture of the network.
+        weights: tensors by name. Each is read when it is used: from a mapped file, or from a sharded checkpoint, which
+            reads it anew at each access. Neither their names nor their shapes are checked yet.
+        class_names: names of the classes in label order; empty if they have none.
+        load_tokenizer: loads the tokenizer, and checks that it fits the network.
+        tokenizer_fingerprint: fingerprint of the tokenizer; None if it is known only once the tokenizer is loaded.
+    """
+
+    source: str
+    config: MVARConfig
+    weights: Mapping[str, Tensor]
+    class_names: list[str]
+    load_tokenizer: Callable[[], Tokenizer]
+    tokenizer_fingerprint: str | None = None
+
+    def load(self) -> TrainedModel:
+        """Loads network and tokenizer, in eval mode on the CPU.
+
+        Raises:
+            InputError: if weights are missing, damaged or of another shape, or the tokenizer does not fit.
+        """
+        network = load_strictly(self.meta_network(), dict(self.weights), self.source)
+        return TrainedModel(network, self.load_tokenizer(), self.class_names)
+
+    def meta_network(self) -> MVAR:
+        """Builds the network on the meta device; raises InputError if the weights have fewer blocks."""
+        blocks = {name.split(".")[1] for name in self.weights if name.startswith("blocks.")}
+        if self.config.depth > max(len(blocks), 1):  # fail before building that many blocks
+            raise InputError(
+                f"{self.source} does not fit MVAR: its weights have {len(blocks)} blocks, not {self.config.depth}"
+            )
+        with torch.device("meta"):
+            return MVAR(self.config)
