@@ -319,7 +319,7 @@ class BestCheckpoint(AtomicCheckpoint):
 
 
 def purge_logged_steps(trainer: L.Trainer, step: int) -> None:
-    """Makes TensorBoard drop points from `step` on, which a killed run may have logged and this run repeats."""
+    """Makes TensorBoard drop what was logged under `step` and later ones, counted from 0, which this run repeats."""
     for writer in writers(trainer):
         event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
         writer._get_file_writer().add_event(event)

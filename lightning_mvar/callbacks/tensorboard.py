@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_mvar.training.lightning_internals import logged_step
+
 log = logging.getLogger(__name__)
 
 # Step of entries about the run as a whole; a restart in the same folder purges everything from step 0 on.
@@ -69,7 +71,7 @@ def survive_write_errors(writer: SummaryWriter) -> None:
 def log_image(trainer: L.Trainer, tag: str, image: Tensor) -> None:
     """Logs an image (3, H, W) in [0, 1]."""
     for writer in writers(trainer):
-        writer.add_image(tag, image.float().cpu(), trainer.global_step)
+        writer.add_image(tag, image.float().cpu(), logged_step(trainer))
 
 
 def log_codes(trainer: L.Trainer, tag: str, counts: Tensor, names: Sequence[str]) -> None:
@@ -78,7 +80,7 @@ def log_codes(trainer: L.Trainer, tag: str, counts: Tensor, names: Sequence[str]
         by_name = dict(zip(names, counts.cpu(), strict=True)) | {"all": counts.sum(dim=0).cpu()}
         for name, code_counts in by_name.items():
             if code_counts.any():
-                add_counts(writer, f"{tag}/{name}", code_counts, trainer.global_step)
+                add_counts(writer, f"{tag}/{name}", code_counts, logged_step(trainer))
 
 
 def add_counts(writer: SummaryWriter, tag: str, counts: Tensor, step: int) -> None:

@@ -41,6 +41,11 @@ def loggers_see_this_step(trainer: L.Trainer) -> bool:
     return bool(trainer._logger_connector.should_update_logs)
 
 
+def logged_step(trainer: L.Trainer) -> int:
+    """Returns the step under which loggers enter scores now: in a validation, the last step before it."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def correct_logged_step(trainer: L.Trainer, step: int) -> None:
     """Sets the step number of the loggers: Lightning's is one too high if it resumes right after a validation."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import prepare_run, scalars
+from conftest import pictures, prepare_run, scalars
 from processes import start
 from torch.distributed.distributed_c10d import _abort_process_group
 from training_runs import FIT, TWO_RANKS, act_in_step, largest_difference, train, weights
@@ -103,6 +103,7 @@ def test_a_checkpoint_of_any_step_resumes_exactly(run_folder: Path, options: lis
     (run_folder / "run.yaml").write_text(text.replace("every_n_train_steps: 3", "every_n_train_steps: 1, keep: 99"))
     train(run_folder, "reference", options)
     expected, curves = weights(run_folder / "reference"), scalars(run_folder / "reference/logs")
+    shown = pictures(run_folder / "reference/logs", "samples")
     for step in steps:
         part = run_folder / f"part{step}"
         (part / "checkpoints").mkdir(parents=True)
@@ -111,6 +112,7 @@ def test_a_checkpoint_of_any_step_resumes_exactly(run_folder: Path, options: lis
         train(run_folder, part.name, options)
         assert largest_difference(expected, weights(part)) == 0, step
         assert scalars(part / "logs") == curves, step
+        assert pictures(part / "logs", "samples") == shown, step
 
 
 def test_torn_checkpoints_are_reported_and_skipped(run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
