@@ -3,6 +3,7 @@
 from lightning_mvar.callbacks.checkpoint import BestCheckpoint, Checkpoint
 from lightning_mvar.callbacks.fid import FIDCallback
 from lightning_mvar.callbacks.interruption import InterruptionCallback
+from lightning_mvar.callbacks.own_prefix import OwnPrefixCallback
 from lightning_mvar.callbacks.reconstruction import ReconstructionScoresCallback
 from lightning_mvar.callbacks.samples import ReconstructionsCallback, SamplesCallback
 from lightning_mvar.callbacks.throughput import ThroughputCallback
@@ -12,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "FIDCallback",
     "InterruptionCallback",
+    "OwnPrefixCallback",
     "ReconstructionScoresCallback",
     "ReconstructionsCallback",
     "SamplesCallback",

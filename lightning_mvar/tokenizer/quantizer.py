@@ -105,10 +105,18 @@ class ResidualQuantizer(nn.Module):
         """Quantizes `features` (b, c, s, t) scale by scale, each scale the residual of the previous ones."""
         f_hat = self.empty(len(features))
         for k in range(self.schedule.num_scales):
-            queries = self.downsample(features.detach() - f_hat.detach(), k)
-            tokens = self.nearest(queries)
+            queries, tokens = self.quantize_residual(features, f_hat, k)
             f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
             yield PyramidStep(queries, tokens, f_hat)
+
+    def quantize_residual(self, features: Tensor, f_hat: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+        """Quantizes what f_hat (b, c, s, t), whatever it is made of, lacks of `features` at `scale`.
+
+        Returns:
+            Queries (b, n, c) and the nearest token (b, n) int64 of each.
+        """
+        queries = self.downsample(features.detach() - f_hat.detach(), scale)
+        return queries, self.nearest(queries)
 
     def encode(self, features: Tensor) -> Tensor:
         """Encodes features (b, c, s, t) as tokens (b, l) int64."""

@@ -1,0 +1,171 @@
+"""Losses after prefixes that the network has drawn itself: exposure bias during training.
+
+Teacher forcing shows the network true prefixes, sampling its own draws. A loss after own draws needs a target. The true
+tokens are none: they complete another prefix. As in bitwise self-correction (Infinity, arXiv 2412.04431, section 3.4),
+the target is what the quantizer would choose next for the true image, given the drawn prefix. Features are not stored,
+so f_hat of all true tokens stands for them.
+
+Even a perfect network has a higher loss after own draws, because the target then says in what the true image differs
+from them. The more scales are drawn, the less of the true image is known: if all are, the demo's network has a higher
+loss than a uniform guess. So true tokens precede the drawn scales, of which there is one by default, and the loss is
+for comparing runs and checkpoints. The change in entropy needs no target: with any number of drawn scales it is 0 for a
+perfect network, whose draws have the distribution of the data.
+
+Shapes: b images, n tokens of a scale, l of all, v vocabulary, c code dim, s x t last token map, k scales.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_mvar.data.tokens.stream import TokenBatch
+from lightning_mvar.devices import without_autocast
+from lightning_mvar.errors import InputError
+from lightning_mvar.models.mvar import MVAR, MVARState
+from lightning_mvar.sampling.generate import max_batch_size
+from lightning_mvar.sampling.philox import TOKENS, image_keys, uniform
+from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.steps import draw
+from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
+from lightning_mvar.training.collectives import sum_over_ranks
+from lightning_mvar.training.mvar import LitMVAR
+from lightning_mvar.training.strategies import sampling_mode
+
+
+class OwnPrefixCallback(L.Callback):
+    """Logs what the network loses after its own draws at each validation; see the module for how to read it.
+
+    `val_own_prefix/K` is the loss of the scale named K, in nats per token, after scales of which the network has drawn
+    the last `own_scales` (fewer at coarse scales) and the true image gives the rest. `val_true_prefix/K` is the loss of
+    the same kind of target after true scales alone. `val_entropy_shift/K` is the entropy of the prediction after own
+    draws minus that after true scales. Each has a mean over all tokens, `.../mean`. The first scale has no prefix.
+
+    Tokens are drawn without guidance or truncation, by the weights being trained, which `val_scale_loss/K` also scores.
+    The draws of an image depend on seed and image alone. Costs `own_scales` + 1 forward passes per image.
+
+    Args:
+        images: number of images, from the start of the validation shards.
+        own_scales: number of scales before each scale that the network draws itself.
+        seed: random seed of the draws; the same at each validation.
+        keep_sharded: gather a sharded network block by block, if all of it does not fit on a device; slower.
+    """
+
+    def __init__(self, images: int = 256, own_scales: int = 1, seed: int = 0, keep_sharded: bool = False) -> None:
+        for name, value in (("images", images), ("own_scales", own_scales)):
+            if value < 1:
+                raise InputError(f"{name} {value} of the own-prefix callback is too small; use at least 1")
+        self.images, self.own_scales, self.keep_sharded = images, own_scales, keep_sharded
+        self.seed = SamplingSettings(seed=seed).seed
+        self.sums: Tensor | None = None  # (3, k - 1) float64 of this rank's images
+        self.count: Tensor | None = None  # () number of those images
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Checks that images and scales can be told apart.
+
+        Raises:
+            InputError: if the data are not token shards, or the network does not predict scales.
+        """
+        assert isinstance(pl_module, LitMVAR)
+        if pl_module.token_data is None:
+            raise InputError("the own-prefix callback numbers images as token shards do: use TokenDataModule")
+        if pl_module.network_config.prediction == "token":
+            raise InputError("the own-prefix callback needs a network that predicts scales, not single tokens")
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.sums = self.count = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: TokenBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Scores a batch; all ranks score equally many, because a sharded network needs all of them."""
+        assert isinstance(pl_module, LitMVAR)
+        if trainer.sanity_checking or batch_idx * pl_module.batch_of_all_ranks >= self.images:
+            return
+        part_size = max(1, 2 * max_batch_size(pl_module.network_config) // (self.own_scales + 1))
+        quantizer, scored = pl_module.tokenizer.quantizer, []
+        with sampling_mode(pl_module.network, trainer.strategy, self.keep_sharded) as network:
+            parts = (tensor.split(part_size) for tensor in (batch.tokens, batch.labels, batch.ids))
+            for tokens, labels, ids in zip(*parts, strict=True):
+                keys = image_keys(self.seed, ids.tolist()).to(tokens.device)
+                scored.append(score_own_prefixes(network, quantizer, tokens, labels, keys, self.own_scales))
+        counted = batch.valid & (batch.ids < self.images)
+        sums = torch.cat(scored).double().mul(counted[:, None, None]).sum(dim=0)
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.count = counted.sum() if self.count is None else self.count + counted.sum()
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.sums is None or self.count is None:
+            return
+        assert isinstance(pl_module, LitMVAR)
+        schedule = pl_module.network_config.schedule
+        means = sum_over_ranks(self.sums) / sum_over_ranks(self.count)  # (3, k - 1)
+        lengths = means.new_tensor(schedule.lengths[1:])
+        for tag, row in zip(("val_own_prefix", "val_true_prefix", "val_entropy_shift"), means, strict=True):
+            named = dict(zip(schedule.names[1:], row, strict=True)) | {"mean": (row * lengths).sum() / lengths.sum()}
+            pl_module.log_dict({f"{tag}/{name}": value.float() for name, value in named.items()})
+
+
+class Prefix(NamedTuple):
+    """Scales before the current one, of which the network has drawn the last few."""
+
+    f_hat: Tensor  # (b, c, s, t)
+    state: MVARState
+
+
+@torch.no_grad()
+def score_own_prefixes(
+    network: MVAR, quantizer: ResidualQuantizer, tokens: Tensor, labels: Tensor, keys: Tensor, own_scales: int
+) -> Tensor:
+    """Scores each scale but the first after prefixes that end with scales drawn by the network.
+
+    Args:
+        network: in eval mode; predicts scales.
+        quantizer: that of its tokenizer.
+        tokens: (b, l) int64 of true images.
+        labels: (b,) int64.
+        keys: (b, 2) int64 of the images' random numbers.
+        own_scales: number of drawn scales at the end of a prefix; fewer if it is shorter.
+
+    Returns:
+        (b, 3, k - 1) float32, means over the tokens of each scale: cross entropy after own draws, cross entropy after
+        true scales, entropy after own draws minus that after true scales.
+    """
+    schedule, settings = network.config.schedule, SamplingSettings(guidance=0, top_k=0, top_p=0)
+    uniforms = uniform(keys, 0, schedule.num_tokens, TOKENS).split(schedule.lengths, dim=1)
+    with without_autocast(tokens):
+        features = quantizer.decode(tokens)
+    prefixes = [Prefix(quantizer.empty(len(tokens)), network.init_state(labels))]  # of 0, 1, ... drawn scales
+    scores = []
+    for k, true in enumerate(tokens.split(schedule.lengths, dim=1)):
+        losses, entropies, continued = [], [], []
+        for f_hat, state in prefixes:
+            logits, state = network.step(quantizer.downsample(f_hat, k) if k else None, state)  # (b, n, v)
+            with without_autocast(logits):
+                loss, entropy = loss_and_entropy(logits, quantizer.quantize_residual(features, f_hat, k)[1])
+                continued.append((f_hat, draw(logits, uniforms[k], settings), state))
+            losses.append(loss)
+            entropies.append(entropy)
+        if k > 0:
+            scores.append(torch.stack([losses[-1], losses[0], entropies[-1] - entropies[0]], dim=1))  # (b, 3)
+        first, _, state = continued[0]
+        continued = [(first, true, state), *continued][: own_scales + 1]
+        with without_autocast(true):
+            prefixes = [Prefix(quantizer.accumulate(f, quantizer.codebook(t), k), state) for f, t, state in continued]
+    return torch.stack(scores, dim=2)
+
+
+def loss_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns cross entropy and entropy (b,) in nats per token of logits (b, n, v) and targets (b, n)."""
+    logs = logits.log_softmax(dim=-1)
+    losses, entropies = -logs.gather(-1, targets[..., None])[..., 0], -(logs.exp() * logs).sum(dim=-1)
+    return losses.mean(dim=1), entropies.mean(dim=1)
