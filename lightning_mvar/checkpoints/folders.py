@@ -7,6 +7,7 @@ assigned to them, so memory holds the weights once (and, temporarily, the mapped
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,21 @@ FORMAT = FormatVersion(1, "install the release of lightning_mvar that wrote it, 
 
 
 @dataclass(frozen=True)
+class MergedNetwork:
+    """One network of a linear combination.
+
+    Args:
+        path: where it was, as given to `merge`.
+        part: for a checkpoint, the module whose weights were used: network, ema or power_ema.N.
+        coefficient: factor on its weights.
+    """
+
+    path: str
+    part: str
+    coefficient: float
+
+
+@dataclass(frozen=True)
 class FolderConfig:
     """The contents of `config.json`.
 
@@ -35,12 +51,14 @@ class FolderConfig:
         tokenizer: architecture of the tokenizer.
         network: architecture of the network, if the folder has one.
         class_names: names of the network's classes in label order; empty if they have none.
+        merged: networks whose linear combination this one is, if `merge` wrote it.
     """
 
     format_version: int
     tokenizer: TokenizerConfig
     network: MVARConfig | None = None
     class_names: list[str] = field(default_factory=list)
+    merged: list[MergedNetwork] | None = None
 
     def __post_init__(self) -> None:
         check_class_names(self.network, self.class_names)
@@ -63,21 +81,30 @@ def save_folder(
     Raises:
         InputError: if the folder cannot be written, or there is not one class name per class.
     """
-    folder = Path(folder).expanduser()
     config = FolderConfig(
         FORMAT.number, tokenizer.config, None if network is None else network.config, class_names or []
     )
+    save_network = None if network is None else partial(save_weights, network)
+    write_folder(Path(folder).expanduser(), config, tokenizer, save_network)
+
+
+def write_folder(
+    folder: Path, config: FolderConfig, tokenizer: Tokenizer, save_network: Callable[[Path], None] | None
+) -> None:
+    """Writes a folder; `save_network` writes the network's weights to the path that it is given."""
     require_folder(folder)
     try:
         (folder / CONFIG).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror})") from error
     save_weights(tokenizer, folder / "tokenizer.safetensors")
-    if network is not None:
-        save_weights(network, folder / "network.safetensors")
+    if save_network is not None:
+        save_network(folder / "network.safetensors")
     values = asdict(config)
-    if network is None:
+    if config.network is None:
         del values["network"], values["class_names"]
+    if config.merged is None:
+        del values["merged"]
     write_json(folder / CONFIG, values)
 
 

@@ -27,6 +27,7 @@ class StoredModel:
             reads it anew at each access. Neither their names nor their shapes are checked yet.
         class_names: names of the classes in label order; empty if they have none.
         load_tokenizer: loads the tokenizer, and checks that it fits the network.
+        part: for a checkpoint, the module that the weights are of: network or ema.
         tokenizer_fingerprint: fingerprint of the tokenizer; None if it is known only once the tokenizer is loaded.
     """
 
@@ -35,6 +36,7 @@ class StoredModel:
     weights: Mapping[str, Tensor]
     class_names: list[str]
     load_tokenizer: Callable[[], Tokenizer]
+    part: str = "network"
     tokenizer_fingerprint: str | None = None
 
     def load(self) -> TrainedModel:

@@ -271,9 +271,16 @@ def open_checkpoint(path: Path, tokenizer: str | Path | None, weights: WhichWeig
     if NETWORK_KEY not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of `lightning-mvar fit`")
     record = checked(checkpoint[NETWORK_KEY], NetworkRecord, str(path))
-    tensors = open_tensors(path, EMA_PREFIX if weights == "ema" and record.run.ema else NETWORK_PREFIX)
-    loader = partial(load_recorded_tokenizer, path, tokenizer, record.tokenizer)
-    return StoredModel(str(path), record.network, tensors, record.class_names, loader, record.tokenizer.fingerprint)
+    prefix = EMA_PREFIX if weights == "ema" and record.run.ema else NETWORK_PREFIX
+    return StoredModel(
+        str(path),
+        record.network,
+        open_tensors(path, prefix),
+        record.class_names,
+        partial(load_recorded_tokenizer, path, tokenizer, record.tokenizer),
+        prefix.removesuffix("."),
+        record.tokenizer.fingerprint,
+    )
 
 
 def load_recorded_tokenizer(checkpoint: Path, folder: str | Path | None, record: TokenizerRecord) -> Tokenizer:

@@ -45,6 +45,7 @@ COMMANDS = {  # command: (module with `main(argv)`, help)
     "likelihood": ("likelihood", "measure the bits per token of given images"),
     "reconstruct": ("reconstruct", "compare real images with their reconstructions"),
     "export": ("export", "write a checkpoint as one self-contained folder"),
+    "merge": ("merge", "write a linear combination of networks"),
     "bench": ("bench", "measure speed and memory on this machine"),
     "bench-gpu": ("bench_gpu", "run a fixed list of benchmarks on one GPU"),
     "report": ("report", "make tables and figures of a sweep, with the spread over seeds"),

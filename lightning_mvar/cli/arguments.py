@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace, auto_cli, capture_parser
 from PIL import Image
@@ -18,25 +19,39 @@ from lightning_mvar.errors import InputError
 DESCRIPTIONS = ("config.json", "manifest.json")  # of exported networks, and of token shards
 WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".distcp")  # suffixes
 MAY_BE_EMPTY = re.compile(r"\.(init_args|dict_kwargs|host|allowed_hosts)\b")  # options of classes; hosts
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
 MODULES = re.compile(r"lightning_mvar\.metrics\.\w+")  # options that take a module take an extractor or a classifier
 SUBCLASSES = ", known subclasses: "  # jsonargparse's heading of the classes that an option accepts
 
 
 class CommandParser(ArgumentParser):
-    """Parser whose boolean options also work as flags, and whose help lists only the classes made for an option."""
+    """Parser whose boolean options also work as flags, and whose help lists only the classes made for an option.
+
+    Arguments of the type tuple[X, ...] take one or more words; those of the type list[X] take one word, [x, y].
+    """
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's takes -1e-3 for an option
         added = super().add_function_arguments(*args, **kwargs)
         for action in self._actions:
             if action.metavar == BOOL_METAVAR:
                 action.nargs, action.const = "?", True
+            if (element := repeated_type(getattr(action, "_typehint", None))) is not None:
+                action.nargs, action.metavar, action._typehint = "+", None, element  # type: ignore[attr-defined]
             if hasattr(action, "extra_help"):
                 action.extra_help = partial(list_own_classes, action.extra_help())
         return added
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         return check_values(super().parse_args(*args, **kwargs))
+
+
+def repeated_type(kind: Any) -> Any:
+    """Returns X if `kind` is tuple[X, ...], or that or None; else None."""
+    members = [kind, *get_args(kind)] if NoneType in get_args(kind) else [kind]
+    tuples = [get_args(member) for member in members if get_origin(member) is tuple]
+    return tuples[0][0] if tuples and tuples[0][1:] == (...,) else None
 
 
 def check_values(value: Any, name: str = "") -> Any:

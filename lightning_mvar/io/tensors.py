@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import struct
 import warnings
@@ -54,6 +55,33 @@ def save_weights(module: nn.Module, path: Path) -> None:
     """Writes all parameters and buffers as .safetensors."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     write(path, lambda temporary: save_file(weights, temporary))
+
+
+def save_lazily(shapes: Mapping[str, Tensor], read: Callable[[str], Tensor], path: Path) -> None:
+    """Writes a .safetensors file of float32 tensors while they are computed, so that memory holds one at a time.
+
+    The file equals that of `save_weights`.
+
+    Args:
+        shapes: tensors on the meta device, by name.
+        read: returns the values of the tensor with a name, float32 on the CPU; called once per name.
+        path: file to write, atomically.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name in sorted(shapes):
+        begin, end = end, end + 4 * shapes[name].numel()
+        header[name] = {"dtype": "F32", "shape": list(shapes[name].shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    def write_all(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            for name in header:
+                file.write(read(name).numpy().data)
+
+    write(path, write_all)
 
 
 def save_torch(state: Mapping[str, Tensor], path: Path) -> None:

@@ -1,0 +1,81 @@
+"""`merge`: writes a linear combination of networks as one self-contained folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_mvar.checkpoints import WhichWeights, open_trained
+from lightning_mvar.checkpoints.merge import Term
+from lightning_mvar.checkpoints.merge import merge as merge_networks
+from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.tables import print_rows
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.locks import lock_folder
+
+
+def merge(
+    networks: tuple[str, ...],
+    *,
+    out: str,
+    coefficients: tuple[float, ...] | None = None,
+    base: str | None = None,
+    away: float | None = None,
+    tokenizer: str | None = None,
+    weights: WhichWeights = "ema",
+) -> None:
+    """Writes a linear combination of networks as one self-contained folder, for `sample`, `evaluate` and `fit`.
+
+    Examples: `merge A B --out DIR` averages, `merge S --base T --away 1.0 --out DIR` moves T away from S. Tensor by
+    tensor, so memory holds one at a time. The same command, run again, replaces its own result; nothing else is
+    replaced.
+
+    Args:
+        networks: one or more checkpoints of `fit` (sharded or not), folders of `export`, or published files (.pth,
+            .safetensors), of the same architecture, classes and tokenizer. They should descend from the same weights.
+        out: folder to write, with config.json, which names networks and coefficients, and safetensors.
+        coefficients: one factor per network, also negative: `A B --coefficients 0.7 0.3` writes 0.7 A + 0.3 B.
+            Default: the average.
+        base: network that the others are compared with: `A B --base T --coefficients 0.5 0.4` writes
+            T + 0.5 (A - T) + 0.4 (B - T), called task arithmetic.
+        away: `S --base T --away W` writes T + W (T - S). If S was fine-tuned on samples of T, a small W improves T
+            (Neon, arXiv 2510.03597).
+        tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoints; for published
+            networks also a published file.
+        weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
+    """
+    factors = resolve_coefficients(len(networks), coefficients, base is not None, away)
+    paths = [*networks, *([] if base is None else [base])]
+    inputs = {f"network {number}": path for number, path in enumerate(paths, start=1)}
+    refuse_overwriting({"--out": out}, {**inputs, "--tokenizer": tokenizer})
+    with lock_folder(Path(out), "merge"):
+        models = [open_trained(path, tokenizer, weights) for path in paths]
+        merge_networks([Term(*term) for term in zip(factors, models, strict=True)], Path(out))
+    print_rows([[f"{factor:+.6g}", path] for factor, path in zip(factors, paths, strict=True)])
+    print(f"merged network and tokenizer in {out}")
+
+
+def resolve_coefficients(
+    count: int, coefficients: tuple[float, ...] | None, has_base: bool, away: float | None
+) -> list[float]:
+    """Returns the factor of each network, and last that of the base if there is one; see `merge`.
+
+    Raises:
+        InputError: if the options contradict each other, or there is not one coefficient per network.
+    """
+    if away is not None:
+        if coefficients is not None or not has_base or count != 1:
+            raise InputError(
+                "--away goes with --base and one network, without --coefficients: merge S --base T --away W"
+            )
+        coefficients = (-away,)
+    elif has_base and coefficients is None:
+        raise InputError("--base needs --coefficients, one per network, or --away")
+    elif coefficients is None:
+        coefficients = (1 / count,) * count
+    if len(coefficients) != count:
+        raise InputError(f"--coefficients has {len(coefficients)} numbers for {count} networks; give one per network")
+    return [*coefficients, *([1 - sum(coefficients)] if has_base else [])]
+
+
+def main(argv: list[str]) -> None:
+    call(merge, argv, positional=True)
