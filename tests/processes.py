@@ -17,9 +17,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(  # of everything any test needs: a process has only one fork server
-    ["lightning_mvar.sweeps.server", "lightning_mvar.cli.training", "lightning_mvar.metrics.digits"]
+# A process has only one fork server, so it imports everything that any test needs, and computes what most runs need.
+CONTEXT.set_forkserver_preload(
+    ["lightning_mvar.sweeps.server", "lightning_mvar.cli.training", "lightning_mvar.metrics.digits", "warm_caches"]
 )
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @dataclass

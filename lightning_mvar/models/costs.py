@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ class Costs(NamedTuple):
     state_bytes_per_image: int
 
 
+@cache
 def costs_of(config: MVARConfig) -> Costs:
     def costs(network: MVAR) -> Costs:
         return Costs(
