@@ -29,7 +29,7 @@ from lightning_mvar.devices import without_autocast
 from lightning_mvar.models.attention import Attention
 from lightning_mvar.models.base import Mixer, State
 from lightning_mvar.models.config import MIXERS, MVARConfig
-from lightning_mvar.models.scoring import score_in_parts
+from lightning_mvar.models.scoring import draw_in_parts, score_in_parts
 from lightning_mvar.ops.adaln import add_and_modulate, add_gated, modulate
 from lightning_mvar.ops.kernels import look_for_kernels
 from lightning_mvar.ops.recompute import Recipes, cheap, recomputation
@@ -184,10 +184,17 @@ class MVAR(nn.Module):
         x, cond = self.hidden(labels, scale_inputs)  # (b, l, d), (b, d)
         return self.logits(x, cond)  # (b, l, v)
 
-    def score(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores the images' own tokens (b, l) with the logits that `forward` computes; see `score_in_parts`."""
+    def score(
+        self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Scores tokens (b, l) with the logits that `forward` computes; see `score_in_parts`."""
         x, cond = self.hidden(labels, scale_inputs)  # (b, l, d), (b, d)
-        return score_in_parts(self.logits, x, cond, tokens, self.config.vocab_size)  # (b, l), (b, l)
+        return score_in_parts(self.logits, x, cond, tokens, self.config.vocab_size, label_smoothing)  # (b, l), (b, l)
+
+    def redraw(self, labels: Tensor, scale_inputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Draws each token (b, l) given the images' own scales before it; see `draw_in_parts`."""
+        x, cond = self.hidden(labels, scale_inputs)  # (b, l, d), (b, d)
+        return draw_in_parts(self.logits, x, cond, uniforms, self.config.vocab_size)  # (b, l)
 
     def hidden(self, labels: Tensor, scale_inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Runs all blocks over all scales; returns x (b, l, d) and cond (b, d)."""

@@ -30,6 +30,7 @@ from lightning_mvar.models.config import MVARConfig, NetworkOptions
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.models.parameters import UNDECAYED
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
+from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
@@ -38,6 +39,7 @@ from lightning_mvar.training.blocks import ActivationCheckpointing, configure_bl
 from lightning_mvar.training.collectives import mean_over_ranks
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import attached_trainer
+from lightning_mvar.training.objectives import Objective, TeacherForced
 from lightning_mvar.training.optim import OptimizerConfig
 from lightning_mvar.training.strategies import (
     FSDP2Strategy,
@@ -47,7 +49,7 @@ from lightning_mvar.training.strategies import (
 
 
 class LitMVAR(ScheduledModule):
-    """An M-VAR or VAR network and its teacher-forced loss: cross entropy per token, averaged over all scales.
+    """Trains an M-VAR or VAR network: by default on cross entropy per token, averaged over all scales.
 
     The tokenizer is frozen. It is held outside the module's registry, so it is neither trained nor sharded nor saved;
     a checkpoint records its path and fingerprint. The trainer calls `configure_model` once it knows the devices, which
@@ -57,6 +59,7 @@ class LitMVAR(ScheduledModule):
         network: architecture of the network; what it leaves out, the tokenizer and the token shards say.
         tokenizer: folder of the tokenizer that encoded the tokens.
         optimizer: AdamW and its schedules.
+        objective: what to minimize, a class of `lightning_mvar.training.objectives`; overlays in configs/objective.
         label_drop: share of the training labels replaced by the unconditional class.
         ema_decay: keep an exponential moving average of the weights and sample from it. Each step keeps this share of
             the average (in the first steps at most (1 + step) / (10 + step), counted from 0). 0.9999 is usual; null
@@ -80,6 +83,7 @@ class LitMVAR(ScheduledModule):
         compile: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
         max_skipped_steps: int = 20,
+        objective: Objective = TeacherForced(),  # noqa: B008 (never changes)
     ) -> None:
         super().__init__(optimizer, max_skipped_steps)
         if not 0 <= label_drop <= 1:
@@ -88,7 +92,7 @@ class LitMVAR(ScheduledModule):
             raise InputError(f"model.ema_decay must be in [0, 1), got {ema_decay}")
         self.network_options: MVARConfig = network
         self.tokenizer_path = os.path.expanduser(tokenizer)
-        self.label_drop, self.ema_decay = label_drop, ema_decay
+        self.objective, self.label_drop, self.ema_decay = objective, label_drop, ema_decay
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.sampling = SamplingSettings()  # of `predict_step`
         self.predicted = 0  # images that this rank has drawn since `predict` began
@@ -109,6 +113,7 @@ class LitMVAR(ScheduledModule):
             expected = (side_lengths, network.vocab_size, network.num_classes, self.tokenizer_fingerprint)
             manifest.check_model(data.shards[name], *expected)  # type: ignore[union-attr]
         self.check_classes(self.known_class_names)
+        self.objective.check(network)
 
     def check_classes(self, class_names: list[str]) -> None:
         """Raises InputError if the shards have other classes than a network with these names; naming the first one."""
@@ -198,12 +203,12 @@ class LitMVAR(ScheduledModule):
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         labels = self.drop_labels(batch.labels, batch_idx)
-        losses, correct = self.score(batch, labels)
+        loss, losses, correct, scalars = self.objective(self, batch, labels, batch_idx)
         if self.is_logging_step:
             scores = self.summary("train", losses.detach(), correct) | self.scale_losses("scale_loss", losses.detach())
+            scores |= {"train/loss": loss.detach()} | {f"train/{name}": value for name, value in scalars.items()}
             means = mean_over_ranks(torch.stack([*scores.values()]))
             self.log_scalars(dict(zip(scores, means, strict=True)))
-        loss = losses.mean()
         return loss * (1 + 0 * loss.detach())  # if the loss is not finite, neither is any gradient, on all ranks
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
@@ -236,13 +241,16 @@ class LitMVAR(ScheduledModule):
         logged = self.summary(stage, losses, correct) | self.scale_losses(f"{stage}_scale_loss", losses)
         self.log_dict(logged, batch_size=weight, sync_dist=True)  # type: ignore[arg-type]
 
-    def score(self, batch: TokenBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Returns cross entropy (b, l) in nats and whether the most likely token is correct (b, l), both float32."""
-        # In float32, as in sampling.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), exact_float32():
-            scale_inputs = teacher_inputs(self.network_config, self.tokenizer, batch.tokens)
-        scores: tuple[Tensor, Tensor] = self.network.score(labels, scale_inputs, batch.tokens)
+        inputs = self.teacher_inputs(batch.tokens)
+        scores: tuple[Tensor, Tensor] = self.network.score(labels, inputs, batch.tokens, label_smoothing)
         return scores
+
+    def teacher_inputs(self, tokens: Tensor) -> Tensor:
+        """Returns the network's inputs for tokens (b, l), computed in float32 as in sampling."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), exact_float32():
+            return teacher_inputs(self.network_config, self.tokenizer, tokens)
 
     def drop_labels(self, labels: Tensor, batch_idx: int) -> Tensor:
         """Replaces a share of labels (b,) by the unconditional class.
@@ -255,6 +263,15 @@ class LitMVAR(ScheduledModule):
         dropped = draws[self.global_rank] < self.label_drop
         dropped = dropped.to(labels.device, non_blocking=True)
         return labels.masked_fill(dropped, self.network_config.num_classes)
+
+    def image_keys(self, batch: TokenBatch, batch_idx: int, purpose: str) -> Tensor:
+        """Returns the key (b, 2) of each image's random numbers, on the device; see `sampling.philox.uniform`.
+
+        Depends on (seed, epoch, batch), the purpose and the image's place in the global batch alone.
+        """
+        first = self.global_rank * len(batch.labels)
+        keys = image_keys(self.derive_seed(batch_idx, purpose), range(first, first + len(batch.labels)))
+        return keys.to(self.device, non_blocking=True)
 
     def per_scale(self, scores: Tensor) -> tuple[Tensor, ...]:
         """Splits (b, l) into one (b, n) per scale."""

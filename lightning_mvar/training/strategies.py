@@ -154,6 +154,7 @@ class FSDP2Strategy(DataParallelStrategy):
             register_fsdp_forward_method(module, "init_state")
             register_fsdp_forward_method(module, "step")
             register_fsdp_forward_method(module, "score")
+            register_fsdp_forward_method(module, "redraw")
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="weights sharded block by block (PyTorch FSDP2)")

@@ -216,8 +216,8 @@ def test_a_loss_that_is_not_finite_skips_the_step_even_if_its_gradient_is_finite
     module = make_module(tokenizer_folder)
     score = module.score
 
-    def infinite(batch, labels):  # type: ignore[no-untyped-def]
-        losses, correct = score(batch, labels)
+    def infinite(*arguments):  # type: ignore[no-untyped-def]
+        losses, correct = score(*arguments)
         return losses + (value if module.global_step == 1 else 0), correct
 
     monkeypatch.setattr(module, "score", infinite)

@@ -1,0 +1,76 @@
+"""Corrupted pyramids against a loop over single images, and neighbours against a sorted list of distances."""
+
+from __future__ import annotations
+
+import torch
+from conftest import SCHEDULE, random_tokens
+from torch import Tensor
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.tokenizer.corruption import Neighbours, corrupt
+
+TOKENS = random_tokens(6)
+OTHERS = random_tokens(6, seed=1)
+REPLACED = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+
+
+def replace(targets: Tensor, span: slice) -> Tensor:
+    return torch.where(REPLACED[: len(targets), span], OTHERS[: len(targets), span], targets)
+
+
+def keep(targets: Tensor, span: slice) -> Tensor:
+    return targets
+
+
+def test_a_corrupted_batch_equals_a_loop_over_its_images(tokenizer: Tokenizer) -> None:
+    quantizer = tokenizer.quantizer
+    corrupted = corrupt(quantizer, TOKENS, replace)
+    for i in range(len(TOKENS)):
+        true, chosen, targets = TOKENS[i].split(SCHEDULE.lengths), [], []
+        f_hats = [quantizer.empty(1), *quantizer.f_hats(TOKENS[i : i + 1])]
+        f_hat = quantizer.empty(1)
+        for k, n in enumerate(SCHEDULE.lengths):
+            query = quantizer.codebook(true[k][None]) + quantizer.downsample(f_hats[k] - f_hat, k)
+            targets.append(torch.stack([torch.cdist(q[None], quantizer.codebook.weight)[0].argmin() for q in query[0]]))
+            positions = range(SCHEDULE.offsets[k], SCHEDULE.offsets[k] + n)
+            corrupts = k + 1 < SCHEDULE.num_scales
+            picked = [OTHERS[i, p] if corrupts and REPLACED[i, p] else targets[k][j] for j, p in enumerate(positions)]
+            chosen.append(torch.stack(picked))
+            f_hat = quantizer.accumulate(f_hat, quantizer.codebook(chosen[k][None]), k)
+        torch.testing.assert_close(corrupted.inputs[i : i + 1], quantizer.scale_inputs(torch.cat(chosen)[None]))
+        assert torch.equal(corrupted.targets[i], torch.cat(targets))
+        torch.testing.assert_close(corrupted.f_hat[i : i + 1], f_hat)
+
+
+def test_without_replacements_inputs_and_targets_are_those_of_teacher_forcing(tokenizer: Tokenizer) -> None:
+    corrupted = corrupt(tokenizer.quantizer, TOKENS, keep)
+    assert torch.equal(corrupted.targets, TOKENS)
+    assert torch.equal(corrupted.inputs, tokenizer.scale_inputs(TOKENS))
+
+
+def test_targets_repair_errors_that_the_true_tokens_leave(tokenizer: Tokenizer) -> None:
+    """One token of the 2 x 2 scale is wrong in each image; the scales after it are the targets or the true tokens."""
+    quantizer, wrong = tokenizer.quantizer, SCHEDULE.offsets[1] + 2
+
+    def replace_one(targets: Tensor, span: slice) -> Tensor:
+        positions = torch.arange(span.start, span.stop)
+        return torch.where(positions == wrong, OTHERS[:, span], targets)
+
+    f, kept = quantizer.decode(TOKENS), TOKENS.clone()
+    kept[:, wrong] = OTHERS[:, wrong]
+    repaired = (corrupt(quantizer, TOKENS, replace_one).f_hat - f).square().mean()
+    assert repaired < 0.8 * (quantizer.decode(kept) - f).square().mean()
+
+
+def test_neighbours_are_the_nearest_codes_and_are_drawn_by_their_distance() -> None:
+    codebook = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    squared = torch.cdist(codebook, codebook).square()
+    nearest = [sorted(set(range(20)) - {i}, key=lambda j: float(squared[i, j]))[:3] for i in range(20)]
+    assert Neighbours.of(codebook, 3).codes.tolist() == nearest
+    unit = sum(float(squared[i, codes[0]]) for i, codes in enumerate(nearest)) / 20
+    tokens, uniforms = torch.full((1, 40_000), 7), torch.rand(1, 40_000, generator=torch.Generator().manual_seed(0))
+    for temperature in (None, 0.5):
+        drawn = Neighbours.of(codebook, 3, temperature).draw(tokens, uniforms)
+        weights = torch.ones(3) if temperature is None else (-squared[7, nearest[7]] / (temperature * unit)).exp()
+        frequencies = torch.bincount(drawn[0], minlength=20)[nearest[7]] / 40_000
+        torch.testing.assert_close(frequencies, weights / weights.sum(), atol=0.01, rtol=0)
