@@ -23,8 +23,8 @@ from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
 from lightning_mvar.data.tokens.encode import EncodedBatch, TokenEncoder
-from lightning_mvar.data.tokens.manifest import MANIFEST, Manifest, read_record, record_paths, save_record, shard_name
-from lightning_mvar.data.tokens.shards import write_shard
+from lightning_mvar.data.tokens.manifest import Manifest, read_record, record_paths
+from lightning_mvar.data.tokens.writing import ShardFolder
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES
@@ -103,15 +103,13 @@ def tokenize(
         plan = replace(plan, views=views, seed=seed if views > 1 else 0, flips=flips, precision=precision)
         if fabric.is_global_zero:
             stack.enter_context(lock_folder(folder, "tokenize"))
-            prepare_folder(folder, plan)
         fabric.barrier()
-        if not Manifest.load(folder).same_run(plan):
-            raise InputError(f"rank {fabric.global_rank} has different images, or a different tokenizer, than rank 0")
-        writer = ShardWriter(fabric, folder, plan, TokenEncoder(model, fabric.device, precision), max_failures)
+        shards = ShardFolder(folder, plan, "--out")
+        writer = ShardWriter(fabric, shards, TokenEncoder(model, fabric.device, precision), max_failures)
         writer.run(source, order, batch_size, num_workers)
-        fabric.barrier()
+        manifest = shards.finish()
         if fabric.is_global_zero:
-            finalize(folder, writer.images_per_s)
+            report(manifest, folder, writer.images_per_s)
 
 
 def refuse_overlap(images: str, out: str) -> None:
@@ -139,31 +137,8 @@ def make_plan(model: Tokenizer, source: ImageSource, name: str, order: NDArray[n
     )
 
 
-def prepare_folder(folder: Path, plan: Manifest) -> None:
-    """Writes the plan as the folder's manifest, or checks that the manifest already there matches it.
-
-    Raises:
-        InputError: if the folder holds other shards.
-    """
-    if not (folder / MANIFEST).is_file():
-        plan.save(folder)
-    elif not Manifest.load(folder).same_run(plan):
-        raise InputError(
-            f"{folder} holds shards of other images, another tokenizer, or other --views, --flips, --seed, --precision "
-            f"or --shard_size: choose another --out, or remove that folder"
-        )
-
-
-def finalize(folder: Path, images_per_s: float | None) -> None:
-    """Moves the records of all shards into the manifest, removes temporary files, and prints a summary.
-
-    The caller holds the lock of the folder and all ranks have written their shards, so no temporary file is in use.
-    """
-    manifest = Manifest.load(folder)
-    manifest.check_finished(folder, folder / MANIFEST)
-    manifest.save(folder)
-    for leftover in folder.glob(".*.tmp.tar"):
-        leftover.unlink(missing_ok=True)
+def report(manifest: Manifest, folder: Path, images_per_s: float | None) -> None:
+    """Prints a summary; raises InputError if there are no samples."""
     skipped = f", {len(manifest.skipped)} images skipped" if manifest.skipped else ""
     rate = "" if images_per_s is None else f"; {images_per_s:.1f} images/s per device"
     print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards in {folder}{skipped}{rate}")
@@ -172,18 +147,17 @@ def finalize(folder: Path, images_per_s: float | None) -> None:
 
 
 class ShardWriter:
-    """Writes one rank's shards: every world_size-th shard, done or not, so ranks need no communication.
+    """Encodes and writes one rank's shards.
 
     Args:
         fabric: gives rank and world size.
-        folder: folder of the shards and their manifest.
-        plan: manifest without shards.
+        shards: folder of the shards.
         encode: encodes batches of images into tokens.
         max_failures: see `tokenize`.
     """
 
-    def __init__(self, fabric: Fabric, folder: Path, plan: Manifest, encode: TokenEncoder, max_failures: int) -> None:
-        self.folder, self.plan, self.encode, self.max_failures = folder, plan, encode, max_failures
+    def __init__(self, fabric: Fabric, shards: ShardFolder, encode: TokenEncoder, max_failures: int) -> None:
+        self.shards, self.encode, self.max_failures = shards, encode, max_failures
         self.rank, self.world_size, self.local_rank = fabric.global_rank, fabric.world_size, fabric.local_rank
         self.parent = os.getppid()
         self.failed: dict[str, str] = {}  # messages of undecodable images by key, of all ranks
@@ -196,11 +170,12 @@ class ShardWriter:
         Raises:
             InputError: if too many images cannot be decoded.
         """
-        plan, size = self.plan, self.plan.shard_size
+        plan, size = self.shards.plan, self.shards.plan.shard_size
         examples = source if plan.views == 1 else Views(source, plan.views, plan.seed, plan.flips)
-        missing = self.missing_shards()
+        self.failed = Manifest.load(self.shards.folder).failures()
         batches_of = {
-            index: batched(order[index * size : (index + 1) * size].tolist(), batch_size) for index in missing
+            index: batched(order[index * size : (index + 1) * size].tolist(), batch_size)
+            for index in self.shards.missing()
         }
         # One loader for all shards, so that its workers keep reading while a shard is written.
         loader = batch_loader(examples, (batch for batches in batches_of.values() for batch in batches), num_workers)
@@ -221,19 +196,6 @@ class ShardWriter:
         if total:
             self.images_per_s = total / (time.monotonic() - start)
 
-    def missing_shards(self) -> list[int]:
-        """Returns the indices of this rank's shards that are missing or damaged."""
-        manifest = Manifest.load(self.folder)
-        finished = {shard.name: shard for shard in manifest.shards}
-        self.failed = manifest.failures()
-        indices = range(self.rank, self.plan.num_shards, self.world_size)
-        hide_bar = self.rank > 0 or not finished
-        return [
-            index
-            for index in tqdm(indices, desc="verify finished shards", leave=False, disable=hide_bar)
-            if (shard := finished.get(shard_name(index))) is None or not shard.is_intact(self.folder)
-        ]
-
     def write(self, index: int, batches: Iterator[EncodedBatch], bar: tqdm[Any]) -> None:
         """Writes one shard and then its record."""
         self.collect_failures()
@@ -250,13 +212,11 @@ class ShardWriter:
             encoded.append(batch)
         tokens, labels, keys, _ = zip(*encoded, strict=True)
         all_keys = [key for batch in keys for key in batch]
-        shard = write_shard(self.folder / shard_name(index), np.concatenate(tokens), np.concatenate(labels), all_keys)
-        shard.skipped = errors
-        save_record(self.folder, shard)
+        self.shards.write(index, np.concatenate(tokens), np.concatenate(labels), all_keys, errors)
 
     def collect_failures(self) -> None:
         """Adds the failures of shards that other ranks have finished in the meantime."""
-        for path in set(record_paths(self.folder)) - self.seen_records:
+        for path in set(record_paths(self.shards.folder)) - self.seen_records:
             self.failed |= read_record(path).skipped
             self.seen_records.add(path)
 

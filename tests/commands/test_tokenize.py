@@ -198,7 +198,7 @@ def make_run_folder(tmp_path: Path, workdir: Path) -> Path:
 def sleep_before_writing(rank: int) -> None:
     """Keeps rank 1 from writing any shard."""
     if rank == 1:
-        import lightning_mvar.commands.tokenize as module
+        import lightning_mvar.data.tokens.writing as module
 
         module.write_shard = lambda *_: time.sleep(600)
 

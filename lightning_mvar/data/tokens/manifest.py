@@ -29,6 +29,7 @@ FORMAT_VERSION = 3
 FORMAT = FormatVersion(FORMAT_VERSION, "another release wrote it")
 MANIFEST = "manifest.json"
 PARTS = "parts"  # subfolder with a record per finished shard
+SAMPLED = "samples of a network: "  # begins the source of tokens that a network drew; `NAME=VALUE` pairs follow
 MAX_TOKENS = 2**20  # per image; 1024 pixels have 9,451
 MAX_COUNT = 2**40
 REMOVE_REMEDY = "remove that file and run the same `lightning-mvar tokenize` again"
@@ -80,15 +81,15 @@ class Manifest:
         vocab_size: number of codes; tokens are in [0, vocab_size).
         class_names: class names in label order.
         tokenizer: fingerprint of the tokenizer that encoded the images.
-        source: location of the images.
+        source: location of the images; or, after `SAMPLED`, the network that drew the tokens and its settings.
         num_images: number of images in the source.
         shard_size: samples per shard, fewer in the last one; skipped images count.
         order: hash of the order in which the images went into the shards.
-        listing: hash of the images' names and labels.
+        listing: hash of the images' names and labels, or of the source of samples.
         views: samples per image: random crops, or the centre crop if 1.
         seed: seed of the random crops.
         flips: whether half of the random crops are mirrored.
-        precision: precision of the encoder.
+        precision: precision of the encoder, or of the network that drew the tokens.
         shards: finished shards, in order.
         format_version: version of this format.
     """
@@ -113,6 +114,19 @@ class Manifest:
     def schedule(self) -> ScaleSchedule:
         """Schedule of the tokens; raises InputError if the side lengths are invalid."""
         return ScaleSchedule(tuple(self.side_lengths))
+
+    @property
+    def sampling(self) -> dict[str, str] | None:
+        """The settings, by name, with which a network drew the tokens; None if they are of images."""
+        if not self.source.startswith(SAMPLED):
+            return None
+        pairs = (pair.partition("=") for pair in self.source.removeprefix(SAMPLED).split())
+        return {name: value for name, _, value in pairs}
+
+    @property
+    def command(self) -> str:
+        """The command that writes such shards, for messages."""
+        return "lightning-mvar tokenize" if self.sampling is None else "lightning-mvar sample"
 
     @property
     def spec(self) -> TokenSpec:
@@ -300,7 +314,7 @@ class Manifest:
         if len(self.shards) < self.num_shards:
             raise InputError(
                 f"{location} is unfinished: {len(self.shards)} of {self.num_shards} shards; run the same "
-                f"`lightning-mvar tokenize` again, it continues where it stopped"
+                f"`{self.command}` again, it continues where it stopped"
             )
         for message, remedy in self.impossible_counts():
             raise InputError(f"{file} is damaged: {message}; {remedy}")
@@ -316,9 +330,7 @@ class Manifest:
                 problem = f"truncated or altered: {size} bytes, the manifest says {shard.bytes}"
             else:
                 continue
-            raise InputError(
-                f"{path} is {problem}; run the same `lightning-mvar tokenize` again, it rewrites that shard only"
-            )
+            raise InputError(f"{path} is {problem}; run the same `{self.command}` again, it rewrites that shard only")
 
 
 def parts_of(folder: Path) -> Path:
