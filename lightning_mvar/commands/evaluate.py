@@ -21,8 +21,9 @@ from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.reference import Reference, open_reference
 from lightning_mvar.metrics.summary import Summary, prepare, try_extractor
-from lightning_mvar.sampling.draw import METADATA_KEYS, Drawing, draw_set
+from lightning_mvar.sampling.draw import METADATA_KEYS, draw_set
 from lightning_mvar.sampling.readers import Samples, open_samples
+from lightning_mvar.sampling.sampler import Drawing
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
@@ -109,7 +110,7 @@ def evaluate(
         sampled = None
         if ckpt_path is not None:
             load = partial(read_and_try, extractor, ckpt_path, tokenizer, weights, [real, floor_images])
-            sampled = draw_set(fabric.device, load, samples, per_class=per_class, **sampling)
+            sampled = draw_set(fabric.device, load, samples, None, per_class=per_class, **sampling)
         set_tf32(False)  # scores are computed in float32, in whatever precision the samples were drawn
         images = open_samples(samples)
         if sampled is not None:

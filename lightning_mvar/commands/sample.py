@@ -1,4 +1,4 @@
-"""`sample`: draws images from a checkpoint or an exported folder, as npz or PNG files, with figures to look at."""
+"""`sample`: draws images, as npz or PNG files, or their tokens, from a checkpoint; with figures to look at."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling.draw import Drawing, draw_set
+from lightning_mvar.sampling.draw import draw_set
 from lightning_mvar.sampling.grids import formation_strip, image_grid, save_animation, save_image, with_row_names
 from lightning_mvar.sampling.readers import open_samples
+from lightning_mvar.sampling.sampler import Drawing
 
 GRID_COLUMNS, STRIP_ROWS = 10, 10
 ANIMATIONS = (".gif", ".webp")
@@ -23,7 +24,8 @@ ANIMATIONS = (".gif", ".webp")
 
 def sample(
     ckpt_path: str,
-    out: str,
+    out: str | None = None,
+    tokens: str | None = None,
     grid: str | None = None,
     strip: str | None = None,
     animation: str | None = None,
@@ -42,6 +44,7 @@ def sample(
     Args:
         ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file (.pth, .safetensors).
         out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png.
+        tokens: folder for the tokens as token shards, to train on; without --out, no image is decoded.
         grid: PNG file for a grid with one row of up to 10 images per class.
         strip: PNG file for a strip of one image per class, up to 10, decoded after each scale.
         animation: GIF or WebP file of the grid decoded after each scale.
@@ -59,11 +62,22 @@ def sample(
             "--strip and --animation show all drawn images, before --reject selects: drop them or --reject"
         )
     figures = {"--grid": grid, "--strip": strip, "--animation": animation}
-    refuse_overwriting({"--out": out, **figures}, {})  # `draw_set` itself refuses a folder of other files
+    if out is None and tokens is None:
+        raise InputError(
+            "nothing to write: add --out NAME.npz or FOLDER for images, --tokens FOLDER for tokens, or both"
+        )
+    if out is None and (option := next((name for name, path in figures.items() if path is not None), None)):
+        raise InputError(f"{option} shows images of --out: add --out, or drop {option}")
+    refuse_overwriting(
+        {"--out": out, "--tokens": tokens, **figures}, {}
+    )  # `draw_set` itself refuses a folder of other files
     refuse_overwriting(figures, {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer})
     with launch_ranks(device, devices, num_nodes) as fabric:
-        drawn = draw_set(fabric.device, partial(load_trained, ckpt_path, tokenizer, weights), out, **drawing)
-        if fabric.is_global_zero:
+        load = partial(load_trained, ckpt_path, tokenizer, weights)
+        drawn = draw_set(fabric.device, load, out, tokens, **drawing)
+        if fabric.is_global_zero and tokens is not None:
+            print(f"tokens of {len(drawn.labels)} images in {tokens}")
+        if fabric.is_global_zero and out is not None:
             print(f"{len(drawn.labels)} images in {out}")
             write_figures(drawn, out, grid, strip, animation)
 

@@ -6,8 +6,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.generate import check_arguments
-from lightning_mvar.sampling.grids import to_uint8
-from lightning_mvar.sampling.sampler import Sampler
+from lightning_mvar.sampling.sampler import Batch, Drawing, Sampler
 from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.token_sets import TokenSet
 from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet, partial_folder
 from lightning_mvar.scales import format_shape
 
@@ -45,41 +46,6 @@ METADATA_KEYS = frozenset(
     [field.name for field in fields(SamplingSettings)]
     + ["per_class", "dtype", "classes", "network", "network_tokenizer", "reject", "reject_weights", "keep"]
 )
-Batch = tuple[list[int], PixelArray]  # image numbers, images
-
-
-@dataclass
-class Drawing:
-    """A set of images to draw.
-
-    Args:
-        sampler: sampler on this rank's device.
-        labels: (n,) class of each image, `per_class` consecutive images per class.
-        per_class: images per class.
-        settings: sampling settings.
-        images_per_s: throughput of all devices while drawing the missing images; None before, or if none were missing.
-    """
-
-    sampler: Sampler
-    labels: Tensor
-    per_class: int
-    settings: SamplingSettings
-    images_per_s: float | None = None
-
-    def draw(self, labels: Tensor, numbers: list[int]) -> PixelArray:
-        """Draws images (b, H, W, 3) uint8 of the given labels (b,) and numbers."""
-        return to_uint8(self.sampler.draw(labels, self.settings, numbers))
-
-    def stream_images(self, numbers: list[int]) -> Iterator[Tensor]:
-        """Yields images (b, 3, H, W) in [0, 1] of the set, decoded after each scale."""
-        return self.sampler.stream_images(self.labels[numbers], self.settings, numbers)
-
-    def batches(self, numbers: list[int], batch_size: int) -> Iterator[Batch]:
-        """Draws this rank's share of the images with the given numbers."""
-        rank, world_size = rank_and_world_size()
-        parts = [numbers[begin : begin + batch_size] for begin in range(0, len(numbers), batch_size)]
-        for part in parts[rank::world_size]:
-            yield part, self.draw(self.labels[part], part)
 
 
 @dataclass
@@ -134,7 +100,8 @@ class Rejection:
 def draw_set(
     device: torch.device,
     load: Callable[[], TrainedModel],
-    out: str,
+    out: str | None,
+    tokens: str | None = None,
     classes: str | None = None,
     per_class: int = 1,
     reject: nn.Module | None = None,
@@ -149,7 +116,9 @@ def draw_set(
     Args:
         device: device of this rank.
         load: reads network and tokenizer; called after the options have been checked.
-        out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png.
+        out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png; None for tokens
+            alone.
+        tokens: folder for the tokens, as token shards; the images of `out` are then decoded from them.
         classes: comma-separated class names (which may contain commas), WordNet ids or numbers, or "unconditional"; all
             classes if not given.
         per_class: images per class.
@@ -164,7 +133,7 @@ def draw_set(
         graphs: on CUDA, launch each scale as one CUDA graph; `false` launches every kernel by itself.
 
     Raises:
-        InputError: if an argument is out of range, or `out` holds other files or another set.
+        InputError: if an argument is out of range, or `out` or `tokens` holds other files or another set.
     """
     if per_class < 1 or batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
@@ -173,23 +142,40 @@ def draw_set(
         raise InputError(
             "--keep is the share of the images that --reject CLASSIFIER keeps: add --reject, or drop --keep"
         )
-    settings, target = SamplingSettings(**sampling), Path(out)
-    check_target(target)
+    settings = SamplingSettings(**sampling)
+    if out is not None:
+        check_target(Path(out))
+    if tokens is not None:
+        check_token_options(Path(tokens), settings, reject)
     model = load()
     network, tokenizer, names = model
     chosen = select_labels(classes, Classes(names, network.config.num_classes))
     check_count(per_class, len(chosen), keep)
     labels = torch.tensor(chosen).repeat_interleave(per_class)
     check_arguments(network, tokenizer, labels)  # before anything is written
+    if tokens is not None and network.config.num_classes in chosen:
+        raise InputError("--tokens needs classes: remove `unconditional` from --classes")
     every = chosen == list(range(network.config.num_classes))
     metadata = asdict(settings) | {"per_class": per_class, "classes": "all" if every else ",".join(map(str, chosen))}
     metadata |= {"network": fingerprint(network), "network_tokenizer": tokenizer.fingerprint()}
     metadata |= {"dtype": precision}  # the key "precision" is that of a score
     drawing = Drawing(Sampler(model, device, precision, graphs), labels, per_class, settings)
     rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
-    with own_target(target):
-        images = open_set(target, metadata | ({} if rejection is None else rejection.metadata()), drawing)
-        fill(images, drawing, rejection, batch_size)
+    with ExitStack() as stack:
+        token_set, images = None, None
+        if tokens is not None:
+            if is_first_rank():
+                stack.enter_context(lock_folder(Path(tokens), "sample", "--tokens"))
+            token_set = TokenSet(Path(tokens), drawing, metadata)
+        if out is not None:
+            stack.enter_context(own_target(Path(out)))
+            metadata |= {} if rejection is None else rejection.metadata()
+            images = open_set(Path(out), metadata, drawing)
+        if token_set is not None:
+            token_set.fill(batch_size)
+        if images is not None:
+            batches = drawing.batches if rejection is None else partial(rejection.batches, drawing)
+            fill(images, drawing, batches if token_set is None else token_set.batches, batch_size)
     return drawing
 
 
@@ -210,17 +196,17 @@ def own_target(target: Path) -> AbstractContextManager[Any]:
     return lock_folder(partial_folder(target) if target.suffix else target, "sample")
 
 
-def fill(images: SampleSet, drawing: Drawing, rejection: Rejection | None, batch_size: int) -> None:
-    """Draws the missing images of a set, each rank its share, and completes it."""
+def fill(
+    images: SampleSet, drawing: Drawing, batches: Callable[[list[int], int], Iterator[Batch]], batch_size: int
+) -> None:
+    """Completes a set; `batches(numbers, batch_size)` draws this rank's share of the images with these numbers."""
     missing = object_from_rank_zero(images.missing() if is_first_rank() else [])
     begin = time.perf_counter()
-    parts = (missing, batch_size)
-    batches = drawing.batches(*parts) if rejection is None else rejection.batches(drawing, *parts)
     # Rank 0 alone shows its progress, and assumes that the other ranks are equally fast.
     done, hidden = images.count - len(missing), not is_first_rank()
     with tqdm(total=images.count, initial=done, unit="img", desc="sample", disable=hidden) as bar:
         try:
-            for numbers, pixels in batches:
+            for numbers, pixels in batches(missing, batch_size):
                 images.write(numbers, pixels)
                 bar.update(min(len(numbers) * rank_and_world_size()[1], images.count - bar.n))
         except BaseException:  # an interruption keeps what was drawn
@@ -274,6 +260,16 @@ def check_target(target: Path) -> None:
         raise InputError(f"--out {target} is a folder; name a file, or a folder without the suffix .npz")
     if target.suffix == "" and target.is_file():
         raise InputError(f"--out {target} is a file; name a folder, or NAME.npz")
+
+
+def check_token_options(folder: Path, settings: SamplingSettings, reject: nn.Module | None) -> None:
+    """Raises InputError for options that do not go with --tokens, before anything is computed."""
+    if folder.is_file():
+        raise InputError(f"--tokens {folder} is a file; name a folder")
+    if settings.smooth:
+        raise InputError("--smooth mixes codes, so its images have no tokens: drop --smooth or --tokens")
+    if reject is not None:
+        raise InputError("--reject selects images, but --tokens keeps all that are drawn: drop --reject or --tokens")
 
 
 def select_labels(classes: str | None, names: Classes) -> list[int]:

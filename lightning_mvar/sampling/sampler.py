@@ -1,20 +1,25 @@
-"""Sampler of a trained model on one device, with one random stream per image number."""
+"""Sampler of a trained model on one device, with one random stream per image number, and sets of images to draw."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_mvar.checkpoints.pair import TrainedModel
 from lightning_mvar.data.classes import Classes
-from lightning_mvar.devices import DTYPES, Precision, set_tf32
+from lightning_mvar.devices import DTYPES, Precision, rank_and_world_size, set_tf32
 from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.sampling.generate import decode_images, draw_images, draw_scales
 from lightning_mvar.sampling.graphs import graphs_for
+from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import KnownTokens, Step
+from lightning_mvar.sampling.writers import PixelArray
+
+Batch = tuple[list[int], PixelArray]  # image numbers, images
 
 
 class Sampler:
@@ -61,3 +66,46 @@ class Sampler:
         """Draws images (b, 3, H, W) in [0, 1]; see `steps`."""
         keys = settings.keys(numbers)
         return draw_images(self.network, self.tokenizer, labels, settings, keys, graphs=self.graphs)[0]
+
+    def draw_tokens(self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int]) -> Tensor:
+        """Draws tokens (b, l) int64; see `steps`."""
+        return torch.cat([step.tokens for step in self.steps(labels, settings, numbers)], dim=1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Decodes tokens (b, l) int64 to images (b, 3, H, W) in [0, 1]."""
+        return decode_images(self.tokenizer, self.tokenizer.quantizer.decode(tokens.to(self.device)))
+
+
+@dataclass
+class Drawing:
+    """A set of images to draw.
+
+    Args:
+        sampler: sampler on this rank's device.
+        labels: (n,) class of each image, `per_class` consecutive images per class.
+        per_class: images per class.
+        settings: sampling settings.
+        images_per_s: throughput of all devices while drawing the missing images; None before, or if none were missing.
+    """
+
+    sampler: Sampler
+    labels: Tensor
+    per_class: int
+    settings: SamplingSettings
+    images_per_s: float | None = None
+
+    def draw(self, labels: Tensor, numbers: list[int]) -> PixelArray:
+        """Draws images (b, H, W, 3) uint8 of the given labels (b,) and numbers."""
+        return to_uint8(self.sampler.draw(labels, self.settings, numbers))
+
+    def stream_images(self, numbers: list[int]) -> Iterator[Tensor]:
+        """Yields images (b, 3, H, W) in [0, 1] of the set, decoded after each scale."""
+        return self.sampler.stream_images(self.labels[numbers], self.settings, numbers)
+
+    def batches(self, numbers: list[int], batch_size: int) -> Iterator[Batch]:
+        """Draws this rank's share of the images with the given numbers."""
+        rank, world_size = rank_and_world_size()
+        parts = [numbers[begin : begin + batch_size] for begin in range(0, len(numbers), batch_size)]
+        for part in parts[rank::world_size]:
+            yield part, self.draw(self.labels[part], part)
