@@ -20,7 +20,7 @@ from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
 from lightning_mvar.data.images.files import scan
 from lightning_mvar.data.images.sources import open_images
-from lightning_mvar.data.tokens.manifest import MANIFEST, Manifest
+from lightning_mvar.data.tokens.manifest import EITHER, MANIFEST, SAMPLED, Manifest
 from lightning_mvar.data.tokens.shards import read_samples, read_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.statistics import TokenStatistics, stratified_ids
@@ -86,6 +86,9 @@ def info(folder: str, json: str | None = None) -> None:
                 statistics.update(pack)
             bar.update(shard.samples)
     summary = {k: v for k, v in asdict(manifest).items() if k not in ("class_names", "shards")}
+    if manifest.sampling is not None:
+        summary["source"] = SAMPLED.rstrip(": ")
+        summary |= {f"sampling_{name}": value for name, value in manifest.sampling.items()}
     summary |= {"num_classes": len(manifest.class_names), "num_shards": len(manifest.shards)}
     summary |= storage_summary(manifest, path, statistics.schedule.num_tokens)
     print_table([summary])
@@ -135,21 +138,22 @@ def decode(
     path, torch_device = require_folder(folder), choose_device(device)
     manifest = load_valid_manifest(path)
     if not manifest.num_samples:
-        raise InputError(f"there are no samples in {folder} yet: let `lightning-mvar tokenize` finish")
+        raise InputError(f"there are no samples in {folder} yet: let {manifest.command} finish")
     model = load_tokenizer(tokenizer).to(torch_device)
     manifest.check_tokenizer(folder, model.fingerprint())
     ids = stratified_ids(manifest.num_samples, n, seed)
     samples = read_samples(manifest, LocalShards(path).fetch, ids)
+    originals: list[torch.Tensor | None] = [None] * len(samples.keys)
     try:
         if images is None:
             check_source(manifest)
-        source = open_images(images or manifest.source, model.config.shape, "skip", labels, class_names)
-        originals = find_originals(manifest, samples.keys, source)
+        if images is not None or manifest.sampling is None:  # a network's samples have no originals
+            source = open_images(images or manifest.source, model.config.shape, "skip", labels, class_names)
+            originals = find_originals(manifest, samples.keys, source)
     except InputError as error:
         if images is not None:
             raise
         print(f"without originals: {error}; pass their location as --images")
-        originals = [None] * len(samples.keys)
     decoded = decode_all(model, samples.tokens, torch_device)
     classes = Classes(manifest.class_names, len(manifest.class_names))
     names = [classes.name(int(label)) for label in samples.labels]
@@ -235,9 +239,7 @@ def load_valid_manifest(folder: Path) -> Manifest:
 def require_folder(folder: str) -> Path:
     """Returns the folder's path; raises InputError if it is not a folder."""
     if not os.path.isdir(folder):  # False for a name that is too long
-        raise InputError(
-            f"{folder:.200} is not a folder; name one that `lightning-mvar tokenize` wrote, with a {MANIFEST}"
-        )
+        raise InputError(f"{folder:.200} is not a folder; name one that {EITHER} wrote, with a {MANIFEST}")
     return Path(folder)
 
 

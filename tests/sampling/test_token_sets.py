@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MIXERS, SCHEDULE, tiny_network, write_token_shards
+from conftest import MIXERS, SCHEDULE, tiny_network, write_images, write_token_shards
 from lit_modules import make_module, make_trainer
 from processes import start
 
@@ -195,3 +195,30 @@ def test_networks_without_class_names_get_those_of_their_labels(workdir: Path, t
     assert manifest.class_names == [str(label) for label in range(10)]
     assert manifest.tokenizer == tokenizer.fingerprint()
     assert manifest.schedule == SCHEDULE
+
+
+def test_shards_shows_decodes_and_verifies_samples(
+    workdir: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*SAMPLE, "--tokens", "own", "--seed", "5"]) == 0
+    assert run(["shards", "info", "own"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines() if " " in line)
+    assert rows["source"] == "samples of a network"
+    assert (rows["sampling_seed"], rows["sampling_guidance"], rows["sampling_classes"]) == ("5", "0.5", "all")
+    decode = ["shards", "decode", "own", "--tokenizer", str(tokenizer_folder), "--out", "own.png", "--n", "2"]
+    assert run(decode) == 0
+    assert "without originals" not in capfd.readouterr().out
+    Path("own/000001.tar").unlink()
+    assert run(["shards", "verify", "own"]) == 1
+    assert "own/000001.tar: is missing; run the same `lightning-mvar sample` again" in capfd.readouterr().out
+
+
+def test_tokenize_does_not_continue_samples(
+    workdir: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*SAMPLE, "--tokens", "own"]) == 0
+    before = contents(Path("own"))
+    write_images(workdir / "images", per_class=1)
+    assert run(["tokenize", "--images", "images", "--tokenizer", str(tokenizer_folder), "--out", "own"]) == 1
+    assert "own holds samples of a network: choose another --out, or remove that folder" in capfd.readouterr().err
+    assert contents(Path("own")) == before

@@ -32,7 +32,9 @@ PARTS = "parts"  # subfolder with a record per finished shard
 SAMPLED = "samples of a network: "  # begins the source of tokens that a network drew; `NAME=VALUE` pairs follow
 MAX_TOKENS = 2**20  # per image; 1024 pixels have 9,451
 MAX_COUNT = 2**40
-REMOVE_REMEDY = "remove that file and run the same `lightning-mvar tokenize` again"
+TOKENIZE, SAMPLE = "`lightning-mvar tokenize`", "`lightning-mvar sample`"  # the commands that write shards, in messages
+EITHER = f"{TOKENIZE} or {SAMPLE}"
+REMOVE_REMEDY = f"remove that file and run the same {EITHER} again"
 REWRITE_REMEDY = "write the shards again into an empty folder"
 
 
@@ -126,7 +128,7 @@ class Manifest:
     @property
     def command(self) -> str:
         """The command that writes such shards, for messages."""
-        return "lightning-mvar tokenize" if self.sampling is None else "lightning-mvar sample"
+        return TOKENIZE if self.sampling is None else SAMPLE
 
     @property
     def spec(self) -> TokenSpec:
@@ -314,7 +316,7 @@ class Manifest:
         if len(self.shards) < self.num_shards:
             raise InputError(
                 f"{location} is unfinished: {len(self.shards)} of {self.num_shards} shards; run the same "
-                f"`{self.command}` again, it continues where it stopped"
+                f"{self.command} again, it continues where it stopped"
             )
         for message, remedy in self.impossible_counts():
             raise InputError(f"{file} is damaged: {message}; {remedy}")
@@ -330,7 +332,7 @@ class Manifest:
                 problem = f"truncated or altered: {size} bytes, the manifest says {shard.bytes}"
             else:
                 continue
-            raise InputError(f"{path} is {problem}; run the same `{self.command}` again, it rewrites that shard only")
+            raise InputError(f"{path} is {problem}; run the same {self.command} again, it rewrites that shard only")
 
 
 def parts_of(folder: Path) -> Path:
@@ -341,7 +343,7 @@ def parts_of(folder: Path) -> Path:
     """
     parts = folder / PARTS
     if parts.is_symlink() or (parts.exists() and not parts.is_dir()):
-        raise InputError(f"{parts} must be a folder: remove it and run the same `lightning-mvar tokenize` again")
+        raise InputError(f"{parts} must be a folder: remove it and run the same {EITHER} again")
     return parts
 
 

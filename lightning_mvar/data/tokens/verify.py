@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_mvar.data.tokens.manifest import MANIFEST, REWRITE_REMEDY, Manifest, Shard, shard_name
+from lightning_mvar.data.tokens.manifest import EITHER, MANIFEST, REWRITE_REMEDY, Manifest, Shard, shard_name
 from lightning_mvar.data.tokens.packs import PACK_ERRORS, CheckedPack, TokenSpec, read_packs
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import sha256_of
-
-REWRITE = "run the same `lightning-mvar tokenize` again, it rewrites that shard only"
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,12 @@ def find_problems(
         manifest = Manifest.load(folder)
         problems = list(manifest_problems(manifest, folder, tokenizer))
         listed = {shard.name: shard for shard in manifest.shards}
-        spec = manifest.spec
+        spec, command = manifest.spec, manifest.command
     except InputError as error:
         problems, listed, spec = [Problem(folder / MANIFEST, str(error), "the shards are checked without it")], {}, None
+        command = EITHER
     yield from problems
+    rewrite = f"run the same {command} again, it rewrites that shard only"
     key_index = KeyIndex()
     for name in sorted({*files, *listed}):
         path, shard = folder / name, listed.get(name)
@@ -81,7 +81,7 @@ def find_problems(
             continue  # already reported with the manifest
         if shard is None and spec is not None:
             yield Problem(path, "is not listed in the manifest", "remove it, or restore the manifest that lists it")
-        yield from shard_problems(path, shard, spec or TokenSpec(), key_index)
+        yield from shard_problems(path, shard, spec or TokenSpec(), key_index, rewrite)
         advance(path.stat().st_size if path.is_file() else 0)
 
 
@@ -92,7 +92,7 @@ def manifest_problems(manifest: Manifest, folder: Path, tokenizer: str | None) -
         yield Problem(file, message, remedy)
     if tokenizer is not None and manifest.tokenizer != tokenizer:
         message = f"the tokens were made by tokenizer {manifest.tokenizer}, not by {tokenizer}"
-        yield Problem(file, message, "pass the folder of their tokenizer as --tokenizer, or tokenize again")
+        yield Problem(file, message, "pass the folder of their tokenizer as --tokenizer, or write them again")
 
 
 def missing_shards(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -101,34 +101,39 @@ def missing_shards(manifest: Manifest) -> Iterator[tuple[str, str]]:
     planned = {shard_name(index) for index in range(min(count, len(listed) + 1))}  # the first missing one is among them
     if missing := sorted(planned - listed):
         message = f"it is unfinished: {len(listed)} of {count} shards, {missing[0]} is the first that is not listed"
-        yield message, "run the same `lightning-mvar tokenize` again, it continues where it stopped"
+        yield message, f"run the same {manifest.command} again, it continues where it stopped"
     elif extra := sorted(listed - planned):
         yield f"it lists {extra[0]}, but {manifest.num_images} images make {count} shards", REWRITE_REMEDY
 
 
-def shard_problems(path: Path, shard: Shard | None, spec: TokenSpec, key_index: KeyIndex) -> Iterator[Problem]:
-    """Yields the problems of one file; `shard` is its manifest entry, None if it is not listed."""
+def shard_problems(
+    path: Path, shard: Shard | None, spec: TokenSpec, key_index: KeyIndex, rewrite: str
+) -> Iterator[Problem]:
+    """Yields the problems of one file; `shard` is its manifest entry, None if it is not listed.
+
+    `rewrite` says how to replace a damaged file.
+    """
     if not path.is_file():
-        yield Problem(path, "is not a regular file" if os.path.lexists(path) else "is missing", REWRITE)
+        yield Problem(path, "is not a regular file" if os.path.lexists(path) else "is missing", rewrite)
         return
     size = path.stat().st_size
     if shard is not None and size != shard.bytes:
-        yield Problem(path, f"has {size} bytes, the manifest says {shard.bytes}", REWRITE)
+        yield Problem(path, f"has {size} bytes, the manifest says {shard.bytes}", rewrite)
     elif shard is not None and sha256_of(path) != shard.sha256:
-        yield Problem(path, "does not have the SHA-256 that the manifest lists", REWRITE)
+        yield Problem(path, "does not have the SHA-256 that the manifest lists", rewrite)
     samples, keys = 0, list[str]()
     try:
         for name, members in read_packs(path):
             pack = CheckedPack(name, members, spec)
-            yield from (Problem(path, message, REWRITE) for message in pack.messages)
+            yield from (Problem(path, message, rewrite) for message in pack.messages)
             samples += pack.samples
             keys += pack.keys or []
     except PACK_ERRORS as error:
-        yield Problem(path, f"is not a complete tar file ({str(error) or type(error).__name__})", REWRITE)
+        yield Problem(path, f"is not a complete tar file ({str(error) or type(error).__name__})", rewrite)
     if shard is not None and samples != shard.samples:
-        yield Problem(path, f"holds {samples} samples, the manifest says {shard.samples}", REWRITE)
+        yield Problem(path, f"holds {samples} samples, the manifest says {shard.samples}", rewrite)
     for message in key_index.add(keys, path.name):
-        yield Problem(path, message, "remove the folder and tokenize again, or those images count twice")
+        yield Problem(path, message, "remove the folder and write it again, or those images count twice")
 
 
 def plural(count: int, noun: str) -> str:
