@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
 
-PLATEAU = 0.05  # share of the steps after warm-up that stay at the peak
-
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -28,6 +26,7 @@ class OptimizerConfig:
         weight_decay: weight decay at the first step.
         final_weight_decay: weight decay at the last step, reached along a cosine; equal to `weight_decay` if not given.
         warmup: share of all steps spent in linear warm-up.
+        plateau: share of the steps after warm-up that stay at the peak.
         initial_lr_ratio: learning rate at the first step, divided by the peak.
         final_lr_ratio: learning rate at the last step, divided by the peak.
     """
@@ -38,6 +37,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     final_weight_decay: float | None = None
     warmup: float = 0.02
+    plateau: float = 0.05
     initial_lr_ratio: float = 0.005
     final_lr_ratio: float = 0.1
 
@@ -50,7 +50,7 @@ class OptimizerConfig:
         for name in ("weight_decay", "final_weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise InputError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("warmup", "initial_lr_ratio", "final_lr_ratio"):
+        for name in ("warmup", "plateau", "initial_lr_ratio", "final_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"optimizer.{name} must be in [0, 1], got {getattr(self, name)}")
 
@@ -61,9 +61,9 @@ class OptimizerConfig:
         if step < warmup_steps:
             return peak * (self.initial_lr_ratio + (1 - self.initial_lr_ratio) * step / warmup_steps)
         progress = min((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 1.0)
-        if progress < PLATEAU:
+        if progress < self.plateau or self.plateau == 1:
             return peak
-        return peak * (self.final_lr_ratio + (1 - self.final_lr_ratio) * (1 - progress) / (1 - PLATEAU))
+        return peak * (self.final_lr_ratio + (1 - self.final_lr_ratio) * (1 - progress) / (1 - self.plateau))
 
     def decay(self, step: int, total_steps: int) -> float:
         """Returns the weight decay at `step`, on a cosine from `weight_decay` to `final_weight_decay`."""

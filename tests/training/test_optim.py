@@ -37,6 +37,24 @@ def test_learning_rate_at_chosen_steps(step: int, expected: float) -> None:
     assert CONFIG.learning_rate(step, TOTAL, BATCH) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("step", "total", "expected"),
+    [
+        (10, 1000, (0.005 + 0.995 / 2) * PEAK),
+        (20, 1000, PEAK),
+        (20 + 783, 1000, PEAK),  # 79.98 % of the 979 steps after warm-up
+        (20 + 881, 1000, PEAK * (1 - 881 / 979) / 0.2),
+        (999, 1000, 0.0),
+        (783, 2000, PEAK),  # the plateau does not depend on the number of steps
+    ],
+)
+def test_warm_up_stable_decay(step: int, total: int, expected: float) -> None:
+    config = OptimizerConfig(base_lr=1e-4, plateau=0.8, final_lr_ratio=0.0)
+    assert config.learning_rate(step, total, BATCH) == pytest.approx(expected, abs=1e-12)
+    constant = OptimizerConfig(base_lr=1e-4, plateau=1.0)
+    assert constant.learning_rate(max(step, 20), 1000, BATCH) == pytest.approx(PEAK)
+
+
 def test_the_learning_rate_falls_monotonically_after_warm_up() -> None:
     rates = [CONFIG.learning_rate(step, TOTAL, BATCH) for step in range(20, TOTAL)]
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rates))
@@ -96,6 +114,7 @@ def test_a_step_is_adamw() -> None:
     [
         {"base_lr": 0.0},
         {"warmup": 1.5},
+        {"plateau": -0.1},
         {"final_lr_ratio": -0.1},
         {"beta1": 1.0},
         {"beta2": -0.1},
