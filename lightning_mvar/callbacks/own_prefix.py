@@ -1,9 +1,8 @@
 """Losses after prefixes that the network has drawn itself: exposure bias during training.
 
 Teacher forcing shows the network true prefixes, sampling its own draws. A loss after own draws needs a target. The true
-tokens are none: they complete another prefix. As in bitwise self-correction (Infinity, arXiv 2412.04431, section 3.4),
-the target is what the quantizer would choose next for the true image, given the drawn prefix. Features are not stored,
-so f_hat of all true tokens stands for them.
+tokens are none: they complete another prefix. As in bitwise self-correction (Infinity, arXiv 2412.04431), the target
+repairs the draws: see `ResidualQuantizer.repairing_tokens`.
 
 Even a perfect network has a higher loss after own draws, because the target then says in what the true image differs
 from them. The more scales are drawn, the less of the true image is known: if all are, the demo's network has a higher
@@ -40,9 +39,9 @@ class OwnPrefixCallback(L.Callback):
     """Logs what the network loses after its own draws at each validation; see the module for how to read it.
 
     `val_own_prefix/K` is the loss of the scale named K, in nats per token, after scales of which the network has drawn
-    the last `own_scales` (fewer at coarse scales) and the true image gives the rest. `val_true_prefix/K` is the loss of
-    the same kind of target after true scales alone. `val_entropy_shift/K` is the entropy of the prediction after own
-    draws minus that after true scales. Each has a mean over all tokens, `.../mean`. The first scale has no prefix.
+    the last `own_scales` (fewer at coarse scales) and the true image gives the rest. `val_true_prefix/K` is the
+    teacher-forced loss of the same images. `val_entropy_shift/K` is the entropy of the prediction after own draws minus
+    that after true scales. Each has a mean over all tokens, `.../mean`. The first scale has no prefix.
 
     Tokens are drawn without guidance or truncation, by the weights being trained, which `val_scale_loss/K` also scores.
     The draws of an image depend on seed and image alone. Costs `own_scales` + 1 forward passes per image.
@@ -142,23 +141,21 @@ def score_own_prefixes(
     """
     schedule, settings = network.config.schedule, SamplingSettings(guidance=0, top_k=0, top_p=0)
     uniforms = uniform(keys, 0, schedule.num_tokens, TOKENS).split(schedule.lengths, dim=1)
-    with without_autocast(tokens):
-        features = quantizer.decode(tokens)
     prefixes = [Prefix(quantizer.empty(len(tokens)), network.init_state(labels))]  # of 0, 1, ... drawn scales
     scores = []
     for k, true in enumerate(tokens.split(schedule.lengths, dim=1)):
-        losses, entropies, continued = [], [], []
+        losses, entropies, continued, true_f_hat = [], [], [], prefixes[0].f_hat
         for f_hat, state in prefixes:
             logits, state = network.step(quantizer.downsample(f_hat, k) if k else None, state)  # (b, n, v)
             with without_autocast(logits):
-                loss, entropy = loss_and_entropy(logits, quantizer.quantize_residual(features, f_hat, k)[1])
+                targets = quantizer.repairing_tokens(true, true_f_hat, f_hat, k)
+                loss, entropy = loss_and_entropy(logits, targets)
                 continued.append((f_hat, draw(logits, uniforms[k], settings), state))
             losses.append(loss)
             entropies.append(entropy)
         if k > 0:
             scores.append(torch.stack([losses[-1], losses[0], entropies[-1] - entropies[0]], dim=1))  # (b, 3)
-        first, _, state = continued[0]
-        continued = [(first, true, state), *continued][: own_scales + 1]
+        continued = [(true_f_hat, true, continued[0][2]), *continued][: own_scales + 1]
         with without_autocast(true):
             prefixes = [Prefix(quantizer.accumulate(f, quantizer.codebook(t), k), state) for f, t, state in continued]
     return torch.stack(scores, dim=2)

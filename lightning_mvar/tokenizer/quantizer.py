@@ -105,22 +105,37 @@ class ResidualQuantizer(nn.Module):
         """Quantizes `features` (b, c, s, t) scale by scale, each scale the residual of the previous ones."""
         f_hat = self.empty(len(features))
         for k in range(self.schedule.num_scales):
-            queries, tokens = self.quantize_residual(features, f_hat, k)
+            queries = self.downsample(features.detach() - f_hat.detach(), k)
+            tokens = self.nearest(queries)
             f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
             yield PyramidStep(queries, tokens, f_hat)
-
-    def quantize_residual(self, features: Tensor, f_hat: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-        """Quantizes what f_hat (b, c, s, t), whatever it is made of, lacks of `features` at `scale`.
-
-        Returns:
-            Queries (b, n, c) and the nearest token (b, n) int64 of each.
-        """
-        queries = self.downsample(features.detach() - f_hat.detach(), scale)
-        return queries, self.nearest(queries)
 
     def encode(self, features: Tensor) -> Tensor:
         """Encodes features (b, c, s, t) as tokens (b, l) int64."""
         return torch.cat([step.tokens for step in self.pyramid(features)], dim=1)
+
+    def repairing_tokens(self, tokens: Tensor, true_f_hat: Tensor, f_hat: Tensor, scale: int) -> Tensor:
+        """Returns the tokens of `scale` that best repair the error of other scales before it.
+
+        They are the codes nearest to the true ones plus the error of f_hat so far, averaged to the scale; without an
+        error, the true tokens. This stands for quantizing the image's features minus f_hat, as if the features had been
+        those that the true tokens encode exactly.
+
+        The sum of all true contributions must not stand for the features instead: quantizing it again does not return
+        the tokens it is made of, because its last scales are not codes but codes after phi.
+
+        Args:
+            tokens: (b, n) int64 true tokens of the scale.
+            true_f_hat: (b, c, s, t) of the true tokens of the scales before.
+            f_hat: (b, c, s, t) of the tokens that stand in their place.
+            scale: number of the scale.
+
+        Returns:
+            (b, n) int64.
+        """
+        error = self.downsample(true_f_hat - f_hat, scale)
+        repairing = self.nearest(self.codebook(tokens) + error)
+        return torch.where((error == 0).all(dim=-1), tokens, repairing)  # of equal codes, `nearest` returns the first
 
     def f_hats(self, tokens: Tensor) -> Iterator[Tensor]:
         """Yields f_hat (b, c, s, t) of tokens (b, l) after each scale, coarse to fine."""

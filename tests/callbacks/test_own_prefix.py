@@ -36,10 +36,10 @@ def reference(
     for j in range(max(0, k - own), k):
         logits = network(labels, tokenizer.scale_inputs(mixed))[:, spans[j]]
         mixed[:, spans[j]] = draw(logits, uniforms[:, spans[j]], PLAIN)
-    before = torch.zeros(len(tokens), 8, 4, 4) if k == 0 else [*tokenizer.quantizer.f_hats(mixed)][k - 1]
-    features = tokenizer.quantizer.decode(tokens)
-    missing = F.adaptive_avg_pool2d(features - before, SCHEDULE.shapes[k]).flatten(2).transpose(1, 2)
-    targets = torch.cdist(missing, tokenizer.quantizer.codebook.weight).argmin(dim=-1)
+    before = [[*tokenizer.quantizer.f_hats(each)][k - 1] for each in (tokens, mixed)]
+    error = F.adaptive_avg_pool2d(before[0] - before[1], SCHEDULE.shapes[k]).flatten(2).transpose(1, 2)
+    codebook = tokenizer.quantizer.codebook.weight
+    targets = torch.cdist(codebook[tokens[:, spans[k]]] + error, codebook).argmin(dim=-1)
     logits = network(labels, tokenizer.scale_inputs(mixed))[:, spans[k]]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     return losses.mean(dim=1), torch.distributions.Categorical(logits=logits).entropy().mean(dim=1)
@@ -54,7 +54,7 @@ def test_scores_equal_those_of_full_passes_over_mixed_tokens(
     scores = score_own_prefixes(network, tokenizer.quantizer, tokens, labels, keys, own_scales)
     for k in range(1, SCHEDULE.num_scales):
         own, entropy = reference(network, tokenizer, tokens, labels, keys, k, own_scales)
-        true, entropy_before = reference(network, tokenizer, tokens, labels, keys, k, 0)
+        true, entropy_before = reference(network, tokenizer, tokens, labels, keys, k, 0)  # teacher forcing
         expected = torch.stack([own, true, entropy - entropy_before], dim=1)
         torch.testing.assert_close(scores[:, :, k - 1], expected, atol=1e-4, rtol=1e-4)
 
