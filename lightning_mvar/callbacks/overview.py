@@ -14,6 +14,7 @@ from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, survive_write_
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.hparams import columns_summary, row_summary
 from lightning_mvar.io.json_files import write_json
+from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.costs import costs_of
 from lightning_mvar.training.base import ScheduledModule
 from lightning_mvar.training.mvar import LitMVAR
@@ -90,8 +91,8 @@ class OverviewCallback(SaveConfigCallback):
             return
         kind, values = type(pl_module), hyperparameters(self.config, trainer, pl_module)
         if isinstance(pl_module, LitMVAR):
-            values.pop("network.schedule", None)  # not given: it comes from the tokenizer
-            values |= token_format(pl_module)
+            values.pop("network.schedule", None)  # named by its side lengths
+            values |= network_values(pl_module.network_config)
             costs = costs_of(pl_module.network_config)._asdict()
             values |= costs
             write_json(Path(trainer.default_root_dir) / "costs.json", costs)
@@ -126,15 +127,11 @@ def hyperparameters(config: Namespace, trainer: L.Trainer, pl_module: L.Lightnin
     }
 
 
-def token_format(pl_module: LitMVAR) -> dict[str, Any]:
-    """Returns the hyperparameters that a run takes from its tokenizer and shards if they are not given."""
-    network = pl_module.network_config
-    return {
-        "network.schedule.side_lengths": ", ".join(map(str, network.schedule.side_lengths)),
-        "network.vocab_size": network.vocab_size,
-        "network.code_dim": network.code_dim,
-        "network.num_classes": network.num_classes,
-    }
+def network_values(network: MVARConfig) -> dict[str, Any]:
+    """Returns a network's hyperparameters, of which a run takes those that are not given from elsewhere."""
+    values = {f"network.{name}": value for name, value in vars(network).items() if name != "schedule"}
+    sides = ", ".join(map(str, network.schedule.side_lengths))
+    return values | {"network.mixers": ", ".join(map(str, network.mixers)), "network.schedule.side_lengths": sides}
 
 
 def chart_layout(charts: dict[str, dict[str, list[str]]]) -> dict[str, dict[str, list[Any]]]:

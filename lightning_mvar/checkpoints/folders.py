@@ -136,8 +136,9 @@ def open_folder(folder: Path, tokenizer: str | Path | None = None) -> StoredMode
     if config.network is None:
         raise InputError(f"{folder / CONFIG} describes no network; write one with `lightning-mvar export`")
     weights = read_weights(folder / "network.safetensors")
-    loader = partial(load_fitting_tokenizer, tokenizer or folder, config.network)
-    return StoredModel(str(folder), config.network, weights, config.class_names, loader)
+    used = str(tokenizer or folder)
+    loader = partial(load_fitting_tokenizer, used, config.network)
+    return StoredModel(str(folder), config.network, weights, config.class_names, loader, tokenizer_folder=used)
 
 
 def load_fitting_tokenizer(folder: str | Path, network: MVARConfig) -> Tokenizer:

@@ -29,6 +29,7 @@ class StoredModel:
         load_tokenizer: loads the tokenizer, and checks that it fits the network.
         part: for a checkpoint, the module that the weights are of: network or ema.
         tokenizer_fingerprint: fingerprint of the tokenizer; None if it is known only once the tokenizer is loaded.
+        tokenizer_folder: folder of the tokenizer; None if published weights do not say it.
     """
 
     source: str
@@ -38,6 +39,7 @@ class StoredModel:
     load_tokenizer: Callable[[], Tokenizer]
     part: str = "network"
     tokenizer_fingerprint: str | None = None
+    tokenizer_folder: str | None = None
 
     def load(self) -> TrainedModel:
         """Loads network and tokenizer, in eval mode on the CPU.

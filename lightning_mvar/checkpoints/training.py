@@ -280,6 +280,7 @@ def open_checkpoint(path: Path, tokenizer: str | Path | None, weights: WhichWeig
         partial(load_recorded_tokenizer, path, tokenizer, record.tokenizer),
         prefix.removesuffix("."),
         record.tokenizer.fingerprint,
+        str(tokenizer or record.tokenizer.path),
     )
 
 

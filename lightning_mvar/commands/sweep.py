@@ -21,7 +21,7 @@ from lightning_mvar.errors import InputError, Interrupted
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.json_files import checked
 from lightning_mvar.io.locks import lock_folder
-from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.config import OF_TOKENS, MVARConfig
 from lightning_mvar.models.costs import match_budget
 from lightning_mvar.sweeps.cells import Cell
 from lightning_mvar.sweeps.launchers import Launcher, local_launcher, ray_launcher, submitit_launcher
@@ -131,12 +131,13 @@ def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[st
         if plan.budget is None:
             return ()
         options = namespace.model.network.as_dict()
-        if missing := [name for name, value in options.items() if value is None]:
+        if missing := [name for name in OF_TOKENS if options[name] is None]:
             raise InputError(
                 f"a budget needs network.{missing[0]}, which only the tokenizer or the shards would say: add "
                 f"--model.network.{missing[0]} to `fit`"
             )
-        network = checked(options, MVARConfig, str(plan.path))
+        given = {name: value for name, value in options.items() if value is not None}
+        network = checked(given, MVARConfig, str(plan.path))
         fitted = match_budget(network, plan.budget.by, parameters=plan.budget.parameters, flops=plan.budget.flops)
     except (argparse.ArgumentError, InputError) as error:
         raise InputError(f"{plan.path}: cell {cell.name}: {' '.join(str(error).split())}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_mvar.errors import InputError
@@ -39,6 +39,7 @@ RANGES = {
     "head_dim": (1, 2**16),
     "window": (1, 2**12),
 }
+OF_TOKENS = ("schedule", "vocab_size", "code_dim", "num_classes")  # fields that tokenizer and token shards say
 MAX_MIXERS = 16  # per block
 SIZES = {"d12": 12, "d16": 16, "d20": 20, "d24": 24, "d30": 30, "d32": 32, "d36": 36}  # name: depth
 
@@ -196,7 +197,9 @@ class MVARConfig:
 
 @dataclass(frozen=True)
 class NetworkOptions(MVARConfig):
-    """Network to train, described without repeating what its tokenizer and token shards say.
+    """Network to train, described without repeating what its weights, its tokenizer and its token shards say.
+
+    Any other option that is not given has the value of the weights to start from, or else the default of `MVARConfig`.
 
     Args:
         schedule: scales of an image; the tokenizer's if not given.
@@ -206,28 +209,45 @@ class NetworkOptions(MVARConfig):
     """
 
     schedule: ScaleSchedule | None = None  # type: ignore[assignment]
+    depth: int | None = None  # type: ignore[assignment]
+    width: int | None = None  # type: ignore[assignment]
+    heads: int | None = None  # type: ignore[assignment]
     vocab_size: int | None = None  # type: ignore[assignment]
     code_dim: int | None = None  # type: ignore[assignment]
     num_classes: int | None = None  # type: ignore[assignment]
+    mixers: tuple[str, ...] | tuple[tuple[str, ...], ...] | None = None  # type: ignore[assignment]
+    parallel: bool | None = None  # type: ignore[assignment]
+    prediction: Literal["scale", "token"] | None = None  # type: ignore[assignment]
+    qk_norm: bool | None = None  # type: ignore[assignment]
+    shared_adaln: bool | None = None  # type: ignore[assignment]
+    drop_path: float | None = None  # type: ignore[assignment]
+    adaln_gate_init: float | None = None  # type: ignore[assignment]
+    state_dim: int | None = None  # type: ignore[assignment]
+    conv_width: int | None = None  # type: ignore[assignment]
+    expand: int | None = None  # type: ignore[assignment]
+    head_dim: int | None = None  # type: ignore[assignment]
+    window: int | None = None  # type: ignore[assignment]
+    scan_order: Literal["raster", "column", "alternating", "both"] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """Refuses wrong options before tokenizer and shards are read."""
-        self.complete(ScaleSchedule(), 1, 1, 1)
+        """Refuses wrong options before weights, tokenizer and shards are read."""
+        self.complete()
 
-    def complete(self, schedule: ScaleSchedule, vocab_size: int, code_dim: int, num_classes: int) -> MVARConfig:
-        """Returns the whole configuration; options that were given win over the arguments.
+    def complete(self, base: MVARConfig | None = None, **known: Any) -> MVARConfig:
+        """Returns the whole configuration.
+
+        Args:
+            base: has the values of options that are neither given nor known; the default configuration if None.
+            known: what tokenizer and shards say; options that were given win over it.
 
         Raises:
             InputError: if the options do not make a network.
         """
-        known: dict[str, Any] = {"schedule": schedule, "vocab_size": vocab_size, "code_dim": code_dim}
-        known["num_classes"] = num_classes
-        return MVARConfig(**(known | self.given()))
+        return MVARConfig(**((vars(base) if base else {}) | known | self.given()))
 
     def given(self) -> dict[str, Any]:
-        """Returns the options that were given, or have a default of their own."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        """Returns the options that were given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def attention_factory(kind: type[Attention]) -> Callable[[MVARConfig, int], Mixer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -189,9 +189,14 @@ class Tokenizer(nn.Module):
         """Returns the teacher-forcing input (b, l - first, c) of tokens (b, l); uses only codebook and phi."""
         return self.quantizer.scale_inputs(tokens)
 
-    def fingerprint(self) -> str:
-        """Returns a machine-independent hash of configuration and weights, stored in token shards."""
-        return fingerprint(self, json.dumps(asdict(self.config), sort_keys=True))
+    def fingerprint(self, schedule: ScaleSchedule | None = None) -> str:
+        """Returns a machine-independent hash of configuration and weights, stored in token shards.
+
+        Args:
+            schedule: to hash the tokenizer with another schedule, which does not change its weights.
+        """
+        config = replace(self.config, schedule=schedule or self.config.schedule)
+        return fingerprint(self, json.dumps(asdict(config), sort_keys=True))
 
 
 def lower_convolutions(dtype: torch.dtype, *modules: nn.Module) -> None:

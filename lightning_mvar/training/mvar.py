@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_mvar.checkpoints import load_tokenizer, load_trained
+from lightning_mvar.checkpoints import StoredModel, WhichWeights, load_tokenizer, load_trained, open_trained
 from lightning_mvar.checkpoints.pair import check_pair
 from lightning_mvar.checkpoints.training import (
     NETWORK_KEY,
@@ -26,7 +26,7 @@ from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.devices import exact_float32
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import checked
-from lightning_mvar.models.config import MVARConfig, NetworkOptions
+from lightning_mvar.models.config import OF_TOKENS, MVARConfig, NetworkOptions
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.models.parameters import UNDECAYED
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
@@ -46,6 +46,7 @@ from lightning_mvar.training.strategies import (
     build_network,
     sampling_mode,
 )
+from lightning_mvar.training.weights import InitialWeights, check_tokenizer
 
 
 class LitMVAR(ScheduledModule):
@@ -56,8 +57,9 @@ class LitMVAR(ScheduledModule):
     builds the network, sharded block by block if the strategy is `fsdp2`.
 
     Args:
-        network: architecture of the network; what it leaves out, the tokenizer and the token shards say.
-        tokenizer: folder of the tokenizer that encoded the tokens.
+        network: architecture of the network; what it leaves out, `weights`, the tokenizer and the token shards say;
+            without `weights`, the default is d16.
+        tokenizer: folder of the tokenizer that encoded the tokens; that of `weights` if not given.
         optimizer: AdamW and its schedules.
         objective: what to minimize, a class of `lightning_mvar.training.objectives`; overlays in configs/objective.
         label_drop: share of the training labels replaced by the unconditional class.
@@ -69,14 +71,17 @@ class LitMVAR(ScheduledModule):
             (none), its input and the outputs of linear layers, attention and scans (selective), or only its input
             (full; a third more time).
         max_skipped_steps: number of consecutive steps with gradients that are not finite that ends training.
+        weights: trained network to start from: a folder of `export`, a checkpoint of `fit`, or a file of published
+            weights. Its classes and scale schedule may be others; see `InitialWeights`.
+        weights_kind: of a checkpoint, `ema` takes the averaged weights if it has them, `raw` the last ones.
     """
 
     undecayed = UNDECAYED
 
     def __init__(
         self,
-        network: NetworkOptions,
-        tokenizer: str,
+        network: NetworkOptions = NetworkOptions(),  # noqa: B008 (frozen)
+        tokenizer: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         label_drop: float = 0.1,
         ema_decay: float | None = None,
@@ -84,6 +89,8 @@ class LitMVAR(ScheduledModule):
         activation_checkpointing: ActivationCheckpointing = "none",
         max_skipped_steps: int = 20,
         objective: Objective = TeacherForced(),  # noqa: B008 (never changes)
+        weights: str | None = None,
+        weights_kind: WhichWeights = "ema",
     ) -> None:
         super().__init__(optimizer, max_skipped_steps)
         if not 0 <= label_drop <= 1:
@@ -91,7 +98,9 @@ class LitMVAR(ScheduledModule):
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise InputError(f"model.ema_decay must be in [0, 1), got {ema_decay}")
         self.network_options: MVARConfig = network
-        self.tokenizer_path = os.path.expanduser(tokenizer)
+        self.given_tokenizer = None if tokenizer is None else os.path.expanduser(tokenizer)
+        self.weights, self.weights_kind = weights, weights_kind
+        self.continued: NetworkRecord | None = None  # of the checkpoint that a run with `weights` continues from
         self.objective, self.label_drop, self.ema_decay = objective, label_drop, ema_decay
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.sampling = SamplingSettings()  # of `predict_step`
@@ -107,6 +116,12 @@ class LitMVAR(ScheduledModule):
             InputError: naming the first field that differs.
         """
         super().setup(stage)
+        if self.weights is not None:
+            self.continued = self.trainer.strategy.broadcast(self.continued)  # only rank 0 looks for checkpoints
+        if self.stored is not None:
+            check_tokenizer(self.stored, self.hidden_tokenizer[0], self.tokenizer_path)
+            if self.token_data is None and self.network_config.num_classes == self.stored.config.num_classes:
+                self.known_class_names = self.stored.class_names
         network, data = self.network_config, self.token_data
         for name, manifest in data.manifests.items() if data is not None else ():
             side_lengths = network.schedule.side_lengths
@@ -131,12 +146,43 @@ class LitMVAR(ScheduledModule):
         options = self.network_options
         if not isinstance(options, NetworkOptions):
             return options
-        tokenizer = self.hidden_tokenizer[0].config
-        num_classes = options.num_classes
-        if num_classes is None and self.token_data is None:
+        tokenizer, base = self.hidden_tokenizer[0].config, self.trained_config
+        known = {"schedule": tokenizer.schedule, "vocab_size": tokenizer.vocab_size, "code_dim": tokenizer.code_dim}
+        if options.num_classes is None and self.token_data is not None:
+            known["num_classes"] = len(self.class_names)
+        elif options.num_classes is None and base is None:
             raise InputError("set network.num_classes: without token shards it is unknown")
-        num_classes = len(self.class_names) if num_classes is None else num_classes
-        return options.complete(tokenizer.schedule, tokenizer.vocab_size, tokenizer.code_dim, num_classes)
+        return options.complete(base, **known)
+
+    @cached_property
+    def stored(self) -> StoredModel | None:
+        """The trained network to start from; None without one, and in a run that continues from a checkpoint."""
+        if self.weights is None or self.continued is not None:
+            return None
+        return open_trained(self.weights, weights=self.weights_kind)
+
+    @property
+    def trained_config(self) -> MVARConfig | None:
+        """Architecture of the trained network to start from, or of the checkpoint to continue from in its place."""
+        if self.continued is not None:
+            return self.continued.network
+        return None if self.stored is None else self.stored.config
+
+    @cached_property
+    def tokenizer_path(self) -> str:
+        """Folder of the tokenizer.
+
+        Raises:
+            InputError: if it is neither given nor known from the weights to start from.
+        """
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
+        if self.continued is not None:
+            return self.continued.tokenizer.path
+        if self.stored is not None and self.stored.tokenizer_folder is not None:
+            return self.stored.tokenizer_folder
+        source = "" if self.weights is None else f": {self.weights} does not say which one it was trained with"
+        raise InputError(f"set model.tokenizer to the folder of the tokenizer that encoded the tokens{source}")
 
     @property
     def token_data(self) -> TokenDataModule | None:
@@ -163,9 +209,12 @@ class LitMVAR(ScheduledModule):
                 configure_block(part, self.compile_blocks, self.activation_checkpointing)
             shard(part)
 
-        self.network = build_network(self.network_config, device, self.seed, finish)
+        config, load = self.network_config, None
+        if self.stored is not None:
+            load = InitialWeights(self.stored, config, self.class_names).load
+        self.network = build_network(config, device, self.seed, finish, load)
         if self.ema_decay is not None:  # the same seed makes it start as a copy
-            self.ema = build_network(self.network_config, device, self.seed, shard).requires_grad_(False)
+            self.ema = build_network(config, device, self.seed, shard, load).requires_grad_(False)
 
     @property
     def averaged(self) -> MVAR:
@@ -344,11 +393,15 @@ class LitMVAR(ScheduledModule):
             InputError: if it is damaged, or of another network or tokenizer; names the first field that differs.
         """
         record = checked(entry, NetworkRecord, "--ckpt_path")
+        if self.weights is not None:
+            self.continued = record
         saved = asdict(record.network) | {"tokenizer": record.tokenizer.fingerprint}
         network = self.network_options if attached_trainer(self) is None else self.network_config
-        current = {name: value for name, value in asdict(network).items() if value is not None} | {
-            "tokenizer": self.tokenizer_fingerprint
-        }
+        if isinstance(network, NetworkOptions):  # what tokenizer and shards say is known with the trainer
+            network = network.complete(
+                self.trained_config, **{name: getattr(record.network, name) for name in OF_TOKENS}
+            )
+        current = asdict(network) | {"tokenizer": self.tokenizer_fingerprint}
         for name in current:
             if current[name] != saved.get(name):
                 raise InputError(

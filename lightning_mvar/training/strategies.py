@@ -161,25 +161,43 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="weights sharded b
 
 
 def build_network(
-    config: MVARConfig, device: torch.device, seed: int, finish: Callable[[nn.Module], None] = lambda part: None
+    config: MVARConfig,
+    device: torch.device,
+    seed: int,
+    finish: Callable[[nn.Module], None] = lambda part: None,
+    load: Callable[[nn.Module, str], None] | None = None,
 ) -> MVAR:
     """Builds a network with its initial weights, the same under every strategy.
 
-    Starts on the meta device. Calls `finish`, which may shard, on each block before the next one is allocated, and on
-    the network last, so no rank ever holds all of a sharded network.
+    Starts on the meta device. Calls `load`, then `finish`, which may shard, on each block before the next one is
+    allocated, and on the network last, so no rank ever holds all of a sharded network.
+
+    Args:
+        config: architecture.
+        device: of the weights.
+        seed: of the initial weights.
+        finish: completes a part.
+        load: fills a part, whose weights' names have this prefix in the network, in place of initial weights; outside
+            the blocks, what it leaves alone keeps those.
     """
     with torch.device("meta"):
         network = MVAR(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for block in network.blocks:
-            block.to_empty(device=device).init_weights()  # type: ignore[operator]
+        for i, block in enumerate(network.blocks):
+            block.to_empty(device=device)
+            if load is None:
+                block.init_weights()  # type: ignore[operator]
+            else:
+                load(block, f"blocks.{i}.")
             finish(block)
         for name, module in network.named_children():
             if name != "blocks":
                 module.to_empty(device=device)
         network.to_empty(device=device, recurse=False)
         network.init_outer_weights()
+        if load is not None:
+            load(network, "")
         finish(network)
     return network
 

@@ -1,0 +1,254 @@
+"""Training that starts from a trained network: any file, other classes, another schedule, any strategy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from conftest import SCHEDULE, scalars, tiny_network, write_token_shards
+from lit_modules import Losses, make_trainer
+from processes import start
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from training_runs import FIT, TWO_RANKS, act_in_step, largest_difference, train, weights
+
+from lightning_mvar import MVAR, ScaleSchedule, Tokenizer
+from lightning_mvar.checkpoints import open_trained, save_folder
+from lightning_mvar.checkpoints.published import network_to_published
+from lightning_mvar.checkpoints.training import (
+    NETWORK_KEY,
+    NetworkRecord,
+    RunRecord,
+    TokenizerRecord,
+    publish,
+    size_and_crc,
+)
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.tensors import save_torch
+from lightning_mvar.models.config import MVARConfig, NetworkOptions
+from lightning_mvar.models.mvar import Block
+from lightning_mvar.training.datamodules import TokenDataModule
+from lightning_mvar.training.mvar import LitMVAR
+from lightning_mvar.training.strategies import FSDP2Strategy, build_network, full_tensor
+from lightning_mvar.training.weights import InitialWeights, frozen_network
+
+CLASSES = [str(label) for label in range(10)]
+
+
+@pytest.fixture
+def trained() -> MVAR:
+    return tiny_network(head_dim=64)  # as published networks have
+
+
+def record_of(network: MVAR, tokenizer: Tokenizer, folder: Path, ema: bool) -> dict[str, object]:
+    record = TokenizerRecord(str(folder), tokenizer.fingerprint())
+    return asdict(NetworkRecord(network.config, record, CLASSES, RunRecord(ema, (0, 0), 1, 4, 0.9 if ema else None)))
+
+
+def checkpoint_weights(network: MVAR) -> dict[str, torch.Tensor]:
+    """Weights that are zero, and an average that is the network."""
+    average = {f"ema.{name}": tensor for name, tensor in network.state_dict().items()}
+    return {f"network.{name}": torch.zeros_like(value) for name, value in network.state_dict().items()} | average
+
+
+def write_folder(path: Path, network: MVAR, tokenizer: Tokenizer, folder: Path) -> None:
+    save_folder(path, tokenizer, network, CLASSES)
+
+
+def write_checkpoint(path: Path, network: MVAR, tokenizer: Tokenizer, folder: Path) -> None:
+    entry = record_of(network, tokenizer, folder, ema=True)
+    torch.save({"state_dict": checkpoint_weights(network), NETWORK_KEY: entry}, path)
+
+
+def write_sharded(path: Path, network: MVAR, tokenizer: Tokenizer, folder: Path) -> None:
+    unfinished = path.with_name("unfinished")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"state_dict": checkpoint_weights(network)}, checkpoint_id=unfinished, no_dist=True)
+    torch.save({NETWORK_KEY: record_of(network, tokenizer, folder, ema=True)}, unfinished / "meta.pt")
+    publish(unfinished, path, {file.name: size_and_crc(file) for file in unfinished.iterdir()})
+
+
+def write_published(path: Path, network: MVAR, tokenizer: Tokenizer, folder: Path) -> None:
+    save_torch(network_to_published(network), path)
+
+
+KINDS = {
+    "export": write_folder,
+    "run.ckpt": write_checkpoint,
+    "sharded.ckpt": write_sharded,
+    "mvar_d2.pth": write_published,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_first_loss_is_that_of_the_trained_network(
+    name: str, trained: MVAR, tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Its validation loss comes from a plain loop; the weight average starts as the trained weights too."""
+    KINDS[name](tmp_path / name, trained, tokenizer, tokenizer_folder)
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [16])
+    data = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=16)
+    where = str(tokenizer_folder) if name == "mvar_d2.pth" else None  # published weights do not say
+    losses = Losses()
+    module = LitMVAR(tokenizer=where, label_drop=0.0, ema_decay=0.5, weights=str(tmp_path / name))
+    start_weights: dict[str, torch.Tensor] = {}
+
+    class Start(Losses):
+        def on_train_start(self, trainer, pl_module) -> None:  # type: ignore[no-untyped-def]
+            start_weights.update({key: value.clone() for key, value in pl_module.state_dict().items()})
+
+    make_trainer(tmp_path / "run", 1, callbacks=[losses, Start()]).fit(module, data)
+    for key, value in trained.state_dict().items():
+        assert torch.equal(start_weights[f"network.{key}"], value), key
+        assert torch.equal(start_weights[f"ema.{key}"], value), key
+    batch = next(iter(data.val_dataloader()))
+    with torch.no_grad():
+        logits = trained(batch.labels, tokenizer.scale_inputs(batch.tokens))
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten())
+    assert losses.train[0] == pytest.approx(float(expected), rel=1e-5)
+    assert module.network_config == trained.config
+
+
+def initial(stored: Path, config: MVARConfig, names: list[str], log: pytest.LogCaptureFixture) -> tuple[MVAR, MVAR]:
+    """Returns the network with its initial weights outside the blocks, and with the stored ones."""
+    log.set_level(logging.INFO)
+    load = InitialWeights(open_trained(stored), config, names).load
+    fresh = build_network(config, torch.device("cpu"), 3, load=lambda part, prefix: None)
+    return fresh, build_network(config, torch.device("cpu"), 3, load=load)
+
+
+def test_classes_of_the_same_names_keep_their_embeddings(
+    trained: MVAR, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_folder(tmp_path / "export", tokenizer, trained, [f"digit {label}" for label in range(10)])
+    names = ["Digit_7", "cat", "digit 2"]
+    config = MVARConfig(**(vars(trained.config) | {"num_classes": 3}))
+    fresh, network = initial(tmp_path / "export", config, names, caplog)
+    before, rows = trained.class_embed.weight, network.class_embed.weight
+    assert torch.equal(rows, torch.stack([before[7], fresh.class_embed.weight[1], before[2], before[10]]))
+    for name, value in network.state_dict().items():
+        assert name == "class_embed.weight" or torch.equal(value, trained.state_dict()[name]), name
+    assert "has 10 classes, this network 3: 2 of them" in caplog.text
+
+
+@pytest.mark.parametrize("sides", [(1, 2, 4, 6, 7), (1, 3)])
+def test_another_schedule_resizes_the_positions_of_each_scale(
+    sides: tuple[int, ...], trained: MVAR, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_folder(tmp_path / "export", tokenizer, trained, CLASSES)
+    config = MVARConfig(**(vars(trained.config) | {"schedule": ScaleSchedule(sides)}))
+    fresh, network = initial(tmp_path / "export", config, CLASSES, caplog)
+    maps = trained.pos_embed[0].split(SCHEDULE.lengths)
+    for k, positions in enumerate(network.pos_embed[0].split(config.schedule.lengths)):
+        source = min(k, 3)
+        before = maps[source].reshape(SCHEDULE.side_lengths[source], SCHEDULE.side_lengths[source], -1)
+        for channel in (0, 17):
+            expected = F.interpolate(before[None, None, :, :, channel], sides[k], mode="bicubic")
+            torch.testing.assert_close(positions[:, channel], expected.flatten())
+    kept = min(len(sides), 4)
+    assert torch.equal(network.scale_embed.weight[:kept], trained.scale_embed.weight[:kept])
+    assert torch.equal(network.scale_embed.weight[kept:], fresh.scale_embed.weight[kept:])
+    assert torch.equal(network.start_embed, trained.start_embed)
+    assert f"{kept} of {len(sides)} scale embeddings are kept" in caplog.text
+
+
+def forge(path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    weights = load_file(path / "network.safetensors")
+    weights[name] = change(weights[name]).contiguous()
+    save_file(weights, path / "network.safetensors")
+
+
+def test_weights_that_do_not_fit_are_refused_in_one_line(
+    trained: MVAR, tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [16])
+    write_checkpoint(tmp_path / "run.ckpt", trained, tokenizer, tokenizer_folder)
+    torn = (tmp_path / "run.ckpt").read_bytes()[:-200]
+    (tmp_path / "torn.ckpt").write_bytes(torn)
+    for name in ("shape", "nan"):
+        save_folder(tmp_path / name, tokenizer, trained, CLASSES)
+    forge(tmp_path / "shape", "blocks.1.mlp.0.weight", lambda value: value[:5])
+    forge(tmp_path / "nan", "pos_embed", lambda value: value * torch.nan)
+    other = Tokenizer(tokenizer.config)
+    save_folder(tmp_path / "other", other)
+    cases = {
+        ("missing", None): "missing does not exist",
+        ("other", None): "describes no network",
+        ("torn.ckpt", None): "torn.ckpt is damaged",
+        ("shape", None): r"blocks.1.mlp.0.weight as torch.float32 \(5, 64\), not float32 \(256, 64\)",
+        ("nan", None): "NaN or infinite values in pos_embed",
+        ("run.ckpt", "other"): "was trained with tokenizer .* --model.tokenizer",
+        ("run.ckpt", "depth"): "its depth is 2, not 5; leave out network.depth",
+        ("", None): "set model.tokenizer",
+    }
+    for (source, change), message in cases.items():
+        options = NetworkOptions(depth=5) if change == "depth" else NetworkOptions()
+        where = str(tmp_path / "other") if change == "other" else None
+        module = LitMVAR(options, where, weights=str(tmp_path / source) if source else None)
+        data = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=16)
+        with pytest.raises(InputError, match=message):
+            make_trainer(tmp_path / "run", 1).fit(module, data)
+
+
+def kill_in_step_7(rank: int) -> None:
+    act_in_step(rank, 7, lambda module, batch: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_strategies_agree_and_a_resumed_run_needs_no_weights(plain_run_folder: Path, tokenizer: Tokenizer) -> None:
+    """The run on two ranks is killed, and resumes without the weights that it started from."""
+    write_folder(plain_run_folder / "export", tiny_network(), tokenizer, plain_run_folder)
+    text = (plain_run_folder / "run.yaml").read_text()
+    begin, end = text.index(",\n  network:"), text.index("}}\ndata")
+    (plain_run_folder / "run.yaml").write_text(f"{text[:begin]}, weights: export{text[end + 1 :]}")
+    train(plain_run_folder, "one", [])
+    train(plain_run_folder, "fsdp2", [*TWO_RANKS, "fsdp2"], devices=2)
+    killed = start([*FIT, *TWO_RANKS, "ddp", "--trainer.default_root_dir", "ddp"], plain_run_folder, 2, kill_in_step_7)
+    assert killed.wait() != [0, 0]
+    shutil.rmtree(plain_run_folder / "export")
+    train(plain_run_folder, "ddp", [*TWO_RANKS, "ddp"], devices=2)
+    expected = scalars(plain_run_folder / "one/logs")
+    assert len(expected["train/loss"]) == 12
+    for name in ("ddp", "fsdp2"):
+        assert largest_difference(weights(plain_run_folder / name), weights(plain_run_folder / "one")) < 1e-5
+        for tag in ("train/loss", "val/loss"):
+            actual = scalars(plain_run_folder / name / "logs")[tag]
+            assert [value for _, value in actual] == pytest.approx([value for _, value in expected[tag]], abs=1e-5)
+
+
+def test_a_frozen_network_is_sharded_block_by_block(trained: MVAR, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_folder(tmp_path / "export", tokenizer, trained, CLASSES)
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
+    try:
+        strategy = FSDP2Strategy()
+        strategy._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+        strategy.parallel_devices, strategy.cluster_environment = [torch.device("cpu")], None
+        initial_weights = InitialWeights(open_trained(tmp_path / "export"), trained.config, CLASSES)
+        whole: list[bool] = []
+        load = initial_weights.load
+
+        def watch(part: torch.nn.Module, prefix: str) -> None:
+            load(part, prefix)
+            whole.append(isinstance(part, Block) or all(isinstance(p, DTensor) for p in part.blocks.parameters()))
+
+        initial_weights.load = watch  # type: ignore[method-assign]
+        network = frozen_network(initial_weights, strategy)
+    finally:
+        dist.destroy_process_group()
+    assert whole == [True] * 3
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    for name, value in network.state_dict().items():
+        assert torch.equal(full_tensor(value), trained.state_dict()[name]), name
