@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,37 @@ def write_cell(folder: Path, mixer: str, depth: str, seed: int) -> None:
     scores |= {"precision": 0.8 + NOISE[mixer][seed], "recall": 0.7, "classifier_accuracy_on_samples": 0.9}
     write_json(cell / "scores.json", [scores])
     write_events(cell / "logs", mixer, depth, seed)
+
+
+RUN_YAML = """# Networks moved by w, without training of their own.
+run: ["export --ckpt_path base/{seed} --out {out}/net{w}"]
+evaluate: --ckpt_path {out}/net{w} --reference digits:train
+axes: {w: [0, 1, 2]}
+seeds: [0, 1, 2]
+sampling_seeds: [5, 6]
+baseline: w1
+compare: [recall]
+"""
+
+
+def recall(w: int, seed: int, sampling_seed: int) -> float:
+    return 0.5 + 0.1 * w + NOISE[MIXERS[w]][seed] + (0.01 + 0.001 * seed) * (-1) ** sampling_seed
+
+
+def write_run_sweep(folder: Path) -> Path:
+    """Writes the folder of a finished sweep of commands: three values of w, three seeds, two sampling seeds."""
+    (folder / "cells").mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(RUN_YAML)
+    for w, seed in product(range(3), SEEDS):
+        cell = folder / f"cells/w{w}-seed{seed}"
+        cell.mkdir()
+        definition = {"name": cell.name, "axes": {"w": str(w)}, "seed": seed, "commands": ["export"]}
+        write_json(cell / "cell.json", definition)
+        write_attempts(cell, [0])
+        for sampling_seed in (5, 6):
+            scores = CONDITIONS | {"seed": sampling_seed, "recall": recall(w, seed, sampling_seed)}
+            write_json(cell / f"scores-{sampling_seed}.json", [scores])
+    return folder
 
 
 def write_events(logs: Path, mixer: str, depth: str, seed: int, tokenizer: str = "outputs/demo/tokenizer") -> None:

@@ -18,7 +18,7 @@ from lightning_mvar.commands.train_tokenizer import TokenizerCLI
 from lightning_mvar.io.json_files import checked
 from lightning_mvar.models.config import BASELINES
 from lightning_mvar.models.costs import training_bytes
-from lightning_mvar.sweeps.plan import read_sweep
+from lightning_mvar.sweeps.sweep_file import read_sweep
 
 MIXERS = {"M-VAR": ("scale_attention", "mamba2"), "VAR": ("block_causal_attention",)}
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def test_every_cell_of_a_sweep_parses(config: str, monkeypatch: pytest.MonkeyPat
     assert ("sweep", config) in [(command, options[0]) for command, options in header_commands(config)]
     plan = read_sweep(Path(config))
     assert len(plan_cells(plan, Path("out"))) == len(plan.variants()) * len(plan.seeds)
-    for command, *options in plan.prepare:
+    for _, (command, *options) in plan.preparation():
         if command == "train-tokenizer":
             parse(command, options)
 

@@ -14,7 +14,8 @@ from lightning_mvar.io.files import atomic_path, path_component
 from lightning_mvar.io.hparams import columns_summary, end_summary, row_summary
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.figures import all_figures
-from lightning_mvar.sweeps.results import CRASHED, FINISHED, TITLES, CellResult, Sweep, is_number, read_results
+from lightning_mvar.sweeps.measures import TITLES
+from lightning_mvar.sweeps.results import CRASHED, FINISHED, CellResult, Sweep, is_number, read_results
 from lightning_mvar.sweeps.tables import (
     cell_records,
     comparability_notes,
@@ -23,12 +24,13 @@ from lightning_mvar.sweeps.tables import (
     results_table,
     scale_table,
     significance_note,
+    spread_table,
     sweep_summary,
     unfinished_table,
     variant_records,
     write_csv,
 )
-from lightning_mvar.sweeps.variants import Variant, choose_baseline, compare, variants_of
+from lightning_mvar.sweeps.variants import Variant, choose_baseline, compare, compared_measures, variants_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,13 +52,13 @@ def report(folder: str, baseline: str | None = None, out: str | None = None) -> 
 
     Args:
         folder: folder of a sweep, finished or not.
-        baseline: variant that the others are compared with, paired by seed; default: the first in the sweep's order
-            that has finished cells.
+        baseline: variant that the others are compared with, paired by seed; default: that of the sweep file, or else
+            the first in the sweep's order that has finished cells.
         out: folder to write to; default FOLDER/report.
     """
     sweep = read_results(folder)
     variants = variants_of(sweep)
-    baseline_variant = choose_baseline(variants, baseline)
+    baseline_variant = choose_baseline(variants, baseline or sweep.plan.baseline)
     target = Path(folder) / "report" if out is None else Path(out)
     if out is None:
         refuse_links(target)
@@ -78,7 +80,7 @@ def report(folder: str, baseline: str | None = None, out: str | None = None) -> 
 
 def render_markdown(sweep: Sweep, variants: list[Variant], baseline: Variant, figures: list[str]) -> str:
     """Renders the report as Markdown."""
-    comparisons = compare(variants, baseline)
+    comparisons = compare(variants, baseline, sweep.plan.compare)
     example = next(iter(baseline.cells.values()))
     parts = [
         f"# Sweep {sweep.folder.resolve().name}",
@@ -89,12 +91,8 @@ def render_markdown(sweep: Sweep, variants: list[Variant], baseline: Variant, fi
         "Mean ± standard deviation (n - 1) over seeds of the final values; losses in nats per token.",
         str(results_table(variants)),
         *comparability_notes(sweep),
-        "## Costs",
-        "Training images/s is the median over each run, on the machine that it ran on.",
-        str(cost_table(variants)),
-        "## Loss of each scale",
-        "Validation loss by the side length of the scale, in nats per token.",
-        str(scale_table(variants)),
+        *(spread_section(sweep, variants) if sweep.plan.sampling_seeds else []),
+        *(training_sections(variants) if sweep.plan.fit is not None else []),
         "## Differences to the baseline",
         f"Each variant minus {baseline.name}, paired by seed. {significance_note(comparisons)}",
         *([str(comparison_table(comparisons))] if comparisons else []),
@@ -106,6 +104,26 @@ def render_markdown(sweep: Sweep, variants: list[Variant], baseline: Variant, fi
         f"```yaml\n{sweep.text.rstrip()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def spread_section(sweep: Sweep, variants: list[Variant]) -> list[str]:
+    return [
+        "## Spread",
+        "A seed's value is the mean over its sampling seeds; mean, standard error and deviation (n - 1) are those of "
+        "the seeds' values. The last column is the deviation between sampling seeds of the same network.",
+        str(spread_table(variants, compared_measures(variants, sweep.plan.compare))),
+    ]
+
+
+def training_sections(variants: list[Variant]) -> list[str]:
+    return [
+        "## Costs",
+        "Training images/s is the median over each run, on the machine that it ran on.",
+        str(cost_table(variants)),
+        "## Loss of each scale",
+        "Validation loss by the side length of the scale, in nats per token.",
+        str(scale_table(variants)),
+    ]
 
 
 def caption(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +26,10 @@ from lightning_mvar.models.config import OF_TOKENS, MVARConfig
 from lightning_mvar.models.costs import match_budget
 from lightning_mvar.sweeps.cells import Cell
 from lightning_mvar.sweeps.launchers import Launcher, local_launcher, ray_launcher, submitit_launcher
-from lightning_mvar.sweeps.plan import GridPoint, SweepFile, read_sweep
+from lightning_mvar.sweeps.plan import GridPoint, SweepFile
 from lightning_mvar.sweeps.preparation import prepare
 from lightning_mvar.sweeps.processes import Stop
+from lightning_mvar.sweeps.sweep_file import read_sweep
 from lightning_mvar.sweeps.table import status_table
 
 REFRESH_S = 1.0
@@ -42,7 +44,7 @@ def sweep(
     ray: dict[str, float] | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Runs the cells of a sweep file, each an ordinary `fit` and `evaluate`; run it again to resume.
+    """Runs the cells of a sweep file, each a list of ordinary commands; run it again to resume.
 
     Finished cells are skipped, interrupted ones resume, crashed ones are retried once. Ctrl-C saves the running cells.
     docs/sweeps.md describes the format of the file.
@@ -55,12 +57,15 @@ def sweep(
         submitit: executor parameters for --launcher submitit: --submitit.cluster slurm or local,
             --submitit.timeout_min 600, --submitit.gpus_per_node 1, --submitit.slurm_partition NAME.
         ray: resources per cell for --launcher ray: --ray.cpu 4 --ray.gpu 1.
-        dry_run: print the commands of every cell and run nothing.
+        dry_run: print the commands of the preparation and of every cell, and run nothing.
     """
     plan, path = read_sweep(Path(file)), Path(file)
     folder = Path("outputs/sweep") / path.stem if out is None else Path(out)
     cells = plan_cells(plan, folder)
+    preparation = plan.preparation()
     if dry_run:
+        if preparation:
+            print("prepare:", *(f"  lightning-mvar {shlex.join(args)}" for _, args in preparation), sep="\n")
         for cell in cells:
             print(f"{cell.name}:", *(f"  lightning-mvar {command}" for command in cell.commands), sep="\n")
         return
@@ -74,7 +79,7 @@ def sweep(
             copy.write_text(path.read_text())
         begin, finished_before = time.monotonic(), [cell for cell in cells if cell.state() == "finished"]
         if len(finished_before) < len(cells):
-            prepare(plan.prepare, folder, stop, lock)
+            prepare(preparation, folder, stop, lock)
             with status_table(cells) as refresh:
                 run_cells(cells, launch, stop, refresh)
         if stop.signal:
@@ -107,12 +112,13 @@ def plan_cells(plan: SweepFile, folder: Path) -> list[Cell]:
         InputError: if a command line does not parse; the message names its cell.
     """
     plan.check_overlays()
-    for args in plan.prepare:
-        if not args or args[0] not in COMMANDS:
-            raise InputError(
-                f"{plan.path}: `prepare` has {' '.join(args)!r}, which is not a command; "
-                f"the commands are {', '.join(COMMANDS)}"
-            )
+    for key, commands in (("prepare", plan.prepare), ("run", plan.run)):
+        for args in commands:
+            if not args or args[0] not in COMMANDS:
+                raise InputError(
+                    f"{plan.path}: `{key}` has {' '.join(args)!r}, which is not a command; "
+                    f"the commands are {', '.join(COMMANDS)}"
+                )
     cells = []
     for variant in plan.variants():
         budget = check_variant(plan, variant, folder)
@@ -124,10 +130,12 @@ def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[st
     """Parses a variant's command lines and returns the arguments that make its network match the budget."""
     cell = plan.cell(variant, plan.seeds[0], folder)
     try:
-        fit_args, *evaluate_args = cell.argument_lists()
-        namespace = parse_command(fit_args)
-        for args in evaluate_args:
-            check(evaluate, args)
+        commands = cell.argument_lists()
+        for args in commands[: len(commands) - len(plan.sampling_seeds[1:])]:  # further ones differ in the seed alone
+            if args[0] == "fit":
+                namespace = parse_command(args)
+            elif args[0] == "evaluate":
+                check(evaluate, args)
         if plan.budget is None:
             return ()
         options = namespace.model.network.as_dict()

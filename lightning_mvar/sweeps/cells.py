@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -43,6 +44,8 @@ class Attempt:
         end: end time, ISO 8601.
         seconds: duration.
         code: exit code of the last command that ran; 0 if all commands succeeded.
+        commands: number of the cell's commands that have succeeded, those of earlier attempts included; 0 if none has
+            in this attempt.
     """
 
     attempt: int
@@ -50,6 +53,7 @@ class Attempt:
     end: str | None = None
     seconds: float | None = None
     code: int | None = None
+    commands: int = 0
 
     def __post_init__(self) -> None:
         if self.seconds is not None and not 0 <= self.seconds < MAX_SECONDS:
@@ -174,6 +178,8 @@ def attempts(folder: Path) -> list[Attempt]:
 def run_cell(folder: Path, stop: Stop, share: Share = WHOLE_MACHINE) -> int:
     """Makes one attempt at a cell: runs its commands in order until one exits with a code other than 0.
 
+    Commands that succeeded in an earlier attempt are not repeated.
+
     First waits for an attempt that a killed sweep left running. Does nothing if the cell has finished.
 
     Args:
@@ -192,14 +198,17 @@ def run_cell(folder: Path, stop: Stop, share: Share = WHOLE_MACHINE) -> int:
         if before and before[-1].code == 0:
             return 0
         context = ProcessContext(cell.log, lock, share)
-        number, begin = len(before) + 1, time.monotonic()
+        number, begin, code = len(before) + 1, time.monotonic(), 0
+        done = max((attempt.commands for attempt in before), default=0)
         append_attempt(folder, {"attempt": number, "begin": timestamp()})
-        for command, args in zip(cell.commands, cell.argument_lists(), strict=True):
+        commands = zip(cell.commands, cell.argument_lists(), strict=True)
+        for index, (command, args) in islice(enumerate(commands), done, None):
             with cell.log.open("a") as log:
                 log.write(f"[attempt {number}] lightning-mvar {command}\n")
             code = run_until_stopped(stop, args, context)
             if code:
                 break
+            append_attempt(folder, {"attempt": number, "commands": index + 1})
         seconds = round(time.monotonic() - begin, 1)
         append_attempt(folder, {"attempt": number, "end": timestamp(), "seconds": seconds, "code": code})
         return code

@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lightning_mvar.errors import require_package
-from lightning_mvar.sweeps.results import SCALE_LOSS, Axes, Sweep, is_number
-from lightning_mvar.sweeps.variants import Variant, comparable, distance_of
+from lightning_mvar.sweeps.measures import SCALE_LOSS, TITLES
+from lightning_mvar.sweeps.results import Axes, Sweep, is_number
+from lightning_mvar.sweeps.variants import Variant, comparable, compared_measures, distance_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Plot
@@ -33,18 +34,22 @@ SEED_STYLE: Style = NO_LINE | {"marker": ".", "markersize": 5, "alpha": 0.6}
 MEAN_STYLE: Style = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.5}
 
 LOSS_LABEL = "validation loss (nats per token)"
-DISTANCE_LABELS = {"frechet_distance": "Frechet distance", "val/fid": "Frechet distance in training"}
+LABELS = {"val/loss": LOSS_LABEL}  # other measures have their titles
 COST_LABELS = {"flops_per_sampled_image": "FLOPs per sampled image", "parameters": "parameters"}
 
 
 def all_figures(sweep: Sweep, variants: list[Variant], baseline: Variant) -> dict[str, Figure]:
     """Returns the figures that the sweep has data for, by name."""
-    figures = {"loss_compute": loss_against_compute(variants)}
+    measures = compared_measures(variants, sweep.plan.compare)
+    figures = {f"axis_{axis}": against_axis(variants, axis, measures) for axis in numeric_axes(sweep)}
+    if sweep.plan.fit is None:
+        return figures
+    training = {"loss_compute": loss_against_compute(variants)}
     if distance_of(variants):
-        figures["distance_cost"] = distance_against_cost(variants)
+        training["distance_cost"] = distance_against_cost(variants)
     if comparable_variants(variants, baseline):
-        figures["scale_losses"] = scale_losses(variants, baseline)
-    return figures | {f"axis_{axis}": against_axis(variants, axis) for axis in numeric_axes(sweep)}
+        training["scale_losses"] = scale_losses(variants, baseline)
+    return training | figures
 
 
 def numeric_axes(sweep: Sweep) -> list[str]:
@@ -82,7 +87,7 @@ def distance_against_cost(variants: list[Variant]) -> Figure:
             draw_means(plot, [[(cell[cost], cell[distance]) for cell in cells]], variant.name, style | NO_LINE)
         format_x_axis(plot)
         plot.set(xlabel=label)
-    plots[0].set(ylabel=DISTANCE_LABELS[distance])
+    plots[0].set(ylabel=TITLES[distance])
     return add_legend(figure, plots[0])
 
 
@@ -130,10 +135,9 @@ def shared_seeds(variant: Variant, baseline: Variant) -> list[tuple[int, Any]]:
     return [(s, cell) for s, cell in variant.cells.items() if s in theirs and comparable(cell, theirs[s], "val/loss")]
 
 
-def against_axis(variants: list[Variant], axis: str) -> Figure:
-    """Plots loss and Frechet distance along a numeric axis, with one line per combination of the other axes."""
-    distance = distance_of(variants)
-    labels = {"val/loss": LOSS_LABEL} | ({distance: DISTANCE_LABELS[distance]} if distance else {})
+def against_axis(variants: list[Variant], axis: str, measures: list[str]) -> Figure:
+    """Plots measures along a numeric axis, with one line per combination of the other axes."""
+    labels = {measure: LABELS.get(measure, TITLES[measure]) for measure in measures}
     figure, plots = make_panels(len(labels))
     for (name, line), style in zip(lines_along_axis(variants, axis).items(), style_cycle(), strict=False):
         for plot, measure in zip(plots, labels, strict=True):

@@ -1,34 +1,25 @@
-"""The sweep file of `lightning-mvar sweep`, read and checked: a grid of variants, each with several seeds."""
+"""The plan of a sweep: a grid of variants, each with several seeds, and the commands of each cell."""
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
-from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal
 
-import yaml
-
-from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.configs import YAML_ERRORS, compose
-from lightning_mvar.io.files import read_regular
+from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import shown
 from lightning_mvar.sweeps.cells import Cell
+from lightning_mvar.sweeps.templates import fill, placeholders
 
 BudgetDimension = Literal["width", "depth"]
 
-# Options that the sweep itself sets on the command lines.
-RESERVED_FIT_OPTIONS = ("--seed_everything", "--trainer.default_root_dir", "--resume", "--ckpt_path")
-RESERVED_EVALUATE_OPTIONS = ("--ckpt_path", "--samples", "--json", "--seed")
-REPORT_COLUMNS = ("cell", "variant", "status", "tries", "seconds")  # of a report's tables, so no axis names
-MAX_BYTES = 2**20  # of a sweep file
-MAX_CELLS = 10_000
+# Arguments that the sweep itself adds to the command lines of `fit` and `evaluate`.
+FIT_OPTIONS = ("--seed_everything", "{seed}", "--trainer.default_root_dir", "{out}", "--resume")
+CHECKPOINT_OF_FIT = ("--ckpt_path", "{out}/checkpoints/last.ckpt")
 CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
@@ -39,12 +30,19 @@ class Choice:
     Args:
         name: name in `cells` and in records.
         label: its part of a cell's name.
-        args: arguments that it adds to the command line of fit.
+        value: arguments that stand for the axis's placeholder.
+        option: option of fit that has this value, for an axis without a placeholder; None if `value` has its own.
     """
 
     name: str
     label: str
-    args: tuple[str, ...]
+    value: tuple[str, ...]
+    option: str | None = None
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        """Returns the arguments that it adds to the command line of fit."""
+        return self.value if self.option is None else (self.option, *self.value)
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,14 @@ class GridPoint:
     Args:
         name: labels of its values, joined.
         axes: name of the value on each axis.
-        args: arguments of its fit, without those of the budget, the seed and the folder.
+        args: arguments that axes without a placeholder add to fit.
+        values: arguments that stand for the placeholder of each axis.
     """
 
     name: str
     axes: dict[str, str]
     args: tuple[str, ...]
+    values: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,86 @@ class SweepFile:
 
     Args:
         path: path of the file.
-        fit: first arguments of every fit.
-        prepare: arguments of each command that runs before all cells.
-        evaluate: arguments of every evaluate; None to skip evaluation.
+        fit: first arguments of every cell's fit; None if cells have `run` instead.
+        prepare: commands that run before all cells; one with `{seed}` runs once per seed.
+        run: commands of every cell in order, with placeholders; empty if cells have `fit`.
+        evaluate: arguments of every evaluate, with placeholders; None to skip evaluation.
         axes: the values of each axis, by the axis's name.
         listed_cells: for each cell listed under `cells`, the value on each axis; empty for the complete grid.
         seeds: seeds of every variant.
+        sampling_seeds: seeds that every cell is evaluated with; empty for the cell's own seed.
+        baseline: variant that a report compares the others with; None for the first.
+        compare: measures that a report compares; empty for validation loss and Frechet distance.
         budget: size that all variants match; None if they need not.
     """
 
     path: Path
-    fit: tuple[str, ...]
+    fit: tuple[str, ...] | None
     prepare: tuple[tuple[str, ...], ...]
+    run: tuple[tuple[str, ...], ...]
     evaluate: tuple[str, ...] | None
     axes: dict[str, tuple[Choice, ...]]
     listed_cells: tuple[dict[str, str], ...]
     seeds: tuple[int, ...]
+    sampling_seeds: tuple[int, ...]
+    baseline: str | None
+    compare: tuple[str, ...]
     budget: Budget | None
+
+    def __post_init__(self) -> None:
+        if (self.fit is None) == (not self.run):
+            raise InputError(
+                f"{self.path}: give either `fit`, the first arguments of every fit, or `run`, each cell's commands"
+            )
+        if self.fit is None and self.budget is not None:
+            raise InputError(f"{self.path}: `budget` sets options of `fit`, and there is none: leave it out")
+        if self.evaluate is None and self.sampling_seeds:
+            raise InputError(f"{self.path}: `sampling_seeds` needs `evaluate`")
+        if self.evaluate is not None:
+            has_checkpoint = any(arg.split("=")[0] == "--ckpt_path" for arg in self.evaluate)
+            if self.fit is not None and has_checkpoint:
+                raise InputError(f"{self.path}: `evaluate` has --ckpt_path, which the sweep sets: leave it out")
+            if self.fit is None and not has_checkpoint:
+                raise InputError(f"{self.path}: `evaluate` needs --ckpt_path, such as {{out}}/x that `run` writes")
+        self.check_placeholders()
+        if self.baseline is not None and self.baseline not in (names := [point.name for point in self.variants()]):
+            example = f"the `baseline`; {names[0]} is one"
+            raise InputError(f"{self.path}: no variant is named {shown(self.baseline)}, {example}")
+
+    def check_placeholders(self) -> None:
+        """Raises InputError for a placeholder without a value, and for an axis that no command would use."""
+        texts = {
+            "prepare": (self.prepare, {"seed"}),
+            "axes": ([choice.value for choices in self.axes.values() for choice in choices], {"seed", "out"}),
+            "fit": ([self.fit or ()], {"seed", "out", *self.axes}),
+            "run": (self.run, {"seed", "out", *self.axes}),
+            "evaluate": ([self.evaluate or ()], {"seed", "out", *self.axes}),
+        }
+        for key, (commands, known) in texts.items():
+            for name in (name for command in commands for name in placeholders(command)):
+                if name not in known:
+                    allowed = ", ".join(f"{{{other}}}" for other in sorted(known))
+                    raise InputError(f"{self.path}: `{key}` has the placeholder {{{name}}}; it can have {allowed}")
+        if self.fit is None and (unused := [axis for axis in self.axes if axis not in self.placed_axes]):
+            remedy = f"write {{{unused[0]}}} in `run` or `evaluate`"
+            raise InputError(f"{self.path}: axis {unused[0]} has no effect: {remedy}")
+
+    @property
+    def placed_axes(self) -> set[str]:
+        """Returns the axes whose values fill placeholders, instead of adding arguments to fit."""
+        return {
+            name for command in (self.fit or (), *self.run, self.evaluate or ()) for name in placeholders(command)
+        } & set(self.axes)
+
+    def preparation(self) -> list[tuple[int | None, tuple[str, ...]]]:
+        """Returns the commands that run before all cells in order, each with its seed; None if it serves all seeds."""
+        commands: list[tuple[int | None, tuple[str, ...]]] = []
+        for command in self.prepare:
+            if "seed" in placeholders(command):
+                commands += [(seed, fill(command, {"seed": (str(seed),)})) for seed in self.seeds]
+            else:
+                commands.append((None, command))
+        return commands
 
     def variants(self) -> list[GridPoint]:
         """Returns the points of the grid, or only those listed under `cells`, in order."""
@@ -119,201 +182,38 @@ class SweepFile:
         for values in product(*self.axes.values()):
             yield {axis: value.name for axis, value in zip(self.axes, values, strict=True)}
 
-    def variant(self, values: dict[str, str]) -> GridPoint:
-        chosen = [next(c for c in choices if c.name == values[axis]) for axis, choices in self.axes.items()]
-        args = [*self.fit, *(arg for choice in chosen for arg in choice.args)]
-        axes = {axis: choice.name for axis, choice in zip(self.axes, chosen, strict=True)}
-        return GridPoint("-".join(choice.label for choice in chosen) or "fit", axes, tuple(args))
+    def variant(self, names: dict[str, str]) -> GridPoint:
+        chosen = {
+            axis: next(choice for choice in choices if choice.name == names[axis])
+            for axis, choices in self.axes.items()
+        }
+        added = [arg for axis, choice in chosen.items() if axis not in self.placed_axes for arg in choice.args]
+        return GridPoint(
+            name="-".join(choice.label for choice in chosen.values()) or ("run" if self.fit is None else "fit"),
+            axes={axis: choice.name for axis, choice in chosen.items()},
+            args=tuple(added),
+            values={axis: choice.value for axis, choice in chosen.items()},
+        )
 
     def cell(self, variant: GridPoint, seed: int, out: Path, budget: tuple[str, ...] = ()) -> Cell:
         """Returns the run of a variant with a seed; in its fit, the budget's arguments follow the variant's."""
         folder = out / "cells" / f"{variant.name}-seed{seed}"
-        own = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder), "--resume"]
-        commands = [["fit", *variant.args, *budget, *own]]
+        own = {"seed": (str(seed),), "out": (str(folder),)}
+        values = {axis: fill(value, own) for axis, value in variant.values.items()} | own
+        commands = [*self.run]
+        if self.fit is not None:
+            commands.append(("fit", *self.fit, *variant.args, *budget, *FIT_OPTIONS))
         if self.evaluate is not None:
-            files = ["--samples", str(folder / "samples.npz"), "--json", str(folder / "scores.json")]
-            checkpoint = str(folder / "checkpoints/last.ckpt")
-            commands.append(["evaluate", "--ckpt_path", checkpoint, *files, "--seed", str(seed), *self.evaluate])
-        return Cell(folder, variant.axes, seed, tuple(shlex.join(args) for args in commands))
+            checkpoint = () if self.fit is None else CHECKPOINT_OF_FIT
+            for sampling_seed in self.sampling_seeds or (None,):
+                samples, scores = score_files(sampling_seed)
+                files = ("--samples", f"{{out}}/{samples}", "--json", f"{{out}}/{scores}")
+                seed_option = ("--seed", "{seed}" if sampling_seed is None else str(sampling_seed))
+                commands.append(("evaluate", *checkpoint, *files, *seed_option, *self.evaluate))
+        return Cell(folder, variant.axes, seed, tuple(shlex.join(fill(command, values)) for command in commands))
 
 
-def read_sweep(path: Path) -> SweepFile:
-    """Reads and checks a sweep file.
-
-    Raises:
-        InputError: if the file cannot be read or its content is invalid.
-    """
-    content = read_mapping(path)
-    known = [field.name for field in fields(SweepFile) if field.name not in ("path", "listed_cells")] + ["cells"]
-    if unknown := [key for key in content if key not in known]:
-        raise InputError(f"{path}: a sweep file has no key {unknown[0]!r}; its keys are {', '.join(known)}")
-    if "fit" not in content:
-        raise InputError(f"{path}: the key `fit` is missing: give the first arguments of every fit")
-    fit = split_arguments(path, "fit", content["fit"], RESERVED_FIT_OPTIONS)
-    evaluate = None if content.get("evaluate") is None else content["evaluate"]
-    axes = read_axes(path, content.get("axes") or {})
-    prepare = content.get("prepare") or []
-    if not isinstance(prepare, list):
-        raise InputError(f"{path}: `prepare` must be a list of commands")
-    seeds = read_seeds(path, content.get("seeds", [0]))
-    listed = content.get("cells")
-    check_cell_count(path, len(seeds) * (prod(map(len, axes.values())) if listed is None else 1))
-    return SweepFile(
-        path=path,
-        fit=fit,
-        prepare=tuple(split_arguments(path, "prepare", command) for command in prepare),
-        evaluate=None if evaluate is None else split_arguments(path, "evaluate", evaluate, RESERVED_EVALUATE_OPTIONS),
-        axes=axes,
-        listed_cells=() if listed is None else tuple(read_listed_cells(path, axes, listed, len(seeds))),
-        seeds=seeds,
-        budget=None if content.get("budget") is None else read_budget(path, content["budget"]),
-    )
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        data = read_regular(path, MAX_BYTES)
-    except InputError as error:
-        raise InputError(f"cannot read {path} ({error}): name a sweep file") from error
-    try:
-        text = data.decode()
-        compose(text)
-        content = yaml.safe_load(text)
-        str(content)  # fails for integers of more than 4,300 digits
-    except RecursionError as error:
-        raise InputError(f"{path} is nested too deeply, or an alias refers to itself") from error
-    except YAML_ERRORS as error:
-        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a sweep file: it has no keys such as fit, axes, seeds")
-    return content
-
-
-def split_arguments(path: Path, key: str, text: object, reserved: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Splits a command line into arguments and refuses the options that the sweep itself sets."""
-    if not isinstance(text, str):
-        raise InputError(f"{path}: `{key}` must be a command line as text, got {shown(text)}")
-    try:
-        args = tuple(shlex.split(text))
-    except ValueError as error:
-        raise InputError(f"{path}: `{key}`: {error} in {shown(text)}") from error
-    if clashes := [arg for arg in args if arg.split("=")[0] in reserved]:
-        raise InputError(f"{path}: `{key}` has {clashes[0]}, which the sweep sets for each cell: leave it out")
-    return args
-
-
-def read_axes(path: Path, axes: object) -> dict[str, tuple[Choice, ...]]:
-    if not isinstance(axes, dict):
-        raise InputError(f"{path}: `axes` must map each axis to its values")
-    choices: dict[str, tuple[Choice, ...]] = {}
-    for key, values in axes.items():
-        axis = str(key).rsplit(".", 1)[-1]
-        if axis in choices:
-            raise InputError(f"{path}: two axes are named {axis}")
-        if axis in REPORT_COLUMNS:
-            raise InputError(f"{path}: an axis cannot be named {axis}: tables have a column of that name")
-        if axis in ("seed", "seeds") or f"--{key}" in RESERVED_FIT_OPTIONS:
-            raise InputError(f"{path}: {key} cannot be an axis: the sweep sets it for each cell (see `seeds`)")
-        if not isinstance(values, list | dict) or not values:
-            raise InputError(f"{path}: axis {key} needs a list of values, or a map from names to arguments of fit")
-        if isinstance(values, dict):
-            choices[axis] = named_choices(path, key, values)
-        else:
-            choices[axis] = value_choices(path, key, axis, values)
-        names = [choice.name for choice in choices[axis]]
-        if duplicates := [name for name, count in Counter(names).items() if count > 1]:
-            raise InputError(f"{path}: axis {key} has two values named {duplicates[0]}")
-    return choices
-
-
-def named_choices(path: Path, key: str, values: dict[Any, Any]) -> tuple[Choice, ...]:
-    return tuple(
-        Choice(str(name), as_label(str(name)), split_arguments(path, f"{key}.{name}", text or "", RESERVED_FIT_OPTIONS))
-        for name, text in values.items()
-    )
-
-
-def value_choices(path: Path, key: str, axis: str, values: list[Any]) -> tuple[Choice, ...]:
-    """Returns config overlays if all values are YAML files, otherwise values of the option `key`."""
-    overlays = [isinstance(value, str) and value.endswith(CONFIG_SUFFIXES) for value in values]
-    if any(overlays) and not all(overlays):
-        raise InputError(
-            f"{path}: axis {key} has YAML files and other values: name each value and give its arguments instead"
-        )
-    if not any(overlays):
-        return tuple(
-            Choice(str(value), f"{axis}{as_label(str(value))}", (f"--{key}", as_argument(value))) for value in values
-        )
-    return tuple(Choice(Path(value).stem, as_label(Path(value).stem), ("--config", value)) for value in values)
-
-
-def as_argument(value: object) -> str:
-    """Formats a value for the command line."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def as_label(text: str) -> str:
-    """Turns text into a part of a folder's name."""
-    return re.sub(r"[^\w.+-]+", "_", text).strip("_.")
-
-
-def check_cell_count(path: Path, count: int) -> None:
-    if count > MAX_CELLS:
-        raise InputError(f"{path} describes at least {count} cells, more than {MAX_CELLS}: split it")
-
-
-def read_listed_cells(
-    path: Path, axes: dict[str, tuple[Choice, ...]], cells: object, seeds: int
-) -> Iterator[dict[str, str]]:
-    """Yields the cells listed under `cells`; a cell with lists of values expands to their product."""
-    if not isinstance(cells, list) or not cells:
-        raise InputError(f"{path}: `cells` must list maps of axes to values; leave it out for the complete grid")
-    count = 0
-    for cell in cells:
-        if not isinstance(cell, dict):
-            raise InputError(f"{path}: `cells` has {shown(cell)}, which is not a map of axes to values")
-        given = {
-            str(key).rsplit(".", 1)[-1]: value if isinstance(value, list) else [value] for key, value in cell.items()
-        }
-        if unknown := [axis for axis in given if axis not in axes]:
-            raise InputError(
-                f"{path}: the cell {shown(cell)} names {shown(unknown[0])}, which is not an axis; "
-                f"the axes are {', '.join(axes)}"
-            )
-        if missing := [axis for axis in axes if not given.get(axis)]:
-            raise InputError(f"{path}: the cell {shown(cell)} does not give its {missing[0]}")
-        for axis, values in given.items():
-            names = [choice.name for choice in axes[axis]]
-            if unknown := [value for value in values if str(value) not in names]:
-                raise InputError(
-                    f"{path}: axis {axis} has no value {shown(str(unknown[0]))}; it has {', '.join(names)}"
-                )
-        count += seeds * prod(map(len, given.values()))
-        check_cell_count(path, count)
-        for point in product(*(given[axis] for axis in axes)):
-            yield {axis: str(value) for axis, value in zip(axes, point, strict=True)}
-
-
-def read_seeds(path: Path, seeds: object) -> tuple[int, ...]:
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise InputError(f"{path}: `seeds` must be a list of integers of at least 0, got {shown(seeds)}")
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"{path}: `seeds` names one twice: {shown(seeds)}")
-    return tuple(seeds)
-
-
-def read_budget(path: Path, budget: object) -> Budget:
-    expected = "`budget` must be {parameters: NUMBER, by: width}, with flops for parameters or depth for width"
-    if not isinstance(budget, dict) or len(budget) != 2 or budget.get("by") not in get_args(BudgetDimension):
-        raise InputError(f"{path}: {expected}, got {shown(budget)}")
-    (kind,) = (key for key in budget if key != "by")
-    amount = budget[kind]
-    if kind not in ("parameters", "flops") or isinstance(amount, bool) or not isinstance(amount, int | float | str):
-        raise InputError(f"{path}: {expected}, got {shown(budget)}")
-    try:
-        number = int(float(amount))  # YAML reads 5e5 as a string
-    except (ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise InputError(f"{path}: `budget` needs at least 1 as its number of {kind}, got {shown(amount)}")
-    return Budget(cast(BudgetDimension, budget["by"]), **{kind: number})
+def score_files(sampling_seed: int | None) -> tuple[str, str]:
+    """Returns the names of the samples and of the scores in a cell's folder; None for the cell's own seed."""
+    suffix = "" if sampling_seed is None else f"-{sampling_seed}"
+    return f"samples{suffix}.npz", f"scores{suffix}.json"

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -24,50 +24,19 @@ from lightning_mvar.io.files import open_regular, read_regular
 from lightning_mvar.io.hparams import read_row
 from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, shown
 from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, CellRecord, attempts
-from lightning_mvar.sweeps.plan import read_sweep
+from lightning_mvar.sweeps.measures import COSTS, LOSSES, RATES, SCALE_LOSS, SCORES, TRAINING_RATE, TRAINING_SCORES
+from lightning_mvar.sweeps.plan import SweepFile, score_files
+from lightning_mvar.sweeps.sweep_file import read_sweep
 
 T = TypeVar("T")
 Scalar = bool | int | float | str | None
 Axes = dict[str, str]  # axis -> name of the value
 Curve = list[tuple[int, float]]  # images trained on, value
 
-SCALE_LOSS = "val_scale_loss/"  # followed by the name of the scale, see ScaleSchedule.names
 SCALE_TAG = re.compile(rf"{SCALE_LOSS}[0-9]{{1,6}}(x[0-9]{{1,6}})?")
 MAX_BATCH = 2**31  # images
 MAX_RECORD_BYTES = 2**28  # of an event file
-TRAINING_RATE = "perf/images_per_s"
-# Measures and their titles in tables.
-LOSSES = {
-    "val/loss": "validation loss",
-    "val/loss_last_scale": "loss of the last scale",
-    "train/loss": "training loss",
-}
-SCORES = {
-    "frechet_distance": "Frechet distance",
-    "spatial_frechet_distance": "sFID",
-    "frechet_distance_over_floor": "distance over floor",
-    "inception_score": "inception score",
-    "precision": "precision",
-    "recall": "recall",
-    "classifier_accuracy_on_samples": "classifier accuracy on samples",
-    "svm_accuracy_on_samples": "SVM accuracy on samples",
-    "svm_accuracy_trained_on_samples": "accuracy of SVM trained on samples",
-}
-TRAINING_SCORES = {
-    "val/fid": "Frechet distance in training",
-    "val/is": "inception score in training",
-    "val/precision": "precision in training",
-    "val/recall": "recall in training",
-}
-COSTS = {
-    "parameters": "parameters",
-    "flops_per_training_image": "FLOPs per training image",
-    "flops_per_sampled_image": "FLOPs per sampled image",
-    "state_bytes_per_image": "state bytes per image",
-}
 MAX_NUMBER = 3.4e38  # of float32
-RATES = {TRAINING_RATE: "training images/s", "images_per_s": "sampling images/s"}
-TITLES = LOSSES | SCORES | TRAINING_SCORES | COSTS | RATES
 # Evaluation conditions: scores are comparable only if all of these agree.
 CONDITIONS = ("reference", "extractor", "extractor_weights", "num_samples")
 
@@ -88,9 +57,10 @@ class CellResult:
         tries: number of attempts started.
         seconds: total duration of the attempts that have ended.
         measures: if finished, final values by TensorBoard tag or by the key in scores.json and costs.json; the
-            training rate is the median over the run, in images per second.
+            training rate is the median over the run, in images per second. Scores are means over the sampling seeds.
+        draws: if finished, the scores of each sampling seed; empty for a sweep without `sampling_seeds`.
         curves: if finished, the curves of LOSSES, TRAINING_SCORES and each scale's validation loss.
-        tokenizer: if finished, the tokenizer of the tokens; losses are comparable only for the same tokenizer.
+        tokenizer: if trained and finished, the tokenizer of the tokens; losses are comparable only for the same one.
         conditions: if finished and evaluated, the evaluation conditions of its scores.
     """
 
@@ -102,6 +72,7 @@ class CellResult:
     tries: int = 0
     seconds: float = 0.0
     measures: dict[str, float] = field(default_factory=dict)
+    draws: dict[int, dict[str, float]] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     tokenizer: str = ""
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -117,13 +88,17 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All cells in the order of the sweep file, including those without a folder yet, and the text of that file."""
+    """All cells in the order of the sweep file, including those without a folder yet, and that file and its text."""
 
     folder: Path
+    plan: SweepFile
     text: str
-    axes: dict[str, list[str]]
-    seeds: list[int]
     cells: list[CellResult]
+
+    @property
+    def axes(self) -> dict[str, list[str]]:
+        """Returns the names of the values on each axis."""
+        return {axis: [choice.name for choice in choices] for axis, choices in self.plan.axes.items()}
 
     @cached_property
     def finished(self) -> list[CellResult]:
@@ -147,7 +122,7 @@ def read_results(folder: str | Path) -> Sweep:
     plan = read_sweep(file)
     variants = plan.variants()
     order = [variant.axes for variant in variants]
-    cells = [read_cell(path) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
+    cells = [read_cell(path, plan) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
     for cell in cells:
         if cell.axes not in order:
             raise InputError(
@@ -158,8 +133,7 @@ def read_results(folder: str | Path) -> Sweep:
     planned = [(plan.cell(variant, seed, folder), seed) for variant, seed in product(variants, plan.seeds)]
     cells += [CellResult(cell.name, cell.axes, seed, WAITING) for cell, seed in planned if cell.name not in started]
     cells.sort(key=lambda cell: (order.index(cell.axes), cell.seed))
-    axes = {axis: [choice.name for choice in choices] for axis, choices in plan.axes.items()}
-    return Sweep(folder, file.read_text(), axes, list(plan.seeds), cells)
+    return Sweep(folder, plan, file.read_text(), cells)
 
 
 def is_number(text: str) -> bool:
@@ -170,23 +144,33 @@ def is_number(text: str) -> bool:
     return True
 
 
-def read_cell(folder: Path) -> CellResult:
+def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     """Reads a cell's folder; its results only if it has finished."""
     definition = read_json(folder / "cell.json", CellRecord)
-    name, axes, seed, commands = definition.name, definition.axes, definition.seed, list(definition.commands)
     status, tries, seconds = summarize_attempts(folder)
+    cell = CellResult(
+        definition.name, definition.axes, definition.seed, status, list(definition.commands), tries, seconds
+    )
     if status != FINISHED:
-        return CellResult(name, axes, seed, status, commands, tries, seconds)
+        return cell
+    files = [folder / score_files(seed)[1] for seed in plan.sampling_seeds or (None,)]
+    scored = [read_scores(file) for file in files if plan.sampling_seeds or file.exists()] or [({}, {})]
+    draws = [scores for scores, _ in scored]
+    names = [name for name in draws[0] if all(name in scores for scores in draws)]
+    measures = {name: fmean(scores[name] for scores in draws) for name in names}
+    cell = replace(
+        cell,
+        measures=measures,
+        draws=dict(zip(plan.sampling_seeds, draws, strict=False)),
+        conditions=scored[0][1],
+    )
+    if plan.fit is None:
+        return cell
     curves, rate, tokenizer = read_logs(folder / "logs")
     last = {tag: curve[-1][1] for tag, curve in curves.items()}
-    costs_file, scores_file = folder / "costs.json", folder / "scores.json"
+    costs_file = folder / "costs.json"
     costs = parse_numbers(costs_file, read_json(costs_file, dict[str, Scalar]), COSTS)
-    scores = read_scores(scores_file)
-    measures = (
-        last | rate | costs | parse_numbers(scores_file, scores, [key for key in (*SCORES, *RATES) if key in scores])
-    )
-    conditions = {key: scores[key] for key in CONDITIONS if key in scores}
-    return CellResult(name, axes, seed, status, commands, tries, seconds, measures, curves, tokenizer, conditions)
+    return replace(cell, measures=last | rate | costs | measures, curves=curves, tokenizer=tokenizer)
 
 
 def summarize_attempts(folder: Path) -> tuple[str, int, float]:
@@ -249,14 +233,14 @@ def curve_points(events: EventAccumulator, tag: str) -> Curve:
     return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
 
 
-def read_scores(path: Path) -> dict[str, Scalar]:
-    """Reads the scores that `evaluate` wrote; empty if the sweep does not evaluate."""
-    if not path.exists():
-        return {}
+def read_scores(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Reads the scores that `evaluate` wrote, and their conditions."""
     records = read_json(path, list[dict[str, Scalar]])
     if len(records) != 1:
         raise InputError(f"{path} is damaged: it must be a list of one record")
-    return records[0]
+    (record,) = records
+    scores = parse_numbers(path, record, [key for key in (*SCORES, *RATES) if key in record])
+    return scores, {key: record[key] for key in CONDITIONS if key in record}
 
 
 def parse_numbers(path: Path, record: dict[str, Scalar], keys: Iterable[str]) -> dict[str, float]:

@@ -11,16 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mvar.io.files import atomic_path
-from lightning_mvar.sweeps.results import (
-    COSTS,
-    RATES,
-    SCALE_LOSS,
-    SCORES,
-    TITLES,
-    TRAINING_SCORES,
-    CellResult,
-    Sweep,
-)
+from lightning_mvar.sweeps.measures import COSTS, RATES, SCALE_LOSS, SCORES, TITLES, TRAINING_SCORES
+from lightning_mvar.sweeps.results import CellResult, Sweep
 from lightning_mvar.sweeps.variants import Comparison, Stat, Variant, smallest_significant_difference
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -49,8 +41,10 @@ def sweep_summary(sweep: Sweep, variants: list[Variant]) -> list[str]:
     states = Counter(cell.status for cell in sweep.cells)
     seconds, tries = sum(cell.seconds for cell in sweep.cells), sum(cell.tries for cell in sweep.cells)
     lines = [f"- {axis}: {', '.join(values)}" for axis, values in sweep.axes.items()]
+    sampling = sweep.plan.sampling_seeds
     lines += [
-        f"- seeds: {', '.join(map(str, sweep.seeds))}",
+        f"- seeds: {', '.join(map(str, sweep.plan.seeds))}",
+        *([f"- sampling seeds of each cell: {', '.join(map(str, sampling))}"] if sampling else []),
         f"- {len(sweep.cells)} cells of {len(variants)} variants: {', '.join(f'{n} {s}' for s, n in states.items())}",
         f"- attempts: {tries}, {duration(seconds)} in total without those that were killed; cells with more than "
         f"one attempt: {sum(cell.tries > 1 for cell in sweep.cells)}",
@@ -149,6 +143,26 @@ def number(value: float) -> str:
     return f"{value / 1000**thousands:.4g} {PREFIXES[thousands]}"
 
 
+def spread_table(variants: list[Variant], measures: Sequence[str]) -> Table:
+    """Returns the spread of each measure between training seeds, and between sampling seeds of the same network."""
+    head = ["variant", "measure", "seeds", "mean", "standard error", "deviation", "deviation between sampling seeds"]
+    stats = [(v, measure, stat) for measure in measures for v in variants if (stat := v.stat(measure))]
+    rows = [
+        [
+            variant.name,
+            TITLES[measure],
+            str(stat.n),
+            number(stat.mean),
+            *(
+                "" if spread is None else f"{spread:.2g}"
+                for spread in (stat.standard_error, stat.deviation, stat.sampling_deviation)
+            ),
+        ]
+        for variant, measure, stat in stats
+    ]
+    return Table(head, rows)
+
+
 def comparison_table(comparisons: list[Comparison]) -> Table:
     head = ["variant", "measure", "seeds", "difference", "deviation", "95 % interval", "p", "significant (Holm)"]
     return Table(head, [comparison_row(comparison) for comparison in comparisons])
@@ -198,7 +212,10 @@ def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def variant_records(variants: list[Variant]) -> list[dict[str, Any]]:
-    """Returns all measures of each variant: `NAME_mean` and `NAME_std` (n - 1, empty for one seed)."""
+    """Returns all measures of each variant: `NAME_mean` and `NAME_std` (n - 1, empty for one seed).
+
+    With sampling seeds also `NAME_sampling_std`, see `Stat`.
+    """
     names = list(dict.fromkeys([*TITLES, *scale_tags(variants)]))
     records = []
     for variant in variants:
@@ -207,15 +224,20 @@ def variant_records(variants: list[Variant]) -> list[dict[str, Any]]:
         for name in names:
             if stat := variant.stat(name):
                 record |= {f"{name}_mean": stat.mean, f"{name}_std": "" if stat.deviation is None else stat.deviation}
+                if stat.sampling_deviation is not None:
+                    record[f"{name}_sampling_std"] = stat.sampling_deviation
         records.append(record)
     return records
 
 
 def cell_records(cells: list[CellResult]) -> list[dict[str, Any]]:
-    """Returns one record per cell, finished or not, with its measures."""
-    return [
-        {"cell": cell.name, **cell.axes, "seed": cell.seed, "status": cell.status, "tries": cell.tries}
-        | {"attempts_s": cell.seconds}
-        | cell.measures
-        for cell in cells
-    ]
+    """Returns one record per cell, finished or not, with its measures; with sampling seeds, one per cell and seed."""
+    records = []
+    for cell in cells:
+        record = {"cell": cell.name, **cell.axes, "seed": cell.seed}
+        state = {"status": cell.status, "tries": cell.tries, "attempts_s": cell.seconds}
+        if cell.draws:
+            records += [record | {"sampling_seed": s} | state | cell.measures | cell.draws[s] for s in cell.draws]
+        else:
+            records.append(record | state | cell.measures)
+    return records

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lightning_mvar.errors import InputError, require_package
-from lightning_mvar.sweeps.results import LOSSES, SCALE_LOSS, SCORES, Axes, CellResult, Sweep
+from lightning_mvar.sweeps.measures import DISTANCES, LOSSES, SCALE_LOSS, SCORES
+from lightning_mvar.sweeps.results import Axes, CellResult, Sweep
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-DISTANCES = ("frechet_distance", "val/fid")  # from `evaluate`; without it, from the training callback
 SIGNIFICANCE_LEVEL = 0.05  # of the tests; confidence intervals cover 1 - this
 
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean over n seeds, and standard deviation (n - 1) if there are at least two values."""
+    """Mean over n seeds, and its spread on two levels, training seeds and sampling seeds.
+
+    Args:
+        mean: mean over the seeds of each seed's value, which is the mean over its sampling seeds.
+        deviation: standard deviation (n - 1) of the seeds' values; None for one seed.
+        n: number of seeds.
+        sampling_deviation: standard deviation (n - 1) between sampling seeds of the same cell, pooled over the cells;
+            None without several sampling seeds.
+    """
 
     mean: float
     deviation: float | None
     n: int
+    sampling_deviation: float | None = None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Returns the standard error of the mean; sampling seeds are no independent runs, so they do not lower n."""
+        return None if self.deviation is None else self.deviation / math.sqrt(self.n)
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,14 @@ class Variant:
         values = [cell.measures[measure] for cell in self.cells.values() if measure in cell.measures]
         if not values:
             return None
-        return Stat(statistics.fmean(values), deviation(values) if len(values) > 1 else None, len(values))
+        spread = deviation(values) if len(values) > 1 else None
+        return Stat(statistics.fmean(values), spread, len(values), self.sampling_deviation(measure))
+
+    def sampling_deviation(self, measure: str) -> float | None:
+        """Returns the standard deviation between sampling seeds of the same cell, pooled over the cells."""
+        draws = [[scores[measure] for scores in c.draws.values() if measure in scores] for c in self.cells.values()]
+        variances = [deviation(values) ** 2 for values in draws if len(values) > 1]
+        return math.sqrt(statistics.fmean(variances)) if variances else None
 
     def number(self, axis: str) -> float:
         return float(self.axes[axis])
@@ -117,17 +139,22 @@ def choose_baseline(variants: list[Variant], name: str | None) -> Variant:
     return done[name]
 
 
-def compare(variants: list[Variant], baseline: Variant) -> list[Comparison]:
-    """Compares every other variant with the baseline, by validation loss and Frechet distance; see `Comparison`.
+def compared_measures(variants: list[Variant], measures: Sequence[str] = ()) -> list[str]:
+    """Returns those of the measures that any variant has; by default validation loss and Frechet distance."""
+    distance = distance_of(variants)
+    chosen = measures or ["val/loss", *([] if distance is None else [distance])]
+    return [measure for measure in chosen if any(variant.stat(measure) for variant in variants)]
+
+
+def compare(variants: list[Variant], baseline: Variant, measures: Sequence[str] = ()) -> list[Comparison]:
+    """Compares every other variant with the baseline, by the measures of `compared_measures`; see `Comparison`.
 
     Raises:
         InputError: if scipy is not installed.
     """
     stats = scipy_stats()
-    distance = distance_of(variants)
-    measured = ["val/loss"] if distance is None else ["val/loss", distance]
     others = [variant for variant in variants if variant.name != baseline.name and variant.cells]
-    pairs = [(variant, measure) for measure in measured for variant in others]
+    pairs = [(variant, measure) for measure in compared_measures(variants, measures) for variant in others]
     return holm_correction([paired_comparison(stats, variant, baseline, measure) for variant, measure in pairs])
 
 

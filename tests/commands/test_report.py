@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sweep_folder
 from PIL import Image
-from sweep_folder import DEPTHS, MIXERS, SEEDS, cell_folder, write_attempts, write_sweep
+from sweep_folder import DEPTHS, MIXERS, SEEDS, cell_folder, write_attempts, write_run_sweep, write_sweep
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -202,3 +202,23 @@ def test_mistakes_are_reported_in_one_line(
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith("lightning-mvar: error: ")
     assert message in line
+
+
+def test_a_sweep_of_commands_has_one_record_per_sampling_seed_and_a_table_of_both_spreads(tmp_path: Path) -> None:
+    folder = write_run_sweep(tmp_path / "run")
+    assert run(["report", str(folder)]) == 0
+    rows = records(folder / "report/cells.csv")
+    assert [(row["cell"], row["sampling_seed"]) for row in rows[:3]] == [
+        ("w0-seed0", "5"),
+        ("w0-seed0", "6"),
+        ("w0-seed1", "5"),
+    ]
+    assert float(rows[3]["recall"]) == sweep_folder.recall(0, 1, 6)
+    text = (folder / "report/report.md").read_text()
+    assert "- sampling seeds of each cell: 5, 6" in text
+    assert "Each variant minus w1, paired by seed." in text
+    spread = tables(text)["Spread"][0]
+    assert (spread["variant"], spread["measure"], spread["seeds"]) == ("w0", "recall", "3")
+    assert spread["deviation between sampling seeds"] == "0.016"
+    assert "Costs" not in tables(text)
+    assert sorted(path.name for path in (folder / "report").glob("*.png")) == ["axis_w.png"]

@@ -21,6 +21,7 @@ from lightning_mvar.checkpoints.training import newest_first, read_tensors
 from lightning_mvar.cli import run
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.cells import Cell, attempts
+from lightning_mvar.sweeps.results import read_results
 
 SWEEP = """
 prepare: [bench memory]
@@ -228,6 +229,46 @@ def test_mistakes_are_reported_before_anything_runs(
     assert message in error
     assert "Traceback" not in error
     assert not (run_folder / "out/cells").exists()
+
+
+RUN = """
+prepare: ["fit --config run.yaml --trainer.max_steps 2 --seed_everything {seed} --trainer.default_root_dir base/{seed}"]
+run: ["export --ckpt_path base/{seed}/checkpoints/last.ckpt --out {out}/network"]
+evaluate: >-
+  --ckpt_path {out}/network --guidance {guidance} --reference images --extractor conftest.Pixels --per_class 3
+  --cache cache
+axes: {guidance: [0.5]}
+seeds: [4]
+sampling_seeds: [5, 6]
+"""
+
+
+def test_a_cell_of_commands_is_evaluated_with_each_sampling_seed(
+    run_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("run-sweep.yaml").write_text(RUN.replace('"export', '"exports'))
+    assert run(["sweep", "run-sweep.yaml", "--out", "out"]) == 1
+    assert "`run` has 'exports --ckpt_path" in capfd.readouterr().err
+    Path("run-sweep.yaml").write_text(RUN)
+    command = ["sweep", "run-sweep.yaml", "--out", "out"]
+    assert run([*command, "--dry_run"]) == 0
+    printed = capfd.readouterr().out
+    assert "--seed_everything 4 --trainer.default_root_dir base/4\n" in printed.partition("guidance0.5-seed4:")[0]
+    cell = Path("out/cells/guidance0.5-seed4")
+    Path("cache").write_text("")  # a file where `evaluate` needs a folder
+    assert run(command) == 1
+    Path("cache").unlink()
+    before = (cell / "network/config.json").stat().st_mtime_ns
+    assert run(command) == 0
+    assert (cell / "network/config.json").stat().st_mtime_ns == before
+    assert [attempt.commands for attempt in attempts(cell)] == [1, 0, 3]
+    (result,) = read_results("out").cells
+    scores = {seed: json.loads((cell / f"scores-{seed}.json").read_text())[0] for seed in (5, 6)}
+    assert {seed: draw["frechet_distance"] for seed, draw in result.draws.items()} == {
+        seed: score["frechet_distance"] for seed, score in scores.items()
+    }
+    assert [(score["seed"], score["guidance"]) for score in scores.values()] == [(5, 0.5), (6, 0.5)]
+    assert scores[5]["frechet_distance"] != scores[6]["frechet_distance"]
 
 
 def test_a_budget_becomes_arguments_of_fit(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

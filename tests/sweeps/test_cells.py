@@ -34,7 +34,7 @@ def test_a_cell_runs_its_commands_until_one_fails_and_does_not_run_again_once_fi
     assert "[attempt 1] lightning-mvar --version\nlightning-mvar 0" in log
     assert "there is no command 'no-such-command'" in log
     assert "never" not in log
-    make_cell(tmp_path, GOOD)
+    make_cell(tmp_path, GOOD, "--help")
     for _ in range(2):
         assert run_cell(cell.folder, Stop()) == 0
         assert cell.state() == "finished"
@@ -42,7 +42,12 @@ def test_a_cell_runs_its_commands_until_one_fails_and_does_not_run_again_once_fi
     assert (first.attempt, first.code, second.attempt, second.code) == (1, 1, 2, 0)
     assert first.seconds is not None
     lines = [json.loads(line) for line in (cell.folder / "attempts.jsonl").read_text().splitlines()]
-    assert [set(line) for line in lines] == [{"attempt", "begin"}, {"attempt", "end", "seconds", "code"}] * 2
+    begin, end, success = {"attempt", "begin"}, {"attempt", "end", "seconds", "code"}, {"attempt", "commands"}
+    assert [set(line) for line in lines] == [begin, success, end] * 2
+    assert (first.commands, second.commands) == (1, 2)
+    log = cell.log.read_text()  # the command that succeeded at first is not repeated
+    assert "[attempt 2] lightning-mvar --help" in log
+    assert "[attempt 2] lightning-mvar --version" not in log
 
 
 def test_cell_json_holds_the_definition_of_the_cell(tmp_path: Path) -> None:

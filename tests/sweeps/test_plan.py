@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.sweeps.plan import Budget, read_sweep
+from lightning_mvar.sweeps.plan import Budget
+from lightning_mvar.sweeps.sweep_file import read_sweep
 
 FULL = """
 prepare: [tokenize --images "my images" --out shards]
@@ -204,3 +205,90 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "sweep.yaml")
     with pytest.raises(InputError, match="is not a regular file"):
         read_sweep(tmp_path / "sweep.yaml")
+
+
+RUN = """
+prepare: [tokenize --images x --out shards, "fit --config a.yaml --seed_everything {seed} --data.train shards"]
+run:
+  - export --ckpt_path base/{seed} --out {out}/merged{w}
+  - sample --ckpt_path {out}/merged{w} {recipe}
+evaluate: --ckpt_path {out}/merged{w} --guidance {guidance} --reference digits:train --x ${model.y}
+axes: {w: [0, 0.5], guidance: [1], recipe: {plain: "", own: "--labels l{seed}.txt --top_k 3"}}
+seeds: [3, 4]
+sampling_seeds: [7, 8]
+baseline: w0-guidance1-plain
+compare: [recall]
+"""
+
+
+def test_placeholders_stand_for_seed_folder_and_values_of_axes(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(RUN)
+    sweep = read_sweep(path)
+    assert [variant.name for variant in sweep.variants()][1:3] == ["w0-guidance1-own", "w0.5-guidance1-plain"]
+    folder = "a {w}/cells/w0.5-guidance1-own-seed4"  # the folder of the sweep is not a text with placeholders
+    cell = sweep.cell(sweep.variants()[3], 4, Path("a {w}"))
+    assert str(cell.folder) == folder
+    scored = ("--guidance", "1", "--reference", "digits:train", "--x", "${model.y}")
+    assert cell.argument_lists() == [
+        ["export", "--ckpt_path", "base/4", "--out", f"{folder}/merged0.5"],
+        ["sample", "--ckpt_path", f"{folder}/merged0.5", "--labels", "l4.txt", "--top_k", "3"],
+        *(
+            [
+                *("evaluate", "--samples", f"{folder}/samples-{seed}.npz", "--json", f"{folder}/scores-{seed}.json"),
+                *("--seed", str(seed), "--ckpt_path", f"{folder}/merged0.5", *scored),
+            ]
+            for seed in (7, 8)
+        ),
+    ]
+    assert "" not in sweep.cell(sweep.variants()[2], 4, Path("out")).argument_lists()[1]  # a value of no arguments
+    shared, *each = sweep.preparation()
+    assert shared == (None, ("tokenize", "--images", "x", "--out", "shards"))
+    assert each == [
+        (seed, ("fit", "--config", "a.yaml", "--seed_everything", str(seed), "--data.train", "shards"))
+        for seed in (3, 4)
+    ]
+
+
+def test_an_axis_with_a_placeholder_is_no_argument_of_fit(file: Path) -> None:
+    path = edited(
+        file, ("model.network.depth: [2, 4]", "per_class: [2, 4]"), ("--per_class 30", "--per_class {per_class}")
+    )
+    sweep = read_sweep(path)
+    fit, evaluate = sweep.cell(sweep.variants()[2], 0, Path("out")).argument_lists()
+    assert "--per_class" not in fit
+    assert evaluate[-2:] == ["--per_class", "4"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("run:", "fit: x\nrun:", "give either `fit`, the first arguments of every fit, or `run`"),
+        ("run:", "ran:", "has no key 'ran'"),
+        (
+            "merged{w}",
+            "merged{v}",
+            "`run` has the placeholder {v}; it can have {guidance}, {out}, {recipe}, {seed}, {w}",
+        ),
+        ("--guidance {guidance}", "--guidance {g}", "`evaluate` has the placeholder {g}"),
+        ("--guidance {guidance}", "", "axis guidance has no effect: write {guidance} in `run` or `evaluate`"),
+        ("seed_everything {seed}", "seed_everything {out}", "`prepare` has the placeholder {out}; it can have {seed}"),
+        ("l{seed}.txt", "l{w}.txt", "`axes` has the placeholder {w}; it can have {out}, {seed}"),
+        ("evaluate: --ckpt_path {out}/merged{w}", "evaluate: ", "`evaluate` needs --ckpt_path"),
+        ("evaluate: ", "evaluate: --seed 3 ", "`evaluate` has --seed"),
+        ("[7, 8]", "[7, 7]", "`sampling_seeds` names one twice"),
+        ("w0-guidance1-plain", "w0", "no variant is named 'w0', the `baseline`; w0-guidance1-plain is one"),
+        ("[recall]", "[recal]", "`compare` has 'recal'; the measures are val/loss"),
+        ("baseline:", "budget: {parameters: 5, by: width}\nbaseline:", "`budget` sets options of `fit`"),
+        ("axes: {w:", "axes: {out: [1], w:", "out cannot be an axis"),
+    ],
+)
+def test_mistakes_with_placeholders_are_named(tmp_path: Path, before: str, after: str, message: str) -> None:
+    assert before in RUN
+    path = tmp_path / "sweep.yaml"
+    path.write_text(RUN.replace(before, after))
+    with pytest.raises(InputError) as error:
+        read_sweep(path)
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)

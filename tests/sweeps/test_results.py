@@ -22,8 +22,10 @@ from sweep_folder import (
     SIDES,
     STEPS,
     cell_folder,
+    recall,
     write_attempts,
     write_json,
+    write_run_sweep,
     write_sweep,
 )
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -361,3 +363,33 @@ def test_the_baseline_must_have_finished(folder: Path) -> None:
         choose_baseline(variants, "mvar-depth2")
     with pytest.raises(InputError, match="no cell of the sweep has finished"):
         choose_baseline(variants[:1], None)
+
+
+def test_sampling_seeds_are_averaged_within_training_seeds(tmp_path: Path) -> None:
+    sweep = read_results(write_run_sweep(tmp_path / "run"))
+    variants = variants_of(sweep)
+    draws = np.array([[[recall(w, seed, s) for s in (5, 6)] for seed in SEEDS] for w in range(3)])
+    means = draws.mean(axis=2)
+    for w, group in enumerate(variants):
+        stat = group.stat("recall")
+        assert stat is not None
+        assert stat.mean == pytest.approx(means[w].mean())
+        assert stat.deviation == pytest.approx(means[w].std(ddof=1))
+        assert stat.standard_error == pytest.approx(stats.sem(means[w]))
+        assert stat.sampling_deviation == pytest.approx(np.sqrt(draws[w].var(axis=1, ddof=1).mean()))
+        assert stat.n == len(SEEDS)
+    baseline = choose_baseline(variants, sweep.plan.baseline)
+    comparisons = compare(variants, baseline, sweep.plan.compare)
+    assert [(c.variant, c.measure) for c in comparisons] == [("w0", "recall"), ("w2", "recall")]
+    for comparison, w in zip(comparisons, (0, 2), strict=True):
+        expected = stats.ttest_rel(means[w], means[1])
+        assert comparison.mean == pytest.approx((means[w] - means[1]).mean())
+        assert comparison.p == pytest.approx(expected.pvalue)
+        assert comparison.interval == pytest.approx(expected.confidence_interval(0.95))
+
+
+def test_scores_of_a_sampling_seed_must_exist(tmp_path: Path) -> None:
+    folder = write_run_sweep(tmp_path / "run")
+    (folder / "cells/w1-seed0/scores-6.json").unlink()
+    with pytest.raises(InputError, match=r"scores-6\.json is missing"):
+        read_results(folder)
