@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 from conftest import write_images, write_token_shards
 
-from lightning_mvar import Tokenizer, TokenizerConfig
+from lightning_mvar import Tokenizer
 from lightning_mvar.bench import measure
 from lightning_mvar.bench.subjects import Setting
 from lightning_mvar.cli import run
+from lightning_mvar.commands import bench
 from lightning_mvar.commands.bench import measure_data
 from lightning_mvar.data.images import crops
 
@@ -20,13 +22,12 @@ SMALL = ["--size", "d12", "--depth", "1", "--batch_size", "1", "--repeats", "1",
 
 
 @pytest.fixture
-def narrow_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Narrows the published tokenizer, which takes 4 s per image."""
-    narrow = property(lambda setting: TokenizerConfig(setting.network.schedule, channels=32))
-    monkeypatch.setattr(Setting, "tokenizer", narrow)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrows networks and tokenizers; those of the published width take seconds per image."""
+    monkeypatch.setattr(bench, "Setting", partial(Setting, narrow=True))
 
 
-@pytest.mark.usefixtures("narrow_tokenizer")
+@pytest.mark.usefixtures("narrow")
 def test_sampling_is_compared_and_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "sample.json"
     options = ["--versus", "mixer=var", "--profile", "true", "--json", str(file)]
@@ -46,8 +47,8 @@ def test_sampling_is_compared_and_profiled(tmp_path: Path, capsys: pytest.Captur
     assert "BlockCausalAttention" in printed
 
 
-@pytest.mark.usefixtures("narrow_tokenizer")
-def test_training_operations_and_memory(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("narrow")
+def test_training_and_operations(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     assert run(["bench", "train", *SMALL, "--json", str(file)]) == 0
     (record,) = json.loads(file.read_text())
@@ -56,10 +57,14 @@ def test_training_operations_and_memory(tmp_path: Path) -> None:
     records = {record["op"]: record for record in json.loads(file.read_text())}
     assert records["block"]["share_of_block"] == 1
     assert records["scan"]["share_of_block"] == records["scan"]["seconds"] / records["block"]["seconds"]
-    assert run(["bench", "memory", "--size", "d12", "--versus", "mixer=var", "--json", str(file)]) == 0
+
+
+def test_memory_of_all_resolutions(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    assert run(["bench", "memory", "--size", "d12", "--depth", "1", "--versus", "mixer=var", "--json", str(file)]) == 0
     state_bytes = {(r["mixer"], r["resolution"]): r["state_bytes_per_image"] for r in json.loads(file.read_text())}
     assert len({state_bytes["mvar", side] for side in (256, 512, 1024)}) == 1
-    assert state_bytes["var", 1024] == 2 * 4 * 9451 * 768 * 12
+    assert state_bytes["var", 1024] == 2 * 4 * 9451 * 768
 
 
 def test_launches_are_counted_by_part(tmp_path: Path) -> None:
@@ -75,7 +80,7 @@ def test_launches_are_counted_by_part(tmp_path: Path) -> None:
     assert run(["bench", "launches", *SMALL, "--compile", "true"]) == 1
 
 
-@pytest.mark.usefixtures("narrow_tokenizer")
+@pytest.mark.usefixtures("narrow")
 def test_tokenizing_is_measured_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(seconds=0)
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))

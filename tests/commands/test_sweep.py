@@ -24,7 +24,7 @@ from lightning_mvar.sweeps.cells import Cell, attempts
 from lightning_mvar.sweeps.results import read_results
 
 SWEEP = """
-prepare: [bench memory]
+prepare: [shards info shards]
 fit: --config run.yaml --trainer.max_steps 30
 evaluate: --reference images --extractor conftest.Pixels --per_class 3 --cache cache
 axes: {mixer: [mvar.yaml, var.yaml]}
@@ -211,7 +211,7 @@ def test_a_folder_has_one_sweep_at_a_time(run_folder: Path, capfd: pytest.Captur
         ("30", "30 --trainer.max_stps 3", [], "cell mvar-seed0: unrecognized arguments: --trainer.max_stps 3"),
         ("--per_class", "--per_klass", [], "cell mvar-seed0: unrecognized arguments: --per_klass 3"),
         ("mixer: [mvar.yaml, var.yaml]", "model.network.depth: [1, few]", [], "cell depthfew-seed0: "),
-        ("bench memory", "likelyhood --help", [], "`prepare` has 'likelyhood --help'"),
+        ("shards info shards", "likelyhood --help", [], "`prepare` has 'likelyhood --help'"),
         ("seeds", "budget: {parameters: 1000, by: heads}\nseeds", [], "`budget` must be"),
         ("30", "30", ["--jobs", "0"], "--jobs must be at least 1"),
         ("30", "30", ["--ray.gpu", "1"], "--ray is for --launcher ray, not local"),
