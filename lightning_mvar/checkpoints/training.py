@@ -227,6 +227,14 @@ class TokenizerRecord:
 
 
 @dataclass(frozen=True)
+class ReferenceRecord:
+    """The frozen network that an objective compares the trained one with: its path and a fingerprint of its weights."""
+
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """State of a run that Lightning does not store.
 
@@ -236,6 +244,7 @@ class RunRecord:
         world_size: number of ranks.
         batch_of_all_ranks: images per batch, all ranks together; None if the data were not a `TokenDataModule`.
         ema_decay: decay of the average; None without one, and in checkpoints of older versions.
+        reference: the objective's frozen network; None if it has none.
     """
 
     ema: bool
@@ -243,6 +252,7 @@ class RunRecord:
     world_size: int
     batch_of_all_ranks: int | None
     ema_decay: float | None = None
+    reference: ReferenceRecord | None = None
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mvar.io.files import open_regular
 
@@ -15,10 +16,15 @@ CHUNK_BYTES = 2**20
 
 def fingerprint(module: nn.Module, description: str = "") -> str:
     """Returns 16 hex digits that hash `description` and all weights (as float32), equal on all machines and devices."""
+    return fingerprint_of(module.state_dict(), description)
+
+
+def fingerprint_of(weights: Mapping[str, Tensor], description: str = "") -> str:
+    """Returns the fingerprint of weights by name, which are read one at a time; see `fingerprint`."""
     digest = hashlib.sha256(description.encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        digest.update(weights[name].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

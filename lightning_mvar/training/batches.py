@@ -40,6 +40,15 @@ def token_batch(batch: Any, network: MVARConfig) -> TokenBatch:
     return TokenBatch(tokens.long(), labels, every, torch.full((len(labels),), -1))
 
 
+def global_rows(batch: TokenBatch, rank: int, world_size: int) -> list[int]:
+    """Returns the number of each of this rank's images in the global batch: all real ones, then all own samples."""
+    count = len(batch.labels)
+    if batch.own is None:
+        return [*range(rank * count, (rank + 1) * count)]
+    real = range(rank * (count // 2), (rank + 1) * (count // 2))
+    return [*real, *(world_size * (count // 2) + row for row in real)]
+
+
 def labels_of(batch: Any, num_classes: int) -> Tensor:
     """Returns the labels (b,) int64 of a batch without its padding: the batch itself, or its last element.
 

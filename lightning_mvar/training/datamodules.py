@@ -15,7 +15,7 @@ from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_wor
 from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.data.tokens.shards import read_samples
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
-from lightning_mvar.data.tokens.stream import TokenBatch, TokenLoader, TokenStream
+from lightning_mvar.data.tokens.stream import PairedStream, TokenBatch, TokenLoader, TokenStream
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES
 from lightning_mvar.scales import Shape, shape_of
@@ -123,6 +123,8 @@ class TokenDataModule(BatchedDataModule):
             `pipe:rclone cat REMOTE:PATH/{}`.
         val: folder of the validation shards, like `train`.
         test: folder of the test shards, like `train`; default: the validation shards.
+        own: folder of shards of the network's own samples, like `train`, for objectives that compare them with real
+            images: half of each training batch comes from there.
         block_size: number of samples that are shuffled together.
         cache_dir: local folder that caches remote shards; nothing is ever removed from it.
         batching: options of `BatchedDataModule`.
@@ -135,11 +137,12 @@ class TokenDataModule(BatchedDataModule):
         test: str | None = None,
         block_size: int = 16_384,
         cache_dir: str = SHARD_CACHE,
+        own: str | None = None,
         **batching: Any,
     ) -> None:
         super().__init__(**batching)
         require_at_least(1, block_size=block_size)
-        sources = {"train": train, "val": val, "test": test or val}
+        sources = {"train": train, "val": val, "test": test or val} | ({} if own is None else {"own": own})
         self.shards = {name: open_shards(source, cache_dir, self.retries) for name, source in sources.items()}
         self.block_size = block_size
         self.manifests: dict[str, Manifest] = {}
@@ -153,7 +156,8 @@ class TokenDataModule(BatchedDataModule):
                 classes in training than in validation.
         """
         super().setup(stage)
-        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
+        trained_on = [name for name in ("train", "own") if name in self.shards]
+        needed = {"fit": [*trained_on, "val"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
 
         def read() -> tuple[dict[str, Manifest], dict[str, str]]:
             manifests = {name: self.shards[name].manifest() for name in needed}
@@ -178,7 +182,11 @@ class TokenDataModule(BatchedDataModule):
 
     def keys(self, batch: TokenBatch) -> list[str]:
         """Returns the names of the images in a training batch."""
-        return read_samples(self.manifests["train"], self.shards["train"].fetch, batch.ids.tolist()).keys
+        halves = (
+            {"train": batch.ids} if batch.own is None else dict(zip(("train", "own"), batch.ids.chunk(2), strict=True))
+        )
+        samples = [read_samples(self.manifests[n], self.shards[n].fetch, ids.tolist()) for n, ids in halves.items()]
+        return [key for part in samples for key in part.keys]
 
     def train_dataloader(self) -> TokenLoader:
         return track_progress(self.loader("train", self.seed), self.trainer)
@@ -194,18 +202,31 @@ class TokenDataModule(BatchedDataModule):
         return self.test_dataloader()
 
     def loader(self, name: str, seed: int | None) -> TokenLoader:
+        source: TokenStream | PairedStream
+        if name == "train" and "own" in self.shards:
+            half, odd = divmod(self.batch_size, 2)
+            if odd:
+                raise InputError(
+                    f"{self.batch_size} images per device cannot be half real and half from data.own: choose an even "
+                    f"--data.batch_size, or another --data.global_batch_size"
+                )
+            source = PairedStream(self.stream(name, seed, half), self.stream("own", self.seed + 1, half))
+        else:
+            source = self.stream(name, seed, self.batch_size)
+        return TokenLoader(source, self.num_workers, self.pin_memory)
+
+    def stream(self, name: str, seed: int | None, batch_size: int) -> TokenStream:
         rank, world_size = trainer_ranks(self.trainer)
-        stream = TokenStream(
+        return TokenStream(
             self.shards[name],
             self.manifests[name],
-            self.batch_size,
+            batch_size,
             seed,
             self.block_size,
             rank,
             world_size,
             verified=name in self.verified,
         )
-        return TokenLoader(stream, self.num_workers, self.pin_memory)
 
 
 class ImageDataModule(BatchedDataModule):

@@ -34,13 +34,14 @@ from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
-from lightning_mvar.training.batches import labels_of, token_batch
+from lightning_mvar.training.batches import global_rows, labels_of, token_batch
 from lightning_mvar.training.blocks import ActivationCheckpointing, configure_block
 from lightning_mvar.training.collectives import mean_over_ranks
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import attached_trainer
 from lightning_mvar.training.objectives import Objective, TeacherForced
 from lightning_mvar.training.optim import OptimizerConfig
+from lightning_mvar.training.references import Reference, require_same_reference
 from lightning_mvar.training.strategies import (
     FSDP2Strategy,
     build_network,
@@ -106,6 +107,7 @@ class LitMVAR(ScheduledModule):
         self.sampling = SamplingSettings()  # of `predict_step`
         self.predicted = 0  # images that this rank has drawn since `predict` began
         self.known_class_names: list[str] = []
+        self.reference: Reference | None = None  # of the objective
         self.network: MVAR
         self.ema: MVAR | None = None
 
@@ -129,6 +131,22 @@ class LitMVAR(ScheduledModule):
             manifest.check_model(data.shards[name], *expected)  # type: ignore[union-attr]
         self.check_classes(self.known_class_names)
         self.objective.check(network)
+        if stage == "fit":
+            self.setup_objective()
+
+    def setup_objective(self) -> None:
+        """Opens the objective's reference network, if it has one, and checks the objective against the data."""
+        if self.token_data is not None:
+            self.objective.check_own_samples("own" in self.token_data.shards)
+        if not self.objective.uses_reference:
+            return
+        path, name = self.objective.reference or self.weights, type(self.objective).__name__
+        if path is None:
+            raise InputError(f"the objective {name} needs a reference network: set model.objective.reference")
+        tokenizer = self.hidden_tokenizer[0], self.tokenizer_path
+        kind = self.weights_kind
+        self.reference = Reference(path, kind, self.network_config, self.class_names, *tokenizer)
+        self.reference.identify(self.trainer.strategy)
 
     def check_classes(self, class_names: list[str]) -> None:
         """Raises InputError if the shards have other classes than a network with these names; naming the first one."""
@@ -198,6 +216,8 @@ class LitMVAR(ScheduledModule):
 
     def configure_model(self) -> None:
         """Builds the network and its average, sharding each part as soon as it exists; see `build_network`."""
+        if self.reference is not None:
+            self.reference.build(self.trainer.strategy)
         if hasattr(self, "network"):
             return
         strategy = None if (trainer := attached_trainer(self)) is None else trainer.strategy
@@ -251,7 +271,7 @@ class LitMVAR(ScheduledModule):
         return token_batch(batch, self.network_config)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        labels = self.drop_labels(batch.labels, batch_idx)
+        labels = self.drop_labels(batch, batch_idx)
         loss, losses, correct, scalars = self.objective(self, batch, labels, batch_idx)
         if self.is_logging_step:
             scores = self.summary("train", losses.detach(), correct) | self.scale_losses("scale_loss", losses.detach())
@@ -301,25 +321,30 @@ class LitMVAR(ScheduledModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), exact_float32():
             return teacher_inputs(self.network_config, self.tokenizer, tokens)
 
-    def drop_labels(self, labels: Tensor, batch_idx: int) -> Tensor:
-        """Replaces a share of labels (b,) by the unconditional class.
+    def score_reference(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the reference network's cross entropy (b, l) of tokens (b, l), without gradient."""
+        assert self.reference is not None
+        return self.reference.score(labels, scale_inputs, tokens)
+
+    def drop_labels(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Returns the labels (b,) of a batch with a share of them replaced by the unconditional class.
 
         Draws for the global batch from (seed, epoch, batch) and uses this rank's part, so neither the number of ranks
         nor an interruption changes which labels are dropped.
         """
         generator = torch.Generator().manual_seed(self.derive_seed(batch_idx, "label drop"))
-        draws = torch.rand(self.trainer.world_size, len(labels), generator=generator)
-        dropped = draws[self.global_rank] < self.label_drop
-        dropped = dropped.to(labels.device, non_blocking=True)
-        return labels.masked_fill(dropped, self.network_config.num_classes)
+        draws = torch.rand(self.trainer.world_size * len(batch.labels), generator=generator)
+        dropped = draws[global_rows(batch, self.global_rank, self.trainer.world_size)] < self.label_drop
+        dropped = dropped.to(batch.labels.device, non_blocking=True)
+        return batch.labels.masked_fill(dropped, self.network_config.num_classes)
 
     def image_keys(self, batch: TokenBatch, batch_idx: int, purpose: str) -> Tensor:
         """Returns the key (b, 2) of each image's random numbers, on the device; see `sampling.philox.uniform`.
 
         Depends on (seed, epoch, batch), the purpose and the image's place in the global batch alone.
         """
-        first = self.global_rank * len(batch.labels)
-        keys = image_keys(self.derive_seed(batch_idx, purpose), range(first, first + len(batch.labels)))
+        rows = global_rows(batch, self.global_rank, self.trainer.world_size)
+        keys = image_keys(self.derive_seed(batch_idx, purpose), rows)
         return keys.to(self.device, non_blocking=True)
 
     def per_scale(self, scores: Tensor) -> tuple[Tensor, ...]:
@@ -374,7 +399,8 @@ class LitMVAR(ScheduledModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tokenizer = TokenizerRecord(str(Path(self.tokenizer_path).resolve()), self.tokenizer_fingerprint)
         batch = None if self.token_data is None else self.batch_of_all_ranks
-        run = RunRecord(self.ema_decay is not None, self.skip_counts, self.trainer.world_size, batch, self.ema_decay)
+        average, reference = self.ema_decay, None if self.reference is None else self.reference.record
+        run = RunRecord(average is not None, self.skip_counts, self.trainer.world_size, batch, average, reference)
         checkpoint[NETWORK_KEY] = asdict(NetworkRecord(self.network_config, tokenizer, self.class_names, run))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -382,6 +408,7 @@ class LitMVAR(ScheduledModule):
         self.check_classes(record.class_names)
         super().on_load_checkpoint(checkpoint)
         if self.trainer.state.fn == "fit":
+            require_same_reference(record.run.reference, None if self.reference is None else self.reference.record)
             self.skipped_steps, self.skipped_in_a_row = record.run.skipped_steps
             if self.token_data is not None and record.run.batch_of_all_ranks is not None:
                 self.adapt_to_devices(record.run, record.run.batch_of_all_ranks, checkpoint["loops"]["fit_loop"])

@@ -4,6 +4,8 @@
 |--------------------------|-------------------|-----------------------------|-------------------------------------|
 | `TeacherForced`          | the image's codes | the image's tokens          | VAR, arXiv 2404.02905, section 3.2  |
 | `SelfCorrecting`         | corrupted codes   | tokens that repair them     | Infinity, arXiv 2412.04431          |
+| `DirectDiscriminative`   | the image's codes | likelihood ratio, real above own samples | DDO, arXiv 2503.01103  |
+| `ConditionContrastive`   | the image's codes | likelihood ratio, own label above others | CCA, arXiv 2410.09347  |
 
 Shapes: b images, l tokens of all scales, n tokens of a scale, v vocabulary, c code dim.
 """
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.data.tokens.stream import TokenBatch
@@ -54,6 +57,8 @@ class Learner(Protocol):
 
     def teacher_inputs(self, tokens: Tensor) -> Tensor: ...
 
+    def score_reference(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> Tensor: ...
+
     def score(self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]: ...
 
     def image_keys(self, batch: TokenBatch, batch_idx: int, purpose: str) -> Tensor: ...
@@ -62,8 +67,22 @@ class Learner(Protocol):
 class Objective(ABC):
     """What to minimize. Validation always reports the teacher-forced cross entropy, so runs can be compared."""
 
+    uses_own_samples = False  # whether half of each batch is the network's own samples
+    uses_reference = False  # whether it compares the network with a frozen one
+    reference: str | None = None  # path of the frozen network; None for the weights that the run starts from
+
     def check(self, network: MVARConfig) -> None:  # noqa: B027 (most objectives train any network)
         """Raises InputError unless a network of this configuration can be trained by it."""
+
+    def check_own_samples(self, given: bool) -> None:
+        """Raises InputError unless the data have the network's own samples if and only if the objective uses them."""
+        name = type(self).__name__
+        if self.uses_own_samples and not given:
+            raise InputError(
+                f"the objective {name} needs --data.own: shards that `lightning-mvar sample --tokens` wrote"
+            )
+        if given and not self.uses_own_samples:
+            raise InputError(f"the objective {name} ignores data.own: leave it out, or train on it as data.train")
 
     @abstractmethod
     def __call__(self, learner: Learner, batch: TokenBatch, labels: Tensor, batch_idx: int) -> Scores:
@@ -191,3 +210,106 @@ class SelfCorrecting(TeacherForced):
         drawn = learner.network.redraw(labels, learner.teacher_inputs(batch.tokens), uniforms)  # (b, l)
         learner.network.train()
         return lambda targets, span: drawn[:, span]
+
+
+class DirectDiscriminative(Objective):
+    """Makes real images more likely than under a frozen network, and its own samples less (DDO, arXiv 2503.01103).
+
+    The loss of a discriminator whose logit is beta * log(p / p_reference), on real images and on samples of the
+    reference network: -log sigmoid(logit of a real image) - alpha * log sigmoid(-logit of an own sample), each averaged
+    over its images.
+
+    Args:
+        reference: network that drew the samples: a checkpoint, a folder of `export` or a published file. Default:
+            `model.weights`.
+        alpha: weight of the own samples.
+        beta: factor on the log ratio.
+        per_token: average the log ratio over the tokens of an image, instead of summing it, so that beta does not
+            depend on the resolution.
+    """
+
+    uses_own_samples, uses_reference = True, True
+
+    def __init__(
+        self, reference: str | None = None, alpha: float = 1.0, beta: float = 0.02, per_token: bool = False
+    ) -> None:
+        require_positive(alpha=alpha, beta=beta)
+        self.reference, self.alpha, self.beta, self.per_token = reference, alpha, beta, per_token
+
+    def __call__(self, learner: Learner, batch: TokenBatch, labels: Tensor, batch_idx: int) -> Scores:
+        if batch.own is None:
+            raise InputError(
+                "the objective DirectDiscriminative needs batches with own samples: TokenBatch.own is None"
+            )
+        losses, correct, ratios = log_ratios(learner, batch.tokens, labels, self.per_token)
+        logits = self.beta * ratios  # (b,)
+        own = batch.own.float()
+        real_weight, own_weight = (part / part.sum().clamp(min=1) for part in (1 - own, own))  # (b,) each
+        loss = -(real_weight * F.logsigmoid(logits) + self.alpha * own_weight * F.logsigmoid(-logits)).sum()
+        separated = ((logits > 0) != batch.own).float().mean()
+        scalars = {
+            "logit_real": (real_weight * logits.detach()).sum(),
+            "logit_own": (own_weight * logits.detach()).sum(),
+            "separated": separated,
+        }
+        factors = (real_weight * len(own))[:, None]  # means over all rows are then means over the real images
+        return Scores(loss, losses * factors, correct * factors, scalars)
+
+
+class ConditionContrastive(Objective):
+    """Makes each image more likely under its label and less under others (CCA, arXiv 2410.09347).
+
+    The network then needs less guidance, or none. Per image, with logit = beta * log(p / p_reference): the label's own
+    term -log sigmoid(logit), and one of another image's label, -weight * log sigmoid(-logit). Images of each two
+    successive rows exchange their labels. As in the published code, a label that is unconditional or equal by chance
+    counts as the image's own, with weight 1, and the loss is divided by max(weight, 1).
+
+    Args:
+        reference: the frozen network: a checkpoint, a folder of `export` or a published file. Default: `model.weights`.
+        beta: factor on the log ratio.
+        weight: weight of other labels (lambda in the paper): 50 for its d16 of 310M parameters, up to 1,000 for d30.
+        per_token: average the log ratio over the tokens of an image, instead of summing it.
+    """
+
+    uses_reference = True
+
+    def __init__(
+        self, reference: str | None = None, beta: float = 0.02, weight: float = 50.0, per_token: bool = False
+    ) -> None:
+        require_positive(beta=beta, weight=weight)
+        self.reference, self.beta, self.weight, self.per_token = reference, beta, weight, per_token
+
+    def __call__(self, learner: Learner, batch: TokenBatch, labels: Tensor, batch_idx: int) -> Scores:
+        b, unconditional = len(labels), learner.network_config.num_classes
+        partner = torch.arange(b, device=labels.device) ^ 1
+        exchanged = batch.labels[partner.where(partner < b, b - 1)]  # the last of an odd number keeps its own
+        others = torch.where(labels == unconditional, labels, exchanged)
+        losses, correct, ratios = log_ratios(
+            learner, batch.tokens.repeat(2, 1), torch.cat([labels, others]), self.per_token
+        )
+        logits, other_logits = (self.beta * ratios).chunk(2)  # (b,) each
+        same = others == labels
+        contrast = torch.where(same, F.logsigmoid(other_logits), self.weight * F.logsigmoid(-other_logits))
+        loss = -(F.logsigmoid(logits) + contrast).mean() / max(self.weight, 1.0)
+        scalars = {
+            "logit_label": logits.detach().mean(),
+            "logit_other": other_logits.detach().mean(),
+            "separated": (logits > other_logits).float().mean(),
+        }
+        return Scores(loss, losses[:b], correct[:b], scalars)
+
+
+def log_ratios(learner: Learner, tokens: Tensor, labels: Tensor, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns cross entropy (b, l), whether each prediction is correct (b, l), and log(p / p_reference) (b,)."""
+    inputs = learner.teacher_inputs(tokens)
+    reference = learner.score_reference(labels, inputs, tokens)  # (b, l)
+    losses, correct = learner.network.score(labels, inputs, tokens)
+    gained = reference - losses  # (b, l) log ratio per token
+    return losses, correct, gained.mean(dim=1) if per_token else gained.sum(dim=1)
+
+
+def require_positive(**values: float) -> None:
+    """Raises InputError unless all options of an objective are positive and finite."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise InputError(f"objective.{name} must be positive, got {value}")

@@ -20,6 +20,7 @@ from lightning_mvar import Tokenizer
 from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord, TokenizerRecord, newest_intact
 from lightning_mvar.errors import DivergedError, InputError
+from lightning_mvar.training.batches import token_batch
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
 
@@ -118,7 +119,8 @@ def test_labels_are_dropped_at_the_given_rate_and_differ_from_batch_to_batch(
     module = make_module(tokenizer_folder)
     make_trainer(tmp_path, 1).fit(module, TokenDataModule(str(shards), str(shards), batch_size=16))
     labels = torch.arange(20_000) % 10
-    dropped = [module.drop_labels(labels, batch_idx) == 10 for batch_idx in (0, 0, 1)]
+    batch = token_batch((torch.zeros(20_000, SCHEDULE.num_tokens, dtype=torch.long), labels), module.network_config)
+    dropped = [module.drop_labels(batch, batch_idx) == 10 for batch_idx in (0, 0, 1)]
     assert float(dropped[0].float().mean()) == pytest.approx(0.1, abs=0.01)
     assert torch.equal(dropped[0], dropped[1])
     assert not torch.equal(dropped[0], dropped[2])

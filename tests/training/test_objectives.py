@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCHEDULE, write_token_shards
-from lightning.pytorch.callbacks import ModelCheckpoint
+from conftest import SCHEDULE, tiny_network, write_token_shards
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lit_modules import make_module, make_trainer
+from safetensors.torch import load_file, save_file
 from test_waits import Watch
 from torch import Tensor
 
 from lightning_mvar import MVAR, Tokenizer
+from lightning_mvar.callbacks import Checkpoint
+from lightning_mvar.checkpoints import open_trained, save_folder
+from lightning_mvar.checkpoints.training import NETWORK_KEY
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import fingerprint_of
 from lightning_mvar.models.scoring import draw_in_parts
 from lightning_mvar.sampling.philox import TOKENS, uniform
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
-from lightning_mvar.training.objectives import Objective, SelfCorrecting, TeacherForced
+from lightning_mvar.training.objectives import (
+    ConditionContrastive,
+    DirectDiscriminative,
+    Objective,
+    SelfCorrecting,
+    TeacherForced,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +49,20 @@ class Runs:
     def __init__(self, tokenizer_folder: Path, shards: str, root: Path) -> None:
         self.tokenizer_folder, self.shards, self.root = tokenizer_folder, shards, root
 
-    def fit(self, objective: Objective, max_steps: int = 1, ckpt_path: str | None = None, **trainer: object) -> LitMVAR:
-        module = make_module(self.tokenizer_folder, model={"objective": objective}, drop_path=0.1)
-        data = TokenDataModule(self.shards, self.shards, batch_size=8)
+    def fit(
+        self,
+        objective: Objective,
+        max_steps: int = 1,
+        ckpt_path: str | None = None,
+        own: bool = False,
+        drop_path: float = 0.1,
+        **trainer: object,
+    ) -> LitMVAR:
+        """Trains from the weights in `network`, if there are any, which are then the reference of objectives."""
+        folder = self.root / "network"
+        options = {"objective": objective, "weights": str(folder) if folder.exists() else None}
+        module = make_module(self.tokenizer_folder, model=options, drop_path=drop_path)
+        data = TokenDataModule(self.shards, self.shards, own=self.shards if own else None, batch_size=8, seed=0)
         make_trainer(self.root, max_steps, limit_val_batches=0, **trainer).fit(module, data, ckpt_path=ckpt_path)
         return module
 
@@ -48,6 +72,13 @@ def runs(tokenizer_folder: Path, shards: str, tmp_path: Path) -> Runs:
     return Runs(tokenizer_folder, shards, tmp_path)
 
 
+@pytest.fixture
+def tuned(runs: Runs, tokenizer: Tokenizer) -> Runs:
+    """Runs that start from a trained network."""
+    save_folder(runs.root / "network", tokenizer, tiny_network(width=32, head_dim=16))
+    return runs
+
+
 def first_batch(module: LitMVAR) -> TokenBatch:
     return next(iter(module.trainer.datamodule.train_dataloader()))
 
@@ -55,6 +86,23 @@ def first_batch(module: LitMVAR) -> TokenBatch:
 def logits_of(module: LitMVAR, labels: Tensor, inputs: Tensor) -> Tensor:
     with torch.no_grad():
         return module.network.eval()(labels, inputs)
+
+
+def plain_ratios(module: LitMVAR, tokens: Tensor, labels: Tensor) -> list[float]:
+    """Returns log(p / p_reference) of each image, computed one image at a time, without drop path."""
+    sums = []
+    for row, label in zip(tokens, labels, strict=True):
+        pair = []
+        for network in (module.network, module.reference.network):
+            with torch.no_grad():
+                logits = network.eval()(label[None], module.tokenizer.scale_inputs(row[None]))[0]
+            pair.append(float(-F.cross_entropy(logits, row, reduction="sum")))
+        sums.append(pair[0] - pair[1])
+    return sums
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
 
 
 def same_weights(a: LitMVAR, b: LitMVAR) -> bool:
@@ -115,19 +163,25 @@ def test_self_correction_scores_the_targets_of_a_corrupted_pyramid(replacement: 
     assert 0 < float(scores.scalars["repaired"]) < 1
 
 
+@pytest.mark.parametrize("paired", [False, True])
 def test_an_image_has_the_same_random_numbers_on_any_number_of_ranks(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch
+    paired: bool, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With own samples, each rank has a part of both halves of the global batch."""
     module = runs.fit(TeacherForced())
-    batch, half = first_batch(module), TokenBatch(*(t[:4] for t in first_batch(module)))
-    expected = module.image_keys(batch, 2, "test")
-    assert len(expected.unique(dim=0)) == 8
-    assert not torch.equal(expected, module.image_keys(batch, 3, "test"))
-    parts = []
-    for rank in range(2):
+    batch = first_batch(module)._replace(own=torch.arange(8) >= 4 if paired else None)
+    keys = module.image_keys(batch, 2, "test")
+    assert len(keys.unique(dim=0)) == 8
+    assert not torch.equal(keys, module.image_keys(batch, 3, "test"))
+    module.label_drop = 0.5
+    labels = module.drop_labels(batch, 4)
+    assert 0 < int((labels == 10).sum()) < 8
+    monkeypatch.setattr(L.Trainer, "world_size", 2)
+    for rank, rows in enumerate(([0, 1, 4, 5], [2, 3, 6, 7]) if paired else ([0, 1, 2, 3], [4, 5, 6, 7])):
         monkeypatch.setattr(LitMVAR, "global_rank", rank)
-        parts.append(module.image_keys(half, 2, "test"))
-    assert torch.equal(torch.cat(parts), expected)
+        part = TokenBatch(*(None if tensor is None else tensor[rows] for tensor in batch))
+        assert torch.equal(module.image_keys(part, 2, "test"), keys[rows])
+        assert torch.equal(module.drop_labels(part, 4), labels[rows])
 
 
 @pytest.mark.parametrize("replacement", ["neighbours", "own"])
@@ -144,6 +198,110 @@ def test_a_self_correcting_step_waits_for_nothing_but_the_norm_of_the_step_befor
     watch = Watch()
     runs.fit(SelfCorrecting(replacement=replacement), 4, callbacks=[watch], log_every_n_steps=50)
     assert [wait.split(" (")[0] for wait in watch.waits.found] == ["_local_scalar_dense in __float__"] * 3
+
+
+OBJECTIVES = {
+    "discriminative": lambda: DirectDiscriminative(alpha=2.0, beta=0.1),
+    "contrastive": lambda: ConditionContrastive(beta=0.1, weight=3.0),
+}
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_discriminative_loss_equals_a_loop_over_images(per_token: bool, tuned: Runs) -> None:
+    objective = DirectDiscriminative(alpha=3.0, beta=0.7, per_token=per_token)
+    module = tuned.fit(objective, 4, own=True, drop_path=0.0)
+    batch = first_batch(module)
+    ratios = plain_ratios(module, batch.tokens, batch.labels)
+    logits = [0.7 * ratio / (SCHEDULE.num_tokens if per_token else 1) for ratio in ratios]
+    assert batch.own.tolist() == [False] * 4 + [True] * 4
+    scores = objective(module, batch, batch.labels, 0)
+    expected = sum(softplus(-z) for z in logits[:4]) / 4 + 3 * sum(softplus(z) for z in logits[4:]) / 4
+    assert float(scores.loss.detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(scores.scalars["logit_real"]) == pytest.approx(sum(logits[:4]) / 4, rel=1e-3, abs=1e-4)
+    assert float(scores.scalars["logit_own"]) == pytest.approx(sum(logits[4:]) / 4, rel=1e-3, abs=1e-4)
+    assert float(scores.scalars["separated"]) == sum((z > 0) == (i < 4) for i, z in enumerate(logits)) / 8
+    real = module.score(batch, batch.labels)[0][:4]
+    assert float(scores.losses.mean().detach()) == pytest.approx(float(real.mean().detach()), rel=1e-5)
+
+
+def test_the_contrastive_loss_equals_a_loop_over_images(tuned: Runs) -> None:
+    """Row 1 is unconditional, rows 4 and 5 have one label: these count as the images' own labels."""
+    objective = ConditionContrastive(beta=0.3, weight=5.0)
+    module = tuned.fit(objective, 4, drop_path=0.0)
+    batch = first_batch(module)
+    true = torch.tensor([1, 2, 3, 4, 5, 5, 6, 7])
+    labels, others = torch.tensor([1, 10, 3, 4, 5, 5, 6, 7]), torch.tensor([2, 10, 4, 3, 5, 5, 7, 6])
+    own, other = (plain_ratios(module, batch.tokens, given) for given in (labels, others))
+    expected = 0.0
+    for i in range(8):
+        expected += softplus(-0.3 * own[i])
+        expected += softplus(-0.3 * other[i]) if i in (1, 4, 5) else 5 * softplus(0.3 * other[i])
+    scores = objective(module, batch._replace(labels=true), labels, 0)
+    assert float(scores.loss.detach()) == pytest.approx(expected / 8 / 5, rel=1e-4)
+    assert float(scores.scalars["logit_other"]) == pytest.approx(0.3 * sum(other) / 8, rel=1e-3, abs=1e-4)
+
+
+class FirstLogits(Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step == 1:
+            self.logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_training_begins_at_the_reference_which_never_changes_and_is_not_saved(name: str, tuned: Runs) -> None:
+    """All logits are 0 in the first step, with drop path, so both networks draw the same; then they differ."""
+    first, checkpoint = FirstLogits(), Checkpoint(str(tuned.root / "run"), every_n_train_steps=3)
+    module = tuned.fit(
+        OBJECTIVES[name](), 3, own=name == "discriminative", callbacks=[first, checkpoint], enable_checkpointing=True
+    )
+    logits = [value for key, value in first.logged.items() if key.startswith("train/logit")]
+    assert logits == [0, 0]
+    terms = first.logged["train/loss"] / math.log(2)
+    assert terms == pytest.approx(3) if name == "discriminative" else 2 / 3 < terms <= 4 / 3 + 1e-6
+    stored = open_trained(tuned.root / "network").weights
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in module.reference.network.state_dict().items())
+    assert not any(torch.equal(stored["head.weight"], p) for p in module.network.parameters())
+    saved = torch.load(tuned.root / "run/step=00000003.ckpt", weights_only=True)
+    assert {key.partition(".")[0] for key in saved["state_dict"]} == {"network"}
+    record = saved[NETWORK_KEY]["run"]["reference"]
+    assert record == {"path": str(tuned.root / "network"), "fingerprint": fingerprint_of(stored)}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_run_with_a_reference_resumes_exactly_and_only_with_it(name: str, tuned: Runs) -> None:
+    """The run stops in the middle of the second epoch; own samples are in their third then."""
+    checkpoint = ModelCheckpoint(dirpath=tuned.root / "run", every_n_train_steps=15, save_top_k=-1)
+    own = name == "discriminative"
+    expected = tuned.fit(OBJECTIVES[name](), 18, own=own, callbacks=[checkpoint], enable_checkpointing=True)
+    (saved,) = (str(path) for path in (tuned.root / "run").iterdir() if "step=15" in path.name)
+    assert same_weights(tuned.fit(OBJECTIVES[name](), 18, saved, own), expected)
+    with pytest.raises(InputError, match=r"reference, but this run has no network: set model\.objective"):
+        tuned.fit(TeacherForced(), 18, saved)
+    changed = load_file(tuned.root / "network/network.safetensors")
+    save_file(changed | {"head.bias": changed["head.bias"] + 1}, tuned.root / "network/network.safetensors")
+    with pytest.raises(InputError, match=r"whose objective has .*network \(.* as its reference, but this run has"):
+        tuned.fit(OBJECTIVES[name](), 18, saved, own)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_with_a_reference_waits_for_nothing_but_the_norm_of_the_step_before(name: str, tuned: Runs) -> None:
+    watch = Watch()
+    tuned.fit(OBJECTIVES[name](), 4, own=name == "discriminative", callbacks=[watch], log_every_n_steps=50)
+    assert [wait.split(" (")[0] for wait in watch.waits.found] == ["_local_scalar_dense in __float__"] * 3
+
+
+def test_own_samples_are_required_or_refused_and_need_an_even_batch(runs: Runs, tuned: Runs) -> None:
+    with pytest.raises(InputError, match=r"DirectDiscriminative needs --data\.own"):
+        tuned.fit(DirectDiscriminative())
+    with pytest.raises(InputError, match=r"TeacherForced ignores data\.own: leave it out"):
+        tuned.fit(TeacherForced(), own=True)
+    module = make_module(runs.tokenizer_folder, model={"objective": DirectDiscriminative()})
+    data = TokenDataModule(runs.shards, runs.shards, own=runs.shards, batch_size=7)
+    with pytest.raises(InputError, match=r"needs a reference network: set model\.objective\.reference"):
+        make_trainer(runs.root, 1).fit(module, data)
+    module = make_module(runs.tokenizer_folder, model={"objective": DirectDiscriminative(str(tuned.root / "network"))})
+    with pytest.raises(InputError, match=r"7 images per device cannot be half real .* an even --data\.batch_size"):
+        make_trainer(runs.root, 1).fit(module, data)
 
 
 @torch.no_grad()
@@ -169,6 +327,8 @@ def test_redrawn_tokens_follow_the_predictions(network: MVAR, tokenizer: Tokeniz
         (lambda: SelfCorrecting(max_share=1.5), r"max_share must be in \[0, 1\], got 1.5"),
         (lambda: SelfCorrecting(neighbours=0), "neighbours must be at least 1, got 0"),
         (lambda: SelfCorrecting(temperature=0.0), "temperature must be positive, got 0.0"),
+        (lambda: DirectDiscriminative(alpha=0.0), r"objective\.alpha must be positive, got 0.0"),
+        (lambda: ConditionContrastive(beta=-1.0), r"objective\.beta must be positive, got -1.0"),
     ],
 )
 def test_wrong_options_are_refused(build, message: str) -> None:  # type: ignore[no-untyped-def]

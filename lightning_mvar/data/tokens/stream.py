@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ class TokenBatch(NamedTuple):
     labels: Tensor  # (b,) int64
     valid: Tensor  # (b,) bool; False for repeated samples that pad the batch
     ids: Tensor  # (b,) int64 index of each sample, counted through all shards
+    own: Tensor | None = None  # (b,) bool; True for the network's own samples, if the batch has any
 
 
 class TokenRows(NamedTuple):
@@ -42,6 +44,7 @@ class TokenRows(NamedTuple):
     labels: NDArray[np.int64]
     valid: NDArray[np.bool_]
     ids: NDArray[np.int64]
+    own: NDArray[np.bool_] | None = None
 
 
 class TokenStream(IterableDataset[TokenRows]):
@@ -98,26 +101,71 @@ class TokenStream(IterableDataset[TokenRows]):
             self.verified = True
 
     def __iter__(self) -> Iterator[TokenRows]:
-        worker = get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        yield from self.rows(self.epoch, worker_part(range(self.first_batch, len(self))))
+
+    def rows(self, epoch: int, batches: Iterable[int]) -> Iterator[TokenRows]:
+        """Yields this rank's part of the global batches with these ascending numbers."""
         shards, total = self.manifest.shards, self.manifest.num_samples
-        order = EpochOrder([shard.samples for shard in shards], self.seed, self.epoch, self.block_size)
+        order = EpochOrder([shard.samples for shard in shards], self.seed, epoch, self.block_size)
         shards_per_block = 2 + self.block_size * len(shards) // total
         fetch = partial(self.shards.fetch, verify=False)
         reader = SampleReader(self.manifest, order.shards.tolist(), fetch, self.layouts, shards_per_block)
         with closing(reader):
             rows = self.rank * self.batch_size + np.arange(self.batch_size)
-            for i in range(self.first_batch + worker_id, len(self), num_workers):
+            for i in batches:
                 begin = i * self.global_batch
                 count = min(self.global_batch, total - begin)
                 ids = order.ids(begin + rows % count)  # an incomplete last batch is padded with its own samples
                 yield TokenRows(*reader.read(ids), rows < count, ids)
 
 
-class TokenLoader(ResumableLoader):
-    """Loads batches of tokens (`TokenBatch`) from a `TokenStream`."""
+class PairedStream(IterableDataset[TokenRows]):
+    """Streams batches of which the first half is real and the second half the network's own samples.
 
-    source: TokenStream
+    An epoch is one of the real samples. The own ones run through epochs of their own: their batches are numbered from
+    the first epoch on, so any place can be resumed.
+
+    Args:
+        real: stream of the real samples, with half of the images per rank.
+        own: stream of as many own samples per batch.
+    """
+
+    def __init__(self, real: TokenStream, own: TokenStream) -> None:
+        self.real, self.own = real, own
+        self.epoch, self.first_batch, self.global_batch = 0, 0, real.global_batch
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+    def verify(self) -> None:
+        self.real.verify()
+        self.own.verify()
+
+    def __iter__(self) -> Iterator[TokenRows]:
+        batches = worker_part(range(self.first_batch, len(self)))
+        begin = self.epoch * len(self)
+        pairs = zip(self.real.rows(self.epoch, batches), self.own_rows(begin + i for i in batches), strict=True)
+        for real, own in pairs:
+            tokens, labels, valid, ids = (np.concatenate(parts) for parts in zip(real[:4], own[:4], strict=True))
+            yield TokenRows(tokens, labels, valid, ids, np.arange(len(ids)) >= len(real.ids))
+
+    def own_rows(self, batches: Iterable[int]) -> Iterator[TokenRows]:
+        """Yields own batches by their numbers from the first epoch on."""
+        length = len(self.own)
+        for epoch, numbers in groupby(batches, key=lambda number: number // length):
+            yield from self.own.rows(epoch, (number % length for number in numbers))
+
+
+def worker_part(batches: range) -> range:
+    """Returns the part of a loader's batches that this worker process reads: every n-th of n workers."""
+    worker = get_worker_info()
+    return batches if worker is None else batches[worker.id :: worker.num_workers]
+
+
+class TokenLoader(ResumableLoader):
+    """Loads batches of tokens (`TokenBatch`) from a stream."""
+
+    source: TokenStream | PairedStream
 
     def batches(self) -> Iterable[TokenBatch]:
         self.source.verify()
@@ -132,7 +180,8 @@ class TokenLoader(ResumableLoader):
 
     def to_batch(self, rows: TokenRows) -> TokenBatch:
         """Converts arrays to tensors in the main process: workers send a uint16 array much faster than a tensor."""
-        tensors = [torch.from_numpy(rows.tokens.astype(np.int64)), *map(torch.from_numpy, rows[1:])]
+        arrays = [array for array in rows[1:] if array is not None]
+        tensors = [torch.from_numpy(rows.tokens.astype(np.int64)), *map(torch.from_numpy, arrays)]
         return TokenBatch(*(tensor.pin_memory() if self.pin_memory else tensor for tensor in tensors))
 
 
