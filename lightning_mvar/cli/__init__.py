@@ -41,7 +41,7 @@ COMMANDS = {  # command: (module with `main(argv)`, help)
     "edit": ("edit", "inpaint a part of a given image"),
     "serve": ("serve", "start a local web page that draws and inpaints"),
     "evaluate": ("evaluate", "score samples of a checkpoint, or any other samples"),
-    "sweep": ("sweep", "run fit and evaluate for each cell of a sweep file"),
+    "sweep": ("sweep", "run fit and evaluate, or other commands, for each cell of a sweep file"),
     "likelihood": ("likelihood", "measure the bits per token of given images"),
     "reconstruct": ("reconstruct", "compare real images with their reconstructions"),
     "export": ("export", "write a checkpoint as one self-contained folder"),

@@ -1,4 +1,4 @@
-"""`sweep`: runs `fit` and `evaluate` for every cell of a sweep file."""
+"""`sweep`: runs `fit` and `evaluate`, or other commands, for every cell of a sweep file."""
 
 from __future__ import annotations
 

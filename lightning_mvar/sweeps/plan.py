@@ -80,9 +80,9 @@ class SweepFile:
 
     Args:
         path: path of the file.
-        fit: first arguments of every cell's fit; None if cells have `run` instead.
+        fit: first arguments of every cell's fit; None if cells train nothing of their own.
         prepare: commands that run before all cells; one with `{seed}` runs once per seed.
-        run: commands of every cell in order, with placeholders; empty if cells have `fit`.
+        run: commands of every cell in order, with placeholders; empty if cells have `fit`, or are only evaluated.
         evaluate: arguments of every evaluate, with placeholders; None to skip evaluation.
         axes: the values of each axis, by the axis's name.
         listed_cells: for each cell listed under `cells`, the value on each axis; empty for the complete grid.
@@ -107,10 +107,12 @@ class SweepFile:
     budget: Budget | None
 
     def __post_init__(self) -> None:
-        if (self.fit is None) == (not self.run):
+        if self.fit is not None and self.run:
             raise InputError(
                 f"{self.path}: give either `fit`, the first arguments of every fit, or `run`, each cell's commands"
             )
+        if self.fit is None and not self.run and self.evaluate is None:
+            raise InputError(f"{self.path} gives cells nothing to do: add `fit`, `run` or `evaluate`")
         if self.fit is None and self.budget is not None:
             raise InputError(f"{self.path}: `budget` sets options of `fit`, and there is none: leave it out")
         if self.evaluate is None and self.sampling_seeds:

@@ -265,6 +265,7 @@ def test_an_axis_with_a_placeholder_is_no_argument_of_fit(file: Path) -> None:
     [
         ("run:", "fit: x\nrun:", "give either `fit`, the first arguments of every fit, or `run`"),
         ("run:", "ran:", "has no key 'ran'"),
+        (RUN, "axes: {}", "gives cells nothing to do: add `fit`, `run` or `evaluate`"),
         (
             "merged{w}",
             "merged{v}",
