@@ -115,7 +115,7 @@ def require_at_least(least: int, **values: int) -> None:
 
 
 class TokenDataModule(BatchedDataModule):
-    """Datamodule that streams tokens from shards of `lightning-mvar tokenize`.
+    """Datamodule that streams tokens from shards of `lightning-mvar tokenize` or `sample --tokens`.
 
     Args:
         train: folder of the training shards: a local path; `https://HOST/PATH`, `s3://BUCKET/PATH`, `gs://BUCKET/PATH`

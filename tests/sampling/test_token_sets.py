@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -104,17 +105,11 @@ def test_an_interrupted_set_is_completed_and_keeps_its_shards(workdir: Path, mon
     assert contents(Path("own")) == contents(Path("whole"))
 
 
-def draw_small_shards(rank: int) -> None:
-    from lightning_mvar.sampling import token_sets
-
-    token_sets.MIN_SHARD_SIZE = SHARD_SIZE
-
-
 def die_in_second_shard(rank: int) -> None:
     """Kills rank 1 with one shard left to it."""
     from lightning_mvar.data.tokens.writing import ShardFolder
 
-    draw_small_shards(rank)
+    token_sets.MIN_SHARD_SIZE = SHARD_SIZE
     write = ShardFolder.write
 
     def write_or_die(self, index, *rest):  # type: ignore[no-untyped-def]
@@ -125,22 +120,26 @@ def die_in_second_shard(rank: int) -> None:
     ShardFolder.write = write_or_die
 
 
-def test_two_processes_resume_after_a_kill_and_equal_one(workdir: Path) -> None:
+def test_what_two_processes_draw_until_a_kill_is_continued_by_one(workdir: Path) -> None:
     assert run([*SAMPLE, "--tokens", "one"]) == 0
     both = start([*SAMPLE, "--tokens", "two"], workdir, 2, die_in_second_shard, option="--devices")
     assert both.wait() == [1, -signal.SIGKILL], both.printed()
     assert not Path("two/000003.tar").exists()
-    again = start([*SAMPLE, "--tokens", "two"], workdir, 2, draw_small_shards, option="--devices")
-    assert again.wait() == [0, 0], again.printed()
+    assert run([*SAMPLE, "--tokens", "two"]) == 0
     assert contents(Path("two")) == contents(Path("one"))
 
 
-def test_fit_trains_on_samples(workdir: Path, tokenizer_folder: Path) -> None:
+def test_training_and_scores_take_samples(workdir: Path, tokenizer_folder: Path) -> None:
     assert run([*SAMPLE, "--tokens", "own"]) == 0
     assert run(["shards", "verify", "own", "--tokenizer", str(tokenizer_folder)]) == 0
     module = make_module(tokenizer_folder)
     make_trainer(workdir, 1).fit(module, TokenDataModule("own", "own", batch_size=16))
     assert module.global_step == 1
+    assert run([*SAMPLE, "--out", "set.npz"]) == 0
+    score = ["evaluate", "--samples", "set.npz", "--reference", "own", "--tokenizer", str(tokenizer_folder)]
+    assert run([*score, "--extractor", "conftest.Pixels", "--device", "cpu", "--json", "scores.json"]) == 0
+    (scores,) = json.loads(Path("scores.json").read_text())
+    assert scores["frechet_distance"] < 1e-3  # the same images
 
 
 def test_a_set_is_not_continued_with_other_settings_or_another_network(

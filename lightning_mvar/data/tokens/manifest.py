@@ -228,7 +228,7 @@ class Manifest:
             if ours != theirs:
                 raise InputError(
                     f"the shards in {location} do not fit the model: {name} is {ours} in the shards and {theirs} in "
-                    f"the model; set the model's to match, or tokenize again with the model's tokenizer"
+                    f"the model; set the model's to match, or write the shards again with the model's tokenizer"
                 )
 
     def check_tokenizer(self, location: object, fingerprint: str) -> None:
