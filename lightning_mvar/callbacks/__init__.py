@@ -6,6 +6,7 @@ from lightning_mvar.callbacks.interruption import InterruptionCallback
 from lightning_mvar.callbacks.own_prefix import OwnPrefixCallback
 from lightning_mvar.callbacks.reconstruction import ReconstructionScoresCallback
 from lightning_mvar.callbacks.samples import ReconstructionsCallback, SamplesCallback
+from lightning_mvar.callbacks.snapshots import SnapshotCheckpoint
 from lightning_mvar.callbacks.throughput import ThroughputCallback
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "ReconstructionScoresCallback",
     "ReconstructionsCallback",
     "SamplesCallback",
+    "SnapshotCheckpoint",
     "ThroughputCallback",
 ]

@@ -62,8 +62,16 @@ class AtomicCheckpoint(CheckpointHooks):
     links_last = False  # whether `last.ckpt` points to the newest checkpoint
     validation_unfinished = False
 
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.dirpath)).resolve()
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        for other in trainer.checkpoint_callbacks:
+            if isinstance(other, AtomicCheckpoint) and other is not self and other.folder == self.folder:
+                names = f"{type(self).__name__} and {type(other).__name__}"
+                raise InputError(f"{names} both write to {self.dirpath}: give them two folders")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DirectFileIO()
         if stage == "fit" and trainer.is_global_zero:
@@ -300,15 +308,6 @@ class BestCheckpoint(AtomicCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        for other in trainer.checkpoint_callbacks:
-            if (
-                isinstance(other, Checkpoint)
-                and Path(str(other.dirpath)).resolve() == Path(str(self.dirpath)).resolve()
-            ):
-                raise InputError(f"Checkpoint and BestCheckpoint both write to {self.dirpath}: give them two folders")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.callback_metrics.pop(str(self.monitor), None)  # left by an earlier validation

@@ -33,7 +33,7 @@ class MergedNetwork:
 
     Args:
         path: where it was, as given to `merge`.
-        part: for a checkpoint, the module whose weights were used: network, ema or power_ema.N.
+        part: for a checkpoint, the module whose weights were used: network, ema or power_averages.N.
         coefficient: factor on its weights.
     """
 

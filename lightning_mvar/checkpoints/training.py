@@ -15,7 +15,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_mvar.checkpoints.folders import check_class_names, load_tokenizer
+from lightning_mvar.checkpoints.power_ema import Profile
 from lightning_mvar.checkpoints.sharded import ShardedTensors
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.errors import InputError
@@ -35,7 +36,7 @@ from lightning_mvar.tokenizer.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 NETWORK_KEY = "lightning_mvar"  # checkpoint entry that describes the network and where its tokenizer is
-NETWORK_PREFIX, EMA_PREFIX = "network.", "ema."  # of the keys of the weights
+NETWORK_PREFIX, EMA_PREFIX, POWER_PREFIX = "network.", "ema.", "power_averages."  # of the keys of the weights
 SEAL = "seal.json"
 PLAIN_PART = "meta.pt"  # file of a sharded checkpoint for everything but tensors; Lightning chose the name
 SUFFIX, LAST = ".ckpt", "last.ckpt"
@@ -245,6 +246,7 @@ class RunRecord:
         batch_of_all_ranks: images per batch, all ranks together; None if the data were not a `TokenDataModule`.
         ema_decay: decay of the average; None without one, and in checkpoints of older versions.
         reference: the objective's frozen network; None if it has none.
+        power_ema: relative widths of the power-function averages.
     """
 
     ema: bool
@@ -253,6 +255,7 @@ class RunRecord:
     batch_of_all_ranks: int | None
     ema_decay: float | None = None
     reference: ReferenceRecord | None = None
+    power_ema: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -277,11 +280,37 @@ class NetworkRecord:
 
 def open_checkpoint(path: Path, tokenizer: str | Path | None, weights: WhichWeights) -> StoredModel:
     """Opens the network of a training checkpoint and the tokenizer it was trained with; see `open_trained`."""
+    record = read_record(path, read_plain_part(path))
+    return open_part(path, record, EMA_PREFIX if weights == "ema" and record.run.ema else NETWORK_PREFIX, tokenizer)
+
+
+def open_snapshots(path: Path, tokenizer: str | Path | None) -> list[tuple[Profile, StoredModel]]:
+    """Opens the power-function averages of a training checkpoint.
+
+    Raises:
+        InputError: if the checkpoint is missing or damaged, or its run keeps no such average.
+    """
     checkpoint = read_plain_part(path)
+    record, step = read_record(path, checkpoint), checkpoint.get("global_step")
+    if not record.run.power_ema:
+        raise InputError(
+            f"{path} has no power-function averages: set model.power_ema, [0.05, 0.10] for example, in `fit`"
+        )
+    if type(step) is not int or step < 1:
+        raise InputError(f"{path} is damaged, or from before the first step: its global_step is {step!r}")
+    parts = enumerate(record.run.power_ema)
+    return [(Profile(step, sigma), open_part(path, record, f"{POWER_PREFIX}{i}.", tokenizer)) for i, sigma in parts]
+
+
+def read_record(path: Path, checkpoint: dict[str, Any]) -> NetworkRecord:
+    """Returns the description of the network in the plain part of a checkpoint."""
     if NETWORK_KEY not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of `lightning-mvar fit`")
-    record = checked(checkpoint[NETWORK_KEY], NetworkRecord, str(path))
-    prefix = EMA_PREFIX if weights == "ema" and record.run.ema else NETWORK_PREFIX
+    return checked(checkpoint[NETWORK_KEY], NetworkRecord, str(path))
+
+
+def open_part(path: Path, record: NetworkRecord, prefix: str, tokenizer: str | Path | None) -> StoredModel:
+    """Opens the network of a checkpoint whose weights have names that start with `prefix`."""
     return StoredModel(
         str(path),
         record.network,

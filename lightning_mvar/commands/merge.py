@@ -7,6 +7,8 @@ from pathlib import Path
 from lightning_mvar.checkpoints import WhichWeights, open_trained
 from lightning_mvar.checkpoints.merge import Term
 from lightning_mvar.checkpoints.merge import merge as merge_networks
+from lightning_mvar.checkpoints.power_ema import Profile, check_sigma_rel, reconstruct
+from lightning_mvar.checkpoints.training import open_snapshots, resolve_last
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.tables import print_rows
 from lightning_mvar.errors import InputError
@@ -20,6 +22,7 @@ def merge(
     coefficients: tuple[float, ...] | None = None,
     base: str | None = None,
     away: float | None = None,
+    ema: float | None = None,
     tokenizer: str | None = None,
     weights: WhichWeights = "ema",
 ) -> None:
@@ -39,19 +42,51 @@ def merge(
             T + 0.5 (A - T) + 0.4 (B - T), called task arithmetic.
         away: `S --base T --away W` writes T + W (T - S). If S was fine-tuned on samples of T, a small W improves T
             (Neon, arXiv 2510.03597).
+        ema: `SNAPSHOT ... --ema SIGMA_REL` writes the power-function average of this relative width as of the newest
+            snapshot (EDM2, arXiv 2312.02696). Snapshots are checkpoints of one run with `model.power_ema`, which
+            configs/callbacks/snapshots.yaml keeps.
         tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoints; for published
             networks also a published file.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
     """
-    factors = resolve_coefficients(len(networks), coefficients, base is not None, away)
     paths = [*networks, *([] if base is None else [base])]
     inputs = {f"network {number}": path for number, path in enumerate(paths, start=1)}
     refuse_overwriting({"--out": out}, {**inputs, "--tokenizer": tokenizer})
+    if ema is not None:
+        if (coefficients, base, away) != (None, None, None):
+            raise InputError("--ema computes the coefficients itself: drop --coefficients, --base and --away")
+        check_sigma_rel(ema, "--ema")
+        terms = power_average(networks, ema, tokenizer)
+    else:
+        factors = resolve_coefficients(len(networks), coefficients, base is not None, away)
+        terms = [
+            Term(factor, open_trained(path, tokenizer, weights)) for factor, path in zip(factors, paths, strict=True)
+        ]
     with lock_folder(Path(out), "merge"):
-        models = [open_trained(path, tokenizer, weights) for path in paths]
-        merge_networks([Term(*term) for term in zip(factors, models, strict=True)], Path(out))
-    print_rows([[f"{factor:+.6g}", path] for factor, path in zip(factors, paths, strict=True)])
+        merge_networks(terms, Path(out))
+    print_rows([[f"{factor:+.6g}", model.source, model.part] for factor, model in terms])
     print(f"merged network and tokenizer in {out}")
+
+
+def power_average(paths: tuple[str, ...], sigma_rel: float, tokenizer: str | None) -> list[Term]:
+    """Finds the coefficients of the averages in snapshots for the average of another width; see `merge`.
+
+    Raises:
+        InputError: if a path is not a snapshot, or two snapshots are of the same step.
+    """
+    steps: dict[int, str] = {}
+    snapshots = []
+    for path in paths:
+        opened = open_snapshots(resolve_last(Path(path)), tokenizer)
+        step = opened[0][0].step
+        if step in steps:
+            raise InputError(f"{steps[step]} and {path} are both of step {step}: name snapshots of one run, each once")
+        steps[step] = path
+        snapshots += opened
+    profiles = [profile for profile, _ in snapshots]
+    coefficients, error = reconstruct(profiles, Profile(max(steps), sigma_rel))
+    print(f"sigma_rel {sigma_rel:g} at step {max(steps)} from {len(paths)} snapshots, relative error {error:.2%}")
+    return [Term(coefficient, model) for coefficient, (_, model) in zip(coefficients, snapshots, strict=True)]
 
 
 def resolve_coefficients(

@@ -316,18 +316,27 @@ def require_same_average(saved: bool, current: bool) -> None:
         )
 
 
+def require_same_power_ema(saved: list[float], current: list[float]) -> None:
+    """Raises InputError unless checkpoint and run keep the same power-function averages."""
+    if saved != current:
+        raise InputError(f"--ckpt_path has another power_ema: {saved} in the checkpoint and {current} in this run")
+
+
+def warm_up_decay(decay: float, step: int) -> float:
+    """Lowers the decay of a weight average to (1 + step) / (10 + step) in the first steps, counted from 0."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 @torch.no_grad()
-def update_ema(average: nn.Module, weights: nn.Module, decay: float, step: int, finite: Tensor) -> None:
+def update_ema(average: nn.Module, weights: nn.Module, decay: float, finite: Tensor) -> None:
     """Moves a weight average towards the weights, each rank its own shards.
 
     Args:
         average: module that holds the average.
         weights: module of the same parameters.
-        decay: share of the average that is kept; lowered to (1 + step) / (10 + step) in the first steps.
-        step: number of the step, counted from 0.
+        decay: share of the average that is kept.
         finite: () bool on the device; if false, the average stays as it is.
     """
-    decay = min(decay, (1 + step) / (10 + step))
     averages, targets = local_shards(list(average.parameters())), local_shards(list(weights.parameters()))
     # a + (1 - decay) (w - a) as an ascent on w with weight decay 1: the fused kernels of SGD take all parameters in one
     # launch and read the flag on the device, as AdamW's do in `skip_step_unless`.

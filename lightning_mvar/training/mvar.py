@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import StoredModel, WhichWeights, load_tokenizer, load_trained, open_trained
 from lightning_mvar.checkpoints.pair import check_pair
+from lightning_mvar.checkpoints.power_ema import check_sigma_rel, power_decay
 from lightning_mvar.checkpoints.training import (
     NETWORK_KEY,
     NetworkRecord,
     RunRecord,
     TokenizerRecord,
+    open_snapshots,
     read_plain_part,
     resolve_last,
 )
@@ -33,7 +35,13 @@ from lightning_mvar.sampling.generate import draw_images, teacher_inputs
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
-from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
+from lightning_mvar.training.base import (
+    ScheduledModule,
+    require_same_average,
+    require_same_power_ema,
+    update_ema,
+    warm_up_decay,
+)
 from lightning_mvar.training.batches import global_rows, labels_of, token_batch
 from lightning_mvar.training.blocks import ActivationCheckpointing, configure_block
 from lightning_mvar.training.collectives import mean_over_ranks
@@ -67,6 +75,9 @@ class LitMVAR(ScheduledModule):
         ema_decay: keep an exponential moving average of the weights and sample from it. Each step keeps this share of
             the average (in the first steps at most (1 + step) / (10 + step), counted from 0). 0.9999 is usual; null
             keeps no average.
+        power_ema: keep a power-function average of each of these relative widths too, 0.05 and 0.10 for example (EDM2,
+            arXiv 2312.02696). From several checkpoints, `merge --ema` computes the average of any other width. Each
+            average takes as much memory as the network's weights.
         compile: compile each block with torch.compile.
         activation_checkpointing: what each block keeps for the backward pass, which computes the rest again: everything
             (none), its input and the outputs of linear layers, attention and scans (selective), or only its input
@@ -86,6 +97,7 @@ class LitMVAR(ScheduledModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         label_drop: float = 0.1,
         ema_decay: float | None = None,
+        power_ema: list[float] | None = None,
         compile: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
         max_skipped_steps: int = 20,
@@ -98,6 +110,9 @@ class LitMVAR(ScheduledModule):
             raise InputError(f"model.label_drop must be in [0, 1], got {label_drop}")
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise InputError(f"model.ema_decay must be in [0, 1), got {ema_decay}")
+        self.power_ema = power_ema or []
+        for sigma_rel in self.power_ema:
+            check_sigma_rel(sigma_rel, "model.power_ema")
         self.network_options: MVARConfig = network
         self.given_tokenizer = None if tokenizer is None else os.path.expanduser(tokenizer)
         self.weights, self.weights_kind = weights, weights_kind
@@ -110,6 +125,7 @@ class LitMVAR(ScheduledModule):
         self.reference: Reference | None = None  # of the objective
         self.network: MVAR
         self.ema: MVAR | None = None
+        self.power_averages = nn.ModuleList()  # in the order of `power_ema`
 
     def setup(self, stage: str) -> None:
         """Checks that the datamodule's shards match the network, and the classes of the checkpoint it is from, if any.
@@ -215,7 +231,7 @@ class LitMVAR(ScheduledModule):
         return self.known_class_names or [str(label) for label in range(self.network_config.num_classes)]
 
     def configure_model(self) -> None:
-        """Builds the network and its average, sharding each part as soon as it exists; see `build_network`."""
+        """Builds the network and its averages, sharding each part as soon as it exists; see `build_network`."""
         if self.reference is not None:
             self.reference.build(self.trainer.strategy)
         if hasattr(self, "network"):
@@ -235,6 +251,9 @@ class LitMVAR(ScheduledModule):
         self.network = build_network(config, device, self.seed, finish, load)
         if self.ema_decay is not None:  # the same seed makes it start as a copy
             self.ema = build_network(config, device, self.seed, shard, load).requires_grad_(False)
+        for _ in self.power_ema:
+            average = build_network(config, device, self.seed, shard, load)
+            self.power_averages.append(average.requires_grad_(False))
 
     @property
     def averaged(self) -> MVAR:
@@ -243,7 +262,9 @@ class LitMVAR(ScheduledModule):
 
     def after_step(self) -> None:
         if self.ema is not None and self.ema_decay is not None:
-            update_ema(self.ema, self.network, self.ema_decay, self.global_step, self.gradients_finite)
+            update_ema(self.ema, self.network, warm_up_decay(self.ema_decay, self.global_step), self.gradients_finite)
+        for average, sigma_rel in zip(self.power_averages, self.power_ema, strict=True):
+            update_ema(average, self.network, power_decay(sigma_rel, self.global_step + 1), self.gradients_finite)
 
     @cached_property
     def hidden_tokenizer(self) -> list[Tokenizer]:
@@ -375,7 +396,7 @@ class LitMVAR(ScheduledModule):
             map_location: device to move the module to.
             tokenizer: folder of the tokenizer, if it has moved.
             options: other arguments of the constructor, for training on: a checkpoint has none but the network, and the
-                decay of its average, if it keeps one.
+                decays of its averages, if it keeps any.
 
         Raises:
             InputError: if the checkpoint is missing or not one of `fit`, its tokenizer is a different one, or it is of
@@ -388,19 +409,31 @@ class LitMVAR(ScheduledModule):
             if record.run.ema_decay is None:
                 raise InputError(f"{path} does not record the decay of its weight average: pass ema_decay")
             options["ema_decay"] = record.run.ema_decay
+        options.setdefault("power_ema", record.run.power_ema)
         network = NetworkOptions(**vars(trained.network.config))
         module = cls(network, tokenizer or record.tokenizer.path, **options)
         module.network = trained.network.train().requires_grad_()
         module.known_class_names = trained.class_names
         if module.ema_decay is not None:
             module.ema = load_trained(path, tokenizer, weights="ema").network.requires_grad_(False)
+        require_same_power_ema(record.run.power_ema, module.power_ema)
+        for _, stored in open_snapshots(resolve_last(path), tokenizer) if module.power_ema else ():
+            module.power_averages.append(stored.load().network.requires_grad_(False))
         return module.to(map_location) if map_location is not None else module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tokenizer = TokenizerRecord(str(Path(self.tokenizer_path).resolve()), self.tokenizer_fingerprint)
         batch = None if self.token_data is None else self.batch_of_all_ranks
-        average, reference = self.ema_decay, None if self.reference is None else self.reference.record
-        run = RunRecord(average is not None, self.skip_counts, self.trainer.world_size, batch, average, reference)
+        reference = None if self.reference is None else self.reference.record
+        run = RunRecord(
+            self.ema_decay is not None,
+            self.skip_counts,
+            self.trainer.world_size,
+            batch,
+            self.ema_decay,
+            reference,
+            self.power_ema,
+        )
         checkpoint[NETWORK_KEY] = asdict(NetworkRecord(self.network_config, tokenizer, self.class_names, run))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -436,6 +469,7 @@ class LitMVAR(ScheduledModule):
                     f"{current[name]} in this run"
                 )
         require_same_average(record.run.ema, self.ema_decay is not None)
+        require_same_power_ema(record.run.power_ema, self.power_ema)
         return record
 
     def adapt_to_devices(self, run: RunRecord, before: int, fit_loop: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, a
 from lightning_mvar.tokenizer.discriminator import AdversaryConfig, PatchDiscriminator, min_image_side
 from lightning_mvar.tokenizer.quantizer import PyramidStep
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
-from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema
+from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema, warm_up_decay
 from lightning_mvar.training.batches import image_batch
 from lightning_mvar.training.collectives import broadcast_from_rank_zero, mean_over_ranks, sum_over_ranks
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
@@ -268,7 +268,7 @@ class LitTokenizer(ScheduledModule):
             assign_values(self.tokenizer.quantizer.codebook.weight, codes)
             self.code_sums = None
         if self.ema is not None and self.ema_decay is not None:
-            update_ema(self.ema, self.tokenizer, self.ema_decay, self.global_step, self.gradients_finite)
+            update_ema(self.ema, self.tokenizer, warm_up_decay(self.ema_decay, self.global_step), self.gradients_finite)
 
     def warn_about_corrupt_images(self, batch: ImageBatch) -> None:
         for message in batch.errors:
