@@ -77,6 +77,14 @@ def start(
     return Run(ranks, outputs)
 
 
+def run_two_ranks(function: Callable[[int, Path], None], folder: Path) -> list[int | None]:
+    """Calls `function(rank, folder)` in two processes and returns their exit codes."""
+    ranks = [CONTEXT.Process(target=function, args=(rank, folder)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    return Run(ranks, []).wait()
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_two_ranks
 from torch import nn
 from torchmetrics.image.inception import InceptionScore as TorchmetricsInceptionScore
 
@@ -101,7 +102,7 @@ def score_on_rank(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(score_on_rank, (tmp_path,), nprocs=2)
+    assert run_two_ranks(score_on_rank, tmp_path) == [0, 0]
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(score(random_logits()), rel=1e-12)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_two_ranks
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics import precision_recall as module
@@ -126,7 +127,7 @@ def gather_on_rank(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_gather_any_numbers_of_features(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(gather_on_rank, (tmp_path,), nprocs=2)
+    assert run_two_ranks(gather_on_rank, tmp_path) == [0, 0]
     expected = [torch.cat([features_of(rank, count) for rank, count in enumerate(counts)]) for counts in COUNTS]
     for rank in range(2):
         for gathered, features in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
