@@ -25,7 +25,7 @@ demo-clean:
 	rm -rf outputs/demo outputs/statistics
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Creates no .venv, which needs a package index. Collects only files with GPU tests: others may need packages that the GPU
 # machine lacks. Several processes, because compiling kernels takes longer than running them.

@@ -62,6 +62,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU, which only `pytest -m cuda` can see")
 
 
+LONGEST_FILES = [  # tens of seconds each
+    *("test_resume.py", "test_sweep.py", "test_notebooks.py", "test_tokenizer_strategies.py", "test_strategies.py"),
+    *("test_starting.py", "test_launchers.py", "test_export.py", "test_serve.py", "test_bench.py"),
+    *("test_python_users.py", "test_lit_tokenizer.py", "test_checkpoint.py", "test_fuzz.py", "test_costs.py"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts the longest files first, so that no process of xdist works long after the others have ended."""
+    place = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def tiny_network(schedule: ScaleSchedule = SCHEDULE, **overrides: object) -> MVAR:
     """Builds a network of depth 2 and width 64, whose weights are large enough that every part affects the output."""
     torch.manual_seed(0)
