@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.distributed.checkpoint import CheckpointException
 
-from lightning_mvar.callbacks.tensorboard import writers
+from lightning_mvar.callbacks.background import BackgroundWriter
+from lightning_mvar.callbacks.tensorboard import purge_logged_steps
 from lightning_mvar.checkpoints.training import (
     Checksums,
     hidden_path,
@@ -60,6 +61,7 @@ class AtomicCheckpoint(CheckpointHooks):
     """ModelCheckpoint that gives files and folders their final name only when they are complete and on disk."""
 
     links_last = False  # whether `last.ckpt` points to the newest checkpoint
+    writer: BackgroundWriter | None = None
     validation_unfinished = False
 
     @property
@@ -84,34 +86,83 @@ class AtomicCheckpoint(CheckpointHooks):
     def save(self, trainer: L.Trainer, path: Path, single_rank: bool) -> None:
         """Writes a checkpoint: all ranks together, or this rank only if the others cannot be reached.
 
+        With a background writer, all ranks only begin to write: see `finish`.
+
         Raises:
             InputError: on all ranks, if any rank could not write.
         """
         if isinstance(trainer.lightning_module, ScheduledModule):
             trainer.lightning_module.saves_alone = single_rank
+        if not single_rank:
+            self.finish(trainer)
         checkpoint = dump_checkpoint(trainer, self.save_weights_only)
         self.discard_incomplete_progress(trainer, checkpoint["loops"]["fit_loop"])
-        temporary = hidden_path(path, "unfinished")
-        error: BaseException | None = None
-        file_checksums: Checksums = {}
-        try:
-            trainer.strategy.save_checkpoint(checkpoint, temporary)
-        except (OSError, RuntimeError, CheckpointException) as caught:
-            error = caught
-        if not single_rank:
-            self.raise_if_any_failed(trainer, path, error)
-            file_checksums = self.collect_checksums(trainer)
-            error = None
-        try:
-            if error is None and trainer.is_global_zero:
-                publish(temporary, path, file_checksums, self.links_last)
-        except OSError as caught:
-            error = caught
-        if not single_rank:
-            self.raise_if_any_failed(trainer, path, error)
-        elif error is not None:
-            self.raise_write_error(trainer, path, error)
+        if single_rank:
+            if (error := self.write_and_publish(trainer, path, checkpoint, None, single_rank)) is not None:
+                self.raise_write_error(trainer, path, error)
+        elif self.writer is None:
+            self.raise_if_any_failed(trainer, path, self.write_and_publish(trainer, path, checkpoint, None))
+        else:
+            shards = isinstance(trainer.strategy, DataParallelStrategy)
+            content = checkpoint if shards or trainer.is_global_zero else {}  # rank 0 alone writes a file
+            self.writer.start(path, content, partial(self.write_and_publish, trainer, path))
         self.mark_saved(trainer, path)
+
+    def write_and_publish(
+        self,
+        trainer: L.Trainer,
+        path: Path,
+        checkpoint: dict[str, Any],
+        group: dist.ProcessGroup | None,
+        single_rank: bool = False,
+    ) -> BaseException | None:
+        """Writes a checkpoint under a temporary name, and gives it its own name once all ranks have written.
+
+        Returns what this rank could not write, if anything. `group` is that of the collectives, which exclude the
+        default group in a thread.
+        """
+        temporary, strategy = hidden_path(path, "unfinished"), trainer.strategy
+        error: BaseException | None = None
+        checksums: Checksums | None = {}
+        try:
+            if isinstance(strategy, DataParallelStrategy):
+                checksums = strategy.write_checkpoint(checkpoint, temporary, group)
+            else:
+                strategy.save_checkpoint(checkpoint, temporary)
+        except (OSError, RuntimeError, CheckpointException) as caught:
+            error, checksums = caught, None
+        if not single_rank and in_process_group():
+            checksums = merge_checksums(checksums, group)
+        if trainer.is_global_zero and checksums is not None:
+            try:
+                publish(temporary, path, checksums, self.links_last)
+                self.after_publishing(path)
+            except OSError as caught:
+                error = caught
+        return error
+
+    def after_publishing(self, path: Path) -> None:
+        """Hook on rank 0 once a checkpoint is complete and on disk."""
+
+    def finish(self, trainer: L.Trainer) -> None:
+        """Waits for the checkpoint that is being written, if any; all ranks must call this.
+
+        Raises:
+            InputError: on all ranks, if any rank could not write.
+        """
+        if self.writer is not None and self.writer.task is not None:
+            self.raise_if_any_failed(trainer, self.writer.path, self.writer.wait())
+
+    def finish_alone(self, trainer: L.Trainer) -> None:
+        """Like `finish`, but this rank alone, which may have lost the others; raises InputError on this rank."""
+        if self.writer is None:
+            return
+        try:
+            error = self.writer.wait()
+        except RuntimeError as lost_rank:
+            error = lost_rank
+        if error is not None:
+            self.raise_write_error(trainer, self.writer.path, error)
 
     def discard_incomplete_progress(self, trainer: L.Trainer, loop: dict[str, Any]) -> None:
         """Resets the progress to the last complete step and validation, so that unfinished work is repeated."""
@@ -140,18 +191,21 @@ class AtomicCheckpoint(CheckpointHooks):
             f"cannot write the checkpoint {path} ({reason}); earlier ones are kept: free disk space, then add --resume"
         ) from error
 
-    def collect_checksums(self, trainer: L.Trainer) -> Checksums:
-        """Returns the checksums of all files of a sharded checkpoint, each from the rank that wrote it."""
-        strategy = trainer.strategy
-        if not isinstance(strategy, DataParallelStrategy) or strategy.checksums is None:
-            return {}
-        parts: list[Checksums] = [{}] * trainer.world_size
-        dist.all_gather_object(parts, strategy.checksums)
-        return {name: checksum for part in parts for name, checksum in part.items()}
-
     def delete(self, trainer: L.Trainer, path: Path) -> None:
         if trainer.is_global_zero:
             remove_checkpoint(path)
+
+
+def merge_checksums(checksums: Checksums | None, group: dist.ProcessGroup | None) -> Checksums | None:
+    """Returns the checksums of the files of all ranks; None on all ranks if any rank passes None."""
+    parts: list[Checksums | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, checksums, group)
+    merged: Checksums = {}
+    for part in parts:
+        if part is None:
+            return None
+        merged |= part
+    return merged
 
 
 def failure_reason(error: BaseException) -> str:
@@ -174,6 +228,9 @@ class Checkpoint(AtomicCheckpoint):
         every_n_train_steps: steps between checkpoints.
         train_time_interval: time between checkpoints instead, as `00:30:00`.
         keep: number of newest checkpoints to keep; at least 2, so that one is left if the newest is damaged.
+        async_save: stop training only to copy the state to the host, and write it meanwhile. A kill during the write
+            costs the steps since the checkpoint before. The run waits for the write before the next one and at its end.
+            Takes as much memory of the host as the checkpoint.
     """
 
     links_last = True
@@ -184,6 +241,7 @@ class Checkpoint(AtomicCheckpoint):
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         keep: int = 2,
+        async_save: bool = False,
     ) -> None:
         if (every_n_train_steps is None) == (train_time_interval is None):
             raise InputError("a Checkpoint needs either every_n_train_steps or train_time_interval")
@@ -199,11 +257,13 @@ class Checkpoint(AtomicCheckpoint):
         # Not by Lightning, which makes the ranks agree on the time in every step, and the host wait for the device.
         self.time_interval, self.last_due = train_time_interval, time.monotonic()
         self.due_on_any_rank: Callable[[int], int] = int
-        self.keep = keep
-        self.intact: list[Path] = []  # checkpoints that this run has read or written, oldest first
+        self.keep, self.async_save = keep, async_save
+        self.intact: list[Path] = []  # checkpoints that this run has read or written, oldest first; on rank 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        if self.async_save:
+            self.writer = BackgroundWriter(collective_timeout(trainer))
         if self.time_interval is not None:
             self.last_due, self.due_on_any_rank = time.monotonic(), DelayedMax(collective_timeout(trainer))
         if trainer.ckpt_path is not None:
@@ -212,7 +272,9 @@ class Checkpoint(AtomicCheckpoint):
         purge_logged_steps(trainer, trainer.global_step)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Saves the step before, if it is time."""
+        """Saves the step before, if it is time, and raises if the last checkpoint could not be written."""
+        if self.writer is not None and self.writer.has_ended():
+            self.finish(trainer)
         if self.time_interval is None or self.is_time(trainer, self.time_interval):
             super().on_train_batch_end(trainer, pl_module, None, *args)
 
@@ -233,8 +295,12 @@ class Checkpoint(AtomicCheckpoint):
         self.validation_unfinished = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.finish(trainer)
         if not self.needs_none(trainer):
             self.save_now(trainer, single_rank=False)
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves the state after the last complete step.
@@ -243,40 +309,52 @@ class Checkpoint(AtomicCheckpoint):
         them, if it holds the complete state, that is, unless the network is sharded. If it cannot, it warns: the
         exception is what the user must see.
         """
-        assert isinstance(pl_module, ScheduledModule)
-        useless = isinstance(exception, DivergedError | KeyboardInterrupt) or pl_module.in_optimizer_step
-        # A run resumed from the last step would not repeat the validation that was interrupted.
-        outside = trainer.global_step in (0, trainer.max_steps)
-        if useless or outside or self.needs_none(trainer):
-            return
         all_ranks = isinstance(exception, Interrupted) or trainer.world_size == 1
-        unsharded = trainer.strategy.lightning_restore_optimizer  # False if each rank has a shard
-        if not (all_ranks or (unsharded and trainer.is_global_zero)):
-            return
-        if trainer.world_size > 1 and not in_process_group():  # see `abort_collectives`
-            rank_zero_warn("the steps since the last checkpoint may lack the lost rank: they are not saved")
-            return
         try:
-            self.save_now(trainer, single_rank=not all_ranks)
+            self.finish(trainer) if all_ranks else self.finish_alone(trainer)
+            if self.can_save(trainer, pl_module, exception, all_ranks):
+                self.save_now(trainer, single_rank=not all_ranks)
+                rank_zero_info(f"saved {self.last_saved}; --resume continues from there")
         except InputError as error:
             if isinstance(exception, Interrupted):
                 raise
             rank_zero_warn(f"{error}")
-        else:
-            rank_zero_info(f"saved {self.last_saved}; --resume continues from there")
+
+    def can_save(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException, all_ranks: bool
+    ) -> bool:
+        """Whether this rank can save a state after an exception from which a run can continue."""
+        assert isinstance(module, ScheduledModule)
+        useless = isinstance(exception, DivergedError | KeyboardInterrupt) or module.in_optimizer_step
+        # A run resumed from the last step would not repeat the validation that was interrupted.
+        outside = trainer.global_step in (0, trainer.max_steps)
+        if useless or outside or self.needs_none(trainer):
+            return False
+        unsharded = trainer.strategy.lightning_restore_optimizer  # False if each rank has a shard
+        if not (all_ranks or (unsharded and trainer.is_global_zero)):
+            return False
+        if trainer.world_size > 1 and not in_process_group():  # see `abort_collectives`
+            rank_zero_warn("the steps since the last checkpoint may lack the lost rank: they are not saved")
+            return False
+        return True
 
     def save_now(self, trainer: L.Trainer, single_rank: bool) -> None:
         # Not by Lightning's metrics, which would be averaged over ranks that may be gone.
         path = self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)})
         self.best_model_path = path
         self.save(trainer, Path(path), single_rank)
+        if not single_rank:
+            self.finish(trainer)
 
     def save(self, trainer: L.Trainer, path: Path, single_rank: bool) -> None:
         for logger in trainer.loggers:  # flush: values logged before a checkpoint must survive a kill after it
             logger.save()
         super().save(trainer, path, single_rank)
+
+    def after_publishing(self, path: Path) -> None:
+        """Removes checkpoints that are older than those to keep."""
         self.intact = [*self.intact, path.resolve()][-self.keep :]
-        if trainer.is_global_zero and len(self.intact) == self.keep:
+        if len(self.intact) == self.keep:
             for other in newest_first(path.parent):
                 if other.resolve() not in self.intact:
                     remove_checkpoint(other)
@@ -315,10 +393,3 @@ class BestCheckpoint(AtomicCheckpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor in trainer.callback_metrics:
             super().on_validation_end(trainer, pl_module)
-
-
-def purge_logged_steps(trainer: L.Trainer, step: int) -> None:
-    """Makes TensorBoard drop what was logged under `step` and later ones, counted from 0, which this run repeats."""
-    for writer in writers(trainer):
-        event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
-        writer._get_file_writer().add_event(event)

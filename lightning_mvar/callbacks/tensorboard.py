@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -26,6 +27,13 @@ def writers(trainer: L.Trainer) -> list[SummaryWriter]:
     """Returns the writers of the trainer's TensorBoard loggers; empty on ranks that do not log."""
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def purge_logged_steps(trainer: L.Trainer, step: int) -> None:
+    """Makes TensorBoard drop what was logged under `step` and later ones, counted from 0, which this run repeats."""
+    for writer in writers(trainer):
+        event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+        writer._get_file_writer().add_event(event)
 
 
 class SurvivingRecords:

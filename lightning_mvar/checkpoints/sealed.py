@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from lightning_mvar.checkpoints.training import PLAIN_PART, Checksums
@@ -48,17 +49,25 @@ class HashingFileSystem(FileSystem):
         self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
 
 
-def save_sharded(checkpoint: dict[str, Any], folder: Path, is_global_zero: bool) -> Checksums:
+def save_sharded(
+    checkpoint: dict[str, Any], folder: Path, is_global_zero: bool, group: ProcessGroup | None = None
+) -> Checksums:
     """Writes this rank's shard of a checkpoint, and on rank 0 all that is not a tensor; all ranks must call this.
 
     The layout is that of Lightning, which reads it. Returns the checksums of the files that this rank has written.
+
+    Args:
+        checkpoint: content of the checkpoint; weights and moments are removed from it.
+        folder: the checkpoint.
+        is_global_zero: whether this is rank 0.
+        group: all ranks, in a group whose collectives nobody else uses now; the default group if None.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"state_dict": checkpoint.pop("state_dict")}
     tensors |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
     writer = dcp.FileSystemWriter(folder)
     writer.fs = files = HashingFileSystem()
-    dcp.save(tensors, storage_writer=cast(dcp.StorageWriter, writer))
+    dcp.save(tensors, storage_writer=cast(dcp.StorageWriter, writer), process_group=group)
     if is_global_zero:
         with files.create_stream(folder / PLAIN_PART, "wb") as stream:
             torch.save(checkpoint, stream)

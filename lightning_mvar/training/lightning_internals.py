@@ -17,6 +17,7 @@ from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
@@ -142,11 +143,8 @@ class DataParallelStrategy(ModelParallelStrategy):
 
     The device mesh has the dimensions (replicate, shard): consecutive ranks share the weights of one replica.
 
-    Sharded checkpoints are hashed while they are written: `checksums` has those of the files that this rank wrote last,
-    and is None if checkpoints are single files.
     """
 
-    checksums: Checksums | None = None
     replicas: int = 1
 
     def setup_environment(self) -> None:
@@ -170,8 +168,13 @@ class DataParallelStrategy(ModelParallelStrategy):
         """Every rank has data of its own."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def write_checkpoint(self, checkpoint: dict[str, Any], path: Path, group: ProcessGroup | None = None) -> Checksums:
+        """Writes a checkpoint to a path that is the same on all ranks, which must all call this.
+
+        Unlike `save_checkpoint` it has no collectives but those of `group`, so it can run in a thread. It hashes shards
+        while it writes them, and returns the checksums of those that this rank has written; none of a single file.
+        """
         if self._save_distributed_checkpoint:
-            self.checksums = save_sharded(checkpoint, Path(self.broadcast(filepath)), self.is_global_zero)
-        else:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return save_sharded(checkpoint, path, self.is_global_zero, group)
+        super(ModelParallelStrategy, self).save_checkpoint(checkpoint, path)
+        return {}

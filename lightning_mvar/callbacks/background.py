@@ -1,0 +1,65 @@
+"""Writes checkpoints in a thread while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from lightning_mvar.devices import in_process_group
+from lightning_mvar.training.collectives import DelayedMax
+
+Write = Callable[[dict[str, Any], dist.ProcessGroup | None], BaseException | None]
+
+
+class BackgroundWriter:
+    """Copies a checkpoint to the host, then writes the copy in a thread; one at a time, and all ranks together.
+
+    `torch.distributed.checkpoint.async_save` does the same, but only for sharded checkpoints, and what must follow the
+    write in the same thread (seal, final name) has no place in it. Lightning's `AsyncCheckpointIO` is for single files.
+
+    The copy is pinned if there is a GPU. It is reused, and takes as much of the host's memory as a rank's shard of
+    weights, average and moments.
+
+    Args:
+        timeout: how long a rank waits for the others; gloo's default if None.
+    """
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        on_gpu = torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        self.executor = ThreadPoolExecutor(1, "checkpoint")
+        # Training uses the default group meanwhile, and would mix up its collectives with those of the thread.
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if in_process_group() else None
+        self.task: Future[BaseException | None] | None = None
+        self.started, self.path = 0, Path()  # number of checkpoints, and path of the last
+        self.max_over_ranks = DelayedMax(timeout)
+
+    def start(self, path: Path, checkpoint: dict[str, Any], write: Write) -> None:
+        """Copies a checkpoint, then calls `write(copy, group)` in the thread; the write before must have ended."""
+        copy = self.stager.stage(checkpoint)
+        self.path, self.started = path, self.started + 1
+        self.task = self.executor.submit(write, copy, self.group)  # type: ignore[arg-type]
+
+    def has_ended(self) -> bool:
+        """Whether no rank is writing any more, as all ranks learn one call later; all must call this equally often."""
+        if self.task is None:
+            return False
+        ended = self.started - (not self.task.done())
+        return -self.max_over_ranks(-ended) == self.started
+
+    def wait(self) -> BaseException | None:
+        """Waits for this rank's part, if any; returns what `write` returned. Raises what it did not catch."""
+        task, self.task = self.task, None
+        return None if task is None else task.result()
+
+    def close(self) -> None:
+        """Frees the thread and the copy."""
+        self.executor.shutdown()
+        self.stager.close()
