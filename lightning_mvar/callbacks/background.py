@@ -24,16 +24,23 @@ class BackgroundWriter:
     `torch.distributed.checkpoint.async_save` does the same, but only for sharded checkpoints, and what must follow the
     write in the same thread (seal, final name) has no place in it. Lightning's `AsyncCheckpointIO` is for single files.
 
-    The copy is pinned if there is a GPU. It is reused, and takes as much of the host's memory as a rank's shard of
-    weights, average and moments.
+    The copy is pinned if the state is on a GPU. It is reused, and takes as much of the host's memory as a rank's shard
+    of weights, average and moments.
 
     Args:
+        device: where the state is.
         timeout: how long a rank waits for the others; gloo's default if None.
     """
 
-    def __init__(self, timeout: timedelta | None) -> None:
-        on_gpu = torch.cuda.is_available()
-        self.stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+    def __init__(self, device: torch.device, timeout: timedelta | None) -> None:
+        on_gpu = device.type == "cuda"
+        options = StagingOptions(
+            use_pinned_memory=on_gpu,
+            use_shared_memory=False,
+            use_async_staging=False,  # the next step changes the weights in place
+            use_non_blocking_copy=on_gpu,  # of all tensors at once; it waits for the last
+        )
+        self.stager = DefaultStager(options)
         self.executor = ThreadPoolExecutor(1, "checkpoint")
         # Training uses the default group meanwhile, and would mix up its collectives with those of the thread.
         self.group = dist.new_group(backend="gloo", timeout=timeout) if in_process_group() else None
@@ -52,7 +59,7 @@ class BackgroundWriter:
         if self.task is None:
             return False
         ended = self.started - (not self.task.done())
-        return -self.max_over_ranks(-ended) == self.started
+        return -self.max_over_ranks(-ended) == self.started  # the smallest number over ranks
 
     def wait(self) -> BaseException | None:
         """Waits for this rank's part, if any; returns what `write` returned. Raises what it did not catch."""

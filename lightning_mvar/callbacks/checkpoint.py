@@ -263,7 +263,7 @@ class Checkpoint(AtomicCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self.async_save:
-            self.writer = BackgroundWriter(collective_timeout(trainer))
+            self.writer = BackgroundWriter(trainer.strategy.root_device, collective_timeout(trainer))
         if self.time_interval is not None:
             self.last_due, self.due_on_any_rank = time.monotonic(), DelayedMax(collective_timeout(trainer))
         if trainer.ckpt_path is not None:
