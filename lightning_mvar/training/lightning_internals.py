@@ -15,11 +15,14 @@ from typing import Any
 import lightning as L
 from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher as FabricLauncher
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as TrainerLauncher
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from torch.optim import Optimizer
 
 from lightning_mvar.checkpoints.sealed import save_sharded
 from lightning_mvar.checkpoints.training import Checksums
@@ -167,6 +170,21 @@ class DataParallelStrategy(ModelParallelStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Every rank has data of its own."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Returns the weights. Shards stay on their device: writers copy them to the host, which Lightning does too."""
+        if not self._save_distributed_checkpoint:
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        return get_model_state_dict(self.model)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Returns the state of the optimizer, shards as for the weights."""
+        if not self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return get_optimizer_state_dict(self.model, plain)
 
     def write_checkpoint(self, checkpoint: dict[str, Any], path: Path, group: ProcessGroup | None = None) -> Checksums:
         """Writes a checkpoint to a path that is the same on all ranks, which must all call this.
