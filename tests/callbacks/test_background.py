@@ -21,10 +21,12 @@ from training_runs import FIT, TWO_RANKS, largest_difference, train, weights
 from lightning_mvar import Tokenizer
 from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.callbacks.checkpoint import DirectFileIO
-from lightning_mvar.checkpoints.training import newest_intact, read_plain_part
+from lightning_mvar.checkpoints.training import newest_intact, read_plain_part, read_tensors
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import tensors_in
 from lightning_mvar.training.datamodules import TokenDataModule
+
+UNINTERRUPTED = "uninterrupted.ckpt"
 
 
 @pytest.fixture
@@ -101,15 +103,19 @@ def test_a_checkpoint_that_cannot_be_written_ends_training_in_the_next_step(
 
 
 def die_while_writing_step_6(rank: int) -> None:
-    """Ends rank 0 when all shards of step 6 are written; those of step 3 are written after step 4 at the earliest."""
+    """Ends rank 0 when all shards of step 6 are written, and gives them another name.
+
+    Those of step 3 are written after step 4 at the earliest.
+    """
     import lightning_mvar.callbacks.checkpoint as module
 
     publish, write = module.publish, module.AtomicCheckpoint.write_and_publish
 
     def publish_or_die(temporary: Path, path: Path, *args: Any) -> None:
-        if path.name == "step=00000006.ckpt":
+        last = path.name == "step=00000006.ckpt"
+        publish(temporary, path.with_name(UNINTERRUPTED) if last else path, *args)
+        if last:
             os._exit(9)
-        publish(temporary, path, *args)
 
     def write_later(self: Any, trainer: L.Trainer, path: Path, *args: Any) -> Any:
         while trainer.global_step < 4:
@@ -120,18 +126,15 @@ def die_while_writing_step_6(rank: int) -> None:
 
 
 def test_two_ranks_of_fsdp2_resume_exactly_after_a_kill_during_the_write(plain_run_folder: Path) -> None:
-    options = [*TWO_RANKS, "fsdp2", "--trainer.max_steps", "6"]
-    train(plain_run_folder, "reference", options, devices=2)
     text = (plain_run_folder / "run.yaml").read_text()
-    (plain_run_folder / "run.yaml").write_text(
-        text.replace("every_n_train_steps: 3", "every_n_train_steps: 3, async_save: true")
-    )
+    (plain_run_folder / "run.yaml").write_text(text.replace("steps: 3", "steps: 3, async_save: true"))
+    options, checkpoints = [*TWO_RANKS, "fsdp2", "--trainer.max_steps", "6"], plain_run_folder / "run/checkpoints"
     command = [*FIT, *options, "--trainer.default_root_dir", "run"]
     killed = start(command, plain_run_folder, 2, prepare=die_while_writing_step_6)
     assert killed.wait()[0] == 9, killed.printed()
-    newest = newest_intact(plain_run_folder / "run/checkpoints", verify_checksums=True)
+    newest = newest_intact(checkpoints, verify_checksums=True)
     assert newest is not None
     assert newest.name == "step=00000003.ckpt"
     train(plain_run_folder, "run", options, devices=2)
-    assert largest_difference(weights(plain_run_folder / "reference"), weights(plain_run_folder / "run")) < 1e-6
-    assert newest_intact(plain_run_folder / "run/checkpoints", verify_checksums=True) is not None
+    assert newest_intact(checkpoints, verify_checksums=True) == checkpoints / "step=00000006.ckpt"
+    assert largest_difference(read_tensors(checkpoints / UNINTERRUPTED, ""), weights(plain_run_folder / "run")) < 1e-6
