@@ -9,12 +9,13 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCHEDULE, tiny_network, write_token_shards
+from conftest import SCHEDULE, scalars, tiny_network, write_token_shards
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lit_modules import make_module, make_trainer
 from safetensors.torch import load_file, save_file
 from test_waits import Watch
 from torch import Tensor
+from training_runs import TWO_RANKS, largest_difference, train, weights
 
 from lightning_mvar import MVAR, Tokenizer
 from lightning_mvar.callbacks import Checkpoint
@@ -288,6 +289,26 @@ def test_a_step_with_a_reference_waits_for_nothing_but_the_norm_of_the_step_befo
     watch = Watch()
     tuned.fit(OBJECTIVES[name](), 4, own=name == "discriminative", callbacks=[watch], log_every_n_steps=50)
     assert [wait.split(" (")[0] for wait in watch.waits.found] == ["_local_scalar_dense in __float__"] * 3
+
+
+def test_strategies_agree_with_a_reference_and_own_samples(plain_run_folder: Path, tokenizer: Tokenizer) -> None:
+    """Each rank has a part of both halves of each batch."""
+    save_folder(plain_run_folder / "network", tokenizer, tiny_network(width=32, head_dim=16))
+    write_token_shards(plain_run_folder / "own", tokenizer.fingerprint(), [30])
+    start = ["--model.weights", "network", "--model.network.drop_path", "0", "--trainer.max_steps", "4"]
+    objective = ["--model.objective", "DirectDiscriminative", "--model.objective.beta", "0.3"]
+    options = [*start, *objective, "--data.own", "own", "--data.seed", "3"]
+    train(plain_run_folder, "one", options)
+    train(plain_run_folder, "ddp", [*options, *TWO_RANKS, "ddp"], devices=2)
+    train(plain_run_folder, "fsdp2", [*options, *TWO_RANKS, "fsdp2"], devices=2)
+    expected = scalars(plain_run_folder / "one/logs")
+    assert len(expected["train/logit_own"]) == 4
+    for name in ("ddp", "fsdp2"):
+        actual = scalars(plain_run_folder / name / "logs")
+        for tag in ("train/loss", "train/logit_real", "train/logit_own", "train/separated"):
+            values = [value for _, value in expected[tag]]
+            assert [value for _, value in actual[tag]] == pytest.approx(values, abs=1e-4), tag
+        assert largest_difference(weights(plain_run_folder / name), weights(plain_run_folder / "one")) < 1e-5
 
 
 def test_own_samples_are_required_or_refused_and_need_an_even_batch(runs: Runs, tuned: Runs) -> None:
