@@ -140,7 +140,7 @@ class LiveMemory(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in storages_of((args, kwargs))}
         for storage in storages_of(results):
-            if storage._cdata not in given:  # no view of a weight
+            if storage._cdata not in given and storage.device.type != "meta":  # no view of a weight
                 self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return results
 

@@ -17,6 +17,7 @@ from lightning_mvar.io.json_files import write_json
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.costs import costs_of
 from lightning_mvar.training.base import ScheduledModule
+from lightning_mvar.training.freezing import trainable_parameters
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.tokenizer import LitTokenizer
 
@@ -93,6 +94,7 @@ class OverviewCallback(SaveConfigCallback):
         if isinstance(pl_module, LitMVAR):
             values.pop("network.schedule", None)  # named by its side lengths
             values |= network_values(pl_module.network_config)
+            values["trainable_parameters"] = trainable_parameters(pl_module.network_config, pl_module.freeze_patterns)
             costs = costs_of(pl_module.network_config)._asdict()
             values |= costs
             write_json(Path(trainer.default_root_dir) / "costs.json", costs)

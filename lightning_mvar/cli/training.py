@@ -121,7 +121,7 @@ class TrainingCLI(LightningCLI):
                 if self.training:
                     stack.enter_context(self.run_folders.owned(self.command))
                 ckpt_path = self.choose_checkpoint()
-                if ckpt_path is None and not self.training:
+                if ckpt_path is None and not self.training and getattr(self.model, "weights", None) is None:
                     raise InputError(f"{self.command} needs --ckpt_path: without it the network is untrained")
             run = getattr(self.trainer, "fit" if self.training else self.command)
             with stop_trainer_ranks_on_error(self.trainer):

@@ -9,6 +9,7 @@ from lightning_mvar.checkpoints import (
     WhichWeights,
     load_official,
     load_official_tokenizer,
+    load_tokenizer,
     load_trained,
     save_folder,
     save_official,
@@ -38,9 +39,10 @@ def export(
         official: instead of --ckpt_path, a published VAR or M-VAR network (.pth, .safetensors), or a checkpoint of the
             published trainer.
         tokenizer: with --ckpt_path, the tokenizer's folder, if it is no longer at the path recorded in the checkpoint;
-            with --official, the published tokenizer's file or a folder; alone, a published tokenizer to convert.
-        resolution: 256, 512 or 1024: image size for a tokenizer converted alone (256 by default), or the published
-            schedule of --official weights that do not contain theirs (no lvl_1L).
+            with --official, the published tokenizer's file or a folder; alone, a published tokenizer to convert, or a
+            folder to copy for images of another size.
+        resolution: 256, 512 or 1024: image size of a tokenizer alone (256 by default for a published one), or the
+            published schedule of --official weights that do not contain theirs (no lvl_1L).
         side_lengths: instead of --resolution, the side of each token map, as [1,2,3,4].
         to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
@@ -50,7 +52,7 @@ def export(
     refuse_overwriting({"--out": out}, {"--ckpt_path": ckpt_path, "--official": official, "--tokenizer": tokenizer})
     schedule = requested_schedule(resolution, side_lengths)
     if ckpt_path is None and official is None:
-        export_tokenizer(out, tokenizer, schedule or ScaleSchedule.for_resolution(256), to)
+        export_tokenizer(out, tokenizer, schedule, to)
         return
     if ckpt_path is not None:
         if schedule is not None:
@@ -82,13 +84,18 @@ def requested_schedule(resolution: int | None, side_lengths: list[int] | None) -
     return None if resolution is None else ScaleSchedule.for_resolution(resolution)
 
 
-def export_tokenizer(out: str, tokenizer: str | None, schedule: ScaleSchedule, to: str) -> None:
-    """Converts a published tokenizer alone."""
+def export_tokenizer(out: str, tokenizer: str | None, schedule: ScaleSchedule | None, to: str) -> None:
+    """Converts a published tokenizer alone, or copies one of a folder with another schedule."""
     if tokenizer is None:
         raise InputError("give --ckpt_path CKPT, --official FILE, or the file of a published tokenizer as --tokenizer")
     if to == "official":
-        raise InputError(f"--tokenizer {tokenizer} is a published file already")
-    converted = load_official_tokenizer(tokenizer, schedule)
+        raise InputError(f"--tokenizer {tokenizer} is a published file already, or has no network to go with it")
+    if not Path(tokenizer).expanduser().is_dir():
+        converted = load_official_tokenizer(tokenizer, schedule or ScaleSchedule.for_resolution(256))
+    elif schedule is None:
+        raise InputError(f"--tokenizer {tokenizer} is a folder already: add --side_lengths to copy it with others")
+    else:
+        converted = load_tokenizer(tokenizer).with_schedule(schedule)
     with lock_folder(Path(out), "export"):
         save_folder(out, converted)
     print(f"tokenizer for images of {format_shape(converted.config.shape)} in {out}")

@@ -189,14 +189,16 @@ class Tokenizer(nn.Module):
         """Returns the teacher-forcing input (b, l - first, c) of tokens (b, l); uses only codebook and phi."""
         return self.quantizer.scale_inputs(tokens)
 
-    def fingerprint(self, schedule: ScaleSchedule | None = None) -> str:
-        """Returns a machine-independent hash of configuration and weights, stored in token shards.
+    def with_schedule(self, schedule: ScaleSchedule) -> Tokenizer:
+        """Returns a tokenizer for images of another size; it shares the weights, which are convolutions and codes."""
+        with torch.device("meta"):
+            other = Tokenizer(replace(self.config, schedule=schedule))
+        other.load_state_dict(self.state_dict(), assign=True)
+        return other.train(self.training)
 
-        Args:
-            schedule: to hash the tokenizer with another schedule, which does not change its weights.
-        """
-        config = replace(self.config, schedule=schedule or self.config.schedule)
-        return fingerprint(self, json.dumps(asdict(config), sort_keys=True))
+    def fingerprint(self) -> str:
+        """Returns a machine-independent hash of configuration and weights, stored in token shards."""
+        return fingerprint(self, json.dumps(asdict(self.config), sort_keys=True))
 
 
 def lower_convolutions(dtype: torch.dtype, *modules: nn.Module) -> None:

@@ -86,6 +86,9 @@ class LitMVAR(ScheduledModule):
         weights: trained network to start from: a folder of `export`, a checkpoint of `fit`, or a file of published
             weights. Its classes and scale schedule may be others; see `InitialWeights`.
         weights_kind: of a checkpoint, `ema` takes the averaged weights if it has them, `raw` the last ones.
+        freeze: patterns of names of parameters that keep their values. A later one wins, and !PATTERN excepts names:
+            ["*_embed*"] freezes the embeddings, ["blocks.[0-3].*"] the first four blocks, ["*", "!*.mixers.*"] all
+            but the mixers.
     """
 
     undecayed = UNDECAYED
@@ -104,6 +107,7 @@ class LitMVAR(ScheduledModule):
         objective: Objective = TeacherForced(),  # noqa: B008 (never changes)
         weights: str | None = None,
         weights_kind: WhichWeights = "ema",
+        freeze: tuple[str, ...] = (),
     ) -> None:
         super().__init__(optimizer, max_skipped_steps)
         if not 0 <= label_drop <= 1:
@@ -115,7 +119,7 @@ class LitMVAR(ScheduledModule):
             check_sigma_rel(sigma_rel, "model.power_ema")
         self.network_options: MVARConfig = network
         self.given_tokenizer = None if tokenizer is None else os.path.expanduser(tokenizer)
-        self.weights, self.weights_kind = weights, weights_kind
+        self.weights, self.weights_kind, self.freeze_patterns = weights, weights_kind, freeze
         self.continued: NetworkRecord | None = None  # of the checkpoint that a run with `weights` continues from
         self.objective, self.label_drop, self.ema_decay = objective, label_drop, ema_decay
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
@@ -248,7 +252,7 @@ class LitMVAR(ScheduledModule):
         config, load = self.network_config, None
         if self.stored is not None:
             load = InitialWeights(self.stored, config, self.class_names).load
-        self.network = build_network(config, device, self.seed, finish, load)
+        self.network = build_network(config, device, self.seed, finish, load, self.freeze_patterns)
         if self.ema_decay is not None:  # the same seed makes it start as a copy
             self.ema = build_network(config, device, self.seed, shard, load).requires_grad_(False)
         for _ in self.power_ema:

@@ -7,7 +7,7 @@ Lightning's own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +40,7 @@ from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.tokenizer.autoencoder import Level
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
+from lightning_mvar.training.freezing import freeze_parameters
 from lightning_mvar.training.lightning_internals import DataParallelStrategy
 from lightning_mvar.training.run_state import check_tensors
 
@@ -166,6 +167,7 @@ def build_network(
     seed: int,
     finish: Callable[[nn.Module], None] = lambda part: None,
     load: Callable[[nn.Module, str], None] | None = None,
+    freeze: Sequence[str] = (),
 ) -> MVAR:
     """Builds a network with its initial weights, the same under every strategy.
 
@@ -179,9 +181,11 @@ def build_network(
         finish: completes a part.
         load: fills a part, whose weights' names have this prefix in the network, in place of initial weights; outside
             the blocks, what it leaves alone keeps those.
+        freeze: patterns of names of parameters that are not trained; see `freeze_parameters`.
     """
     with torch.device("meta"):
         network = MVAR(config)
+    freeze_parameters(network, freeze)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for i, block in enumerate(network.blocks):

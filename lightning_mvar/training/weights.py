@@ -116,7 +116,7 @@ def check_tokenizer(stored: StoredModel, tokenizer: Tokenizer, path: str) -> Non
     expected, folder = stored.tokenizer_fingerprint, stored.tokenizer_folder
     if expected is None and folder is not None:
         expected = load_tokenizer(folder).fingerprint()
-    if expected not in (None, actual := tokenizer.fingerprint(stored.config.schedule)):
+    if expected not in (None, actual := tokenizer.with_schedule(stored.config.schedule).fingerprint()):
         raise InputError(
             f"{stored.source} was trained with tokenizer {expected}, but {path} holds {actual}: pass the right one "
             f"with --model.tokenizer"

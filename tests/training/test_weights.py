@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from conftest import SCHEDULE, scalars, tiny_network, write_token_shards
+from conftest import SCHEDULE, LiveMemory, scalars, tiny_network, write_token_shards
 from lit_modules import Losses, make_trainer
 from processes import start
 from safetensors.torch import load_file, save_file
@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from training_runs import FIT, TWO_RANKS, act_in_step, largest_difference, train, weights
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer
-from lightning_mvar.checkpoints import open_trained, save_folder
-from lightning_mvar.checkpoints.published import network_to_published
+from lightning_mvar.checkpoints import StoredModel, open_trained, save_folder
+from lightning_mvar.checkpoints.published import network_from_published, network_to_published
 from lightning_mvar.checkpoints.training import (
     NETWORK_KEY,
     NetworkRecord,
@@ -35,6 +35,7 @@ from lightning_mvar.checkpoints.training import (
     publish,
     size_and_crc,
 )
+from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import save_torch
 from lightning_mvar.models.config import MVARConfig, NetworkOptions
@@ -163,6 +164,49 @@ def test_another_schedule_resizes_the_positions_of_each_scale(
     assert torch.equal(network.scale_embed.weight[kept:], fresh.scale_embed.weight[kept:])
     assert torch.equal(network.start_embed, trained.start_embed)
     assert f"{kept} of {len(sides)} scale embeddings are kept" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["export", "sharded.ckpt"])
+def test_no_more_than_a_block_is_in_memory(
+    name: str, tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Finished blocks are freed, as sharding does. The weights of a file are mapped, which takes no memory."""
+    network = tiny_network(depth=5, head_dim=64)
+    KINDS[name](tmp_path / name, network, tokenizer, tokenizer_folder)
+    block = sum(parameter.nbytes for parameter in network.blocks[0].parameters())
+    load = InitialWeights(open_trained(tmp_path / name), network.config, CLASSES).load
+    most = 0
+
+    def finish(part: torch.nn.Module) -> None:
+        nonlocal most
+        most = max(most, memory.bytes())
+        if isinstance(part, Block):
+            part.to("meta")
+
+    with LiveMemory() as memory:
+        build_network(network.config, torch.device("cpu"), 0, finish, load)
+    assert block <= most < 2 * block
+
+
+def test_weights_of_d12_fit_by_name_and_shape(tmp_path: Path) -> None:
+    """On the meta device, with the classes and the schedule of 512 px."""
+    with torch.device("meta"):
+        network = MVAR(MVARConfig.for_size("d12"))
+    config, weights = network_from_published(network_to_published(network), "mvar_d12.pth")
+    stored = StoredModel("mvar_d12.pth", config, weights, [], lambda: None)  # type: ignore[arg-type,return-value]
+    larger = MVARConfig(**(vars(config) | {"schedule": ScaleSchedule.for_resolution(512), "num_classes": 2}))
+    InitialWeights(stored, larger, ["tench", "n01443537"])
+
+
+def test_validation_of_trained_weights_needs_no_checkpoint(
+    plain_run_folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(plain_run_folder)
+    assert run(["validate", "--config", "run.yaml"]) == 1
+    assert "validate needs --ckpt_path" in capsys.readouterr().err
+    write_folder(plain_run_folder / "export", tiny_network(width=32, head_dim=16), tokenizer, plain_run_folder)
+    assert run(["validate", "--config", "run.yaml", "--model.weights", "export"]) == 0
+    assert "val/loss" in capsys.readouterr().out
 
 
 def forge(path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
