@@ -146,7 +146,8 @@ class PairedStream(IterableDataset[TokenRows]):
         begin = self.epoch * len(self)
         pairs = zip(self.real.rows(self.epoch, batches), self.own_rows(begin + i for i in batches), strict=True)
         for real, own in pairs:
-            tokens, labels, valid, ids = (np.concatenate(parts) for parts in zip(real[:4], own[:4], strict=True))
+            tokens, labels = np.concatenate([real.tokens, own.tokens]), np.concatenate([real.labels, own.labels])
+            valid, ids = np.concatenate([real.valid, own.valid]), np.concatenate([real.ids, own.ids])
             yield TokenRows(tokens, labels, valid, ids, np.arange(len(ids)) >= len(real.ids))
 
     def own_rows(self, batches: Iterable[int]) -> Iterator[TokenRows]:
