@@ -40,8 +40,7 @@ def merge(
             Default: the average.
         base: network that the others are compared with: `A B --base T --coefficients 0.5 0.4` writes
             T + 0.5 (A - T) + 0.4 (B - T), called task arithmetic.
-        away: `S --base T --away W` writes T + W (T - S). If S was fine-tuned on samples of T, a small W improves T
-            (Neon, arXiv 2510.03597).
+        away: `S --base T --away W` writes T + W (T - S): Neon (arXiv 2510.03597), if S is T fine-tuned on samples of T.
         ema: `SNAPSHOT ... --ema SIGMA_REL` writes the power-function average of this relative width as of the newest
             snapshot (EDM2, arXiv 2312.02696). Snapshots are checkpoints of one run with `model.power_ema`, which
             configs/callbacks/snapshots.yaml keeps.

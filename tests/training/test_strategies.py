@@ -65,7 +65,7 @@ def test_strategies_agree_on_losses_weights_scores_and_samples(run_folder: Path)
     text = (run_folder / "run.yaml").read_text()
     (run_folder / "frugal.yaml").write_text(text.replace("batch_size: 3", "batch_size: 3, keep_sharded: true"))
     for name in RUNS:
-        config = ["fit", "--config", "frugal.yaml" if name == "frugal" else "run.yaml"]
+        config = ["fit", "--config", "frugal.yaml" if name == "frugal" else "run.yaml", "--model.power_ema", "[0.1]"]
         devices = RUNS[name][0]
         ranks = start([*config, *options(name)], run_folder, devices, make_step_7_nan, name)
         assert ranks.wait() == [0] * devices, ranks.printed()
@@ -76,7 +76,7 @@ def test_strategies_agree_on_losses_weights_scores_and_samples(run_folder: Path)
     one = scalars(run_folder / "one/logs")
     assert len(one["train/loss"]) == 12
     assert len(one["val/fid"]) == 3
-    expected = {part: last_weights(run_folder / "one", part) for part in ("network.", "ema.")}
+    expected = {part: last_weights(run_folder / "one", part) for part in ("network.", "ema.", "power_averages.0.")}
     for name in ("ddp", "fsdp2", "frugal"):
         other = scalars(run_folder / name / "logs")
         assert other.keys() == one.keys()
