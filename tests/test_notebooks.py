@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 TINY: dict[str, dict[str, object]] = {
     "01_quickstart": {"tokenizer_steps": 2, "network_steps": 10, "validate_every": 10, "views": 1, "per_class": 1},
-    "02_inside_mvar": {"network_steps": 2, "count": 20, "resolutions": (256, 512)},
+    "02_inside_mvar": {"network_steps": 2, "count": 20, "resolutions": (256,)},
     "03_editing": {"count": 2},
     "04_ablation_report": {"folder": "../outputs/sweep/tiny"},
 }
@@ -67,8 +67,12 @@ def executed(folder: Path) -> dict[str, NotebookNode]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more threads than free cores only wait for each other
     for name, notebook in notebooks.items():
         settings = code_cells(notebook)[0]
-        settings.source += "".join(f"\n{setting} = {value!r}" for setting, value in TINY[name].items())
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute(env=environment)
+        tiny = "".join(f"\n{setting} = {value!r}" for setting, value in TINY[name].items())
+        settings.source = f"%reset -f\n{settings.source}{tiny}"
+    # One kernel runs the cells of all: importing torch and Lightning takes seconds.
+    cells = [cell for notebook in notebooks.values() for cell in notebook.cells]
+    together = NotebookNode(cells=cells, metadata=NotebookNode(), nbformat=4, nbformat_minor=5)
+    NotebookClient(together, timeout=300, kernel_name="python3", resources=resources).execute(env=environment)
     return notebooks
 
 
