@@ -16,10 +16,10 @@ from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.errors import InputError
 
 
-def test_the_newest_checkpoints_are_kept_and_the_last_is_linked(run_folder: Path) -> None:
-    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "11"], run_folder)
+def test_the_newest_checkpoints_are_kept_and_the_last_is_linked(plain_run_folder: Path) -> None:
+    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "11"], plain_run_folder)
     assert ranks.wait() == [0], ranks.printed()
-    folder = run_folder / "run/checkpoints"
+    folder = plain_run_folder / "run/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=00000009.ckpt", "step=00000011.ckpt"]
     assert (folder / "last.ckpt").resolve() == folder / "step=00000011.ckpt"
 
@@ -36,14 +36,14 @@ def print_object_broadcasts(rank: int) -> None:
 
 
 @pytest.mark.parametrize(("interval", "saved"), [("0:00:00", range(1, 7)), ("1:00:00", [6])])
-def test_ranks_agree_on_checkpoints_by_time(run_folder: Path, interval: str, saved: Iterable[int]) -> None:
-    text = (run_folder / "run.yaml").read_text()
+def test_ranks_agree_on_checkpoints_by_time(plain_run_folder: Path, interval: str, saved: Iterable[int]) -> None:
+    text = (plain_run_folder / "run.yaml").read_text()
     timed = text.replace("every_n_train_steps: 3", f'train_time_interval: "{interval}", keep: 20')
-    (run_folder / "run.yaml").write_text(timed)
+    (plain_run_folder / "run.yaml").write_text(timed)
     command = ["fit", "--config", "run.yaml", "--trainer.max_steps", "6", "--trainer.strategy", "ddp"]
-    ranks = start([*command, "--data.batch_size", "8"], run_folder, 2, prepare=print_object_broadcasts)
+    ranks = start([*command, "--data.batch_size", "8"], plain_run_folder, 2, prepare=print_object_broadcasts)
     assert ranks.wait() == [0, 0], ranks.printed()
-    names = {path.name for path in (run_folder / "run/checkpoints").iterdir()}
+    names = {path.name for path in (plain_run_folder / "run/checkpoints").iterdir()}
     assert names == {"last.ckpt", *(f"step={step:08d}.ckpt" for step in saved)}
     counts = [line for line in ranks.printed().splitlines() if line.startswith("exchanged")]
     assert len(counts) == 12
@@ -51,28 +51,28 @@ def test_ranks_agree_on_checkpoints_by_time(run_folder: Path, interval: str, sav
         assert set(counts) == {"exchanged 0 objects"}
 
 
-def test_checkpoints_by_time(run_folder: Path) -> None:
+def test_checkpoints_by_time(plain_run_folder: Path) -> None:
     """An interval of zero saves after each step."""
-    text = (run_folder / "run.yaml").read_text()
+    text = (plain_run_folder / "run.yaml").read_text()
     every_step = text.replace("every_n_train_steps: 3", 'train_time_interval: "0:00:00", keep: 20')
-    (run_folder / "run.yaml").write_text(every_step)
-    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "6"], run_folder)
+    (plain_run_folder / "run.yaml").write_text(every_step)
+    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "6"], plain_run_folder)
     assert ranks.wait() == [0], ranks.printed()
-    names = {path.name for path in (run_folder / "run/checkpoints").iterdir()}
+    names = {path.name for path in (plain_run_folder / "run/checkpoints").iterdir()}
     assert names == {"last.ckpt", *(f"step={step:08d}.ckpt" for step in range(1, 7))}
 
 
-def test_a_checkpoint_holds_what_belongs_to_its_step(run_folder: Path) -> None:
+def test_a_checkpoint_holds_what_belongs_to_its_step(plain_run_folder: Path) -> None:
     """A checkpoint of step 9 goes with the curves up to it, and its counters agree with each other."""
-    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "9"], run_folder)
+    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "9"], plain_run_folder)
     assert ranks.wait() == [0], ranks.printed()
-    content = torch.load(run_folder / "run/checkpoints/last.ckpt", weights_only=True)
+    content = torch.load(plain_run_folder / "run/checkpoints/last.ckpt", weights_only=True)
     assert content["global_step"] == 9
     progress = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
     assert set(progress.values()) == {9}
     steps = {int(state["step"]) for state in content["optimizer_states"][0]["state"].values()}
     assert steps == {9}
-    assert [step for step, _ in scalars(run_folder / "run/logs")["train/loss"]] == list(range(9))
+    assert [step for step, _ in scalars(plain_run_folder / "run/logs")["train/loss"]] == list(range(9))
 
 
 def test_invalid_settings_are_refused() -> None:
