@@ -1,7 +1,7 @@
 """Corrupted token pyramids and the tokens that repair them (Infinity, arXiv 2412.04431, bitwise self-correction).
 
 Infinity flips bits of each scale's code and quantizes the residual of the image's features again, so later scales learn
-to repair the error. Here tokens are code indices, and no features are needed: see `corrupt`.
+to repair the error. Here tokens are code indices, and no features are needed.
 
 Shapes: b images, l tokens of all scales, n tokens of a scale, v vocabulary, c code dim, m neighbours.
 """
@@ -22,19 +22,13 @@ class Corrupted(NamedTuple):
 
     inputs: Tensor  # (b, l - first, c) teacher-forcing input of the replaced tokens
     targets: Tensor  # (b, l) int64 best token at each scale, given the replaced tokens of the scales before it
-    f_hat: Tensor  # (b, c, s, t) of all scales; the last scale has its targets
 
 
 @torch.no_grad()
 def corrupt(quantizer: ResidualQuantizer, tokens: Tensor, replace: Callable[[Tensor, slice], Tensor]) -> Corrupted:
-    """Replaces tokens of all scales but the last, and quantizes the later scales again.
+    """Replaces tokens of all scales but the last; targets are those of `ResidualQuantizer.repairing_tokens`.
 
-    The target of a scale is the code nearest to what the scale must add: the true token's code, plus the error of f_hat
-    so far, averaged to the scale. This stands for quantizing the image's features minus f_hat, as if the features had
-    been those that the true tokens encode exactly; without an error, each target is the true token.
-
-    The sum of all true contributions must not stand for the features instead. Quantizing it again does not return the
-    tokens it is made of, with or without an error: its last scales are not codes but codes after phi.
+    Without replacements, inputs and targets are those of teacher forcing.
 
     Args:
         quantizer: codebook and phi.
@@ -42,20 +36,15 @@ def corrupt(quantizer: ResidualQuantizer, tokens: Tensor, replace: Callable[[Ten
         replace: (targets (b, n) of a scale, its positions) -> tokens (b, n) to continue from.
     """
     schedule, f_hat, true_f_hat = quantizer.schedule, quantizer.empty(len(tokens)), quantizer.empty(len(tokens))
-    inputs, targets, last = [], [], schedule.num_scales - 1
+    inputs, targets = [quantizer.codebook.weight.new_zeros(len(tokens), 0, quantizer.codebook.embedding_dim)], []
     for k, true in enumerate(tokens.split(schedule.lengths, dim=1)):
-        if k > 0:
-            inputs.append(quantizer.downsample(f_hat, k))
-        error, code = quantizer.downsample(true_f_hat - f_hat, k), quantizer.codebook(true)  # (b, n, c) each
-        # Of two equal codes, `nearest` would always return the first.
-        target = torch.where((error == 0).all(dim=-1), true, quantizer.nearest(code + error))  # (b, n)
-        span = slice(schedule.offsets[k], schedule.offsets[k] + schedule.lengths[k])
-        chosen = target if k == last else replace(target, span)
-        f_hat = quantizer.accumulate(f_hat, quantizer.codebook(chosen), k)
-        true_f_hat = quantizer.accumulate(true_f_hat, code, k)
-        targets.append(target)
-    empty = tokens.new_zeros(len(tokens), 0, quantizer.codebook.embedding_dim, dtype=f_hat.dtype)
-    return Corrupted(torch.cat([empty, *inputs], dim=1), torch.cat(targets, dim=1), f_hat)
+        targets.append(quantizer.repairing_tokens(true, true_f_hat, f_hat, k))  # (b, n)
+        if k + 1 < schedule.num_scales:
+            span = slice(schedule.offsets[k], schedule.offsets[k] + schedule.lengths[k])
+            f_hat = quantizer.accumulate(f_hat, quantizer.codebook(replace(targets[k], span)), k)
+            true_f_hat = quantizer.accumulate(true_f_hat, quantizer.codebook(true), k)
+            inputs.append(quantizer.downsample(f_hat, k + 1))
+    return Corrupted(torch.cat(inputs, dim=1), torch.cat(targets, dim=1))
 
 
 class Neighbours(NamedTuple):

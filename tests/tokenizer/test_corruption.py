@@ -39,7 +39,6 @@ def test_a_corrupted_batch_equals_a_loop_over_its_images(tokenizer: Tokenizer) -
             f_hat = quantizer.accumulate(f_hat, quantizer.codebook(chosen[k][None]), k)
         torch.testing.assert_close(corrupted.inputs[i : i + 1], quantizer.scale_inputs(torch.cat(chosen)[None]))
         assert torch.equal(corrupted.targets[i], torch.cat(targets))
-        torch.testing.assert_close(corrupted.f_hat[i : i + 1], f_hat)
 
 
 def test_without_replacements_inputs_and_targets_are_those_of_teacher_forcing(tokenizer: Tokenizer) -> None:
@@ -58,8 +57,9 @@ def test_targets_repair_errors_that_the_true_tokens_leave(tokenizer: Tokenizer) 
 
     f, kept = quantizer.decode(TOKENS), TOKENS.clone()
     kept[:, wrong] = OTHERS[:, wrong]
-    repaired = (corrupt(quantizer, TOKENS, replace_one).f_hat - f).square().mean()
-    assert repaired < 0.8 * (quantizer.decode(kept) - f).square().mean()
+    repaired = corrupt(quantizer, TOKENS, replace_one).targets
+    repaired[:, wrong] = OTHERS[:, wrong]
+    assert (quantizer.decode(repaired) - f).square().mean() < 0.8 * (quantizer.decode(kept) - f).square().mean()
 
 
 def test_neighbours_are_the_nearest_codes_and_are_drawn_by_their_distance() -> None:

@@ -215,6 +215,7 @@ def test_the_discriminative_loss_equals_a_loop_over_images(per_token: bool, tune
     ratios = plain_ratios(module, batch.tokens, batch.labels)
     logits = [0.7 * ratio / (SCHEDULE.num_tokens if per_token else 1) for ratio in ratios]
     assert batch.own.tolist() == [False] * 4 + [True] * 4
+    assert module.trainer.datamodule.keys(batch) == [f"image{i}" for i in batch.ids.tolist()]
     scores = objective(module, batch, batch.labels, 0)
     expected = sum(softplus(-z) for z in logits[:4]) / 4 + 3 * sum(softplus(z) for z in logits[4:]) / 4
     assert float(scores.loss.detach()) == pytest.approx(expected, rel=1e-4)
