@@ -162,7 +162,9 @@ class LitMVAR(ScheduledModule):
             return
         path, name = self.objective.reference or self.weights, type(self.objective).__name__
         if path is None:
-            raise InputError(f"the objective {name} needs a reference network: set model.objective.reference")
+            raise InputError(
+                f"the objective {name} needs a reference network: set model.weights or model.objective.reference"
+            )
         tokenizer = self.hidden_tokenizer[0], self.tokenizer_path
         kind = self.weights_kind
         self.reference = Reference(path, kind, self.network_config, self.class_names, *tokenizer)

@@ -319,7 +319,7 @@ def test_own_samples_are_required_or_refused_and_need_an_even_batch(runs: Runs, 
         tuned.fit(TeacherForced(), own=True)
     module = make_module(runs.tokenizer_folder, model={"objective": DirectDiscriminative()})
     data = TokenDataModule(runs.shards, runs.shards, own=runs.shards, batch_size=7)
-    with pytest.raises(InputError, match=r"needs a reference network: set model\.objective\.reference"):
+    with pytest.raises(InputError, match=r"needs a reference network: set model\.weights or"):
         make_trainer(runs.root, 1).fit(module, data)
     module = make_module(runs.tokenizer_folder, model={"objective": DirectDiscriminative(str(tuned.root / "network"))})
     with pytest.raises(InputError, match=r"7 images per device cannot be half real .* an even --data\.batch_size"):
