@@ -247,6 +247,7 @@ class RunRecord:
         ema_decay: decay of the average; None without one, and in checkpoints of older versions.
         reference: the objective's frozen network; None if it has none.
         power_ema: relative widths of the power-function averages.
+        muon: whether Muon trains the matrices of the blocks.
     """
 
     ema: bool
@@ -256,6 +257,7 @@ class RunRecord:
     ema_decay: float | None = None
     reference: ReferenceRecord | None = None
     power_ema: list[float] = field(default_factory=list)
+    muon: bool = False
 
 
 @dataclass(frozen=True)

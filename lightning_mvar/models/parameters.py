@@ -1,11 +1,11 @@
-"""Parameters that need special care: those kept in float32, and those without weight decay."""
+"""Parameters that need special care: those kept in float32, those without weight decay, the matrices of the blocks."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -25,3 +25,11 @@ def lower_precision(network: Network, dtype: torch.dtype) -> Network:
     for name, value in kept.items():
         network.get_parameter(name).data = value
     return network
+
+
+def is_block_matrix(name: str, parameter: Tensor) -> bool:
+    """Returns whether a parameter is the matrix of a linear layer in a block, between tokens and tokens.
+
+    AdaLN's matrices are none: their input is a class embedding.
+    """
+    return ".blocks." in f".{name}" and parameter.ndim == 2 and name.endswith(".weight") and ".adaln." not in name

@@ -58,7 +58,7 @@ class TrainingData(Protocol):
 
 
 class ScheduledModule(L.LightningModule):
-    """Trains with AdamW under the schedules of `OptimizerConfig`, in steps that repeat exactly.
+    """Trains under the schedules of `OptimizerConfig`, in steps that repeat exactly.
 
     The generators are seeded before each batch from (seed, epoch, batch, rank) alone, so a resumed run draws the same
     random numbers as an uninterrupted one. A step whose gradients are not finite is skipped on all ranks.
@@ -68,7 +68,7 @@ class ScheduledModule(L.LightningModule):
     (`trainer.log_every_n_steps`).
 
     Args:
-        optimizer: AdamW and its schedules.
+        optimizer: the optimizer and its schedules.
         max_skipped_steps: number of consecutive skipped steps that ends training.
     """
 
@@ -313,6 +313,16 @@ def require_same_average(saved: bool, current: bool) -> None:
         raise InputError(
             f"--ckpt_path has another ema_decay: an average of the weights is {kept[saved]} in the checkpoint "
             f"and {kept[current]} in this run"
+        )
+
+
+def require_same_optimizer(saved: bool, current: bool) -> None:
+    """Raises InputError unless checkpoint and run both train with Muon, or neither does."""
+    if saved != current:
+        names = {True: "Muon and AdamW", False: "AdamW alone"}
+        raise InputError(
+            f"--ckpt_path holds the state of {names[saved]}, but this run trains with {names[current]}: set "
+            f"--model.optimizer.muon {str(saved).lower()}"
         )
 
 

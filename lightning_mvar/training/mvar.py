@@ -38,6 +38,7 @@ from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.base import (
     ScheduledModule,
     require_same_average,
+    require_same_optimizer,
     require_same_power_ema,
     update_ema,
     warm_up_decay,
@@ -69,7 +70,7 @@ class LitMVAR(ScheduledModule):
         network: architecture of the network; what it leaves out, `weights`, the tokenizer and the token shards say;
             without `weights`, the default is d16.
         tokenizer: folder of the tokenizer that encoded the tokens; that of `weights` if not given.
-        optimizer: AdamW and its schedules.
+        optimizer: the optimizer and its schedules.
         objective: what to minimize, a class of `lightning_mvar.training.objectives`; overlays in configs/objective.
         label_drop: share of the training labels replaced by the unconditional class.
         ema_decay: keep an exponential moving average of the weights and sample from it. Each step keeps this share of
@@ -439,6 +440,7 @@ class LitMVAR(ScheduledModule):
             self.ema_decay,
             reference,
             self.power_ema,
+            self.optimizer_config.muon,
         )
         checkpoint[NETWORK_KEY] = asdict(NetworkRecord(self.network_config, tokenizer, self.class_names, run))
 
@@ -476,6 +478,7 @@ class LitMVAR(ScheduledModule):
                 )
         require_same_average(record.run.ema, self.ema_decay is not None)
         require_same_power_ema(record.run.power_ema, self.power_ema)
+        require_same_optimizer(record.run.muon, self.optimizer_config.muon)
         return record
 
     def adapt_to_devices(self, run: RunRecord, before: int, fit_loop: dict[str, Any]) -> None:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.models.parameters import is_block_matrix
+from lightning_mvar.training.muon import MuonAdamW
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedules.
+    """AdamW, or Muon and AdamW, and their schedules.
 
     Args:
         base_lr: learning rate for a global batch of 256; the peak is base_lr * batch / 256.
@@ -29,6 +31,8 @@ class OptimizerConfig:
         plateau: share of the steps after warm-up that stay at the peak.
         initial_lr_ratio: learning rate at the first step, divided by the peak.
         final_lr_ratio: learning rate at the last step, divided by the peak.
+        muon: train the matrices of the blocks with Muon, all other parameters with AdamW.
+        momentum: decay rate of Muon's momentum.
     """
 
     base_lr: float = 1e-4
@@ -40,11 +44,13 @@ class OptimizerConfig:
     plateau: float = 0.05
     initial_lr_ratio: float = 0.005
     final_lr_ratio: float = 0.1
+    muon: bool = False
+    momentum: float = 0.95
 
     def __post_init__(self) -> None:
         if self.base_lr <= 0:
             raise InputError(f"optimizer.base_lr must be positive, got {self.base_lr}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("weight_decay", "final_weight_decay"):
@@ -72,22 +78,40 @@ class OptimizerConfig:
         return end + (self.weight_decay - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def parameter_groups(model: nn.Module, undecayed_names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Splits parameters in two groups: 1-d ones (biases, norms) and those with the given name endings do not decay."""
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+def parameter_groups(
+    model: nn.Module, undecayed_names: tuple[str, ...] = (), muon: bool = False
+) -> list[dict[str, Any]]:
+    """Splits trained parameters in two groups: 1-d ones (biases, norms) and those with the given endings do not decay.
+
+    With `muon`, the matrices of the blocks are a third group.
+    """
+    groups: tuple[list[nn.Parameter], ...] = ([], [], [])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (undecayed if parameter.ndim <= 1 or name.endswith(undecayed_names) else decayed).append(parameter)
-    return [{"params": decayed, "decays": True}, {"params": undecayed, "decays": False, "weight_decay": 0.0}]
+            decays = parameter.ndim > 1 and not name.endswith(undecayed_names)
+            groups[2 if muon and is_block_matrix(name, parameter) else 0 if decays else 1].append(parameter)
+    decayed, undecayed, matrices = groups
+    split = [{"params": decayed, "decays": True}, {"params": undecayed, "decays": False, "weight_decay": 0.0}]
+    return [*split, {"params": matrices, "decays": True}] if muon else split
 
 
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, fused: bool = True, undecayed_names: tuple[str, ...] = ()
 ) -> torch.optim.Optimizer:
-    """Builds AdamW over the two groups; `apply_schedule` sets learning rate and decay before each step."""
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(parameter_groups(model, undecayed_names), lr=config.base_lr, betas=betas, fused=fused)
+    """Builds the optimizer over all groups; `apply_schedule` sets learning rate and decay before each step.
+
+    Raises:
+        InputError: if Muon has nothing to train.
+    """
+    groups, betas = parameter_groups(model, undecayed_names, config.muon), (config.beta1, config.beta2)
+    optimizer: torch.optim.Optimizer
+    if config.muon:
+        *others, matrices = groups
+        if not matrices["params"]:
+            raise InputError("optimizer.muon trains the matrices of a network's blocks, but none is trained here")
+        optimizer = MuonAdamW(others, matrices, config.base_lr, betas, config.momentum, fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.base_lr, betas=betas, fused=fused)
     optimizer.register_load_state_dict_pre_hook(keep_fused)
     return optimizer
 

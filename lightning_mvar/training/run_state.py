@@ -20,7 +20,8 @@ from lightning_mvar.io.tensors import check_finite, check_kinds, check_state_dic
 
 VERSION, OLDEST = "pytorch-lightning_version", Version("2.6")  # older files would be converted, entry by entry
 STEPS = "epoch_loop.automatic_optimization.optim_progress"  # entry of the fit loop with the steps done
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # state of AdamW per parameter
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # per parameter
+MUON_STATE = ("momentum_buffer",)  # per matrix
 OF_TRAINING = ("callbacks", "optimizer_states", "lr_schedulers")  # entries that a checkpoint of weights alone lacks
 SHARDED = ("state_dict", "optimizer_states")  # entries that the plain part of a sharded checkpoint lacks
 
@@ -142,7 +143,7 @@ def check_tensors(
     Args:
         content: what the file holds, except for what `check_run_state` checks.
         module: the module that is to restore the weights.
-        optimizers: those that are to restore the moments: AdamW over parameters of the module.
+        optimizers: those that are to restore the moments, over parameters of the module.
         source: names the checkpoint in messages.
 
     Raises:
@@ -166,19 +167,20 @@ def check_tensors(
 
 
 def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer, path: str) -> None:
-    """Raises ValueError unless a state fits AdamW over these parameters and is finite."""
+    """Raises ValueError unless a state fits this optimizer, AdamW or `MuonAdamW`, and is finite."""
     check_like(saved, {"state": {}, "param_groups": []}, path)
     groups = saved["param_groups"]
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(f"{path} has {len(groups)} groups of parameters, not {len(optimizer.param_groups)}")
-    parameters: dict[Any, Tensor] = {}
+    parameters: dict[Any, tuple[Tensor, tuple[str, ...]]] = {}  # by index in the checkpoint, with names of the state
     for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         check_group(group, own, optimizer.defaults, f"{path}.param_groups[{i}]")
-        parameters |= dict(zip(group["params"], own["params"], strict=True))
+        names = MUON_STATE if "momentum" in own else ADAMW_STATE
+        parameters |= {index: (own["params"][j], names) for j, index in enumerate(group["params"])}
     for index, moments in saved["state"].items():
         if index not in parameters:
             raise ValueError(f"{path}.state has the unknown parameter {shown(index)}")
-        check_moments(moments, parameters[index], f"{path}.state.{index}")
+        check_moments(moments, *parameters[index], f"{path}.state.{index}")
 
 
 def check_group(group: Any, own: dict[str, Any], defaults: dict[str, Any], path: str) -> None:
@@ -198,11 +200,11 @@ def check_group(group: Any, own: dict[str, Any], defaults: dict[str, Any], path:
             raise ValueError(f"{path}.{name} is {shown(group[name])}, must be {example}")
 
 
-def check_moments(moments: Any, parameter: Tensor, path: str) -> None:
+def check_moments(moments: Any, parameter: Tensor, names: tuple[str, ...], path: str) -> None:
     check_like(moments, {}, path)
-    for name in MOMENTS:
+    for name in names:
         value = moments.get(name)
         shape = () if name == "step" else parameter.shape
         if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
             raise ValueError(f"{path}.{name} is no float tensor {tuple(shape)}")
-    check_finite({name: moments[name] for name in MOMENTS}, path)
+    check_finite({name: moments[name] for name in names}, path)

@@ -44,7 +44,7 @@ class LitTokenizer(ScheduledModule):
 
     Args:
         tokenizer: architecture of the tokenizer.
-        optimizer: AdamW and its schedules.
+        optimizer: the optimizer and its schedules.
         l1_weight: weight of the mean absolute error of the images; the mean squared error has weight 1.
         commitment: weight of the commitment loss, which pulls the encoder's features towards the codes.
         revive_every: steps between revivals of the codes unused since the last revival; 0 for never.

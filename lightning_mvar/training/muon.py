@@ -1,0 +1,100 @@
+"""Muon for the matrices of the blocks, AdamW for all other parameters, as one optimizer.
+
+Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum U S V' of a matrix by about U V'. Scaled as in
+arXiv 2502.16982, section 2.2, its updates are as large as AdamW's, so both share learning rate and weight decay.
+
+The rule is that of `torch.optim.Muon`, which can neither skip a step without asking the device nor share a state
+dictionary with AdamW, and which multiplies sharded matrices in parts, whose sums round differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration
+ITERATIONS = 5
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Updates the last group of parameters by Muon with Nesterov momentum, the others by AdamW.
+
+    A step whose `found_inf`, () on the device, is not 0 changes neither parameters nor state, see `skip_step_unless`.
+
+    A sharded matrix is gathered for its update, which each rank computes in full and cuts its own shard from; so all
+    strategies take the same steps, except that bfloat16 magnifies how their gradients round. Momentum stays sharded.
+
+    Args:
+        others: groups of the parameters that AdamW trains.
+        matrices: group of 2-d parameters that Muon trains.
+        lr: learning rate of both.
+        betas: decay rates of AdamW's moments.
+        momentum: decay rate of Muon's momentum.
+        fused: whether AdamW is fused.
+    """
+
+    def __init__(
+        self,
+        others: list[dict[str, Any]],
+        matrices: dict[str, Any],
+        lr: float,
+        betas: tuple[float, float],
+        momentum: float,
+        fused: bool,
+    ) -> None:
+        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=fused)
+        super().__init__([*self.adamw.param_groups, matrices | {"momentum": momentum}], self.adamw.defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        *others, matrices = self.param_groups  # both are replaced when a state is loaded
+        self.adamw.param_groups, self.adamw.state = others, self.state
+        skip = self.adamw.found_inf = getattr(self, "found_inf", None)  # type: ignore[attr-defined]
+        self.adamw.step()
+        for parameter in matrices["params"]:
+            if parameter.grad is not None:
+                self.update(parameter, matrices, None if skip is None else skip.bool())
+        return loss
+
+    def update(self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None) -> None:
+        """Takes Muon's step for a matrix, unless `skip`, () bool on the device, is true."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer, lr, decay = state["momentum_buffer"], group["lr"], group["weight_decay"]
+        momentum = buffer.lerp(gradient, 1 - group["momentum"])
+        direction = orthogonalize(gradient.lerp(momentum, group["momentum"]))
+        scale = 0.2 * math.sqrt(max(parameter.shape))  # an update of root mean square 0.2
+        updated = parameter.mul(1 - lr * decay).add_(direction, alpha=-lr * scale)
+        for old, new in ((buffer, momentum), (parameter, updated)):
+            old.copy_(new if skip is None else torch.where(skip, old, new))
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Moves all singular values of a matrix (n, m) near 1, between about 0.7 and 1.2, by Newton-Schulz iterations.
+
+    Computes in bfloat16, in which the result is returned; a sharded matrix is gathered first, its result sharded alike.
+    """
+    if isinstance(matrix, DTensor):
+        mesh, whole = matrix.device_mesh, orthogonalize(matrix.full_tensor())
+        replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return replicated.redistribute(placements=matrix.placements)
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
