@@ -110,7 +110,8 @@ def test_sizes_carry_their_published_recipe(
         patch.chdir(ROOT)
         ((command, options),) = header_commands(config)
         namespace = parse(command, options)
-    network, optimizer, trainer = namespace.model.network, namespace.model.optimizer, namespace.trainer
+    network, optimizer = network_config(namespace.model, config), namespace.model.optimizer
+    trainer = namespace.trainer
     assert (network.depth, network.width, network.heads) == (depth, 64 * depth, depth)
     assert network.drop_path == pytest.approx(0.1 * depth / 24, rel=1e-5)
     assert network.qk_norm
