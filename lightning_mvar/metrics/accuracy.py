@@ -28,12 +28,16 @@ def classifier_for(reference: Reference, folder: str) -> EmbeddedClassifier | No
 
 
 def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extractor: nn.Module) -> dict[str, Any]:
-    """Returns classifier accuracies on the samples, with their intended classes as labels, and on the reference."""
+    """Returns classifier accuracies on the samples, with their intended classes as labels, and on the reference.
+
+    No classifier is tested on the images that it was trained on.
+    """
     samples, record = samples_and_labels(images, embedded), dict[str, Any]()
     if embedded is DIGITS:
         record |= digits_svm_accuracy(samples, split)
     if is_classifier_of(extractor, embedded):
-        record["classifier_accuracy_on_reference"] = accuracy(extractor, *real_images(embedded, split))
+        if split != "train":
+            record["classifier_accuracy_on_reference"] = accuracy(extractor, *real_images(embedded, split))
         if samples is not None:
             record["classifier_accuracy_on_samples"] = accuracy(extractor, *samples)
     return record
@@ -42,8 +46,7 @@ def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extrac
 def digits_svm_accuracy(samples: tuple[Tensor, Tensor] | None, split: Split) -> dict[str, Any]:
     """Returns accuracies of SVMs trained on real digits and tested on samples, and the other way round.
 
-    Real digits to train on are the training digits; those to test on are the reference's, of the given split. An SVM
-    is not tested on the digits that it was trained on.
+    Real digits to train on are the training digits; those to test on are the reference's, of the given split.
     """
     train, reference = real_images(DIGITS, "train"), real_images(DIGITS, split)
     record: dict[str, Any] = {} if split == "train" else {"svm_accuracy_on_reference": svm_accuracy(*train, *reference)}

@@ -1,10 +1,12 @@
-"""Accuracies of SVMs on digits, for references of either split."""
+"""Accuracies of classifiers on digits, for references of either split."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning_mvar.data.builtin.digits import DIGITS
-from lightning_mvar.metrics.accuracy import digits_svm_accuracy
-from lightning_mvar.metrics.digits import svm_accuracy
+from lightning_mvar.metrics.accuracy import accuracy, digits_svm_accuracy, sample_accuracy
+from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
 
 
 def test_svm_trained_on_samples_is_tested_on_the_references_split() -> None:
@@ -17,3 +19,18 @@ def test_svm_trained_on_samples_is_tested_on_the_references_split() -> None:
     assert on_train["svm_accuracy_on_samples"] == on_test["svm_accuracy_on_samples"]
     assert "svm_accuracy_on_reference" not in on_train
     assert on_test["svm_accuracy_on_reference"] == svm_accuracy(train, train_labels, test, test_labels)
+
+
+class Unlabeled:
+    """A set of samples without classes."""
+
+    def labels(self, class_names: list[str]) -> None:
+        return None
+
+
+def test_no_classifier_is_tested_on_its_training_images(tmp_path: Path) -> None:
+    classifier = DigitsClassifier(str(tmp_path / "weights.safetensors"), epochs=1)
+    assert sample_accuracy(Unlabeled(), DIGITS, "train", classifier) == {}
+    images, labels = DIGITS.load("test")
+    record = sample_accuracy(Unlabeled(), DIGITS, "test", classifier)
+    assert record["classifier_accuracy_on_reference"] == accuracy(classifier, (images + 1) / 2, labels)
