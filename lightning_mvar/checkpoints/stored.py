@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.checkpoints.pair import TrainedModel
+from lightning_mvar.checkpoints.sharded import read_all
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import load_strictly
 from lightning_mvar.models.config import MVARConfig
@@ -47,7 +48,7 @@ class StoredModel:
         Raises:
             InputError: if weights are missing, damaged or of another shape, or the tokenizer does not fit.
         """
-        network = load_strictly(self.meta_network(), dict(self.weights), self.source)
+        network = load_strictly(self.meta_network(), read_all(self.weights), self.source)
         return TrainedModel(network, self.load_tokenizer(), self.class_names)
 
     def meta_network(self) -> MVAR:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_mvar.checkpoints.folders import check_class_names, load_tokenizer
 from lightning_mvar.checkpoints.power_ema import Profile
-from lightning_mvar.checkpoints.sharded import ShardedTensors
+from lightning_mvar.checkpoints.sharded import ShardedTensors, read_all
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular, sync
@@ -216,7 +216,7 @@ def open_tensors(path: Path, prefix: str) -> Mapping[str, Tensor]:
 
 def read_tensors(path: Path, prefix: str) -> StateDict:
     """Reads all that `open_tensors` finds."""
-    return dict(open_tensors(path, prefix))
+    return read_all(open_tensors(path, prefix))
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,13 @@ def metadata_of(checkpoint: Path) -> Metadata:
     return ShardReader(checkpoint).metadata
 
 
-def test_a_sharded_checkpoint_reads_back_exactly(checkpoint: Path) -> None:
+def test_a_sharded_checkpoint_reads_back_exactly_and_all_at_once(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, load = [], ShardReader.load
+    monkeypatch.setattr(ShardReader, "load", lambda *args, **options: (reads.append(args), load(*args, **options)))
     loaded, network = load_trained(checkpoint).network, tiny_network()
+    assert len(reads) == 1
     assert loaded.config == network.config
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
