@@ -251,16 +251,17 @@ class Manifest:
         """
         if list(class_names) == [str(label) for label in range(len(class_names))]:
             return  # of a network trained on labels without names
+        remedy = f"{'tokenize images' if self.sampling is None else 'sample tokens'} of the model's classes"
         if len(class_names) != len(self.class_names):
             raise InputError(
-                f"the shards in {location} have {len(self.class_names)} classes, the model has {len(class_names)}: "
-                f"tokenize images of the model's classes"
+                f"the shards in {location} have {len(self.class_names)} classes, the model has "
+                f"{len(class_names)}: {remedy}"
             )
         for label, (ours, theirs) in enumerate(zip(self.class_names, class_names, strict=True)):
             if ours != theirs:
                 raise InputError(
                     f"the shards in {location} do not fit the model: class {label} is {ours!r:.80} in the shards and "
-                    f"{theirs!r:.80} in the model; tokenize images of the model's classes"
+                    f"{theirs!r:.80} in the model; {remedy}"
                 )
 
     def invalid_values(self) -> Iterator[tuple[str, str]]:

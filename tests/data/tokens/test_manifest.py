@@ -172,3 +172,13 @@ def test_records_are_neither_read_nor_written_through_a_link(folder: Path, repla
         with pytest.raises(InputError, match=r"shards/parts must be a folder: remove it"):
             act()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["shards"]
+
+
+@pytest.mark.parametrize(
+    ("source", "remedy"), [("photos", "tokenize images of"), ("samples of a network: seed=0", "sample tokens of")]
+)
+def test_shards_of_other_classes_are_refused_with_the_command_that_writes_such_shards(source: str, remedy: str) -> None:
+    manifest = Manifest([1], 48, ["cat", "dog"], "abc", source, 0, 1)
+    for names in (["dog", "cat"], ["cat"]):
+        with pytest.raises(InputError, match=f"{remedy} the model's classes"):
+            manifest.check_classes("shards", names)
