@@ -61,13 +61,17 @@ class Neighbours(NamedTuple):
             codebook: (v, c) codes.
             count: m.
             temperature: makes probabilities proportional to exp(-d / temperature), d the squared distance relative to
-                that of the nearest neighbour, averaged over all codes; None makes them equal.
+                that of the nearest different code, averaged over all codes; None makes them equal.
         """
-        distances = torch.cdist(codebook.double(), codebook.double()).square().fill_diagonal_(torch.inf)
-        nearest, codes = distances.topk(count, dim=1, largest=False)
-        scale = 1.0 if temperature is None else temperature * nearest[:, 0].mean()
-        weights = torch.zeros_like(nearest) if temperature is None else -nearest / scale
-        return cls(codes, weights.softmax(dim=1).cumsum(dim=1).float())
+        points = codebook.double()
+        # Without matrix products, the distance between equal codes is exactly 0.
+        distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square()
+        nearest, codes = distances.fill_diagonal_(torch.inf).topk(count, dim=1, largest=False)
+        logits = torch.zeros_like(nearest)
+        if temperature is not None:
+            unit = distances.where(distances > 0, torch.inf).amin(dim=1).mean()  # infinite if all codes are equal
+            logits = -nearest / (temperature * unit)
+        return cls(codes, logits.softmax(dim=1).cumsum(dim=1).float())
 
     def draw(self, tokens: Tensor, uniforms: Tensor) -> Tensor:
         """Draws a neighbour of each token (b, n), one for each number (b, n) in [0, 1)."""

@@ -145,7 +145,7 @@ class SelfCorrecting(TeacherForced):
             prediction given the true coarser scales, at the cost of a forward pass.
         neighbours: number of nearest codes to draw from.
         temperature: draw neighbours with probabilities proportional to exp(-d / temperature), d their squared distance
-            relative to that of the nearest neighbour, averaged over all codes; null draws them evenly.
+            relative to that of the nearest different code, averaged over all codes; null draws them evenly.
         loss_weights: see `TeacherForced`.
         label_smoothing: see `TeacherForced`.
     """
@@ -207,8 +207,10 @@ class SelfCorrecting(TeacherForced):
 
     def draw_own(self, learner: Learner, batch: TokenBatch, labels: Tensor, uniforms: Tensor) -> Replacement:
         learner.network.eval()  # without drop path
-        drawn = learner.network.redraw(labels, learner.teacher_inputs(batch.tokens), uniforms)  # (b, l)
-        learner.network.train()
+        try:
+            drawn = learner.network.redraw(labels, learner.teacher_inputs(batch.tokens), uniforms)  # (b, l)
+        finally:
+            learner.network.train()
         return lambda targets, span: drawn[:, span]
 
 

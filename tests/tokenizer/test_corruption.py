@@ -74,3 +74,15 @@ def test_neighbours_are_the_nearest_codes_and_are_drawn_by_their_distance() -> N
         weights = torch.ones(3) if temperature is None else (-squared[7, nearest[7]] / (temperature * unit)).exp()
         frequencies = torch.bincount(drawn[0], minlength=20)[nearest[7]] / 40_000
         torch.testing.assert_close(frequencies, weights / weights.sum(), atol=0.01, rtol=0)
+
+
+def test_equal_codes_are_the_likeliest_neighbours_of_each_other() -> None:
+    """Each code occurs twice; the nearest different one is at distance 1 or, for the last two, 3."""
+    twins = torch.tensor([0.0, 1.0, 4.0]).repeat_interleave(2)[:, None]
+    table = Neighbours.of(twins.repeat(6, 1), 35, temperature=0.5)  # more than 25 rows
+    unit = (1 + 1 + 9) / 3
+    squared = (twins.repeat(6, 1) - twins[0]).square()[table.codes[0], 0].double()
+    expected = (-squared / (0.5 * unit)).softmax(dim=0).cumsum(dim=0)
+    torch.testing.assert_close(table.cumulative[0], expected.float())
+    equal = Neighbours.of(torch.ones(5, 2), 3, temperature=0.5)
+    torch.testing.assert_close(equal.cumulative, (torch.arange(1, 4) / 3).expand(5, 3))

@@ -201,6 +201,18 @@ def test_a_self_correcting_step_waits_for_nothing_but_the_norm_of_the_step_befor
     assert [wait.split(" (")[0] for wait in watch.waits.found] == ["_local_scalar_dense in __float__"] * 3
 
 
+def test_a_failure_while_own_tokens_are_drawn_leaves_the_network_in_training_mode(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = runs.fit(SelfCorrecting(replacement="own"))
+    batch = first_batch(module)
+    module.network.train()
+    monkeypatch.setattr(MVAR, "redraw", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.objective(module, batch, batch.labels, 0)
+    assert module.network.training
+
+
 OBJECTIVES = {
     "discriminative": lambda: DirectDiscriminative(alpha=2.0, beta=0.1),
     "contrastive": lambda: ConditionContrastive(beta=0.1, weight=3.0),
