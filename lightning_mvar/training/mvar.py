@@ -47,6 +47,7 @@ from lightning_mvar.training.batches import global_rows, labels_of, token_batch
 from lightning_mvar.training.blocks import ActivationCheckpointing, configure_block
 from lightning_mvar.training.collectives import mean_over_ranks
 from lightning_mvar.training.datamodules import TokenDataModule
+from lightning_mvar.training.freezing import freeze_parameters
 from lightning_mvar.training.lightning_internals import attached_trainer
 from lightning_mvar.training.objectives import Objective, TeacherForced
 from lightning_mvar.training.optim import OptimizerConfig
@@ -157,19 +158,14 @@ class LitMVAR(ScheduledModule):
 
     def setup_objective(self) -> None:
         """Opens the objective's reference network, if it has one, and checks the objective against the data."""
-        if self.token_data is not None:
-            self.objective.check_own_samples("own" in self.token_data.shards)
-        if not self.objective.uses_reference:
-            return
-        path, name = self.objective.reference or self.weights, type(self.objective).__name__
-        if path is None:
-            raise InputError(
-                f"the objective {name} needs a reference network: set model.weights or model.objective.reference"
-            )
-        tokenizer = self.hidden_tokenizer[0], self.tokenizer_path
-        kind = self.weights_kind
-        self.reference = Reference(path, kind, self.network_config, self.class_names, *tokenizer)
-        self.reference.identify(self.trainer.strategy)
+        data, path = self.token_data, self.objective.reference_path(self.weights)
+        if data is not None:
+            self.objective.check_own_samples("own" in data.shards)
+        if path is not None:
+            context = self.hidden_tokenizer[0], self.tokenizer_path, self.trainer.strategy
+            self.reference = Reference(path, self.weights_kind, self.network_config, self.class_names, *context)
+            if data is not None and "own" in data.shards:
+                self.reference.check_samples(data.manifests["own"], data.shards["own"])
 
     def check_classes(self, class_names: list[str]) -> None:
         """Raises InputError if the shards have other classes than a network with these names; naming the first one."""
@@ -240,7 +236,7 @@ class LitMVAR(ScheduledModule):
     def configure_model(self) -> None:
         """Builds the network and its averages, sharding each part as soon as it exists; see `build_network`."""
         if self.reference is not None:
-            self.reference.build(self.trainer.strategy)
+            self.reference.build()
         if hasattr(self, "network"):
             return
         strategy = None if (trainer := attached_trainer(self)) is None else trainer.strategy
@@ -349,11 +345,6 @@ class LitMVAR(ScheduledModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), exact_float32():
             return teacher_inputs(self.network_config, self.tokenizer, tokens)
 
-    def score_reference(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the reference network's cross entropy (b, l) of tokens (b, l), without gradient."""
-        assert self.reference is not None
-        return self.reference.score(labels, scale_inputs, tokens)
-
     def drop_labels(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Returns the labels (b,) of a batch with a share of them replaced by the unconditional class.
 
@@ -398,6 +389,8 @@ class LitMVAR(ScheduledModule):
     ) -> LitMVAR:
         """Builds the module of a checkpoint of `fit`, sharded or not, with its weights and their average.
 
+        To continue a run that started from `weights`, fit this module with the same checkpoint: it needs no `weights`.
+
         Args:
             checkpoint_path: the checkpoint.
             map_location: device to move the module to.
@@ -419,7 +412,10 @@ class LitMVAR(ScheduledModule):
         options.setdefault("power_ema", record.run.power_ema)
         network = NetworkOptions(**vars(trained.network.config))
         module = cls(network, tokenizer or record.tokenizer.path, **options)
-        module.network = trained.network.train().requires_grad_()
+        module.network = trained.network.train()
+        freeze_parameters(module.network, module.freeze_patterns)
+        for block in module.network.blocks:
+            configure_block(block, module.compile_blocks, module.activation_checkpointing)  # type: ignore[arg-type]
         module.known_class_names = trained.class_names
         if module.ema_decay is not None:
             module.ema = load_trained(path, tokenizer, weights="ema").network.requires_grad_(False)

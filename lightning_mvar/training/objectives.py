@@ -30,6 +30,7 @@ from lightning_mvar.sampling.philox import TOKENS, uniform
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.corruption import Neighbours, corrupt
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
+from lightning_mvar.training.references import Reference
 
 Replacement = Callable[[Tensor, slice], Tensor]  # (targets (b, n) of a scale, its positions) -> tokens (b, n)
 CHOICE, REPLACEMENT, SHARE = range(3)  # rows of the random numbers of an image
@@ -57,7 +58,8 @@ class Learner(Protocol):
 
     def teacher_inputs(self, tokens: Tensor) -> Tensor: ...
 
-    def score_reference(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> Tensor: ...
+    @property
+    def reference(self) -> Reference | None: ...
 
     def score(self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]: ...
 
@@ -83,6 +85,17 @@ class Objective(ABC):
             )
         if given and not self.uses_own_samples:
             raise InputError(f"the objective {name} ignores data.own: leave it out, or train on it as data.train")
+
+    def reference_path(self, default: str | None) -> str | None:
+        """Returns the path of the frozen network, None if it uses none; raises InputError if there is no default."""
+        if not self.uses_reference:
+            return None
+        if (path := self.reference or default) is None:
+            name = type(self).__name__
+            raise InputError(
+                f"the objective {name} needs a reference network: set model.weights or model.objective.reference"
+            )
+        return path
 
     @abstractmethod
     def __call__(self, learner: Learner, batch: TokenBatch, labels: Tensor, batch_idx: int) -> Scores:
@@ -304,7 +317,8 @@ class ConditionContrastive(Objective):
 def log_ratios(learner: Learner, tokens: Tensor, labels: Tensor, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns cross entropy (b, l), whether each prediction is correct (b, l), and log(p / p_reference) (b,)."""
     inputs = learner.teacher_inputs(tokens)
-    reference = learner.score_reference(labels, inputs, tokens)  # (b, l)
+    assert learner.reference is not None  # see `Objective.reference_path`
+    reference = learner.reference.score(labels, inputs, tokens)  # (b, l)
     losses, correct = learner.network.score(labels, inputs, tokens)
     gained = reference - losses  # (b, l) log ratio per token
     return losses, correct, gained.mean(dim=1) if per_token else gained.sum(dim=1)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_mvar.checkpoints import WhichWeights, open_trained
 from lightning_mvar.checkpoints.training import ReferenceRecord
+from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint_of
 from lightning_mvar.models.config import MVARConfig
@@ -29,6 +31,7 @@ class Reference:
         class_names: names of its classes, in label order.
         tokenizer: the tokenizer of the run, which must be its own.
         tokenizer_path: names the tokenizer in messages.
+        strategy: of the run; all ranks must build this.
 
     Raises:
         InputError: if the network cannot be read, or is one of another architecture or tokenizer.
@@ -42,26 +45,48 @@ class Reference:
         class_names: Sequence[str],
         tokenizer: Tokenizer,
         tokenizer_path: str,
+        strategy: Strategy,
     ) -> None:
-        self.path = str(Path(path).expanduser().resolve())
-        self.stored = open_trained(path, weights=kind)
-        check_tokenizer(self.stored, tokenizer, tokenizer_path)
-        self.weights = InitialWeights(self.stored, config, class_names)
-        self.fingerprint = ""  # known after `identify`
+        stored = open_trained(path, weights=kind)
+        check_tokenizer(stored, tokenizer, tokenizer_path)
+        self.weights, self.strategy = InitialWeights(stored, config, class_names), strategy
+        fingerprint = strategy.broadcast(fingerprint_of(stored.weights) if strategy.is_global_zero else "")
+        self.record = ReferenceRecord(str(Path(path).expanduser().resolve()), fingerprint)
         self.network: MVAR  # known after `build`
 
-    def identify(self, strategy: Strategy) -> None:
-        """Computes the fingerprint of its weights, on rank 0 alone; all ranks must call this."""
-        fingerprint = fingerprint_of(self.stored.weights) if strategy.is_global_zero else ""
-        self.fingerprint = strategy.broadcast(fingerprint)
-
-    @property
-    def record(self) -> ReferenceRecord:
-        return ReferenceRecord(self.path, self.fingerprint)
-
-    def build(self, strategy: Strategy) -> None:
+    def build(self) -> None:
         """Builds it block by block, sharded as it is built if the strategy shards."""
-        self.network = frozen_network(self.weights, strategy)
+        self.network = frozen_network(self.weights, self.strategy)
+
+    def check_samples(self, own: Manifest, location: object) -> None:
+        """Checks that this network drew the tokens of `data.own`; warns if it did with guidance or truncation.
+
+        Args:
+            own: manifest of the tokens.
+            location: names them in messages.
+
+        Raises:
+            InputError: if they are of images, of another network, or do not say how they were drawn.
+        """
+        settings, path = own.sampling, self.record.path
+        remedy = f"draw them with `lightning-mvar sample --ckpt_path {path} --tokens FOLDER`"
+        if settings is None:
+            raise InputError(f"data.own {location} holds tokens of images, not samples of {path}: {remedy}")
+        if (network := settings.get("network")) != self.record.fingerprint:
+            raise InputError(
+                f"data.own {location} holds samples of the network {network:.80}, but the reference {path} is "
+                f"{self.record.fingerprint}: {remedy}, or set model.objective.reference to their network (of a "
+                f"checkpoint, model.weights_kind must be the --weights of `sample`)"
+            )
+        try:
+            guidance, top_k, top_p = (float(settings[name]) for name in ("guidance", "top_k", "top_p"))
+        except (KeyError, ValueError):
+            raise InputError(f"data.own {location} does not say how its samples were drawn: {remedy}") from None
+        if guidance != 0 or top_p not in (0, 1) or 0 < top_k < own.vocab_size:
+            rank_zero_warn(
+                f"data.own {location} was drawn with guidance {guidance:g}, top_k {top_k:g} and top_p {top_p:g}, but "
+                f"the objective takes its samples for those of the bare network: add --guidance 0 --top_k 0 --top_p 0"
+            )
 
     @torch.no_grad()
     def score(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> Tensor:

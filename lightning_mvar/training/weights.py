@@ -126,9 +126,12 @@ def check_tokenizer(stored: StoredModel, tokenizer: Tokenizer, path: str) -> Non
 def kept_classes(stored: StoredModel, names: Sequence[str]) -> list[int | None]:
     """Returns for each class the label of the stored network's class with this name; None for a new class.
 
-    The same number of classes that are numbered rather than named, on either side, are the same classes.
+    The same list of names, or the same number of classes that are numbered rather than named on either side, are the
+    same classes.
     """
     count = stored.config.num_classes
+    if [*names] == stored.class_names:  # in which a name may occur twice
+        return [*range(count)]
     known = Classes(stored.class_names, count)
     numbers = [str(label) for label in range(count)]
     if len(names) == count and ([*names] == numbers or known.aliases == [[number] for number in numbers]):

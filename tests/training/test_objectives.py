@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -21,6 +23,7 @@ from lightning_mvar import MVAR, Tokenizer
 from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.checkpoints import open_trained, save_folder
 from lightning_mvar.checkpoints.training import NETWORK_KEY
+from lightning_mvar.data.tokens.manifest import SAMPLED, Manifest
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint_of
@@ -63,9 +66,17 @@ class Runs:
         folder = self.root / "network"
         options = {"objective": objective, "weights": str(folder) if folder.exists() else None}
         module = make_module(self.tokenizer_folder, model=options, drop_path=drop_path)
-        data = TokenDataModule(self.shards, self.shards, own=self.shards if own else None, batch_size=8, seed=0)
+        data = TokenDataModule(self.shards, self.shards, own=self.own() if own else None, batch_size=8, seed=0)
         make_trainer(self.root, max_steps, limit_val_batches=0, **trainer).fit(module, data, ckpt_path=ckpt_path)
         return module
+
+    def own(self, **settings: object) -> str:
+        """Writes the shards again as those of samples of the network in `network`, and returns their folder."""
+        folder = self.root / "own"
+        if not folder.exists():
+            shutil.copytree(self.shards, folder)
+        mark_as_samples(folder, self.root / "network", settings)
+        return str(folder)
 
 
 @pytest.fixture
@@ -78,6 +89,14 @@ def tuned(runs: Runs, tokenizer: Tokenizer) -> Runs:
     """Runs that start from a trained network."""
     save_folder(runs.root / "network", tokenizer, tiny_network(width=32, head_dim=16))
     return runs
+
+
+def mark_as_samples(folder: Path, network: Path, settings: dict[str, object]) -> None:
+    """Makes token shards those of samples of a network, drawn without guidance and truncation unless `settings`."""
+    drawn = {"guidance": 0.0, "top_k": 0, "top_p": 0.0, "network": fingerprint_of(open_trained(network).weights)}
+    manifest = Manifest.load(folder)
+    manifest.source = SAMPLED + " ".join(f"{name}={value}" for name, value in (drawn | settings).items())
+    manifest.save(folder)
 
 
 def first_batch(module: LitMVAR) -> TokenBatch:
@@ -308,6 +327,7 @@ def test_strategies_agree_with_a_reference_and_own_samples(plain_run_folder: Pat
     """Each rank has a part of both halves of each batch."""
     save_folder(plain_run_folder / "network", tokenizer, tiny_network(width=32, head_dim=16))
     write_token_shards(plain_run_folder / "own", tokenizer.fingerprint(), [30])
+    mark_as_samples(plain_run_folder / "own", plain_run_folder / "network", {})
     start = ["--model.weights", "network", "--model.network.drop_path", "0", "--trainer.max_steps", "4"]
     objective = ["--model.objective", "DirectDiscriminative", "--model.objective.beta", "0.3"]
     options = [*start, *objective, "--data.own", "own", "--data.seed", "3"]
@@ -330,12 +350,33 @@ def test_own_samples_are_required_or_refused_and_need_an_even_batch(runs: Runs, 
     with pytest.raises(InputError, match=r"TeacherForced ignores data\.own: leave it out"):
         tuned.fit(TeacherForced(), own=True)
     module = make_module(runs.tokenizer_folder, model={"objective": DirectDiscriminative()})
-    data = TokenDataModule(runs.shards, runs.shards, own=runs.shards, batch_size=7)
+    data = TokenDataModule(runs.shards, runs.shards, own=tuned.own(), batch_size=7)
     with pytest.raises(InputError, match=r"needs a reference network: set model\.weights or"):
         make_trainer(runs.root, 1).fit(module, data)
     module = make_module(runs.tokenizer_folder, model={"objective": DirectDiscriminative(str(tuned.root / "network"))})
     with pytest.raises(InputError, match=r"7 images per device cannot be half real .* an even --data\.batch_size"):
         make_trainer(runs.root, 1).fit(module, data)
+
+
+def test_own_samples_must_be_those_of_the_reference(tuned: Runs) -> None:
+    def fit(own: str) -> None:
+        module = make_module(tuned.tokenizer_folder, model={"objective": DirectDiscriminative(network)})
+        data = TokenDataModule(tuned.shards, tuned.shards, own=own, batch_size=8)
+        make_trainer(tuned.root, 1, limit_val_batches=0).fit(module, data)
+
+    network = str(tuned.root / "network")
+    with pytest.raises(InputError, match=r"data\.own .* holds tokens of images, not samples of .*network: draw them"):
+        fit(tuned.shards)
+    with pytest.raises(InputError, match=r"data\.own .* holds samples of the network 123abc, but the reference"):
+        fit(tuned.own(network="123abc"))
+    with pytest.raises(InputError, match=r"data\.own .* does not say how its samples were drawn"):
+        fit(tuned.own(top_k="many"))
+    for settings in ({"guidance": 0.5}, {"top_k": 47}, {"top_p": 0.9}):
+        with pytest.warns(UserWarning, match=r"samples for those of the bare network: add --guidance 0"):
+            fit(tuned.own(**settings))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*bare network")
+        fit(tuned.own(top_k=48, top_p=1.0))
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from training_runs import FIT, TWO_RANKS, act_in_step, largest_difference, train, weights
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer
+from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.checkpoints import StoredModel, open_trained, save_folder
 from lightning_mvar.checkpoints.published import network_from_published, network_to_published
 from lightning_mvar.checkpoints.training import (
@@ -42,6 +43,7 @@ from lightning_mvar.models.config import MVARConfig, NetworkOptions
 from lightning_mvar.models.mvar import Block
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
+from lightning_mvar.training.optim import OptimizerConfig
 from lightning_mvar.training.strategies import FSDP2Strategy, build_network, full_tensor
 from lightning_mvar.training.weights import InitialWeights, frozen_network
 
@@ -143,6 +145,15 @@ def test_classes_of_the_same_names_keep_their_embeddings(
     for name, value in network.state_dict().items():
         assert name == "class_embed.weight" or torch.equal(value, trained.state_dict()[name]), name
     assert "has 10 classes, this network 3: 2 of them" in caplog.text
+
+
+def test_the_same_classes_keep_their_embeddings_if_two_have_one_name(
+    trained: MVAR, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["crane", "crane", *CLASSES[2:]]
+    save_folder(tmp_path / "export", tokenizer, trained, names)
+    _, network = initial(tmp_path / "export", trained.config, names, caplog)
+    assert torch.equal(network.class_embed.weight, trained.class_embed.weight)
 
 
 @pytest.mark.parametrize("sides", [(1, 2, 4, 6, 7), (1, 3)])
@@ -270,6 +281,31 @@ def test_strategies_agree_and_a_resumed_run_needs_no_weights(plain_run_folder: P
         for tag in ("train/loss", "val/loss"):
             actual = scalars(plain_run_folder / name / "logs")[tag]
             assert [value for _, value in actual] == pytest.approx([value for _, value in expected[tag]], abs=1e-5)
+
+
+def test_a_run_that_is_continued_from_python_needs_no_weights(
+    trained: MVAR, tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Frozen parameters stay frozen, and the weights and their average are those of an uninterrupted run."""
+    save_folder(tmp_path / "export", tokenizer, trained, CLASSES)
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [64])
+    options = {"freeze": ("*_embed*",), "ema_decay": 0.5, "optimizer": OptimizerConfig(base_lr=0.05)}
+
+    def fit(module: LitMVAR, steps: int, ckpt_path: Path | None = None) -> dict[str, torch.Tensor]:
+        data = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=16, seed=0)
+        checkpoint = Checkpoint(str(tmp_path / "run"), every_n_train_steps=2)
+        trainer = make_trainer(tmp_path, steps, callbacks=[checkpoint], enable_checkpointing=True, limit_val_batches=0)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return module.state_dict()
+
+    torch.manual_seed(0)
+    expected = fit(LitMVAR(tokenizer=str(tokenizer_folder), weights=str(tmp_path / "export"), **options), 3)
+    shutil.rmtree(tmp_path / "export")
+    middle = tmp_path / "run/step=00000002.ckpt"
+    torch.manual_seed(0)
+    resumed = fit(LitMVAR.load_from_checkpoint(middle, **options), 3, middle)
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+    assert torch.equal(resumed["network.pos_embed"], trained.pos_embed)
 
 
 def test_a_frozen_network_is_sharded_block_by_block(trained: MVAR, tokenizer: Tokenizer, tmp_path: Path) -> None:
