@@ -55,7 +55,7 @@ class BackgroundWriter:
         self.task = self.executor.submit(write, copy, self.group)  # type: ignore[arg-type]
 
     def has_ended(self) -> bool:
-        """Whether no rank is writing any more, as all ranks learn one call later; all must call this equally often."""
+        """Returns whether no rank is writing any more, one call late; all ranks must call this equally often."""
         if self.task is None:
             return False
         ended = self.started - (not self.task.done())

@@ -279,7 +279,7 @@ class Checkpoint(AtomicCheckpoint):
             super().on_train_batch_end(trainer, pl_module, None, *args)
 
     def is_time(self, trainer: L.Trainer, interval: timedelta) -> bool:
-        """Whether the interval has passed on rank 0's clock; all ranks agree, at the batch after."""
+        """Returns whether the interval has passed on rank 0's clock; all ranks agree, at the batch after."""
         due = trainer.is_global_zero and time.monotonic() - self.last_due >= interval.total_seconds()
         if due:
             self.last_due = time.monotonic()
@@ -323,7 +323,7 @@ class Checkpoint(AtomicCheckpoint):
     def can_save(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException, all_ranks: bool
     ) -> bool:
-        """Whether this rank can save a state after an exception from which a run can continue."""
+        """Returns whether this rank can save a state after an exception from which a run can continue."""
         assert isinstance(module, ScheduledModule)
         useless = isinstance(exception, DivergedError | KeyboardInterrupt) or module.in_optimizer_step
         # A run resumed from the last step would not repeat the validation that was interrupted.

@@ -36,7 +36,7 @@ from lightning_mvar.training.strategies import sampling_mode
 
 
 class OwnPrefixCallback(L.Callback):
-    """Logs what the network loses after its own draws at each validation; see the module for how to read it.
+    """Logs the network's loss after its own draws at each validation; see the module for how to read it.
 
     `val_own_prefix/K` is the loss of the scale named K, in nats per token, after scales of which the network has drawn
     the last `own_scales` (fewer at coarse scales) and the true image gives the rest. `val_true_prefix/K` is the

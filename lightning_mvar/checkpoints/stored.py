@@ -1,4 +1,4 @@
-"""Networks on disk whose weights are not read yet."""
+"""Networks on disk, whose weights are read on use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.checkpoints.pair import TrainedModel
-from lightning_mvar.checkpoints.sharded import read_all
+from lightning_mvar.checkpoints.sharded import ShardedTensors, read_all
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import load_strictly
 from lightning_mvar.models.config import MVARConfig
@@ -24,8 +24,8 @@ class StoredModel:
     Args:
         source: names the file in messages.
         config: architecture of the network.
-        weights: tensors by name. Each is read when it is used: from a mapped file, or from a sharded checkpoint, which
-            reads it anew at each access. Neither their names nor their shapes are checked yet.
+        weights: tensors by name, read on use from a mapped file, or anew at each access from a sharded checkpoint.
+            Neither their names nor their shapes are checked yet.
         class_names: names of the classes in label order; empty if they have none.
         load_tokenizer: loads the tokenizer, and checks that it fits the network.
         part: for a checkpoint, the module that the weights are of: network or ema.
@@ -48,7 +48,8 @@ class StoredModel:
         Raises:
             InputError: if weights are missing, damaged or of another shape, or the tokenizer does not fit.
         """
-        network = load_strictly(self.meta_network(), read_all(self.weights), self.source)
+        mapped = not isinstance(self.weights, ShardedTensors)
+        network = load_strictly(self.meta_network(), read_all(self.weights), self.source, copy=mapped)
         return TrainedModel(network, self.load_tokenizer(), self.class_names)
 
     def meta_network(self) -> MVAR:

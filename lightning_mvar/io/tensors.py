@@ -257,11 +257,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def load_strictly(module: Module, weights: Mapping[str, Tensor], source: object) -> Module:
+def load_strictly(module: Module, weights: Mapping[str, Tensor], source: object, copy: bool = True) -> Module:
     """Loads `weights` into `module` on the CPU, with exactly matching keys and shapes, and sets eval mode.
 
-    Build `module` on the meta device, so that memory holds its weights once. Weights are copied, because those of a
-    memory-mapped file would change, or crash the process, if the file is written to.
+    Build `module` on the meta device, so that memory holds its weights once. Those of a memory-mapped file must be
+    copied, because they would change, or crash the process, if the file is written to.
 
     Raises:
         InputError: naming the first keys that are missing, unexpected, of another shape or of another kind of number,
@@ -270,7 +270,7 @@ def load_strictly(module: Module, weights: Mapping[str, Tensor], source: object)
     expected = module.state_dict()
     check_state_dict(expected, weights, f"{source} does not fit {type(module).__name__}")
     check_kinds(expected, weights, source)
-    copies = {name: weights[name].to("cpu", tensor.dtype, copy=True).contiguous() for name, tensor in expected.items()}
+    copies = {name: weights[name].to("cpu", tensor.dtype, copy=copy).contiguous() for name, tensor in expected.items()}
     check_finite(copies, source)
     module.load_state_dict(copies, assign=True)
     return module.eval()

@@ -28,7 +28,7 @@ def lower_precision(network: Network, dtype: torch.dtype) -> Network:
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Returns whether a parameter is the matrix of a linear layer in a block, between tokens and tokens.
+    """Returns whether a parameter is the matrix of a linear layer applied to tokens in a block.
 
     AdaLN's matrices are none: their input is a class embedding.
     """

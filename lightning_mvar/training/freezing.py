@@ -37,7 +37,7 @@ def freeze_parameters(network: MVAR, patterns: Sequence[str]) -> None:
 
 
 def trainable_parameters(config: MVARConfig, patterns: Sequence[str]) -> int:
-    """Returns how many numbers of a network are trained; raises InputError as `freeze_parameters` does."""
+    """Returns the number of trained parameters; raises InputError as `freeze_parameters` does."""
     with torch.device("meta"):
         network = MVAR(config)
     freeze_parameters(network, patterns)

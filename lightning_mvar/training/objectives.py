@@ -150,7 +150,8 @@ class SelfCorrecting(TeacherForced):
 
     In each image, a random share of the tokens of all scales but the last is replaced. The network reads the pyramid of
     the replaced tokens, and its targets are the tokens that a tokenizer would choose at each scale, given that pyramid.
-    See `corrupt`. So it learns to continue from its own errors, which teacher forcing never shows it.
+    See `corrupt`. So it learns to continue from its own errors, which teacher forcing never shows it. Infinity's code
+    draws a share anew at each scale, the same for all images of a batch; here each image has one for all its scales.
 
     Args:
         max_share: largest share of tokens to replace; each image draws its own, uniform in [0, max_share].
@@ -181,7 +182,8 @@ class SelfCorrecting(TeacherForced):
             raise InputError(f"objective.temperature must be positive, got {temperature}")
         self.max_share, self.replacement = max_share, replacement
         self.num_neighbours, self.temperature = neighbours, temperature
-        self.neighbours: Neighbours | None = None  # of the codebook, once its device is known
+        self.neighbours: Neighbours | None = None  # of the codes in `codebook`, once its device is known
+        self.codebook: Tensor | None = None
 
     def check(self, network: MVARConfig) -> None:
         super().check(network)
@@ -213,9 +215,10 @@ class SelfCorrecting(TeacherForced):
 
     def draw_neighbours(self, learner: Learner, batch: TokenBatch, labels: Tensor, uniforms: Tensor) -> Replacement:
         codebook = learner.tokenizer.quantizer.codebook.weight
-        if self.neighbours is None or self.neighbours.codes.device != codebook.device:
-            self.neighbours = Neighbours.of(codebook, self.num_neighbours, self.temperature)
         table = self.neighbours
+        if table is None or self.codebook is not codebook or table.codes.device != codebook.device:
+            table = Neighbours.of(codebook, self.num_neighbours, self.temperature)
+            self.neighbours, self.codebook = table, codebook
         return lambda targets, span: table.draw(targets, uniforms[:, span])
 
     def draw_own(self, learner: Learner, batch: TokenBatch, labels: Tensor, uniforms: Tensor) -> Replacement:

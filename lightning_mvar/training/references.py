@@ -34,7 +34,7 @@ class Reference:
         strategy: of the run; all ranks must build this.
 
     Raises:
-        InputError: if the network cannot be read, or is one of another architecture or tokenizer.
+        InputError: if the network cannot be read, or has another architecture, other classes or another tokenizer.
     """
 
     def __init__(
@@ -48,8 +48,15 @@ class Reference:
         strategy: Strategy,
     ) -> None:
         stored = open_trained(path, weights=kind)
-        check_tokenizer(stored, tokenizer, tokenizer_path)
+        remedy = "name a network of this tokenizer with --model.objective.reference"
+        check_tokenizer(stored, tokenizer, tokenizer_path, remedy)
         self.weights, self.strategy = InitialWeights(stored, config, class_names), strategy
+        if self.weights.adapters:
+            difference = "another scale schedule" if "pos_embed" in self.weights.adapters else "other classes"
+            raise InputError(
+                f"the reference {path} has {difference} than this run: fine-tune it to the data first, then name the "
+                f"result with --model.objective.reference"
+            )
         fingerprint = strategy.broadcast(fingerprint_of(stored.weights) if strategy.is_global_zero else "")
         self.record = ReferenceRecord(str(Path(path).expanduser().resolve()), fingerprint)
         self.network: MVAR  # known after `build`

@@ -111,16 +111,22 @@ def frozen_network(weights: InitialWeights, strategy: Strategy) -> MVAR:
     return network.requires_grad_(False).eval()
 
 
-def check_tokenizer(stored: StoredModel, tokenizer: Tokenizer, path: str) -> None:
-    """Raises InputError unless a tokenizer is the one that a network was trained with, maybe with another schedule."""
+def check_tokenizer(
+    stored: StoredModel,
+    tokenizer: Tokenizer,
+    path: str,
+    remedy: str = "pass the right one with --model.tokenizer",
+) -> None:
+    """Checks that a tokenizer is the one that a network was trained with, maybe with another schedule.
+
+    Raises:
+        InputError: with the remedy, if it is another one.
+    """
     expected, folder = stored.tokenizer_fingerprint, stored.tokenizer_folder
     if expected is None and folder is not None:
         expected = load_tokenizer(folder).fingerprint()
     if expected not in (None, actual := tokenizer.with_schedule(stored.config.schedule).fingerprint()):
-        raise InputError(
-            f"{stored.source} was trained with tokenizer {expected}, but {path} holds {actual}: pass the right one "
-            f"with --model.tokenizer"
-        )
+        raise InputError(f"{stored.source} was trained with tokenizer {expected}, but {path} holds {actual}: {remedy}")
 
 
 def kept_classes(stored: StoredModel, names: Sequence[str]) -> list[int | None]:

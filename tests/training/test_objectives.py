@@ -19,7 +19,7 @@ from test_waits import Watch
 from torch import Tensor
 from training_runs import TWO_RANKS, largest_difference, train, weights
 
-from lightning_mvar import MVAR, Tokenizer
+from lightning_mvar import MVAR, ScaleSchedule, Tokenizer
 from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.checkpoints import open_trained, save_folder
 from lightning_mvar.checkpoints.training import NETWORK_KEY
@@ -181,6 +181,20 @@ def test_self_correction_scores_the_targets_of_a_corrupted_pyramid(replacement: 
     scores = module.objective(module, batch, batch.labels, 5)
     assert float(scores.loss) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert 0 < float(scores.scalars["repaired"]) < 1
+
+
+def test_an_objective_finds_neighbours_anew_with_another_tokenizer(runs: Runs) -> None:
+    """On another codebook on the same device, it draws what a new objective draws."""
+    module, reused, draws = runs.fit(TeacherForced()), SelfCorrecting(neighbours=4), []
+    batch, uniforms = first_batch(module), torch.rand(8, SCHEDULE.num_tokens)
+    for _ in range(2):
+        for objective in (reused, SelfCorrecting(neighbours=4)):
+            draw = objective.draw_neighbours(module, batch, batch.labels, uniforms)
+            draws.append(draw(batch.tokens, slice(None)))
+        module.hidden_tokenizer[0] = Tokenizer(module.tokenizer.config)
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[2], draws[3])
+    assert not torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -377,6 +391,24 @@ def test_own_samples_must_be_those_of_the_reference(tuned: Runs) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*bare network")
         fit(tuned.own(top_k=48, top_p=1.0))
+
+
+def test_a_reference_of_other_classes_schedule_or_tokenizer_is_refused(tuned: Runs, tokenizer: Tokenizer) -> None:
+    """Such weights can be trained on, but what would be added to them at random is nothing to compare with."""
+    other = Tokenizer(tokenizer.config)
+    cases = {
+        "classes": (tokenizer, tiny_network(width=32, head_dim=16, num_classes=7), "has other classes than this run"),
+        "scales": (
+            tokenizer.with_schedule(shorter := ScaleSchedule((1, 4))),
+            tiny_network(shorter, width=32, head_dim=16),
+            "has another scale schedule than this run",
+        ),
+        "codes": (other, tiny_network(width=32, head_dim=16), "this tokenizer with --model.objective.reference"),
+    }
+    for name, (encoder, network, message) in cases.items():
+        save_folder(tuned.root / name, encoder, network)
+        with pytest.raises(InputError, match=message):
+            tuned.fit(ConditionContrastive(str(tuned.root / name)))
 
 
 @torch.no_grad()
