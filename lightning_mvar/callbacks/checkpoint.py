@@ -131,7 +131,7 @@ class AtomicCheckpoint(CheckpointHooks):
                 strategy.save_checkpoint(checkpoint, temporary)
         except (OSError, RuntimeError, CheckpointException) as caught:
             error, checksums = caught, None
-        if not single_rank and in_process_group():
+        if not single_rank and trainer.world_size > 1:  # raises if the main thread has removed the group
             checksums = merge_checksums(checksums, group)
         if trainer.is_global_zero and checksums is not None:
             try:
@@ -159,7 +159,7 @@ class AtomicCheckpoint(CheckpointHooks):
             return
         try:
             error = self.writer.wait()
-        except RuntimeError as lost_rank:
+        except (RuntimeError, ValueError) as lost_rank:  # ValueError if its group no longer exists
             error = lost_rank
         if error is not None:
             self.raise_write_error(trainer, self.writer.path, error)

@@ -62,11 +62,19 @@ class OwnPrefixCallback(L.Callback):
         self.sums: Tensor | None = None  # (3, k - 1) float64 of this rank's images
         self.count: Tensor | None = None  # () number of those images
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Checks that images and scales can be told apart.
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.check(pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.check(pl_module)
+
+    def check(self, pl_module: L.LightningModule) -> None:
+        """Checks that the data are token shards and the network predicts scales.
+
+        Not in `setup`, before which the module does not know whether the run continues from a checkpoint.
 
         Raises:
-            InputError: if the data are not token shards, or the network does not predict scales.
+            InputError: if they are not, or it does not.
         """
         assert isinstance(pl_module, LitMVAR)
         if pl_module.token_data is None:

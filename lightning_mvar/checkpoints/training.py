@@ -292,6 +292,11 @@ def open_snapshots(path: Path, tokenizer: str | Path | None) -> list[tuple[Profi
     Raises:
         InputError: if the checkpoint is missing or damaged, or its run keeps no such average.
     """
+    if path.is_dir() and not (path / PLAIN_PART).is_file():
+        raise InputError(
+            f"{path} is no snapshot: name checkpoints of a run with model.power_ema, as in the folder `snapshots` that "
+            f"configs/callbacks/snapshots.yaml keeps"
+        )
     checkpoint = read_plain_part(path)
     record, step = read_record(path, checkpoint), checkpoint.get("global_step")
     if not record.run.power_ema:

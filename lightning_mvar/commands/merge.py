@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
-from lightning_mvar.checkpoints import WhichWeights, open_trained
+from lightning_mvar.checkpoints import StoredModel, WhichWeights, open_trained
 from lightning_mvar.checkpoints.merge import Term
 from lightning_mvar.checkpoints.merge import merge as merge_networks
 from lightning_mvar.checkpoints.power_ema import Profile, check_sigma_rel, reconstruct
@@ -54,6 +55,8 @@ def merge(
     if ema is not None:
         if (coefficients, base, away) != (None, None, None):
             raise InputError("--ema computes the coefficients itself: drop --coefficients, --base and --away")
+        if weights != "ema":
+            raise InputError(f"--ema reads the power-function averages of snapshots: drop --weights {weights}")
         check_sigma_rel(ema, "--ema")
         terms = power_average(networks, ema, tokenizer)
     else:
@@ -71,15 +74,24 @@ def power_average(paths: tuple[str, ...], sigma_rel: float, tokenizer: str | Non
     """Finds the coefficients of the averages in snapshots for the average of another width; see `merge`.
 
     Raises:
-        InputError: if a path is not a snapshot, or two snapshots are of the same step.
+        InputError: if a path is not a snapshot, two snapshots are of the same step, or they are of different runs.
     """
     steps: dict[int, str] = {}
-    snapshots = []
+    snapshots: list[tuple[Profile, StoredModel]] = []
+    first: dict[str, object] = {}
     for path in paths:
         opened = open_snapshots(resolve_last(Path(path)), tokenizer)
         step = opened[0][0].step
         if step in steps:
             raise InputError(f"{steps[step]} and {path} are both of step {step}: name snapshots of one run, each once")
+        settings = {"power_ema": [profile.sigma_rel for profile, _ in opened], **asdict(opened[0][1].config)}
+        first = first or settings
+        for name in settings:
+            if settings[name] != first[name]:
+                raise InputError(
+                    f"{path} is a snapshot of another run than {paths[0]}: its {name} is {settings[name]}, not "
+                    f"{first[name]}"
+                )
         steps[step] = path
         snapshots += opened
     profiles = [profile for profile, _ in snapshots]

@@ -75,6 +75,15 @@ def test_a_checkpoint_holds_what_belongs_to_its_step(plain_run_folder: Path) -> 
     assert [step for step, _ in scalars(plain_run_folder / "run/logs")["train/loss"]] == list(range(9))
 
 
+def test_a_rank_whose_process_group_is_gone_publishes_nothing(tmp_path: Path) -> None:
+    """The checksums of its own files alone would seal an incomplete checkpoint."""
+    trainer = mock.Mock(world_size=2, is_global_zero=True)
+    trainer.strategy.save_checkpoint = lambda content, path: torch.save(content, path)
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        Checkpoint(str(tmp_path), 1).write_and_publish(trainer, tmp_path / "step=00000001.ckpt", {}, None)
+    assert [path.name for path in tmp_path.iterdir()] == [".step=00000001.ckpt.unfinished"]
+
+
 def test_invalid_settings_are_refused() -> None:
     with pytest.raises(InputError, match="either every_n_train_steps or train_time_interval"):
         Checkpoint("folder")

@@ -16,6 +16,7 @@ from lightning_mvar import Tokenizer
 from lightning_mvar.callbacks import Checkpoint, SnapshotCheckpoint
 from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.checkpoints.power_ema import exponent_of
+from lightning_mvar.checkpoints.training import NETWORK_KEY
 from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 from lightning_mvar.training.datamodules import TokenDataModule
@@ -88,11 +89,22 @@ def test_merge_reconstructs_the_average_of_another_width(
     for options, message in (
         (["0.4"], "--ema 0.4 is not a relative width"),
         (["0.1", "--coefficients", "1", "1"], "--ema computes the coefficients itself"),
+        (["0.1", "--weights", "raw"], "drop --weights raw"),
     ):
         assert run([*command, *options]) == 1
         assert message in capfd.readouterr().err
     assert run(["merge", paths[0], paths[0], "--ema", "0.1", "--out", str(tmp_path / "out")]) == 1
     assert "are both of step 2" in capfd.readouterr().err
+    assert run(["merge", str(tmp_path / "0.1"), "--ema", "0.1", "--out", str(tmp_path / "out")]) == 1
+    assert "0.1 is no snapshot: name checkpoints of a run with model.power_ema" in capfd.readouterr().err
+    for key, value in (("power_ema", [0.05, 0.11]), ("drop_path", 0.25)):
+        content = torch.load(paths[0], weights_only=True)
+        part = "run" if key == "power_ema" else "network"
+        content[NETWORK_KEY][part][key] = value
+        torch.save(content, tmp_path / "other.ckpt")
+        command = ["merge", str(tmp_path / "other.ckpt"), paths[1], "--ema", "0.1", "--out", str(tmp_path / "out")]
+        assert run(command) == 1
+        assert f"is a snapshot of another run than {tmp_path / 'other.ckpt'}: its {key} is" in capfd.readouterr().err
 
 
 def test_averages_resume_to_the_bit_and_load_with_the_module(

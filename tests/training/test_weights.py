@@ -270,10 +270,14 @@ def test_strategies_agree_and_a_resumed_run_needs_no_weights(plain_run_folder: P
     (plain_run_folder / "run.yaml").write_text(f"{text[:begin]}, weights: export{text[end + 1 :]}")
     train(plain_run_folder, "one", [])
     train(plain_run_folder, "fsdp2", [*TWO_RANKS, "fsdp2"], devices=2)
-    killed = start([*FIT, *TWO_RANKS, "ddp", "--trainer.default_root_dir", "ddp"], plain_run_folder, 2, kill_in_step_7)
+    (plain_run_folder / "own.yaml").write_text(
+        "trainer: {callbacks+: [{class_path: lightning_mvar.callbacks.OwnPrefixCallback, init_args: {images: 16}}]}"
+    )
+    ddp = ["--config", "own.yaml", *TWO_RANKS, "ddp"]
+    killed = start([*FIT, *ddp, "--trainer.default_root_dir", "ddp"], plain_run_folder, 2, kill_in_step_7)
     assert killed.wait() != [0, 0]
     shutil.rmtree(plain_run_folder / "export")
-    train(plain_run_folder, "ddp", [*TWO_RANKS, "ddp"], devices=2)
+    train(plain_run_folder, "ddp", ddp, devices=2)
     expected = scalars(plain_run_folder / "one/logs")
     assert len(expected["train/loss"]) == 12
     for name in ("ddp", "fsdp2"):
