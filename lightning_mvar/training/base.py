@@ -306,32 +306,6 @@ class ScheduledModule(L.LightningModule):
             )
 
 
-def require_same_average(saved: bool, current: bool) -> None:
-    """Raises InputError unless checkpoint and run both keep a weight average, or neither does."""
-    if saved != current:
-        kept = {True: "kept", False: "not kept"}
-        raise InputError(
-            f"--ckpt_path has another ema_decay: an average of the weights is {kept[saved]} in the checkpoint "
-            f"and {kept[current]} in this run"
-        )
-
-
-def require_same_optimizer(saved: bool, current: bool) -> None:
-    """Raises InputError unless checkpoint and run both train with Muon, or neither does."""
-    if saved != current:
-        names = {True: "Muon and AdamW", False: "AdamW alone"}
-        raise InputError(
-            f"--ckpt_path holds the state of {names[saved]}, but this run trains with {names[current]}: set "
-            f"--model.optimizer.muon {str(saved).lower()}"
-        )
-
-
-def require_same_power_ema(saved: list[float], current: list[float]) -> None:
-    """Raises InputError unless checkpoint and run keep the same power-function averages."""
-    if saved != current:
-        raise InputError(f"--ckpt_path has another power_ema: {saved} in the checkpoint and {current} in this run")
-
-
 def warm_up_decay(decay: float, step: int) -> float:
     """Lowers the decay of a weight average to (1 + step) / (10 + step) in the first steps, counted from 0."""
     return min(decay, (1 + step) / (10 + step))

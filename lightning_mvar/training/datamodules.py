@@ -18,6 +18,7 @@ from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.data.tokens.stream import PairedStream, TokenBatch, TokenLoader, TokenStream
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES
+from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.scales import Shape, shape_of
 from lightning_mvar.training.agreement import read_on_all_ranks
 
@@ -174,6 +175,17 @@ class TokenDataModule(BatchedDataModule):
         names = {name: manifest.class_names for name, manifest in self.manifests.items()}
         if any(classes != next(iter(names.values())) for classes in names.values()):
             raise InputError(f"the shards in {' and '.join(str(self.shards[n]) for n in names)} have different classes")
+
+    def check_network(self, network: MVARConfig, tokenizer: str) -> None:
+        """Raises InputError unless all shards fit a network with a tokenizer of this fingerprint; names the field."""
+        fields = network.schedule.side_lengths, network.vocab_size, network.num_classes, tokenizer
+        for name, manifest in self.manifests.items():
+            manifest.check_model(self.shards[name], *fields)
+
+    def check_classes(self, class_names: list[str]) -> None:
+        """Raises InputError if shards have other classes than a network with these names, if any; names the class."""
+        for name, manifest in self.manifests.items() if class_names else ():
+            manifest.check_classes(self.shards[name], class_names)
 
     @property
     def class_names(self) -> list[str]:

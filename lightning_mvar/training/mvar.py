@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_mvar.checkpoints import StoredModel, WhichWeights, load_tokenizer, load_trained, open_trained
+from lightning_mvar.checkpoints import WhichWeights, load_tokenizer
 from lightning_mvar.checkpoints.pair import check_pair
 from lightning_mvar.checkpoints.power_ema import check_sigma_rel, power_decay
 from lightning_mvar.checkpoints.training import (
+    EMA_PREFIX,
     NETWORK_KEY,
+    NETWORK_PREFIX,
+    POWER_PREFIX,
     NetworkRecord,
     RunRecord,
     TokenizerRecord,
-    open_snapshots,
+    open_part,
     read_plain_part,
+    read_record,
     resolve_last,
 )
 from lightning_mvar.data.tokens.stream import TokenBatch
@@ -35,29 +38,25 @@ from lightning_mvar.sampling.generate import draw_images, teacher_inputs
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
-from lightning_mvar.training.base import (
-    ScheduledModule,
-    require_same_average,
-    require_same_optimizer,
-    require_same_power_ema,
-    update_ema,
-    warm_up_decay,
-)
+from lightning_mvar.training.base import ScheduledModule, update_ema, warm_up_decay
 from lightning_mvar.training.batches import global_rows, labels_of, token_batch
 from lightning_mvar.training.blocks import ActivationCheckpointing, configure_block
 from lightning_mvar.training.collectives import mean_over_ranks
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.freezing import freeze_parameters
 from lightning_mvar.training.lightning_internals import attached_trainer
-from lightning_mvar.training.objectives import Objective, TeacherForced
+from lightning_mvar.training.objectives import Objective, TeacherForced, mean_scores
 from lightning_mvar.training.optim import OptimizerConfig
 from lightning_mvar.training.references import Reference, require_same_reference
-from lightning_mvar.training.strategies import (
-    FSDP2Strategy,
-    build_network,
-    sampling_mode,
+from lightning_mvar.training.resuming import (
+    adapt_to_devices,
+    require_same_average,
+    require_same_network,
+    require_same_optimizer,
+    require_same_power_ema,
 )
-from lightning_mvar.training.weights import InitialWeights, check_tokenizer
+from lightning_mvar.training.strategies import FSDP2Strategy, build_network, sampling_mode
+from lightning_mvar.training.weights import InitialWeights, Start, check_tokenizer
 
 
 class LitMVAR(ScheduledModule):
@@ -121,8 +120,7 @@ class LitMVAR(ScheduledModule):
             check_sigma_rel(sigma_rel, "model.power_ema")
         self.network_options: MVARConfig = network
         self.given_tokenizer = None if tokenizer is None else os.path.expanduser(tokenizer)
-        self.weights, self.weights_kind, self.freeze_patterns = weights, weights_kind, freeze
-        self.continued: NetworkRecord | None = None  # of the checkpoint that a run with `weights` continues from
+        self.weights, self.start, self.freeze_patterns = weights, Start(weights, weights_kind), freeze
         self.objective, self.label_drop, self.ema_decay = objective, label_drop, ema_decay
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.sampling = SamplingSettings()  # of `predict_step`
@@ -140,18 +138,15 @@ class LitMVAR(ScheduledModule):
             InputError: naming the first field that differs.
         """
         super().setup(stage)
-        if self.weights is not None:
-            self.continued = self.trainer.strategy.broadcast(self.continued)  # only rank 0 looks for checkpoints
-        if self.stored is not None:
-            check_tokenizer(self.stored, self.hidden_tokenizer[0], self.tokenizer_path)
-            if self.token_data is None and self.network_config.num_classes == self.stored.config.num_classes:
-                self.known_class_names = self.stored.class_names
-        network, data = self.network_config, self.token_data
-        for name, manifest in data.manifests.items() if data is not None else ():
-            side_lengths = network.schedule.side_lengths
-            expected = (side_lengths, network.vocab_size, network.num_classes, self.tokenizer_fingerprint)
-            manifest.check_model(data.shards[name], *expected)  # type: ignore[union-attr]
-        self.check_classes(self.known_class_names)
+        self.start.share(self.trainer.strategy)
+        network, data, stored = self.network_config, self.token_data, self.start.stored
+        if stored is not None:
+            check_tokenizer(stored, self.hidden_tokenizer[0], self.tokenizer_path)
+            if data is None and network.num_classes == stored.config.num_classes:
+                self.known_class_names = stored.class_names
+        if data is not None:
+            data.check_network(network, self.tokenizer_fingerprint)
+            data.check_classes(self.known_class_names)
         self.objective.check(network)
         if stage == "fit":
             self.setup_objective()
@@ -163,15 +158,9 @@ class LitMVAR(ScheduledModule):
             self.objective.check_own_samples("own" in data.shards)
         if path is not None:
             context = self.hidden_tokenizer[0], self.tokenizer_path, self.trainer.strategy
-            self.reference = Reference(path, self.weights_kind, self.network_config, self.class_names, *context)
+            self.reference = Reference(path, self.start.kind, self.network_config, self.class_names, *context)
             if data is not None and "own" in data.shards:
                 self.reference.check_samples(data.manifests["own"], data.shards["own"])
-
-    def check_classes(self, class_names: list[str]) -> None:
-        """Raises InputError if the shards have other classes than a network with these names; naming the first one."""
-        data = self.token_data
-        for name, manifest in data.manifests.items() if data is not None and class_names else ():
-            manifest.check_classes(data.shards[name], class_names)  # type: ignore[union-attr]
 
     @cached_property
     def network_config(self) -> MVARConfig:
@@ -183,7 +172,7 @@ class LitMVAR(ScheduledModule):
         options = self.network_options
         if not isinstance(options, NetworkOptions):
             return options
-        tokenizer, base = self.hidden_tokenizer[0].config, self.trained_config
+        tokenizer, base = self.hidden_tokenizer[0].config, self.start.config
         known = {"schedule": tokenizer.schedule, "vocab_size": tokenizer.vocab_size, "code_dim": tokenizer.code_dim}
         if options.num_classes is None and self.token_data is not None:
             known["num_classes"] = len(self.class_names)
@@ -192,32 +181,14 @@ class LitMVAR(ScheduledModule):
         return options.complete(base, **known)
 
     @cached_property
-    def stored(self) -> StoredModel | None:
-        """The trained network to start from; None without one, and in a run that continues from a checkpoint."""
-        if self.weights is None or self.continued is not None:
-            return None
-        return open_trained(self.weights, weights=self.weights_kind)
-
-    @property
-    def trained_config(self) -> MVARConfig | None:
-        """Architecture of the trained network to start from, or of the checkpoint to continue from in its place."""
-        if self.continued is not None:
-            return self.continued.network
-        return None if self.stored is None else self.stored.config
-
-    @cached_property
     def tokenizer_path(self) -> str:
         """Folder of the tokenizer.
 
         Raises:
             InputError: if it is neither given nor known from the weights to start from.
         """
-        if self.given_tokenizer is not None:
-            return self.given_tokenizer
-        if self.continued is not None:
-            return self.continued.tokenizer.path
-        if self.stored is not None and self.stored.tokenizer_folder is not None:
-            return self.stored.tokenizer_folder
+        if (folder := self.given_tokenizer or self.start.tokenizer_folder) is not None:
+            return folder
         source = "" if self.weights is None else f": {self.weights} does not say which one it was trained with"
         raise InputError(f"set model.tokenizer to the folder of the tokenizer that encoded the tokens{source}")
 
@@ -243,20 +214,23 @@ class LitMVAR(ScheduledModule):
         device = self.device if strategy is None else strategy.root_device
         shard = strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda part: None
 
+        config, stored = self.network_config, self.start.stored
+        load = None if stored is None else InitialWeights(stored, config, self.class_names).load
+
         def finish(part: nn.Module) -> None:
-            if isinstance(part, Block):
-                configure_block(part, self.compile_blocks, self.activation_checkpointing)
+            self.configure_block(part)
             shard(part)
 
-        config, load = self.network_config, None
-        if self.stored is not None:
-            load = InitialWeights(self.stored, config, self.class_names).load
+        def average() -> MVAR:  # the same seed makes it start as a copy
+            return build_network(config, device, self.seed, shard, load).requires_grad_(False)
+
         self.network = build_network(config, device, self.seed, finish, load, self.freeze_patterns)
-        if self.ema_decay is not None:  # the same seed makes it start as a copy
-            self.ema = build_network(config, device, self.seed, shard, load).requires_grad_(False)
-        for _ in self.power_ema:
-            average = build_network(config, device, self.seed, shard, load)
-            self.power_averages.append(average.requires_grad_(False))
+        self.ema = None if self.ema_decay is None else average()
+        self.power_averages.extend(average() for _ in self.power_ema)
+
+    def configure_block(self, part: nn.Module) -> None:
+        if isinstance(part, Block):
+            configure_block(part, self.compile_blocks, self.activation_checkpointing)
 
     @property
     def averaged(self) -> MVAR:
@@ -298,7 +272,7 @@ class LitMVAR(ScheduledModule):
         labels = self.drop_labels(batch, batch_idx)
         loss, losses, correct, scalars = self.objective(self, batch, labels, batch_idx)
         if self.is_logging_step:
-            scores = self.summary("train", losses.detach(), correct) | self.scale_losses("scale_loss", losses.detach())
+            scores = mean_scores("train", losses.detach(), correct, self.network_config.schedule)
             scores |= {"train/loss": loss.detach()} | {f"train/{name}": value for name, value in scalars.items()}
             means = mean_over_ranks(torch.stack([*scores.values()]))
             self.log_scalars(dict(zip(scores, means, strict=True)))
@@ -331,8 +305,8 @@ class LitMVAR(ScheduledModule):
         weight = batch.valid.sum()  # on the device, which the host does not wait for; 0 for a batch of only padding
         factors = batch.valid * (len(batch.valid) / weight.clamp(min=1))  # a mean over all rows is one over valid ones
         losses, correct = (scores * factors[:, None] for scores in self.score(batch, batch.labels))
-        logged = self.summary(stage, losses, correct) | self.scale_losses(f"{stage}_scale_loss", losses)
-        self.log_dict(logged, batch_size=weight, sync_dist=True)  # type: ignore[arg-type]
+        means = mean_scores(stage, losses, correct, self.network_config.schedule)
+        self.log_dict(means, batch_size=weight, sync_dist=True)  # type: ignore[arg-type]
 
     def score(self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Returns cross entropy (b, l) in nats and whether the most likely token is correct (b, l), both float32."""
@@ -370,19 +344,6 @@ class LitMVAR(ScheduledModule):
         """Splits (b, l) into one (b, n) per scale."""
         return scores.split(self.network_config.schedule.lengths, dim=1)
 
-    def summary(self, stage: str, losses: Tensor, correct: Tensor) -> dict[str, Tensor]:
-        """Returns the means of loss and accuracy (b, l) over all tokens and over the last scale."""
-        return {
-            f"{stage}/loss": losses.mean(),
-            f"{stage}/loss_last_scale": self.per_scale(losses)[-1].mean(),
-            f"{stage}/acc": correct.mean(),
-            f"{stage}/acc_last_scale": self.per_scale(correct)[-1].mean(),
-        }
-
-    def scale_losses(self, prefix: str, losses: Tensor) -> dict[str, Tensor]:
-        names = self.network_config.schedule.names
-        return {f"{prefix}/{name}": part.mean() for name, part in zip(names, self.per_scale(losses), strict=True)}
-
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, map_location: Any = None, tokenizer: str | None = None, **options: Any
@@ -402,53 +363,46 @@ class LitMVAR(ScheduledModule):
             InputError: if the checkpoint is missing or not one of `fit`, its tokenizer is a different one, or it is of
                 an older version that did not record the decay of its average.
         """
-        path = Path(checkpoint_path).expanduser()
-        record = checked(read_plain_part(resolve_last(path)).get(NETWORK_KEY), NetworkRecord, str(path))
-        trained = load_trained(path, tokenizer, weights="raw")
-        if record.run.ema and "ema_decay" not in options:
-            if record.run.ema_decay is None:
-                raise InputError(f"{path} does not record the decay of its weight average: pass ema_decay")
-            options["ema_decay"] = record.run.ema_decay
-        options.setdefault("power_ema", record.run.power_ema)
-        network = NetworkOptions(**vars(trained.network.config))
-        module = cls(network, tokenizer or record.tokenizer.path, **options)
-        module.network = trained.network.train()
-        freeze_parameters(module.network, module.freeze_patterns)
-        for block in module.network.blocks:
-            configure_block(block, module.compile_blocks, module.activation_checkpointing)  # type: ignore[arg-type]
-        module.known_class_names = trained.class_names
-        if module.ema_decay is not None:
-            module.ema = load_trained(path, tokenizer, weights="ema").network.requires_grad_(False)
+        path = resolve_last(Path(checkpoint_path).expanduser())
+        record = read_record(path, read_plain_part(path))
+        if record.run.ema and record.run.ema_decay is None and "ema_decay" not in options:
+            raise InputError(f"{path} does not record the decay of its weight average: pass ema_decay")
+        options = {"ema_decay": record.run.ema_decay, "power_ema": record.run.power_ema} | options
+        module = cls(NetworkOptions(**vars(record.network)), tokenizer or record.tokenizer.path, **options)
         require_same_power_ema(record.run.power_ema, module.power_ema)
-        for _, stored in open_snapshots(resolve_last(path), tokenizer) if module.power_ema else ():
-            module.power_averages.append(stored.load().network.requires_grad_(False))
+        module.known_class_names = record.class_names
+
+        def load(prefix: str) -> MVAR:
+            return open_part(path, record, prefix, tokenizer).load().network.requires_grad_(False)
+
+        module.network = load(NETWORK_PREFIX).train()
+        freeze_parameters(module.network, module.freeze_patterns)
+        module.network.blocks.apply(module.configure_block)
+        if module.ema_decay is not None:
+            module.ema = load(EMA_PREFIX if record.run.ema else NETWORK_PREFIX)
+        module.power_averages.extend(load(f"{POWER_PREFIX}{i}.") for i in range(len(module.power_ema)))
         return module.to(map_location) if map_location is not None else module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tokenizer = TokenizerRecord(str(Path(self.tokenizer_path).resolve()), self.tokenizer_fingerprint)
         batch = None if self.token_data is None else self.batch_of_all_ranks
         reference = None if self.reference is None else self.reference.record
-        run = RunRecord(
-            self.ema_decay is not None,
-            self.skip_counts,
-            self.trainer.world_size,
-            batch,
-            self.ema_decay,
-            reference,
-            self.power_ema,
-            self.optimizer_config.muon,
-        )
+        average, counts = self.ema_decay is not None, (self.skip_counts, self.trainer.world_size, batch)
+        muon = self.optimizer_config.muon
+        run = RunRecord(average, *counts, self.ema_decay, reference, self.power_ema, muon)
         checkpoint[NETWORK_KEY] = asdict(NetworkRecord(self.network_config, tokenizer, self.class_names, run))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         record = self.check_checkpoint(checkpoint[NETWORK_KEY])
-        self.check_classes(record.class_names)
+        if self.token_data is not None:
+            self.token_data.check_classes(record.class_names)
         super().on_load_checkpoint(checkpoint)
         if self.trainer.state.fn == "fit":
             require_same_reference(record.run.reference, None if self.reference is None else self.reference.record)
             self.skipped_steps, self.skipped_in_a_row = record.run.skipped_steps
-            if self.token_data is not None and record.run.batch_of_all_ranks is not None:
-                self.adapt_to_devices(record.run, record.run.batch_of_all_ranks, checkpoint["loops"]["fit_loop"])
+            if self.token_data is not None:
+                counts = self.trainer.world_size, self.batch_of_all_ranks
+                adapt_to_devices(record.run, *counts, checkpoint["loops"]["fit_loop"])
 
     def check_checkpoint(self, entry: Any) -> NetworkRecord:
         """Reads the `NETWORK_KEY` entry of a checkpoint; fields that it lacks have their defaults.
@@ -457,44 +411,12 @@ class LitMVAR(ScheduledModule):
             InputError: if it is damaged, or of another network or tokenizer; names the first field that differs.
         """
         record = checked(entry, NetworkRecord, "--ckpt_path")
-        if self.weights is not None:
-            self.continued = record
-        saved = asdict(record.network) | {"tokenizer": record.tokenizer.fingerprint}
+        self.start.continue_from(record)
         network = self.network_options if attached_trainer(self) is None else self.network_config
         if isinstance(network, NetworkOptions):  # what tokenizer and shards say is known with the trainer
-            network = network.complete(
-                self.trained_config, **{name: getattr(record.network, name) for name in OF_TOKENS}
-            )
-        current = asdict(network) | {"tokenizer": self.tokenizer_fingerprint}
-        for name in current:
-            if current[name] != saved.get(name):
-                raise InputError(
-                    f"--ckpt_path is of another configuration: {name} is {saved.get(name)} in the checkpoint and "
-                    f"{current[name]} in this run"
-                )
+            network = network.complete(self.start.config, **{name: getattr(record.network, name) for name in OF_TOKENS})
+        require_same_network(record, network, self.tokenizer_fingerprint)
         require_same_average(record.run.ema, self.ema_decay is not None)
         require_same_power_ema(record.run.power_ema, self.power_ema)
         require_same_optimizer(record.run.muon, self.optimizer_config.muon)
         return record
-
-    def adapt_to_devices(self, run: RunRecord, before: int, fit_loop: dict[str, Any]) -> None:
-        """Keeps the place in the epoch if the run resumes with other devices or batch sizes, and reports what changes.
-
-        The order of the samples does not depend on the devices. Lightning counts batches, so its counts are converted.
-        """
-        now = self.batch_of_all_ranks
-        if before != now:
-            current = fit_loop["epoch_loop.batch_progress"]["current"]
-            repeated = current["completed"] * before % now
-            for name, batches in current.items():
-                current[name] = batches * before // now
-            rank_zero_info(
-                f"resuming with batches of {now} images over all ranks, not {before}: the order of the samples is the "
-                f"same, {repeated} of them are repeated; dropped labels follow the new batch size, and so does the "
-                f"learning rate unless the global batch is the same"
-            )
-        elif run.world_size != self.trainer.world_size:
-            rank_zero_info(
-                f"resuming on {self.trainer.world_size} ranks, not {run.world_size}: batches and dropped labels are "
-                f"the same; drop path draws other random numbers, sums round differently"
-            )

@@ -45,6 +45,18 @@ class Scores(NamedTuple):
     scalars: dict[str, Tensor]  # () each, logged as train/NAME
 
 
+def mean_scores(stage: str, losses: Tensor, correct: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
+    """Returns the means of scores (b, l) over all tokens and over the last scale, and of losses over each, by tag."""
+    by_scale, last_correct = losses.split(schedule.lengths, dim=1), correct.split(schedule.lengths, dim=1)[-1]
+    prefix = "scale_loss" if stage == "train" else f"{stage}_scale_loss"
+    return {
+        f"{stage}/loss": losses.mean(),
+        f"{stage}/loss_last_scale": by_scale[-1].mean(),
+        f"{stage}/acc": correct.mean(),
+        f"{stage}/acc_last_scale": last_correct.mean(),
+    } | {f"{prefix}/{name}": part.mean() for name, part in zip(schedule.names, by_scale, strict=True)}
+
+
 class Learner(Protocol):
     """What an objective needs of the module that it trains, `LitMVAR`."""
 

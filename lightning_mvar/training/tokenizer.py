@@ -22,10 +22,11 @@ from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, a
 from lightning_mvar.tokenizer.discriminator import AdversaryConfig, PatchDiscriminator, min_image_side
 from lightning_mvar.tokenizer.quantizer import PyramidStep
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
-from lightning_mvar.training.base import ScheduledModule, require_same_average, update_ema, warm_up_decay
+from lightning_mvar.training.base import ScheduledModule, update_ema, warm_up_decay
 from lightning_mvar.training.batches import image_batch
 from lightning_mvar.training.collectives import broadcast_from_rank_zero, mean_over_ranks, sum_over_ranks
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
+from lightning_mvar.training.resuming import require_same_average
 from lightning_mvar.training.strategies import FSDP2Strategy, assign_values, full_tensor
 from lightning_mvar.training.tokenizer_loss import TokenizerLoss
 

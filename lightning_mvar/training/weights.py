@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_mvar.checkpoints import StoredModel, load_tokenizer
+from lightning_mvar.checkpoints import StoredModel, WhichWeights, load_tokenizer, open_trained
+from lightning_mvar.checkpoints.training import NetworkRecord
 from lightning_mvar.data.classes import Classes, normalized
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import check_finite
@@ -23,6 +25,51 @@ from lightning_mvar.training.strategies import FSDP2Strategy, build_network
 
 # Fields of a network that may differ from its weights' own; the others decide what the weights mean.
 ADAPTABLE = ("schedule", "num_classes", "drop_path", "adaln_gate_init")
+
+
+class Start:
+    """Where a run begins: at initial weights, at those of a trained network, or at a checkpoint that it continues.
+
+    Args:
+        weights: path of the trained network; None for initial weights.
+        kind: of a checkpoint, `ema` takes the averaged weights if it has them, `raw` the last ones.
+    """
+
+    def __init__(self, weights: str | None, kind: WhichWeights) -> None:
+        self.weights, self.kind = weights, kind
+        self.continued: NetworkRecord | None = None  # of the checkpoint, which then replaces the trained network
+
+    def continue_from(self, record: NetworkRecord) -> None:
+        """Replaces the trained network, if there is one, by the checkpoint of this description."""
+        self.continued = None if self.weights is None else record
+
+    def share(self, strategy: Strategy) -> None:
+        """Tells all ranks whether the run continues from a checkpoint; only rank 0 looks for one."""
+        if self.weights is not None:
+            self.continued = strategy.broadcast(self.continued)
+
+    @cached_property
+    def trained(self) -> StoredModel | None:
+        return None if self.weights is None else open_trained(self.weights, weights=self.kind)
+
+    @property
+    def stored(self) -> StoredModel | None:
+        """The trained network; None without one, and in a run that continues from a checkpoint."""
+        return self.trained if self.continued is None else None
+
+    @property
+    def config(self) -> MVARConfig | None:
+        """Architecture of the trained network or of the checkpoint."""
+        if self.continued is not None:
+            return self.continued.network
+        return None if self.stored is None else self.stored.config
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """Folder of the tokenizer of the trained network or of the checkpoint; None if unknown."""
+        if self.continued is not None:
+            return self.continued.tokenizer.path
+        return None if self.stored is None else self.stored.tokenizer_folder
 
 
 class InitialWeights:

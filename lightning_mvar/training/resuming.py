@@ -1,0 +1,79 @@
+"""What a run must share with the checkpoint that it continues, and how it keeps its place in the epoch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord
+from lightning_mvar.errors import InputError
+from lightning_mvar.models.config import MVARConfig
+
+
+def require_same_network(record: NetworkRecord, network: MVARConfig, tokenizer: str) -> None:
+    """Raises InputError unless a checkpoint has this network and a tokenizer of this fingerprint; names the field."""
+    saved = asdict(record.network) | {"tokenizer": record.tokenizer.fingerprint}
+    current = asdict(network) | {"tokenizer": tokenizer}
+    for name in current:
+        if current[name] != saved.get(name):
+            raise InputError(
+                f"--ckpt_path is of another configuration: {name} is {saved.get(name)} in the checkpoint and "
+                f"{current[name]} in this run"
+            )
+
+
+def require_same_average(saved: bool, current: bool) -> None:
+    """Raises InputError unless checkpoint and run both keep a weight average, or neither does."""
+    if saved != current:
+        kept = {True: "kept", False: "not kept"}
+        raise InputError(
+            f"--ckpt_path has another ema_decay: an average of the weights is {kept[saved]} in the checkpoint "
+            f"and {kept[current]} in this run"
+        )
+
+
+def require_same_optimizer(saved: bool, current: bool) -> None:
+    """Raises InputError unless checkpoint and run both train with Muon, or neither does."""
+    if saved != current:
+        names = {True: "Muon and AdamW", False: "AdamW alone"}
+        raise InputError(
+            f"--ckpt_path holds the state of {names[saved]}, but this run trains with {names[current]}: set "
+            f"--model.optimizer.muon {str(saved).lower()}"
+        )
+
+
+def require_same_power_ema(saved: list[float], current: list[float]) -> None:
+    """Raises InputError unless checkpoint and run keep the same power-function averages."""
+    if saved != current:
+        raise InputError(f"--ckpt_path has another power_ema: {saved} in the checkpoint and {current} in this run")
+
+
+def adapt_to_devices(run: RunRecord, world_size: int, batch_of_all_ranks: int, fit_loop: dict[str, Any]) -> None:
+    """Keeps the place in the epoch if the run resumes with other devices or batch sizes, and reports what changes.
+
+    The order of the samples does not depend on the devices. Lightning counts batches, so its counts are converted.
+
+    Args:
+        run: state of the run in the checkpoint.
+        world_size: number of ranks now.
+        batch_of_all_ranks: images per batch now, all ranks together.
+        fit_loop: state of Lightning's loop in the checkpoint, changed in place.
+    """
+    before, now = run.batch_of_all_ranks, batch_of_all_ranks
+    if before is not None and before != now:
+        current = fit_loop["epoch_loop.batch_progress"]["current"]
+        repeated = current["completed"] * before % now
+        for name, batches in current.items():
+            current[name] = batches * before // now
+        rank_zero_info(
+            f"resuming with batches of {now} images over all ranks, not {before}: the order of the samples is the "
+            f"same, {repeated} of them are repeated; dropped labels follow the new batch size, and so does the "
+            f"learning rate unless the global batch is the same"
+        )
+    elif before is not None and run.world_size != world_size:
+        rank_zero_info(
+            f"resuming on {world_size} ranks, not {run.world_size}: batches and dropped labels are the same; drop path "
+            f"draws other random numbers, sums round differently"
+        )
