@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from threading import get_ident
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,9 +58,9 @@ def test_an_interruption_is_not_replaced_by_the_error_of_an_encoder(
 
     target = PngFolder(tmp_path / "set", {}, ["a", "b"])
     (tmp_path / "set/b").write_text("no folder")
-    drawing: Any = SimpleNamespace(batches=batches)
+    drawing: Any = None  # not reached
     with pytest.raises(Interrupted):
-        fill(target, drawing, None, 2)
+        fill(target, drawing, batches, 2)
     assert target.missing() == [1]
     assert "set/b/000001.png" in caplog.text
 

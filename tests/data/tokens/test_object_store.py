@@ -62,7 +62,8 @@ def test_batches_equal_those_of_the_folder(bucket: str, tmp_path: Path, workers:
     write_token_shards(tmp_path / "shards", "abc", [20, 20, 7])
     upload(tmp_path / "shards", bucket, "path/train")
     for ours, theirs in zip(batches(f"s3://{bucket}/path/train", workers), batches("shards"), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert ours.own is None
+        assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4], strict=True))
     assert len([*(tmp_path / "cache").glob("*.tar")]) == 3
 
 

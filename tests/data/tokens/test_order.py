@@ -82,7 +82,8 @@ def test_every_batch_equals_that_of_a_reader_of_everything(
         expected = list(reference_batches(samples, batch_size, rank, world_size, seed is None))
         assert len(expected) == len(stream)
         for batch, reference in zip(stream, expected[1:], strict=True):
-            for ours, theirs in zip(batch, reference, strict=True):
+            assert batch.own is None
+            for ours, theirs in zip(batch[:4], reference[:4], strict=True):
                 assert ours.dtype == theirs.dtype
                 np.testing.assert_array_equal(ours, theirs)
 
