@@ -47,8 +47,9 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float,
         fused: bool,
     ) -> None:
-        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=fused)
-        super().__init__([*self.adamw.param_groups, matrices | {"momentum": momentum}], self.adamw.defaults)
+        self.adamw = torch.optim.AdamW(others or [{"params": []}], lr=lr, betas=betas, fused=fused)
+        groups = self.adamw.param_groups if others else []
+        super().__init__([*groups, matrices | {"momentum": momentum}], self.adamw.defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

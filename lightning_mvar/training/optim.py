@@ -83,7 +83,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Splits trained parameters in two groups: 1-d ones (biases, norms) and those with the given endings do not decay.
 
-    With `muon`, the matrices of the blocks are a third group.
+    A group without parameters is left out: torch.distributed.checkpoint would lose its options. With `muon`, the
+    matrices of the blocks are the last group, empty if none is trained.
     """
     groups: tuple[list[nn.Parameter], ...] = ([], [], [])
     for name, parameter in model.named_parameters():
@@ -92,7 +93,12 @@ def parameter_groups(
             groups[2 if muon and is_block_matrix(name, parameter) else 0 if decays else 1].append(parameter)
     decayed, undecayed, matrices = groups
     split = [{"params": decayed, "decays": True}, {"params": undecayed, "decays": False, "weight_decay": 0.0}]
-    return [*split, {"params": matrices, "decays": True}] if muon else split
+    return without_empty(split) + ([{"params": matrices, "decays": True}] if muon else [])
+
+
+def without_empty(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the groups that have parameters. States of older versions also have others."""
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
@@ -112,14 +118,14 @@ def build_optimizer(
         optimizer = MuonAdamW(others, matrices, config.base_lr, betas, config.momentum, fused)
     else:
         optimizer = torch.optim.AdamW(groups, lr=config.base_lr, betas=betas, fused=fused)
-    optimizer.register_load_state_dict_pre_hook(keep_fused)
+    optimizer.register_load_state_dict_pre_hook(adapt_groups)
     return optimizer
 
 
-def keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state to load with this optimizer's `fused` flag, because a run may resume in another precision."""
+def adapt_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state to load without empty groups, with this optimizer's `fused` flag: precision may be another."""
     fused = optimizer.defaults["fused"]
-    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
+    return state | {"param_groups": [group | {"fused": fused} for group in without_empty(state["param_groups"])]}
 
 
 def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -169,7 +169,7 @@ def check_tensors(
 def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer, path: str) -> None:
     """Raises ValueError unless a state fits this optimizer, AdamW or `MuonAdamW`, and is finite."""
     check_like(saved, {"state": {}, "param_groups": []}, path)
-    groups = saved["param_groups"]
+    groups = [group for group in saved["param_groups"] if not isinstance(group, dict) or group.get("params") != []]
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(f"{path} has {len(groups)} groups of parameters, not {len(optimizer.param_groups)}")
     parameters: dict[Any, tuple[Tensor, tuple[str, ...]]] = {}  # by index in the checkpoint, with names of the state

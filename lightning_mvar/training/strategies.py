@@ -115,9 +115,15 @@ class FSDP2Strategy(DataParallelStrategy):
         self.model.load_state_dict(state["state_dict"], strict=self.lightning_module.strict_loading)
         for index, optimizer in enumerate(self.optimizers):  # after the network, whose parameters they name
             name = f"optimizer_{index}"
-            part = {name: get_optimizer_state_dict(self.model, optimizer)}
+            part: dict[str, Any] = {name: get_optimizer_state_dict(self.model, optimizer)}
+            trained = [group["params"] for group in part[name]["param_groups"]]
             reader.load(part)
             self.require_finite(part, path)
+            if [group["params"] for group in part[name]["param_groups"]] != trained:
+                raise InputError(
+                    f"--ckpt_path {path} is of a run that trains other parameters: set model.freeze as before, or "
+                    f"start a new run from it with --model.weights"
+                )
             options = StateDictOptions(cpu_offload=True)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=part[name], options=options)
         return read_plain_part(path)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import tiny_network, write_token_shards
 from lit_modules import make_module, make_trainer
 from processes import start
 from training_runs import FIT, TWO_RANKS, act_in_step, largest_difference, train, weights
 
 from lightning_mvar import Tokenizer
+from lightning_mvar.callbacks import Checkpoint
 from lightning_mvar.errors import InputError
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.freezing import freeze_parameters, trainable_parameters
-from lightning_mvar.training.strategies import build_network
+from lightning_mvar.training.optim import OptimizerConfig
+from lightning_mvar.training.strategies import FSDP2Strategy, build_network, full_tensor
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,32 @@ def test_frozen_parameters_have_neither_gradient_nor_optimizer_state(
         assert torch.equal(module.ema.get_parameter(name), initial[name]) == frozen, name
     held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in module.network.blocks[1].parameters()}
+
+
+def test_a_sharded_run_that_trains_matrices_and_biases_alone_resumes(
+    tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Muon trains the matrices; nothing else of the mixers decays."""
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [64])
+    data = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=16)
+
+    def fit(ckpt_path: Path | None) -> dict[str, torch.Tensor]:
+        options = {"freeze": ("*", "!*.mixers.*")}
+        module = make_module(tokenizer_folder, options, mixers=("block_causal_attention",))
+        module.optimizer_config = OptimizerConfig(base_lr=0.05, muon=True)
+        saving = Checkpoint(str(tmp_path / "run"), every_n_train_steps=2)
+        sharded = {"callbacks": [saving], "enable_checkpointing": True, "strategy": FSDP2Strategy(), "devices": 1}
+        trainer = make_trainer(tmp_path, 4, **sharded)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        assert [group["decays"] for group in trainer.optimizers[0].param_groups] == [False, True]
+        return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}
+
+    with mock.patch.dict(os.environ):  # Lightning describes the rank there
+        try:
+            expected, resumed = fit(None), fit(tmp_path / "run/step=00000002.ckpt")
+        finally:
+            dist.destroy_process_group()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
 def kill_in_step_7(rank: int) -> None:

@@ -22,6 +22,7 @@ from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.parameters import UNDECAYED
 from lightning_mvar.training.datamodules import TokenDataModule
+from lightning_mvar.training.freezing import freeze_parameters
 from lightning_mvar.training.muon import MuonAdamW, orthogonalize
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.optim import OptimizerConfig, apply_schedule, build_optimizer, skip_step_unless
@@ -92,6 +93,18 @@ def test_singular_values_become_nearly_equal(shape: tuple[int, int]) -> None:
     result = orthogonalize(matrix).float()
     strengths = torch.linalg.diagonal(u.T @ result @ v.T) if min(shape) == shape[1] else torch.linalg.svdvals(result)
     assert 0.6 < strengths.min() < strengths.max() < 1.3
+
+
+def test_muon_can_train_alone() -> None:
+    network = tiny_network()
+    freeze_parameters(network, ["*", "!*.mlp.*.weight"])
+    optimizer = build_optimizer(network, CONFIG)
+    (group,) = optimizer.param_groups
+    before = [parameter.detach().clone() for parameter in group["params"]]
+    skip_step_unless(torch.tensor(True), optimizer)
+    take_step(network, optimizer, 0)
+    assert len(before) == 4
+    assert not any(torch.equal(a, b) for a, b in zip(group["params"], before, strict=True))
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:

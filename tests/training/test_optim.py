@@ -15,6 +15,7 @@ from lightning_mvar.training.optim import (
     parameter_groups,
     skip_step_unless,
 )
+from lightning_mvar.training.run_state import check_optimizer
 
 CONFIG = OptimizerConfig(base_lr=1e-4, final_lr_ratio=0.1, weight_decay=0.05, final_weight_decay=0.08)
 TOTAL, BATCH = 1000, 768
@@ -151,3 +152,19 @@ def test_a_loaded_state_keeps_the_fused_flag_of_its_optimizer(before: bool, now:
     before_skip = resumed.weight.detach().clone()
     step(resumed, second, torch.nan, finite=False)
     assert torch.equal(resumed.weight, before_skip) == now  # otherwise loss scaling skips the step
+
+
+def test_a_state_of_an_older_version_may_have_empty_groups() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    assert [group["decays"] for group in optimizer.param_groups] == [True]
+    model.weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    state = optimizer.state_dict()
+    empty = state["param_groups"][0] | {"params": [], "decays": False}
+    older = state | {"param_groups": [*state["param_groups"], empty]}
+    loaded = build_optimizer(model, OptimizerConfig())
+    check_optimizer(older, loaded, "optimizer_states[0]")
+    loaded.load_state_dict(older)
+    assert len(loaded.param_groups) == 1
+    assert torch.equal(loaded.state[model.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
