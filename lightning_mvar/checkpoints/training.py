@@ -248,6 +248,7 @@ class RunRecord:
         reference: the objective's frozen network; None if it has none.
         power_ema: relative widths of the power-function averages.
         muon: whether Muon trains the matrices of the blocks.
+        freeze: patterns of names of parameters that are not trained; None in checkpoints of older versions.
     """
 
     ema: bool
@@ -258,6 +259,7 @@ class RunRecord:
     reference: ReferenceRecord | None = None
     power_ema: list[float] = field(default_factory=list)
     muon: bool = False
+    freeze: list[str] | None = None
 
 
 @dataclass(frozen=True)

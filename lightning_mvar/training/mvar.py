@@ -51,6 +51,7 @@ from lightning_mvar.training.references import Reference, require_same_reference
 from lightning_mvar.training.resuming import (
     adapt_to_devices,
     require_same_average,
+    require_same_frozen,
     require_same_network,
     require_same_optimizer,
     require_same_power_ema,
@@ -387,9 +388,17 @@ class LitMVAR(ScheduledModule):
         tokenizer = TokenizerRecord(str(Path(self.tokenizer_path).resolve()), self.tokenizer_fingerprint)
         batch = None if self.token_data is None else self.batch_of_all_ranks
         reference = None if self.reference is None else self.reference.record
-        average, counts = self.ema_decay is not None, (self.skip_counts, self.trainer.world_size, batch)
-        muon = self.optimizer_config.muon
-        run = RunRecord(average, *counts, self.ema_decay, reference, self.power_ema, muon)
+        run = RunRecord(
+            ema=self.ema_decay is not None,
+            skipped_steps=self.skip_counts,
+            world_size=self.trainer.world_size,
+            batch_of_all_ranks=batch,
+            ema_decay=self.ema_decay,
+            reference=reference,
+            power_ema=self.power_ema,
+            muon=self.optimizer_config.muon,
+            freeze=[*self.freeze_patterns],
+        )
         checkpoint[NETWORK_KEY] = asdict(NetworkRecord(self.network_config, tokenizer, self.class_names, run))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -419,4 +428,5 @@ class LitMVAR(ScheduledModule):
         require_same_average(record.run.ema, self.ema_decay is not None)
         require_same_power_ema(record.run.power_ema, self.power_ema)
         require_same_optimizer(record.run.muon, self.optimizer_config.muon)
+        require_same_frozen(record.run.freeze, [*self.freeze_patterns])
         return record

@@ -44,6 +44,15 @@ def require_same_optimizer(saved: bool, current: bool) -> None:
         )
 
 
+def require_same_frozen(saved: list[str] | None, current: list[str]) -> None:
+    """Raises InputError if checkpoint and run freeze by other patterns; `saved` is None if it has no record of any."""
+    if saved is not None and saved != current:
+        raise InputError(
+            f"--ckpt_path is of a run with model.freeze {saved}, but this run has {current}: set it as before, or "
+            f"start a new run from the checkpoint with --model.weights"
+        )
+
+
 def require_same_power_ema(saved: list[float], current: list[float]) -> None:
     """Raises InputError unless checkpoint and run keep the same power-function averages."""
     if saved != current:

@@ -17,6 +17,7 @@ from training_runs import FIT, TWO_RANKS, act_in_step, largest_difference, train
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.callbacks import Checkpoint
+from lightning_mvar.checkpoints.training import NETWORK_KEY
 from lightning_mvar.errors import InputError
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.freezing import freeze_parameters, trainable_parameters
@@ -97,6 +98,27 @@ def test_a_sharded_run_that_trains_matrices_and_biases_alone_resumes(
         finally:
             dist.destroy_process_group()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_run_resumes_with_the_same_frozen_parameters_only(
+    tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [32])
+    data = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=16)
+
+    def fit(freeze: tuple[str, ...], ckpt_path: Path | None) -> None:
+        saving = Checkpoint(str(tmp_path / "run"), every_n_train_steps=1)
+        trainer = make_trainer(tmp_path, 2, callbacks=[saving], enable_checkpointing=True)
+        trainer.fit(make_module(tokenizer_folder, {"freeze": freeze}), data, ckpt_path=ckpt_path)
+
+    fit(("*_embed*",), None)
+    saved = tmp_path / "run/step=00000001.ckpt"
+    with pytest.raises(InputError, match=r"model.freeze \['\*_embed\*'\], but this run has \[\]: set it as before"):
+        fit((), saved)
+    content = torch.load(saved, weights_only=True)
+    del content[NETWORK_KEY]["run"]["freeze"]  # as in older versions
+    torch.save(content, saved)
+    fit(("*_embed*",), saved)
 
 
 def kill_in_step_7(rank: int) -> None:
