@@ -131,7 +131,7 @@ def test_interpolations_name_options_from_the_root_also_in_included_files(here: 
         ("model: {network: ~}", "model.network is null"),
         ("model: {optimizer: []}", "model.optimizer is []"),
         ("model: {optimizer: {base_lr: null}}", "base_lr"),
-        ("model: {network: {depth: null}}", "depth"),
+        ("model: {label_drop: null}", "label_drop"),
         ("data: {batch_size: 4}\ndata: {num_workers: 0}", "line 2: data occurs twice"),
         ("trainer: {max_steps: 1", "overlay.yaml is not valid YAML"),
         ("trainer: &a [*a]", "nested too deeply"),
