@@ -54,7 +54,7 @@ class SamplesCallback(L.Callback):
         log_image(trainer, "samples", with_row_names(image_grid(images, self.per_class), names))
         steps = pl_module.tokenizer.decode_steps(tokens[:: self.per_class])
         log_image(trainer, "strip", with_row_names(formation_strip(step / 2 + 0.5 for step in steps), names))
-        scales = pl_module.per_scale(tokens)
+        scales = tokens.split(pl_module.network_config.schedule.lengths, dim=1)
         counts = [scale.flatten().bincount(minlength=pl_module.network_config.vocab_size) for scale in scales]
         log_codes(trainer, "sampled_codes", torch.stack(counts), pl_module.network_config.schedule.names)
 

@@ -161,6 +161,19 @@ def draw_set(
     metadata |= {"dtype": precision}  # the key "precision" is that of a score
     drawing = Drawing(Sampler(model, device, precision, graphs), labels, per_class, settings)
     rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
+    write_set(drawing, metadata, rejection, out, tokens, batch_size)
+    return drawing
+
+
+def write_set(
+    drawing: Drawing,
+    metadata: dict[str, Any],
+    rejection: Rejection | None,
+    out: str | None,
+    tokens: str | None,
+    batch_size: int,
+) -> None:
+    """Draws what is missing of tokens, images or both, after checking both targets; see `draw_set`."""
     with ExitStack() as stack:
         token_set, images = None, None
         if tokens is not None:
@@ -176,7 +189,6 @@ def draw_set(
         if images is not None:
             batches = drawing.batches if rejection is None else partial(rejection.batches, drawing)
             fill(images, drawing, batches if token_set is None else token_set.batches, batch_size)
-    return drawing
 
 
 def check_count(per_class: int, classes: int, keep: float | None) -> None:

@@ -214,7 +214,6 @@ class LitMVAR(ScheduledModule):
         strategy = None if (trainer := attached_trainer(self)) is None else trainer.strategy
         device = self.device if strategy is None else strategy.root_device
         shard = strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda part: None
-
         config, stored = self.network_config, self.start.stored
         load = None if stored is None else InitialWeights(stored, config, self.class_names).load
 
@@ -340,10 +339,6 @@ class LitMVAR(ScheduledModule):
         rows = global_rows(batch, self.global_rank, self.trainer.world_size)
         keys = image_keys(self.derive_seed(batch_idx, purpose), rows)
         return keys.to(self.device, non_blocking=True)
-
-    def per_scale(self, scores: Tensor) -> tuple[Tensor, ...]:
-        """Splits (b, l) into one (b, n) per scale."""
-        return scores.split(self.network_config.schedule.lengths, dim=1)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

@@ -55,7 +55,8 @@ def test_histograms_count_the_codes_of_the_shown_samples(
     labels = torch.linspace(0, 9, 3).long().repeat_interleave(2)
     network = module.network.eval()
     _, tokens = generate(network, tokenizer, labels, generator=image_keys(0, range(6)), return_tokens=True)
-    for scale, sampled in [*zip(SCALES, module.per_scale(tokens), strict=True), ("all", tokens)]:
+    scales = tokens.split(SCHEDULE.lengths, dim=1)
+    for scale, sampled in [*zip(SCALES, scales, strict=True), ("all", tokens)]:
         assert counts_of(logged[f"sampled_codes/{scale}"], 48) == sampled.flatten().bincount(minlength=48).tolist()
 
 
