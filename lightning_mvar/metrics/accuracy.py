@@ -17,6 +17,12 @@ from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.reference import Reference
 from lightning_mvar.sampling.readers import Samples
 
+TRAINING_SPLIT: dict[Split, Split] = {  # by the reference's split: real images for an SVM that is tested on it
+    "train": "train",
+    "test": "train",
+    "subtrain": "subtrain",
+    "validation": "subtrain",
+}
 CLASSIFIERS: dict[str, type[EmbeddedClassifier]] = {
     classifier.embedded.name: classifier for classifier in (DigitsClassifier, PhotosClassifier, Photos64Classifier)
 }
@@ -36,7 +42,7 @@ def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extrac
     if embedded is DIGITS:
         record |= digits_svm_accuracy(samples, split)
     if is_classifier_of(extractor, embedded):
-        if split != "train":
+        if split == "test":
             record["classifier_accuracy_on_reference"] = accuracy(extractor, *real_images(embedded, split))
         if samples is not None:
             record["classifier_accuracy_on_samples"] = accuracy(extractor, *samples)
@@ -46,10 +52,13 @@ def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extrac
 def digits_svm_accuracy(samples: tuple[Tensor, Tensor] | None, split: Split) -> dict[str, Any]:
     """Returns accuracies of SVMs trained on real digits and tested on samples, and the other way round.
 
-    Real digits to train on are the training digits; those to test on are the reference's, of the given split.
+    Real digits to test on are the reference's, of the given split; those to train on never include the validation
+    digits if the reference is `digits:validation`.
     """
-    train, reference = real_images(DIGITS, "train"), real_images(DIGITS, split)
-    record: dict[str, Any] = {} if split == "train" else {"svm_accuracy_on_reference": svm_accuracy(*train, *reference)}
+    train, reference = real_images(DIGITS, TRAINING_SPLIT[split]), real_images(DIGITS, split)
+    record: dict[str, Any] = {}
+    if TRAINING_SPLIT[split] != split:
+        record["svm_accuracy_on_reference"] = svm_accuracy(*train, *reference)
     if samples is not None:
         record["svm_accuracy_on_samples"] = svm_accuracy(*train, *samples)
         record["svm_accuracy_trained_on_samples"] = svm_accuracy(*samples, *reference)
@@ -63,7 +72,9 @@ def reconstruction_accuracy(
     pixels = torch.cat([batch.cpu() for batch in decoded.batches(0, len(decoded))])
     labels, record = real_images(embedded, split)[1], dict[str, Any]()
     if embedded is DIGITS:
-        record["svm_accuracy_on_reconstructions"] = svm_accuracy(*real_images(DIGITS, "train"), pixels, labels)
+        record["svm_accuracy_on_reconstructions"] = svm_accuracy(
+            *real_images(DIGITS, TRAINING_SPLIT[split]), pixels, labels
+        )
     if is_classifier_of(extractor, embedded):
         record["classifier_accuracy_on_reconstructions"] = accuracy(extractor, pixels, labels)
     return record

@@ -21,6 +21,17 @@ def test_svm_trained_on_samples_is_tested_on_the_references_split() -> None:
     assert on_test["svm_accuracy_on_reference"] == svm_accuracy(train, train_labels, test, test_labels)
 
 
+def test_validation_digits_are_scored_by_classifiers_that_have_not_seen_them() -> None:
+    (train, train_labels), (held_out, held_out_labels) = DIGITS.load("subtrain"), DIGITS.load("validation")
+    train, held_out = (train + 1) / 2, (held_out + 1) / 2
+    samples = held_out[:60] * 0.7, held_out_labels[:60]
+    record = digits_svm_accuracy(samples, "validation")
+    assert record["svm_accuracy_on_reference"] == svm_accuracy(train, train_labels, held_out, held_out_labels)
+    assert record["svm_accuracy_on_samples"] == svm_accuracy(train, train_labels, *samples)
+    assert record["svm_accuracy_trained_on_samples"] == svm_accuracy(*samples, held_out, held_out_labels)
+    assert "svm_accuracy_on_reference" not in digits_svm_accuracy(samples, "subtrain")
+
+
 class Unlabeled:
     """A set of samples without classes."""
 
@@ -31,6 +42,7 @@ class Unlabeled:
 def test_no_classifier_is_tested_on_its_training_images(tmp_path: Path) -> None:
     classifier = DigitsClassifier(str(tmp_path / "weights.safetensors"), epochs=1)
     assert sample_accuracy(Unlabeled(), DIGITS, "train", classifier) == {}
+    assert "classifier_accuracy_on_reference" not in sample_accuracy(Unlabeled(), DIGITS, "validation", classifier)
     images, labels = DIGITS.load("test")
     record = sample_accuracy(Unlabeled(), DIGITS, "test", classifier)
     assert record["classifier_accuracy_on_reference"] == accuracy(classifier, (images + 1) / 2, labels)

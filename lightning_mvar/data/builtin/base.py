@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.errors import InputError
 
-Split = Literal["train", "test"]
+Split = Literal["train", "test", "subtrain", "validation"]
 RESOLUTION = 32
 
 
 @dataclass(frozen=True)
 class EmbeddedSet:
-    """Labelled square RGB images in two splits, each image with a margin for random crops.
+    """Labelled square RGB images in fixed splits, each image with a margin for random crops.
 
     Args:
         name: name before the colon of a source, such as `digits` in `digits:train`.
@@ -44,7 +44,7 @@ class EmbeddedSet:
         return F.pad(images, (-self.margin,) * 4)
 
 
-def check_split(name: str, split: str) -> None:
-    """Raises InputError if `split` is not a split of the embedded sets."""
-    if split not in get_args(Split):
-        raise InputError(f"{name} have the splits {' and '.join(get_args(Split))}, not {split!r}")
+def check_split(name: str, split: str, splits: tuple[Split, ...]) -> None:
+    """Raises InputError if `split` is not one of the `splits` of an embedded set."""
+    if split not in splits:
+        raise InputError(f"{name} have the splits {', '.join(splits[:-1])} and {splits[-1]}, not {split!r}")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_mvar.data.builtin.base import RESOLUTION, EmbeddedSet, Split, check_split
 from lightning_mvar.errors import require_package
 
-TRAIN_SHARE = 0.75
+TRAIN_SHARE = 0.75  # of all digits, and of the training digits for subtrain
 SPLIT_SEED = 0
 MARGIN = 1  # maximum shift of a random crop, in pixels of 32; shifts of 2 make a digit classifier misread some
 
@@ -22,21 +23,32 @@ MARGIN = 1  # maximum shift of a random crop, in pixels of 32; shifts of 2 make 
 def load_digits(split: Split) -> tuple[Tensor, Tensor]:
     """Returns images (n, 3, 32, 32) float32 in [-1, 1], bright ink on dark, and labels (n,) int64.
 
-    The scans are 8 x 8 with 17 grey levels, enlarged bicubically. The split is fixed, stratified by class:
-    1,347 train, 450 test.
+    The scans are 8 x 8 with 17 grey levels, enlarged bicubically. The splits are fixed and stratified by class: 1,347
+    train and 450 test; the training digits again are 1,010 subtrain, to train on, and 337 validation, to choose
+    settings on.
+
+    Raises:
+        InputError: if the split does not exist or scikit-learn is not installed.
     """
-    check_split("digits", split)
+    check_split("digits", split, get_args(Split))
     require_package("sklearn", "demo", f"digits:{split}")
     from sklearn.datasets import load_digits as load_scans
-    from sklearn.model_selection import train_test_split
 
     scans = load_scans()
-    indices = np.arange(len(scans.target))
-    splits = train_test_split(indices, train_size=TRAIN_SHARE, stratify=scans.target, random_state=SPLIT_SEED)
-    chosen = np.sort(splits[get_args(Split).index(split)])
+    chosen = np.sort(split_indices(scans.target)[split])
     grey = torch.tensor(scans.images[chosen] / 16.0, dtype=torch.float32)[:, None]  # (n, 1, 8, 8) in [0, 1]
     large = F.interpolate(grey, size=(RESOLUTION, RESOLUTION), mode="bicubic").clamp(0, 1)
     return large.expand(-1, 3, -1, -1) * 2 - 1, torch.tensor(scans.target[chosen], dtype=torch.int64)
+
+
+def split_indices(labels: NDArray[np.int64]) -> dict[Split, NDArray[np.int64]]:
+    """Returns the indices of each split, unsorted, for the labels (n,) of all digits."""
+    from sklearn.model_selection import train_test_split
+
+    settings: dict[str, Any] = {"train_size": TRAIN_SHARE, "random_state": SPLIT_SEED}
+    train, test = train_test_split(np.arange(len(labels)), stratify=labels, **settings)
+    subtrain, validation = train_test_split(train, stratify=labels[train], **settings)
+    return {"train": train, "test": test, "subtrain": subtrain, "validation": validation}
 
 
 @cache

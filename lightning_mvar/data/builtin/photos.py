@@ -69,7 +69,7 @@ def load_photos_with_margin(split: Split, layout: BandLayout = LAYOUT_32) -> tup
     Raises:
         InputError: if the split does not exist or a photo is not installed.
     """
-    check_split("photos", split)
+    check_split("photos", split, ("train", "test"))
     classes = [select_patches(read_photo(file), split, layout) for file in PHOTO_FILES.values()]
     patches = np.stack(classes, axis=1).reshape(-1, *classes[0].shape[1:])  # (n, side, side, 3) uint8
     labels = torch.arange(len(PHOTO_FILES)).repeat(PATCHES_PER_CLASS[split])

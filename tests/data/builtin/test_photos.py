@@ -122,8 +122,8 @@ def test_photo_patches_are_deterministic() -> None:
 
 
 def test_wrong_splits_and_sizes_are_refused() -> None:
-    with pytest.raises(InputError, match="photos have the splits train and test, not 'val'"):
-        open_images("photos:val", 32)
+    with pytest.raises(InputError, match="photos have the splits train and test, not 'validation'"):
+        open_images("photos:validation", 32)
     with pytest.raises(InputError, match="photos:test are 32 x 32 images"):
         open_images("photos:test", 64)
     with pytest.raises(InputError, match="photos64:test are 64 x 64 images"):

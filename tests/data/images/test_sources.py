@@ -11,7 +11,7 @@ def test_missing_and_empty_folders_and_wrong_digits_are_refused(tmp_path: Path) 
         open_images(str(tmp_path / "nowhere"), 16)
     with pytest.raises(InputError, match="no images under"):
         open_images(str(tmp_path), 16)
-    with pytest.raises(InputError, match="digits have the splits train and test, not 'val'"):
+    with pytest.raises(InputError, match="digits have the splits train, test, subtrain and validation, not 'val'"):
         open_images("digits:val", 32)
     with pytest.raises(InputError, match="32 x 32"):
         open_images("digits:test", 64)
