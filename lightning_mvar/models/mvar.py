@@ -58,6 +58,11 @@ class BlockState:
     adaln: list[AdaLN]  # of its mixers, then of its MLP; constant
     mixers: tuple[State, ...]
 
+    def first(self, count: int) -> BlockState:
+        """Returns the state of the first `count` images."""
+        adaln = [AdaLN(*(parameter[:count] for parameter in branch)) for branch in self.adaln]
+        return BlockState(adaln, tuple(state and tuple(tensor[:count] for tensor in state) for state in self.mixers))
+
 
 @dataclass
 class MVARState:
@@ -69,6 +74,10 @@ class MVARState:
     step: int
     cond: Tensor
     blocks: list[BlockState | None]
+
+    def first(self, count: int) -> MVARState:
+        """Returns the state of the first `count` images; a view."""
+        return MVARState(self.step, self.cond[:count], [block and block.first(count) for block in self.blocks])
 
 
 class Block(nn.Module):

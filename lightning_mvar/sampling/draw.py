@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.generate import check_arguments
 from lightning_mvar.sampling.sampler import Batch, Drawing, Sampler
-from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.settings import SamplingSettings, metadata_names
 from lightning_mvar.sampling.token_sets import TokenSet
 from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet, partial_folder
 from lightning_mvar.scales import format_shape
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 MAX_IMAGES = 10_000_000
 # Keys of the metadata of a set, by which it says how it was drawn.
 METADATA_KEYS = frozenset(
-    [field.name for field in fields(SamplingSettings)]
+    metadata_names()
     + ["per_class", "dtype", "classes", "network", "network_tokenizer", "reject", "reject_weights", "keep"]
 )
 
@@ -152,11 +152,11 @@ def draw_set(
     chosen = select_labels(classes, Classes(names, network.config.num_classes))
     check_count(per_class, len(chosen), keep)
     labels = torch.tensor(chosen).repeat_interleave(per_class)
-    check_arguments(network, tokenizer, labels)  # before anything is written
+    check_arguments(network, tokenizer, labels, settings)  # before anything is written
     if tokens is not None and network.config.num_classes in chosen:
         raise InputError("--tokens needs classes: remove `unconditional` from --classes")
     every = chosen == list(range(network.config.num_classes))
-    metadata = asdict(settings) | {"per_class": per_class, "classes": "all" if every else ",".join(map(str, chosen))}
+    metadata = settings.metadata() | {"per_class": per_class, "classes": "all" if every else ",".join(map(str, chosen))}
     metadata |= {"network": fingerprint(network), "network_tokenizer": tokenizer.fingerprint()}
     metadata |= {"dtype": precision}  # the key "precision" is that of a score
     drawing = Drawing(Sampler(model, device, precision, graphs), labels, per_class, settings)

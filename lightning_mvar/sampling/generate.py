@@ -20,6 +20,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.graphs import ScaleGraphs
+from lightning_mvar.sampling.guidance import Guidance
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
 from lightning_mvar.scales import ScaleSchedule
@@ -49,10 +50,11 @@ def generate(
     tokenizer: Tokenizer,
     labels: Tensor,
     *,
-    guidance: float = 1.5,
+    guidance: float | tuple[float, ...] | Guidance = 1.5,
     top_k: int = 900,
     top_p: float = 0.96,
     smooth: bool = False,
+    temperature: float | tuple[float, ...] = 1.0,
     generator: Randomness = None,
     known: KnownTokens | None = None,
     return_tokens: bool = False,
@@ -64,11 +66,12 @@ def generate(
         tokenizer: in eval mode, on the same device.
         labels: (b,) integer classes in [0, num_classes]; `num_classes` means unconditional. On the CPU: to check labels
             on a GPU, the host waits for it.
-        guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. A
-            network that predicts single tokens uses it for every token, like LlamaGen (arXiv 2406.06525).
+        guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. Or one
+            per scale, or a `Guidance`.
         top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
         top_p: then from the fewest tokens whose probabilities sum to p; 0 or 1 for all.
         smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images to look at, never for scores.
+        temperature: divides the logits before top-k and top-p; one for all scales, or one per scale.
         generator: CPU generator, one for all images or one per image, or keys (b, 2) of `image_keys`; None for torch's
             default generator.
         known: tokens of given images, and which of them to keep; the others are drawn conditioned on those.
@@ -80,7 +83,7 @@ def generate(
     Raises:
         InputError: if the tokenizer does not fit the model, or an argument is out of range.
     """
-    settings = SamplingSettings(guidance, top_k, top_p, smooth)
+    settings = SamplingSettings(guidance, top_k, top_p, smooth, temperature=temperature)
     images, tokens = draw_images(model, tokenizer, labels, settings, generator, known)
     return (images, tokens) if return_tokens else images
 
@@ -127,7 +130,7 @@ def draw_scales(
     Raises:
         InputError: if the tokenizer does not fit the model, or an argument is out of range.
     """
-    check_arguments(model, tokenizer, labels)
+    check_arguments(model, tokenizer, labels, settings)
     check_known(known, len(labels), model.config.schedule.num_tokens)
     keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
     batch = Batch(labels.to(device, torch.int64, non_blocking=True), keys.to(device, non_blocking=True), known)
@@ -195,8 +198,9 @@ def keys_from(generator: Randomness, count: int) -> Tensor:
     return torch.cat([torch.randint(2**32, (1, 2), generator=each) for each in generator])
 
 
-def check_arguments(model: MVAR, tokenizer: Tokenizer, labels: Tensor) -> None:
+def check_arguments(model: MVAR, tokenizer: Tokenizer, labels: Tensor, settings: SamplingSettings) -> None:
     check_pair(model.config, tokenizer.config, "tokenizer")
+    settings.check(model.config)
     is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     num_classes = model.config.num_classes
     found = labels.flatten().tolist()  # one wait, if the labels are on a GPU

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.models.mvar import MVAR, MVARState
+from lightning_mvar.sampling.guidance import corrupt, sharpen
 from lightning_mvar.sampling.philox import NOISE, TOKENS, uniform
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
@@ -45,12 +46,18 @@ class Step(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a batch carries from one scale to the next."""
+    """What a batch carries from one scale to the next. A guide of the same network has the second half of 2 b rows."""
 
-    state: MVARState  # of 2 b images with guidance: of the labels, then unconditional
-    inputs: Tensor | None  # (b or 2 b, n, c) of the next scale; None before the first
-    f_hat: Tensor  # (b, c, s, t)
+    state: MVARState  # of b images, or 2 b while the guide runs
+    inputs: Tensor | None  # (b, n, c) of the next scale, or (2 b, n, c) if the guide's differ; None before the first
+    f_hat: Tensor  # (b, c, s, t), or (2 b, c, s, t) if the guide's differ
     uniforms: Tensor  # (b, l) float32 in [0, 1): one number per token
+    logits: Tensor | None  # (b, m, v) of the scale before, if the next one needs them
+
+    def without_guide(self) -> Progress:
+        count = len(self.uniforms)
+        inputs = None if self.inputs is None else self.inputs[:count]
+        return self._replace(state=self.state.first(count), inputs=inputs, f_hat=self.f_hat[:count])
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,8 @@ class ScaleDrawer:
     def by_token(self) -> bool:
         return self.model.config.prediction == "token"
 
-    @property
-    def guided(self) -> bool:
-        return self.settings.guidance > 0
+    def is_guided(self, k: int) -> bool:
+        return k < self.settings.guide.num_guided_scales(self.model.config)
 
     @torch.no_grad()
     def steps(self, batch: Batch) -> Iterator[Step]:
@@ -81,39 +87,61 @@ class ScaleDrawer:
         """Prepares the first scale."""
         labels, config = batch.labels, self.model.config
         uniforms = uniform(batch.keys, 0, config.schedule.num_tokens, TOKENS)
-        if self.guided:
+        f_hat = self.quantizer.empty(len(labels))
+        if self.is_guided(0) and self.settings.guide.corrupt:
+            labels, f_hat = labels.repeat(2), f_hat.repeat(2, 1, 1, 1)
+        elif self.is_guided(0):
             labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
-        return Progress(self.model.init_state(labels), None, self.quantizer.empty(len(batch.labels)), uniforms)
+        return Progress(self.model.init_state(labels), None, f_hat, uniforms, None)
 
     def draw_scale(self, k: int, batch: Batch, progress: Progress) -> tuple[Step, Progress]:
         """Draws scale `k`, continuing where `progress` ends. An enclosing autocast applies to the network alone."""
-        schedule, (state, inputs, f_hat, uniforms) = self.model.config.schedule, progress
+        schedule = self.model.config.schedule
+        progress = progress if self.is_guided(k) else progress.without_guide()
+        state, inputs, f_hat, uniforms, before = progress
         drawn = []  # (tokens, codes) of each step of this scale
         n = 1 if self.by_token else schedule.lengths[k]
         for begin in range(schedule.offsets[k], schedule.offsets[k] + schedule.lengths[k], n):
-            logits, state = self.model.step(inputs, state)
+            span = slice(begin, begin + n)
+            logits, state = self.predict(k, inputs, state)
             with without_autocast(logits):
-                tokens, codes = self.choose(self.guide(logits, k), k, slice(begin, begin + n), batch, uniforms)
-            drawn.append((tokens, codes))
-            inputs = self.for_network(codes)
+                tokens, codes = self.choose(self.adjust(logits, k, before), k, span, batch, uniforms)
+                inputs = self.with_guides(codes, k, span, batch)
+            drawn.append((tokens, inputs))
         tokens, codes = (torch.cat(parts, dim=1) for parts in zip(*drawn, strict=True))
         with without_autocast(codes):
             f_hat = self.quantizer.accumulate(f_hat, codes, k)
         if not self.by_token and k + 1 < schedule.num_scales:
-            inputs = self.for_network(self.quantizer.downsample(f_hat, k + 1))
-        return Step(tokens, f_hat), Progress(state, inputs, f_hat, uniforms)
+            inputs = self.quantizer.downsample(f_hat, k + 1)
+        kept = logits if self.settings.guide.beta else None
+        return Step(tokens, f_hat[: len(tokens)]), Progress(state, inputs, f_hat, uniforms, kept)
 
-    def guide(self, logits: Tensor, k: int) -> Tensor:
-        """Applies guidance to logits (b or 2 b, n, v); returns (b, n, v)."""
-        if not self.guided:
-            return logits
-        strength = self.settings.guidance * (1 if self.by_token else self.model.config.schedule.ratio(k))
-        conditional, unconditional = logits.chunk(2)
-        return (1 + strength) * conditional - strength * unconditional
+    def predict(self, k: int, inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
+        """Runs the network, and its guide in the same batch; returns guided logits (b, n, v) and the next state."""
+        rows = len(state.cond)
+        if inputs is not None and len(inputs) < rows:  # the guide reads what the images do
+            inputs = inputs.repeat(2, 1, 1)
+        logits, state = self.model.step(inputs, state)
+        if not self.is_guided(k):
+            return logits, state
+        strength = self.settings.guide.strengths(self.model.config)[k]
+        own, guide = logits.chunk(2)
+        return (1 + strength) * own - strength * guide, state
 
-    def for_network(self, inputs: Tensor) -> Tensor:
-        """Repeats inputs (b, n, c) for the unconditional half of the network's batch."""
-        return inputs.repeat(2, 1, 1) if self.guided else inputs
+    def adjust(self, logits: Tensor, k: int, before: Tensor | None) -> Tensor:
+        """Sharpens guided logits (b, n, v) against those of the scale before, and divides them by the temperature."""
+        if before is not None:
+            shapes = self.model.config.schedule.shapes
+            logits = sharpen(logits, before, shapes[k], shapes[k - 1], self.settings.guide.beta)
+        temperature = self.settings.temperature_of(k)
+        return logits if temperature == 1 else logits / temperature
+
+    def with_guides(self, codes: Tensor, k: int, span: slice, batch: Batch) -> Tensor:
+        """Appends the guides' codes (b, n, c) to those of the images (b, n, c), if they differ."""
+        share = self.settings.guide.corrupt
+        if share == 0 or not self.is_guided(k):
+            return codes
+        return torch.cat([codes, corrupt(codes, share, batch.keys, span, self.quantizer.codebook.weight)])
 
     def choose(self, logits: Tensor, k: int, span: slice, batch: Batch, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Returns tokens (b, n) of logits (b, n, v) at the positions `span`, and their codes (b, n, c)."""

@@ -18,6 +18,7 @@ from lightning_mvar import Tokenizer
 from lightning_mvar.devices import exact_float32, set_tf32
 from lightning_mvar.sampling.generate import draw_images
 from lightning_mvar.sampling.graphs import CAPTURING, CudaCapture, ScaleGraphs, graphs_for
+from lightning_mvar.sampling.guidance import Guidance
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
@@ -77,6 +78,19 @@ def test_replays_draw_what_eager_batches_draw(
             assert torch.equal(actual, expected)
         assert recorder.replayed == number * SCHEDULE.num_scales
     assert recorder.captured == SCHEDULE.num_scales
+
+
+@pytest.mark.parametrize("guidance", [Guidance(1.5, 2), Guidance(1.5, 2, 0.5), Guidance(1.5, beta=0.5), Guidance(0)])
+def test_replays_guide_as_eager_batches_do(
+    guidance: Guidance, tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
+) -> None:
+    network = tiny_network()
+    for seed in range(3):
+        settings = SamplingSettings(guidance, seed=seed, temperature=0.9)
+        request = (network, tokenizer, torch.tensor([0, 3, 9, 10]).roll(seed), settings, settings.keys(range(4)))
+        for actual, expected in zip(draw_images(*request, graphs=graphs), draw_images(*request), strict=True):
+            assert torch.equal(actual, expected)
+    assert recorder.replayed == 2 * SCHEDULE.num_scales
 
 
 def test_batches_above_half_the_size_use_a_part_and_others_or_other_settings_begin_anew(

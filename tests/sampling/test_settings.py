@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.guidance import Guidance
+from lightning_mvar.sampling.settings import SamplingSettings, metadata_names
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,9 @@ from lightning_mvar.sampling.settings import SamplingSettings
         ("top_p", [-0.1, 1.0001, math.nan, math.inf, True], "top_p must be a number from 0 to 1"),
         ("seed", [-1, 2**63, 10**40, 0.5, True], "seed must be an integer from 0 to 9,223,372,036,854,775,807"),
         ("smooth", ["no", 1, None], "smooth must be True or False"),
+        ("guidance", [[0.5, -1], (0, 2000)], r"guidance of scale 1 must be a number from 0 to 1,000"),
+        ("temperature", [0, -1.0, math.nan, "1", 1e4], "temperature must be a number from 0.001 to 1,000"),
+        ("temperature", [[1.0, 0.0]], "temperature of scale 1 must be a number from 0.001 to 1,000"),
     ],
 )
 def test_values_out_of_range_or_of_another_type_are_refused(name: str, values: list[Any], message: str) -> None:
@@ -34,4 +38,40 @@ def test_limits_are_allowed_and_numpy_numbers_become_those_of_python() -> None:
     SamplingSettings(guidance=1000, top_k=2**70, top_p=0, seed=2**63 - 1)
     settings = SamplingSettings(np.float32(0.5), np.int64(3), np.float64(1), seed=np.uint8(7))
     assert settings == SamplingSettings(0.5, 3, 1.0, seed=7)
-    assert json.loads(json.dumps(asdict(settings)))["top_k"] == 3
+    assert json.loads(json.dumps(settings.metadata()))["top_k"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("off_from", [-1, 0.5, True], "guidance.off_from must be an integer of at least 0"),
+        ("corrupt", [-0.1, 1.1, math.nan], "guidance.corrupt must be a number from 0 to 1"),
+        ("beta", [-0.1, math.inf, "1"], "guidance.beta must be a number from 0 to 1,000"),
+    ],
+)
+def test_options_of_guidance_out_of_range_are_refused(name: str, values: list[Any], message: str) -> None:
+    for value in values:
+        with pytest.raises(InputError, match=f"{message}, got"):
+            Guidance(1.5, **{name: value})
+
+
+def test_numbers_per_scale_may_come_from_lists_arrays_and_tensors() -> None:
+    expected = SamplingSettings((0.5, 1.0), temperature=(1.0, 2.0))
+    assert SamplingSettings([0.5, 1], temperature=[1, 2]) == expected
+    assert SamplingSettings(np.array([0.5, 1]), temperature=torch.tensor([1, 2])) == expected
+    assert SamplingSettings(0.5).guide == Guidance(0.5)
+    assert hash(expected) == hash(SamplingSettings([0.5, 1], temperature=[1, 2]))
+
+
+def test_metadata_is_flat_and_names_what_differs_from_the_published_protocol() -> None:
+    protocol = {"guidance": 0.5, "top_k": 900, "top_p": 0.96, "smooth": False, "seed": 0}
+    assert SamplingSettings(0.5).metadata() == SamplingSettings(Guidance(0.5)).metadata() == protocol
+    every = SamplingSettings(Guidance([0, 0.1], 1, 0.25, 0.75), temperature=[1, 0.9])
+    assert every.metadata() == protocol | {
+        "guidance": "0.0,0.1",
+        "guidance_off_from": 1,
+        "guidance_corrupt": 0.25,
+        "guidance_beta": 0.75,
+        "temperature": "1.0,0.9",
+    }
+    assert set(every.metadata()) == set(metadata_names())

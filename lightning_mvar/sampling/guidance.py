@@ -1,0 +1,108 @@
+"""Guidance: logits are moved away from those of a guide, a worse predictor of the same tokens.
+
+With the strength s of a scale, its logits become (1 + s) l - s l_guide.
+
+| paper                                               | here                                                        |
+|-----------------------------------------------------|-------------------------------------------------------------|
+| classifier-free guidance, arXiv 2207.12598, sec. 3; | `strength`: a number grows linearly over the scales, as in  |
+| VAR, arXiv 2404.02905, code                         | VAR's code; the guide is the unconditional class            |
+| autoguidance, arXiv 2406.02507, sec. 3              | `network`: the guide is a weaker network, of the same class |
+| VPG, arXiv 2605.30317                               | `corrupt`: the guide reads a prefix with replaced tokens    |
+| SSG, arXiv 2602.05534                               | `beta`: moves away from the logits of the scale before      |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.sampling.philox import CORRUPTION, uniform
+from lightning_mvar.sampling.values import integer, number, per_scale
+from lightning_mvar.scales import Shape
+
+MAX_GUIDANCE = 1000  # logits stay finite in float32
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly each scale is guided, and by what. The guide is the unconditional class by default.
+
+    Args:
+        strength: guidance scale at the finest scale, growing linearly from 0 at the coarsest; or a list with one per
+            scale. 0 for none. A network that predicts single tokens uses one number for all of them.
+        off_from: index of the first scale that is drawn without the guide, which costs nothing from there on.
+        corrupt: instead of the unconditional class, the guide is the same class after a prefix in which this share of
+            the tokens is replaced by random ones (VPG).
+        beta: also move the logits of each scale away from those of the scale before by this factor (SSG).
+
+    Raises:
+        InputError: if a value is out of range or of another type.
+    """
+
+    strength: float | tuple[float, ...]
+    off_from: int | None = None
+    corrupt: float = 0.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        normalized = {
+            "strength": per_scale("guidance", self.strength, MAX_GUIDANCE),
+            "off_from": None if self.off_from is None else integer("guidance.off_from", self.off_from),
+            "corrupt": number("guidance.corrupt", self.corrupt, 1),
+            "beta": number("guidance.beta", self.beta, MAX_GUIDANCE),
+        }
+        for name, value in normalized.items():
+            object.__setattr__(self, name, value)
+
+    def strengths(self, network: MVARConfig) -> tuple[float, ...]:
+        """Returns the strength at each scale of a network."""
+        schedule = network.schedule
+        if isinstance(self.strength, tuple):
+            return self.strength
+        if network.prediction == "token":  # as in LlamaGen, arXiv 2406.06525
+            return (self.strength,) * schedule.num_scales
+        return tuple(self.strength * schedule.ratio(k) for k in range(schedule.num_scales))
+
+    def num_guided_scales(self, network: MVARConfig) -> int:
+        """Returns the number of scales, from the coarsest on, that the guide runs for.
+
+        It needs the scales before those that it guides, and none after them.
+        """
+        needed = max((k + 1 for k, strength in enumerate(self.strengths(network)) if strength > 0), default=0)
+        return needed if self.off_from is None else min(needed, self.off_from)
+
+    def check(self, network: MVARConfig) -> None:
+        """Raises InputError unless these settings suit a network."""
+        check_per_scale("guidance", self.strength, network)
+        scales = network.schedule.num_scales
+        if self.off_from is not None and self.off_from > scales:
+            raise InputError(f"guidance.off_from {self.off_from} is too large: the network draws {scales} scales")
+        if self.beta and network.prediction == "token":
+            raise InputError("guidance.beta compares scales, but this network predicts single tokens: drop it")
+
+
+def check_per_scale(name: str, values: float | tuple[float, ...], network: MVARConfig) -> None:
+    """Raises InputError unless there is one number for all scales of a network, or one for each."""
+    scales = network.schedule.num_scales
+    if isinstance(values, tuple) and len(values) != scales:
+        raise InputError(f"{name} has {len(values)} numbers, but the network draws {scales} scales: give one for each")
+
+
+def corrupt(codes: Tensor, share: float, keys: Tensor, span: slice, codebook: Tensor) -> Tensor:
+    """Replaces a share of the codes (b, n, c) at the positions `span` by random rows of the codebook (v, c)."""
+    positions = torch.arange(span.start, span.stop, device=codes.device)[:, None]
+    chance, other = uniform(keys, positions, 2, CORRUPTION).unbind(-1)  # (b, n) each
+    tokens = (other * len(codebook)).long().clamp(max=len(codebook) - 1)  # a product may round up
+    return torch.where((chance < share)[..., None], codebook[tokens], codes)
+
+
+def sharpen(logits: Tensor, before: Tensor, shape: Shape, shape_before: Shape, beta: float) -> Tensor:
+    """Moves logits (b, n, v) of a map away from the enlarged ones (b, m, v) of the map before, by the factor `beta`."""
+    coarse = before.transpose(1, 2).unflatten(2, shape_before)  # (b, v, height, width)
+    coarse = F.interpolate(coarse, size=shape, mode="bilinear").flatten(2).transpose(1, 2)  # (b, n, v)
+    return logits + beta * (logits - coarse)

@@ -1,0 +1,38 @@
+"""Checks of the numbers among sampling settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_mvar.errors import InputError
+
+
+def number(name: str, value: Any, high: float = math.inf, low: float = 0) -> float:
+    """Returns a number of any type, such as numpy's, as a float; raises InputError outside [low, high]."""
+    return float(checked(name, value, Real, "a number", low, high))
+
+
+def integer(name: str, value: Any, high: float = math.inf) -> int:
+    """Returns an integer of any type as an int; raises InputError outside [0, high]."""
+    return int(checked(name, value, Integral, "an integer", 0, high))
+
+
+def per_scale(name: str, value: Any, high: float, low: float = 0) -> float | tuple[float, ...]:
+    """Returns one number for all scales, or a tuple with one per scale; raises InputError outside [low, high]."""
+    values = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return tuple(number(f"{name} of scale {k}", each, high, low) for k, each in enumerate(values))
+    return number(name, values, high, low)
+
+
+def checked(name: str, value: Any, kind: type, article: str, low: float, high: float) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
+        limits = f"from {low:g} to {high:,}" if high < math.inf else f"of at least {low:g}"
+        raise InputError(f"{name} must be {article} {limits}, got {value}")
+    return value

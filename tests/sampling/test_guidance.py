@@ -1,0 +1,204 @@
+"""Guidance, compared with plain loops over full passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import MIXERS, SCHEDULE, VARIANTS, tiny_network
+from torch import Tensor
+
+from lightning_mvar import MVAR, Tokenizer, generate
+from lightning_mvar.errors import InputError
+from lightning_mvar.sampling.generate import teacher_inputs
+from lightning_mvar.sampling.guidance import Guidance, sharpen
+from lightning_mvar.sampling.philox import CORRUPTION, TOKENS, image_keys, uniform
+from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.steps import draw
+
+LABELS = torch.tensor([0, 3, 9, 3])
+UNCONDITIONAL = torch.full_like(LABELS, 10)
+KEYS = image_keys(5, range(4))
+LAST = SCHEDULE.num_scales - 1
+KINDS = {name: {"mixers": mixers} for name, mixers in MIXERS.items()} | {
+    "token": {"mixers": ("block_causal_attention",), "prediction": "token"}
+}
+Logits = Callable[[Tensor], Tensor]  # of all positions (b, l, v), given the tokens so far (b, l)
+
+
+def plain_tokens(network: MVAR, logits: Logits) -> Tensor:
+    """Draws tokens (b, l) step by step, each from the logits of a full pass over all tokens before it."""
+    uniforms = uniform(KEYS, 0, SCHEDULE.num_tokens, TOKENS)
+    tokens = torch.zeros(len(LABELS), SCHEDULE.num_tokens, dtype=torch.int64)
+    begin = 0
+    for n in network.config.step_lengths:
+        span = slice(begin, begin + n)
+        tokens[:, span] = draw(logits(tokens)[:, span], uniforms[:, span], SamplingSettings())
+        begin += n
+    return tokens
+
+
+def drawn_tokens(network: MVAR, tokenizer: Tokenizer, **settings: Any) -> Tensor:
+    return generate(network, tokenizer, LABELS, generator=KEYS, return_tokens=True, **settings)[1]
+
+
+@pytest.fixture(params=KINDS)
+def network(request: pytest.FixtureRequest) -> MVAR:
+    return tiny_network(**KINDS[request.param])
+
+
+def strengths_of(guidance: float, network: MVAR) -> Tensor:
+    """Returns the strengths (l, 1) of a number: as in VAR's code for scales, constant for single tokens."""
+    growing = guidance * SCHEDULE.scale_ids[:, None] / LAST
+    return torch.full_like(growing, guidance) if network.config.prediction == "token" else growing
+
+
+@torch.no_grad()
+def test_a_number_guides_as_in_a_plain_loop(network: MVAR, tokenizer: Tokenizer) -> None:
+    strengths = strengths_of(1.5, network)
+
+    def logits(tokens: Tensor) -> Tensor:
+        inputs = teacher_inputs(network.config, tokenizer, tokens)
+        return (1 + strengths) * network(LABELS, inputs) - strengths * network(UNCONDITIONAL, inputs)
+
+    assert torch.equal(drawn_tokens(network, tokenizer, guidance=1.5), plain_tokens(network, logits))
+
+
+@torch.no_grad()
+def test_a_list_guides_each_scale_by_its_number(network: MVAR, tokenizer: Tokenizer) -> None:
+    strengths = torch.tensor([1.0, 0.0, 2.0, 0.5])[SCHEDULE.scale_ids, None]
+
+    def logits(tokens: Tensor) -> Tensor:
+        inputs = teacher_inputs(network.config, tokenizer, tokens)
+        return (1 + strengths) * network(LABELS, inputs) - strengths * network(UNCONDITIONAL, inputs)
+
+    expected = plain_tokens(network, logits)
+    assert torch.equal(drawn_tokens(network, tokenizer, guidance=[1, 0, 2, 0.5]), expected)
+    assert not torch.equal(drawn_tokens(network, tokenizer, guidance=1.5), expected)
+
+
+def test_a_list_equal_to_the_strengths_of_a_number_draws_the_same(network: MVAR, tokenizer: Tokenizer) -> None:
+    strengths = Guidance(1.5).strengths(network.config)
+    for other in (strengths, Guidance(1.5, off_from=SCHEDULE.num_scales)):
+        expected = generate(network, tokenizer, LABELS, guidance=1.5, generator=KEYS)
+        assert torch.equal(generate(network, tokenizer, LABELS, guidance=other, generator=KEYS), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("corrupt", [0.0, 0.5])
+def test_the_guide_is_off_from_a_scale_on(corrupt: float, network: MVAR, tokenizer: Tokenizer) -> None:
+    for off_from in range(SCHEDULE.num_scales + 1):
+        guided = drawn_tokens(network, tokenizer, guidance=Guidance(1.5, off_from, corrupt))
+        by_strength = [s * (k < off_from) for k, s in enumerate(Guidance(1.5).strengths(network.config))]
+        assert torch.equal(guided, drawn_tokens(network, tokenizer, guidance=Guidance(by_strength, corrupt=corrupt)))
+        if off_from == 0:
+            assert torch.equal(guided, drawn_tokens(network, tokenizer, guidance=0))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_mixer_goes_on_without_its_guide(variant: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """The state of the images alone then continues: as strengths of 0 would, which run the guide to the end."""
+    network, strengths = tiny_network(**variant), [0.0, 2.0, 0.0, 0.0]
+    dropped = drawn_tokens(network, tokenizer, guidance=strengths)
+    assert Guidance(strengths).num_guided_scales(network.config) == 2
+    assert torch.equal(dropped, drawn_tokens(network, tokenizer, guidance=[0.0, 2.0, 0.0, 1e-30]))
+
+
+@pytest.mark.parametrize("off_from", range(SCHEDULE.num_scales + 1))
+def test_tokens_that_pass_through_the_network(off_from: int, network: MVAR, tokenizer: Tokenizer) -> None:
+    passed = []
+    handle = network.blocks[0].register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0].shape[:2].numel()))
+    drawn_tokens(network, tokenizer, guidance=Guidance(1.5, off_from))
+    handle.remove()
+    assert sum(passed) == len(LABELS) * (SCHEDULE.num_tokens + sum(SCHEDULE.lengths[:off_from]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_corrupted_prefix_is_that_of_replaced_tokens(share: float, network: MVAR, tokenizer: Tokenizer) -> None:
+    chance, other = uniform(KEYS, torch.arange(SCHEDULE.num_tokens)[:, None], 2, CORRUPTION).unbind(-1)
+    strengths = strengths_of(1.5, network)
+
+    def logits(tokens: Tensor) -> Tensor:
+        corrupted = torch.where(chance < share, (other * 48).long(), tokens)
+        own, guide = (network(LABELS, teacher_inputs(network.config, tokenizer, each)) for each in (tokens, corrupted))
+        return (1 + strengths) * own - strengths * guide
+
+    assert 0.5 * share < (chance < share).float().mean() <= 1.5 * share
+    assert torch.equal(
+        drawn_tokens(network, tokenizer, guidance=Guidance(1.5, corrupt=share)), plain_tokens(network, logits)
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.0, 1.5])
+def test_beta_moves_the_logits_of_a_scale_away_from_those_before(strength: float, tokenizer: Tokenizer) -> None:
+    network = tiny_network()
+    strengths = strengths_of(strength, network)
+
+    def logits(tokens: Tensor) -> Tensor:
+        inputs = teacher_inputs(network.config, tokenizer, tokens)
+        guided = (1 + strengths) * network(LABELS, inputs) - strengths * network(UNCONDITIONAL, inputs)
+        scales = guided.split(SCHEDULE.lengths, dim=1)
+        moved = [scales[0]]
+        for k in range(1, SCHEDULE.num_scales):
+            moved.append(1.7 * scales[k] - 0.7 * enlarged(scales[k - 1], SCHEDULE.shapes[k - 1], SCHEDULE.shapes[k]))
+        return torch.cat(moved, dim=1)
+
+    guidance = Guidance(strength, beta=0.7)
+    assert torch.equal(drawn_tokens(network, tokenizer, guidance=guidance), plain_tokens(network, logits))
+
+
+def enlarged(values: Tensor, shape: tuple[int, int], larger: tuple[int, int]) -> Tensor:
+    """Interpolates (b, n, v) bilinearly between the centres of its cells, in plain loops."""
+    grid, result = values.unflatten(1, shape), []
+    for row in range(larger[0]):
+        for column in range(larger[1]):
+            value = torch.zeros_like(values[:, 0])
+            for i in range(shape[0]):
+                for j in range(shape[1]):
+                    y = min(max((row + 0.5) * shape[0] / larger[0] - 0.5, 0), shape[0] - 1)
+                    x = min(max((column + 0.5) * shape[1] / larger[1] - 0.5, 0), shape[1] - 1)
+                    value += max(0, 1 - abs(y - i)) * max(0, 1 - abs(x - j)) * grid[:, i, j]
+            result.append(value)
+    return torch.stack(result, dim=1)
+
+
+def test_maps_are_enlarged_between_the_centres_of_cells_also_if_oblong() -> None:
+    logits, before = torch.randn(2, 15, 4), torch.randn(2, 6, 4)
+    expected = logits + 0.5 * (logits - enlarged(before, (2, 3), (3, 5)))
+    torch.testing.assert_close(sharpen(logits, before, (3, 5), (2, 3), 0.5), expected)
+
+
+@torch.no_grad()
+def test_the_temperature_divides_the_logits_of_each_scale(network: MVAR, tokenizer: Tokenizer) -> None:
+    temperatures = [0.5, 1.0, 2.0, 0.8]
+    divisors = torch.tensor(temperatures)[SCHEDULE.scale_ids, None]
+
+    def logits(tokens: Tensor) -> Tensor:
+        return network(LABELS, teacher_inputs(network.config, tokenizer, tokens)) / divisors
+
+    drawn = drawn_tokens(network, tokenizer, guidance=0, temperature=temperatures)
+    assert torch.equal(drawn, plain_tokens(network, logits))
+    cold = drawn_tokens(network, tokenizer, guidance=0, temperature=1e-3)
+    assert torch.equal(cold, drawn_tokens(network, tokenizer, guidance=0, top_k=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance": [1.0, 2.0]}, "guidance has 2 numbers, but the network draws 4 scales: give one for each"),
+        ({"guidance": Guidance(1.0, off_from=5)}, "guidance.off_from 5 is too large: the network draws 4 scales"),
+        ({"temperature": [1.0] * 5}, "temperature has 5 numbers, but the network draws 4 scales"),
+    ],
+)
+def test_settings_of_another_schedule_are_refused(settings: dict[str, Any], message: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(tiny_network(), tokenizer, LABELS, **settings)
+
+
+def test_beta_needs_scales(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"guidance\.beta compares scales, but this network predicts single tokens"):
+        generate(tiny_network(**KINDS["token"]), tokenizer, LABELS, guidance=Guidance(0, beta=0.5))
