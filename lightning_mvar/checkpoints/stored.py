@@ -48,9 +48,12 @@ class StoredModel:
         Raises:
             InputError: if weights are missing, damaged or of another shape, or the tokenizer does not fit.
         """
+        return TrainedModel(self.load_network(), self.load_tokenizer(), self.class_names)
+
+    def load_network(self) -> MVAR:
+        """Loads the network alone; raises InputError if weights are missing, damaged or of another shape."""
         mapped = not isinstance(self.weights, ShardedTensors)
-        network = load_strictly(self.meta_network(), read_all(self.weights), self.source, copy=mapped)
-        return TrainedModel(network, self.load_tokenizer(), self.class_names)
+        return load_strictly(self.meta_network(), read_all(self.weights), self.source, copy=mapped)
 
     def meta_network(self) -> MVAR:
         """Builds the network on the meta device; raises InputError if the weights have fewer blocks."""

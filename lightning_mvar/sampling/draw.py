@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_mvar.checkpoints import TrainedModel
+from lightning_mvar.checkpoints import TrainedModel, open_trained
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.devices import (
     Precision,
@@ -29,7 +29,7 @@ from lightning_mvar.devices import (
     wait_for_ranks,
 )
 from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
-from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.fingerprint import fingerprint, fingerprint_of
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.generate import check_arguments
 from lightning_mvar.sampling.sampler import Batch, Drawing, Sampler
@@ -159,7 +159,10 @@ def draw_set(
     metadata = settings.metadata() | {"per_class": per_class, "classes": "all" if every else ",".join(map(str, chosen))}
     metadata |= {"network": fingerprint(network), "network_tokenizer": tokenizer.fingerprint()}
     metadata |= {"dtype": precision}  # the key "precision" is that of a score
+    if settings.guide.network is not None:
+        metadata |= {"guidance_network": fingerprint_of(open_trained(settings.guide.network).weights)}
     drawing = Drawing(Sampler(model, device, precision, graphs), labels, per_class, settings)
+    drawing.sampler.guide(settings)  # before anything is written
     rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
     write_set(drawing, metadata, rejection, out, tokens, batch_size)
     return drawing

@@ -20,7 +20,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.graphs import ScaleGraphs
-from lightning_mvar.sampling.guidance import Guidance
+from lightning_mvar.sampling.guidance import Guidance, load_guide
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
 from lightning_mvar.scales import ScaleSchedule
@@ -97,10 +97,11 @@ def draw_images(
     generator: Randomness = None,
     known: KnownTokens | None = None,
     graphs: ScaleGraphs | None = None,
+    guide: MVAR | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws images (b, 3, H, W) in [0, 1] and their tokens (b, l) int64; see `draw_scales`."""
     drawn = []
-    for step in draw_scales(model, tokenizer, labels, settings, generator, known, graphs):
+    for step in draw_scales(model, tokenizer, labels, settings, generator, known, graphs, guide):
         drawn.append(step.tokens)
     return decode_images(tokenizer, step.f_hat), torch.cat(drawn, dim=1)
 
@@ -121,11 +122,13 @@ def draw_scales(
     generator: Randomness = None,
     known: KnownTokens | None = None,
     graphs: ScaleGraphs | None = None,
+    guide: MVAR | None = None,
 ) -> Iterator[Step]:
     """Draws scale by scale, coarse to fine; see `generate` for the other arguments.
 
     Args:
         graphs: CUDA graphs of earlier batches, to be replayed, or to be captured if there are none yet.
+        guide: weaker network on the same device; by default, the one that `settings` names is loaded.
 
     Raises:
         InputError: if the tokenizer does not fit the model, or an argument is out of range.
@@ -134,7 +137,8 @@ def draw_scales(
     check_known(known, len(labels), model.config.schedule.num_tokens)
     keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
     batch = Batch(labels.to(device, torch.int64, non_blocking=True), keys.to(device, non_blocking=True), known)
-    drawer = ScaleDrawer(model, tokenizer.quantizer, settings)
+    guide = load_guide(settings.guide, model.config, tokenizer) if guide is None else guide
+    drawer = ScaleDrawer(model, tokenizer.quantizer, settings, guide)
     yield from drawer.steps(batch) if graphs is None else graphs.steps(drawer, batch)
 
 

@@ -13,17 +13,21 @@ With the strength s of a scale, its logits become (1 + s) l - s l_guide.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_mvar.checkpoints import StoredModel, open_trained
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.philox import CORRUPTION, uniform
 from lightning_mvar.sampling.values import integer, number, per_scale
 from lightning_mvar.scales import Shape
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 MAX_GUIDANCE = 1000  # logits stay finite in float32
 
@@ -36,6 +40,8 @@ class Guidance:
         strength: guidance scale at the finest scale, growing linearly from 0 at the coarsest; or a list with one per
             scale. 0 for none. A network that predicts single tokens uses one number for all of them.
         off_from: index of the first scale that is drawn without the guide, which costs nothing from there on.
+        network: instead of the unconditional class, the guide is a weaker network with the same class: a checkpoint of
+            `fit`, a folder of `export` or a published file, of the same tokenizer, classes and scales.
         corrupt: instead of the unconditional class, the guide is the same class after a prefix in which this share of
             the tokens is replaced by random ones (VPG).
         beta: also move the logits of each scale away from those of the scale before by this factor (SSG).
@@ -46,6 +52,7 @@ class Guidance:
 
     strength: float | tuple[float, ...]
     off_from: int | None = None
+    network: str | None = None
     corrupt: float = 0.0
     beta: float = 0.0
 
@@ -58,6 +65,8 @@ class Guidance:
         }
         for name, value in normalized.items():
             object.__setattr__(self, name, value)
+        if self.network is not None and self.corrupt:
+            raise InputError("guidance has one guide: give guidance.network or guidance.corrupt, not both")
 
     def strengths(self, network: MVARConfig) -> tuple[float, ...]:
         """Returns the strength at each scale of a network."""
@@ -91,6 +100,45 @@ def check_per_scale(name: str, values: float | tuple[float, ...], network: MVARC
     scales = network.schedule.num_scales
     if isinstance(values, tuple) and len(values) != scales:
         raise InputError(f"{name} has {len(values)} numbers, but the network draws {scales} scales: give one for each")
+
+
+def load_guide(
+    guidance: Guidance, network: MVARConfig, tokenizer: Tokenizer, class_names: Sequence[str] = ()
+) -> MVAR | None:
+    """Loads the weaker network that guides a network; None if none is named.
+
+    Args:
+        guidance: names the weaker network.
+        network: config of the network that it guides.
+        tokenizer: of the network that it guides; the result is moved to its device.
+        class_names: of the network that it guides; empty if unknown.
+
+    Raises:
+        InputError: if it cannot be read, or has other tokens, classes or scales.
+    """
+    if guidance.network is None:
+        return None
+    stored = open_trained(guidance.network)
+    for name in ("schedule", "vocab_size", "code_dim", "num_classes", "prediction"):
+        ours, theirs = getattr(network, name), getattr(stored.config, name)
+        if ours != theirs:
+            raise InputError(f"guidance.network {guidance.network} cannot guide: its {name} is {theirs}, not {ours}")
+    if class_names and stored.class_names and [*class_names] != stored.class_names:
+        raise InputError(f"guidance.network {guidance.network} cannot guide: it has classes of other names")
+    check_tokens(stored, tokenizer)
+    return stored.load_network().to(tokenizer.quantizer.codebook.weight.device)
+
+
+def check_tokens(stored: StoredModel, tokenizer: Tokenizer) -> None:
+    """Raises InputError if the tokens of a network mean something else; published weights do not say what they mean."""
+    if stored.tokenizer_folder is None:
+        return
+    ours, theirs = tokenizer.quantizer.state_dict(), stored.load_tokenizer().quantizer.state_dict()
+    if any(not torch.equal(theirs[name], value.cpu()) for name, value in ours.items()):
+        raise InputError(
+            f"guidance.network {stored.source} cannot guide: it predicts tokens of another tokenizer, "
+            f"{stored.tokenizer_folder}"
+        )
 
 
 def corrupt(codes: Tensor, share: float, keys: Tensor, span: slice, codebook: Tensor) -> Tensor:

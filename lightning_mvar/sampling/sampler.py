@@ -11,10 +11,12 @@ from torch import Tensor
 from lightning_mvar.checkpoints.pair import TrainedModel
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.devices import DTYPES, Precision, rank_and_world_size, set_tf32
+from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.sampling.generate import decode_images, draw_images, draw_scales
 from lightning_mvar.sampling.graphs import graphs_for
 from lightning_mvar.sampling.grids import to_uint8
+from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import KnownTokens, Step
 from lightning_mvar.sampling.writers import PixelArray
@@ -36,12 +38,27 @@ class Sampler:
         self, model: TrainedModel, device: torch.device, precision: Precision = "float32", graphs: bool = True
     ) -> None:
         self.device = device
+        self.dtype = DTYPES[precision]
         set_tf32(precision == "tf32")
-        self.network = lower_precision(model.network.to(device), DTYPES[precision])
-        self.tokenizer = model.tokenizer.to(device).lower(DTYPES[precision])
+        self.network = lower_precision(model.network.to(device), self.dtype)
+        self.tokenizer = model.tokenizer.to(device).lower(self.dtype)
+        self.guides: dict[str, MVAR] = {}  # the last one used, by its path
         self.graphs = graphs_for(self.network) if graphs else None
         self.class_names = model.class_names
         self.classes = Classes(model.class_names, model.network.config.num_classes)
+
+    def guide(self, settings: SamplingSettings) -> MVAR | None:
+        """Returns the weaker network that guides, if `settings` name one; the last one stays in memory.
+
+        Raises:
+            InputError: if it cannot be read, or has other tokens, classes or scales.
+        """
+        path = settings.guide.network
+        if path is not None and path not in self.guides:
+            guide = load_guide(settings.guide, self.network.config, self.tokenizer, self.class_names)
+            assert guide is not None
+            self.guides = {path: lower_precision(guide, self.dtype)}
+        return None if path is None else self.guides[path]
 
     def steps(
         self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int], known: KnownTokens | None = None
@@ -55,7 +72,9 @@ class Sampler:
             known: tokens of given images, and which of them to keep.
         """
         keys = settings.keys(numbers)
-        return draw_scales(self.network, self.tokenizer, labels, settings, keys, known, self.graphs)
+        return draw_scales(
+            self.network, self.tokenizer, labels, settings, keys, known, self.graphs, self.guide(settings)
+        )
 
     def stream_images(self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int]) -> Iterator[Tensor]:
         """Yields the images (b, 3, H, W) in [0, 1] decoded after each scale; see `steps`."""
@@ -64,8 +83,8 @@ class Sampler:
 
     def draw(self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int]) -> Tensor:
         """Draws images (b, 3, H, W) in [0, 1]; see `steps`."""
-        keys = settings.keys(numbers)
-        return draw_images(self.network, self.tokenizer, labels, settings, keys, graphs=self.graphs)[0]
+        keys, guide = settings.keys(numbers), self.guide(settings)
+        return draw_images(self.network, self.tokenizer, labels, settings, keys, graphs=self.graphs, guide=guide)[0]
 
     def draw_tokens(self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int]) -> Tensor:
         """Draws tokens (b, l) int64; see `steps`."""

@@ -45,10 +45,17 @@ class Step(NamedTuple):
     f_hat: Tensor  # (b, c, s, t), this scale included
 
 
-class Progress(NamedTuple):
-    """What a batch carries from one scale to the next. A guide of the same network has the second half of 2 b rows."""
+class States(NamedTuple):
+    """States of the network and of a weaker one that guides it, if one does."""
 
-    state: MVARState  # of b images, or 2 b while the guide runs
+    network: MVARState  # of b images, or 2 b if the second half guides the first
+    guide: MVARState | None
+
+
+class Progress(NamedTuple):
+    """What a batch carries from one scale to the next."""
+
+    states: States
     inputs: Tensor | None  # (b, n, c) of the next scale, or (2 b, n, c) if the guide's differ; None before the first
     f_hat: Tensor  # (b, c, s, t), or (2 b, c, s, t) if the guide's differ
     uniforms: Tensor  # (b, l) float32 in [0, 1): one number per token
@@ -56,17 +63,22 @@ class Progress(NamedTuple):
 
     def without_guide(self) -> Progress:
         count = len(self.uniforms)
+        states = States(self.states.network.first(count), None)
         inputs = None if self.inputs is None else self.inputs[:count]
-        return self._replace(state=self.state.first(count), inputs=inputs, f_hat=self.f_hat[:count])
+        return self._replace(states=states, inputs=inputs, f_hat=self.f_hat[:count])
 
 
 @dataclass(frozen=True)
 class ScaleDrawer:
-    """Draws batches scale by scale with a network, the quantizer of its tokenizer, and sampling settings."""
+    """Draws batches scale by scale with a network, the quantizer of its tokenizer, sampling settings, and a guide.
+
+    Without a weaker network as its guide, the network guides itself, in a second half of its batch.
+    """
 
     model: MVAR
     quantizer: ResidualQuantizer
     settings: SamplingSettings
+    guide: MVAR | None = None
 
     @property
     def by_token(self) -> bool:
@@ -85,25 +97,27 @@ class ScaleDrawer:
 
     def begin(self, batch: Batch) -> Progress:
         """Prepares the first scale."""
-        labels, config = batch.labels, self.model.config
+        labels, config, guide = batch.labels, self.model.config, None
         uniforms = uniform(batch.keys, 0, config.schedule.num_tokens, TOKENS)
         f_hat = self.quantizer.empty(len(labels))
-        if self.is_guided(0) and self.settings.guide.corrupt:
+        if self.is_guided(0) and self.guide is not None:
+            guide = self.guide.init_state(labels)
+        elif self.is_guided(0) and self.settings.guide.corrupt:
             labels, f_hat = labels.repeat(2), f_hat.repeat(2, 1, 1, 1)
         elif self.is_guided(0):
             labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
-        return Progress(self.model.init_state(labels), None, f_hat, uniforms, None)
+        return Progress(States(self.model.init_state(labels), guide), None, f_hat, uniforms, None)
 
     def draw_scale(self, k: int, batch: Batch, progress: Progress) -> tuple[Step, Progress]:
         """Draws scale `k`, continuing where `progress` ends. An enclosing autocast applies to the network alone."""
         schedule = self.model.config.schedule
         progress = progress if self.is_guided(k) else progress.without_guide()
-        state, inputs, f_hat, uniforms, before = progress
+        states, inputs, f_hat, uniforms, before = progress
         drawn = []  # (tokens, codes) of each step of this scale
         n = 1 if self.by_token else schedule.lengths[k]
         for begin in range(schedule.offsets[k], schedule.offsets[k] + schedule.lengths[k], n):
             span = slice(begin, begin + n)
-            logits, state = self.predict(k, inputs, state)
+            logits, states = self.predict(k, inputs, states)
             with without_autocast(logits):
                 tokens, codes = self.choose(self.adjust(logits, k, before), k, span, batch, uniforms)
                 inputs = self.with_guides(codes, k, span, batch)
@@ -114,19 +128,23 @@ class ScaleDrawer:
         if not self.by_token and k + 1 < schedule.num_scales:
             inputs = self.quantizer.downsample(f_hat, k + 1)
         kept = logits if self.settings.guide.beta else None
-        return Step(tokens, f_hat[: len(tokens)]), Progress(state, inputs, f_hat, uniforms, kept)
+        return Step(tokens, f_hat[: len(tokens)]), Progress(states, inputs, f_hat, uniforms, kept)
 
-    def predict(self, k: int, inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
-        """Runs the network, and its guide in the same batch; returns guided logits (b, n, v) and the next state."""
-        rows = len(state.cond)
-        if inputs is not None and len(inputs) < rows:  # the guide reads what the images do
+    def predict(self, k: int, inputs: Tensor | None, states: States) -> tuple[Tensor, States]:
+        """Runs the network and its guide on the inputs of scale `k`; returns guided logits (b, n, v) and the states."""
+        shared = inputs  # by network and guide
+        if inputs is not None and len(inputs) < len(states.network.cond):
             inputs = inputs.repeat(2, 1, 1)
-        logits, state = self.model.step(inputs, state)
+        logits, network = self.model.step(inputs, states.network)
         if not self.is_guided(k):
-            return logits, state
+            return logits, States(network, None)
+        if self.guide is None:
+            (logits, weaker), guide = logits.chunk(2), None
+        else:
+            assert states.guide is not None
+            weaker, guide = self.guide.step(shared, states.guide)
         strength = self.settings.guide.strengths(self.model.config)[k]
-        own, guide = logits.chunk(2)
-        return (1 + strength) * own - strength * guide, state
+        return (1 + strength) * logits - strength * weaker, States(network, guide)
 
     def adjust(self, logits: Tensor, k: int, before: Tensor | None) -> Tensor:
         """Sharpens guided logits (b, n, v) against those of the scale before, and divides them by the temperature."""

@@ -80,17 +80,23 @@ def test_replays_draw_what_eager_batches_draw(
     assert recorder.captured == SCHEDULE.num_scales
 
 
-@pytest.mark.parametrize("guidance", [Guidance(1.5, 2), Guidance(1.5, 2, 0.5), Guidance(1.5, beta=0.5), Guidance(0)])
+@pytest.mark.parametrize(
+    "guidance", [Guidance(1.5, 2), Guidance(1.5, 2, corrupt=0.5), Guidance(1.5, beta=0.5), Guidance(0)]
+)
 def test_replays_guide_as_eager_batches_do(
     guidance: Guidance, tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
 ) -> None:
-    network = tiny_network()
-    for seed in range(3):
+    weaker = None if guidance.corrupt else tiny_network(depth=1)
+    network, guides = tiny_network(), [None] * 3 + [weaker] * 3
+    for seed, guide in enumerate(guides):
         settings = SamplingSettings(guidance, seed=seed, temperature=0.9)
         request = (network, tokenizer, torch.tensor([0, 3, 9, 10]).roll(seed), settings, settings.keys(range(4)))
-        for actual, expected in zip(draw_images(*request, graphs=graphs), draw_images(*request), strict=True):
+        for actual, expected in zip(
+            draw_images(*request, graphs=graphs, guide=guide), draw_images(*request, guide=guide), strict=True
+        ):
             assert torch.equal(actual, expected)
-    assert recorder.replayed == 2 * SCHEDULE.num_scales
+    batches = 5 if weaker is None else 4  # without the first of each guide
+    assert recorder.replayed == batches * SCHEDULE.num_scales
 
 
 def test_batches_above_half_the_size_use_a_part_and_others_or_other_settings_begin_anew(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ from conftest import MIXERS, SCHEDULE, VARIANTS, tiny_network
 from torch import Tensor
 
 from lightning_mvar import MVAR, Tokenizer, generate
+from lightning_mvar.checkpoints import TrainedModel, save_folder
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.generate import teacher_inputs
-from lightning_mvar.sampling.guidance import Guidance, sharpen
+from lightning_mvar.sampling.guidance import Guidance, load_guide, sharpen
 from lightning_mvar.sampling.philox import CORRUPTION, TOKENS, image_keys, uniform
+from lightning_mvar.sampling.sampler import Sampler
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import draw
 
@@ -90,7 +94,7 @@ def test_a_list_equal_to_the_strengths_of_a_number_draws_the_same(network: MVAR,
 @pytest.mark.parametrize("corrupt", [0.0, 0.5])
 def test_the_guide_is_off_from_a_scale_on(corrupt: float, network: MVAR, tokenizer: Tokenizer) -> None:
     for off_from in range(SCHEDULE.num_scales + 1):
-        guided = drawn_tokens(network, tokenizer, guidance=Guidance(1.5, off_from, corrupt))
+        guided = drawn_tokens(network, tokenizer, guidance=Guidance(1.5, off_from, corrupt=corrupt))
         by_strength = [s * (k < off_from) for k, s in enumerate(Guidance(1.5).strengths(network.config))]
         assert torch.equal(guided, drawn_tokens(network, tokenizer, guidance=Guidance(by_strength, corrupt=corrupt)))
         if off_from == 0:
@@ -113,6 +117,58 @@ def test_tokens_that_pass_through_the_network(off_from: int, network: MVAR, toke
     drawn_tokens(network, tokenizer, guidance=Guidance(1.5, off_from))
     handle.remove()
     assert sum(passed) == len(LABELS) * (SCHEDULE.num_tokens + sum(SCHEDULE.lengths[:off_from]))
+
+
+@torch.no_grad()
+def test_a_weaker_network_guides_with_a_state_of_its_own(network: MVAR, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    weaker = tiny_network(prediction=network.config.prediction, mixers=MIXERS["var"], depth=1)
+    save_folder(tmp_path, tokenizer, weaker)
+    strengths = strengths_of(1.5, network)
+
+    def logits(tokens: Tensor) -> Tensor:
+        inputs = teacher_inputs(network.config, tokenizer, tokens)
+        return (1 + strengths) * network(LABELS, inputs) - strengths * weaker(LABELS, inputs)
+
+    expected = plain_tokens(network, logits)
+    assert torch.equal(drawn_tokens(network, tokenizer, guidance=Guidance(1.5, network=str(tmp_path))), expected)
+    sampler = Sampler(TrainedModel(network, tokenizer, []), torch.device("cpu"))
+    settings = SamplingSettings(Guidance(1.5, network=str(tmp_path)), seed=5)
+    assert torch.equal(sampler.draw_tokens(LABELS, settings, range(4)), expected)
+    assert sampler.guide(settings) is sampler.guide(settings)
+
+
+def test_a_network_that_guides_itself_is_not_guided(network: MVAR, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_folder(tmp_path, tokenizer, network)
+    for off_from in (None, 2):
+        guided = drawn_tokens(network, tokenizer, guidance=Guidance(1.5, off_from, str(tmp_path)))
+        assert torch.equal(guided, drawn_tokens(network, tokenizer, guidance=0))
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ({"num_classes": 9}, "its num_classes is 9, not 10"),
+        ({"prediction": "token", "mixers": ("block_causal_attention",)}, "its prediction is token, not scale"),
+        ({}, "it predicts tokens of another tokenizer"),
+        ({"names": list("abcdefghij")}, "it has classes of other names"),
+    ],
+)
+def test_networks_that_cannot_guide_are_refused(
+    difference: dict[str, Any], message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    names = difference.pop("names", [])
+    other = deepcopy(tokenizer)
+    if not difference and not names:
+        other.quantizer.codebook.weight[3, 2] += 0.1
+    save_folder(tmp_path, other, tiny_network(depth=1, **difference), names)
+    guidance = Guidance(1.5, network=str(tmp_path))
+    with pytest.raises(InputError, match=f"cannot guide: {message}"):
+        load_guide(guidance, tiny_network().config, tokenizer, list("0123456789"))
+
+
+def test_there_is_one_guide() -> None:
+    with pytest.raises(InputError, match=r"give guidance\.network or guidance\.corrupt, not both"):
+        Guidance(1.5, network="weak", corrupt=0.5)
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def test_numbers_per_scale_may_come_from_lists_arrays_and_tensors() -> None:
 def test_metadata_is_flat_and_names_what_differs_from_the_published_protocol() -> None:
     protocol = {"guidance": 0.5, "top_k": 900, "top_p": 0.96, "smooth": False, "seed": 0}
     assert SamplingSettings(0.5).metadata() == SamplingSettings(Guidance(0.5)).metadata() == protocol
-    every = SamplingSettings(Guidance([0, 0.1], 1, 0.25, 0.75), temperature=[1, 0.9])
+    every = SamplingSettings(Guidance([0, 0.1], 1, corrupt=0.25, beta=0.75), temperature=[1, 0.9])
     assert every.metadata() == protocol | {
         "guidance": "0.0,0.1",
         "guidance_off_from": 1,
@@ -74,4 +74,5 @@ def test_metadata_is_flat_and_names_what_differs_from_the_published_protocol() -
         "guidance_beta": 0.75,
         "temperature": "1.0,0.9",
     }
-    assert set(every.metadata()) == set(metadata_names())
+    assert set(every.metadata()) | {"guidance_network"} == set(metadata_names())
+    assert SamplingSettings(Guidance(1, network="weak")).metadata()["guidance_network"] == "weak"
