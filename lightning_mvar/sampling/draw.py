@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from lightning_mvar.io.fingerprint import fingerprint, fingerprint_of
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.generate import check_arguments
 from lightning_mvar.sampling.sampler import Batch, Drawing, Sampler
-from lightning_mvar.sampling.settings import SamplingSettings, metadata_names
+from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.token_sets import TokenSet
 from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet, partial_folder
 from lightning_mvar.scales import format_shape
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 MAX_IMAGES = 10_000_000
 # Keys of the metadata of a set, by which it says how it was drawn.
 METADATA_KEYS = frozenset(
-    metadata_names()
+    [field.name for field in fields(SamplingSettings)]
     + ["per_class", "dtype", "classes", "network", "network_tokenizer", "reject", "reject_weights", "keep"]
 )
 
@@ -159,8 +159,8 @@ def draw_set(
     metadata = settings.metadata() | {"per_class": per_class, "classes": "all" if every else ",".join(map(str, chosen))}
     metadata |= {"network": fingerprint(network), "network_tokenizer": tokenizer.fingerprint()}
     metadata |= {"dtype": precision}  # the key "precision" is that of a score
-    if settings.guide.network is not None:
-        metadata |= {"guidance_network": fingerprint_of(open_trained(settings.guide.network).weights)}
+    if settings.guidance_network is not None:
+        metadata |= {"guidance_network": fingerprint_of(open_trained(settings.guidance_network).weights)}
     drawing = Drawing(Sampler(model, device, precision, graphs), labels, per_class, settings)
     drawing.sampler.guide(settings)  # before anything is written
     rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)

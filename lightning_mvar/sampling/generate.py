@@ -20,7 +20,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.graphs import ScaleGraphs
-from lightning_mvar.sampling.guidance import Guidance, load_guide
+from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
 from lightning_mvar.scales import ScaleSchedule
@@ -44,20 +44,20 @@ def generate(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@torch.no_grad()  # type: ignore[misc]  # not inference_mode: FSDP2 reuses the buffers gathered here in training
+@torch.no_grad()  # not inference_mode: FSDP2 reuses the buffers gathered here in training
 def generate(
     model: MVAR,
     tokenizer: Tokenizer,
     labels: Tensor,
     *,
-    guidance: float | tuple[float, ...] | Guidance = 1.5,
+    guidance: float | tuple[float, ...] = 1.5,
     top_k: int = 900,
     top_p: float = 0.96,
     smooth: bool = False,
-    temperature: float | tuple[float, ...] = 1.0,
     generator: Randomness = None,
     known: KnownTokens | None = None,
     return_tokens: bool = False,
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Samples one image per label. The defaults are those of the papers' scores.
 
@@ -67,15 +67,15 @@ def generate(
         labels: (b,) integer classes in [0, num_classes]; `num_classes` means unconditional. On the CPU: to check labels
             on a GPU, the host waits for it.
         guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. Or one
-            per scale, or a `Guidance`.
+            per scale.
         top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
         top_p: then from the fewest tokens whose probabilities sum to p; 0 or 1 for all.
         smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images to look at, never for scores.
-        temperature: divides the logits before top-k and top-p; one for all scales, or one per scale.
         generator: CPU generator, one for all images or one per image, or keys (b, 2) of `image_keys`; None for torch's
             default generator.
         known: tokens of given images, and which of them to keep; the others are drawn conditioned on those.
         return_tokens: also return the tokens.
+        others: other `SamplingSettings` by name; `generator` stands for the seed.
 
     Returns:
         Images (b, 3, H, W) in [0, 1], and with `return_tokens` the tokens (b, l) int64.
@@ -83,7 +83,9 @@ def generate(
     Raises:
         InputError: if the tokenizer does not fit the model, or an argument is out of range.
     """
-    settings = SamplingSettings(guidance, top_k, top_p, smooth, temperature=temperature)
+    if "seed" in others:
+        raise InputError("generate takes a generator instead of a seed: pass generator=image_keys(seed, range(images))")
+    settings = SamplingSettings(guidance, top_k, top_p, smooth, **others)
     images, tokens = draw_images(model, tokenizer, labels, settings, generator, known)
     return (images, tokens) if return_tokens else images
 

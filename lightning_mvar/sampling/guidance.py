@@ -59,14 +59,14 @@ class Guidance:
     def __post_init__(self) -> None:
         normalized = {
             "strength": per_scale("guidance", self.strength, MAX_GUIDANCE),
-            "off_from": None if self.off_from is None else integer("guidance.off_from", self.off_from),
-            "corrupt": number("guidance.corrupt", self.corrupt, 1),
-            "beta": number("guidance.beta", self.beta, MAX_GUIDANCE),
+            "off_from": None if self.off_from is None else integer("guidance_off_from", self.off_from),
+            "corrupt": number("guidance_corrupt", self.corrupt, 1),
+            "beta": number("guidance_beta", self.beta, MAX_GUIDANCE),
         }
         for name, value in normalized.items():
             object.__setattr__(self, name, value)
         if self.network is not None and self.corrupt:
-            raise InputError("guidance has one guide: give guidance.network or guidance.corrupt, not both")
+            raise InputError("there is one guide: give guidance_network or guidance_corrupt, not both")
 
     def strengths(self, network: MVARConfig) -> tuple[float, ...]:
         """Returns the strength at each scale of a network."""
@@ -90,9 +90,9 @@ class Guidance:
         check_per_scale("guidance", self.strength, network)
         scales = network.schedule.num_scales
         if self.off_from is not None and self.off_from > scales:
-            raise InputError(f"guidance.off_from {self.off_from} is too large: the network draws {scales} scales")
+            raise InputError(f"guidance_off_from {self.off_from} is too large: the network draws {scales} scales")
         if self.beta and network.prediction == "token":
-            raise InputError("guidance.beta compares scales, but this network predicts single tokens: drop it")
+            raise InputError("guidance_beta compares scales, but this network predicts single tokens: drop it")
 
 
 def check_per_scale(name: str, values: float | tuple[float, ...], network: MVARConfig) -> None:
@@ -122,9 +122,9 @@ def load_guide(
     for name in ("schedule", "vocab_size", "code_dim", "num_classes", "prediction"):
         ours, theirs = getattr(network, name), getattr(stored.config, name)
         if ours != theirs:
-            raise InputError(f"guidance.network {guidance.network} cannot guide: its {name} is {theirs}, not {ours}")
+            raise InputError(f"guidance_network {guidance.network} cannot guide: its {name} is {theirs}, not {ours}")
     if class_names and stored.class_names and [*class_names] != stored.class_names:
-        raise InputError(f"guidance.network {guidance.network} cannot guide: it has classes of other names")
+        raise InputError(f"guidance_network {guidance.network} cannot guide: it has classes of other names")
     check_tokens(stored, tokenizer)
     return stored.load_network().to(tokenizer.quantizer.codebook.weight.device)
 
@@ -136,7 +136,7 @@ def check_tokens(stored: StoredModel, tokenizer: Tokenizer) -> None:
     ours, theirs = tokenizer.quantizer.state_dict(), stored.load_tokenizer().quantizer.state_dict()
     if any(not torch.equal(theirs[name], value.cpu()) for name, value in ours.items()):
         raise InputError(
-            f"guidance.network {stored.source} cannot guide: it predicts tokens of another tokenizer, "
+            f"guidance_network {stored.source} cannot guide: it predicts tokens of another tokenizer, "
             f"{stored.tokenizer_folder}"
         )
 

@@ -53,7 +53,7 @@ class Sampler:
         Raises:
             InputError: if it cannot be read, or has other tokens, classes or scales.
         """
-        path = settings.guide.network
+        path = settings.guidance_network
         if path is not None and path not in self.guides:
             guide = load_guide(settings.guide, self.network.config, self.tokenizer, self.class_names)
             assert guide is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from torch import Tensor
 
@@ -24,42 +25,57 @@ class SamplingSettings:
 
     Args:
         guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. Or a
-            list with one per scale; or `guidance.strength` with others of its options, see `Guidance`.
+            list with one per scale, [0,0.5,1].
         top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
         top_p: then from the fewest tokens whose probabilities sum to p; 0 or 1 for all.
         smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images to look at, never for scores.
         seed: random seed, from 0 to 2^63 - 1; image i of a seed has a random stream of its own.
         temperature: divides the logits before top-k and top-p: below 1 for likelier tokens, above 1 for more variety.
             A number, or a list with one per scale.
+        guidance_off_from: index of the first scale that is drawn without guidance, and at half the cost from there on.
+        guidance_network: guide by a weaker network instead of the unconditional class (autoguidance): a checkpoint of
+            `fit`, a folder of `export` or a published file, of the same tokenizer, classes and scales.
+        guidance_corrupt: guide by a prefix instead of the unconditional class, in which this share of the tokens is
+            replaced by random ones (VPG).
+        guidance_beta: also move the logits of each scale away from those of the scale before, by this factor (SSG).
 
     Raises:
         InputError: if a value is out of range or of another type.
     """
 
-    guidance: float | tuple[float, ...] | Guidance = 1.5
+    guidance: float | tuple[float, ...] = 1.5
     top_k: int = 900
     top_p: float = 0.96
     smooth: bool = False
     seed: int = 0
     temperature: float | tuple[float, ...] = 1.0
+    guidance_off_from: int | None = None
+    guidance_network: str | None = None
+    guidance_corrupt: float = 0.0
+    guidance_beta: float = 0.0
 
     def __post_init__(self) -> None:
+        guide = self.guide
         normalized = {
-            "guidance": self.guidance if isinstance(self.guidance, Guidance) else self.guide.strength,
+            "guidance": guide.strength,
             "top_k": integer("top_k", self.top_k),
             "top_p": number("top_p", self.top_p, 1),
             "seed": integer("seed", self.seed, MAX_SEED),
             "temperature": per_scale("temperature", self.temperature, MAX_TEMPERATURE, MIN_TEMPERATURE),
+            "guidance_off_from": guide.off_from,
+            "guidance_corrupt": guide.corrupt,
+            "guidance_beta": guide.beta,
         }
         if not isinstance(self.smooth, bool):
             raise InputError(f"smooth must be True or False, got {self.smooth!r}")
         for name, value in normalized.items():
             object.__setattr__(self, name, value)
 
-    @property
+    @cached_property
     def guide(self) -> Guidance:
-        """The guidance as an object, also if it was given as numbers."""
-        return self.guidance if isinstance(self.guidance, Guidance) else Guidance(self.guidance)
+        return Guidance(
+            self.guidance, self.guidance_off_from, self.guidance_network, self.guidance_corrupt, self.guidance_beta
+        )
 
     def temperature_of(self, scale: int) -> float:
         return self.temperature[scale] if isinstance(self.temperature, tuple) else self.temperature
@@ -74,19 +90,11 @@ class SamplingSettings:
 
         The settings of the published protocol are always among them, others only if they are not the default.
         """
-        own = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        own["guidance"] = self.guide.strength, None
-        for field in fields(Guidance)[1:]:
-            own[f"guidance_{field.name}"] = getattr(self.guide, field.name), field.default
-        recorded = {name: value for name, (value, default) in own.items() if name in PROTOCOL or value != default}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self) if field.name not in PROTOCOL}
+        recorded = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
         return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in recorded.items()}
 
     def keys(self, numbers: Iterable[int]) -> Tensor:
         """Returns the key (b, 2) int64 of the random numbers of each image, given by its number."""
         return image_keys(self.seed, numbers)
-
-
-def metadata_names() -> list[str]:
-    """Returns all names that `SamplingSettings.metadata` may use."""
-    own = [field.name for field in fields(SamplingSettings)]
-    return own + [f"guidance_{field.name}" for field in fields(Guidance)[1:]]

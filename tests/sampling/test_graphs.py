@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from lightning_mvar import Tokenizer
 from lightning_mvar.devices import exact_float32, set_tf32
 from lightning_mvar.sampling.generate import draw_images
 from lightning_mvar.sampling.graphs import CAPTURING, CudaCapture, ScaleGraphs, graphs_for
-from lightning_mvar.sampling.guidance import Guidance
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
@@ -81,15 +81,15 @@ def test_replays_draw_what_eager_batches_draw(
 
 
 @pytest.mark.parametrize(
-    "guidance", [Guidance(1.5, 2), Guidance(1.5, 2, corrupt=0.5), Guidance(1.5, beta=0.5), Guidance(0)]
+    "options", [{"guidance_off_from": 2}, {"guidance_corrupt": 0.5}, {"guidance_beta": 0.5}, {"guidance": 0}], ids=str
 )
 def test_replays_guide_as_eager_batches_do(
-    guidance: Guidance, tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
+    options: dict[str, Any], tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
 ) -> None:
-    weaker = None if guidance.corrupt else tiny_network(depth=1)
+    weaker = None if "guidance_corrupt" in options else tiny_network(depth=1)
     network, guides = tiny_network(), [None] * 3 + [weaker] * 3
     for seed, guide in enumerate(guides):
-        settings = SamplingSettings(guidance, seed=seed, temperature=0.9)
+        settings = SamplingSettings(seed=seed, temperature=0.9, **options)
         request = (network, tokenizer, torch.tensor([0, 3, 9, 10]).roll(seed), settings, settings.keys(range(4)))
         for actual, expected in zip(
             draw_images(*request, graphs=graphs, guide=guide), draw_images(*request, guide=guide), strict=True

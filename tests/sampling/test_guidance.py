@@ -85,18 +85,18 @@ def test_a_list_guides_each_scale_by_its_number(network: MVAR, tokenizer: Tokeni
 
 def test_a_list_equal_to_the_strengths_of_a_number_draws_the_same(network: MVAR, tokenizer: Tokenizer) -> None:
     strengths = Guidance(1.5).strengths(network.config)
-    for other in (strengths, Guidance(1.5, off_from=SCHEDULE.num_scales)):
-        expected = generate(network, tokenizer, LABELS, guidance=1.5, generator=KEYS)
-        assert torch.equal(generate(network, tokenizer, LABELS, guidance=other, generator=KEYS), expected)
+    expected = generate(network, tokenizer, LABELS, guidance=1.5, generator=KEYS)
+    for other in ({"guidance": strengths}, {"guidance": 1.5, "guidance_off_from": SCHEDULE.num_scales}):
+        assert torch.equal(generate(network, tokenizer, LABELS, generator=KEYS, **other), expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("corrupt", [0.0, 0.5])
 def test_the_guide_is_off_from_a_scale_on(corrupt: float, network: MVAR, tokenizer: Tokenizer) -> None:
     for off_from in range(SCHEDULE.num_scales + 1):
-        guided = drawn_tokens(network, tokenizer, guidance=Guidance(1.5, off_from, corrupt=corrupt))
+        guided = drawn_tokens(network, tokenizer, guidance_off_from=off_from, guidance_corrupt=corrupt)
         by_strength = [s * (k < off_from) for k, s in enumerate(Guidance(1.5).strengths(network.config))]
-        assert torch.equal(guided, drawn_tokens(network, tokenizer, guidance=Guidance(by_strength, corrupt=corrupt)))
+        assert torch.equal(guided, drawn_tokens(network, tokenizer, guidance=by_strength, guidance_corrupt=corrupt))
         if off_from == 0:
             assert torch.equal(guided, drawn_tokens(network, tokenizer, guidance=0))
 
@@ -114,7 +114,7 @@ def test_every_mixer_goes_on_without_its_guide(variant: dict[str, Any], tokenize
 def test_tokens_that_pass_through_the_network(off_from: int, network: MVAR, tokenizer: Tokenizer) -> None:
     passed = []
     handle = network.blocks[0].register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0].shape[:2].numel()))
-    drawn_tokens(network, tokenizer, guidance=Guidance(1.5, off_from))
+    drawn_tokens(network, tokenizer, guidance_off_from=off_from)
     handle.remove()
     assert sum(passed) == len(LABELS) * (SCHEDULE.num_tokens + sum(SCHEDULE.lengths[:off_from]))
 
@@ -130,9 +130,9 @@ def test_a_weaker_network_guides_with_a_state_of_its_own(network: MVAR, tokenize
         return (1 + strengths) * network(LABELS, inputs) - strengths * weaker(LABELS, inputs)
 
     expected = plain_tokens(network, logits)
-    assert torch.equal(drawn_tokens(network, tokenizer, guidance=Guidance(1.5, network=str(tmp_path))), expected)
+    assert torch.equal(drawn_tokens(network, tokenizer, guidance_network=str(tmp_path)), expected)
     sampler = Sampler(TrainedModel(network, tokenizer, []), torch.device("cpu"))
-    settings = SamplingSettings(Guidance(1.5, network=str(tmp_path)), seed=5)
+    settings = SamplingSettings(guidance_network=str(tmp_path), seed=5)
     assert torch.equal(sampler.draw_tokens(LABELS, settings, range(4)), expected)
     assert sampler.guide(settings) is sampler.guide(settings)
 
@@ -140,7 +140,7 @@ def test_a_weaker_network_guides_with_a_state_of_its_own(network: MVAR, tokenize
 def test_a_network_that_guides_itself_is_not_guided(network: MVAR, tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_folder(tmp_path, tokenizer, network)
     for off_from in (None, 2):
-        guided = drawn_tokens(network, tokenizer, guidance=Guidance(1.5, off_from, str(tmp_path)))
+        guided = drawn_tokens(network, tokenizer, guidance_off_from=off_from, guidance_network=str(tmp_path))
         assert torch.equal(guided, drawn_tokens(network, tokenizer, guidance=0))
 
 
@@ -167,8 +167,8 @@ def test_networks_that_cannot_guide_are_refused(
 
 
 def test_there_is_one_guide() -> None:
-    with pytest.raises(InputError, match=r"give guidance\.network or guidance\.corrupt, not both"):
-        Guidance(1.5, network="weak", corrupt=0.5)
+    with pytest.raises(InputError, match="give guidance_network or guidance_corrupt, not both"):
+        SamplingSettings(guidance_network="weak", guidance_corrupt=0.5)
 
 
 @torch.no_grad()
@@ -183,9 +183,7 @@ def test_a_corrupted_prefix_is_that_of_replaced_tokens(share: float, network: MV
         return (1 + strengths) * own - strengths * guide
 
     assert 0.5 * share < (chance < share).float().mean() <= 1.5 * share
-    assert torch.equal(
-        drawn_tokens(network, tokenizer, guidance=Guidance(1.5, corrupt=share)), plain_tokens(network, logits)
-    )
+    assert torch.equal(drawn_tokens(network, tokenizer, guidance_corrupt=share), plain_tokens(network, logits))
 
 
 @torch.no_grad()
@@ -203,8 +201,8 @@ def test_beta_moves_the_logits_of_a_scale_away_from_those_before(strength: float
             moved.append(1.7 * scales[k] - 0.7 * enlarged(scales[k - 1], SCHEDULE.shapes[k - 1], SCHEDULE.shapes[k]))
         return torch.cat(moved, dim=1)
 
-    guidance = Guidance(strength, beta=0.7)
-    assert torch.equal(drawn_tokens(network, tokenizer, guidance=guidance), plain_tokens(network, logits))
+    drawn = drawn_tokens(network, tokenizer, guidance=strength, guidance_beta=0.7)
+    assert torch.equal(drawn, plain_tokens(network, logits))
 
 
 def enlarged(values: Tensor, shape: tuple[int, int], larger: tuple[int, int]) -> Tensor:
@@ -246,7 +244,7 @@ def test_the_temperature_divides_the_logits_of_each_scale(network: MVAR, tokeniz
     ("settings", "message"),
     [
         ({"guidance": [1.0, 2.0]}, "guidance has 2 numbers, but the network draws 4 scales: give one for each"),
-        ({"guidance": Guidance(1.0, off_from=5)}, "guidance.off_from 5 is too large: the network draws 4 scales"),
+        ({"guidance_off_from": 5}, "guidance_off_from 5 is too large: the network draws 4 scales"),
         ({"temperature": [1.0] * 5}, "temperature has 5 numbers, but the network draws 4 scales"),
     ],
 )
@@ -256,5 +254,5 @@ def test_settings_of_another_schedule_are_refused(settings: dict[str, Any], mess
 
 
 def test_beta_needs_scales(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match=r"guidance\.beta compares scales, but this network predicts single tokens"):
-        generate(tiny_network(**KINDS["token"]), tokenizer, LABELS, guidance=Guidance(0, beta=0.5))
+    with pytest.raises(InputError, match="guidance_beta compares scales, but this network predicts single tokens"):
+        generate(tiny_network(**KINDS["token"]), tokenizer, LABELS, guidance_beta=0.5)

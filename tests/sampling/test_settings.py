@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling.guidance import Guidance
-from lightning_mvar.sampling.settings import SamplingSettings, metadata_names
+from lightning_mvar.sampling.settings import SamplingSettings
 
 
 @pytest.mark.parametrize(
@@ -25,6 +24,9 @@ from lightning_mvar.sampling.settings import SamplingSettings, metadata_names
         ("smooth", ["no", 1, None], "smooth must be True or False"),
         ("guidance", [[0.5, -1], (0, 2000)], r"guidance of scale 1 must be a number from 0 to 1,000"),
         ("temperature", [0, -1.0, math.nan, "1", 1e4], "temperature must be a number from 0.001 to 1,000"),
+        ("guidance_off_from", [-1, 0.5, True], "guidance_off_from must be an integer of at least 0"),
+        ("guidance_corrupt", [-0.1, 1.1, math.nan], "guidance_corrupt must be a number from 0 to 1"),
+        ("guidance_beta", [-0.1, math.inf, "1"], "guidance_beta must be a number from 0 to 1,000"),
         ("temperature", [[1.0, 0.0]], "temperature of scale 1 must be a number from 0.001 to 1,000"),
     ],
 )
@@ -41,38 +43,16 @@ def test_limits_are_allowed_and_numpy_numbers_become_those_of_python() -> None:
     assert json.loads(json.dumps(settings.metadata()))["top_k"] == 3
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("off_from", [-1, 0.5, True], "guidance.off_from must be an integer of at least 0"),
-        ("corrupt", [-0.1, 1.1, math.nan], "guidance.corrupt must be a number from 0 to 1"),
-        ("beta", [-0.1, math.inf, "1"], "guidance.beta must be a number from 0 to 1,000"),
-    ],
-)
-def test_options_of_guidance_out_of_range_are_refused(name: str, values: list[Any], message: str) -> None:
-    for value in values:
-        with pytest.raises(InputError, match=f"{message}, got"):
-            Guidance(1.5, **{name: value})
-
-
 def test_numbers_per_scale_may_come_from_lists_arrays_and_tensors() -> None:
     expected = SamplingSettings((0.5, 1.0), temperature=(1.0, 2.0))
     assert SamplingSettings([0.5, 1], temperature=[1, 2]) == expected
     assert SamplingSettings(np.array([0.5, 1]), temperature=torch.tensor([1, 2])) == expected
-    assert SamplingSettings(0.5).guide == Guidance(0.5)
     assert hash(expected) == hash(SamplingSettings([0.5, 1], temperature=[1, 2]))
 
 
 def test_metadata_is_flat_and_names_what_differs_from_the_published_protocol() -> None:
     protocol = {"guidance": 0.5, "top_k": 900, "top_p": 0.96, "smooth": False, "seed": 0}
-    assert SamplingSettings(0.5).metadata() == SamplingSettings(Guidance(0.5)).metadata() == protocol
-    every = SamplingSettings(Guidance([0, 0.1], 1, corrupt=0.25, beta=0.75), temperature=[1, 0.9])
-    assert every.metadata() == protocol | {
-        "guidance": "0.0,0.1",
-        "guidance_off_from": 1,
-        "guidance_corrupt": 0.25,
-        "guidance_beta": 0.75,
-        "temperature": "1.0,0.9",
-    }
-    assert set(every.metadata()) | {"guidance_network"} == set(metadata_names())
-    assert SamplingSettings(Guidance(1, network="weak")).metadata()["guidance_network"] == "weak"
+    assert SamplingSettings(0.5).metadata() == protocol
+    others = {"guidance_off_from": 1, "guidance_corrupt": 0.25, "guidance_beta": 0.75}
+    settings = SamplingSettings([0, 0.1], temperature=[1, 0.9], **others)
+    assert settings.metadata() == protocol | others | {"guidance": "0.0,0.1", "temperature": "1.0,0.9"}
