@@ -3,11 +3,11 @@
 Each number is a function of a key and a counter alone: neither batch size, order nor device changes it. torch has no
 unsigned 32-bit products, so words are int64 in [0, 2^32); products wrap, and only their 64 bits matter.
 
-| counter word | tokens                      | noise of `smooth`     | keys of images         | corrupted prefix      |
+| counter word | tokens, their order         | noise of `smooth`     | keys of images         | corrupted prefix      |
 |--------------|-----------------------------|-----------------------|------------------------|-----------------------|
 | 0            | position in the image, // 4 | code, // 4            | image number, low word | 0                     |
-| 1            | 0                           | position in the image | its high word          | position in the image |
-| 3            | TOKENS                      | NOISE                 | KEYS                   | CORRUPTION            |
+| 1            | step within the scale       | position in the image | its high word          | position in the image |
+| 3            | TOKENS, ORDER               | NOISE                 | KEYS                   | CORRUPTION            |
 | key          | of the image                | of the image          | the seed               | of the image          |
 """
 
@@ -25,7 +25,7 @@ MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of words 0 and 2
 INCREMENTS = 0x9E3779B9, 0xBB67AE85  # of the key from round to round
 ROUNDS = 10
 MASK = 2**32 - 1
-TOKENS, NOISE, KEYS, CORRUPTION = range(4)
+TOKENS, NOISE, KEYS, CORRUPTION, ORDER = range(5)
 
 
 def philox(counter: Sequence[Word], key: Sequence[Word]) -> list[Any]:
@@ -46,7 +46,7 @@ def uniform(keys: Tensor, rows: Tensor | int, columns: int, stream: int) -> Tens
         keys: (b, 2) int64 key of each image.
         rows: (n, 1) int64 numbers of the rows to draw, or the number of one.
         columns: numbers per row.
-        stream: TOKENS, NOISE or CORRUPTION.
+        stream: TOKENS, ORDER, NOISE or CORRUPTION.
 
     Returns:
         (b, n, columns) float32; (b, columns) for one row.

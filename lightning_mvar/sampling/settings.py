@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,10 +13,12 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.sampling.guidance import Guidance, check_per_scale
 from lightning_mvar.sampling.philox import image_keys
-from lightning_mvar.sampling.values import integer, number, per_scale
+from lightning_mvar.sampling.values import integer, integer_per_scale, number, per_scale
+from lightning_mvar.scales import MAX_TOKENS
 
 MAX_SEED = 2**63 - 1
 PROTOCOL = ("guidance", "top_k", "top_p", "smooth", "seed")  # the settings of published scores
+ORDERS = ("confidence", "random")
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # logits divided by it stay finite in float32
 
 
@@ -38,6 +41,12 @@ class SamplingSettings:
         guidance_corrupt: guide by a prefix instead of the unconditional class, in which this share of the tokens is
             replaced by random ones (VPG).
         guidance_beta: also move the logits of each scale away from those of the scale before, by this factor (SSG).
+        steps: number of steps in which each scale is drawn, at most one per token: each reads the tokens that the ones
+            before it kept, see `sampling.masked`. Or a list with one per scale. More than 1 needs a network that was
+            trained with `network.reveal`.
+        order: of several steps, each keeps the drawn tokens of the highest `confidence`, or `random` ones.
+        order_temperature: noise in the order of confidence, falling linearly to 0 at the last step (MaskGIT's choice
+            temperature).
 
     Raises:
         InputError: if a value is out of range or of another type.
@@ -53,6 +62,9 @@ class SamplingSettings:
     guidance_network: str | None = None
     guidance_corrupt: float = 0.0
     guidance_beta: float = 0.0
+    steps: int | tuple[int, ...] = 1
+    order: Literal["confidence", "random"] = "confidence"
+    order_temperature: float = 4.5
 
     def __post_init__(self) -> None:
         guide = self.guide
@@ -65,9 +77,13 @@ class SamplingSettings:
             "guidance_off_from": guide.off_from,
             "guidance_corrupt": guide.corrupt,
             "guidance_beta": guide.beta,
+            "steps": integer_per_scale("steps", self.steps, MAX_TOKENS, 1),
+            "order_temperature": number("order_temperature", self.order_temperature, MAX_TEMPERATURE),
         }
         if not isinstance(self.smooth, bool):
             raise InputError(f"smooth must be True or False, got {self.smooth!r}")
+        if self.order not in ORDERS:
+            raise InputError(f"order must be {' or '.join(ORDERS)}, got {self.order!r}")
         for name, value in normalized.items():
             object.__setattr__(self, name, value)
 
@@ -80,10 +96,19 @@ class SamplingSettings:
     def temperature_of(self, scale: int) -> float:
         return self.temperature[scale] if isinstance(self.temperature, tuple) else self.temperature
 
+    def steps_of(self, scale: int) -> int:
+        return self.steps[scale] if isinstance(self.steps, tuple) else self.steps
+
     def check(self, network: MVARConfig) -> None:
         """Raises InputError unless these settings suit a network."""
         self.guide.check(network)
         check_per_scale("temperature", self.temperature, network)
+        check_per_scale("steps", self.steps, network)
+        if not network.reveal and any(self.steps_of(k) > 1 for k in range(network.schedule.num_scales)):
+            reason = (
+                "was not trained with network.reveal" if network.prediction == "scale" else "predicts single tokens"
+            )
+            raise InputError(f"steps {self.steps} is too many for this network, which {reason}: set steps to 1")
 
     def metadata(self) -> dict[str, bool | int | float | str]:
         """Returns the settings by name, as a set of images records them: numbers per scale are joined by commas.

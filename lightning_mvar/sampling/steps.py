@@ -18,7 +18,8 @@ from torch import Tensor
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.models.mvar import MVAR, MVARState
 from lightning_mvar.sampling.guidance import corrupt, sharpen
-from lightning_mvar.sampling.philox import NOISE, TOKENS, uniform
+from lightning_mvar.sampling.masked import Kept, keep_more, revealed_to
+from lightning_mvar.sampling.philox import NOISE, ORDER, TOKENS, uniform
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
@@ -112,37 +113,66 @@ class ScaleDrawer:
         """Draws scale `k`, continuing where `progress` ends. An enclosing autocast applies to the network alone."""
         schedule = self.model.config.schedule
         progress = progress if self.is_guided(k) else progress.without_guide()
-        states, inputs, f_hat, uniforms, before = progress
-        drawn = []  # (tokens, codes) of each step of this scale
+        drawn = []  # (tokens, codes) of each span of this scale
         n = 1 if self.by_token else schedule.lengths[k]
         for begin in range(schedule.offsets[k], schedule.offsets[k] + schedule.lengths[k], n):
             span = slice(begin, begin + n)
-            logits, states = self.predict(k, inputs, states)
-            with without_autocast(logits):
-                tokens, codes = self.choose(self.adjust(logits, k, before), k, span, batch, uniforms)
-                inputs = self.with_guides(codes, k, span, batch)
-            drawn.append((tokens, inputs))
+            tokens, codes, logits, states = self.draw_span(k, span, batch, progress)
+            with without_autocast(codes):
+                codes = self.with_guides(codes, k, span, batch)
+            progress = progress._replace(states=states, inputs=codes)
+            drawn.append((tokens, codes))
         tokens, codes = (torch.cat(parts, dim=1) for parts in zip(*drawn, strict=True))
         with without_autocast(codes):
-            f_hat = self.quantizer.accumulate(f_hat, codes, k)
+            f_hat = self.quantizer.accumulate(progress.f_hat, codes, k)
         if not self.by_token and k + 1 < schedule.num_scales:
-            inputs = self.quantizer.downsample(f_hat, k + 1)
-        kept = logits if self.settings.guide.beta else None
-        return Step(tokens, f_hat[: len(tokens)]), Progress(states, inputs, f_hat, uniforms, kept)
+            progress = progress._replace(inputs=self.quantizer.downsample(f_hat, k + 1))
+        before = logits if self.settings.guide.beta else None
+        return Step(tokens, f_hat[: len(tokens)]), progress._replace(f_hat=f_hat, logits=before)
 
-    def predict(self, k: int, inputs: Tensor | None, states: States) -> tuple[Tensor, States]:
+    def draw_span(self, k: int, span: slice, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor, Tensor, States]:
+        """Draws the tokens at the positions `span`, in one step or more, each from the same state.
+
+        Returns:
+            Tokens (b, n), their codes (b, n, c); guided logits (b, n, v) and states of the last step.
+        """
+        kept, steps = self.known(span, batch), min(self.settings.steps_of(k), span.stop - span.start)
+        length = self.model.config.schedule.num_tokens
+        for i in range(steps):
+            guided, states = self.predict(k, progress.inputs, progress.states, kept)
+            with without_autocast(guided):
+                logits = self.adjust(guided, k, progress.logits)
+                uniforms = progress.uniforms if i == 0 else uniform(batch.keys, i, length, TOKENS)
+                tokens, codes = self.choose(logits, k, span, batch, uniforms)
+                if kept is not None:
+                    tokens, codes = kept.fill(tokens, codes)
+                if i + 1 < steps:
+                    order = uniform(batch.keys, i, length, ORDER)[:, span]
+                    kept = keep_more(kept, tokens, codes, logits, order, (i + 1) / steps, self.settings)
+        return tokens, codes, guided, states
+
+    def known(self, span: slice, batch: Batch) -> Kept | None:
+        """Returns the tokens of given images at the positions `span`."""
+        if batch.known is None:
+            return None
+        mask = batch.known.keep[:, span]
+        tokens = batch.known.tokens[:, span].masked_fill(~mask, 0)
+        return Kept.known(tokens, self.quantizer.codebook(tokens), mask)
+
+    def predict(self, k: int, inputs: Tensor | None, states: States, kept: Kept | None) -> tuple[Tensor, States]:
         """Runs the network and its guide on the inputs of scale `k`; returns guided logits (b, n, v) and the states."""
-        shared = inputs  # by network and guide
-        if inputs is not None and len(inputs) < len(states.network.cond):
+        shared, rows = inputs, len(states.network.cond)  # by network and guide
+        if inputs is not None and len(inputs) < rows:
             inputs = inputs.repeat(2, 1, 1)
-        logits, network = self.model.step(inputs, states.network)
+        logits, network = self.model.step(inputs, states.network, revealed_to(self.model.config, kept, rows))
         if not self.is_guided(k):
             return logits, States(network, None)
         if self.guide is None:
             (logits, weaker), guide = logits.chunk(2), None
         else:
             assert states.guide is not None
-            weaker, guide = self.guide.step(shared, states.guide)
+            revealed = revealed_to(self.guide.config, kept, len(states.guide.cond))
+            weaker, guide = self.guide.step(shared, states.guide, revealed)
         strength = self.settings.guide.strengths(self.model.config)[k]
         return (1 + strength) * logits - strength * weaker, States(network, guide)
 
@@ -170,10 +200,6 @@ class ScaleDrawer:
             noise = uniform(batch.keys, positions, logits.shape[-1], NOISE)
             weights = gumbel_mixture(logits, noise, self.model.config.schedule.ratio(k), self.settings)
             codes = weights @ self.quantizer.codebook.weight
-        if batch.known is not None:
-            keep = batch.known.keep[:, span]
-            tokens = torch.where(keep, batch.known.tokens[:, span], tokens)
-            codes = torch.where(keep[..., None], self.quantizer.codebook(tokens), codes)
         return tokens, codes
 
 

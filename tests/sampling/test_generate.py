@@ -108,16 +108,16 @@ class OnlyMeta(TorchDispatchMode):
         return outputs
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-def test_drawing_neither_waits_for_the_device_nor_copies_to_it(smooth: bool) -> None:
+@pytest.mark.parametrize("options", [{"smooth": False}, {"smooth": True}, {"steps": 2}], ids=str)
+def test_drawing_neither_waits_for_the_device_nor_copies_to_it(options: dict[str, object]) -> None:
     """On the meta device no value can be read."""
     schedule = ScaleSchedule((1, 2))
-    network = tiny_network(schedule=schedule, depth=1).to("meta")
+    network = tiny_network(schedule=schedule, depth=1, reveal=True).to("meta")
     quantizer = ResidualQuantizer(schedule, 48, 8, 1).to("meta")
     tokens = torch.zeros(4, schedule.num_tokens, dtype=torch.int64, device="meta")
     batch = Batch(tokens[:, 0], tokens[:, :2], KnownTokens(tokens, tokens > 0))
     with OnlyMeta():
-        steps = [*ScaleDrawer(network, quantizer, SamplingSettings(smooth=smooth)).steps(batch)]
+        steps = [*ScaleDrawer(network, quantizer, SamplingSettings(**options)).steps(batch)]
     assert [step.tokens.shape for step in steps] == [(4, 1), (4, 4)]
 
 

@@ -63,16 +63,16 @@ def graphs(recorder: Recorder) -> ScaleGraphs:
     return ScaleGraphs(lambda: recorder)
 
 
-@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("options", [{"smooth": False}, {"smooth": True}, {"steps": 3}], ids=str)
 @pytest.mark.parametrize("mixers", [MIXERS["mvar"], MIXERS["var"], ("window_attention", "gated_linear_attention")])
 def test_replays_draw_what_eager_batches_draw(
-    mixers: tuple[str, ...], smooth: bool, tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
+    mixers: tuple[str, ...], options: dict[str, object], tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
 ) -> None:
-    network = tiny_network(mixers=mixers)
+    network = tiny_network(mixers=mixers, reveal="steps" in options)
     for number, seed in enumerate((0, 0, 1)):
         labels = torch.tensor([0, 3, 9, 10]).roll(number)
         given = random_tokens(4, seed=number)
-        known, settings = KnownTokens(given, given > 30), SamplingSettings(smooth=smooth, seed=seed)
+        known, settings = KnownTokens(given, given > 30), SamplingSettings(**options, seed=seed)
         request = (network, tokenizer, labels, settings, settings.keys(range(4 * number, 4 * number + 4)), known)
         for actual, expected in zip(draw_images(*request, graphs=graphs), draw_images(*request), strict=True):
             assert torch.equal(actual, expected)
