@@ -82,7 +82,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
                 array or tensor of integers.
             image: image to keep a part of, of any size; resized and cropped to the center. See `kept_tokens_mask`.
             mask: white where to draw, black where to keep; its size is that of `image` or of the drawn images.
-            sampling: `SamplingSettings` by name: guidance, top_k, top_p, smooth, seed.
+            sampling: `SamplingSettings` by name: guidance, top_k, top_p, smooth, seed and others.
 
         Raises:
             InputError: if a class is unknown, an argument is out of range, or the mask has another size.

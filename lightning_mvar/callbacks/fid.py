@@ -18,8 +18,10 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, prepare
+from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, max_batch_size
 from lightning_mvar.sampling.graphs import graphs_for
+from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.strategies import sampling_mode
@@ -46,7 +48,7 @@ class FIDCallback(L.Callback):
         weights: `ema` for the weight average if one is kept, `raw` for the weights being trained.
         keep_sharded: gather a sharded network block by block, if all of it does not fit on a device; slower.
         neighbours: k of precision and recall; 0 for neither.
-        sampling: guidance scale, top-k, top-p and seed.
+        sampling: guidance scale, top-k, top-p and seed, and the other options of `SamplingSettings`.
         cache: folder that keeps the statistics of the real images.
     """
 
@@ -75,21 +77,24 @@ class FIDCallback(L.Callback):
         self.weights, self.keep_sharded, self.neighbours = weights, keep_sharded, neighbours
         self.scored = {"step": 0, "epoch": 0}  # at the last scoring; epochs completed
         self.reference: Summary | None = None
+        self.guide: MVAR | None = None  # a weaker network, if `sampling` names one
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.real = open_reference(self.reference_name)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures the real images first, so that a bad reference fails before training."""
-        self.measure_reference(trainer, pl_module)
+        """Measures the real images first, so that a bad reference or guide fails before training."""
+        self.prepare_scoring(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.reference is None:  # outside of `fit`
-            self.measure_reference(trainer, pl_module)
+            self.prepare_scoring(trainer, pl_module)
 
-    def measure_reference(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def prepare_scoring(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LitMVAR)
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
+        self.sampling.check(pl_module.network_config)
+        self.guide = load_guide(self.sampling.guide, pl_module.network_config, tokenizer, pl_module.class_names)
         prepare(self.extractor, trainer.strategy.root_device)
         self.reference = self.real.summary(
             self.extractor, tokenizer.config.shape, self.cache, self.neighbours > 0, tokenizer
@@ -145,7 +150,9 @@ class FIDCallback(L.Callback):
                 ids = torch.arange(first, first + batch_size)
                 keys = self.sampling.keys(ids.tolist())
                 labels = ids % classes
-                images, _ = draw_images(network, pl_module.tokenizer, labels, self.sampling, keys, graphs=graphs)
+                images, _ = draw_images(
+                    network, pl_module.tokenizer, labels, self.sampling, keys, graphs=graphs, guide=self.guide
+                )
                 valid = ids[ids < self.num_samples]  # the rest pads the last batch to an equal size
                 with without_autocast(images):  # as the features of the reference
                     scores.update(images[: len(valid)], valid)

@@ -9,8 +9,10 @@ from torch import Tensor
 from lightning_mvar.callbacks.tensorboard import log_codes, log_image
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageBatch
+from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, max_batch_size
 from lightning_mvar.sampling.grids import formation_strip, image_grid, with_row_names
+from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.strategies import sampling_mode
@@ -26,7 +28,8 @@ class SamplesCallback(L.Callback):
     Args:
         classes: number of classes to show, spread evenly over all of them.
         per_class: images per row of the grid.
-        sampling: guidance scale, top-k, top-p and seed; the same at each validation, so that the same images improve.
+        sampling: guidance scale, top-k, top-p and seed, and the other options of `SamplingSettings`; the same at each
+            validation, so that the same images improve.
         keep_sharded: gather a sharded network block by block, if all of it does not fit on a device; slower.
     """
 
@@ -38,6 +41,14 @@ class SamplesCallback(L.Callback):
         keep_sharded: bool = False,
     ) -> None:
         self.classes, self.per_class, self.keep_sharded, self.sampling = classes, per_class, keep_sharded, sampling
+        self.guide: MVAR | None = None  # a weaker network, if `sampling` names one
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Loads the guide, so that a bad one fails before training."""
+        assert isinstance(pl_module, LitMVAR)
+        tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
+        self.sampling.check(pl_module.network_config)
+        self.guide = load_guide(self.sampling.guide, pl_module.network_config, tokenizer, pl_module.class_names)
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,7 +82,9 @@ class SamplesCallback(L.Callback):
             for part in numbers.split(max_batch_size(module.network_config)):
                 keys = self.sampling.keys(part.tolist())
                 # Without CUDA graphs: they begin with the second batch, and a capture empties the allocator's cache.
-                drawn.append(draw_images(network, module.tokenizer, labels[part], self.sampling, keys))
+                drawn.append(
+                    draw_images(network, module.tokenizer, labels[part], self.sampling, keys, guide=self.guide)
+                )
         shares = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
         every = [trainer.strategy.all_gather(part) for part in shares]  # distributed strategies put the ranks first
         images, tokens = (

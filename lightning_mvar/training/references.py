@@ -86,13 +86,16 @@ class Reference:
                 f"checkpoint, model.weights_kind must be the --weights of `sample`)"
             )
         try:
-            guidance, top_k, top_p = (float(settings[name]) for name in ("guidance", "top_k", "top_p"))
+            guidance = max(map(float, settings["guidance"].split(",")))  # one for all scales, or one each
+            top_k, top_p = (float(settings[name]) for name in ("top_k", "top_p"))
         except (KeyError, ValueError):
             raise InputError(f"data.own {location} does not say how its samples were drawn: {remedy}") from None
-        if guidance != 0 or top_p not in (0, 1) or 0 < top_k < own.vocab_size:
+        others = [f", {name} {settings[name]}" for name in ("temperature", "guidance_beta") if name in settings]
+        if guidance != 0 or top_p not in (0, 1) or 0 < top_k < own.vocab_size or others:
             rank_zero_warn(
-                f"data.own {location} was drawn with guidance {guidance:g}, top_k {top_k:g} and top_p {top_p:g}, but "
-                f"the objective takes its samples for those of the bare network: add --guidance 0 --top_k 0 --top_p 0"
+                f"data.own {location} was drawn with guidance {guidance:g}, top_k {top_k:g}, top_p {top_p:g}"
+                f"{''.join(others)}, but the objective takes its samples for those of the bare network: sample with "
+                f"--guidance 0 --top_k 0 --top_p 0, and without other options"
             )
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +78,9 @@ def test_the_chosen_weights_are_scored_and_the_end_is_scored_without_a_validatio
 
 
 def test_samples_are_scored_against_decoded_shards(run_folder: Path, tokenizer: Tokenizer) -> None:
+    sampling = {"guidance": [0.0, 0.5, 1.0, 1.0], "guidance_off_from": 3, "temperature": 0.9}
     text = (run_folder / "run.yaml").read_text().replace("reference: images", "reference: shards")
+    text = text.replace("batch_size: 3", f"batch_size: 3, sampling: {json.dumps(sampling)}")
     (run_folder / "run.yaml").write_text(text)
     ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "4"], run_folder)
     assert ranks.wait() == [0], ranks.printed()
@@ -85,8 +88,8 @@ def test_samples_are_scored_against_decoded_shards(run_folder: Path, tokenizer: 
     reference = measure(Pixels(), open_reference(str(run_folder / "shards")).images(8, tokenizer), "").statistics
     model = load_trained(run_folder / "run/checkpoints/last.ckpt")
     metric = FeatureStatistics(4)
-    generators = image_keys(0, range(13))
-    metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(13) % 10, generator=generators)))
+    labels, keys = torch.arange(13) % 10, image_keys(0, range(13))
+    metric.update(Pixels()(generate(model.network, model.tokenizer, labels, generator=keys, **sampling)))
     assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCHEDULE, write_images, write_token_shards
+from conftest import SCHEDULE, tiny_network, write_images, write_token_shards
 from lightning.pytorch.loggers import TensorBoardLogger
 from lit_modules import make_module, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramValue
@@ -17,8 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_mvar import Tokenizer, TokenizerConfig
 from lightning_mvar.callbacks import ReconstructionsCallback, SamplesCallback, samples
 from lightning_mvar.callbacks.tensorboard import add_counts
+from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.sampling.generate import generate
 from lightning_mvar.sampling.philox import image_keys
+from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
 from lightning_mvar.training.tokenizer import LitTokenizer
 
@@ -42,19 +45,27 @@ def counts_of(histogram: HistogramValue, vocab_size: int) -> list[int]:
     return [int(counts.get(code + 1, 0)) for code in range(vocab_size)]
 
 
+@pytest.mark.parametrize("options", [{}, {"guidance_network": "weaker", "temperature": 0.9}], ids=str)
 def test_histograms_count_the_codes_of_the_shown_samples(
-    tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+    options: dict[str, Any],
+    tokenizer: Tokenizer,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_folder(Path("weaker"), tokenizer, tiny_network(depth=1))
     write_token_shards(tmp_path / "shards", tokenizer.fingerprint(), [32])
     module = make_module(tokenizer_folder)
     data = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=16)
-    options = {"callbacks": [SamplesCallback(classes=3, per_class=2)], "logger": make_logger(tmp_path)}
-    make_trainer(tmp_path, 1, val_check_interval=1, **options).fit(module, data)
+    callbacks, logger = [SamplesCallback(3, 2, SamplingSettings(**options))], make_logger(tmp_path)
+    make_trainer(tmp_path, 1, val_check_interval=1, callbacks=callbacks, logger=logger).fit(module, data)
     logged = histograms(tmp_path / "logs")
     assert logged.keys() == {f"sampled_codes/{scale}" for scale in [*SCALES, "all"]}
     labels = torch.linspace(0, 9, 3).long().repeat_interleave(2)
     network = module.network.eval()
-    _, tokens = generate(network, tokenizer, labels, generator=image_keys(0, range(6)), return_tokens=True)
+    keys = image_keys(0, range(6))
+    _, tokens = generate(network, tokenizer, labels, generator=keys, return_tokens=True, **options)
     scales = tokens.split(SCHEDULE.lengths, dim=1)
     for scale, sampled in [*zip(SCALES, scales, strict=True), ("all", tokens)]:
         assert counts_of(logged[f"sampled_codes/{scale}"], 48) == sampled.flatten().bincount(minlength=48).tolist()
