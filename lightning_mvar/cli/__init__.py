@@ -43,6 +43,7 @@ COMMANDS = {  # command: (module with `main(argv)`, help)
     "evaluate": ("evaluate", "score samples of a checkpoint, or any other samples"),
     "sweep": ("sweep", "run fit and evaluate, or other commands, for each cell of a sweep file"),
     "likelihood": ("likelihood", "measure the bits per token of given images"),
+    "train-scorer": ("train_scorer", "train the scorer that chooses among drafts when sampling"),
     "reconstruct": ("reconstruct", "compare real images with their reconstructions"),
     "export": ("export", "write a checkpoint as one self-contained folder"),
     "merge": ("merge", "write a linear combination of networks"),

@@ -140,7 +140,7 @@ def draw_scales(
     keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
     batch = Batch(labels.to(device, torch.int64, non_blocking=True), keys.to(device, non_blocking=True), known)
     guide = load_guide(settings.guide, model.config, tokenizer) if guide is None else guide
-    drawer = ScaleDrawer(model, tokenizer.quantizer, settings, guide)
+    drawer = ScaleDrawer(model, tokenizer.quantizer, settings, guide, settings.choice.load_scorer(device))
     yield from drawer.steps(batch) if graphs is None else graphs.steps(drawer, batch)
 
 
@@ -215,6 +215,8 @@ def check_arguments(model: MVAR, tokenizer: Tokenizer, labels: Tensor, settings:
             f"labels must be (b,) integers, classes in [0, {num_classes}], got {labels.dtype} {tuple(labels.shape)} "
             f"{found[:8]}"
         )
+    if settings.drafts > 1 and max(found) == num_classes:
+        raise InputError("drafts need classes, as the scorer knows no unconditional images: set drafts to 1")
 
 
 def check_known(known: KnownTokens | None, images: int, num_tokens: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.sampling.drafts import Drafts
 from lightning_mvar.sampling.guidance import Guidance, check_per_scale
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.values import integer, integer_per_scale, number, per_scale
@@ -47,6 +48,9 @@ class SamplingSettings:
         order: of several steps, each keeps the drawn tokens of the highest `confidence`, or `random` ones.
         order_temperature: noise in the order of confidence, falling linearly to 0 at the last step (MaskGIT's choice
             temperature).
+        drafts: number of candidates of each scale among which a scorer chooses (LSRS); 1 for no choice.
+        draft_scorer: the scorer: a folder that `train-scorer` wrote, of samples of the same network.
+        draft_scales: indices of the scales that have several candidates, such as 1 2 3; all if not given.
 
     Raises:
         InputError: if a value is out of range or of another type.
@@ -65,9 +69,12 @@ class SamplingSettings:
     steps: int | tuple[int, ...] = 1
     order: Literal["confidence", "random"] = "confidence"
     order_temperature: float = 4.5
+    drafts: int = 1
+    draft_scorer: str | None = None
+    draft_scales: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        guide = self.guide
+        guide, choice = self.guide, self.choice
         normalized = {
             "guidance": guide.strength,
             "top_k": integer("top_k", self.top_k),
@@ -79,11 +86,15 @@ class SamplingSettings:
             "guidance_beta": guide.beta,
             "steps": integer_per_scale("steps", self.steps, MAX_TOKENS, 1),
             "order_temperature": number("order_temperature", self.order_temperature, MAX_TEMPERATURE),
+            "drafts": choice.count,
+            "draft_scales": choice.scales,
         }
         if not isinstance(self.smooth, bool):
             raise InputError(f"smooth must be True or False, got {self.smooth!r}")
         if self.order not in ORDERS:
             raise InputError(f"order must be {' or '.join(ORDERS)}, got {self.order!r}")
+        if self.smooth and choice.count > 1:
+            raise InputError("smooth mixes codes, so there are no drafts to choose among: drop smooth or drafts")
         for name, value in normalized.items():
             object.__setattr__(self, name, value)
 
@@ -92,6 +103,10 @@ class SamplingSettings:
         return Guidance(
             self.guidance, self.guidance_off_from, self.guidance_network, self.guidance_corrupt, self.guidance_beta
         )
+
+    @cached_property
+    def choice(self) -> Drafts:
+        return Drafts(self.drafts, self.draft_scorer, self.draft_scales)
 
     def temperature_of(self, scale: int) -> float:
         return self.temperature[scale] if isinstance(self.temperature, tuple) else self.temperature
@@ -109,6 +124,7 @@ class SamplingSettings:
                 "was not trained with network.reveal" if network.prediction == "scale" else "predicts single tokens"
             )
             raise InputError(f"steps {self.steps} is too many for this network, which {reason}: set steps to 1")
+        self.choice.check(network)
 
     def metadata(self) -> dict[str, bool | int | float | str]:
         """Returns the settings by name, as a set of images records them: numbers per scale are joined by commas.

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.models.mvar import MVAR, MVARState
+from lightning_mvar.sampling.drafts import choose
 from lightning_mvar.sampling.guidance import corrupt, sharpen
 from lightning_mvar.sampling.masked import Kept, keep_more, revealed_to
 from lightning_mvar.sampling.philox import NOISE, ORDER, TOKENS, uniform
+from lightning_mvar.sampling.scorer import Scorer
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
@@ -80,6 +82,7 @@ class ScaleDrawer:
     quantizer: ResidualQuantizer
     settings: SamplingSettings
     guide: MVAR | None = None
+    scorer: Scorer | None = None  # of drafts
 
     @property
     def by_token(self) -> bool:
@@ -143,7 +146,11 @@ class ScaleDrawer:
             with without_autocast(guided):
                 logits = self.adjust(guided, k, progress.logits)
                 uniforms = progress.uniforms if i == 0 else uniform(batch.keys, i, length, TOKENS)
-                tokens, codes = self.choose(logits, k, span, batch, uniforms)
+                if self.scorer is not None and i + 1 == steps and self.settings.choice.include(k):
+                    tokens = self.choose_draft(self.scorer, logits, k, span, batch, uniforms, kept, progress.f_hat)
+                    codes = self.quantizer.codebook(tokens)
+                else:
+                    tokens, codes = self.choose(logits, k, span, batch, uniforms)
                 if kept is not None:
                     tokens, codes = kept.fill(tokens, codes)
                 if i + 1 < steps:
@@ -202,6 +209,28 @@ class ScaleDrawer:
             codes = weights @ self.quantizer.codebook.weight
         return tokens, codes
 
+    def choose_draft(
+        self,
+        scorer: Scorer,
+        logits: Tensor,
+        k: int,
+        span: slice,
+        batch: Batch,
+        uniforms: Tensor,
+        kept: Kept | None,
+        f_hat: Tensor,
+    ) -> Tensor:
+        """Draws several candidates for all tokens of scale `k`; returns the tokens (b, n) of the chosen ones."""
+        drafts = self.settings.choice
+        tokens = draw(logits, drafts.uniforms(batch.keys, uniforms[:, span], span), self.settings)  # (b, n, m)
+        if kept is not None:
+            tokens = torch.where(kept.mask[..., None], kept.tokens[..., None], tokens)
+        codes = self.quantizer.codebook(tokens.transpose(1, 2).flatten(0, 1))  # (b m, n, c)
+        before = f_hat[: len(tokens)].repeat_interleave(drafts.count, dim=0)  # (b m, c, s, t)
+        labels = batch.labels.repeat_interleave(drafts.count)  # (b m,)
+        scores = scorer(self.quantizer.accumulate(before, codes, k), labels, k).view(-1, drafts.count)  # (b, m)
+        return tokens.take_along_dim(choose(scores, batch.keys, k)[:, None, None], dim=2)[..., 0]
+
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Applies top-k, then top-p, each skipped if 0, as in VAR's `sample_with_top_k_top_p_`.
@@ -220,14 +249,17 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
-    """Draws tokens (b, n) int64 from logits (b, n, v) by inverting the CDF at `uniforms` (b, n) in [0, 1)."""
+    """Draws tokens int64 from logits (b, n, v) by inverting the CDF at `uniforms` in [0, 1).
+
+    Both have the shape (b, n), or (b, n, m) for m tokens from the same logits.
+    """
     probabilities, tokens = truncate(logits, settings.top_k, settings.top_p)
     cumulative = probabilities.cumsum(dim=-1)
-    target = uniforms[..., None] * cumulative[..., -1:]
+    target = uniforms.reshape(*logits.shape[:2], -1) * cumulative[..., -1:]
     # The first token that reaches the target: never one of probability 0.
     choice = torch.searchsorted(cumulative, target)
     choice = choice.clamp(max=tokens.shape[-1] - 1)  # NaN logits must not raise an index error
-    return tokens.gather(-1, choice)[..., 0]
+    return tokens.gather(-1, choice).view(uniforms.shape)
 
 
 def gumbel_mixture(logits: Tensor, uniforms: Tensor, ratio: float, settings: SamplingSettings) -> Tensor:

@@ -1,0 +1,144 @@
+"""`train-scorer`: trains the scorer that chooses among drafts, on real images and the network's own samples."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lightning_mvar.checkpoints import load_tokenizer
+from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.tables import print_rows
+from lightning_mvar.data.tokens.manifest import Manifest
+from lightning_mvar.data.tokens.sources import open_shards
+from lightning_mvar.data.tokens.stream import PairedStream, TokenStream
+from lightning_mvar.devices import choose_device
+from lightning_mvar.errors import InputError
+from lightning_mvar.sampling.scorer import FORMAT, Scorer, ScorerConfig, save_scorer
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
+from lightning_mvar.training.scorer import separation, train
+
+MAX_SEED = 2**31 - 1
+BLOCK_SIZE = 16_384  # samples that are shuffled together
+
+
+def train_scorer(
+    tokenizer: str,
+    real: str,
+    own: str,
+    out: str,
+    val: str | None = None,
+    own_val: str | None = None,
+    steps: int = 1000,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    width: int = 32,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Trains a scorer for `--drafts` to tell pyramids of real images from those that a network drew.
+
+    Draw those with the settings that drafts are to be drawn with: `lightning-mvar sample --tokens`. With both held-out
+    folders, prints per scale the probability that a real pyramid scores higher than a drawn one.
+
+    Args:
+        tokenizer: folder of the tokenizer of all shards.
+        real: token shards of the training images, local or remote.
+        own: token shards of the network's own samples.
+        out: folder for the scorer; an earlier one is replaced.
+        val: token shards of other real images, to test the scorer on.
+        own_val: token shards of other own samples, for the same.
+        steps: optimizer steps.
+        batch_size: images per step, half of them real.
+        lr: peak learning rate.
+        width: channels of the first convolutions.
+        seed: seed of weights and order.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if steps < 1 or batch_size < 2 or batch_size % 2 or lr <= 0 or not 0 <= seed <= MAX_SEED:
+        raise InputError(
+            f"--steps must be at least 1, --batch_size even and at least 2, --lr positive and --seed from 0 to "
+            f"{MAX_SEED}; got {steps}, {batch_size}, {lr} and {seed}"
+        )
+    if (val is None) != (own_val is None):
+        raise InputError("--val and --own_val are compared with each other: give both or neither")
+    refuse_overwriting({"--out": out}, {"--tokenizer": tokenizer, "--real": real, "--own": own})
+    folder = Path(out).expanduser()
+    if folder.is_file():
+        raise InputError(f"--out {out} is a file; name a folder")
+    target, codes = choose_device(device), load_tokenizer(tokenizer)
+    open_all = partial(open_streams, codes)
+    batches = PairedStream(*open_all(real, own, batch_size // 2, (seed, seed + 1)))
+    held_out = None if val is None or own_val is None else open_all(val, own_val, batch_size, (None, None))
+    batches.verify()
+    torch.manual_seed(seed)
+    scorer, quantizer = new_scorer(codes, batches.own.manifest, width).to(target), codes.quantizer.to(target)
+    with tqdm(total=steps, desc="scorer", unit="step") as bar:
+
+        def show(loss: float) -> None:
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+
+        train(scorer, quantizer, batches, steps, lr, show)
+    save_scorer(scorer, folder)
+    print(f"scorer in {out}")
+    if held_out is not None:
+        shares = separation(scorer, quantizer, *held_out).tolist()
+        names = codes.config.schedule.names
+        print_rows([["scale", *names], ["told apart", *(f"{share:.3f}" for share in shares)]])
+
+
+def new_scorer(tokenizer: Tokenizer, own: Manifest, width: int) -> Scorer:
+    """Builds a scorer of the pyramids of `own`."""
+    config = ScorerConfig(
+        format_version=FORMAT.number,
+        side_lengths=own.side_lengths,
+        code_dim=tokenizer.config.code_dim,
+        num_classes=len(own.class_names),
+        width=width,
+        tokenizer=own.tokenizer,
+        drawn=own.source,
+    )
+    return Scorer(config)
+
+
+def open_streams(
+    tokenizer: Tokenizer, real: str, own: str, batch_size: int, seeds: tuple[int | None, int | None]
+) -> tuple[TokenStream, TokenStream]:
+    """Opens the tokens of real images and of own samples; see `open_stream`.
+
+    Raises:
+        InputError: if either are the others, or of another tokenizer, or their classes differ.
+    """
+    streams = [open_stream(tokenizer, place, batch_size, seed) for place, seed in zip((real, own), seeds, strict=True)]
+    if streams[0].manifest.sampling is not None:
+        raise InputError(f"{real} holds samples, not tokens of images: write those with `lightning-mvar tokenize`")
+    if streams[1].manifest.sampling is None:
+        raise InputError(
+            f"{own} holds tokens of images, not samples: draw some with `lightning-mvar sample --tokens FOLDER`"
+        )
+    streams[0].manifest.check_classes(real, streams[1].manifest.class_names)
+    return streams[0], streams[1]
+
+
+def open_stream(tokenizer: Tokenizer, location: str, batch_size: int, seed: int | None) -> TokenStream:
+    """Opens tokens of a tokenizer, shuffled by `seed`, or in their order if it is None.
+
+    Raises:
+        InputError: if they are of another tokenizer, or too few for one shuffled batch.
+    """
+    source = open_shards(location)
+    manifest = source.manifest()
+    manifest.check_tokenizer(location, tokenizer.fingerprint())
+    if seed is not None and manifest.num_samples < batch_size:
+        raise InputError(
+            f"{location} has {manifest.num_samples} samples, fewer than the {batch_size} of each step: lower "
+            f"--batch_size, or give more"
+        )
+    return TokenStream(source, manifest, batch_size, seed, BLOCK_SIZE, rank=0, world_size=1)
+
+
+def main(argv: list[str]) -> None:
+    call(train_scorer, argv)

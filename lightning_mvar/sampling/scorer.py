@@ -1,0 +1,159 @@
+"""Scorer of drafts: tells real pyramids from drawn ones after any scale (LSRS, arXiv 2512.03796).
+
+| paper / published code        | here          | meaning                                                              |
+|-------------------------------|---------------|----------------------------------------------------------------------|
+| scoring model, RewardNet      | Scorer        | f_hat after a scale, class, scale -> score                           |
+| r_k, idx_Blk                  | drafts        | candidates for the tokens of a scale, from the same logits           |
+| M                             | Drafts.count  | number of candidates                                                 |
+| ranking loss                  | cross entropy | either way, the score is an estimate of log p_real / p_drawn         |
+| the best candidate            | Drafts.choose | here it is drawn by the softmax of the scores                        |
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.json_files import FormatVersion, read_json, write_json
+from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.scales import ScaleSchedule, Shape
+
+CONFIG, WEIGHTS = "config.json", "scorer.safetensors"
+FORMAT = FormatVersion(1, "install the release of lightning_mvar that wrote it, or train it again with this one")
+LAST_SIDE = 4  # blocks of stride 2 follow until the map is no larger
+GROUPS = 4  # of GroupNorm
+EMBEDDING = 128  # width of the condition
+DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Architecture of a scorer, and what it was trained on.
+
+    Args:
+        format_version: version of the folder's format.
+        side_lengths: schedule of the pyramids.
+        code_dim: channels of f_hat.
+        num_classes: number of classes.
+        width: channels of the first convolutions.
+        tokenizer: fingerprint of the tokenizer of the pyramids.
+        drawn: network that drew the drawn pyramids, and its settings.
+    """
+
+    format_version: int
+    side_lengths: list[int | Shape]
+    code_dim: int
+    num_classes: int
+    width: int
+    tokenizer: str
+    drawn: str
+
+    def __post_init__(self) -> None:
+        if self.width < GROUPS or self.width % GROUPS:
+            raise InputError(f"width {self.width} must be a positive multiple of {GROUPS}")
+        if min(self.code_dim, self.num_classes) < 1:
+            raise InputError(f"code_dim {self.code_dim} and num_classes {self.num_classes} must be at least 1")
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return ScaleSchedule(tuple(self.side_lengths))
+
+    def check(self, network: MVARConfig, folder: str) -> None:
+        """Raises InputError unless the scorer in `folder` is of the pyramids that a network draws."""
+        for name, ours, theirs in (
+            ("side_lengths", self.schedule.side_lengths, network.schedule.side_lengths),
+            ("code_dim", self.code_dim, network.code_dim),
+            ("num_classes", self.num_classes, network.num_classes),
+        ):
+            if ours != theirs:
+                raise InputError(
+                    f"the scorer in {folder} does not fit the network: {name} is {ours} there, {theirs} in the "
+                    f"network; train one on its own samples with `lightning-mvar train-scorer`"
+                )
+
+    def check_tokenizer(self, fingerprint: str, folder: str) -> None:
+        """Raises InputError unless the scorer in `folder` is of tokens of the tokenizer with this fingerprint."""
+        if self.tokenizer != fingerprint:
+            raise InputError(
+                f"the scorer in {folder} is of tokenizer {self.tokenizer}, but the network has {fingerprint}: train "
+                f"one on its own samples with `lightning-mvar train-scorer`"
+            )
+
+
+class ScorerBlock(nn.Module):
+    """Convolution, GroupNorm with gain and shift from the condition, SiLU; residual if it keeps the shape."""
+
+    def __init__(self, channels: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.is_residual = channels == width and stride == 1
+        self.conv = nn.Conv2d(channels, width, kernel_size=3, stride=stride, padding=1)
+        self.norm = nn.GroupNorm(GROUPS, width)
+        self.cond = nn.Linear(EMBEDDING, 2 * width)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        gain, shift = self.cond(cond)[..., None, None].chunk(2, dim=1)  # (b, width, 1, 1) each
+        h = F.silu(self.norm(self.conv(x)) * (1 + gain) + shift)
+        return x + h if self.is_residual else h
+
+
+class Scorer(nn.Module):
+    """Estimates log p_real / p_drawn of f_hat after a scale, given the class, up to a constant per class and scale.
+
+    Args:
+        config: architecture.
+    """
+
+    def __init__(self, config: ScorerConfig) -> None:
+        super().__init__()
+        self.config = config
+        schedule, width = config.schedule, config.width
+        height, breadth = schedule.shapes[-1]
+        self.class_embed = nn.Embedding(config.num_classes, EMBEDDING)
+        self.scale_embed = nn.Embedding(schedule.num_scales, EMBEDDING)
+        blocks = [ScorerBlock(config.code_dim, width), ScorerBlock(width, width)]
+        while max(height, breadth) > LAST_SIDE:
+            blocks.append(ScorerBlock(width, width := min(2 * width, 4 * config.width), stride=2))
+            height, breadth = -(-height // 2), -(-breadth // 2)
+        self.blocks = nn.ModuleList(blocks)
+        self.dropout = nn.Dropout(DROPOUT)
+        self.hidden = nn.Linear(width * height * breadth, EMBEDDING)
+        self.out = nn.Linear(EMBEDDING, 1)
+
+    def forward(self, f_hat: Tensor, labels: Tensor, scale: int) -> Tensor:
+        """Returns the scores (b,) of f_hat (b, c, s, t) after `scale` of images of `labels` (b,) int64."""
+        cond = F.silu(self.class_embed(labels) + self.scale_embed.weight[scale])  # (b, e)
+        x = f_hat
+        for block in self.blocks:
+            x = block(x, cond)
+        x = self.dropout(x.flatten(1))
+        x = self.dropout(F.silu(self.hidden(x) + cond))  # (b, e)
+        return self.out(x)[:, 0]
+
+
+def save_scorer(scorer: Scorer, folder: Path) -> None:
+    """Writes a scorer as a folder, complete once it has its `config.json`."""
+    (folder / CONFIG).unlink(missing_ok=True)
+    save_weights(scorer, folder / WEIGHTS)
+    write_json(folder / CONFIG, asdict(scorer.config))
+
+
+def load_scorer(folder: str | Path) -> Scorer:
+    """Loads a scorer from a folder that `train-scorer` wrote, in eval mode on the CPU.
+
+    Raises:
+        InputError: if there is none, or its files are damaged.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / CONFIG).exists():
+        raise InputError(f"{folder} has no {CONFIG}: not a scorer; train one with `lightning-mvar train-scorer`")
+    config = read_json(folder / CONFIG, ScorerConfig, version=FORMAT)
+    with torch.device("meta"):
+        scorer = Scorer(config)
+    load_strictly(scorer, read_weights(folder / WEIGHTS), folder)
+    return scorer.requires_grad_(False)

@@ -1,0 +1,89 @@
+"""`train-scorer`, and sampling with what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_network, write_images
+
+from lightning_mvar import Tokenizer
+from lightning_mvar.checkpoints import save_folder
+from lightning_mvar.cli import run
+from lightning_mvar.data.tokens.manifest import Manifest
+from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.npz import read_text
+from lightning_mvar.sampling.scorer import load_scorer
+
+TRAIN = ["train-scorer", "--tokenizer", "model", "--real", "real", "--own", "own", "--out", "scorer"]
+FEW = ["--steps", "2", "--batch_size", "4", "--width", "8", "--device", "cpu"]
+DRAW = ["sample", "--ckpt_path", "model", "--per_class", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
+    """Tokens of images in `real`, and own samples of the network `model` in `own`."""
+    save_folder(tmp_path / "model", tokenizer, tiny_network(num_classes=3), ["dark", "light", "mixed"])
+    write_images(tmp_path / "images", per_class=3)
+    monkeypatch.chdir(tmp_path)
+    assert run(["tokenize", "--images", "images", "--tokenizer", "model", "--out", "real", "--device", "cpu"]) == 0
+    assert run([*DRAW, "--tokens", "own"]) == 0
+    return tmp_path
+
+
+def drawn(*options: str) -> np.ndarray:
+    assert run([*DRAW, "--out", "drawn.npz", *options]) == 0
+    return np.load("drawn.npz")["arr_0"]
+
+
+def test_a_scorer_is_trained_and_chooses(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([*TRAIN, *FEW, "--val", "real", "--own_val", "own"]) == 0
+    output = capfd.readouterr().out
+    assert "told apart" in output
+    config = load_scorer("scorer").config
+    assert (config.num_classes, config.tokenizer) == (3, Manifest.load(Path("own")).tokenizer)
+    assert "guidance=1.5" in config.drawn
+    plain = drawn()
+    Path("drawn.npz").unlink()
+    chosen = drawn("--draft_scorer", "scorer", "--drafts", "4", "--draft_scales", "1", "2")
+    assert (plain != chosen).any()
+    about = json.loads(read_text(Path("drawn.npz"), "about"))
+    assert (about["drafts"], about["draft_scales"]) == (4, "1,2")
+    assert about["draft_scorer"] == fingerprint(load_scorer("scorer"))
+
+
+def test_the_same_seed_trains_the_same_scorer(workdir: Path) -> None:
+    weights = []
+    for _ in range(2):
+        assert run([*TRAIN, *FEW, "--seed", "3"]) == 0
+        weights.append(Path("scorer/scorer.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--batch_size", "5"], "--batch_size even"),
+        (["--batch_size", "16"], "own has 6 samples, fewer than the 8 of each step: lower --batch_size"),
+        (["--val", "real"], "give both or neither"),
+        (["--own", "real"], "real holds tokens of images, not samples: draw some with `lightning-mvar sample --tokens"),
+        (["--real", "own"], "own holds samples, not tokens of images"),
+        (["--out", "own"], "would replace"),
+    ],
+)
+def test_mistakes_are_named(options: list[str], message: str, workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([*TRAIN, *FEW, *options]) == 1
+    assert message in capfd.readouterr().err
+    assert not Path("scorer").exists()
+
+
+def test_a_scorer_of_another_tokenizer_is_refused(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([*TRAIN, *FEW]) == 0
+    config = json.loads(Path("scorer/config.json").read_text()) | {"tokenizer": "0" * 16}
+    Path("scorer/config.json").write_text(json.dumps(config))
+    assert run([*DRAW, "--out", "drawn.npz", "--drafts", "2", "--draft_scorer", "scorer"]) == 1
+    assert "the scorer in scorer is of tokenizer 0000000000000000" in capfd.readouterr().err
+    assert not Path("drawn.npz").exists()

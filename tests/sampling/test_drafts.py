@@ -1,0 +1,171 @@
+"""Choosing among drafts, compared with plain loops over full passes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MIXERS, SCHEDULE, random_tokens, tiny_network
+from test_scorer import tiny_scorer
+from torch import Tensor
+
+from lightning_mvar import MVAR, Tokenizer, generate
+from lightning_mvar.errors import InputError
+from lightning_mvar.sampling.drafts import Drafts, choose
+from lightning_mvar.sampling.generate import teacher_inputs
+from lightning_mvar.sampling.philox import DRAFTS, TOKENS, image_keys, uniform
+from lightning_mvar.sampling.scorer import Scorer, load_scorer, save_scorer
+from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.steps import KnownTokens, draw
+
+LABELS = torch.tensor([0, 3, 9, 3])
+KEYS = image_keys(5, range(4))
+
+
+def write_scorer(folder: Path, factor: float) -> str:
+    """Writes a scorer whose scores differ by about `factor` / 3 nats."""
+    scorer = tiny_scorer()
+    with torch.no_grad():
+        scorer.out.weight.mul_(factor)
+    save_scorer(scorer, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_scorer(tmp_path_factory.mktemp("scorer"), 30)
+
+
+def drawn_tokens(network: MVAR, tokenizer: Tokenizer, **options: Any) -> Tensor:
+    return generate(network, tokenizer, LABELS, generator=KEYS, return_tokens=True, **options)[1]
+
+
+def best_of(candidates: list[Tensor], scores: list[float], chance: float) -> Tensor:
+    """Returns the candidate at which the cumulated softmax of the scores passes `chance`."""
+    shares = torch.tensor(scores, dtype=torch.float64).exp()
+    cumulated = 0.0
+    for candidate, share in zip(candidates, shares / shares.sum(), strict=True):
+        cumulated += float(share)
+        if chance < cumulated:
+            return candidate
+    return candidates[-1]
+
+
+def plain_tokens(network: MVAR, tokenizer: Tokenizer, scorer: Scorer, count: int, scales: list[int]) -> Tensor:
+    """Draws tokens (b, l) scale by scale and image by image, without guidance."""
+    quantizer, settings = tokenizer.quantizer, SamplingSettings(guidance=0)
+    tokens = torch.zeros(len(LABELS), SCHEDULE.num_tokens, dtype=torch.int64)
+    for k, (begin, n) in enumerate(zip(SCHEDULE.offsets, SCHEDULE.lengths, strict=True)):
+        span = slice(begin, begin + n)
+        logits = network(LABELS, teacher_inputs(network.config, tokenizer, tokens))[:, span]
+        for i in range(len(LABELS)):
+            candidates, scores = [], []
+            for number in range(count if k in scales else 1):
+                row, stream = (torch.tensor([[number]]), DRAFTS) if number else (torch.tensor([[0]]), TOKENS)
+                uniforms = uniform(KEYS[i : i + 1], row, SCHEDULE.num_tokens, stream)[:, 0, span]
+                candidate = draw(logits[i : i + 1], uniforms, settings)
+                pyramid = torch.cat([tokens[i : i + 1, :begin], candidate, tokens[i : i + 1, begin + n :]], dim=1)
+                f_hat = [*quantizer.f_hats(pyramid)][k]
+                candidates.append(candidate[0])
+                scores.append(float(scorer(f_hat, LABELS[i : i + 1], k)))
+            chance = float(uniform(KEYS[i : i + 1], 0, SCHEDULE.num_scales, DRAFTS)[0, k])
+            tokens[i, span] = best_of(candidates, scores, chance)
+    return tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
+def test_candidates_are_chosen_as_in_a_plain_loop(mixers: tuple[str, ...], tokenizer: Tokenizer, folder: str) -> None:
+    network, drafts = tiny_network(mixers=mixers), {"drafts": 5, "draft_scorer": folder, "draft_scales": [1, 3]}
+    expected = plain_tokens(network, tokenizer, load_scorer(folder), 5, [1, 3])
+    assert torch.equal(drawn_tokens(network, tokenizer, guidance=0, **drafts), expected)
+    assert not torch.equal(drawn_tokens(network, tokenizer, guidance=0), expected)
+
+
+def test_one_candidate_is_drawn_as_without_a_scorer(network: MVAR, tokenizer: Tokenizer, folder: str) -> None:
+    expected = drawn_tokens(network, tokenizer)
+    for drafts, scales in ((1, None), (8, [])):
+        tokens = drawn_tokens(network, tokenizer, drafts=drafts, draft_scorer=folder, draft_scales=scales)
+        assert torch.equal(tokens, expected)
+
+
+def test_scales_before_the_first_choice_stay_as_they_are(network: MVAR, tokenizer: Tokenizer, folder: str) -> None:
+    begin, plain = SCHEDULE.offsets[2], drawn_tokens(network, tokenizer)
+    chosen = drawn_tokens(network, tokenizer, drafts=8, draft_scorer=folder, draft_scales=[2])
+    assert torch.equal(chosen[:, :begin], plain[:, :begin])
+    assert not torch.equal(chosen[:, begin:], plain[:, begin:])
+
+
+def test_an_image_depends_on_its_own_key_alone(network: MVAR, tokenizer: Tokenizer, folder: str) -> None:
+    options: dict[str, Any] = {"drafts": 6, "draft_scorer": folder, "return_tokens": True}
+    _, together = generate(network, tokenizer, LABELS, generator=KEYS, **options)
+    for i in range(len(LABELS)):
+        _, alone = generate(network, tokenizer, LABELS[i : i + 1], generator=KEYS[i : i + 1], **options)
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("guidance", [{"guidance_off_from": 2}, {"guidance_corrupt": 0.5}, {"guidance_beta": 1}])
+def test_known_tokens_stay_in_every_candidate(guidance: dict[str, Any], tokenizer: Tokenizer, folder: str) -> None:
+    given = random_tokens(4)
+    known = KnownTokens(given, torch.rand(4, SCHEDULE.num_tokens) < 0.5)
+    tokens = drawn_tokens(tiny_network(), tokenizer, drafts=4, draft_scorer=folder, known=known, **guidance)
+    assert torch.equal(tokens[known.keep], given[known.keep])
+
+
+def test_the_choice_follows_the_softmax_of_the_scores() -> None:
+    scores, count = torch.tensor([0.3, -1.0, 1.2]), 4000
+    chosen = choose(scores.expand(count, -1), image_keys(0, range(count)), scale=2)
+    shares = torch.bincount(chosen, minlength=3) / count
+    torch.testing.assert_close(shares, scores.softmax(dim=0), rtol=0, atol=0.03)
+
+
+def test_a_new_scorer_in_the_same_folder_is_read_again(tmp_path: Path) -> None:
+    drafts, weights = Drafts(2, write_scorer(tmp_path, 1)), []
+    for factor in (1, 2):
+        write_scorer(tmp_path, factor)
+        os.utime(tmp_path / "config.json", (factor, factor))
+        scorer = drafts.load_scorer(torch.device("cpu"))
+        assert scorer is drafts.load_scorer(torch.device("cpu"))
+        assert scorer is not None
+        weights.append(scorer.out.weight)
+    torch.testing.assert_close(weights[1], 2 * weights[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"drafts": 0}, "drafts 0 is too few; use at least 1"),
+        ({"drafts": 2.5}, r"drafts must be an integer from 0 to 4,096, got 2\.5"),
+        ({"drafts": 2}, "drafts 2 needs a draft_scorer, which `lightning-mvar train-scorer` writes"),
+        ({"draft_scales": "12"}, "draft_scales must be a list of scales, got '12'"),
+        ({"draft_scales": [1, -1]}, "each of draft_scales must be an integer of at least 0, got -1"),
+        ({"drafts": 2, "draft_scorer": "scorer", "smooth": True}, "smooth mixes codes"),
+    ],
+)
+def test_options_that_no_network_can_have_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SamplingSettings(**values)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "message"),
+    [
+        ({}, {"draft_scales": [0, 4]}, "draft_scales has scale 4, but the network draws 4, counted from 0"),
+        ({}, {"draft_scorer": "nowhere"}, r"nowhere has no config\.json: not a scorer"),
+        ({"num_classes": 11}, {}, "num_classes is 10 there, 11 in the network"),
+        ({"mixers": MIXERS["var"], "prediction": "token"}, {}, "predicts single tokens"),
+    ],
+)
+def test_options_that_do_not_suit_the_network_are_refused(
+    variant: dict[str, Any], options: dict[str, Any], message: str, tokenizer: Tokenizer, folder: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        drawn_tokens(tiny_network(**variant), tokenizer, **{"drafts": 2, "draft_scorer": folder} | options)
+
+
+def test_unconditional_images_are_refused(tokenizer: Tokenizer, folder: str) -> None:
+    with pytest.raises(InputError, match="drafts need classes"):
+        generate(tiny_network(), tokenizer, torch.tensor([3, 10]), drafts=2, draft_scorer=folder)
