@@ -157,10 +157,11 @@ def draw_set(
         raise InputError("--tokens needs classes: remove `unconditional` from --classes")
     every = chosen == list(range(network.config.num_classes))
     metadata = settings.metadata() | {"per_class": per_class, "classes": "all" if every else ",".join(map(str, chosen))}
-    metadata |= {"network": fingerprint(network), "network_tokenizer": tokenizer.fingerprint()}
+    tokenizer_hash = tokenizer.fingerprint()
+    metadata |= {"network": fingerprint(network), "network_tokenizer": tokenizer_hash}
     metadata |= {"dtype": precision}  # the key "precision" is that of a score
     if (scorer := settings.choice.load_scorer(device)) is not None:
-        scorer.config.check_tokenizer(metadata["network_tokenizer"], str(settings.draft_scorer))
+        scorer.config.check_tokenizer(tokenizer_hash, str(settings.draft_scorer))
         metadata |= {"draft_scorer": fingerprint(scorer)}
     if settings.guidance_network is not None:
         metadata |= {"guidance_network": fingerprint_of(open_trained(settings.guidance_network).weights)}
