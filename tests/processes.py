@@ -16,11 +16,16 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-CONTEXT = multiprocessing.get_context("forkserver")
-# A process has only one fork server, so it imports everything that any test needs, and computes what most runs need.
-CONTEXT.set_forkserver_preload(
-    ["lightning_mvar.sweeps.server", "lightning_mvar.cli.training", "lightning_mvar.metrics.digits", "warm_caches"]
-)
+from lightning_mvar.sweeps.processes import FORKSERVER, SERVER_BLOCKED_SIGNALS
+
+# A process has only one fork server. It imports everything that any test needs, and computes what most runs need. The
+# package's own choice for sweeps is smaller, and the last one counts, so the import above must come first.
+CONTEXT = FORKSERVER
+PRELOADED = [
+    *("lightning_mvar.sweeps.server", "lightning_mvar.cli.training", "lightning_mvar.metrics.digits", "warm_caches"),
+    *("s3fs", "torch.distributed.algorithms.ddp_comm_hooks"),  # imported by every run of Lightning, and of its DDP
+]
+CONTEXT.set_forkserver_preload(PRELOADED)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -102,7 +107,6 @@ def run_rank(
     import torch
 
     from lightning_mvar.cli import main
-    from lightning_mvar.sweeps.processes import SERVER_BLOCKED_SIGNALS
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SERVER_BLOCKED_SIGNALS)  # the server may be that of sweeps
     multiprocessing.set_start_method(None, force=True)  # the command picks its own, as if started from a shell
