@@ -20,6 +20,7 @@ from lightning_mvar.bench.subjects import (
 )
 from lightning_mvar.cli.tables import Record
 from lightning_mvar.models.costs import state_bytes
+from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.training.blocks import configure_block
 
 
@@ -47,9 +48,10 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
     seconds, rates = time_with_matmul_reference(settings, runs, repeats, device)
     records = []
     for setting, times, run_parts, subject, peak in zip(settings, seconds, part_seconds, subjects, peaks, strict=True):
-        flops = flops_per_image(setting.network, setting.tokenizer)
+        decoder = flops_per_image(setting.network, setting.tokenizer)["decoder"]
+        costs = sampling_costs(setting.sampling, setting.network)
         per_image = median(times) / setting.batch_size
-        total = flops["sampling"] + flops["decoder"]
+        total = costs.flops_per_sampled_image + decoder
         parts = {
             f"{name}_s_per_image": median(run[name] for run in run_parts[-repeats:]) / setting.batch_size
             for name in ("network", "decoder")
@@ -60,9 +62,10 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
                 "images_per_s": 1 / per_image,
                 "tokens_per_s": setting.network.schedule.num_tokens / per_image,
                 **parts,
+                "token_steps_per_image": costs.token_steps_per_image,
                 "flops_per_image": total,
-                "network_flops_per_image": flops["sampling"],
-                "decoder_flops_per_image": flops["decoder"],
+                "network_flops_per_image": costs.flops_per_sampled_image,
+                "decoder_flops_per_image": decoder,
                 "matmul_share": total / per_image / rates[setting.dtype],
                 "matmul_flops_per_s": rates[setting.dtype],
                 "peak_memory_bytes": peak,

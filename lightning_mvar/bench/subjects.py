@@ -23,7 +23,7 @@ from lightning_mvar.devices import DTYPES, Precision
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.base import State
 from lightning_mvar.models.config import BASELINES, MIXERS, SIZES, MVARConfig
-from lightning_mvar.models.costs import META, count_flops, forward_flops, sampling_flops
+from lightning_mvar.models.costs import META, count_flops, forward_flops
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.models.parameters import UNDECAYED, lower_precision
 from lightning_mvar.sampling.generate import draw_images
@@ -50,6 +50,7 @@ class Setting:
     compile: bool = False
     graphs: bool = True
     narrow: bool = False
+    guidance_off_from: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("size", SIZES), ("precision", DTYPES)):
@@ -66,6 +67,7 @@ class Setting:
                 f"bench: batch_size {self.batch_size} must be at least 1 and depth {self.depth} not negative"
             )
         ScaleSchedule.for_resolution(self.resolution)
+        self.sampling.check(self.network)
 
     def with_changes(self, changes: str) -> Setting:
         """Returns a copy with `changes`, such as "mixer=var,size=d24".
@@ -73,7 +75,8 @@ class Setting:
         Raises:
             InputError: if `changes` has another form, an unknown name or an invalid value.
         """
-        types = {field.name: type(getattr(self, field.name)) for field in fields(self)}
+        current = {field.name: getattr(self, field.name) for field in fields(self)}
+        types = {name: int if value is None else type(value) for name, value in current.items()}
         values: dict[str, Any] = {}
         for change in changes.split(","):
             name, _, value = (part.strip() for part in change.partition("="))
@@ -105,6 +108,10 @@ class Setting:
         return TokenizerConfig(self.schedule, channels=32 if self.narrow else TokenizerConfig.channels)
 
     @property
+    def sampling(self) -> SamplingSettings:
+        return SamplingSettings(guidance_off_from=self.guidance_off_from)
+
+    @property
     def schedule(self) -> ScaleSchedule:
         """Returns the published schedule of the resolution; only its last scale for a network in raster order."""
         published = ScaleSchedule.for_resolution(self.resolution)
@@ -121,6 +128,7 @@ class Subject:
         dtype: dtype of sampling; in training, weights are float32 and matrix products use `dtype`.
         device: device of both.
         graphs: on CUDA, sample with CUDA graphs.
+        sampling: settings to sample with.
     """
 
     def __init__(
@@ -131,8 +139,10 @@ class Subject:
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
         graphs: bool = False,
+        sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
     ) -> None:
         self.network_config, self.tokenizer_config, self.with_graphs = network, tokenizer, graphs
+        self.sampling = sampling
         self.batch_size, self.dtype, self.device = batch_size, dtype, device
         self.labels = torch.arange(batch_size, device=device) % network.num_classes
 
@@ -156,10 +166,10 @@ class Subject:
         return torch.randn(batch_size, config.num_inputs, config.code_dim, device=self.device)
 
     def sample(self) -> Tensor:
-        """Samples images (b, 3, H, W) with guidance."""
-        settings, labels = SamplingSettings(), torch.arange(self.batch_size) % self.network_config.num_classes
-        keys = settings.keys(range(self.batch_size))
-        return draw_images(self.network, self.tokenizer, labels, settings, keys, graphs=self.graphs)[0]
+        """Samples images (b, 3, H, W)."""
+        labels = torch.arange(self.batch_size) % self.network_config.num_classes
+        keys = self.sampling.keys(range(self.batch_size))
+        return draw_images(self.network, self.tokenizer, labels, self.sampling, keys, graphs=self.graphs)[0]
 
     def parts(self) -> list[Part]:
         """Returns the parts that a profile distinguishes."""
@@ -211,7 +221,8 @@ class TrainingStep:
 
 
 def make_subject(setting: Setting, device: torch.device) -> Subject:
-    return Subject(setting.network, setting.tokenizer, setting.batch_size, setting.dtype, device, setting.graphs)
+    shape = setting.network, setting.tokenizer, setting.batch_size
+    return Subject(*shape, setting.dtype, device, setting.graphs, setting.sampling)
 
 
 def device_name(device: torch.device) -> str:
@@ -229,12 +240,11 @@ def setting_record(what: str, setting: Setting, device: torch.device) -> Record:
 
 
 def flops_per_image(network: MVARConfig, tokenizer: TokenizerConfig) -> dict[str, int]:
-    """Counts FLOPs per image: `forward` (teacher-forced pass), `sampling` (guided steps), `decoder` and `encoder`."""
+    """Counts FLOPs per image: `forward` (teacher-forced pass), `decoder` and `encoder`."""
     codec = Subject(network, tokenizer, 1, device=META).tokenizer
     f_hat, images = codec.quantizer.empty(1), torch.empty(1, 3, *tokenizer.shape, device=META)
     return {
         "forward": forward_flops(network),
-        "sampling": sampling_flops(network),
         "decoder": count_flops(lambda: codec.decode_features(f_hat)),
         "encoder": count_flops(lambda: codec.features(images)),
     }

@@ -36,6 +36,7 @@ def bench(
     depth: int = 0,
     compile: bool = False,
     graphs: bool = True,
+    guidance_off_from: int | None = None,
     versus: str | None = None,
     repeats: int = 3,
     num_workers: int = 1,
@@ -68,6 +69,7 @@ def bench(
         depth: number of blocks, to measure a large size in little time; 0 for the depth of the size.
         compile: in training, compile each block with torch.compile, which takes minutes.
         graphs: in sampling on CUDA, launch each scale as one CUDA graph (`launches` and --profile never do).
+        guidance_off_from: in sampling, index of the first scale that is drawn without guidance.
         versus: second setting, interleaved with the first, such as `mixer=var` or `size=d24,batch_size=1`.
         repeats: number of measured runs, after one warm-up run.
         num_workers: number of reader processes of `data` and `tokenize`.
@@ -81,7 +83,9 @@ def bench(
         json: file to write the table to, as JSON.
     """
     check_options(what, versus, compile, repeats, num_workers, world_size, profile, images, shards)
-    first = Setting(size, mixer, resolution, batch_size, precision, depth, compile, graphs)
+    first = Setting(
+        size, mixer, resolution, batch_size, precision, depth, compile, graphs, guidance_off_from=guidance_off_from
+    )
     settings = [first] if versus is None else [first, first.with_changes(versus)]
     if len({setting.precision == "tf32" for setting in settings}) > 1:
         raise InputError("--versus: tf32 holds for a whole run, so compare it with other precisions in two runs")

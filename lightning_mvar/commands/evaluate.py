@@ -130,13 +130,14 @@ def evaluate(
 
 
 def describe(samples: str, reference: str, images: Samples, evaluator: Evaluator, sampled: Drawing | None) -> Record:
-    """Describes what the scores depend on: settings, extractor, number and size of images; and the sampling rate."""
+    """Describes what the scores depend on: settings, extractor, number and size of images; and what drawing costs."""
     # Anything else in the metadata might be taken for a score.
     record: Record = {name: value for name, value in images.metadata.items() if name in METADATA_KEYS}
     record |= {"samples": samples, "reference": reference} | evaluator.extractor_metadata()
     record |= {"num_samples": len(images), "height": images.shape[0], "width": images.shape[1]}
-    if sampled is not None and sampled.images_per_s is not None:
-        record["images_per_s"] = sampled.images_per_s
+    if sampled is not None:
+        record |= sampled.costs()._asdict()
+        record |= {} if sampled.images_per_s is None else {"images_per_s": sampled.images_per_s}
     return record
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Costs(NamedTuple):
     Args:
         parameters: number of parameters.
         flops_per_training_image: FLOPs of a forward and a backward pass; a backward pass counts as two forward passes.
-        flops_per_sampled_image: FLOPs of all network steps with guidance, without the decoder.
+        flops_per_sampled_image: FLOPs of all network steps with guidance by the network itself, without the decoder.
         state_bytes_per_image: state after the last sampling step, without guidance and without the AdaLN tables.
     """
 
@@ -47,9 +48,12 @@ class Costs(NamedTuple):
 
 @cache
 def costs_of(config: MVARConfig) -> Costs:
-    def costs(network: MVAR) -> Costs:
-        return Costs(
-            num_parameters(network), 3 * count_flops(lambda: teacher_forced_pass(network)), *sampling_costs(network)
+    def costs(network: MVAR) -> tuple[int, ...]:
+        return (
+            num_parameters(network),
+            3 * count_flops(lambda: teacher_forced_pass(network)),
+            2 * sum(step_flops(network)),
+            final_state_bytes(network),
         )
 
     return Costs(*extrapolate_blocks(config, costs))
@@ -64,19 +68,17 @@ def forward_flops(config: MVARConfig) -> int:
     return extrapolate_blocks(config, lambda network: (count_flops(lambda: teacher_forced_pass(network)),))[0]
 
 
-def sampling_flops(config: MVARConfig) -> int:
-    """Counts FLOPs of all guided sampling steps of one image."""
-    return extrapolate_blocks(config, sampling_costs)[0]
+@cache
+def scale_flops(config: MVARConfig) -> tuple[int, ...]:
+    """Counts FLOPs of each scale of one image, drawn once and without guidance."""
+    steps = iter(extrapolate_blocks(config, step_flops))
+    counts = config.schedule.lengths if config.prediction == "token" else (1,) * config.schedule.num_scales
+    return tuple(sum(islice(steps, count)) for count in counts)
 
 
 def state_bytes(config: MVARConfig, dtype: torch.dtype) -> int:
     """Counts bytes of the state per image after the last step, without guidance and without the AdaLN tables."""
-
-    def final_bytes(network: MVAR) -> tuple[int]:
-        steps = guided_states(lower_precision(network, dtype))
-        return (extrapolate_steps([mixer_state_bytes(state) for state in steps], config)[-1],)
-
-    return extrapolate_blocks(config, final_bytes)[0]
+    return extrapolate_blocks(config, lambda network: (final_state_bytes(lower_precision(network, dtype)),))[0]
 
 
 def training_bytes(config: MVARConfig, batch_size: int, activation_checkpointing: bool = False, shards: int = 1) -> int:
@@ -184,27 +186,28 @@ def teacher_forced_pass(network: MVAR) -> None:
     network(torch.zeros(1, dtype=torch.int64, device=META), inputs)
 
 
-def sampling_costs(network: MVAR) -> tuple[int, int]:
-    """Counts FLOPs of all steps of one image with guidance (batch 2), and bytes of its final state."""
-    flops, carried = [], []
-    steps = guided_states(network)
+def step_flops(network: MVAR) -> tuple[int, ...]:
+    """Counts FLOPs of each sampling step of one image."""
+    flops, states = list[int](), sampling_states(network)
     while True:
         with FlopCounterMode(display=False) as counter:
-            state = next(steps, None)
-        if state is None:
-            break
+            if next(states, None) is None:
+                return tuple(extrapolate_steps(flops, network.config))
         flops.append(counter.get_total_flops())
-        carried.append(mixer_state_bytes(state))
-    return sum(extrapolate_steps(flops, network.config)), extrapolate_steps(carried, network.config)[-1]
+
+
+def final_state_bytes(network: MVAR) -> int:
+    """Counts bytes of the mixers' state of one image after the last step, without the AdaLN tables."""
+    return extrapolate_steps([mixer_state_bytes(state) for state in sampling_states(network)], network.config)[-1]
 
 
 @torch.no_grad()
-def guided_states(network: MVAR) -> Iterator[MVARState]:
-    """Yields the state after each step of one guided image; single tokens stop after three, see `extrapolate_steps`."""
+def sampling_states(network: MVAR) -> Iterator[MVARState]:
+    """Yields the state after each step of one image; single tokens stop after three, see `extrapolate_steps`."""
     config = network.config
-    state = network.init_state(torch.zeros(2, dtype=torch.int64, device=META))
+    state = network.init_state(torch.zeros(1, dtype=torch.int64, device=META))
     for k, n in enumerate(config.step_lengths[:3] if config.prediction == "token" else config.step_lengths):
-        inputs = torch.empty(2, n, config.code_dim, device=META) if k else None
+        inputs = torch.empty(1, n, config.code_dim, device=META) if k else None
         _, state = network.step(inputs, state)
         yield state
 
@@ -216,9 +219,9 @@ def extrapolate_steps(costs: list[int], config: MVARConfig) -> list[int]:
 
 
 def mixer_state_bytes(state: MVARState) -> int:
-    """Returns bytes of the mixers' state per image, for a batch of two, without the AdaLN tables."""
+    """Counts bytes of the mixers' state of one image, without the AdaLN tables."""
     tensors = (tensor for block in state.blocks if block for mixer in block.mixers for tensor in mixer or ())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) // 2
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def count_flops(run: Callable[[], object]) -> int:

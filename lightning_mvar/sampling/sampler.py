@@ -13,6 +13,7 @@ from lightning_mvar.data.classes import Classes
 from lightning_mvar.devices import DTYPES, Precision, rank_and_world_size, set_tf32
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.models.parameters import lower_precision
+from lightning_mvar.sampling.costs import SamplingCosts, sampling_costs
 from lightning_mvar.sampling.generate import decode_images, draw_images, draw_scales
 from lightning_mvar.sampling.graphs import graphs_for
 from lightning_mvar.sampling.grids import to_uint8
@@ -113,6 +114,11 @@ class Drawing:
     per_class: int
     settings: SamplingSettings
     images_per_s: float | None = None
+
+    def costs(self) -> SamplingCosts:
+        """Counts what drawing one image costs."""
+        guide = self.sampler.guide(self.settings)
+        return sampling_costs(self.settings, self.sampler.network.config, None if guide is None else guide.config)
 
     def draw(self, labels: Tensor, numbers: list[int]) -> PixelArray:
         """Draws images (b, H, W, 3) uint8 of the given labels (b,) and numbers."""

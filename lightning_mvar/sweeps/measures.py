@@ -29,6 +29,7 @@ COSTS = {
     "parameters": "parameters",
     "flops_per_training_image": "FLOPs per training image",
     "flops_per_sampled_image": "FLOPs per sampled image",
+    "token_steps_per_image": "token-steps per sampled image",
     "state_bytes_per_image": "state bytes per image",
 }
 RATES = {TRAINING_RATE: "training images/s", "images_per_s": "sampling images/s"}

@@ -22,7 +22,9 @@ from lightning_mvar.data.builtin.photos import PHOTOS
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.photos import PhotosClassifier
 from lightning_mvar.metrics.reference import measure, open_reference
+from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.sampling.philox import image_keys
+from lightning_mvar.sampling.settings import SamplingSettings
 
 SCORES = ("frechet_distance", "precision", "recall")
 REFERENCE = ["--reference", "images", "--extractor", "conftest.Pixels", "--device", "cpu"]
@@ -53,8 +55,10 @@ def test_a_checkpoint_its_npz_and_its_folder_have_the_same_scores(
     assert all(name in table for name in record)
     assert (record["num_samples"], record["guidance"], record["seed"], record["top_k"]) == (30, 0.5, 0, 900)
     assert record.pop("images_per_s") > 0  # reported only if images were drawn
-    assert evaluate_scores("set.npz") == record
     assert evaluate_scores("set.npz", "--ckpt_path", "model", *SAMPLING) == record  # no images are missing
+    costs = sampling_costs(SamplingSettings(guidance=0.5), load_trained("model").network.config)._asdict()
+    assert {name: record.pop(name) for name in costs} == costs
+    assert evaluate_scores("set.npz") == record
     assert run(["sample", "--ckpt_path", "model", "--out", "set", *SAMPLING]) == 0
     folder = evaluate_scores("set")
     assert {name for name in record if folder[name] != record[name] and name not in SCORES} == {"samples"}

@@ -16,6 +16,7 @@ from lightning_mvar.models.costs import (
     count_parameters,
     forward_flops,
     match_budget,
+    scale_flops,
     state_bytes,
     teacher_forced_pass,
 )
@@ -42,7 +43,9 @@ def test_flops_of_var_match_the_formula() -> None:
     assert forward_flops(var) == forward
     assert costs.flops_per_training_image == 3 * forward
     heads = (SCHEDULE.num_scales - 1) * 2 * 2 * d * d  # the head's AdaLN runs once per scale
-    assert costs.flops_per_sampled_image == 2 * (forward + heads)
+    assert costs.flops_per_sampled_image == 2 * (forward + heads) == 2 * sum(scale_flops(var))
+    first = 5 * (2 * 12 * d * d + 2 * 2 * d + adaln) + 2 * d * var.vocab_size + 2 * 2 * d * d
+    assert scale_flops(var)[0] == first
     assert costs.state_bytes_per_image == 5 * 2 * l * d * 4
 
 
@@ -62,6 +65,8 @@ def test_flops_of_token_prediction_match_the_formula() -> None:
     block = 2 * l * 12 * d * d + 2 * 2 * pairs * d
     outside = 2 * (l - 1) * causal.code_dim * d + 2 * l * d * causal.vocab_size + l * 2 * 2 * d * d
     assert costs_of(causal).flops_per_sampled_image == 2 * (3 * (block + 2 * 6 * d * d) + outside)
+    assert sum(scale_flops(causal)) == 3 * (block + 2 * 6 * d * d) + outside
+    assert len(scale_flops(causal)) == SCHEDULE.num_scales
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba1", "gated_linear_attention", "linear_attention"])

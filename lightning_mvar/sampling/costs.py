@@ -1,0 +1,44 @@
+"""What drawing an image costs, counted for sampling settings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.models.costs import scale_flops
+from lightning_mvar.sampling.settings import SamplingSettings
+
+
+class SamplingCosts(NamedTuple):
+    """Costs of drawing an image, without the decoder.
+
+    Args:
+        token_steps_per_image: tokens that pass through the network, and through its guide.
+        flops_per_sampled_image: FLOPs of both; see `models.costs` for what is counted.
+    """
+
+    token_steps_per_image: int
+    flops_per_sampled_image: int
+
+
+def sampling_costs(settings: SamplingSettings, network: MVARConfig, guide: MVARConfig | None = None) -> SamplingCosts:
+    """Counts the costs of drawing an image.
+
+    Args:
+        settings: sampling settings, which must suit the network.
+        network: config of the network.
+        guide: config of the weaker network that guides, if one does.
+    """
+    schedule, guided = network.schedule, settings.guide.num_guided_scales(network)
+    token_steps = flops = 0
+    for k, length in enumerate(schedule.lengths):
+        steps, networks = min(settings.steps_of(k), length), [network, guide or network][: 2 if k < guided else 1]
+        token_steps += steps * length * len(networks)
+        flops += sum(repeated_flops(each, k, steps) for each in networks)
+    return SamplingCosts(token_steps, flops)
+
+
+def repeated_flops(network: MVARConfig, scale: int, steps: int) -> int:
+    """Counts FLOPs of a scale that is run several times; each run but the first reads the codes of kept tokens."""
+    codes = network.schedule.lengths[scale] * 2 * network.code_dim * network.width if network.reveal else 0
+    return steps * scale_flops(network)[scale] + (steps - 1) * codes
