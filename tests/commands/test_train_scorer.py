@@ -54,6 +54,11 @@ def test_a_scorer_is_trained_and_chooses(workdir: Path, capfd: pytest.CaptureFix
     assert about["draft_scorer"] == fingerprint(load_scorer("scorer"))
 
 
+def test_half_precision_leaves_pyramids_and_scores_in_float32(workdir: Path) -> None:
+    assert run([*TRAIN, *FEW]) == 0
+    assert drawn("--drafts", "3", "--draft_scorer", "scorer", "--precision", "bfloat16").shape == (6, 8, 8, 3)
+
+
 def test_the_same_seed_trains_the_same_scorer(workdir: Path) -> None:
     weights = []
     for _ in range(2):

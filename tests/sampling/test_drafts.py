@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import MIXERS, SCHEDULE, random_tokens, tiny_network
+from test_generate import OnlyMeta
+from test_graphs import Recorder
 from test_scorer import tiny_scorer
 from torch import Tensor
 
-from lightning_mvar import MVAR, Tokenizer, generate
+from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, generate
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.drafts import Drafts, choose
-from lightning_mvar.sampling.generate import teacher_inputs
+from lightning_mvar.sampling.generate import draw_images, teacher_inputs
+from lightning_mvar.sampling.graphs import ScaleGraphs
 from lightning_mvar.sampling.philox import DRAFTS, TOKENS, image_keys, uniform
 from lightning_mvar.sampling.scorer import Scorer, load_scorer, save_scorer
 from lightning_mvar.sampling.settings import SamplingSettings
-from lightning_mvar.sampling.steps import KnownTokens, draw
+from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, draw
+from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
 LABELS = torch.tensor([0, 3, 9, 3])
 KEYS = image_keys(5, range(4))
@@ -125,6 +129,28 @@ def test_the_last_of_several_steps_keeps_its_tokens_in_every_candidate(tokenizer
     kept = (plain == chosen).sum(dim=1)
     assert (kept >= 8).all()  # 16 cos(60 degrees) are hidden in the last step
     assert (kept < 16).any()
+
+
+def test_replayed_graphs_choose_as_eager_batches_do(tokenizer: Tokenizer, folder: str) -> None:
+    graphs, network = ScaleGraphs(Recorder), tiny_network()
+    for seed in (0, 0, 1):
+        settings = SamplingSettings(drafts=4, draft_scorer=folder, seed=seed)
+        request = (network, tokenizer, LABELS, settings, settings.keys(range(4)))
+        assert torch.equal(draw_images(*request, graphs=graphs)[1], draw_images(*request)[1])
+    assert len(graphs.scales) == SCHEDULE.num_scales
+
+
+def test_choosing_neither_waits_for_the_device_nor_copies_to_it() -> None:
+    """On the meta device no value can be read."""
+    schedule = ScaleSchedule((1, 2))
+    network = tiny_network(schedule=schedule, depth=1).to("meta")
+    quantizer = ResidualQuantizer(schedule, 48, 8, 1).to("meta")
+    settings, scorer = SamplingSettings(drafts=3, draft_scorer="scorer"), tiny_scorer(schedule).to("meta")
+    tokens = torch.zeros(4, schedule.num_tokens, dtype=torch.int64, device="meta")
+    batch = Batch(tokens[:, 0], tokens[:, :2], None)
+    with OnlyMeta():
+        steps = [*ScaleDrawer(network, quantizer, settings, scorer=scorer).steps(batch)]
+    assert [step.tokens.shape for step in steps] == [(4, 1), (4, 4)]
 
 
 def test_the_choice_follows_the_softmax_of_the_scores() -> None:
