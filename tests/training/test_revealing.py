@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCHEDULE, tiny_network, write_token_shards
+from conftest import SCHEDULE, pictures, tiny_network, write_token_shards
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_modules import Losses, make_module, make_trainer
 from training_runs import TWO_RANKS, largest_difference, train, weights
@@ -120,14 +120,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer_folder: Path, shard
     assert all(torch.equal(value, resumed[name]) for name, value in expected.state_dict().items())
 
 
-def test_strategies_train_the_same_network(plain_run_folder: Path) -> None:
-    reveal = ["--model.network.reveal", "true"]
-    train(plain_run_folder, "one", reveal)
-    expected = weights(plain_run_folder / "one")
+def test_strategies_train_the_same_network_and_draw_the_same_images(run_folder: Path) -> None:
+    """The callback draws each scale in up to three steps."""
+    text, options = (run_folder / "run.yaml").read_text(), ["--model.network.reveal", "true"]
+    (run_folder / "run.yaml").write_text(text.replace("per_class: 2", "per_class: 2, sampling: {steps: 3}"))
+    train(run_folder, "one", options)
+    expected = weights(run_folder / "one")
     assert expected["network.reveal_proj.bias"].abs().sum() > 0
     for strategy in ("ddp", "fsdp2"):
-        train(plain_run_folder, strategy, [*reveal, *TWO_RANKS, strategy], devices=2)
-        assert largest_difference(weights(plain_run_folder / strategy), expected) < 1e-4
+        train(run_folder, strategy, [*options, *TWO_RANKS, strategy], devices=2)
+        assert largest_difference(weights(run_folder / strategy), expected) < 1e-4
+        assert pictures(run_folder / strategy / "logs", "samples") == pictures(run_folder / "one/logs", "samples")
 
 
 @pytest.mark.parametrize("objective", [SelfCorrecting, DirectDiscriminative, ConditionContrastive])
