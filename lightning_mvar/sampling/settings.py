@@ -19,7 +19,7 @@ from lightning_mvar.scales import MAX_TOKENS
 
 MAX_SEED = 2**63 - 1
 PROTOCOL = ("guidance", "top_k", "top_p", "smooth", "seed")  # the settings of published scores
-ORDERS = ("confidence", "random")
+ORDERS = ("random", "confidence")
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # logits divided by it stay finite in float32
 
 
@@ -45,8 +45,9 @@ class SamplingSettings:
         steps: number of steps in which each scale is drawn, at most one per token: each reads the tokens that the ones
             before it kept, see `sampling.masked`. Or a list with one per scale. More than 1 needs a network that was
             trained with `network.reveal`.
-        order: of several steps, each keeps the drawn tokens of the highest `confidence`, or `random` ones.
-        order_temperature: noise in the order of confidence, falling linearly to 0 at the last step (MaskGIT's choice
+        order: which drawn tokens each of several steps keeps: `random` ones, as in training, or those of the highest
+            probability plus noise (`confidence`).
+        order_temperature: noise of the confidence, falling linearly to 0 at the last step (MaskGIT's choice
             temperature).
         drafts: number of candidates of each scale among which a scorer chooses (LSRS); 1 for no choice.
         draft_scorer: the scorer: a folder that `train-scorer` wrote, of samples of the same network.
@@ -67,7 +68,7 @@ class SamplingSettings:
     guidance_corrupt: float = 0.0
     guidance_beta: float = 0.0
     steps: int | tuple[int, ...] = 1
-    order: Literal["confidence", "random"] = "confidence"
+    order: Literal["random", "confidence"] = "random"
     order_temperature: float = 4.5
     drafts: int = 1
     draft_scorer: str | None = None

@@ -30,7 +30,7 @@ from lightning_mvar.sampling.settings import SamplingSettings
         ("temperature", [[1.0, 0.0]], "temperature of scale 1 must be a number from 0.001 to 1,000"),
         ("steps", [0, -1, 1.5, True, None], "steps must be an integer from 1 to 1,048,576"),
         ("steps", [[1, 0], (1, 0.5)], "steps of scale 1 must be an integer from 1 to 1,048,576"),
-        ("order", ["raster", None], "order must be confidence or random"),
+        ("order", ["raster", None], "order must be random or confidence"),
         ("order_temperature", [-1, math.nan, "1"], "order_temperature must be a number from 0 to 1,000"),
     ],
 )
@@ -58,7 +58,7 @@ def test_metadata_is_flat_and_names_what_differs_from_the_published_protocol() -
     protocol = {"guidance": 0.5, "top_k": 900, "top_p": 0.96, "smooth": False, "seed": 0}
     assert SamplingSettings(0.5).metadata() == protocol
     others = {"guidance_off_from": 1, "guidance_corrupt": 0.25, "guidance_beta": 0.75}
-    others |= {"order": "random", "order_temperature": 2.0}
+    others |= {"order": "confidence", "order_temperature": 2.0}
     settings = SamplingSettings([0, 0.1], temperature=[1, 0.9], steps=[1, 4], **others)
     lists = {"guidance": "0.0,0.1", "temperature": "1.0,0.9", "steps": "1,4"}
     assert settings.metadata() == protocol | others | lists
