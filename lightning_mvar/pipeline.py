@@ -19,7 +19,7 @@ from lightning_mvar.devices import Precision, choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.generate import decode_images, kept_tokens_mask
 from lightning_mvar.sampling.grids import to_uint8
-from lightning_mvar.sampling.sampler import Sampler
+from lightning_mvar.sampling.sampler import Sampler, label_tensor
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import KnownTokens, Step
 from lightning_mvar.scales import Shape, format_shape
@@ -79,7 +79,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
 
         Args:
             classes: name, number or "unconditional", one per image; a single value draws one image. Numbers may be an
-                array or tensor of integers.
+                array or tensor of integers. "3:0.7+8:0.3" mixes the embeddings of classes.
             image: image to keep a part of, of any size; resized and cropped to the center. See `kept_tokens_mask`.
             mask: white where to draw, black where to keep; its size is that of `image` or of the drawn images.
             sampling: `SamplingSettings` by name: guidance, top_k, top_p, smooth, seed and others.
@@ -94,14 +94,13 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         return self.sampler.steps(labels, SamplingSettings(**sampling), range(len(labels)), known)
 
     def labels_of(self, classes: ClassChoice) -> Tensor:
-        """Returns the labels (b,) int64 of names and numbers."""
+        """Returns the labels (b,) int64 of names and numbers, or weights (b, num_classes + 1) if some mix classes."""
         entries: Any = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else classes
         entries = [entries] if isinstance(entries, str) or not isinstance(entries, Iterable) else entries
         numbers: list[Any] = [
             entry.item() if isinstance(entry, Tensor) and entry.ndim == 0 else entry for entry in entries
         ]
-        labels = [self.classes.label(number) for number in numbers]
-        return torch.tensor(labels, dtype=torch.int64)
+        return label_tensor([self.classes.weights(number) for number in numbers], self.classes.count)
 
     @torch.no_grad()
     def known_tokens(self, image: Image.Image, mask: Image.Image | None, count: int) -> KnownTokens:

@@ -41,6 +41,15 @@ def test_images_match_generate(pipe: MVARPipeline) -> None:
     assert images[0].size == (8, 8)
 
 
+def test_classes_can_be_mixed(pipe: MVARPipeline) -> None:
+    images = pipe(["zero:0.7+8:0.3", "3"], seed=4)
+    weights = torch.zeros(2, 11)
+    weights[0, 0], weights[0, 8], weights[1, 3] = 0.7, 0.3, 1
+    expected = generate(pipe.network, pipe.tokenizer, weights, generator=image_keys(4, range(2)))
+    assert (stack_images(images) == to_uint8(expected)).all()
+    assert (stack_images(images)[1] == stack_images(pipe(["zero", "3"], seed=4))[1]).all()
+
+
 def test_every_scale_changes_the_image_and_the_last_completes_it(pipe: MVARPipeline) -> None:
     steps = [stack_images(images) for images in pipe.stream_images([1, 2], seed=0)]
     assert len(steps) == SCHEDULE.num_scales

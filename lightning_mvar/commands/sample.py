@@ -85,7 +85,7 @@ def sample(
 def write_figures(drawn: Drawing, out: str, grid: str | None, strip: str | None, animation: str | None) -> None:
     """Writes the requested figures."""
     shown = torch.arange(len(drawn.labels)).view(-1, drawn.per_class)[:, :GRID_COLUMNS]
-    names = [drawn.sampler.classes.name(label) for label in drawn.labels[shown[:, 0]].tolist()]
+    names = [drawn.name(number) for number in shown[:, 0].tolist()]
     if grid is not None:
         images = open_samples(out)
         pixels = np.stack([images.pixels(number) for number in shown.flatten().tolist()])

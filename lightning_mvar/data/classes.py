@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from importlib.resources import files
 from numbers import Integral
@@ -13,6 +15,7 @@ from lightning_mvar.io.files import path_component
 
 UNCONDITIONAL = "unconditional"
 MAX_DIGITS = 18  # of a class number
+WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # of a class in a mix
 MAX_SUGGESTIONS = 8  # maximum number of names in a message
 
 
@@ -93,6 +96,32 @@ class Classes:
             return number
         shown = repr(query) if isinstance(query, str) else str(query)
         raise InputError(f"there is no class {shown:.100}; {self.suggest(str(query))}")
+
+    def weights(self, query: str | int) -> dict[int, float]:
+        """Returns the weight of each label in a mix of classes, NAME:WEIGHT+NAME:WEIGHT; of a single class, 1.
+
+        Weights are divided by their sum.
+
+        Raises:
+            InputError: if no class matches, or a weight is not a positive number.
+        """
+        if not isinstance(query, str) or ":" not in query or normalized(query) in self.labels:
+            return {self.label(query): 1.0}
+        weights: dict[int, float] = defaultdict(float)
+        for part in query.split("+"):
+            name, _, number = part.rpartition(":")
+            weight = float(number) if WEIGHT.fullmatch(number.strip()) else 0.0
+            if not 0 < weight < math.inf:
+                raise InputError(f"{query:.100} is no mix of classes such as 3:0.5+8:0.5: {part:.100} has no weight")
+            weights[self.label(name)] += weight
+        total = sum(weights.values())
+        return {label: weight / total for label, weight in weights.items()}
+
+    def describe_weights(self, weights: Mapping[int, float]) -> str:
+        """Returns the name of a class, or the mix as `weights` reads it."""
+        if len(weights) == 1:
+            return self.name(*weights)
+        return "+".join(f"{self.name(label)}:{weight:g}" for label, weight in weights.items())
 
     def split(self, text: str) -> list[str]:
         """Splits comma-separated names or numbers; a name may contain commas: the longest reading counts."""

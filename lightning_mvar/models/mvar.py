@@ -252,8 +252,16 @@ class MVAR(nn.Module):
         return factors
 
     def init_state(self, labels: Tensor) -> MVARState:
-        """Returns the state before the first step, for images of `labels` (b,) int64 in [0, num_classes]."""
-        return MVARState(0, self.class_embed(labels), [None] * self.config.depth)
+        """Returns the state before the first step.
+
+        Args:
+            labels: (b,) int64 in [0, num_classes]; or (b, num_classes + 1) float weights, which mix class embeddings.
+        """
+        if not labels.is_floating_point():
+            return MVARState(0, self.class_embed(labels), [None] * self.config.depth)
+        with without_autocast(labels):
+            cond = labels.to(self.class_embed.weight.dtype) @ self.class_embed.weight  # (b, d)
+        return MVARState(0, cond, [None] * self.config.depth)
 
     def step(
         self, scale_inputs: Tensor | None, state: MVARState, revealed: Revealed | None = None

@@ -29,10 +29,11 @@ from lightning_mvar.devices import (
     wait_for_ranks,
 )
 from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
+from lightning_mvar.io.files import path_component
 from lightning_mvar.io.fingerprint import fingerprint, fingerprint_of
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.generate import check_arguments
-from lightning_mvar.sampling.sampler import Batch, Drawing, Sampler
+from lightning_mvar.sampling.sampler import Batch, Drawing, Sampler, label_tensor
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.token_sets import TokenSet
 from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet, partial_folder
@@ -120,7 +121,7 @@ def draw_set(
             alone.
         tokens: folder for the tokens, as token shards; the images of `out` are then decoded from them.
         classes: comma-separated class names (which may contain commas), WordNet ids or numbers, or "unconditional"; all
-            classes if not given.
+            classes if not given. 3:0.7+8:0.3 mixes the embeddings of classes; arr_1 then has the one of most weight.
         per_class: images per class.
         reject: classifier, images in [0, 1] -> logits of the network's classes (or a feature extractor with
             `logits`): draw more images than requested, and keep those it is surest of.
@@ -149,27 +150,44 @@ def draw_set(
         check_token_options(Path(tokens), settings, reject)
     model = load()
     network, tokenizer, names = model
-    chosen = select_labels(classes, Classes(names, network.config.num_classes))
+    num_classes = network.config.num_classes
+    chosen = select_classes(classes, Classes(names, num_classes))
     check_count(per_class, len(chosen), keep)
-    labels = torch.tensor(chosen).repeat_interleave(per_class)
-    check_arguments(network, tokenizer, labels, settings)  # before anything is written
-    if tokens is not None and network.config.num_classes in chosen:
-        raise InputError("--tokens needs classes: remove `unconditional` from --classes")
-    every = chosen == list(range(network.config.num_classes))
-    metadata = settings.metadata() | {"per_class": per_class, "classes": "all" if every else ",".join(map(str, chosen))}
-    tokenizer_hash = tokenizer.fingerprint()
-    metadata |= {"network": fingerprint(network), "network_tokenizer": tokenizer_hash}
+    labels = torch.tensor([max(weights, key=weights.__getitem__) for weights in chosen])
+    check_arguments(network, tokenizer, label_tensor(chosen, num_classes), settings)  # before anything is written
+    mixes = chosen if any(len(weights) > 1 for weights in chosen) else None
+    if tokens is not None and (mixes is not None or num_classes in labels):
+        raise InputError("--tokens needs classes: remove mixes and `unconditional` from --classes")
+    if reject is not None and mixes is not None:
+        raise InputError("--reject needs classes: remove mixes from --classes")
+    every = mixes is None and labels.tolist() == list(range(num_classes))
+    metadata = settings.metadata() | {"per_class": per_class, "classes": "all" if every else recorded_classes(chosen)}
+    metadata |= source_metadata(model, settings, precision, device)
+    sampler = Sampler(model, device, precision, graphs)
+    sampler.guide(settings)  # before anything is written
+    drawing = Drawing(sampler, labels.repeat_interleave(per_class), per_class, settings, mixes=mixes)
+    rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
+    write_set(drawing, metadata, rejection, out, tokens, batch_size)
+    return drawing
+
+
+def source_metadata(
+    model: TrainedModel, settings: SamplingSettings, precision: Precision, device: torch.device
+) -> dict[str, Any]:
+    """Returns what says which networks draw a set, and how precisely.
+
+    Raises:
+        InputError: if one that the settings name cannot be read, or has another tokenizer.
+    """
+    tokenizer_hash = model.tokenizer.fingerprint()
+    metadata = {"network": fingerprint(model.network), "network_tokenizer": tokenizer_hash}
     metadata |= {"dtype": precision}  # the key "precision" is that of a score
     if (scorer := settings.choice.load_scorer(device)) is not None:
         scorer.config.check_tokenizer(tokenizer_hash, str(settings.draft_scorer))
         metadata |= {"draft_scorer": fingerprint(scorer)}
     if settings.guidance_network is not None:
         metadata |= {"guidance_network": fingerprint_of(open_trained(settings.guidance_network).weights)}
-    drawing = Drawing(Sampler(model, device, precision, graphs), labels, per_class, settings)
-    drawing.sampler.guide(settings)  # before anything is written
-    rejection = None if reject is None else prepare_rejection(reject, 0.5 if keep is None else keep, drawing)
-    write_set(drawing, metadata, rejection, out, tokens, batch_size)
-    return drawing
+    return metadata
 
 
 def write_set(
@@ -268,7 +286,10 @@ def open_set(target: Path, metadata: dict[str, Any], drawing: Drawing) -> Sample
     """Opens the set of images at `target`, new or unfinished; `metadata` says how they are drawn."""
     if target.suffix == ".npz":
         return NpzFile(target, metadata, len(drawing.labels), drawing.sampler.tokenizer.config.shape)
-    return PngFolder(target, metadata, [drawing.sampler.classes.folder(label) for label in drawing.labels.tolist()])
+    folders = [drawing.sampler.classes.folder(label) for label in drawing.labels.tolist()]
+    if drawing.mixes is not None:
+        folders = [path_component(drawing.name(number)) for number in range(len(folders))]
+    return PngFolder(target, metadata, folders)
 
 
 def check_target(target: Path) -> None:
@@ -291,11 +312,16 @@ def check_token_options(folder: Path, settings: SamplingSettings, reject: nn.Mod
         raise InputError("--reject selects images, but --tokens keeps all that are drawn: drop --reject or --tokens")
 
 
-def select_labels(classes: str | None, names: Classes) -> list[int]:
-    """Returns the labels of comma-separated class names; all labels if `classes` is None."""
+def select_classes(classes: str | None, names: Classes) -> list[dict[int, float]]:
+    """Returns comma-separated classes and mixes of classes as weights by label; all classes if `classes` is None."""
     if classes is None:
-        return list(range(names.count))
+        return [{label: 1.0} for label in range(names.count)]
     try:
-        return [names.label(name) for name in names.split(classes)]
+        return [names.weights(name) for name in names.split(classes)]
     except InputError as error:
         raise InputError(f"--classes: {error}") from error
+
+
+def recorded_classes(chosen: list[dict[int, float]]) -> str:
+    """Returns classes and mixes of classes by number, as the metadata of a set have them."""
+    return ",".join("+".join(f"{k}:{w}" if len(mix) > 1 else str(k) for k, w in mix.items()) for mix in chosen)

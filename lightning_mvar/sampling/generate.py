@@ -27,6 +27,7 @@ from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 MAX_STATE_BYTES = 2**33
+WEIGHTS_TOLERANCE = 1e-3  # of the sum of class weights, which may be of half precision
 # Where the random numbers of the images come from: a CPU generator for all or one per image, which gives each image a
 # key; keys (b, 2) of `image_keys`; or torch's default generator.
 Randomness = Generator | Sequence[Generator] | Tensor | None
@@ -64,8 +65,9 @@ def generate(
     Args:
         model: in eval mode, on the device to sample on.
         tokenizer: in eval mode, on the same device.
-        labels: (b,) integer classes in [0, num_classes]; `num_classes` means unconditional. On the CPU: to check labels
-            on a GPU, the host waits for it.
+        labels: (b,) integer classes in [0, num_classes]; `num_classes` means unconditional. Or (b, num_classes + 1)
+            weights that mix the embeddings of classes, at least 0 and 1 together. On the CPU: to check labels on a GPU,
+            the host waits for it.
         guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. Or one
             per scale.
         top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
@@ -138,7 +140,8 @@ def draw_scales(
     check_arguments(model, tokenizer, labels, settings)
     check_known(known, len(labels), model.config.schedule.num_tokens)
     keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
-    batch = Batch(labels.to(device, torch.int64, non_blocking=True), keys.to(device, non_blocking=True), known)
+    dtype = torch.float32 if labels.is_floating_point() else torch.int64
+    batch = Batch(labels.to(device, dtype, non_blocking=True), keys.to(device, non_blocking=True), known)
     guide = load_guide(settings.guide, model.config, tokenizer) if guide is None else guide
     drawer = ScaleDrawer(model, tokenizer.quantizer, settings, guide, settings.choice.load_scorer(device))
     yield from drawer.steps(batch) if graphs is None else graphs.steps(drawer, batch)
@@ -207,6 +210,9 @@ def keys_from(generator: Randomness, count: int) -> Tensor:
 def check_arguments(model: MVAR, tokenizer: Tokenizer, labels: Tensor, settings: SamplingSettings) -> None:
     check_pair(model.config, tokenizer.config, "tokenizer")
     settings.check(model.config)
+    if labels.is_floating_point() and labels.ndim == 2:
+        check_weights(labels, model.config.num_classes, settings)
+        return
     is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     num_classes = model.config.num_classes
     found = labels.flatten().tolist()  # one wait, if the labels are on a GPU
@@ -217,6 +223,18 @@ def check_arguments(model: MVAR, tokenizer: Tokenizer, labels: Tensor, settings:
         )
     if settings.drafts > 1 and max(found) == num_classes:
         raise InputError("drafts need classes, as the scorer knows no unconditional images: set drafts to 1")
+
+
+def check_weights(weights: Tensor, num_classes: int, settings: SamplingSettings) -> None:
+    """Raises InputError unless each row of weights (b, num_classes + 1) mixes classes, and the settings allow it."""
+    fits = weights.shape[1] == num_classes + 1 and len(weights) > 0 and bool((weights >= 0).all())
+    if not fits or not bool(((weights.double().sum(dim=1) - 1).abs() < WEIGHTS_TOLERANCE).all()):
+        raise InputError(
+            f"weights of classes must be (b, {num_classes + 1}), at least 0 and 1 together, got {tuple(weights.shape)} "
+            f"with sums {weights.double().sum(dim=1)[:8].tolist()}"
+        )
+    if settings.draft_scorer is not None:
+        raise InputError("draft_scorer scores images of one class: drop it, or mix no classes")
 
 
 def check_known(known: KnownTokens | None, images: int, num_tokens: int) -> None:

@@ -85,7 +85,7 @@ class ScaleGraphs:
     def steps_in_turn(self, drawer: ScaleDrawer, batch: Batch) -> Iterator[Step]:
         count = len(batch.labels)
         drawer = replace(drawer, settings=replace(drawer.settings, seed=0))  # which no scale reads
-        kind = drawer, batch.known is None, precision_on(batch.labels.device.type)
+        kind = drawer, batch.labels.ndim, batch.known is None, precision_on(batch.labels.device.type)
         size = len(self.buffers.labels) if self.buffers is not None and kind == self.kind else 0
         is_small = 2 * count <= size
         is_first, self.was_small = is_small and not self.was_small, is_small

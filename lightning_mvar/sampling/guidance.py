@@ -141,6 +141,13 @@ def check_tokens(stored: StoredModel, tokenizer: Tokenizer) -> None:
         )
 
 
+def unconditional_like(labels: Tensor, num_classes: int) -> Tensor:
+    """Returns labels (b,), or weights (b, num_classes + 1), of the unconditional class."""
+    if labels.is_floating_point():
+        return (torch.arange(num_classes + 1, device=labels.device) == num_classes).to(labels.dtype).expand_as(labels)
+    return torch.full_like(labels, num_classes)
+
+
 def corrupt(codes: Tensor, share: float, keys: Tensor, span: slice, codebook: Tensor) -> Tensor:
     """Replaces a share of the codes (b, n, c) at the positions `span` by random rows of the codebook (v, c)."""
     positions = torch.arange(span.start, span.stop, device=codes.device)[:, None]

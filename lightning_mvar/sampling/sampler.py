@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,8 @@ class Sampler:
         """Draws scale by scale, coarse to fine.
 
         Args:
-            labels: (b,) int64 classes in [0, num_classes]; `num_classes` means unconditional.
+            labels: (b,) int64 classes in [0, num_classes]; `num_classes` means unconditional. Or (b, num_classes + 1)
+                weights of mixed classes, see `label_tensor`.
             settings: sampling settings.
             numbers: number of each image; with the seed it determines the image's random stream.
             known: tokens of given images, and which of them to keep.
@@ -97,6 +98,16 @@ class Sampler:
         return decode_images(self.tokenizer, self.tokenizer.quantizer.decode(tokens.to(self.device)))
 
 
+def label_tensor(classes: Sequence[Mapping[int, float]], num_classes: int) -> Tensor:
+    """Returns labels (b,) int64 of classes, each given as weights by label; weights (b, num_classes + 1) if any mix."""
+    if all(len(weights) == 1 for weights in classes):
+        return torch.tensor([label for weights in classes for label in weights], dtype=torch.int64)
+    rows = torch.zeros(len(classes), num_classes + 1)
+    for row, weights in zip(rows, classes, strict=True):
+        row[list(weights)] = torch.tensor(list(weights.values()))
+    return rows
+
+
 @dataclass
 class Drawing:
     """A set of images to draw.
@@ -107,6 +118,8 @@ class Drawing:
         per_class: images per class.
         settings: sampling settings.
         images_per_s: throughput of all devices while drawing the missing images; None before, or if none were missing.
+        mixes: if some images mix classes, the weights by label of each `per_class` images; `labels` are then of the
+            largest weight.
     """
 
     sampler: Sampler
@@ -114,6 +127,18 @@ class Drawing:
     per_class: int
     settings: SamplingSettings
     images_per_s: float | None = None
+    mixes: list[dict[int, float]] | None = None
+
+    def conditions(self, numbers: list[int]) -> Tensor:
+        """Returns the labels (b,) of images, or the weights (b, num_classes + 1) of their classes if some are mixed."""
+        if self.mixes is None:
+            return self.labels[numbers]
+        return label_tensor([self.mixes[i // self.per_class] for i in numbers], self.sampler.classes.count)
+
+    def name(self, number: int) -> str:
+        """Returns the name of the class of an image, or of the mix of classes."""
+        mix = {int(self.labels[number]): 1.0} if self.mixes is None else self.mixes[number // self.per_class]
+        return self.sampler.classes.describe_weights(mix)
 
     def costs(self) -> SamplingCosts:
         """Counts what drawing one image costs."""
@@ -121,16 +146,16 @@ class Drawing:
         return sampling_costs(self.settings, self.sampler.network.config, None if guide is None else guide.config)
 
     def draw(self, labels: Tensor, numbers: list[int]) -> PixelArray:
-        """Draws images (b, H, W, 3) uint8 of the given labels (b,) and numbers."""
+        """Draws images (b, H, W, 3) uint8 of the given labels or weights, and numbers."""
         return to_uint8(self.sampler.draw(labels, self.settings, numbers))
 
     def stream_images(self, numbers: list[int]) -> Iterator[Tensor]:
         """Yields images (b, 3, H, W) in [0, 1] of the set, decoded after each scale."""
-        return self.sampler.stream_images(self.labels[numbers], self.settings, numbers)
+        return self.sampler.stream_images(self.conditions(numbers), self.settings, numbers)
 
     def batches(self, numbers: list[int], batch_size: int) -> Iterator[Batch]:
         """Draws this rank's share of the images with the given numbers."""
         rank, world_size = rank_and_world_size()
         parts = [numbers[begin : begin + batch_size] for begin in range(0, len(numbers), batch_size)]
         for part in parts[rank::world_size]:
-            yield part, self.draw(self.labels[part], part)
+            yield part, self.draw(self.conditions(part), part)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.models.mvar import MVAR, MVARState
 from lightning_mvar.sampling.drafts import choose
-from lightning_mvar.sampling.guidance import corrupt, sharpen
+from lightning_mvar.sampling.guidance import corrupt, sharpen, unconditional_like
 from lightning_mvar.sampling.masked import Kept, keep_more, revealed_to
 from lightning_mvar.sampling.philox import NOISE, ORDER, TOKENS, uniform
 from lightning_mvar.sampling.scorer import Scorer
@@ -36,7 +36,7 @@ class KnownTokens(NamedTuple):
 class Batch(NamedTuple):
     """Images to draw, on the device."""
 
-    labels: Tensor  # (b,) int64
+    labels: Tensor  # (b,) int64, or (b, num_classes + 1) float weights of mixed classes
     keys: Tensor  # (b, 2) int64, of their random numbers
     known: KnownTokens | None
 
@@ -107,9 +107,9 @@ class ScaleDrawer:
         if self.is_guided(0) and self.guide is not None:
             guide = self.guide.init_state(labels)
         elif self.is_guided(0) and self.settings.guide.corrupt:
-            labels, f_hat = labels.repeat(2), f_hat.repeat(2, 1, 1, 1)
+            labels, f_hat = torch.cat([labels, labels]), f_hat.repeat(2, 1, 1, 1)
         elif self.is_guided(0):
-            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+            labels = torch.cat([labels, unconditional_like(labels, config.num_classes)])
         return Progress(States(self.model.init_state(labels), guide), None, f_hat, uniforms, None)
 
     def draw_scale(self, k: int, batch: Batch, progress: Progress) -> tuple[Step, Progress]:

@@ -19,6 +19,7 @@ from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.data.images.names import visible
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.sampling import sampler
 from lightning_mvar.sampling.generate import draw_images
 from lightning_mvar.sampling.grids import to_uint8
@@ -202,6 +203,33 @@ def test_classes_are_selected_by_name_number_or_unconditional(workdir: Path, tok
     network, codes, _ = load_trained("model")
     expected = to_uint8(generate(network, codes, labels, guidance=0.0, generator=generators))
     assert np.abs(unconditional.astype(int) - expected).max() <= 1
+
+
+def test_classes_are_mixed_guided_and_recorded(
+    workdir: Path, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_folder(workdir / "weaker", tokenizer, tiny_network(depth=1))
+    guidance = ["--guidance", "[0,0.5,1,0]", "--guidance_network", "weaker", "--temperature", "0.9"]
+    command = ["sample", "--ckpt_path", "model", "--classes", "3:0.7+8:0.3,5", *guidance]
+    assert run([*command, "--out", "set.npz", "--grid", "grid.png"]) == 0
+    weights = torch.zeros(2, 11)
+    weights[0, 3], weights[0, 8], weights[1, 5] = 0.7, 0.3, 1
+    settings = {"guidance": [0, 0.5, 1, 0], "guidance_network": "weaker", "temperature": 0.9}
+    images = generate(tiny_network(), tokenizer, weights, generator=image_keys(0, range(2)), **settings)
+    drawn = contents(Path("set.npz"))
+    assert np.abs(drawn["arr_0"].astype(int) - to_uint8(images)).max() <= 1
+    assert drawn["arr_1"].tolist() == [3, 5]
+    metadata = open_samples("set.npz").metadata
+    assert (metadata["classes"], metadata["guidance"]) == ("3:0.7+8:0.3,5", "0.0,0.5,1.0,0.0")
+    assert (metadata["guidance_network"], metadata["temperature"]) == (fingerprint(tiny_network(depth=1)), 0.9)
+    assert run([*command, "--out", "set.npz"]) == 0
+    save_folder(workdir / "weaker", tokenizer, tiny_network(depth=1, qk_norm=False))
+    assert run([*command, "--out", "set.npz"]) == 1
+    assert "sampled with other settings (guidance_network" in capfd.readouterr().err
+    assert run([*command, "--out", "set"]) == 0
+    assert sorted(path.name for path in Path("set").iterdir() if path.is_dir()) == ["3:0.7+8:0.3", "5"]
+    assert run([*command, "--tokens", "tokens"]) == 1
+    assert "--tokens needs classes: remove mixes" in capfd.readouterr().err
 
 
 def test_a_class_name_from_a_file_never_escapes_the_folder(workdir: Path, tokenizer: Tokenizer) -> None:

@@ -104,3 +104,22 @@ def test_numbers_of_other_types_are_labels_and_anything_else_is_refused() -> Non
     for query in (np.int64(2), 10**30, "9" * 5000):
         with pytest.raises(InputError, match="there is no class"):
             classes.label(query)
+
+
+def test_a_mix_of_classes_has_weights_that_sum_to_one() -> None:
+    classes = Classes(["one", "two", "a:b", "c+d"], 4)
+    assert classes.weights("two") == classes.weights(1) == {1: 1.0}
+    assert classes.weights("a:b") == {2: 1.0}  # a name
+    assert classes.weights("one:0.5+two:1.5") == {0: 0.25, 1: 0.75}
+    assert classes.weights("one:1+two:2+one:1") == {0: 0.5, 1: 0.5}
+    assert classes.weights("unconditional:1+3:1") == {4: 0.5, 3: 0.5}
+    assert classes.weights(classes.describe_weights({0: 0.25, 1: 0.75})) == {0: 0.25, 1: 0.75}
+    assert classes.describe_weights({1: 1.0}) == "two"
+
+
+@pytest.mark.parametrize(
+    "query", ["one:+two:1", "one:0+two:1", "one:-1+two:2", "one:x+two:1", "one+two:1", "one:1e999"]
+)
+def test_a_mix_without_positive_weights_is_refused(query: str) -> None:
+    with pytest.raises(InputError, match="is no mix of classes such as"):
+        Classes(["one", "two"], 2).weights(query)

@@ -115,6 +115,18 @@ def test_batches_above_half_the_size_use_a_part_and_others_or_other_settings_beg
     assert replayed == [False, True, False, True, False, False, True, False, True, False]
 
 
+def test_mixed_classes_begin_anew(tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder) -> None:
+    network, labels, keys = tiny_network(), torch.tensor([0, 3]), image_keys(0, range(2))
+    weights = torch.nn.functional.one_hot(labels, 11).float()
+    replayed = []
+    for classes in (labels, labels, weights, weights.flip(0)):
+        before = recorder.replayed
+        tokens = draw_images(network, tokenizer, classes, SETTINGS, keys, graphs=graphs)[1]
+        assert torch.equal(tokens, draw_images(network, tokenizer, classes, SETTINGS, keys)[1])
+        replayed.append(recorder.replayed > before)
+    assert replayed == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("counts", "captured"), [([8, 8, 1, 1, 1], [8, 8, 8, 1, 1]), ([8, 8, 2, 2, 1], [8, 8, 8, 2, 2])]
 )

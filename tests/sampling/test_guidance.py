@@ -44,8 +44,8 @@ def plain_tokens(network: MVAR, logits: Logits) -> Tensor:
     return tokens
 
 
-def drawn_tokens(network: MVAR, tokenizer: Tokenizer, **settings: Any) -> Tensor:
-    return generate(network, tokenizer, LABELS, generator=KEYS, return_tokens=True, **settings)[1]
+def drawn_tokens(network: MVAR, tokenizer: Tokenizer, labels: Tensor = LABELS, **settings: Any) -> Tensor:
+    return generate(network, tokenizer, labels, generator=KEYS, return_tokens=True, **settings)[1]
 
 
 @pytest.fixture(params=KINDS)
@@ -238,6 +238,26 @@ def test_the_temperature_divides_the_logits_of_each_scale(network: MVAR, tokeniz
     assert torch.equal(drawn, plain_tokens(network, logits))
     cold = drawn_tokens(network, tokenizer, guidance=0, temperature=1e-3)
     assert torch.equal(cold, drawn_tokens(network, tokenizer, guidance=0, top_k=1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"guidance_corrupt": 0.5}, {"guidance": 0}], ids=str)
+def test_weights_mix_the_embeddings_of_classes(options: dict[str, Any], network: MVAR, tokenizer: Tokenizer) -> None:
+    weights = torch.nn.functional.one_hot(LABELS, 11).float()
+    assert torch.equal(
+        drawn_tokens(network, tokenizer, labels=weights, **options), drawn_tokens(network, tokenizer, **options)
+    )
+    mixed = deepcopy(network)
+    mixed.class_embed.weight[4] = 0.7 * network.class_embed.weight[3] + 0.3 * network.class_embed.weight[8]
+    weights[1] = 0.7 * weights[1] + 0.3 * torch.eye(11)[8]
+    expected = drawn_tokens(mixed, tokenizer, labels=torch.tensor([0, 4, 9, 3]), **options)
+    assert torch.equal(drawn_tokens(network, tokenizer, labels=weights, **options), expected)
+
+
+def test_weights_that_mix_nothing_are_refused(tokenizer: Tokenizer) -> None:
+    for wrong in (torch.full((2, 11), 0.1), torch.eye(10), torch.tensor([[-0.5, 1.5, *[0.0] * 9]]), torch.zeros(0, 11)):
+        with pytest.raises(InputError, match=r"weights of classes must be \(b, 11\), at least 0 and 1 together"):
+            generate(tiny_network(), tokenizer, wrong)
 
 
 @pytest.mark.parametrize(
