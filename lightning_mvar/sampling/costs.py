@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from lightning_mvar.models.config import MVARConfig
-from lightning_mvar.models.costs import scale_flops
+from lightning_mvar.models.costs import META, count_flops, scale_flops
+from lightning_mvar.sampling.drafts import Drafts
 from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.scales import ScaleSchedule
 
 
 class SamplingCosts(NamedTuple):
@@ -14,7 +18,7 @@ class SamplingCosts(NamedTuple):
 
     Args:
         token_steps_per_image: tokens that pass through the network, and through its guide.
-        flops_per_sampled_image: FLOPs of both; see `models.costs` for what is counted.
+        flops_per_sampled_image: FLOPs of both, and of the scorer of drafts; see `models.costs` for what is counted.
     """
 
     token_steps_per_image: int
@@ -35,7 +39,18 @@ def sampling_costs(settings: SamplingSettings, network: MVARConfig, guide: MVARC
         steps, networks = min(settings.steps_of(k), length), [network, guide or network][: 2 if k < guided else 1]
         token_steps += steps * length * len(networks)
         flops += sum(repeated_flops(each, k, steps) for each in networks)
-    return SamplingCosts(token_steps, flops)
+    return SamplingCosts(token_steps, flops + draft_flops(settings.choice, schedule))
+
+
+def draft_flops(choice: Drafts, schedule: ScaleSchedule) -> int:
+    """Counts FLOPs of scoring all candidates of an image."""
+    scorer = choice.load_scorer(META)
+    if scorer is None:
+        return 0
+    f_hat = torch.zeros(1, scorer.config.code_dim, *schedule.shapes[-1], device=META)
+    label = torch.zeros(1, dtype=torch.int64, device=META)
+    candidates = choice.count * sum(map(choice.include, range(schedule.num_scales)))
+    return candidates * count_flops(lambda: scorer(f_hat, label, 0))
 
 
 def repeated_flops(network: MVARConfig, scale: int, steps: int) -> int:

@@ -13,9 +13,11 @@ from test_generate import OnlyMeta
 from test_graphs import Recorder
 from test_scorer import tiny_scorer
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, generate
 from lightning_mvar.errors import InputError
+from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.sampling.drafts import Drafts, choose
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
 from lightning_mvar.sampling.graphs import ScaleGraphs
@@ -151,6 +153,19 @@ def test_choosing_neither_waits_for_the_device_nor_copies_to_it() -> None:
     with OnlyMeta():
         steps = [*ScaleDrawer(network, quantizer, settings, scorer=scorer).steps(batch)]
     assert [step.tokens.shape for step in steps] == [(4, 1), (4, 4)]
+
+
+@torch.no_grad()
+def test_costs_include_the_scorer_once_per_candidate(folder: str) -> None:
+    network, scorer = tiny_network(), load_scorer(folder)
+    with FlopCounterMode(display=False) as counter:
+        scorer(torch.zeros(3 * 5, 8, 4, 4), torch.zeros(3 * 5, dtype=torch.int64), 1)  # 3 scales of 5 candidates
+    plain, chosen = (
+        sampling_costs(SamplingSettings(drafts=count, draft_scorer=folder, draft_scales=[0, 2, 3]), network.config)
+        for count in (1, 5)
+    )
+    assert chosen.token_steps_per_image == plain.token_steps_per_image
+    assert chosen.flops_per_sampled_image - plain.flops_per_sampled_image == counter.get_total_flops() > 0
 
 
 def test_the_choice_follows_the_softmax_of_the_scores() -> None:
