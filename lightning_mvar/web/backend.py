@@ -15,6 +15,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline, fitted, size_of
 from lightning_mvar.sampling.grids import picture_grid
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100
 MAX_IMAGES, MAX_GUIDANCE, MAX_TOP_K = 8, 100, 1_000_000
 MAX_SEED = 2**53 - 1  # the largest integer that a browser's numbers hold exactly
 MAX_PIXELS = 50_000_000  # of an image file
@@ -119,19 +120,34 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def sampling_arguments(
-    class_name: Any, count: Any, guidance: Any, top_k: Any, top_p: Any, seed: Any, smooth: Any
+    class_name: Any,
+    count: Any,
+    guidance: Any,
+    top_k: Any,
+    top_p: Any,
+    temperature: Any,
+    seed: Any,
+    smooth: Any,
+    by_scale: Any,
+    *strengths: Any,
 ) -> dict[str, Any]:
-    """Checks the page's fields; returns arguments of `MVARPipeline.stream_images` for `count` images of a class."""
+    """Checks the page's fields; returns arguments of `MVARPipeline.stream_images` for `count` images of a class.
+
+    If `by_scale`, each scale is guided by its own of the `strengths`; else the guidance scale grows to `guidance`.
+    """
     name = str(class_name).strip() if isinstance(class_name, str | int) else ""
     if not name:
         raise InputError(f"choose a class, or {UNCONDITIONAL!r}")
-    if not isinstance(smooth, bool):
-        raise InputError(f"smooth must be true or false, not {shown(smooth)}")
+    for field, value in (("smooth", smooth), ("guidance by scale", by_scale)):
+        if not isinstance(value, bool):
+            raise InputError(f"{field} must be true or false, not {shown(value)}")
+    curve = [check_number(f"guidance of scale {k}", value, 0, MAX_GUIDANCE) for k, value in enumerate(strengths)]
     return {
         "classes": [name] * check_integer("images", count, 1, MAX_IMAGES),
-        "guidance": check_number("guidance", guidance, 0, MAX_GUIDANCE),
+        "guidance": curve if by_scale else check_number("guidance", guidance, 0, MAX_GUIDANCE),
         "top_k": check_integer("top-k", top_k, 0, MAX_TOP_K),
         "top_p": check_number("top-p", top_p, 0, 1),
+        "temperature": check_number("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE),
         "seed": check_integer("seed", seed, 0, MAX_SEED),
         "smooth": smooth,
     }

@@ -16,6 +16,7 @@ from PIL import Image
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
+from lightning_mvar.sampling.guidance import Guidance
 from lightning_mvar.scales import format_shape
 from lightning_mvar.web.backend import INSIDE, MAX_IMAGES, OUTSIDE, PageBackend, ScalePreview, class_menu
 from lightning_mvar.web.folder import PageFolder
@@ -23,6 +24,7 @@ from lightning_mvar.web.guard import RECEIVED, Audience
 from lightning_mvar.web.inputs import Page, bound_edits, edited_image
 
 MAX_QUEUED_JOBS = 16
+MAX_CURVE = 6  # guidance scale at the top of the curve
 MAX_SESSIONS = 100  # of which gradio keeps the state
 MAX_PIXELATED_SIDE = 128  # larger images are interpolated when enlarged, smaller ones show square pixels
 GalleryValues = tuple[list[Path], list[tuple[Path, str]]]  # images, and one captioned sheet per scale
@@ -38,6 +40,15 @@ CSS = """
 .scales .grid-container { grid-template-columns: repeat(auto-fit, minmax(4rem, 1fr)); }
 .pictures .thumbnail-item { max-width: 30rem; }
 .scales .caption-label { font-size: x-small; padding: 0 0.4em; }
+.curve { flex-wrap: nowrap; gap: 0; }
+.curve .block { padding: 0; align-items: center; border: none; text-align: center; overflow: visible !important; }
+.curve input[type="range"] { writing-mode: vertical-lr; direction: rtl; width: 1.2rem; height: 8rem; }
+.curve input[type="number"] { width: 2.6rem; padding: 0; text-align: center; font-size: x-small; }
+.curve input[type="range"]::-webkit-slider-runnable-track {
+  background: linear-gradient(to top, var(--slider-color) var(--range_progress), var(--neutral-200) 0) !important;
+}
+.curve .min_value, .curve .max_value, .curve .reset-button { display: none; }
+.curve .head, .curve .slider_input_container, .curve .tab-like-container { flex-direction: column; display: flex; }
 """
 
 
@@ -93,14 +104,39 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
         count = gr.Number(4, label="Images", info=f"1 to {MAX_IMAGES}", step=1, min_width=120)
         guidance = gr.Number(1.5, label="Guidance", info="0 for none", step=0.1, min_width=120)
     with gr.Group(), gr.Row():
-        top_k = gr.Number(900, label="Top-k", info="0 for all", step=1, min_width=120)
-        top_p = gr.Number(0.96, label="Top-p", info="1 or 0 for all", step=0.01, min_width=120)
+        top_k = gr.Number(900, label="Top-k", info="0 for all", step=1, min_width=80)
+        top_p = gr.Number(0.96, label="Top-p", info="1 or 0 for all", step=0.01, min_width=80)
+        temperature = gr.Number(1, label="Temperature", info="below 1: likelier", step=0.05, min_width=80)
     with gr.Group():
         seed = gr.Number(0, label="Seed", info="the same seed draws the same images", step=1)
         new_seed = gr.Button("New seed", size="sm")
     smooth = gr.Checkbox(False, label="Smooth", info="mixes codes: nicer to look at, not for scores")
     new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **HIDDEN_EVENT)
-    return [class_name, count, guidance, top_k, top_p, seed, smooth]
+    curve = guidance_curve(pipe, guidance)
+    return [class_name, count, guidance, top_k, top_p, temperature, seed, smooth, *curve]
+
+
+def guidance_curve(pipe: MVARPipeline, guidance: gr.Number) -> list[gr.components.Component]:
+    """Builds a curve of one slider per scale, and the checkbox by which it replaces the field `guidance`.
+
+    A new number in that field draws its line, as a start.
+    """
+    config = pipe.network.config
+    line = Guidance(1.0).strengths(config)
+    with gr.Accordion("Guidance by scale", open=False, elem_id="curve-panel"):
+        by_scale = gr.Checkbox(False, label="Use this curve", elem_id="by-scale")
+        with gr.Row(elem_classes="curve"):
+            sliders = [
+                gr.Slider(
+                    0, MAX_CURVE, round(1.5 * share, 2), step=0.01, label=name, min_width=30, elem_id=f"strength-{name}"
+                )
+                for name, share in zip(config.schedule.names, line, strict=True)
+            ]
+    if len(sliders) > 1:
+        guidance.change(
+            None, guidance, sliders, js=f"(g) => {list(line)}.map(x => +(g * x).toFixed(2))", **HIDDEN_EVENT
+        )
+    return [by_scale, *sliders]
 
 
 def draw_tab(backend: PageBackend, jobs: Jobs, fields: list[gr.components.Component]) -> tuple[gr.Gallery, gr.State]:

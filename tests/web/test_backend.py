@@ -18,8 +18,8 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.web.backend import INSIDE, OUTSIDE, PageBackend, class_menu, sampling_arguments
 
-FIELDS = ("3", 2, 2.0, 20, 0.9, 7, False)
-SETTINGS: dict[str, Any] = {"guidance": 2.0, "top_k": 20, "top_p": 0.9, "seed": 7}
+FIELDS = ("3", 2, 2.0, 20, 0.9, 0.8, 7, False, False, 0.5, 1.0, 0.0, 0.0)
+SETTINGS: dict[str, Any] = {"guidance": 2.0, "top_k": 20, "top_p": 0.9, "temperature": 0.8, "seed": 7}
 
 
 @pytest.fixture
@@ -42,13 +42,19 @@ def png(image: Image.Image) -> bytes:
 
 @pytest.mark.parametrize("smooth", [False, True])
 def test_draw_matches_the_pipeline_at_every_scale(backend: PageBackend, smooth: bool) -> None:
-    previews = list(backend.draw(*FIELDS[:-1], smooth))
+    previews = list(backend.draw(*FIELDS[:7], smooth, *FIELDS[8:]))
     expected = list(backend.pipe.stream_images(["3", "3"], smooth=smooth, **SETTINGS))
     assert [preview.caption for preview in previews] == [f"{side} x {side}" for side in SCHEDULE.side_lengths]
     for preview, images in zip(previews, expected, strict=True):
         assert (stack_images(preview.images) == stack_images(images)).all()
         assert preview.sheet.width > 2 * 8
         assert preview.sheet.height > 8
+
+
+def test_a_curve_guides_each_scale_by_its_own_strength(backend: PageBackend) -> None:
+    *_, last = backend.draw(*FIELDS[:8], True, *FIELDS[9:])
+    expected = backend.pipe(["3", "3"], **(SETTINGS | {"guidance": FIELDS[9:]}))
+    assert (stack_images(last.images) == stack_images(expected)).all()
 
 
 @pytest.mark.parametrize("region", [INSIDE, OUTSIDE])
@@ -118,10 +124,13 @@ def test_an_image_lies_on_white_as_in_tokenize(backend: PageBackend) -> None:
         (3, -1, "top-k must be a whole number"),
         (4, -0.1, "top-p must be a number from 0 to 1, not -0.1"),
         (4, True, "top-p must be a number"),
-        (5, float("inf"), "seed must be a whole number"),
-        (5, 2**70, "seed must be a whole number from 0 to"),
-        (6, "false", "smooth must be true or false, not false"),
-        (6, None, "smooth must be true or false, not empty"),
+        (5, 0, "temperature must be a number from 0.01 to 100, not 0"),
+        (6, float("inf"), "seed must be a whole number"),
+        (6, 2**70, "seed must be a whole number from 0 to"),
+        (7, "false", "smooth must be true or false, not false"),
+        (7, None, "smooth must be true or false, not empty"),
+        (8, 1, "guidance by scale must be true or false, not 1"),
+        (10, -1, "guidance of scale 1 must be a number from 0 to 100, not -1"),
     ],
 )
 def test_invalid_field_values_are_rejected(index: int, value: Any, message: str) -> None:

@@ -30,7 +30,7 @@ from lightning_mvar.web.guard import RECEIVED, Audience
 from lightning_mvar.web.page import MAX_QUEUED_JOBS, Jobs
 from lightning_mvar.web.server import serving
 
-FIELDS = ("3", 2, 1.5, 900, 0.96, 0, False)
+FIELDS = ("3", 2, 1.5, 900, 0.96, 1.0, 0, False, False, *[0.0] * SCHEDULE.num_scales)
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 
@@ -154,7 +154,7 @@ def test_files_of_many_uploads_and_draws_are_bounded(
         assert size_of_files(folder)[1] <= 3 * 2**20
     monkeypatch.setattr("lightning_mvar.web.folder.MAX_FILES", 20)
     for seed in range(5):
-        images, scales = client.predict(*FIELDS[:5], seed, False, api_name="/draw")
+        images, scales = client.predict(*FIELDS[:6], seed, *FIELDS[7:], api_name="/draw")
         assert size_of_files(folder)[0] <= 20
     assert all(Path(item["image"]).is_file() for item in [*images, *scales])  # downloaded
 
@@ -305,7 +305,9 @@ def browser() -> Iterator[Any]:
     driver.quit()
 
 
-def test_a_browser_draws_and_inpaints(browser: Any, url: str) -> None:
+def test_a_browser_draws_and_inpaints(
+    browser: Any, url: str, pipe: CountingPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from selenium.common.exceptions import TimeoutException
     from selenium.webdriver import ActionChains
     from selenium.webdriver.support.ui import WebDriverWait
@@ -316,10 +318,15 @@ def test_a_browser_draws_and_inpaints(browser: Any, url: str) -> None:
         )
         return elements[0]
 
+    stream, drawn_with = pipe.stream_images, list[dict[str, Any]]()
+    monkeypatch.setattr(pipe, "stream_images", lambda **settings: drawn_with.append(settings) or stream(**settings))
     browser.get(url)
+    wait_for("#curve-panel button").click()
+    wait_for("#by-scale input").click()
     wait_for("#draw").click()
     wait_for("#drawn-scales img", SCHEDULE.num_scales)
     assert len(browser.find_elements("css selector", "#drawn img")) == 4
+    assert drawn_with[-1]["guidance"] == [0, 0.5, 1, 1.5]  # the line of the default, until a slider is moved
     wait_for("button[role=tab]:nth-of-type(2)").click()
     wait_for("#take").click()
     canvas = wait_for("#canvas canvas")
