@@ -67,6 +67,7 @@ def test_a_run_killed_repeatedly_ends_as_an_uninterrupted_one(
     run_folder: Path, devices: int, strategy: str, kills: int, steps: int
 ) -> None:
     options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", str(steps)]
+    options += ["--trainer.val_check_interval", "8"]
     options += ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
     train(run_folder, "reference", options, devices)
     kill_and_resume(run_folder, "killed", options, devices, kills)
@@ -115,36 +116,38 @@ def test_a_checkpoint_of_any_step_resumes_exactly(run_folder: Path, options: lis
         assert pictures(part / "logs", "samples") == shown, step
 
 
-def test_torn_checkpoints_are_reported_and_skipped(run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
-    shutil.copytree(uninterrupted(), run_folder / "run", symlinks=True)
-    expected, folder = weights(run_folder / "run"), run_folder / "run/checkpoints"
+def test_torn_checkpoints_are_reported_and_skipped(plain_run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
+    shutil.copytree(uninterrupted(), plain_run_folder / "run", symlinks=True)
+    expected, folder = weights(plain_run_folder / "run"), plain_run_folder / "run/checkpoints"
     for attempt in range(2):
         newest = newest_first(folder)[0]
         content = newest.read_bytes()
         newest.write_bytes(content[: random.Random(attempt).randrange(len(content))])
-        again = train(run_folder, "run", [])
+        again = train(plain_run_folder, "run", [])
         assert f"skipped: {newest} is missing or damaged" in again.printed()
         assert "resuming from" in again.printed()
-        assert largest_difference(expected, weights(run_folder / "run")) == 0
+        assert largest_difference(expected, weights(plain_run_folder / "run")) == 0
     newest, older = newest_first(folder)
     for path in (newest, older):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    restarted = train(run_folder, "run", ["--verify"])
+    restarted = train(plain_run_folder, "run", ["--verify"])
     assert f"{newest} is damaged (in " in restarted.printed()
     assert "no intact checkpoint" in restarted.printed()
-    assert largest_difference(expected, weights(run_folder / "run")) == 0
+    assert largest_difference(expected, weights(plain_run_folder / "run")) == 0
 
 
-def test_torn_checkpoint_shards_are_reported_and_skipped(run_folder: Path, uninterrupted: Callable[..., Path]) -> None:
-    shutil.copytree(uninterrupted(*TWO_RANKS, "fsdp2", devices=2), run_folder / "run", symlinks=True)
-    expected, folder = weights(run_folder / "run"), run_folder / "run/checkpoints"
+def test_torn_checkpoint_shards_are_reported_and_skipped(
+    plain_run_folder: Path, uninterrupted: Callable[..., Path]
+) -> None:
+    shutil.copytree(uninterrupted(*TWO_RANKS, "fsdp2", devices=2), plain_run_folder / "run", symlinks=True)
+    expected, folder = weights(plain_run_folder / "run"), plain_run_folder / "run/checkpoints"
     share = newest_first(folder)[0] / "__1_0.distcp"
     share.write_bytes(share.read_bytes()[:-1])
-    again = train(run_folder, "run", [*TWO_RANKS, "fsdp2"], 2)
+    again = train(plain_run_folder, "run", [*TWO_RANKS, "fsdp2"], 2)
     assert f"skipped: {share} is damaged" in again.printed()
-    assert largest_difference(expected, weights(run_folder / "run")) < 1e-6
+    assert largest_difference(expected, weights(plain_run_folder / "run")) < 1e-6
 
 
 def send(module: Any, batch: Any, number: int, times: int = 1) -> None:
@@ -350,18 +353,18 @@ def test_rank_0_of_ddp_saves_if_another_dies_in_validation(
     assert largest_difference(weights(reference), weights(plain_run_folder / "run")) < 1e-6
 
 
-def test_an_interrupted_accumulation_is_repeated(run_folder: Path) -> None:
+def test_an_interrupted_accumulation_is_repeated(plain_run_folder: Path) -> None:
     """Epochs have three batches, two per step and a last one alone; runs end by an exception or a signal mid-step."""
     accumulate = ["--trainer.accumulate_grad_batches", "2"]
-    train(run_folder, "reference", accumulate)
+    train(plain_run_folder, "reference", accumulate)
     interruptions = (("failed", fail_in_second_half, 70), ("stopped", partial(send, number=signal.SIGTERM), 143))
     for root, act, code in interruptions:
         command = [*FIT, *accumulate, "--trainer.default_root_dir", root]
-        cut = start(command, run_folder, prepare=partial(act_in_step, step=4, act=act))
+        cut = start(command, plain_run_folder, prepare=partial(act_in_step, step=4, act=act))
         assert cut.wait() == [code], cut.printed()
-        assert newest_first(run_folder / root / "checkpoints")[0].name == "step=00000004.ckpt"
-        train(run_folder, root, accumulate)
-        assert largest_difference(weights(run_folder / "reference"), weights(run_folder / root)) == 0
+        assert newest_first(plain_run_folder / root / "checkpoints")[0].name == "step=00000004.ckpt"
+        train(plain_run_folder, root, accumulate)
+        assert largest_difference(weights(plain_run_folder / "reference"), weights(plain_run_folder / root)) == 0
 
 
 def test_a_missing_shard_ends_the_run_which_resumes_once_it_is_back(plain_run_folder: Path) -> None:
@@ -405,14 +408,14 @@ def test_a_run_killed_while_its_last_checkpoint_is_published_resumes_and_mends_t
 
 
 def test_a_finished_run_ends_at_once_and_resumes_if_extended(
-    run_folder: Path, uninterrupted: Callable[..., Path]
+    plain_run_folder: Path, uninterrupted: Callable[..., Path]
 ) -> None:
-    shutil.copytree(uninterrupted(), run_folder / "run", symlinks=True)
-    before = weights(run_folder / "run")
-    train(run_folder, "run", [])
-    assert largest_difference(before, weights(run_folder / "run")) == 0
-    train(run_folder, "run", ["--trainer.max_steps", "14"])
-    assert newest_first(run_folder / "run/checkpoints")[0].name == "step=00000014.ckpt"
+    shutil.copytree(uninterrupted(), plain_run_folder / "run", symlinks=True)
+    before = weights(plain_run_folder / "run")
+    train(plain_run_folder, "run", [])
+    assert largest_difference(before, weights(plain_run_folder / "run")) == 0
+    train(plain_run_folder, "run", ["--trainer.max_steps", "14"])
+    assert newest_first(plain_run_folder / "run/checkpoints")[0].name == "step=00000014.ckpt"
 
 
 def test_a_run_extended_by_epochs_continues_with_the_next_epochs_order(plain_run_folder: Path) -> None:

@@ -111,11 +111,11 @@ def last_weights(root: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_sharded_checkpoint_resumes_on_other_devices_and_exports_to_a_folder(
-    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    plain_run_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    first = start([*FIT, *options("fsdp2")], run_folder, 2)
+    first = start([*FIT, *options("fsdp2")], plain_run_folder, 2)
     assert first.wait() == [0, 0], first.printed()
-    monkeypatch.chdir(run_folder)
+    monkeypatch.chdir(plain_run_folder)
     expected = last_weights(Path("fsdp2"), "network.")
     remove_checkpoint(Path("fsdp2/checkpoints/last.ckpt").resolve())
     Path("fsdp2/checkpoints/last.ckpt").unlink()
@@ -139,7 +139,7 @@ def test_a_sharded_checkpoint_resumes_on_other_devices_and_exports_to_a_folder(
     assert run([*FIT, "--resume", "--trainer.default_root_dir", "fsdp2"]) == 1
     assert "is sharded: it needs --trainer.strategy fsdp2" in capfd.readouterr().err
     one_rank = ["--trainer.strategy", "fsdp2", "--data.batch_size", "16", "--trainer.default_root_dir", "fsdp2"]
-    resumed = start([*FIT, *one_rank, "--resume", "--trainer.devices", "1"], run_folder)
+    resumed = start([*FIT, *one_rank, "--resume", "--trainer.devices", "1"], plain_run_folder)
     assert resumed.wait() == [0], resumed.printed()
     assert "resuming on 1 ranks, not 2" in resumed.printed()
     for key, tensor in last_weights(Path("fsdp2"), "network.").items():
