@@ -37,6 +37,7 @@ def modules() -> dict[str, ast.Module]:
     return {name: ast.parse(path.read_text()) for name, path in names.items() if name != "__init__"}
 
 
+@cache
 def imports(tree: ast.AST) -> set[str]:
     """Returns the modules that a file imports, including those under TYPE_CHECKING and those named in strings."""
     names = set()
@@ -50,6 +51,7 @@ def imports(tree: ast.AST) -> set[str]:
     return names
 
 
+@cache
 def own_imports(tree: ast.AST) -> set[str]:
     return {name.removeprefix("lightning_mvar.") for name in imports(tree)} & modules().keys()
 
