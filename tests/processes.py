@@ -36,8 +36,8 @@ class Run:
     ranks: list[ForkServerProcess]
     outputs: list[Path]
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
-        """Returns the exit codes; ranks that have not ended in time are killed and give None."""
+    def wait(self, seconds: float = 300) -> list[int | None]:
+        """Returns the exit codes; ranks that still run after `seconds` are killed and give None."""
         deadline = time.monotonic() + seconds
         for rank in self.ranks:
             rank.join(max(deadline - time.monotonic(), 0))
