@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import start
 from published_states import published
 from safetensors.torch import save_file
 
@@ -140,14 +140,18 @@ def test_files_that_are_not_what_they_claim(workdir: Path, files: Path, capfd: p
         assert "text.pth is a file; name a folder to write to" in capfd.readouterr().err
 
 
+def limit_file_size(rank: int) -> None:
+    """Makes writing fail as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+
 def test_a_full_disk_is_reported_in_one_message(files: Path, workdir: Path) -> None:
-    """Simulates a full disk by a limit on the size of files."""
-    options = ["--official", str(files / "var_trainer.pth"), "--out", "full"]
     for target in ("folder", "official"):
-        command = f"ulimit -f 1000; exec {sys.executable} -m lightning_mvar export {' '.join(options)} --to {target}"
-        process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-        assert process.returncode == 1
-        assert process.stderr.startswith("lightning-mvar: error: cannot write full/")
+        command = ["export", "--official", str(files / "var_trainer.pth"), "--out", "full", "--to", target]
+        full = start(command, workdir, prepare=limit_file_size)
+        assert full.wait() == [1], full.printed()
+        assert full.printed().splitlines()[-1].startswith("lightning-mvar: error: cannot write full/")
+        assert "Traceback" not in full.printed()
         assert not list(workdir.glob("full/*"))
 
 
