@@ -7,7 +7,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -163,7 +163,7 @@ def run_cells(cells: list[Cell], launch: Launcher, stop: Stop, refresh: Callable
             try:
                 while not pending.done():
                     refresh()
-                    time.sleep(REFRESH_S)
+                    wait([pending], REFRESH_S)
             except BaseException:
                 stop.signal = signal.SIGTERM  # otherwise leaving the pool would wait for all cells
                 raise
