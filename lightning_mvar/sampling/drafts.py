@@ -101,7 +101,7 @@ def cached_scorer(folder: str, device: torch.device, written: int) -> Scorer:
     return load_scorer(folder).to(device)
 
 
-def choose(scores: Tensor, keys: Tensor, scale: int) -> Tensor:
+def choose_by_score(scores: Tensor, keys: Tensor, scale: int) -> Tensor:
     """Draws one of the m candidates of each image by the softmax of their scores.
 
     Args:

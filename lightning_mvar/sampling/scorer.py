@@ -6,7 +6,7 @@
 | r_k, idx_Blk                  | drafts        | candidates for the tokens of a scale, from the same logits           |
 | M                             | Drafts.count  | number of candidates                                                 |
 | ranking loss                  | cross entropy | either way, the score is an estimate of log p_real / p_drawn         |
-| the best candidate            | Drafts.choose | here it is drawn by the softmax of the scores                        |
+| the best candidate            | `drafts`      | here it is drawn by the softmax of the scores: `choose_by_score`     |
 """
 
 from __future__ import annotations

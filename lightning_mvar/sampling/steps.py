@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.models.mvar import MVAR, MVARState
-from lightning_mvar.sampling.drafts import choose
+from lightning_mvar.sampling.drafts import choose_by_score
 from lightning_mvar.sampling.guidance import corrupt, sharpen, unconditional_like
 from lightning_mvar.sampling.masked import Kept, keep_more, revealed_to
 from lightning_mvar.sampling.philox import NOISE, ORDER, TOKENS, uniform
@@ -229,7 +229,8 @@ class ScaleDrawer:
         before = f_hat[: len(tokens)].repeat_interleave(drafts.count, dim=0)  # (b m, c, s, t)
         labels = batch.labels.repeat_interleave(drafts.count)  # (b m,)
         scores = scorer(self.quantizer.accumulate(before, codes, k), labels, k).view(-1, drafts.count)  # (b, m)
-        return tokens.take_along_dim(choose(scores, batch.keys, k)[:, None, None], dim=2)[..., 0]
+        chosen = choose_by_score(scores, batch.keys, k)  # (b,)
+        return tokens.take_along_dim(chosen[:, None, None], dim=2)[..., 0]
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, generate
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.costs import sampling_costs
-from lightning_mvar.sampling.drafts import Drafts, choose
+from lightning_mvar.sampling.drafts import Drafts, choose_by_score
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
 from lightning_mvar.sampling.graphs import ScaleGraphs
 from lightning_mvar.sampling.philox import DRAFTS, TOKENS, image_keys, uniform
@@ -170,7 +170,7 @@ def test_costs_include_the_scorer_once_per_candidate(folder: str) -> None:
 
 def test_the_choice_follows_the_softmax_of_the_scores() -> None:
     scores, count = torch.tensor([0.3, -1.0, 1.2]), 4000
-    chosen = choose(scores.expand(count, -1), image_keys(0, range(count)), scale=2)
+    chosen = choose_by_score(scores.expand(count, -1), image_keys(0, range(count)), scale=2)
     shares = torch.bincount(chosen, minlength=3) / count
     torch.testing.assert_close(shares, scores.softmax(dim=0), rtol=0, atol=0.03)
 
