@@ -60,7 +60,7 @@ def edit(
         weights: of a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         device: auto, cpu, cuda or cuda:N.
         precision: precision of network and decoder.
-        sampling: guidance scale, top-k, top-p, smooth and seed.
+        sampling: guidance scale, top-k, top-p, smooth, seed and others.
     """
     if (box is None) == (mask is None):
         raise InputError("give either --box LEFT,TOP,RIGHT,BOTTOM or --mask FILE to choose the part to redraw")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -88,8 +89,18 @@ class ScaleDrawer:
     def by_token(self) -> bool:
         return self.model.config.prediction == "token"
 
+    @cached_property
+    def strengths(self) -> tuple[float, ...]:
+        """Guidance strength of each scale."""
+        return self.settings.guide.strengths(self.model.config)
+
+    @cached_property
+    def num_guided_scales(self) -> int:
+        return self.settings.guide.num_guided_scales(self.model.config)
+
     def is_guided(self, k: int) -> bool:
-        return k < self.settings.guide.num_guided_scales(self.model.config)
+        """Returns whether the guide runs at scale `k`."""
+        return k < self.num_guided_scales
 
     @torch.no_grad()
     def steps(self, batch: Batch) -> Iterator[Step]:
@@ -180,7 +191,7 @@ class ScaleDrawer:
             assert states.guide is not None
             revealed = revealed_to(self.guide.config, kept, len(states.guide.cond))
             weaker, guide = self.guide.step(shared, states.guide, revealed)
-        strength = self.settings.guide.strengths(self.model.config)[k]
+        strength = self.strengths[k]
         return (1 + strength) * logits - strength * weaker, States(network, guide)
 
     def adjust(self, logits: Tensor, k: int, before: Tensor | None) -> Tensor:
