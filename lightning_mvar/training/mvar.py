@@ -35,6 +35,7 @@ from lightning_mvar.models.config import OF_TOKENS, MVARConfig, NetworkOptions
 from lightning_mvar.models.mvar import MVAR, Block, Revealed
 from lightning_mvar.models.parameters import UNDECAYED
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
+from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -126,6 +127,7 @@ class LitMVAR(ScheduledModule):
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.sampling = SamplingSettings()  # of `predict_step`
         self.predicted = 0  # images that this rank has drawn since `predict` began
+        self.hidden_guide: list[MVAR | None] = [None]  # of `sampling`, hidden from the module registry
         self.known_class_names: list[str] = []
         self.reference: Reference | None = None  # of the objective
         self.network: MVAR
@@ -286,6 +288,7 @@ class LitMVAR(ScheduledModule):
 
     def on_predict_start(self) -> None:
         self.predicted = 0
+        self.hidden_guide = [load_guide(self.sampling.guide, self.network_config, self.tokenizer, self.class_names)]
 
     def predict_step(self, labels: Tensor, batch_idx: int) -> Tensor:
         """Draws an image (3, H, W) in [0, 1] per label (b,), maybe none, with the settings in `self.sampling`.
@@ -298,7 +301,8 @@ class LitMVAR(ScheduledModule):
         keys = self.sampling.keys(i * self.trainer.world_size + self.global_rank for i in numbers)
         self.predicted += len(labels)
         with sampling_mode(self.averaged, self.trainer.strategy) as network:
-            return draw_images(network, self.tokenizer, drawn, self.sampling, keys)[0][: len(labels)]
+            images, _ = draw_images(network, self.tokenizer, drawn, self.sampling, keys, guide=self.hidden_guide[0])
+            return images[: len(labels)]
 
     def evaluate(self, batch: TokenBatch, stage: str) -> None:
         """Logs teacher-forced scores of a batch without its padding; the epoch average weights every sample equally."""

@@ -89,6 +89,11 @@ def test_predictions_are_the_images_of_their_labels(
     for data in (DataLoader(labels, batch_size=2), DataLoader(TensorDataset(labels)), DataLoader(pairs, batch_size=4)):
         images = torch.cat(trainer.predict(module, data))
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    guided = {"guidance": 0.5, "guidance_network": str(tmp_path / "a.ckpt")}
+    module.sampling = SamplingSettings(**guided, seed=7)
+    expected = generate(network, tokenizer, labels, **guided, generator=image_keys(7, range(5)))
+    images = torch.cat(trainer.predict(module, DataLoader(labels, batch_size=2)))
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     write_token_shards(tmp_path / "shards", module.tokenizer_fingerprint, [6])
     shards = TokenDataModule(str(tmp_path / "shards"), str(tmp_path / "shards"), batch_size=4)
     assert [len(batch) for batch in trainer.predict(module, shards)] == [4, 2]  # without the padding
