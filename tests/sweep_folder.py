@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mvar.io.hparams import row_summary
+from lightning_mvar.models.costs import Costs
 
 MIXERS, DEPTHS, SEEDS = ("mvar", "var", "markov"), ("2", "10"), (0, 1, 2)
 SIDES, BATCH, STEPS = (1, 2, 4), 16, (3, 7, 11)
@@ -73,9 +74,8 @@ def write_cell(folder: Path, mixer: str, depth: str, seed: int) -> None:
     write_json(cell / "cell.json", definition | {"commands": commands})
     write_attempts(cell, [0])
     operations = 1_000 * parameters(mixer, depth)
-    costs = {"parameters": parameters(mixer, depth), "flops_per_training_image": 3 * operations}
-    costs |= {"flops_per_sampled_image": 2 * operations, "state_bytes_per_image": 4096 * int(depth)}
-    write_json(cell / "costs.json", costs)
+    costs = Costs(parameters(mixer, depth), 3 * operations, 2 * operations, 4096 * int(depth))
+    write_json(cell / "costs.json", costs._asdict())
     scores = CONDITIONS | {"seed": seed, "frechet_distance": distance(mixer, depth, seed), "inception_score": 9.0}
     scores |= {"precision": 0.8 + NOISE[mixer][seed], "recall": 0.7, "classifier_accuracy_on_samples": 0.9}
     write_json(cell / "scores.json", [scores])

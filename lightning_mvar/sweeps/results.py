@@ -23,6 +23,7 @@ from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.files import open_regular, read_regular
 from lightning_mvar.io.hparams import read_row
 from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, shown
+from lightning_mvar.models.costs import Costs
 from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, CellRecord, attempts
 from lightning_mvar.sweeps.measures import COSTS, LOSSES, RATES, SCALE_LOSS, SCORES, TRAINING_RATE, TRAINING_SCORES
 from lightning_mvar.sweeps.plan import SweepFile, score_files
@@ -57,7 +58,8 @@ class CellResult:
         tries: number of attempts started.
         seconds: total duration of the attempts that have ended.
         measures: if finished, final values by TensorBoard tag or by the key in scores.json and costs.json; the
-            training rate is the median over the run, in images per second. Scores are means over the sampling seeds.
+            training rate is the median over the run, in images per second. Scores are means over the sampling seeds;
+            sampling costs that `evaluate` counted replace those of costs.json.
         draws: if finished, the scores of each sampling seed; empty for a sweep without `sampling_seeds`.
         curves: if finished, the curves of LOSSES, TRAINING_SCORES and each scale's validation loss.
         tokenizer: if trained and finished, the tokenizer of the tokens; losses are comparable only for the same one.
@@ -169,7 +171,7 @@ def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     curves, rate, tokenizer = read_logs(folder / "logs")
     last = {tag: curve[-1][1] for tag, curve in curves.items()}
     costs_file = folder / "costs.json"
-    costs = parse_numbers(costs_file, read_json(costs_file, dict[str, Scalar]), COSTS)
+    costs = parse_numbers(costs_file, read_json(costs_file, dict[str, Scalar]), Costs._fields)
     return replace(cell, measures=last | rate | costs | measures, curves=curves, tokenizer=tokenizer)
 
 
@@ -234,12 +236,12 @@ def curve_points(events: EventAccumulator, tag: str) -> Curve:
 
 
 def read_scores(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """Reads the scores that `evaluate` wrote, and their conditions."""
+    """Reads the scores and sampling costs that `evaluate` wrote, and their conditions."""
     records = read_json(path, list[dict[str, Scalar]])
     if len(records) != 1:
         raise InputError(f"{path} is damaged: it must be a list of one record")
     (record,) = records
-    scores = parse_numbers(path, record, [key for key in (*SCORES, *RATES) if key in record])
+    scores = parse_numbers(path, record, [key for key in (*SCORES, *RATES, *COSTS) if key in record])
     return scores, {key: record[key] for key in CONDITIONS if key in record}
 
 

@@ -33,6 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.hparams import row_summary
+from lightning_mvar.sampling.costs import SamplingCosts
 from lightning_mvar.sweeps.results import INTERRUPTED, KILLED, WAITING, read_results
 from lightning_mvar.sweeps.tables import scale_tags
 from lightning_mvar.sweeps.variants import (
@@ -97,6 +98,17 @@ def test_a_cell_has_last_values_rates_costs_and_scores(written: Path) -> None:
     assert [images for images, _ in cell.curves["val/loss"]] == [(step + 1) * BATCH for step in STEPS]
     losses = [sweep_folder.loss(mixer, depth, seed, step) for step in STEPS]
     assert [value for _, value in cell.curves["val/loss"]] == pytest.approx(losses, rel=1e-6)
+
+
+def test_costs_that_evaluate_counts_are_those_of_sampling(folder: Path) -> None:
+    """Its settings may need fewer steps of the network than guidance by the network itself, which `fit` counts."""
+    cell = cell_folder(folder, "mvar", "2", 0)
+    (scores,) = json.loads((cell / "scores.json").read_text())
+    counted = SamplingCosts(token_steps_per_image=42, flops_per_sampled_image=1234)._asdict()
+    write_json(cell / "scores.json", [scores | counted])
+    measures = read_results(folder).cells[0].measures
+    assert {name: measures[name] for name in counted} == counted
+    assert measures["parameters"] == sweep_folder.parameters("mvar", "2")
 
 
 def test_means_and_deviations_are_numpys(written: Path) -> None:
