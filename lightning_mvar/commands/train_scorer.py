@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +13,15 @@ from tqdm import tqdm
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.tables import print_rows
+from lightning_mvar.data.images.names import visible
 from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.data.tokens.sources import open_shards
 from lightning_mvar.data.tokens.stream import PairedStream, TokenStream
 from lightning_mvar.devices import choose_device
-from lightning_mvar.errors import InputError
-from lightning_mvar.sampling.scorer import FORMAT, Scorer, ScorerConfig, save_scorer
+from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.io.locks import lock_folder
+from lightning_mvar.sampling.scorer import CONFIG, FILES, FORMAT, Scorer, ScorerConfig, save_scorer
+from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.scorer import separation, train
 
@@ -40,54 +45,92 @@ def train_scorer(
 ) -> None:
     """Trains a scorer for `--drafts` to tell pyramids of real images from those that a network drew.
 
-    Draw those with the settings that drafts are to be drawn with: `lightning-mvar sample --tokens`. With both held-out
-    folders, prints per scale the probability that a real pyramid scores higher than a drawn one.
+    Draw the samples with `lightning-mvar sample --tokens`, with the settings that the drafts will have and another
+    seed. With `--val` and `--own_val`, prints per scale the probability that a real pyramid scores higher than a drawn
+    one.
 
     Args:
         tokenizer: folder of the tokenizer of all shards.
         real: token shards of the training images, local or remote.
         own: token shards of the network's own samples.
         out: folder for the scorer; an earlier one is replaced.
-        val: token shards of other real images, to test the scorer on.
-        own_val: token shards of other own samples, for the same.
+        val: token shards of other real images, to test the scorer on; needs --own_val.
+        own_val: token shards of other own samples, to test the scorer on; needs --val.
         steps: optimizer steps.
         batch_size: images per step, half of them real.
         lr: peak learning rate.
         width: channels of the first convolutions.
-        seed: seed of weights and order.
+        seed: seed of the initial weights, the dropout and the order of the data.
         device: auto, cpu, cuda or cuda:N.
     """
-    if steps < 1 or batch_size < 2 or batch_size % 2 or lr <= 0 or not 0 <= seed <= MAX_SEED:
-        raise InputError(
-            f"--steps must be at least 1, --batch_size even and at least 2, --lr positive and --seed from 0 to "
-            f"{MAX_SEED}; got {steps}, {batch_size}, {lr} and {seed}"
-        )
+    check_numbers(steps, batch_size, lr, seed)
     if (val is None) != (own_val is None):
-        raise InputError("--val and --own_val are compared with each other: give both or neither")
-    refuse_overwriting({"--out": out}, {"--tokenizer": tokenizer, "--real": real, "--own": own})
+        raise InputError("--own_val needs --val" if val is None else "--val needs --own_val")
+    inputs = {"--tokenizer": tokenizer, "--real": real, "--own": own, "--val": val, "--own_val": own_val}
+    refuse_overwriting({"--out": out}, inputs)
     folder = Path(out).expanduser()
     if folder.is_file():
         raise InputError(f"--out {out} is a file; name a folder")
     target, codes = choose_device(device), load_tokenizer(tokenizer)
     open_all = partial(open_streams, codes)
     batches = PairedStream(*open_all(real, own, batch_size // 2, (seed, seed + 1)))
-    held_out = None if val is None or own_val is None else open_all(val, own_val, batch_size, (None, None))
     batches.verify()
-    torch.manual_seed(seed)
-    scorer, quantizer = new_scorer(codes, batches.own.manifest, width).to(target), codes.quantizer.to(target)
+    held_out = None
+    if val is not None and own_val is not None:
+        held_out = open_all(val, own_val, batch_size, (None, None))
+        check_class_count(val, held_out[0].manifest, real, batches.real.manifest)
+        for stream in held_out:
+            stream.verify()
+    with lock_folder(folder, "train-scorer"):
+        refuse_other_files(folder)
+        torch.manual_seed(seed)
+        scorer, quantizer = new_scorer(codes, batches.own.manifest, width).to(target), codes.quantizer.to(target)
+        train_with_progress(scorer, quantizer, batches, steps, lr)
+        save_scorer(scorer, folder)
+    print(f"scorer in {out}")
+    if held_out is not None:
+        shares = separation(scorer, quantizer, *held_out).tolist()
+        print_rows([["scale", *codes.config.schedule.names], ["told apart", *(f"{share:.3f}" for share in shares)]])
+
+
+def check_numbers(steps: int, batch_size: int, lr: float, seed: int) -> None:
+    """Raises InputError for a number that is out of range."""
+    if steps < 1:
+        raise InputError(f"--steps {steps} is too few; use at least 1")
+    if batch_size < 2 or batch_size % 2:
+        raise InputError(f"--batch_size {batch_size} must be even and at least 2, as half of the images are real")
+    if not 0 < lr < math.inf:
+        raise InputError(f"--lr {lr} must be positive and finite")
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"--seed {seed} must be from 0 to {MAX_SEED}")
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raises InputError if a folder holds anything but a scorer, such as an exported network."""
+    names = {path.name for path in visible(folder.iterdir())}
+    if names == {CONFIG} or names - FILES:
+        raise InputError(f"--out {folder} holds something else than a scorer: name an empty or new folder")
+
+
+def train_with_progress(
+    scorer: Scorer, quantizer: ResidualQuantizer, batches: PairedStream, steps: int, lr: float
+) -> None:
+    """Trains a scorer and shows its progress; see `train`.
+
+    Raises:
+        Interrupted: at Ctrl-C, as nothing is saved before the end.
+    """
     with tqdm(total=steps, desc="scorer", unit="step") as bar:
 
         def show(loss: float) -> None:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
 
-        train(scorer, quantizer, batches, steps, lr, show)
-    save_scorer(scorer, folder)
-    print(f"scorer in {out}")
-    if held_out is not None:
-        shares = separation(scorer, quantizer, *held_out).tolist()
-        names = codes.config.schedule.names
-        print_rows([["scale", *names], ["told apart", *(f"{share:.3f}" for share in shares)]])
+        try:
+            train(scorer, quantizer, batches, steps, lr, show)
+        except KeyboardInterrupt as stop:
+            message, remedy = "interrupted; no scorer was saved", "run the same command again"
+            raise Interrupted(signal.SIGINT, message, remedy) from stop
 
 
 def new_scorer(tokenizer: Tokenizer, own: Manifest, width: int) -> Scorer:
@@ -110,7 +153,7 @@ def open_streams(
     """Opens the tokens of real images and of own samples; see `open_stream`.
 
     Raises:
-        InputError: if either are the others, or of another tokenizer, or their classes differ.
+        InputError: if either are the others, or of another tokenizer, or their classes differ in name or number.
     """
     streams = [open_stream(tokenizer, place, batch_size, seed) for place, seed in zip((real, own), seeds, strict=True)]
     if streams[0].manifest.sampling is not None:
@@ -120,7 +163,15 @@ def open_streams(
             f"{own} holds tokens of images, not samples: draw some with `lightning-mvar sample --tokens FOLDER`"
         )
     streams[0].manifest.check_classes(real, streams[1].manifest.class_names)
+    check_class_count(own, streams[1].manifest, real, streams[0].manifest)
     return streams[0], streams[1]
+
+
+def check_class_count(location: str, manifest: Manifest, real: str, expected: Manifest) -> None:
+    """Raises InputError unless the shards at `location` have as many classes as those of the real images."""
+    ours, theirs = len(manifest.class_names), len(expected.class_names)
+    if ours != theirs:
+        raise InputError(f"{location} has {ours} classes, but {real} has {theirs}: name shards of the same classes")
 
 
 def open_stream(tokenizer: Tokenizer, location: str, batch_size: int, seed: int | None) -> TokenStream:

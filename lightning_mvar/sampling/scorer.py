@@ -24,7 +24,8 @@ from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.scales import ScaleSchedule, Shape
 
-CONFIG, WEIGHTS = "config.json", "scorer.safetensors"
+CONFIG, WEIGHTS, NEW_WEIGHTS = "config.json", "scorer.safetensors", "scorer.new.safetensors"
+FILES = {CONFIG, WEIGHTS, NEW_WEIGHTS}  # of a folder; the last one remains of an interruption
 FORMAT = FormatVersion(1, "install the release of lightning_mvar that wrote it, or train it again with this one")
 LAST_SIDE = 4  # blocks of stride 2 follow until the map is no larger
 GROUPS = 4  # of GroupNorm
@@ -81,8 +82,8 @@ class ScorerConfig:
         """Raises InputError unless the scorer in `folder` is of tokens of the tokenizer with this fingerprint."""
         if self.tokenizer != fingerprint:
             raise InputError(
-                f"the scorer in {folder} is of tokenizer {self.tokenizer}, but the network has {fingerprint}: train "
-                f"one on its own samples with `lightning-mvar train-scorer`"
+                f"the scorer in {folder} was trained with tokenizer {self.tokenizer}, but the network uses "
+                f"{fingerprint}: train one on its own samples with `lightning-mvar train-scorer`"
             )
 
 
@@ -137,10 +138,27 @@ class Scorer(nn.Module):
 
 
 def save_scorer(scorer: Scorer, folder: Path) -> None:
-    """Writes a scorer as a folder, complete once it has its `config.json`."""
+    """Writes a scorer as a folder, complete once it has its `config.json`; a full disk leaves an earlier scorer.
+
+    Raises:
+        InputError: if a file cannot be written.
+    """
+    save_weights(scorer, folder / NEW_WEIGHTS)
     (folder / CONFIG).unlink(missing_ok=True)
-    save_weights(scorer, folder / WEIGHTS)
+    (folder / NEW_WEIGHTS).replace(folder / WEIGHTS)
     write_json(folder / CONFIG, asdict(scorer.config))
+
+
+def read_config(folder: str | Path) -> ScorerConfig:
+    """Reads the configuration of the scorer in a folder.
+
+    Raises:
+        InputError: if there is none, or it is damaged.
+    """
+    path = Path(folder).expanduser() / CONFIG
+    if not path.exists():
+        raise InputError(f"{path.parent} has no {CONFIG}: not a scorer; train one with `lightning-mvar train-scorer`")
+    return read_json(path, ScorerConfig, version=FORMAT)
 
 
 def load_scorer(folder: str | Path) -> Scorer:
@@ -149,10 +167,7 @@ def load_scorer(folder: str | Path) -> Scorer:
     Raises:
         InputError: if there is none, or its files are damaged.
     """
-    folder = Path(folder).expanduser()
-    if not (folder / CONFIG).exists():
-        raise InputError(f"{folder} has no {CONFIG}: not a scorer; train one with `lightning-mvar train-scorer`")
-    config = read_json(folder / CONFIG, ScorerConfig, version=FORMAT)
+    folder, config = Path(folder).expanduser(), read_config(folder)
     with torch.device("meta"):
         scorer = Scorer(config)
     load_strictly(scorer, read_weights(folder / WEIGHTS), folder)

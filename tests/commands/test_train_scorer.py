@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ from conftest import tiny_network, write_images
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.cli import run
+from lightning_mvar.commands import train_scorer as command
 from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.io.npz import read_text
 from lightning_mvar.sampling.scorer import load_scorer
 
@@ -70,13 +74,17 @@ def test_the_same_seed_trains_the_same_scorer(workdir: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "0"], "--steps must be at least 1"),
-        (["--batch_size", "5"], "--batch_size even"),
+        (["--steps", "0"], "--steps 0 is too few"),
+        (["--batch_size", "5"], "--batch_size 5 must be even"),
+        (["--lr", "0"], "--lr 0.0 must be positive"),
+        (["--seed", "-1"], "--seed -1 must be from 0"),
         (["--batch_size", "16"], "own has 6 samples, fewer than the 8 of each step: lower --batch_size"),
-        (["--val", "real"], "give both or neither"),
+        (["--val", "real"], "--val needs --own_val"),
+        (["--own_val", "own"], "--own_val needs --val"),
         (["--own", "real"], "real holds tokens of images, not samples: draw some with `lightning-mvar sample --tokens"),
         (["--real", "own"], "own holds samples, not tokens of images"),
         (["--out", "own"], "would replace"),
+        (["--val", "held_out", "--own_val", "own", "--out", "held_out"], "would replace what --val held_out reads"),
     ],
 )
 def test_mistakes_are_named(options: list[str], message: str, workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -85,10 +93,62 @@ def test_mistakes_are_named(options: list[str], message: str, workdir: Path, cap
     assert not Path("scorer").exists()
 
 
+def test_a_folder_of_something_else_is_left_as_it_is(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("model", "exported")
+    before = {path: path.read_bytes() for path in Path("exported").iterdir()}
+    assert run([*TRAIN, *FEW, "--out", "exported"]) == 1
+    assert "--out exported holds something else than a scorer" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in Path("exported").iterdir()} == before
+
+
+def test_a_folder_in_use_is_refused_before_training(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_mvar.io.locks.LOCK_TIMEOUT_S", 0)
+    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("trained"))
+    with lock_folder(Path("scorer"), "train-scorer"):
+        assert run([*TRAIN, *FEW]) == 1
+
+
+def test_an_interruption_keeps_the_earlier_scorer(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*TRAIN, *FEW]) == 0
+    before = fingerprint(load_scorer("scorer"))
+    monkeypatch.setattr(command, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run([*TRAIN, *FEW, "--seed", "1"]) == 130
+    assert "interrupted; no scorer was saved; run the same command again" in capfd.readouterr().err
+    assert fingerprint(load_scorer("scorer")) == before
+
+
+def copy_with_classes(source: str, target: str, names: list[str]) -> None:
+    shutil.copytree(source, target)
+    replace(Manifest.load(Path(source)), class_names=names).save(Path(target))
+
+
+@pytest.mark.parametrize("options", [["--own", "own4"], ["--val", "real4", "--own_val", "own4"]], ids=str)
+def test_shards_with_another_number_of_classes_are_refused(
+    options: list[str], workdir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy_with_classes("real", "real4", ["a", "b", "c", "d"])
+    copy_with_classes("own", "own4", ["0", "1", "2", "3"])  # of a network without class names, which any names fit
+    assert run([*TRAIN, *FEW, *options]) == 1
+    assert f"{options[1]} has 4 classes, but real has 3" in capfd.readouterr().err
+
+
+def test_held_out_shards_are_verified(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("real", "val")
+    shard = Path("val/000000.tar")
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+    assert run([*TRAIN, *FEW, "--val", "val", "--own_val", "own"]) == 1
+    assert str(shard) in capfd.readouterr().err
+    assert not Path("scorer").exists()
+
+
 def test_a_scorer_of_another_tokenizer_is_refused(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*TRAIN, *FEW]) == 0
     config = json.loads(Path("scorer/config.json").read_text()) | {"tokenizer": "0" * 16}
     Path("scorer/config.json").write_text(json.dumps(config))
     assert run([*DRAW, "--out", "drawn.npz", "--drafts", "2", "--draft_scorer", "scorer"]) == 1
-    assert "the scorer in scorer is of tokenizer 0000000000000000" in capfd.readouterr().err
+    assert "the scorer in scorer was trained with tokenizer 0000000000000000" in capfd.readouterr().err
     assert not Path("drawn.npz").exists()

@@ -48,6 +48,15 @@ def test_a_folder_keeps_the_scorer(tmp_path: Path) -> None:
     assert torch.equal(loaded(f_hat, torch.tensor([1, 2]), 3), scorer(f_hat, torch.tensor([1, 2]), 3))
 
 
+def test_a_failed_write_leaves_the_earlier_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_scorer(tiny_scorer(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("lightning_mvar.io.files.sync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(InputError, match="disk full"):
+        save_scorer(tiny_scorer(width=16), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a scorer; train one with `lightning-mvar train-scorer`"):
         load_scorer(tmp_path)
