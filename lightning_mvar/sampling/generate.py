@@ -233,8 +233,8 @@ def check_weights(weights: Tensor, num_classes: int, settings: SamplingSettings)
             f"weights of classes must be (b, {num_classes + 1}), at least 0 and 1 together, got {tuple(weights.shape)} "
             f"with sums {weights.double().sum(dim=1)[:8].tolist()}"
         )
-    if settings.draft_scorer is not None:
-        raise InputError("draft_scorer scores images of one class: drop it, or mix no classes")
+    if settings.drafts > 1:
+        raise InputError("drafts need one class per image, as the scorer knows no mixes: set drafts to 1")
 
 
 def check_known(known: KnownTokens | None, images: int, num_tokens: int) -> None:

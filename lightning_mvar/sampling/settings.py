@@ -50,8 +50,9 @@ class SamplingSettings:
         order_temperature: noise of the confidence, falling linearly to 0 at the last step (MaskGIT's choice
             temperature).
         drafts: number of candidates of each scale among which a scorer chooses (LSRS); 1 for no choice.
-        draft_scorer: the scorer: a folder that `train-scorer` wrote, of samples of the same network.
-        draft_scales: indices of the scales that have several candidates, such as 1 2 3; all if not given.
+        draft_scorer: folder of the scorer, which `train-scorer` trained on samples of the same network.
+        draft_scales: indices of the scales that have several candidates, counted from 0, such as 1 2 3; all if not
+            given.
 
     Raises:
         InputError: if a value is out of range or of another type.
@@ -130,9 +131,11 @@ class SamplingSettings:
     def metadata(self) -> dict[str, bool | int | float | str]:
         """Returns the settings by name, as a set of images records them: numbers per scale are joined by commas.
 
-        The settings of the published protocol are always among them, others only if they are not the default.
+        The settings of the published protocol are always among them, others only if they are not the default, and those
+        of drafts only if there are several.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        unused = ("draft_scorer", "draft_scales") if self.drafts == 1 else ()
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
         defaults = {field.name: field.default for field in fields(self) if field.name not in PROTOCOL}
         recorded = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
         return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in recorded.items()}

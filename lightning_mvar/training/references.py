@@ -90,7 +90,11 @@ class Reference:
             top_k, top_p = (float(settings[name]) for name in ("top_k", "top_p"))
         except (KeyError, ValueError):
             raise InputError(f"data.own {location} does not say how its samples were drawn: {remedy}") from None
-        others = [f", {name} {settings[name]}" for name in ("temperature", "guidance_beta") if name in settings]
+        others = [
+            f", {name} {settings[name]}"
+            for name in ("temperature", "guidance_beta", "steps", "drafts")
+            if name in settings
+        ]
         if guidance != 0 or top_p not in (0, 1) or 0 < top_k < own.vocab_size or others:
             rank_zero_warn(
                 f"data.own {location} was drawn with guidance {guidance:g}, top_k {top_k:g}, top_p {top_p:g}"

@@ -222,3 +222,11 @@ def test_options_that_do_not_suit_the_network_are_refused(
 def test_unconditional_images_are_refused(tokenizer: Tokenizer, folder: str) -> None:
     with pytest.raises(InputError, match="drafts need classes"):
         generate(tiny_network(), tokenizer, torch.tensor([3, 10]), drafts=2, draft_scorer=folder)
+
+
+def test_mixed_classes_are_refused_if_there_are_several_drafts(tokenizer: Tokenizer, folder: str) -> None:
+    weights = torch.zeros(1, 11)
+    weights[0, [2, 5]] = 0.5
+    generate(tiny_network(), tokenizer, weights, drafts=1, draft_scorer=folder)
+    with pytest.raises(InputError, match="drafts need one class per image"):
+        generate(tiny_network(), tokenizer, weights, drafts=2, draft_scorer=folder)

@@ -62,3 +62,9 @@ def test_metadata_is_flat_and_names_what_differs_from_the_published_protocol() -
     settings = SamplingSettings([0, 0.1], temperature=[1, 0.9], steps=[1, 4], **others)
     lists = {"guidance": "0.0,0.1", "temperature": "1.0,0.9", "steps": "1,4"}
     assert settings.metadata() == protocol | others | lists
+
+
+def test_metadata_of_drafts_need_several() -> None:
+    unused, used = (SamplingSettings(drafts=m, draft_scorer="scorer", draft_scales=[1, 2]).metadata() for m in (1, 2))
+    assert unused == SamplingSettings().metadata()
+    assert used == unused | {"drafts": 2, "draft_scorer": "scorer", "draft_scales": "1,2"}
