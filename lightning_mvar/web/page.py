@@ -119,7 +119,7 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
 def guidance_curve(pipe: MVARPipeline, guidance: gr.Number) -> list[gr.components.Component]:
     """Builds a curve of one slider per scale, and the checkbox by which it replaces the field `guidance`.
 
-    A new number in that field draws its line, as a start.
+    A new number in that field draws its line, cut off at the top of the curve, as a start.
     """
     config = pipe.network.config
     line = Guidance(1.0).strengths(config)
@@ -133,9 +133,8 @@ def guidance_curve(pipe: MVARPipeline, guidance: gr.Number) -> list[gr.component
                 for name, share in zip(config.schedule.names, line, strict=True)
             ]
     if len(sliders) > 1:
-        guidance.change(
-            None, guidance, sliders, js=f"(g) => {list(line)}.map(x => +(g * x).toFixed(2))", **HIDDEN_EVENT
-        )
+        draw_line = f"(g) => {list(line)}.map(x => Math.min({MAX_CURVE}, +(g * x).toFixed(2)))"
+        guidance.change(None, guidance, sliders, js=draw_line, **HIDDEN_EVENT)
     return [by_scale, *sliders]
 
 
