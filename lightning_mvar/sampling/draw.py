@@ -174,7 +174,7 @@ def draw_set(
 def source_metadata(
     model: TrainedModel, settings: SamplingSettings, precision: Precision, device: torch.device
 ) -> dict[str, Any]:
-    """Returns what says which networks draw a set, and how precisely.
+    """Returns the fingerprints of the networks and the precision as metadata.
 
     Raises:
         InputError: if one that the settings name cannot be read, or has another tokenizer.
@@ -185,8 +185,8 @@ def source_metadata(
     if (scorer := settings.choice.load_scorer(device)) is not None:
         scorer.config.check_tokenizer(tokenizer_hash, str(settings.draft_scorer))
         metadata |= {"draft_scorer": fingerprint(scorer)}
-    if settings.guidance_network is not None:
-        metadata |= {"guidance_network": fingerprint_of(open_trained(settings.guidance_network).weights)}
+    if (guide := settings.guide.needed_network) is not None:
+        metadata |= {"guidance_network": fingerprint_of(open_trained(guide).weights)}
     return metadata
 
 
@@ -286,10 +286,16 @@ def open_set(target: Path, metadata: dict[str, Any], drawing: Drawing) -> Sample
     """Opens the set of images at `target`, new or unfinished; `metadata` says how they are drawn."""
     if target.suffix == ".npz":
         return NpzFile(target, metadata, len(drawing.labels), drawing.sampler.tokenizer.config.shape)
-    folders = [drawing.sampler.classes.folder(label) for label in drawing.labels.tolist()]
-    if drawing.mixes is not None:
-        folders = [path_component(drawing.name(number)) for number in range(len(folders))]
-    return PngFolder(target, metadata, folders)
+    classes = drawing.sampler.classes
+    if drawing.mixes is None:
+        return PngFolder(target, metadata, [classes.folder(label) for label in drawing.labels.tolist()])
+    folders = [mix_folder(classes, weights) for weights in drawing.mixes]
+    return PngFolder(target, metadata, [folder for folder in folders for _ in range(drawing.per_class)])
+
+
+def mix_folder(classes: Classes, weights: dict[int, float]) -> str:
+    """Returns the folder name for images of a mix of classes, given as weights by label, or of a single class."""
+    return classes.folder(*weights) if len(weights) == 1 else path_component(classes.describe_weights(weights))
 
 
 def check_target(target: Path) -> None:

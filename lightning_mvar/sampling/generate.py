@@ -66,7 +66,7 @@ def generate(
         model: in eval mode, on the device to sample on.
         tokenizer: in eval mode, on the same device.
         labels: (b,) integer classes in [0, num_classes]; `num_classes` means unconditional. Or (b, num_classes + 1)
-            weights that mix the embeddings of classes, at least 0 and 1 together. On the CPU: to check labels on a GPU,
+            weights that mix the embeddings of classes, non-negative with sum 1. On the CPU: to check labels on a GPU,
             the host waits for it.
         guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. Or one
             per scale.
@@ -230,7 +230,7 @@ def check_weights(weights: Tensor, num_classes: int, settings: SamplingSettings)
     fits = weights.shape[1] == num_classes + 1 and len(weights) > 0 and bool((weights >= 0).all())
     if not fits or not bool(((weights.double().sum(dim=1) - 1).abs() < WEIGHTS_TOLERANCE).all()):
         raise InputError(
-            f"weights of classes must be (b, {num_classes + 1}), at least 0 and 1 together, got {tuple(weights.shape)} "
+            f"weights of classes must be (b, {num_classes + 1}), non-negative with sum 1, got {tuple(weights.shape)} "
             f"with sums {weights.double().sum(dim=1)[:8].tolist()}"
         )
     if settings.drafts > 1:

@@ -68,6 +68,12 @@ class Guidance:
         if self.network is not None and self.corrupt:
             raise InputError("there is one guide: give guidance_network or guidance_corrupt, not both")
 
+    @property
+    def needed_network(self) -> str | None:
+        """Returns the weaker network that guides; None if none is named or no scale is guided."""
+        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
+        return self.network if any(strengths[: self.off_from]) else None
+
     def strengths(self, network: MVARConfig) -> tuple[float, ...]:
         """Returns the strength at each scale of a network."""
         schedule = network.schedule
@@ -105,7 +111,7 @@ def check_per_scale(name: str, values: float | tuple[float, ...], network: MVARC
 def load_guide(
     guidance: Guidance, network: MVARConfig, tokenizer: Tokenizer, class_names: Sequence[str] = ()
 ) -> MVAR | None:
-    """Loads the weaker network that guides a network; None if none is named.
+    """Loads the weaker network that guides a network; None if none is named or no scale is guided.
 
     Args:
         guidance: names the weaker network.
@@ -116,9 +122,9 @@ def load_guide(
     Raises:
         InputError: if it cannot be read, or has other tokens, classes or scales.
     """
-    if guidance.network is None:
+    if guidance.needed_network is None:
         return None
-    stored = open_trained(guidance.network)
+    stored = open_trained(guidance.needed_network)
     for name in ("schedule", "vocab_size", "code_dim", "num_classes", "prediction"):
         ours, theirs = getattr(network, name), getattr(stored.config, name)
         if ours != theirs:
@@ -134,7 +140,7 @@ def check_tokens(stored: StoredModel, tokenizer: Tokenizer) -> None:
     if stored.tokenizer_folder is None:
         return
     ours, theirs = tokenizer.quantizer.state_dict(), stored.load_tokenizer().quantizer.state_dict()
-    if any(not torch.equal(theirs[name], value.cpu()) for name, value in ours.items()):
+    if ours.keys() != theirs.keys() or any(not torch.equal(theirs[name], ours[name].cpu()) for name in ours):
         raise InputError(
             f"guidance_network {stored.source} cannot guide: it predicts tokens of another tokenizer, "
             f"{stored.tokenizer_folder}"

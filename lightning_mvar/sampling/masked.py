@@ -36,7 +36,7 @@ class Kept(NamedTuple):
 
     @classmethod
     def known(cls, tokens: Tensor, codes: Tensor, mask: Tensor) -> Kept:
-        """Keeps what is known before the first step."""
+        """Starts from the known tokens."""
         return cls(tokens, codes, mask, (~mask).sum(dim=1, keepdim=True))
 
     def fill(self, tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,12 +49,12 @@ class Sampler:
         self.classes = Classes(model.class_names, model.network.config.num_classes)
 
     def guide(self, settings: SamplingSettings) -> MVAR | None:
-        """Returns the weaker network that guides, if `settings` name one; the last one stays in memory.
+        """Returns the weaker network that guides, if `settings` need one; the last one stays in memory.
 
         Raises:
             InputError: if it cannot be read, or has other tokens, classes or scales.
         """
-        path = settings.guidance_network
+        path = settings.guide.needed_network
         if path is not None and path not in self.guides:
             guide = load_guide(settings.guide, self.network.config, self.tokenizer, self.class_names)
             assert guide is not None

@@ -36,15 +36,15 @@ class SamplingSettings:
         seed: random seed, from 0 to 2^63 - 1; image i of a seed has a random stream of its own.
         temperature: divides the logits before top-k and top-p: below 1 for likelier tokens, above 1 for more variety.
             A number, or a list with one per scale.
-        guidance_off_from: index of the first scale that is drawn without guidance, and at half the cost from there on.
+        guidance_off_from: index of the first scale that is drawn without guidance; the guide costs nothing from there
+            on.
         guidance_network: guide by a weaker network instead of the unconditional class (autoguidance): a checkpoint of
             `fit`, a folder of `export` or a published file, of the same tokenizer, classes and scales.
-        guidance_corrupt: guide by a prefix instead of the unconditional class, in which this share of the tokens is
-            replaced by random ones (VPG).
-        guidance_beta: also move the logits of each scale away from those of the scale before, by this factor (SSG).
-        steps: number of steps in which each scale is drawn, at most one per token: each reads the tokens that the ones
-            before it kept, see `sampling.masked`. Or a list with one per scale. More than 1 needs a network that was
-            trained with `network.reveal`.
+        guidance_corrupt: the guide is the same network after a prefix in which this share of the tokens is replaced by
+            random ones (VPG), instead of the unconditional class.
+        guidance_beta: adds beta times the difference to the logits of the scale before (SSG); works without guidance.
+        steps: number of steps in which a scale is drawn, at most one per token; each reads the tokens that earlier
+            steps kept. Or a list with one per scale. More than 1 needs a network trained with `network.reveal`.
         order: which drawn tokens each of several steps keeps: `random` ones, as in training, or those of the highest
             probability plus noise (`confidence`).
         order_temperature: noise of the confidence, falling linearly to 0 at the last step (MaskGIT's choice
@@ -131,10 +131,15 @@ class SamplingSettings:
     def metadata(self) -> dict[str, bool | int | float | str]:
         """Returns the settings by name, as a set of images records them: numbers per scale are joined by commas.
 
-        The settings of the published protocol are always among them, others only if they are not the default, and those
-        of drafts only if there are several.
+        The settings of the published protocol are always among them, others only if they are not the default and have
+        an effect: those of drafts only if there are several, the order only if there are several steps, and a weaker
+        network only if it guides.
         """
-        unused = ("draft_scorer", "draft_scales") if self.drafts == 1 else ()
+        unused = {"draft_scorer", "draft_scales"} if self.drafts == 1 else set[str]()
+        if max(self.steps if isinstance(self.steps, tuple) else (self.steps,)) == 1:
+            unused |= {"order", "order_temperature"}
+        if self.guide.needed_network is None:
+            unused.add("guidance_network")
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
         defaults = {field.name: field.default for field in fields(self) if field.name not in PROTOCOL}
         recorded = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}

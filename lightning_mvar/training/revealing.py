@@ -20,17 +20,16 @@ from lightning_mvar.sampling.philox import TOKENS, uniform
 from lightning_mvar.scales import ScaleSchedule
 
 ALL_HIDDEN = 0.5  # share of scales in which nothing is revealed
-HIDDEN = (
-    ALL_HIDDEN + (1 - ALL_HIDDEN) * 2 / math.pi
-)  # expected share of hidden tokens: the mean of the cosine is 2 / pi
+# Expected share of hidden tokens: the mean of the cosine is 2 / pi.
+HIDDEN = ALL_HIDDEN + (1 - ALL_HIDDEN) * 2 / math.pi
 TOKEN, SCALE = range(2)  # rows of the random numbers of an image
 
 
 def draw_revealed(keys: Tensor, schedule: ScaleSchedule) -> Tensor:
     """Draws which tokens to reveal, independently for each scale of each image.
 
-    Of a scale that is not all hidden, each token is revealed with the share that `sampling.masked.next_hidden` reveals
-    at a point of the steps drawn uniformly: 1 - cos(pi / 2 * u) with u uniform in [0, 1).
+    Of a scale that is not all hidden, each token is revealed with the share that `sampling.masked.Kept.more` keeps at
+    a point of the steps drawn uniformly: 1 - cos(pi / 2 * u) with u uniform in [0, 1).
 
     Args:
         keys: (b, 2) int64 key of each image's random numbers.

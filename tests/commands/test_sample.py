@@ -233,6 +233,16 @@ def test_classes_are_mixed_guided_and_recorded(
     assert "--tokens needs classes: remove mixes" in capfd.readouterr().err
 
 
+def test_a_mix_does_not_rename_the_folders_of_classes(workdir: Path, tokenizer: Tokenizer) -> None:
+    save_folder(workdir / "twins", tokenizer, tiny_network(), ["cat", "cat", *"cdefghij"])
+    assert (
+        run(["sample", "--ckpt_path", "twins", "--out", "set", "--classes", "0,1,c:0.5+d:0.5", "--per_class", "2"]) == 0
+    )
+    images = sorted(path.relative_to("set").as_posix() for path in Path("set").glob("*/*.png"))
+    names = ["c:0.5+d:0.5/000004", "c:0.5+d:0.5/000005", "cat/000000", "cat/000001", "cat_1/000002", "cat_1/000003"]
+    assert images == [f"{name}.png" for name in names]
+
+
 def test_a_class_name_from_a_file_never_escapes_the_folder(workdir: Path, tokenizer: Tokenizer) -> None:
     names = ["../outside", str(workdir / "abs"), *map(str, range(8))]
     save_folder(workdir / "foreign", tokenizer, tiny_network(), names)

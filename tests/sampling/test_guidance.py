@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,27 @@ def test_networks_that_cannot_guide_are_refused(
         load_guide(guidance, tiny_network().config, tokenizer, list("0123456789"))
 
 
+def test_a_guide_of_a_tokenizer_with_fewer_phi_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    fewer = Tokenizer(replace(tokenizer.config, num_phi=1)).eval()
+    fewer.quantizer.load_state_dict(tokenizer.quantizer.state_dict(), strict=False)
+    save_folder(tmp_path, fewer, tiny_network(depth=1))
+    with pytest.raises(InputError, match="it predicts tokens of another tokenizer"):
+        load_guide(Guidance(1.5, network=str(tmp_path)), tiny_network().config, tokenizer)
+
+
+@pytest.mark.parametrize("off", [{"guidance": 0}, {"guidance": [0, 0, 1, 1], "guidance_off_from": 2}], ids=str)
+def test_a_guide_that_guides_no_scale_is_not_read(off: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    off |= {"guidance_network": str(tmp_path / "missing")}
+    network = tiny_network()
+    assert torch.equal(drawn_tokens(network, tokenizer, **off), drawn_tokens(network, tokenizer, guidance=0))
+    settings = SamplingSettings(**off, seed=5)
+    assert "guidance_network" not in settings.metadata()
+    sampler = Sampler(TrainedModel(network, tokenizer, []), torch.device("cpu"))
+    assert torch.equal(sampler.draw_tokens(LABELS, settings, range(4)), drawn_tokens(network, tokenizer, guidance=0))
+    with pytest.raises(InputError, match="missing"):
+        drawn_tokens(network, tokenizer, guidance_network=off["guidance_network"])
+
+
 def test_there_is_one_guide() -> None:
     with pytest.raises(InputError, match="give guidance_network or guidance_corrupt, not both"):
         SamplingSettings(guidance_network="weak", guidance_corrupt=0.5)
@@ -256,7 +278,7 @@ def test_weights_mix_the_embeddings_of_classes(options: dict[str, Any], network:
 
 def test_weights_that_mix_nothing_are_refused(tokenizer: Tokenizer) -> None:
     for wrong in (torch.full((2, 11), 0.1), torch.eye(10), torch.tensor([[-0.5, 1.5, *[0.0] * 9]]), torch.zeros(0, 11)):
-        with pytest.raises(InputError, match=r"weights of classes must be \(b, 11\), at least 0 and 1 together"):
+        with pytest.raises(InputError, match=r"weights of classes must be \(b, 11\), non-negative with sum 1, got"):
             generate(tiny_network(), tokenizer, wrong)
 
 

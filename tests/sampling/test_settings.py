@@ -62,6 +62,9 @@ def test_metadata_is_flat_and_names_what_differs_from_the_published_protocol() -
     settings = SamplingSettings([0, 0.1], temperature=[1, 0.9], steps=[1, 4], **others)
     lists = {"guidance": "0.0,0.1", "temperature": "1.0,0.9", "steps": "1,4"}
     assert settings.metadata() == protocol | others | lists
+    for steps in (1, [1, 1]):  # a single step keeps all tokens, in no order
+        single = SamplingSettings(0.5, steps=steps, order="confidence", order_temperature=2.0)
+        assert not {"order", "order_temperature"} & single.metadata().keys()
 
 
 def test_metadata_of_drafts_need_several() -> None:
