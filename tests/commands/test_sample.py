@@ -59,11 +59,11 @@ def test_an_interrupted_set_is_completed_and_equals_an_uninterrupted_one(
     assert run([*SAMPLE, *uninterrupted]) == 0
     drawn: list[int] = []
 
-    def draw_until_interrupted(network, tokenizer, labels, settings, keys, graphs):  # type: ignore[no-untyped-def]
+    def draw_until_interrupted(network, tokenizer, labels, settings, keys, **options):  # type: ignore[no-untyped-def]
         if interrupts and len(drawn) >= 6:
             raise KeyboardInterrupt
         drawn.extend(labels.tolist())
-        return draw_images(network, tokenizer, labels, settings, keys)
+        return draw_images(network, tokenizer, labels, settings, keys, **options)
 
     monkeypatch.setattr(sampler, "draw_images", draw_until_interrupted)
     options, interrupts = ["--out", name, "--grid", "grid.png"], True

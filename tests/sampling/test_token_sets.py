@@ -179,7 +179,7 @@ def test_invalid_folders_and_options_are_refused(
         (["--tokens", "own", "--strip", "a.png"], "--strip shows images of --out: add --out, or drop --strip"),
         (["--tokens", "own", "--reject", "conftest.Brightness"], "drop --reject or --tokens"),
         (["--tokens", "own", "--smooth"], "--smooth mixes codes, so its images have no tokens"),
-        (["--tokens", "own", "--classes", "unconditional"], "--tokens needs classes: remove `unconditional`"),
+        (["--tokens", "own", "--classes", "unconditional"], "--tokens needs classes: remove mixes and `unconditional`"),
     ):
         assert run([*SAMPLE, *options]) == 1, options
         assert message in capfd.readouterr().err
