@@ -94,6 +94,7 @@ class FIDCallback(L.Callback):
         assert isinstance(pl_module, LitMVAR)
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
         self.sampling.check(pl_module.network_config)
+        self.sampling.choice.check_tokenizer(lambda: pl_module.tokenizer_fingerprint)
         self.guide = load_guide(self.sampling.guide, pl_module.network_config, tokenizer, pl_module.class_names)
         prepare(self.extractor, trainer.strategy.root_device)
         self.reference = self.real.summary(

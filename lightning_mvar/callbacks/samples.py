@@ -48,6 +48,7 @@ class SamplesCallback(L.Callback):
         assert isinstance(pl_module, LitMVAR)
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
         self.sampling.check(pl_module.network_config)
+        self.sampling.choice.check_tokenizer(lambda: pl_module.tokenizer_fingerprint)
         self.guide = load_guide(self.sampling.guide, pl_module.network_config, tokenizer, pl_module.class_names)
 
     @torch.no_grad()

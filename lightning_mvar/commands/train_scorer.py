@@ -68,8 +68,7 @@ def train_scorer(
         raise InputError("--own_val needs --val" if val is None else "--val needs --own_val")
     inputs = {"--tokenizer": tokenizer, "--real": real, "--own": own, "--val": val, "--own_val": own_val}
     refuse_overwriting({"--out": out}, inputs)
-    folder = Path(out).expanduser()
-    if folder.is_file():
+    if (folder := Path(out).expanduser()).is_file():
         raise InputError(f"--out {out} is a file; name a folder")
     target, codes = choose_device(device), load_tokenizer(tokenizer)
     open_all = partial(open_streams, codes)
@@ -79,8 +78,7 @@ def train_scorer(
     if val is not None and own_val is not None:
         held_out = open_all(val, own_val, batch_size, (None, None))
         check_class_count(val, held_out[0].manifest, real, batches.real.manifest)
-        for stream in held_out:
-            stream.verify()
+        PairedStream(*held_out).verify()
     with lock_folder(folder, "train-scorer"):
         refuse_other_files(folder)
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ distribution of the real images. The paper takes the candidate of the highest sc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,6 +80,15 @@ class Drafts:
                 f"draft_scales has scale {too_fine[0]}, but the network draws {scales}, counted from 0: drop it"
             )
         read_config(self.scorer).check(network, self.scorer)
+
+    def check_tokenizer(self, fingerprint: Callable[[], str]) -> None:
+        """Raises InputError unless the scorer is of the tokens of a tokenizer; its fingerprint is read only if needed.
+
+        Args:
+            fingerprint: returns the fingerprint of the tokenizer, before its decoder was lowered.
+        """
+        if self.count > 1 and self.scorer is not None:
+            read_config(self.scorer).check_tokenizer(fingerprint(), self.scorer)
 
     def uniforms(self, keys: Tensor, first: Tensor, span: slice) -> Tensor:
         """Returns the random numbers (b, n, m) of all m candidates at the positions `span`.

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, open_trained
 from lightning_mvar.data.classes import Classes
+from lightning_mvar.data.tokens.manifest import sampling_settings
 from lightning_mvar.devices import (
     Precision,
     device_of,
@@ -32,8 +33,10 @@ from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
 from lightning_mvar.io.files import path_component
 from lightning_mvar.io.fingerprint import fingerprint, fingerprint_of
 from lightning_mvar.io.locks import lock_folder
+from lightning_mvar.sampling.drafts import Drafts
 from lightning_mvar.sampling.generate import check_arguments
 from lightning_mvar.sampling.sampler import Batch, Drawing, Sampler, label_tensor
+from lightning_mvar.sampling.scorer import read_config
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.token_sets import TokenSet
 from lightning_mvar.sampling.writers import NpzFile, PixelArray, PngFolder, SampleSet, partial_folder
@@ -163,6 +166,8 @@ def draw_set(
     every = mixes is None and labels.tolist() == list(range(num_classes))
     metadata = settings.metadata() | {"per_class": per_class, "classes": "all" if every else recorded_classes(chosen)}
     metadata |= source_metadata(model, settings, precision, device)
+    if is_first_rank():
+        warn_of_other_drafts(settings.choice, metadata)
     sampler = Sampler(model, device, precision, graphs)
     sampler.guide(settings)  # before anything is written
     drawing = Drawing(sampler, labels.repeat_interleave(per_class), per_class, settings, mixes=mixes)
@@ -183,11 +188,27 @@ def source_metadata(
     metadata = {"network": fingerprint(model.network), "network_tokenizer": tokenizer_hash}
     metadata |= {"dtype": precision}  # the key "precision" is that of a score
     if (scorer := settings.choice.load_scorer(device)) is not None:
-        scorer.config.check_tokenizer(tokenizer_hash, str(settings.draft_scorer))
+        settings.choice.check_tokenizer(lambda: tokenizer_hash)
         metadata |= {"draft_scorer": fingerprint(scorer)}
     if (guide := settings.guide.needed_network) is not None:
         metadata |= {"guidance_network": fingerprint_of(open_trained(guide).weights)}
     return metadata
+
+
+def warn_of_other_drafts(choice: Drafts, metadata: dict[str, Any]) -> None:
+    """Warns if the scorer was trained on samples of another network or of other settings than those of a set."""
+    if choice.count == 1 or choice.scorer is None:
+        return
+    drawn = sampling_settings(read_config(choice.scorer).drawn) or {}
+    names = ("network", "guidance", "top_k", "top_p", "temperature")  # those at their default may be missing
+    pairs = [(name, drawn.get(name, "default"), str(metadata.get(name, "default"))) for name in names]
+    if differences := [f"{name} {theirs} instead of {ours}" for name, theirs, ours in pairs if ours != theirs]:
+        log.warning(
+            "the scorer in %s was trained on samples with %s, so its choices may be worse: train one on samples of "
+            "this network with these settings",
+            choice.scorer,
+            ", ".join(differences),
+        )
 
 
 def write_set(

@@ -83,11 +83,13 @@ def generate(
         Images (b, 3, H, W) in [0, 1], and with `return_tokens` the tokens (b, l) int64.
 
     Raises:
-        InputError: if the tokenizer does not fit the model, or an argument is out of range.
+        InputError: if the tokenizer does not fit the model or the scorer of drafts, or an argument is out of range.
     """
     if "seed" in others:
         raise InputError("generate takes a generator instead of a seed: pass generator=image_keys(seed, range(images))")
     settings = SamplingSettings(guidance, top_k, top_p, smooth, **others)
+    if {parameter.dtype for parameter in tokenizer.parameters()} == {torch.float32}:  # a lowered one has another hash
+        settings.choice.check_tokenizer(tokenizer.fingerprint)
     images, tokens = draw_images(model, tokenizer, labels, settings, generator, known)
     return (images, tokens) if return_tokens else images
 

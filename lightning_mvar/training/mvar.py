@@ -288,6 +288,7 @@ class LitMVAR(ScheduledModule):
 
     def on_predict_start(self) -> None:
         self.predicted = 0
+        self.sampling.choice.check_tokenizer(lambda: self.tokenizer_fingerprint)
         self.hidden_guide = [load_guide(self.sampling.guide, self.network_config, self.tokenizer, self.class_names)]
 
     def predict_step(self, labels: Tensor, batch_idx: int) -> Tensor:

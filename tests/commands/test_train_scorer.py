@@ -12,7 +12,7 @@ import pytest
 from conftest import tiny_network, write_images
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.checkpoints import save_folder
+from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.commands import train_scorer as command
 from lightning_mvar.data.tokens.manifest import Manifest
@@ -56,6 +56,25 @@ def test_a_scorer_is_trained_and_chooses(workdir: Path, capfd: pytest.CaptureFix
     about = json.loads(read_text(Path("drawn.npz"), "about"))
     assert (about["drafts"], about["draft_scales"]) == (4, "1,2")
     assert about["draft_scorer"] == fingerprint(load_scorer("scorer"))
+
+
+def test_a_scorer_of_other_settings_or_another_network_is_warned_of(
+    workdir: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warning(*options: str) -> str:
+        caplog.clear()
+        Path("drawn.npz").unlink(missing_ok=True)
+        drawn("--drafts", "2", "--draft_scorer", "scorer", *options)
+        return caplog.text
+
+    assert run([*TRAIN, *FEW]) == 0
+    assert warning() == ""
+    changed = warning("--guidance", "0.5", "--temperature", "0.9")
+    assert "samples with guidance 1.5 instead of 0.5, temperature default instead of 0.9, so its" in changed
+    network = fingerprint(load_trained("model").network)
+    save_folder(Path("model"), tokenizer, tiny_network(num_classes=3, depth=1), ["dark", "light", "mixed"])
+    other = fingerprint(load_trained("model").network)
+    assert f"samples with network {network} instead of {other}, so its" in warning()
 
 
 def test_half_precision_leaves_pyramids_and_scores_in_float32(workdir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, generate
+from lightning_mvar.checkpoints import TrainedModel
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.sampling.drafts import Drafts, choose_by_score
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
 from lightning_mvar.sampling.graphs import ScaleGraphs
 from lightning_mvar.sampling.philox import DRAFTS, TOKENS, image_keys, uniform
+from lightning_mvar.sampling.sampler import Sampler
 from lightning_mvar.sampling.scorer import Scorer, load_scorer, save_scorer
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, draw
@@ -31,9 +34,9 @@ LABELS = torch.tensor([0, 3, 9, 3])
 KEYS = image_keys(5, range(4))
 
 
-def write_scorer(folder: Path, factor: float) -> str:
+def write_scorer(folder: Path, factor: float, **overrides: object) -> str:
     """Writes a scorer whose scores differ by about `factor` / 3 nats."""
-    scorer = tiny_scorer()
+    scorer = tiny_scorer(**overrides)
     with torch.no_grad():
         scorer.out.weight.mul_(factor)
     save_scorer(scorer, folder)
@@ -41,8 +44,8 @@ def write_scorer(folder: Path, factor: float) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_scorer(tmp_path_factory.mktemp("scorer"), 30)
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_scorer(tmp_path_factory.mktemp("scorer"), 30, tokenizer=tokenizer.fingerprint())
 
 
 def drawn_tokens(network: MVAR, tokenizer: Tokenizer, **options: Any) -> Tensor:
@@ -222,6 +225,21 @@ def test_options_that_do_not_suit_the_network_are_refused(
 def test_unconditional_images_are_refused(tokenizer: Tokenizer, folder: str) -> None:
     with pytest.raises(InputError, match="drafts need classes"):
         generate(tiny_network(), tokenizer, torch.tensor([3, 10]), drafts=2, draft_scorer=folder)
+
+
+def test_a_scorer_of_another_tokenizer_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"drafts": 2, "draft_scorer": write_scorer(tmp_path, 1)}
+    message = f"was trained with tokenizer {'0' * 16}, but the network uses {tokenizer.fingerprint()}"
+    with pytest.raises(InputError, match=message):
+        drawn_tokens(tiny_network(), tokenizer, **options)
+    lowered = copy.deepcopy(tokenizer)
+    sampler = Sampler(TrainedModel(tiny_network(), lowered, []), torch.device("cpu"), "bfloat16")
+    with pytest.raises(InputError, match=message):
+        sampler.draw(LABELS, SamplingSettings(**options), range(4))
+    with pytest.raises(InputError, match=message):
+        sampler.steps(LABELS, SamplingSettings(**options), range(4))
+    write_scorer(tmp_path, 1, tokenizer=tokenizer.fingerprint())
+    assert sampler.draw(LABELS, SamplingSettings(**options), range(4)).shape == (4, 3, 8, 8)
 
 
 def test_mixed_classes_are_refused_if_there_are_several_drafts(tokenizer: Tokenizer, folder: str) -> None:

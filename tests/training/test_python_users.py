@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, SCHEDULE, random_tokens, write_images, write_token_shards
+from conftest import CLASSES, SCHEDULE, Pixels, random_tokens, write_images, write_token_shards
 from lightning.pytorch.callbacks import LearningRateFinder
 from lit_modules import make_module, make_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mvar import Tokenizer, TokenizerConfig, generate
-from lightning_mvar.callbacks import Checkpoint
+from lightning_mvar.callbacks import Checkpoint, FIDCallback, SamplesCallback
 from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import NetworkOptions
 from lightning_mvar.sampling.philox import image_keys
+from lightning_mvar.sampling.scorer import FORMAT, Scorer, ScorerConfig, save_scorer
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
@@ -102,6 +103,21 @@ def test_predictions_are_the_images_of_their_labels(
     )
     (none,) = trainer.predict(module, DataLoader([padding], batch_size=None))
     assert none.shape == (0, 3, 8, 8)
+
+
+def test_scorers_of_another_tokenizer_are_refused_before_anything_is_drawn(
+    tokenizer_folder: Path, loader: DataLoader, tmp_path: Path
+) -> None:
+    config = ScorerConfig(FORMAT.number, [*SCHEDULE.side_lengths], 8, 10, 8, "0" * 16, "a test")
+    save_scorer(Scorer(config), tmp_path / "scorer")
+    sampling = SamplingSettings(drafts=2, draft_scorer=str(tmp_path / "scorer"))
+    module, message = make_module(tokenizer_folder), f"was trained with tokenizer {'0' * 16}, but the network uses"
+    for callback in (SamplesCallback(sampling=sampling), FIDCallback(Pixels(), "digits:test", sampling=sampling)):
+        with pytest.raises(InputError, match=message):
+            make_trainer(tmp_path, 1, callbacks=[callback]).fit(module, loader)
+    module.sampling = sampling
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, 1).predict(module, DataLoader(torch.tensor([3]), batch_size=1))
 
 
 def test_what_own_loaders_cannot_tell_is_asked_for(tokenizer_folder: Path, loader: DataLoader, tmp_path: Path) -> None:

@@ -120,10 +120,7 @@ class Manifest:
     @property
     def sampling(self) -> dict[str, str] | None:
         """The settings, by name, with which a network drew the tokens; None if they are of images."""
-        if not self.source.startswith(SAMPLED):
-            return None
-        pairs = (pair.partition("=") for pair in self.source.removeprefix(SAMPLED).split())
-        return {name: value for name, _, value in pairs}
+        return sampling_settings(self.source)
 
     @property
     def command(self) -> str:
@@ -334,6 +331,14 @@ class Manifest:
             else:
                 continue
             raise InputError(f"{path} is {problem}; run the same {self.command} again, it rewrites that shard only")
+
+
+def sampling_settings(source: str) -> dict[str, str] | None:
+    """Returns the settings, by name, of tokens that a network drew, given the `source` of their manifest."""
+    if not source.startswith(SAMPLED):
+        return None
+    pairs = (pair.partition("=") for pair in source.removeprefix(SAMPLED).split())
+    return {name: value for name, _, value in pairs}
 
 
 def parts_of(folder: Path) -> Path:
