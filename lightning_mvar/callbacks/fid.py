@@ -83,7 +83,7 @@ class FIDCallback(L.Callback):
         self.real = open_reference(self.reference_name)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures the real images first, so that a bad reference or guide fails before training."""
+        """Measures the real images first, so that a bad reference, guide or scorer fails before training."""
         self.prepare_scoring(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,6 +95,7 @@ class FIDCallback(L.Callback):
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
         self.sampling.check(pl_module.network_config)
         self.sampling.choice.check_tokenizer(lambda: pl_module.tokenizer_fingerprint)
+        self.sampling.choice.load_scorer(trainer.strategy.root_device)
         self.guide = load_guide(self.sampling.guide, pl_module.network_config, tokenizer, pl_module.class_names)
         prepare(self.extractor, trainer.strategy.root_device)
         self.reference = self.real.summary(

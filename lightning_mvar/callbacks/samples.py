@@ -44,11 +44,12 @@ class SamplesCallback(L.Callback):
         self.guide: MVAR | None = None  # a weaker network, if `sampling` names one
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Loads the guide, so that a bad one fails before training."""
+        """Loads the guide and the scorer, so that a bad one fails before training."""
         assert isinstance(pl_module, LitMVAR)
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
         self.sampling.check(pl_module.network_config)
         self.sampling.choice.check_tokenizer(lambda: pl_module.tokenizer_fingerprint)
+        self.sampling.choice.load_scorer(trainer.strategy.root_device)
         self.guide = load_guide(self.sampling.guide, pl_module.network_config, tokenizer, pl_module.class_names)
 
     @torch.no_grad()

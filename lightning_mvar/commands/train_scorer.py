@@ -64,8 +64,7 @@ def train_scorer(
         device: auto, cpu, cuda or cuda:N.
     """
     check_numbers(steps, batch_size, lr, seed)
-    if (val is None) != (own_val is None):
-        raise InputError("--own_val needs --val" if val is None else "--val needs --own_val")
+    check_held_out(val, own_val)
     inputs = {"--tokenizer": tokenizer, "--real": real, "--own": own, "--val": val, "--own_val": own_val}
     refuse_overwriting({"--out": out}, inputs)
     if (folder := Path(out).expanduser()).is_file():
@@ -101,6 +100,12 @@ def check_numbers(steps: int, batch_size: int, lr: float, seed: int) -> None:
         raise InputError(f"--lr {lr} must be positive and finite")
     if not 0 <= seed <= MAX_SEED:
         raise InputError(f"--seed {seed} must be from 0 to {MAX_SEED}")
+
+
+def check_held_out(val: str | None, own_val: str | None) -> None:
+    """Raises InputError if only one of the held-out folders is given."""
+    if (val is None) != (own_val is None):
+        raise InputError("--own_val needs --val" if val is None else "--val needs --own_val")
 
 
 def refuse_other_files(folder: Path) -> None:

@@ -242,6 +242,12 @@ def test_a_scorer_of_another_tokenizer_is_refused(tokenizer: Tokenizer, tmp_path
     assert sampler.draw(LABELS, SamplingSettings(**options), range(4)).shape == (4, 3, 8, 8)
 
 
+def test_the_check_reads_no_weights(tmp_path: Path) -> None:
+    drafts = Drafts(2, write_scorer(tmp_path, 1))
+    (tmp_path / "scorer.safetensors").unlink()
+    drafts.check(tiny_network().config)
+
+
 def test_mixed_classes_are_refused_if_there_are_several_drafts(tokenizer: Tokenizer, folder: str) -> None:
     weights = torch.zeros(1, 11)
     weights[0, [2, 5]] = 0.5

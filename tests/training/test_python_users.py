@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,19 +106,25 @@ def test_predictions_are_the_images_of_their_labels(
     assert none.shape == (0, 3, 8, 8)
 
 
-def test_scorers_of_another_tokenizer_are_refused_before_anything_is_drawn(
+def test_bad_scorers_are_refused_before_anything_is_trained_or_drawn(
     tokenizer_folder: Path, loader: DataLoader, tmp_path: Path
 ) -> None:
     config = ScorerConfig(FORMAT.number, [*SCHEDULE.side_lengths], 8, 10, 8, "0" * 16, "a test")
     save_scorer(Scorer(config), tmp_path / "scorer")
     sampling = SamplingSettings(drafts=2, draft_scorer=str(tmp_path / "scorer"))
     module, message = make_module(tokenizer_folder), f"was trained with tokenizer {'0' * 16}, but the network uses"
-    for callback in (SamplesCallback(sampling=sampling), FIDCallback(Pixels(), "digits:test", sampling=sampling)):
+    callbacks = (SamplesCallback(sampling=sampling), FIDCallback(Pixels(), "digits:test", sampling=sampling))
+    for callback in callbacks:
         with pytest.raises(InputError, match=message):
             make_trainer(tmp_path, 1, callbacks=[callback]).fit(module, loader)
     module.sampling = sampling
     with pytest.raises(InputError, match=message):
         make_trainer(tmp_path, 1).predict(module, DataLoader(torch.tensor([3]), batch_size=1))
+    save_scorer(Scorer(replace(config, tokenizer=module.tokenizer_fingerprint)), tmp_path / "scorer")
+    (tmp_path / "scorer/scorer.safetensors").write_bytes(b"torn")
+    for callback in callbacks:
+        with pytest.raises(InputError, match=r"scorer\.safetensors"):
+            make_trainer(tmp_path, 1, callbacks=[callback]).fit(module, loader)
 
 
 def test_what_own_loaders_cannot_tell_is_asked_for(tokenizer_folder: Path, loader: DataLoader, tmp_path: Path) -> None:
