@@ -140,7 +140,8 @@ def draw_scales(
         InputError: if the tokenizer does not fit the model, or an argument is out of range.
     """
     check_arguments(model, tokenizer, labels, settings)
-    check_known(known, len(labels), model.config.schedule.num_tokens)
+    if known is not None:
+        check_known(known, len(labels), model.config, settings)
     keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
     dtype = torch.float32 if labels.is_floating_point() else torch.int64
     batch = Batch(labels.to(device, dtype, non_blocking=True), keys.to(device, non_blocking=True), known)
@@ -239,8 +240,14 @@ def check_weights(weights: Tensor, num_classes: int, settings: SamplingSettings)
         raise InputError("drafts need one class per image, as the scorer knows no mixes: set drafts to 1")
 
 
-def check_known(known: KnownTokens | None, images: int, num_tokens: int) -> None:
-    expected = (images, num_tokens)
-    if known is not None and (known.tokens.shape != expected or known.keep.shape != expected):
+def check_known(known: KnownTokens, images: int, network: MVARConfig, settings: SamplingSettings) -> None:
+    """Raises InputError unless the known tokens have the shape of the images, and the settings allow them."""
+    expected = (images, network.schedule.num_tokens)
+    if known.tokens.shape != expected or known.keep.shape != expected:
         shapes = f"{tuple(known.tokens.shape)} and {tuple(known.keep.shape)}"
         raise InputError(f"known tokens and their keep mask must both be {expected}, got {shapes}")
+    if network.reveal and settings.guide.beta:
+        raise InputError(
+            "guidance_beta needs predictions of all tokens, but a network trained with network.reveal does not predict "
+            "known tokens: set guidance_beta to 0"
+        )

@@ -58,12 +58,12 @@ class Kept(NamedTuple):
         return Kept(tokens, codes, order.argsort(dim=1) < tokens.shape[1] - hidden, self.drawn)
 
 
-def revealed_to(network: MVARConfig, kept: Kept | None, rows: int) -> Revealed | None:
-    """Returns what a network reads of kept tokens, in a batch of `rows` that repeats the images; None if nothing."""
-    if kept is None or not network.reveal:
+def revealed_to(network: MVARConfig, revealed: Revealed | None, rows: int) -> Revealed | None:
+    """Returns the kept tokens, codes and mask each repeated to `rows` rows; None if the network reads none."""
+    if revealed is None or not network.reveal:
         return None
-    times = rows // len(kept.tokens)
-    return Revealed(kept.codes.repeat(times, 1, 1), kept.mask.repeat(times, 1))
+    codes, mask = revealed
+    return Revealed(codes.repeat(rows // len(codes), 1, 1), mask.repeat(rows // len(mask), 1))
 
 
 def keep_more(

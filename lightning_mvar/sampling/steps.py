@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.devices import without_autocast
-from lightning_mvar.models.mvar import MVAR, MVARState
+from lightning_mvar.models.mvar import MVAR, MVARState, Revealed
 from lightning_mvar.sampling.drafts import choose_by_score
 from lightning_mvar.sampling.guidance import corrupt, sharpen, unconditional_like
 from lightning_mvar.sampling.masked import Kept, keep_more, revealed_to
@@ -148,12 +148,16 @@ class ScaleDrawer:
         """Draws the tokens at the positions `span`, in one step or more, each from the same state.
 
         Returns:
-            Tokens (b, n), their codes (b, n, c); guided logits (b, n, v) and states of the last step.
+            Tokens (b, n), their codes (b, n, c); guided logits (b, n, v) of the first step, which alone predicts all
+            tokens; states of the last step.
         """
         kept, steps = self.known(span, batch), min(self.settings.steps_of(k), span.stop - span.start)
         length = self.model.config.schedule.num_tokens
         for i in range(steps):
-            guided, states = self.predict(k, progress.inputs, progress.states, kept)
+            revealed = None if kept is None else Revealed(self.with_guides(kept.codes, k, span, batch), kept.mask)
+            guided, states = self.predict(k, progress.inputs, progress.states, revealed)
+            if i == 0:
+                first = guided
             with without_autocast(guided):
                 logits = self.adjust(guided, k, progress.logits)
                 uniforms = progress.uniforms if i == 0 else uniform(batch.keys, i, length, TOKENS)
@@ -167,7 +171,7 @@ class ScaleDrawer:
                 if i + 1 < steps:
                     order = uniform(batch.keys, i, length, ORDER)[:, span]
                     kept = keep_more(kept, tokens, codes, logits, order, (i + 1) / steps, self.settings)
-        return tokens, codes, guided, states
+        return tokens, codes, first, states
 
     def known(self, span: slice, batch: Batch) -> Kept | None:
         """Returns the tokens of given images at the positions `span`."""
@@ -177,20 +181,22 @@ class ScaleDrawer:
         tokens = batch.known.tokens[:, span].masked_fill(~mask, 0)
         return Kept.known(tokens, self.quantizer.codebook(tokens), mask)
 
-    def predict(self, k: int, inputs: Tensor | None, states: States, kept: Kept | None) -> tuple[Tensor, States]:
+    def predict(
+        self, k: int, inputs: Tensor | None, states: States, revealed: Revealed | None
+    ) -> tuple[Tensor, States]:
         """Runs the network and its guide on the inputs of scale `k`; returns guided logits (b, n, v) and the states."""
         shared, rows = inputs, len(states.network.cond)  # by network and guide
         if inputs is not None and len(inputs) < rows:
             inputs = inputs.repeat(2, 1, 1)
-        logits, network = self.model.step(inputs, states.network, revealed_to(self.model.config, kept, rows))
+        logits, network = self.model.step(inputs, states.network, revealed_to(self.model.config, revealed, rows))
         if not self.is_guided(k):
             return logits, States(network, None)
         if self.guide is None:
             (logits, weaker), guide = logits.chunk(2), None
         else:
             assert states.guide is not None
-            revealed = revealed_to(self.guide.config, kept, len(states.guide.cond))
-            weaker, guide = self.guide.step(shared, states.guide, revealed)
+            read = revealed_to(self.guide.config, revealed, len(states.guide.cond))
+            weaker, guide = self.guide.step(shared, states.guide, read)
         strength = self.strengths[k]
         return (1 + strength) * logits - strength * weaker, States(network, guide)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from lightning_mvar import MVAR, Tokenizer, generate
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.mvar import Revealed
+from lightning_mvar.sampling.guidance import sharpen
 from lightning_mvar.sampling.masked import Kept, confidence
-from lightning_mvar.sampling.philox import ORDER, TOKENS, image_keys, uniform
+from lightning_mvar.sampling.philox import CORRUPTION, ORDER, TOKENS, image_keys, uniform
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import KnownTokens, draw
 
@@ -31,6 +33,31 @@ def revealing_network(**overrides: object) -> MVAR:
     return network
 
 
+def guided_logits(
+    network: MVAR,
+    tokenizer: Tokenizer,
+    label: int,
+    key: torch.Tensor,
+    settings: SamplingSettings,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Returns the logits (l, v) of a full pass that reads the tokens (1, l) of coarser scales and where `mask` is."""
+
+    def logits(label: int, tokens: torch.Tensor) -> torch.Tensor:
+        revealed = Revealed(tokenizer.quantizer.codebook(tokens), mask)
+        return network(torch.tensor([label]), tokenizer.scale_inputs(tokens), revealed)[0]
+
+    strengths = torch.tensor(settings.guide.strengths(network.config))[SCHEDULE.scale_ids, None]
+    if settings.guidance_corrupt:
+        positions = torch.arange(SCHEDULE.num_tokens)[:, None]
+        chance, other = uniform(key[None], positions, 2, CORRUPTION).unbind(-1)
+        guide = logits(label, torch.where(chance < settings.guidance_corrupt, (other * 48).long(), tokens))
+    else:
+        guide = logits(10, tokens)
+    return (1 + strengths) * logits(label, tokens) - strengths * guide
+
+
 @torch.no_grad()
 def draw_one_image(
     network: MVAR,
@@ -41,17 +68,21 @@ def draw_one_image(
     known: dict[int, int],
 ) -> list[int]:
     """Draws an image token by token; `known` has the tokens of a given image by position."""
-    codebook, guidance = tokenizer.quantizer.codebook, settings.guide.strengths(network.config)
     tokens, read = torch.zeros(1, SCHEDULE.num_tokens, dtype=torch.int64), torch.zeros(1, SCHEDULE.num_tokens)
+    first = list[torch.Tensor]()  # logits of the first step of each scale
     for k, (begin, n) in enumerate(zip(SCHEDULE.offsets, SCHEDULE.lengths, strict=True)):
         kept = {j: token for j, token in known.items() if begin <= j < begin + n}
         total, steps = n - len(kept), min(settings.steps_of(k), n)
         for i in range(steps):
             for j in range(begin, begin + n):
                 tokens[0, j], read[0, j] = kept.get(j, 0), j in kept
-            inputs, revealed = tokenizer.scale_inputs(tokens), Revealed(codebook(tokens), read > 0)
-            own, unconditional = (network(torch.tensor([c]), inputs, revealed)[0] for c in (label, 10))
-            logits = (1 + guidance[k]) * own - guidance[k] * unconditional
+            logits = guided_logits(network, tokenizer, label, key, settings, tokens, read > 0)
+            scale = logits[None, begin : begin + n]
+            if i == 0:
+                first.append(scale.clone())
+            if k > 0:
+                shapes = SCHEDULE.shapes[k], SCHEDULE.shapes[k - 1]
+                logits[begin : begin + n] = sharpen(scale, first[k - 1], *shapes, settings.guidance_beta)[0]
             numbers, order = (uniform(key[None], i, SCHEDULE.num_tokens, stream)[0] for stream in (TOKENS, ORDER))
             priority = {}
             for j in set(range(begin, begin + n)) - kept.keys():
@@ -68,20 +99,45 @@ def draw_one_image(
 
 
 @pytest.mark.parametrize("inpaints", [False, True])
+@pytest.mark.parametrize("kind", ["var", "mamba_only"])
+def test_the_corrupted_guide_reads_corrupted_kept_tokens(kind: str, inpaints: bool, tokenizer: Tokenizer) -> None:
+    options = {"guidance": 1.5, "top_k": 20, "steps": 3, "guidance_corrupt": 0.5}
+    check_against_full_passes(revealing_network(**KINDS[kind]), tokenizer, options, inpaints)
+
+
+@pytest.mark.parametrize("steps", [1, (1, 2, 9, 4)])
+def test_beta_compares_predictions_of_hidden_tokens(steps: int | tuple[int, ...], tokenizer: Tokenizer) -> None:
+    options = {"guidance": 1.5, "top_k": 20, "steps": steps, "guidance_beta": 0.7}
+    check_against_full_passes(revealing_network(), tokenizer, options, inpaints=False)
+
+
+def test_beta_is_refused_where_known_tokens_are_not_predicted(tokenizer: Tokenizer) -> None:
+    tokens = random_tokens(3)
+    known = KnownTokens(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    with pytest.raises(InputError, match="does not predict known tokens: set guidance_beta to 0"):
+        generate(revealing_network(), tokenizer, LABELS, known=known, guidance_beta=0.5)
+    generate(tiny_network(), tokenizer, LABELS, known=known, guidance_beta=0.5)
+
+
+def check_against_full_passes(network: MVAR, tokenizer: Tokenizer, options: dict[str, Any], inpaints: bool) -> None:
+    """Compares a batch, with or without known tokens, with `draw_one_image`."""
+    keys, given = image_keys(1, range(3)), random_tokens(3)
+    keep = (torch.rand(given.shape, generator=torch.Generator().manual_seed(2)) < 0.4) & inpaints
+    known = KnownTokens(given.masked_fill(~keep, -1), keep) if inpaints else None
+    _, tokens = generate(network, tokenizer, LABELS, generator=keys, known=known, return_tokens=True, **options)
+    for label, key, row, mask, drawn in zip(LABELS.tolist(), keys, given, keep, tokens.tolist(), strict=True):
+        kept = {j: int(row[j]) for j in mask.nonzero().flatten().tolist()}
+        assert drawn == draw_one_image(network, tokenizer, label, key, SamplingSettings(**options), kept)
+
+
+@pytest.mark.parametrize("inpaints", [False, True])
 @pytest.mark.parametrize(("order", "steps"), [("random", 3), ("confidence", (1, 2, 9, 4)), ("random", 1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_equal_those_of_full_passes_over_one_image(
     kind: str, order: str, steps: int | tuple[int, ...], inpaints: bool, tokenizer: Tokenizer
 ) -> None:
-    network, keys, given = revealing_network(**KINDS[kind]), image_keys(1, range(3)), random_tokens(3)
-    settings = SamplingSettings(1.5, 20, 0.9, steps=steps, order=order, order_temperature=2.0)
-    keep = (torch.rand(given.shape, generator=torch.Generator().manual_seed(2)) < 0.4) & inpaints
-    known = KnownTokens(given.masked_fill(~keep, -1), keep) if inpaints else None
     options = {"guidance": 1.5, "top_k": 20, "top_p": 0.9, "steps": steps, "order": order, "order_temperature": 2.0}
-    _, tokens = generate(network, tokenizer, LABELS, generator=keys, known=known, return_tokens=True, **options)
-    for label, key, row, mask, drawn in zip(LABELS.tolist(), keys, given, keep, tokens.tolist(), strict=True):
-        kept = {j: int(row[j]) for j in mask.nonzero().flatten().tolist()}
-        assert drawn == draw_one_image(network, tokenizer, label, key, settings, kept)
+    check_against_full_passes(revealing_network(**KINDS[kind]), tokenizer, options, inpaints)
 
 
 @pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
