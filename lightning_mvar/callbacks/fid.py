@@ -21,7 +21,6 @@ from lightning_mvar.metrics.summary import Summary, prepare
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, max_batch_size
 from lightning_mvar.sampling.graphs import graphs_for
-from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.strategies import sampling_mode
@@ -93,10 +92,7 @@ class FIDCallback(L.Callback):
     def prepare_scoring(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LitMVAR)
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
-        self.sampling.check(pl_module.network_config)
-        self.sampling.choice.check_tokenizer(lambda: pl_module.tokenizer_fingerprint)
-        self.sampling.choice.load_scorer(trainer.strategy.root_device)
-        self.guide = load_guide(self.sampling.guide, pl_module.network_config, tokenizer, pl_module.class_names)
+        self.guide = pl_module.prepare_sampling(self.sampling)
         prepare(self.extractor, trainer.strategy.root_device)
         self.reference = self.real.summary(
             self.extractor, tokenizer.config.shape, self.cache, self.neighbours > 0, tokenizer

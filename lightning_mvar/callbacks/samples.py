@@ -12,7 +12,6 @@ from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, max_batch_size
 from lightning_mvar.sampling.grids import formation_strip, image_grid, with_row_names
-from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.strategies import sampling_mode
@@ -46,11 +45,7 @@ class SamplesCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Loads the guide and the scorer, so that a bad one fails before training."""
         assert isinstance(pl_module, LitMVAR)
-        tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
-        self.sampling.check(pl_module.network_config)
-        self.sampling.choice.check_tokenizer(lambda: pl_module.tokenizer_fingerprint)
-        self.sampling.choice.load_scorer(trainer.strategy.root_device)
-        self.guide = load_guide(self.sampling.guide, pl_module.network_config, tokenizer, pl_module.class_names)
+        self.guide = pl_module.prepare_sampling(self.sampling)
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

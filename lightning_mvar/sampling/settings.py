@@ -42,7 +42,7 @@ class SamplingSettings:
             `fit`, a folder of `export` or a published file, of the same tokenizer, classes and scales.
         guidance_corrupt: the guide is the same network after a prefix in which this share of the tokens is replaced by
             random ones (VPG), instead of the unconditional class.
-        guidance_beta: adds beta times the difference to the logits of the scale before (SSG); works without guidance.
+        guidance_beta: adds beta (l_k - l_(k-1)) to the logits l_k of each scale (SSG); works without guidance.
         steps: number of steps in which a scale is drawn, at most one per token; each reads the tokens that earlier
             steps kept. Or a list with one per scale. More than 1 needs a network trained with `network.reveal`.
         order: which drawn tokens each of several steps keeps: `random` ones, as in training, or those of the highest

@@ -288,8 +288,23 @@ class LitMVAR(ScheduledModule):
 
     def on_predict_start(self) -> None:
         self.predicted = 0
-        self.sampling.choice.check_tokenizer(lambda: self.tokenizer_fingerprint)
-        self.hidden_guide = [load_guide(self.sampling.guide, self.network_config, self.tokenizer, self.class_names)]
+        self.hidden_guide = [self.prepare_sampling(self.sampling)]
+
+    def prepare_sampling(self, settings: SamplingSettings) -> MVAR | None:
+        """Checks sampling settings and loads the networks that they name, before the first image is drawn.
+
+        Returns:
+            The weaker network that guides, on the device of the strategy; None if none does. A scorer of drafts stays
+            in the cache of `Drafts.load_scorer`.
+
+        Raises:
+            InputError: if the settings do not suit the network and its tokenizer, or a named network cannot be read.
+        """
+        device = self.trainer.strategy.root_device
+        settings.check(self.network_config)
+        settings.choice.check_tokenizer(lambda: self.tokenizer_fingerprint)
+        settings.choice.load_scorer(device)
+        return load_guide(settings.guide, self.network_config, self.tokenizer.to(device), self.class_names)
 
     def predict_step(self, labels: Tensor, batch_idx: int) -> Tensor:
         """Draws an image (3, H, W) in [0, 1] per label (b,), maybe none, with the settings in `self.sampling`.
