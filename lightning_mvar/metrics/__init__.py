@@ -4,8 +4,8 @@ An extractor is an `nn.Module` with an int attribute `num_features` that maps im
 features (b, num_features). If it has a method `logits`, features -> (b, classes), the inception score is computed too.
 """
 
-from lightning_mvar.metrics.digits import DigitsClassifier
-from lightning_mvar.metrics.inception import InceptionV3
-from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
+from lightning_mvar.metrics.classifiers.digits import DigitsClassifier
+from lightning_mvar.metrics.classifiers.photos import Photos64Classifier, PhotosClassifier
+from lightning_mvar.metrics.extractors.inception import InceptionV3
 
 __all__ = ["DigitsClassifier", "InceptionV3", "Photos64Classifier", "PhotosClassifier"]

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.builtin.digits import DIGITS
-from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
-from lightning_mvar.metrics.embedded import EmbeddedClassifier
+from lightning_mvar.metrics.classifiers.digits import DigitsClassifier, svm_accuracy
+from lightning_mvar.metrics.classifiers.embedded import EmbeddedClassifier
+from lightning_mvar.metrics.classifiers.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.evaluator import warn
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
-from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.reference import Reference
 from lightning_mvar.sampling.readers import Samples
 

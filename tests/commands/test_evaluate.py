@@ -19,8 +19,8 @@ from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import load_trained, save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.data.builtin.photos import PHOTOS
+from lightning_mvar.metrics.classifiers.photos import PhotosClassifier
 from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
-from lightning_mvar.metrics.photos import PhotosClassifier
 from lightning_mvar.metrics.reference import measure, open_reference
 from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.sampling.philox import image_keys

@@ -14,7 +14,7 @@ from lightning_mvar.cli import run
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.data.tokens.shards import read_shard
-from lightning_mvar.metrics.photos import PhotosClassifier
+from lightning_mvar.metrics.classifiers.photos import PhotosClassifier
 from lightning_mvar.metrics.reference import open_reference
 
 ROOT = Path(__file__).parents[2] / "configs"

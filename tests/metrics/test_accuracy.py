@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_mvar.data.builtin.digits import DIGITS
 from lightning_mvar.metrics.accuracy import accuracy, digits_svm_accuracy, sample_accuracy
-from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
+from lightning_mvar.metrics.classifiers.digits import DigitsClassifier, svm_accuracy
 
 
 def test_svm_trained_on_samples_is_tested_on_the_references_split() -> None:

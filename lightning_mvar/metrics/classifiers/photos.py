@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.data.builtin.photos import MARGIN, PHOTOS, PHOTOS64
-from lightning_mvar.metrics.embedded import EmbeddedClassifier
+from lightning_mvar.metrics.classifiers.embedded import EmbeddedClassifier
 
 
 class PhotosClassifier(EmbeddedClassifier):

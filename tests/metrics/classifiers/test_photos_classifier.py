@@ -7,8 +7,8 @@ from lightning_mvar.data.builtin.digits import DIGITS, load_digits
 from lightning_mvar.data.builtin.photos import PHOTOS, PHOTOS64
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import classifier_for
-from lightning_mvar.metrics.digits import DigitsClassifier
-from lightning_mvar.metrics.photos import Photos64Classifier, PhotosClassifier
+from lightning_mvar.metrics.classifiers.digits import DigitsClassifier
+from lightning_mvar.metrics.classifiers.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.reference import open_reference
 
 

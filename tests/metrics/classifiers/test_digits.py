@@ -3,7 +3,7 @@ from pathlib import Path
 import torch
 
 from lightning_mvar.data.builtin.digits import load_digits
-from lightning_mvar.metrics.digits import DigitsClassifier, svm_accuracy
+from lightning_mvar.metrics.classifiers.digits import DigitsClassifier, svm_accuracy
 
 
 def test_the_classifier_recognizes_real_digits_and_saves_its_weights(tmp_path: Path) -> None:

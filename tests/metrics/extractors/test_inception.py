@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
-from lightning_mvar.metrics.inception import InceptionNetwork, InceptionV3, resize_like_tensorflow
+from lightning_mvar.metrics.extractors.inception import InceptionNetwork, InceptionV3, resize_like_tensorflow
 
 OFFICIAL = "weights-inception-2015-12-05-6726825d.pth"
 

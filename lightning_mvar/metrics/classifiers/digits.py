@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_mvar.data.builtin.digits import DIGITS
-from lightning_mvar.metrics.embedded import EmbeddedClassifier
+from lightning_mvar.metrics.classifiers.embedded import EmbeddedClassifier
 
 SCAN_SIDE = 8  # original resolution of the scans, the input of the support vector machine
 
