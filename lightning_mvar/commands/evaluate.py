@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mvar.checkpoints import TrainedModel, load_tokenizer, load_trained
+from lightning_mvar.checkpoints import StoredModel, TrainedModel, load_tokenizer, load_trained, open_trained
 from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
@@ -94,6 +95,7 @@ def evaluate(
         shape = open_samples(samples).shape
         if real.embedded is not None:
             real.images(shape)
+    stored = None if ckpt_path is None else open_trained(ckpt_path, tokenizer, weights)
     if extractor is None:
         extractor = classifier_for(real, cache)
     if extractor is None:
@@ -108,8 +110,8 @@ def evaluate(
             for folder in (tokenizer if decodes else None, reconstructions)
         )
         sampled = None
-        if ckpt_path is not None:
-            load = partial(read_and_try, extractor, ckpt_path, tokenizer, weights, [real, floor_images])
+        if stored is not None:
+            load = partial(read_and_try, extractor, stored, [real, floor_images])
             sampled = draw_set(fabric.device, load, samples, None, per_class=per_class, **sampling)
         set_tf32(False)  # scores are computed in float32, in whatever precision the samples were drawn
         images = open_samples(samples)
@@ -121,7 +123,8 @@ def evaluate(
         summary = evaluator.summary(real)
         if statistics is not None and fabric.is_global_zero:
             summary.save(Path(statistics), extractor)
-        record = describe(samples, reference, images, evaluator, sampled)
+        record = describe(samples, reference, images, evaluator, sampled) | summary.identity()
+        record |= {} if stored is None else {"weights": stored.part}
         record |= score(images, evaluator, real, summary, floor_images, reconstructor)
         if fabric.is_global_zero:
             print_table([record])
@@ -135,10 +138,20 @@ def describe(samples: str, reference: str, images: Samples, evaluator: Evaluator
     record: Record = {name: value for name, value in images.metadata.items() if name in METADATA_KEYS}
     record |= {"samples": samples, "reference": reference} | evaluator.extractor_metadata()
     record |= {"num_samples": len(images), "height": images.shape[0], "width": images.shape[1]}
+    record |= {"file_format": images.file_format} | class_counts(images)
     if sampled is not None:
         record |= sampled.costs()._asdict()
         record |= {} if sampled.images_per_s is None else {"images_per_s": sampled.images_per_s}
     return record
+
+
+def class_counts(images: Samples) -> Record:
+    """Returns how many classes the images have, and the fewest and most images of one; empty if that is unknown."""
+    labels = None if len(images.class_names) == 1 else images.labels(images.class_names)  # one folder may mix classes
+    if labels is None:
+        return {}
+    counts = Counter(labels).values()
+    return {"sampled_classes": len(counts), "fewest_per_class": min(counts), "most_per_class": max(counts)}
 
 
 def score(
@@ -168,15 +181,9 @@ def score(
     return record
 
 
-def read_and_try(
-    extractor: nn.Module,
-    ckpt_path: str,
-    tokenizer: str | None,
-    weights: WhichWeights,
-    references: list[Reference | None],
-) -> TrainedModel:
+def read_and_try(extractor: nn.Module, stored: StoredModel, references: list[Reference | None]) -> TrainedModel:
     """Reads a network; checks that references have its classes, and tries the extractor, before images are drawn."""
-    model = load_trained(ckpt_path, tokenizer, weights)
+    model = stored.load()
     for reference in references:
         if reference is not None:
             reference.check_classes(model.class_names)

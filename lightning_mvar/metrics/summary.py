@@ -37,6 +37,13 @@ class Summary:
     spatial: Statistics | None = None
     features: Tensor | None = None
 
+    def identity(self) -> dict[str, float]:
+        """Returns two numbers that differ for other images or crops: the norm of the mean, and the total variance."""
+        return {
+            "reference_mean_norm": float(self.statistics.mu.norm()),
+            "reference_variance": float(self.statistics.sigma.trace()),
+        }
+
     def save(self, path: Path, extractor: nn.Module) -> None:
         """Writes an npz that `Summary.load` and other projects can read."""
         arrays: dict[str, Any] = {"mu": self.statistics.mu.numpy(), "sigma": self.statistics.sigma.numpy()}

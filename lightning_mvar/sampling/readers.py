@@ -15,6 +15,7 @@ from PIL import Image
 from lightning_mvar.data.images.decoding import (
     MAX_PIXELS,
     SUFFIXES,
+    SUFFIXES_BY_FORMAT,
     UnusableFileError,
     decode_upright,
     read_file,
@@ -34,16 +35,19 @@ from lightning_mvar.scales import Shape, format_shape
 METADATA_FILE = "sampling.json"  # in a folder of images: how they were drawn
 MAX_METADATA_BYTES = 2**20
 SIZE_PROBES = 9  # images whose most frequent size is that of the set
+FORMAT_BY_SUFFIX = {suffix: name for name, suffixes in SUFFIXES_BY_FORMAT.items() for suffix in suffixes}
 LOSSLESS_MODES = ("RGB", "L", "P")  # PIL modes that convert to 8-bit RGB without loss
 
 
 class Samples(ABC):
     """Sampled images, in the order of their numbers.
 
-    `metadata` says how they were drawn, if known; `class_names` are the names of their folders, if they have any.
+    `metadata` says how they were drawn, if known; `class_names` are the names of their folders, if they have any;
+    `file_format` is NPZ or the formats of the pictures, such as PNG or JPEG+PNG.
     """
 
     metadata: dict[str, Any]
+    file_format: str
     class_names: list[str]
     shape: Shape
 
@@ -102,6 +106,8 @@ def parse_metadata(text: str | bytes, path: Path) -> dict[str, Any]:
 
 class NpzSamples(Samples):
     """Images of an npz file: `arr_0` uint8 (n, H, W, 3) and, if present, their classes `arr_1` int64 (n,)."""
+
+    file_format = "NPZ"
 
     def __init__(self, path: Path) -> None:
         self.rows, self.path = NpzArray(path, "arr_0"), path
@@ -163,6 +169,7 @@ class FolderSamples(Samples):
         skipped.report(str(root))
         self.files = [root / name for name in names]
         self.class_names = sorted({path.parent.name for path in self.files})
+        self.file_format = "+".join(sorted({FORMAT_BY_SUFFIX[path.suffix.lower()] for path in self.files}))
         self.shape = self.most_frequent_shape()
         file = root / METADATA_FILE
         self.metadata = read_metadata(file) if file.is_file() else {}

@@ -58,10 +58,19 @@ def test_a_checkpoint_its_npz_and_its_folder_have_the_same_scores(
     assert evaluate_scores("set.npz", "--ckpt_path", "model", *SAMPLING) == record  # no images are missing
     costs = sampling_costs(SamplingSettings(guidance=0.5), load_trained("model").network.config)._asdict()
     assert {name: record.pop(name) for name in costs} == costs
+    assert record.pop("weights") == "network"  # known only if there is a checkpoint
     assert evaluate_scores("set.npz") == record
+    assert (record["sampled_classes"], record["fewest_per_class"], record["most_per_class"]) == (10, 3, 3)
+    real = measure(Pixels(), open_reference("images").images(8), "").statistics
+    assert record["reference_mean_norm"] == pytest.approx(float(real.mu.norm()))
+    assert record["reference_variance"] == pytest.approx(float(real.sigma.diagonal().sum()))
     assert run(["sample", "--ckpt_path", "model", "--out", "set", *SAMPLING]) == 0
     folder = evaluate_scores("set")
-    assert {name for name in record if folder[name] != record[name] and name not in SCORES} == {"samples"}
+    assert {name for name in record if folder[name] != record[name] and name not in SCORES} == {
+        "samples",
+        "file_format",
+    }
+    assert (record["file_format"], folder["file_format"]) == ("NPZ", "PNG")
     assert all(folder[name] == pytest.approx(record[name], rel=1e-9) for name in SCORES)
 
 
