@@ -19,6 +19,7 @@ from lightning_mvar.data.tokens.sources import open_shards
 from lightning_mvar.data.tokens.stream import PairedStream, TokenStream
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.scorer import CONFIG, FILES, FORMAT, Scorer, ScorerConfig, save_scorer
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
@@ -144,7 +145,7 @@ def new_scorer(tokenizer: Tokenizer, own: Manifest, width: int) -> Scorer:
         code_dim=tokenizer.config.code_dim,
         num_classes=len(own.class_names),
         width=width,
-        tokenizer=own.tokenizer,
+        quantizer=fingerprint(tokenizer.quantizer),
         drawn=own.source,
     )
     return Scorer(config)

@@ -9,6 +9,7 @@ import torch
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.costs import META, count_flops, scale_flops
 from lightning_mvar.sampling.drafts import Drafts
+from lightning_mvar.sampling.scorer import Scorer, read_config
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.scales import ScaleSchedule
 
@@ -44,11 +45,11 @@ def sampling_costs(settings: SamplingSettings, network: MVARConfig, guide: MVARC
 
 def draft_flops(choice: Drafts, schedule: ScaleSchedule) -> int:
     """Counts FLOPs of scoring all candidates of an image."""
-    scorer = choice.load_scorer(META)
-    if scorer is None:
+    if choice.count == 1 or choice.scorer is None:
         return 0
-    f_hat = torch.zeros(1, scorer.config.code_dim, *schedule.shapes[-1], device=META)
-    label = torch.zeros(1, dtype=torch.int64, device=META)
+    with META:
+        scorer = Scorer(config := read_config(choice.scorer))
+        f_hat, label = torch.zeros(1, config.code_dim, *schedule.shapes[-1]), torch.zeros(1, dtype=torch.int64)
     candidates = choice.count * sum(map(choice.include, range(schedule.num_scales)))
     return candidates * count_flops(lambda: scorer(f_hat, label, 0))
 

@@ -8,7 +8,7 @@ distribution of the real images. The paper takes the candidate of the highest sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.sampling.philox import DRAFTS, uniform
 from lightning_mvar.sampling.scorer import CONFIG, Scorer, load_scorer, read_config
 from lightning_mvar.sampling.values import integer
+from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
 MAX_DRAFTS = 4096
 
@@ -57,16 +59,17 @@ class Drafts:
         """Returns whether a scale has several candidates."""
         return self.count > 1 and (self.scales is None or scale in self.scales)
 
-    def load_scorer(self, device: torch.device) -> Scorer | None:
-        """Returns the scorer on a device, of which the last ones stay in memory; None if nothing is chosen.
+    def load_scorer(self, quantizer: ResidualQuantizer) -> Scorer | None:
+        """Returns the scorer on a quantizer's device, of which the last ones stay in memory; None if nothing is chosen.
 
         Raises:
-            InputError: if there is none in its folder, or it is damaged.
+            InputError: if there is none in its folder, or it is damaged or of another quantizer.
         """
         if self.count == 1 or self.scorer is None:
             return None
         config = Path(self.scorer).expanduser() / CONFIG
-        return cached_scorer(self.scorer, device, config.stat().st_mtime_ns if config.is_file() else 0)
+        written = config.stat().st_mtime_ns if config.is_file() else 0
+        return cached_scorer(self.scorer, quantizer, quantizer.codebook.weight.device, written)
 
     def check(self, network: MVARConfig) -> None:
         """Raises InputError unless the scorer and the scales suit a network."""
@@ -80,15 +83,6 @@ class Drafts:
                 f"draft_scales has scale {too_fine[0]}, but the network draws {scales}, counted from 0: drop it"
             )
         read_config(self.scorer).check(network, self.scorer)
-
-    def check_tokenizer(self, fingerprint: Callable[[], str]) -> None:
-        """Raises InputError unless the scorer is of the tokens of a tokenizer; its fingerprint is read only if needed.
-
-        Args:
-            fingerprint: returns the fingerprint of the tokenizer, before its decoder was lowered.
-        """
-        if self.count > 1 and self.scorer is not None:
-            read_config(self.scorer).check_tokenizer(fingerprint(), self.scorer)
 
     def uniforms(self, keys: Tensor, first: Tensor, span: slice) -> Tensor:
         """Returns the random numbers (b, n, m) of all m candidates at the positions `span`.
@@ -104,9 +98,11 @@ class Drafts:
 
 
 @lru_cache(maxsize=4)
-def cached_scorer(folder: str, device: torch.device, written: int) -> Scorer:
-    """Loads a scorer to a device; `written` is the time of its folder, so that a new one is read again."""
-    return load_scorer(folder).to(device)
+def cached_scorer(folder: str, quantizer: ResidualQuantizer, device: torch.device, written: int) -> Scorer:
+    """Loads a scorer of a quantizer; `written` is the time of its folder, so that a new one is read again."""
+    scorer = load_scorer(folder)
+    scorer.config.check_quantizer(fingerprint(quantizer), folder)
+    return scorer.to(device)
 
 
 def choose_by_score(scores: Tensor, keys: Tensor, scale: int) -> Tensor:

@@ -165,7 +165,7 @@ def draw_set(
         raise InputError("--reject needs classes: remove mixes from --classes")
     every = mixes is None and labels.tolist() == list(range(num_classes))
     metadata = settings.metadata() | {"per_class": per_class, "classes": "all" if every else recorded_classes(chosen)}
-    metadata |= source_metadata(model, settings, precision, device)
+    metadata |= source_metadata(model, settings, precision)
     if is_first_rank():
         warn_of_other_drafts(settings.choice, metadata)
     sampler = Sampler(model, device, precision, graphs)
@@ -176,19 +176,15 @@ def draw_set(
     return drawing
 
 
-def source_metadata(
-    model: TrainedModel, settings: SamplingSettings, precision: Precision, device: torch.device
-) -> dict[str, Any]:
+def source_metadata(model: TrainedModel, settings: SamplingSettings, precision: Precision) -> dict[str, Any]:
     """Returns the fingerprints of the networks and the precision as metadata.
 
     Raises:
         InputError: if one that the settings name cannot be read, or has another tokenizer.
     """
-    tokenizer_hash = model.tokenizer.fingerprint()
-    metadata = {"network": fingerprint(model.network), "network_tokenizer": tokenizer_hash}
+    metadata = {"network": fingerprint(model.network), "network_tokenizer": model.tokenizer.fingerprint()}
     metadata |= {"dtype": precision}  # the key "precision" is that of a score
-    if (scorer := settings.choice.load_scorer(device)) is not None:
-        settings.choice.check_tokenizer(lambda: tokenizer_hash)
+    if (scorer := settings.choice.load_scorer(model.tokenizer.quantizer)) is not None:
         metadata |= {"draft_scorer": fingerprint(scorer)}
     if (guide := settings.guide.needed_network) is not None:
         metadata |= {"guidance_network": fingerprint_of(open_trained(guide).weights)}

@@ -83,13 +83,11 @@ def generate(
         Images (b, 3, H, W) in [0, 1], and with `return_tokens` the tokens (b, l) int64.
 
     Raises:
-        InputError: if the tokenizer does not fit the model or the scorer of drafts, or an argument is out of range.
+        InputError: if the tokenizer or the scorer of drafts does not fit the model, or an argument is out of range.
     """
     if "seed" in others:
         raise InputError("generate takes a generator instead of a seed: pass generator=image_keys(seed, range(images))")
     settings = SamplingSettings(guidance, top_k, top_p, smooth, **others)
-    if {parameter.dtype for parameter in tokenizer.parameters()} == {torch.float32}:  # a lowered one has another hash
-        settings.choice.check_tokenizer(tokenizer.fingerprint)
     images, tokens = draw_images(model, tokenizer, labels, settings, generator, known)
     return (images, tokens) if return_tokens else images
 
@@ -137,7 +135,7 @@ def draw_scales(
         guide: weaker network on the same device; by default, the one that `settings` names is loaded.
 
     Raises:
-        InputError: if the tokenizer does not fit the model, or an argument is out of range.
+        InputError: if the tokenizer or the scorer of drafts does not fit the model, or an argument is out of range.
     """
     check_arguments(model, tokenizer, labels, settings)
     if known is not None:
@@ -146,7 +144,7 @@ def draw_scales(
     dtype = torch.float32 if labels.is_floating_point() else torch.int64
     batch = Batch(labels.to(device, dtype, non_blocking=True), keys.to(device, non_blocking=True), known)
     guide = load_guide(settings.guide, model.config, tokenizer) if guide is None else guide
-    drawer = ScaleDrawer(model, tokenizer.quantizer, settings, guide, settings.choice.load_scorer(device))
+    drawer = ScaleDrawer(model, tokenizer.quantizer, settings, guide, settings.choice.load_scorer(tokenizer.quantizer))
     yield from drawer.steps(batch) if graphs is None else graphs.steps(drawer, batch)
 
 

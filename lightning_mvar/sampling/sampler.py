@@ -41,7 +41,6 @@ class Sampler:
         self.device = device
         self.dtype = DTYPES[precision]
         set_tf32(precision == "tf32")
-        self.tokenizer_fingerprint = model.tokenizer.fingerprint()  # before it is lowered
         self.network = lower_precision(model.network.to(device), self.dtype)
         self.tokenizer = model.tokenizer.to(device).lower(self.dtype)
         self.guides: dict[str, MVAR] = {}  # the last one used, by its path
@@ -62,10 +61,6 @@ class Sampler:
             self.guides = {path: lower_precision(guide, self.dtype)}
         return None if path is None else self.guides[path]
 
-    def check_scorer(self, settings: SamplingSettings) -> None:
-        """Raises InputError if the scorer of drafts, if `settings` name one, is of another tokenizer."""
-        settings.choice.check_tokenizer(lambda: self.tokenizer_fingerprint)
-
     def steps(
         self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int], known: KnownTokens | None = None
     ) -> Iterator[Step]:
@@ -78,7 +73,6 @@ class Sampler:
             numbers: number of each image; with the seed it determines the image's random stream.
             known: tokens of given images, and which of them to keep.
         """
-        self.check_scorer(settings)
         keys = settings.keys(numbers)
         return draw_scales(
             self.network, self.tokenizer, labels, settings, keys, known, self.graphs, self.guide(settings)
@@ -91,7 +85,6 @@ class Sampler:
 
     def draw(self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int]) -> Tensor:
         """Draws images (b, 3, H, W) in [0, 1]; see `steps`."""
-        self.check_scorer(settings)
         keys, guide = settings.keys(numbers), self.guide(settings)
         return draw_images(self.network, self.tokenizer, labels, settings, keys, graphs=self.graphs, guide=guide)[0]
 

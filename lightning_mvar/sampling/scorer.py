@@ -43,7 +43,7 @@ class ScorerConfig:
         code_dim: channels of f_hat.
         num_classes: number of classes.
         width: channels of the first convolutions.
-        tokenizer: fingerprint of the tokenizer of the pyramids.
+        quantizer: fingerprint of the quantizer of the pyramids.
         drawn: network that drew the drawn pyramids, and its settings.
     """
 
@@ -52,7 +52,7 @@ class ScorerConfig:
     code_dim: int
     num_classes: int
     width: int
-    tokenizer: str
+    quantizer: str
     drawn: str
 
     def __post_init__(self) -> None:
@@ -78,11 +78,11 @@ class ScorerConfig:
                     f"network; train one on its own samples with `lightning-mvar train-scorer`"
                 )
 
-    def check_tokenizer(self, fingerprint: str, folder: str) -> None:
-        """Raises InputError unless the scorer in `folder` is of tokens of the tokenizer with this fingerprint."""
-        if self.tokenizer != fingerprint:
+    def check_quantizer(self, fingerprint: str, folder: str) -> None:
+        """Raises InputError unless the scorer in `folder` is of pyramids of the quantizer with this fingerprint."""
+        if self.quantizer != fingerprint:
             raise InputError(
-                f"the scorer in {folder} was trained with tokenizer {self.tokenizer}, but the network uses "
+                f"the scorer in {folder} was trained with quantizer {self.quantizer}, but the network uses "
                 f"{fingerprint}: train one on its own samples with `lightning-mvar train-scorer`"
             )
 

@@ -300,11 +300,10 @@ class LitMVAR(ScheduledModule):
         Raises:
             InputError: if the settings do not suit the network and its tokenizer, or a named network cannot be read.
         """
-        device = self.trainer.strategy.root_device
+        tokenizer = self.tokenizer.to(self.trainer.strategy.root_device)
         settings.check(self.network_config)
-        settings.choice.check_tokenizer(lambda: self.tokenizer_fingerprint)
-        settings.choice.load_scorer(device)
-        return load_guide(settings.guide, self.network_config, self.tokenizer.to(device), self.class_names)
+        settings.choice.load_scorer(tokenizer.quantizer)
+        return load_guide(settings.guide, self.network_config, tokenizer, self.class_names)
 
     def predict_step(self, labels: Tensor, batch_idx: int) -> Tensor:
         """Draws an image (3, H, W) in [0, 1] per label (b,), maybe none, with the settings in `self.sampling`.

@@ -12,7 +12,7 @@ import pytest
 from conftest import tiny_network, write_images
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.checkpoints import load_trained, save_folder
+from lightning_mvar.checkpoints import load_tokenizer, load_trained, save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.commands import train_scorer as command
 from lightning_mvar.data.tokens.manifest import Manifest
@@ -47,7 +47,7 @@ def test_a_scorer_is_trained_and_chooses(workdir: Path, capfd: pytest.CaptureFix
     output = capfd.readouterr().out
     assert "told apart" in output
     config = load_scorer("scorer").config
-    assert (config.num_classes, config.tokenizer) == (3, Manifest.load(Path("own")).tokenizer)
+    assert (config.num_classes, config.quantizer) == (3, fingerprint(load_tokenizer("model").quantizer))
     assert "guidance=1.5" in config.drawn
     plain = drawn()
     Path("drawn.npz").unlink()
@@ -164,10 +164,10 @@ def test_held_out_shards_are_verified(workdir: Path, capfd: pytest.CaptureFixtur
     assert not Path("scorer").exists()
 
 
-def test_a_scorer_of_another_tokenizer_is_refused(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_scorer_of_another_quantizer_is_refused(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*TRAIN, *FEW]) == 0
-    config = json.loads(Path("scorer/config.json").read_text()) | {"tokenizer": "0" * 16}
+    config = json.loads(Path("scorer/config.json").read_text()) | {"quantizer": "0" * 16}
     Path("scorer/config.json").write_text(json.dumps(config))
     assert run([*DRAW, "--out", "drawn.npz", "--drafts", "2", "--draft_scorer", "scorer"]) == 1
-    assert "the scorer in scorer was trained with tokenizer 0000000000000000" in capfd.readouterr().err
+    assert "the scorer in scorer was trained with quantizer 0000000000000000" in capfd.readouterr().err
     assert not Path("drawn.npz").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, generate
-from lightning_mvar.checkpoints import TrainedModel
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.sampling.drafts import Drafts, choose_by_score
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
 from lightning_mvar.sampling.graphs import ScaleGraphs
 from lightning_mvar.sampling.philox import DRAFTS, TOKENS, image_keys, uniform
-from lightning_mvar.sampling.sampler import Sampler
 from lightning_mvar.sampling.scorer import Scorer, load_scorer, save_scorer
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, draw
@@ -45,7 +43,7 @@ def write_scorer(folder: Path, factor: float, **overrides: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_scorer(tmp_path_factory.mktemp("scorer"), 30, tokenizer=tokenizer.fingerprint())
+    return write_scorer(tmp_path_factory.mktemp("scorer"), 30, quantizer=fingerprint(tokenizer.quantizer))
 
 
 def drawn_tokens(network: MVAR, tokenizer: Tokenizer, **options: Any) -> Tensor:
@@ -178,13 +176,13 @@ def test_the_choice_follows_the_softmax_of_the_scores() -> None:
     torch.testing.assert_close(shares, scores.softmax(dim=0), rtol=0, atol=0.03)
 
 
-def test_a_new_scorer_in_the_same_folder_is_read_again(tmp_path: Path) -> None:
-    drafts, weights = Drafts(2, write_scorer(tmp_path, 1)), []
+def test_a_new_scorer_in_the_same_folder_is_read_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    quantizer, weights = tokenizer.quantizer, []
     for factor in (1, 2):
-        write_scorer(tmp_path, factor)
+        drafts = Drafts(2, write_scorer(tmp_path, factor, quantizer=fingerprint(quantizer)))
         os.utime(tmp_path / "config.json", (factor, factor))
-        scorer = drafts.load_scorer(torch.device("cpu"))
-        assert scorer is drafts.load_scorer(torch.device("cpu"))
+        scorer = drafts.load_scorer(quantizer)
+        assert scorer is drafts.load_scorer(quantizer)
         assert scorer is not None
         weights.append(scorer.out.weight)
     torch.testing.assert_close(weights[1], 2 * weights[0])
@@ -227,19 +225,14 @@ def test_unconditional_images_are_refused(tokenizer: Tokenizer, folder: str) -> 
         generate(tiny_network(), tokenizer, torch.tensor([3, 10]), drafts=2, draft_scorer=folder)
 
 
-def test_a_scorer_of_another_tokenizer_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"drafts": 2, "draft_scorer": write_scorer(tmp_path, 1)}
-    message = f"was trained with tokenizer {'0' * 16}, but the network uses {tokenizer.fingerprint()}"
+def test_a_scorer_of_another_quantizer_is_refused(tokenizer: Tokenizer, folder: str, tmp_path: Path) -> None:
+    message = f"was trained with quantizer {'0' * 16}, but the network uses {fingerprint(tokenizer.quantizer)}"
     with pytest.raises(InputError, match=message):
-        drawn_tokens(tiny_network(), tokenizer, **options)
-    lowered = copy.deepcopy(tokenizer)
-    sampler = Sampler(TrainedModel(tiny_network(), lowered, []), torch.device("cpu"), "bfloat16")
-    with pytest.raises(InputError, match=message):
-        sampler.draw(LABELS, SamplingSettings(**options), range(4))
-    with pytest.raises(InputError, match=message):
-        sampler.steps(LABELS, SamplingSettings(**options), range(4))
-    write_scorer(tmp_path, 1, tokenizer=tokenizer.fingerprint())
-    assert sampler.draw(LABELS, SamplingSettings(**options), range(4)).shape == (4, 3, 8, 8)
+        drawn_tokens(tiny_network(), tokenizer, drafts=2, draft_scorer=write_scorer(tmp_path, 1))
+    lowered = Tokenizer(tokenizer.config).eval()
+    lowered.load_state_dict(tokenizer.state_dict())
+    lowered.lower(torch.bfloat16)
+    assert drawn_tokens(tiny_network(), lowered, drafts=2, draft_scorer=folder).shape == (4, SCHEDULE.num_tokens)
 
 
 def test_the_check_reads_no_weights(tmp_path: Path) -> None:

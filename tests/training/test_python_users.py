@@ -17,6 +17,7 @@ from lightning_mvar.callbacks import Checkpoint, FIDCallback, SamplesCallback
 from lightning_mvar.checkpoints import load_trained
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.models.config import NetworkOptions
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.scorer import FORMAT, Scorer, ScorerConfig, save_scorer
@@ -112,7 +113,7 @@ def test_bad_scorers_are_refused_before_anything_is_trained_or_drawn(
     config = ScorerConfig(FORMAT.number, [*SCHEDULE.side_lengths], 8, 10, 8, "0" * 16, "a test")
     save_scorer(Scorer(config), tmp_path / "scorer")
     sampling = SamplingSettings(drafts=2, draft_scorer=str(tmp_path / "scorer"))
-    module, message = make_module(tokenizer_folder), f"was trained with tokenizer {'0' * 16}, but the network uses"
+    module, message = make_module(tokenizer_folder), f"was trained with quantizer {'0' * 16}, but the network uses"
     callbacks = (SamplesCallback(sampling=sampling), FIDCallback(Pixels(), "digits:test", sampling=sampling))
     for callback in callbacks:
         with pytest.raises(InputError, match=message):
@@ -120,7 +121,7 @@ def test_bad_scorers_are_refused_before_anything_is_trained_or_drawn(
     module.sampling = sampling
     with pytest.raises(InputError, match=message):
         make_trainer(tmp_path, 1).predict(module, DataLoader(torch.tensor([3]), batch_size=1))
-    save_scorer(Scorer(replace(config, tokenizer=module.tokenizer_fingerprint)), tmp_path / "scorer")
+    save_scorer(Scorer(replace(config, quantizer=fingerprint(module.tokenizer.quantizer))), tmp_path / "scorer")
     (tmp_path / "scorer/scorer.safetensors").write_bytes(b"torn")
     for callback in callbacks:
         with pytest.raises(InputError, match=r"scorer\.safetensors"):
