@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def test_the_example_mixer_trains_and_takes_one_scale_at_a_time() -> None:
 
 
 def test_the_example_score_equals_a_plain_loop_over_pairs() -> None:
-    kernel_distance = example("score").kernel_distance
+    gaussian_distance = example("score").gaussian_distance
     torch.manual_seed(0)
     extractor, sets = Projection(), [torch.rand(12, 3, 8, 8), torch.rand(9, 3, 8, 8) / 4]
     measured = [Features(extractor, len(images), 100) for images in sets]
@@ -104,12 +105,11 @@ def test_the_example_score_equals_a_plain_loop_over_pairs() -> None:
     real, generated = summary.features, scores.features.compute().features
 
     def mean(a: torch.Tensor, b: torch.Tensor) -> float:
-        pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if a is not b or i != j]
-        return sum((float(x.double() @ y.double()) / len(x) + 1) ** 3 for x, y in pairs) / len(pairs)
+        return sum(math.exp(-float((x - y).double().square().sum()) / 200) for x in a for y in b) / len(a) / len(b)
 
-    expected = mean(real, real) + mean(generated, generated) - 2 * mean(real, generated)
-    assert kernel_distance(real, generated) == pytest.approx(expected, rel=1e-6)
-    assert kernel_distance(real, generated) > 5 * abs(kernel_distance(real[:6], real[6:]))
+    expected = 1000 * (mean(real, real) + mean(generated, generated) - 2 * mean(real, generated))
+    assert gaussian_distance(real, generated) == pytest.approx(expected, rel=1e-6)
+    assert gaussian_distance(real, generated) > 2 * gaussian_distance(real[:6], real[6:])
 
 
 def test_the_example_data_source_gives_the_images_of_the_folder(tmp_path: Path) -> None:

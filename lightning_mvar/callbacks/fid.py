@@ -29,7 +29,7 @@ from lightning_mvar.training.strategies import sampling_mode
 class FIDCallback(L.Callback):
     """Samples at the end of validation and of training, and logs scores of the samples against real images.
 
-    Logs `val/fid`, and if extractor and reference allow it, `val/sfid`, `val/is`, `val/precision` and `val/recall`, for
+    Logs `val/fid`, and if extractor and reference allow it, `val/mind`, `val/kid` and the other scores of `Scores`, for
     model selection. `val/frechet_EXTRACTOR` repeats `val/fid` under a name that says what it is comparable with:
     published FID only if the extractor is InceptionV3.
 
@@ -46,7 +46,7 @@ class FIDCallback(L.Callback):
             one always is.
         weights: `ema` for the weight average if one is kept, `raw` for the weights being trained.
         keep_sharded: gather a sharded network block by block, if all of it does not fit on a device; slower.
-        neighbours: k of precision and recall; 0 for neither.
+        neighbours: k of precision and recall; 0 to skip them, density and coverage, which take the longest.
         sampling: guidance scale, top-k, top-p and seed, and the other options of `SamplingSettings`.
         cache: folder that keeps the statistics of the real images.
     """
@@ -94,9 +94,7 @@ class FIDCallback(L.Callback):
         tokenizer = pl_module.tokenizer.to(trainer.strategy.root_device)
         self.guide = pl_module.prepare_sampling(self.sampling)
         prepare(self.extractor, trainer.strategy.root_device)
-        self.reference = self.real.summary(
-            self.extractor, tokenizer.config.shape, self.cache, self.neighbours > 0, tokenizer
-        )
+        self.reference = self.real.summary(self.extractor, tokenizer.config.shape, self.cache, tokenizer)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and self.is_due(trainer):

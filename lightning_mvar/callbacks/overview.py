@@ -23,7 +23,7 @@ from lightning_mvar.training.tokenizer import LitTokenizer
 
 # Metrics by which runs are compared; TensorBoard takes the last value of each.
 METRICS: dict[type, list[str]] = {
-    LitMVAR: ["val/loss", "val/fid", "val/is", "val/precision", "val/recall", "train/loss"],
+    LitMVAR: ["val/loss", "val/fid", "val/mind", "val/is", "val/precision", "val/recall", "train/loss"],
     LitTokenizer: ["val/loss", "val/l2", "val/l1", "val/codebook_usage", "train/loss"],
 }
 
@@ -43,7 +43,10 @@ CHARTS: dict[type, dict[str, dict[str, list[str]]]] = {
         "samples": {
             "Frechet distance": ["val/fid$"],
             "inception score": ["val/is$"],
+            "Monge distance": ["val/mind$"],
+            "kernel distance": ["val/kid$"],
             "precision and recall": ["val/precision$", "val/recall$"],
+            "density and coverage": ["val/density$", "val/coverage$"],
         },
     },
     LitTokenizer: {

@@ -48,8 +48,9 @@ def evaluate(
     num_nodes: int = 1,
     **sampling: Any,
 ) -> None:
-    """Scores samples against real images: Frechet distance, precision and recall (k = 3), sFID if the extractor has
-    spatial features, and inception score if it has logits. Samples of digits and photos are also classified.
+    """Scores samples against real images: Frechet distance, MIND, KID, precision and recall (k = 3), density and
+    coverage (k = 5), Vendi score, sFID if the extractor has spatial features, and inception score if it has logits.
+    Samples of digits and photos are also classified.
 
     Scores depend on the extractor and on the number of samples; compare them only if both are the same.
 

@@ -14,20 +14,26 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.image_sets import ImageSet
+from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
 from lightning_mvar.metrics.reference import Reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, describe_extractor, feed_shard, num_features
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-NEIGHBOURS = 3  # k of precision and recall
 FLOOR_ROUNDING = 1e-9  # of a distance, relative to the variances
 FULL_NAMES = {
     "fid": "frechet_distance",
     "sfid": "spatial_frechet_distance",
+    "kid": "kernel_distance",
+    "kid_std": "kernel_distance_std",
+    "mind": "mind",
     "is": "inception_score",
+    "vendi": "vendi_score",
     "precision": "precision",
     "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
 }
 
 
@@ -65,14 +71,13 @@ class Evaluator:
         )
         count, features = len(summary.features) if summary.features is not None else None, num_features(self.extractor)
         if count is not None and count <= features:
-            scores = " and there is no precision or recall" if count <= NEIGHBOURS else ""
+            scores = " and there is no precision or recall" if count <= DENSITY_NEIGHBOURS else ""
             warn(f"{reference.name} has {count} images for {features} features: its covariance is singular{scores}")
         return summary
 
     def score(self, images: ImageSet, real: Summary, progress: str) -> dict[str, Any]:
         """Returns all scores that the extractor and the reference support, by full name."""
-        fewest = min(len(images), len(images) if real.features is None else len(real.features))
-        scores = Scores(self.extractor, real, len(images), NEIGHBOURS if fewest > NEIGHBOURS else 0)
+        scores = Scores(self.extractor, real, len(images))
         feed_shard(images, scores, progress)
         return {FULL_NAMES[name]: value for name, value in scores.compute().items()}
 

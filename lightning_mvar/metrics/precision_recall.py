@@ -1,8 +1,12 @@
-"""Precision and recall of generated features against real ones (arXiv 1904.06991).
+"""Precision, recall, density and coverage of generated features against real ones.
 
-The manifold of a feature set is estimated as the union of balls around its features; each radius is the distance to the
-k-th nearest other feature. Precision is the fraction of generated features on the real manifold, recall the fraction of
-real features on the generated one. Both depend on the extractor, on k and on the set sizes.
+Each feature of a set is the centre of a closed ball, whose radius is the distance to the k-th nearest other feature of
+the set. All four scores depend on the extractor, on k and on the set sizes.
+
+    precision  fraction of generated features inside at least one real ball          (arXiv 1904.06991, k = 3)
+    recall     fraction of real features inside at least one generated ball
+    density    number of real balls around a generated feature, divided by k; mean   (arXiv 2002.09797, k = 5)
+    coverage   fraction of real balls with at least one generated feature inside
 """
 
 from __future__ import annotations
@@ -18,12 +22,13 @@ from tqdm import tqdm
 from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
 
+DENSITY_NEIGHBOURS = 5  # k of density and coverage, as published
 BLOCK_ROWS = 512  # rows of the distance matrix in memory at a time
 ROUNDING = 1e-12  # generous bound on the relative error of a sum of a few thousand float64 products
 
 
 class FeatureBank(Metric):
-    """Stores all feature vectors of a set in float32, gathered over all ranks.
+    """Stores feature vectors of a set in float32, gathered over all ranks.
 
     Args:
         num_features: length of a feature vector.
@@ -35,53 +40,83 @@ class FeatureBank(Metric):
         super().__init__()
         self.num_features = num_features
         self.features: list[Tensor]
+        self.indices: list[Tensor]
         self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("indices", [], dist_reduce_fx="cat")
         self.reset()
 
     def reset(self) -> None:
         super().reset()
-        # Without this, torchmetrics gathers (0,) from a rank without features, which does not concatenate with (n, f).
+        # Without these, torchmetrics gathers (0,) from a rank without features, which does not concatenate with (n, f).
         self.features.append(torch.empty(0, self.num_features, device=self.device))
+        self.indices.append(torch.empty(0, dtype=torch.int64, device=self.device))
 
-    def update(self, features: Tensor) -> None:
-        """Adds features (b, num_features); b may be 0."""
+    def update(self, features: Tensor, indices: Tensor) -> None:
+        """Adds features (b, num_features) of the images with indices (b,) int64 in the set; b may be 0."""
         self.features.append(features.detach().float())
+        self.indices.append(indices.to(features.device))
 
     def compute(self) -> Tensor:
-        """Returns features (n, num_features) float32, ordered by rank."""
-        return dim_zero_cat(self.features)
+        """Returns features (n, num_features) float32, ordered by index whatever the number of ranks."""
+        return dim_zero_cat(self.features)[dim_zero_cat(self.indices).argsort()]
 
 
-def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Returns precision and recall of generated features (m, f) against real ones (n, f), each in [0, 1].
+def enough_neighbours(real: Tensor, generated: Tensor, neighbours: int) -> bool:
+    """Returns whether each feature has as many others in its set as `precision_recall` needs."""
+    return max(neighbours, DENSITY_NEIGHBOURS) < min(len(real), len(generated))
+
+
+def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> dict[str, float]:
+    """Returns `precision`, `recall` and `coverage` in [0, 1] and `density` >= 0.
 
     Computed on the tensors' device in float64, in O((n + m)^2 f) time and O((n + m) f) memory.
 
+    Args:
+        real: features (n, f) of real images.
+        generated: features (m, f) of generated images.
+        neighbours: k of precision and recall; that of density and coverage is `DENSITY_NEIGHBOURS`.
+
     Raises:
-        InputError: if a set has no `neighbours`-th nearest other feature.
+        InputError: if a set has too few features.
     """
-    if not 1 <= neighbours < min(len(real), len(generated)):
+    if neighbours < 1 or not enough_neighbours(real, generated, neighbours):
         raise InputError(
-            "precision and recall need 1 <= neighbours < features in each set, "
+            f"precision, recall, density and coverage need neighbours >= 1 and more than "
+            f"{max(neighbours, DENSITY_NEIGHBOURS)} features in each set, "
             f"got {neighbours} neighbours, {len(real)} real and {len(generated)} generated features"
         )
-    return coverage(real, generated, neighbours), coverage(generated, real, neighbours)
+    mean = real.mean(dim=0, dtype=torch.float64)  # subtracted to avoid cancellation far from the origin
+    real, generated = (features.to(torch.float64, copy=True).sub_(mean) for features in (real, generated))
+    radii, density_radii = squared_radii(real, [neighbours, DENSITY_NEIGHBOURS])
+    (generated_radii,) = squared_radii(generated, [neighbours])
+
+    squares = real.square().sum(dim=1)
+    precise, balls = torch.zeros(2, dtype=torch.int64, device=real.device)
+    recalled, covered = torch.zeros(2, len(real), dtype=torch.bool, device=real.device)
+    blocks = zip(row_blocks(generated, "precision and recall"), generated_radii.split(BLOCK_ROWS), strict=True)
+    for rows, row_radii in blocks:
+        distances = squared_distances(rows, real, squares)
+        precise += (distances <= radii).any(dim=1).sum()
+        recalled |= (distances <= row_radii[:, None]).any(dim=0)
+        inside = distances <= density_radii
+        balls += inside.sum()
+        covered |= inside.any(dim=0)
+    return {
+        "precision": int(precise) / len(generated),
+        "recall": int(recalled.sum()) / len(real),
+        "density": int(balls) / len(generated) / DENSITY_NEIGHBOURS,
+        "coverage": int(covered.sum()) / len(real),
+    }
 
 
-def coverage(centres: Tensor, points: Tensor, neighbours: int) -> float:
-    """Returns the fraction of points (m, f) inside the union of closed balls around centres (n, f)."""
-    mean = centres.mean(dim=0, dtype=torch.float64)  # subtracted to avoid cancellation far from the origin
-    centres, points = (features.to(torch.float64, copy=True).sub_(mean) for features in (centres, points))
-    squares = centres.square().sum(dim=1)
+def squared_radii(features: Tensor, neighbours: list[int]) -> Tensor:
+    """Returns squared distances (len(neighbours), n) of features (n, f) to their k-th nearest other, for each k."""
+    squares = features.square().sum(dim=1)
     nearest = [
-        squared_distances(rows, centres, squares).topk(neighbours + 1, largest=False).values
-        for rows in row_blocks(centres, "neighbours")
+        squared_distances(rows, features, squares).topk(max(neighbours) + 1, largest=False).values
+        for rows in row_blocks(features, "neighbours")
     ]
-    radii = torch.cat(nearest)[:, -1] * (1 + ROUNDING)  # k + 1 because the nearest is the centre itself
-    inside = [
-        (squared_distances(rows, centres, squares) <= radii).any(dim=1) for rows in row_blocks(points, "coverage")
-    ]
-    return float(torch.cat(inside).double().mean())
+    return torch.cat(nearest)[:, neighbours].T * (1 + ROUNDING)  # column 0 is the feature itself
 
 
 def row_blocks(features: Tensor, progress: str) -> Iterable[Tensor]:

@@ -25,7 +25,7 @@ from lightning_mvar.sampling.readers import NpzSamples
 from lightning_mvar.scales import Shape, format_shape, shape_of
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-MAX_REAL_FEATURES = 10_000  # real images used for precision and recall, as in the published protocol
+MAX_REAL_FEATURES = 10_000  # real images whose features are compared with samples, as in the published protocol
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ class Reference:
         extractor: nn.Module,
         size: int | Shape,
         cache: Path,
-        with_features: bool = True,
         tokenizer: Tokenizer | None = None,
         num_workers: int = 0,
     ) -> Summary:
@@ -100,14 +99,12 @@ class Reference:
 
         Each rank extracts features of its share; the result is cached. An npz with `mu` and `sigma`, such as the
         published ADM / OpenAI files or a file written by `evaluate --statistics`, is used as it is; it is valid only
-        for the extractor that produced it.
+        for the extractor that produced it. If it has images but no features, those of its images are measured.
 
         Args:
             extractor: prepared, on the device to compute on.
             size: side of the images in pixels, or their (height, width).
             cache: folder for measured statistics.
-            with_features: whether features are needed (for precision and recall); if so, images of an npz are
-                measured even if it has `mu`, unless it also has features.
             tokenizer: tokenizer that encoded the token shards, on the device to decode on.
             num_workers: processes that decode image files.
 
@@ -117,7 +114,7 @@ class Reference:
         published = None
         if "mu" in self.arrays:
             published = Summary.load(Path(self.name), extractor)
-            if published.features is not None or not with_features or not self.has_images:
+            if published.features is not None or not self.has_images:
                 return published
         measured = measure_cached(extractor, self.images(size, tokenizer, num_workers), self.name, cache)
         if published is None:

@@ -113,7 +113,8 @@ class Features:
                 self.spatial.update(spatial)
         self.statistics.update(features)
         if self.bank is not None:
-            self.bank.update(features[self.in_bank[indices.cpu()].to(features.device)])
+            kept = self.in_bank[indices.cpu()]
+            self.bank.update(features[kept.to(features.device)], indices[kept.to(indices.device)])
         return features
 
     def compute(self) -> Summary:

@@ -10,16 +10,22 @@ LOSSES = {
 SCORES = {
     "frechet_distance": "Frechet distance",
     "spatial_frechet_distance": "sFID",
+    "kernel_distance": "kernel distance",
+    "mind": "MIND",
     "frechet_distance_over_floor": "distance over floor",
     "inception_score": "inception score",
+    "vendi_score": "Vendi score",
     "precision": "precision",
     "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
     "classifier_accuracy_on_samples": "classifier accuracy on samples",
     "svm_accuracy_on_samples": "SVM accuracy on samples",
     "svm_accuracy_trained_on_samples": "accuracy of SVM trained on samples",
 }
 TRAINING_SCORES = {
     "val/fid": "Frechet distance in training",
+    "val/mind": "MIND in training",
     "val/is": "inception score in training",
     "val/precision": "precision in training",
     "val/recall": "recall in training",

@@ -20,51 +20,68 @@ def sets() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(300, 6, generator=generator), torch.randn(270, 6, generator=generator) * 0.8 + 0.3
 
 
-def coverage_by_trees(centres: torch.Tensor, points: torch.Tensor, neighbours: int) -> float:
-    """Returns the coverage by k-d trees in float64; without an argument, kneighbors excludes each point itself."""
+def scores_by_trees(real: torch.Tensor, generated: torch.Tensor, neighbours: int) -> dict[str, float]:
+    """Returns the scores by k-d trees in float64; without an argument, kneighbors excludes each point itself."""
     from sklearn.neighbors import NearestNeighbors  # here, because the processes below import this file too
 
-    tree = NearestNeighbors(n_neighbors=neighbours, algorithm="kd_tree").fit(centres.double().numpy())
-    radii = tree.kneighbors()[0][:, -1]
-    distances = [np.linalg.norm(centres.double().numpy() - point, axis=1) for point in points.double().numpy()]
-    return float(np.mean([(distance <= radii).any() for distance in distances]))
+    def radii(centres: np.ndarray, k: int) -> np.ndarray:
+        return NearestNeighbors(n_neighbors=k, algorithm="kd_tree").fit(centres).kneighbors()[0][:, -1:]
+
+    x, y = real.double().numpy(), generated.double().numpy()
+    distances = np.linalg.norm(x[:, None] - y, axis=2)
+    inside = distances <= radii(x, 5)
+    return {
+        "precision": (distances <= radii(x, neighbours)).any(axis=0).mean(),
+        "recall": (distances <= radii(y, neighbours).T).any(axis=1).mean(),
+        "density": inside.sum() / 5 / len(y),
+        "coverage": inside.any(axis=1).mean(),
+    }
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 10])
-def test_precision_and_recall_agree_with_nearest_neighbours(sets: tuple, neighbours: int) -> None:
-    real, generated = sets
-    precision, recall = precision_recall(real, generated, neighbours)
-    assert precision == coverage_by_trees(real, generated, neighbours)
-    assert recall == coverage_by_trees(generated, real, neighbours)
-    assert 0.1 < recall < precision
+def test_scores_agree_with_nearest_neighbours(sets: tuple, neighbours: int) -> None:
+    scores = precision_recall(*sets, neighbours)
+    assert scores == pytest.approx(scores_by_trees(*sets, neighbours), rel=1e-12)
+    assert 0.1 < scores["recall"] < scores["precision"]
+    assert 0.1 < scores["coverage"] < 1 < scores["density"]
+
+
+def test_scores_agree_with_prdc(sets: tuple) -> None:
+    prdc = pytest.importorskip("prdc")
+    scores = precision_recall(*sets, 5)
+    expected = prdc.compute_prdc(*(features.double().numpy() for features in sets), nearest_k=5)
+    assert scores == pytest.approx(expected, rel=1e-12)
 
 
 def test_near_neighbours_far_from_the_origin_keep_their_distances(sets: tuple) -> None:
     real, generated = (1000 + features / 50 for features in sets)
-    assert precision_recall(real, generated) == (
-        coverage_by_trees(real, generated, 3),
-        coverage_by_trees(generated, real, 3),
-    )
+    assert precision_recall(real, generated) == pytest.approx(scores_by_trees(real, generated, 3), rel=1e-12)
 
 
 def test_identical_sets_cover_each_other(sets: tuple) -> None:
     real, _ = sets
-    assert precision_recall(real, real.flip(0)) == (1, 1)
+    scores = precision_recall(real, real.flip(0))
+    assert (scores["precision"], scores["recall"], scores["coverage"]) == (1, 1, 1)
+    assert scores["density"] == pytest.approx(6 / 5)  # each ball also contains its centre
 
 
 def test_distant_sets_do_not_overlap(sets: tuple) -> None:
     real, generated = sets
-    assert precision_recall(real, generated + 100) == (0, 0)
+    assert set(precision_recall(real, generated + 100).values()) == {0}
 
 
-def test_a_collapsed_generator_is_precise_and_recalls_only_its_copies(sets: tuple) -> None:
+def test_a_collapsed_generator_is_precise_and_dense_but_covers_and_recalls_little(sets: tuple) -> None:
     real, _ = sets
-    assert precision_recall(real, real[5].repeat(40, 1)) == (1, 1 / 300)
+    scores = precision_recall(real, real[5].repeat(40, 1))
+    assert (scores["precision"], scores["recall"]) == (1, 1 / 300)
+    assert scores["coverage"] == pytest.approx(scores["density"] * 5 / 300)  # the real balls around one feature
+    assert scores["coverage"] < 0.1
 
 
 def test_balls_are_closed() -> None:
-    real, generated = torch.arange(4.0)[:, None], torch.tensor([[4.0], [4.5], [-1.0], [-2.5]])
-    assert precision_recall(real, generated, neighbours=1) == (0.5, 0.25)
+    real, generated = torch.arange(7.0)[:, None], torch.tensor([[7.0], [7.5], [-1.0], [-2.5], [-9.0], [-9.1]])
+    scores = precision_recall(real, generated, neighbours=1)
+    assert (scores["precision"], scores["recall"]) == (2 / 6, 1 / 7)
 
 
 def test_blocks_do_not_change_the_result(sets: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,26 +108,27 @@ def test_distances_agree_with_summed_differences_and_are_0_between_equals() -> N
     assert (distances == 0).sum() == 50 + 20
 
 
-@pytest.mark.parametrize(("real", "generated", "neighbours"), [(3, 9, 3), (9, 3, 3), (9, 9, 0)])
+@pytest.mark.parametrize(("real", "generated", "neighbours"), [(5, 9, 3), (9, 5, 3), (9, 9, 9), (9, 9, 0)])
 def test_too_few_features_are_refused(real: int, generated: int, neighbours: int) -> None:
     with pytest.raises(InputError, match=f"{neighbours} neighbours, {real} real and {generated} generated"):
         precision_recall(torch.zeros(real, 2), torch.zeros(generated, 2), neighbours)
 
 
-def test_the_bank_keeps_all_features_until_it_is_reset(sets: tuple) -> None:
+def test_the_bank_keeps_all_features_in_order_until_it_is_reset(sets: tuple) -> None:
     real, _ = sets
     bank = FeatureBank(6)
-    for batch in real.double().requires_grad_().split(37):
-        bank.update(batch)
+    for indices in torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).split(37):
+        bank.update(real[indices].double().requires_grad_(), indices)
     assert torch.equal(bank.compute(), real)
     assert not bank.compute().requires_grad
     bank.reset()
-    bank.update(real[:2])
-    assert torch.equal(bank.compute(), real[:2])
+    bank.update(real[:2], torch.tensor([7, 3]))
+    assert torch.equal(bank.compute(), real[:2].flip(0))
 
 
-def features_of(rank: int, count: int | None) -> torch.Tensor:
-    return torch.arange(6 * (count or 0)).view(-1, 6) + 100.0 * rank
+def features_of(rank: int, count: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns features of a rank and their indices: each second image of the set."""
+    return torch.arange(6 * (count or 0)).view(-1, 6) + 100.0 * rank, 2 * torch.arange(count or 0) + rank
 
 
 def gather_on_rank(rank: int, folder: Path) -> None:
@@ -119,7 +137,7 @@ def gather_on_rank(rank: int, folder: Path) -> None:
     bank, gathered = FeatureBank(6), []
     for counts in COUNTS:
         if (count := counts[rank]) is not None:
-            bank.update(features_of(rank, count))
+            bank.update(*features_of(rank, count))
         gathered.append(bank.compute())
         bank.reset()
     torch.save(gathered, folder / f"{rank}.pt")
@@ -128,8 +146,8 @@ def gather_on_rank(rank: int, folder: Path) -> None:
 
 def test_two_processes_gather_any_numbers_of_features(tmp_path: Path) -> None:
     assert run_two_ranks(gather_on_rank, tmp_path) == [0, 0]
-    expected = [torch.cat([features_of(rank, count) for rank, count in enumerate(counts)]) for counts in COUNTS]
     for rank in range(2):
-        for gathered, features in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
-            assert torch.equal(gathered, features)
+        for gathered, counts in zip(torch.load(tmp_path / f"{rank}.pt"), COUNTS, strict=True):
+            features, indices = (torch.cat(parts) for parts in zip(*map(features_of, (0, 1), counts), strict=True))
+            assert torch.equal(gathered, features[indices.argsort()])
             assert gathered.shape[1] == 6

@@ -5,6 +5,8 @@ from torch import nn
 
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics import scores as module
+from lightning_mvar.metrics.kernel_distance import kernel_distance
+from lightning_mvar.metrics.mind import monge_distance
 from lightning_mvar.metrics.precision_recall import precision_recall
 from lightning_mvar.metrics.reference import measure, open_reference
 from lightning_mvar.metrics.scores import Scores
@@ -40,21 +42,27 @@ def test_scores_do_not_depend_on_batches_and_equal_the_single_metrics(reference:
     torch.manual_seed(0)
     extractor, images = Classifier(), torch.rand(60, 3, 8, 8)
     scores = compute_scores(extractor, reference, images, 7)
-    assert scores.keys() == {"fid", "is", "precision", "recall"}
+    neighbour_scores = {"precision", "recall", "density", "coverage"}
+    assert scores.keys() == {"fid", "kid", "kid_std", "mind", "is", "vendi"} | neighbour_scores
     for name, value in compute_scores(extractor, reference, images, 60).items():
         assert scores[name] == pytest.approx(value, rel=1e-6), name
     with torch.no_grad():
         features = extractor(images)
-    assert (scores["precision"], scores["recall"]) == precision_recall(reference.features, features)
+    assert {name: scores[name] for name in neighbour_scores} == precision_recall(reference.features, features)
+    assert (scores["kid"], scores["kid_std"]) == pytest.approx(kernel_distance(reference.features, features), rel=1e-6)
+    assert scores["mind"] == pytest.approx(monge_distance(reference.features, features), rel=1e-6)
+    assert 1 < scores["vendi"] < 12
     assert 1 <= scores["is"] <= 5
     without_neighbours = compute_scores(extractor, reference, images, 60, neighbours=0)
-    assert without_neighbours.keys() == {"fid", "is"}
+    assert without_neighbours.keys() == scores.keys() - neighbour_scores
 
 
 def test_scores_that_extractor_or_reference_do_not_support_are_omitted(reference: Summary) -> None:
     torch.manual_seed(0)
     extractor, images = Projection(), torch.rand(20, 3, 8, 8)
-    assert compute_scores(extractor, Summary(reference.statistics), images, 20).keys() == {"fid"}
+    assert compute_scores(extractor, Summary(reference.statistics), images, 20).keys() == {"fid", "vendi"}
+    few = compute_scores(extractor, reference, images[:5], 20)
+    assert few.keys() == {"fid", "kid", "kid_std", "mind", "vendi"}  # without a fifth neighbour
 
 
 def test_real_images_score_perfectly_against_themselves(reference: Summary) -> None:
@@ -63,10 +71,12 @@ def test_real_images_score_perfectly_against_themselves(reference: Summary) -> N
     images = torch.cat([*source.batches(0, len(source))])
     scores = compute_scores(Projection(), reference, images, 64)
     assert scores["fid"] == pytest.approx(0, abs=1e-6)
-    assert scores["precision"] == scores["recall"] == 1
+    assert scores["mind"] == pytest.approx(0, abs=1e-9)
+    assert abs(scores["kid"]) < 1e-3
+    assert scores["precision"] == scores["recall"] == scores["coverage"] == 1
 
 
-def test_precision_and_recall_use_a_limited_number_of_samples(
+def test_comparisons_with_real_features_use_a_limited_number_of_samples(
     reference: Summary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_SAMPLE_FEATURES", 20)
@@ -75,7 +85,8 @@ def test_precision_and_recall_use_a_limited_number_of_samples(
     scores = compute_scores(extractor, reference, images, 7)
     with torch.no_grad():
         features = extractor(images[::3])  # of 58 images, the indices 0, 3, ... 57 are spaced evenly
-    assert (scores["precision"], scores["recall"]) == precision_recall(reference.features, features)
+    expected = precision_recall(reference.features, features)
+    assert {name: scores[name] for name in expected} == expected
 
 
 class Means(nn.Module):
