@@ -23,35 +23,13 @@ from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
+from lightning_mvar.cli.help import COMMANDS, FULL_HELP, check_options, completion, nearest, print_help, usage
 from lightning_mvar.errors import InputError, Interrupted, one_line
 
 PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 BUG_EXIT_CODE = 70  # of any exception that is not an InputError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of writes outside `atomic_path`: never a bug
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP)  # of a path that a user names
-
-COMMANDS = {  # command: (module with `main(argv)`, help)
-    "fit": ("fit", "train a network on token shards"),
-    "validate": ("fit", "teacher-forced loss of a checkpoint on the validation shards"),
-    "test": ("fit", "teacher-forced loss of a checkpoint on the test shards"),
-    "train-tokenizer": ("train_tokenizer", "train the tokenizer on images"),
-    "tokenize": ("tokenize", "turn images into token shards"),
-    "shards": ("shards", "check, describe or view token shards"),
-    "sample": ("sample", "draw images from a checkpoint or an exported folder"),
-    "edit": ("edit", "inpaint a part of a given image"),
-    "serve": ("serve", "start a local web page that draws and inpaints"),
-    "evaluate": ("evaluate", "score samples of a checkpoint, or any other samples"),
-    "sweep": ("sweep", "run fit and evaluate, or other commands, for each cell of a sweep file"),
-    "likelihood": ("likelihood", "measure the bits per token of given images"),
-    "train-scorer": ("train_scorer", "train the scorer that chooses among drafts when sampling"),
-    "reconstruct": ("reconstruct", "compare real images with their reconstructions"),
-    "export": ("export", "write a checkpoint as one self-contained folder"),
-    "merge": ("merge", "write a linear combination of networks"),
-    "bench": ("bench", "measure speed and memory on this machine"),
-    "bench-gpu": ("bench_gpu", "run a fixed list of benchmarks on one GPU"),
-    "report": ("report", "make tables and figures of a sweep, with the spread over seeds"),
-    "demo": ("demo", "run everything on the embedded digits: train-tokenizer, tokenize, fit, sample, evaluate"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -107,8 +85,17 @@ def run(argv: list[str]) -> int:
         for argument in argv:
             if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
                 return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
+        if argv[0] == "--print_completion":
+            print(completion(" ".join(argv[1:])))
+            return 0
         if argv[0] not in COMMANDS:
-            return fail(f"there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
+            listed = f"the commands are {', '.join(COMMANDS)}"
+            return fail(f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS, otherwise=listed)}")
+        if {"-h", "--help"} & set(argv[1:]):
+            print_help(*argv)
+            return 0
+        check_options(*argv)
+        argv = ["--help" if argument == FULL_HELP else argument for argument in argv]
         command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")
         from lightning_mvar.devices import set_tf32  # here, because it imports torch
 
@@ -146,19 +133,6 @@ def enable_logging() -> None:
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
-
-
-def usage() -> str:
-    lines = [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: lightning-mvar COMMAND [options]",
-            "",
-            *lines,
-            "",
-            "`lightning-mvar COMMAND --help` lists the options.",
-        ]
-    )
 
 
 def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> str:

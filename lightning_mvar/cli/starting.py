@@ -22,11 +22,6 @@ from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.training.base import SKIPPED_STEPS
 
 LOG_FILES = ("events.out.tfevents.*", "hparams.yaml")  # of a run, in its logger's folder; config.yaml is replaced
-START_HELP = {
-    "resume": "continue from the newest complete checkpoint of this run; start from scratch if it has none",
-    "overwrite": "remove the checkpoints and logs of an earlier run in the same folder, and start from scratch",
-    "verify": "read the checkpoint completely before continuing from it, and compare its checksums",
-}
 
 
 class StartOptions(NamedTuple):

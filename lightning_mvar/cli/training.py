@@ -26,9 +26,10 @@ from lightning_mvar.checkpoints.training import (
 )
 from lightning_mvar.cli.arguments import find_input_error
 from lightning_mvar.cli.configs import MODE, config_files, parse, run_folder
+from lightning_mvar.cli.help import START_HELP, TF32_HELP
 from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.cli.rendezvous import fail_together
-from lightning_mvar.cli.starting import START_HELP, RunFolders, StartOptions
+from lightning_mvar.cli.starting import RunFolders, StartOptions
 from lightning_mvar.devices import set_tf32
 from lightning_mvar.errors import RESUME_REMEDY, InputError, one_line
 from lightning_mvar.training.datamodules import TokenDataModule
@@ -226,12 +227,6 @@ def replace_rich_progress_bar(trainer: L.Trainer) -> None:
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar):
         trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar(refresh_rate=10)  # type: ignore[attr-defined]
-
-
-TF32_HELP = (
-    "compute what stays in float32 on GPUs in TF32, with 10 bits of mantissa: several times faster; inputs made from "
-    "tokens, samples and their scores are computed in float32 in any case"
-)
 
 
 def stop_trainer_ranks_on_error(trainer: L.Trainer) -> AbstractContextManager[None]:

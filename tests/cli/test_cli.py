@@ -44,11 +44,6 @@ def test_ctrl_c_during_the_imports_ends_with_130(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_the_command_line_handles_ctrl_c_before_torch_is_imported() -> None:
-    code = "import lightning_mvar.cli, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_mvar.commands import sample
 

@@ -1,0 +1,255 @@
+"""Help on a screen, suggestions for misspelt options and shell completion, all before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lightning_mvar.cli.signatures import Option, Signature, command_signatures, signature
+from lightning_mvar.errors import InputError, require_package
+
+COMMANDS = {  # command: (module with `main(argv)`, help)
+    "fit": ("fit", "train a network on token shards"),
+    "validate": ("fit", "teacher-forced loss of a checkpoint on the validation shards"),
+    "test": ("fit", "teacher-forced loss of a checkpoint on the test shards"),
+    "train-tokenizer": ("train_tokenizer", "train the tokenizer on images"),
+    "tokenize": ("tokenize", "turn images into token shards"),
+    "shards": ("shards", "check, describe or view token shards"),
+    "sample": ("sample", "draw images from a checkpoint or an exported folder"),
+    "edit": ("edit", "inpaint a part of a given image"),
+    "serve": ("serve", "start a local web page that draws and inpaints"),
+    "evaluate": ("evaluate", "score samples of a checkpoint, or any other samples"),
+    "sweep": ("sweep", "run fit and evaluate, or other commands, for each cell of a sweep file"),
+    "likelihood": ("likelihood", "measure the bits per token of given images"),
+    "train-scorer": ("train_scorer", "train the scorer that chooses among drafts when sampling"),
+    "reconstruct": ("reconstruct", "compare real images with their reconstructions"),
+    "export": ("export", "write a checkpoint as one self-contained folder"),
+    "merge": ("merge", "write a linear combination of networks"),
+    "bench": ("bench", "measure speed and memory on this machine"),
+    "bench-gpu": ("bench_gpu", "run a fixed list of benchmarks on one GPU"),
+    "report": ("report", "make tables and figures of a sweep, with the spread over seeds"),
+    "demo": ("demo", "run everything on the embedded digits: train-tokenizer, tokenize, fit, sample, evaluate"),
+}
+
+FULL_HELP = "--help_all"  # jsonargparse's help: whole texts, and the classes that an option accepts
+OF_ANY_PARSER = {"help", "help_all", "config", "print_config", "print_completion"}  # added by jsonargparse
+NAMES_WIDTH, MAX_WIDTH = 40, 120  # of the help, in characters
+MAX_METAVAR = 20
+
+SAMPLING = "SamplingSettings"
+GROUPS = ("required", "options", "sampling", "machine", "data", "model", "trainer")  # in the order of the help
+# Options about the machine, not the result.
+MACHINE = ("device", "devices", "num_nodes", "precision", "graphs", "batch_size", "num_workers", "cache", "cache_dir")
+
+LIT_MVAR = ("lightning_mvar.training.mvar", "LitMVAR")
+TOKEN_DATA = ("lightning_mvar.training.datamodules", "TokenDataModule")
+LIT_TOKENIZER = ("lightning_mvar.training.tokenizer", "LitTokenizer")
+IMAGE_DATA = ("lightning_mvar.training.datamodules", "ImageDataModule")
+TRAINER = ("lightning.pytorch.trainer.trainer", "Trainer")
+TRAINING = {  # classes of `--model`, `--data` and `--trainer`
+    "fit": (LIT_MVAR, TOKEN_DATA, TRAINER),
+    "validate": (LIT_MVAR, TOKEN_DATA, TRAINER),
+    "test": (LIT_MVAR, TOKEN_DATA, TRAINER),
+    "train-tokenizer": (LIT_TOKENIZER, IMAGE_DATA, TRAINER),
+}
+START_HELP = {
+    "resume": "continue from the newest complete checkpoint of this run; start from scratch if it has none",
+    "overwrite": "remove the checkpoints and logs of an earlier run in the same folder, and start from scratch",
+    "verify": "read the checkpoint completely before continuing from it, and compare its checksums",
+}
+TF32_HELP = (
+    "compute what stays in float32 on GPUs in TF32, with 10 bits of mantissa: several times faster; inputs made from "
+    "tokens, samples and their scores are computed in float32 in any case"
+)
+OF_TRAINING = {  # type and help of the options of a run itself
+    "config": ("str", "YAML file with any of these options, given once or more"),
+    "ckpt_path": ("str", "checkpoint to continue from, or to score"),
+    **{name: ("bool", text) for name, text in START_HELP.items()},
+    "seed_everything": ("int", "seed of weights, dropout and data"),
+    "tf32": ("bool", TF32_HELP),
+}
+TRAINER_TEXTS = {  # the trainer's options that most runs set
+    "max_steps": "optimizer steps in all",
+    "max_epochs": "passes over the training data in all",
+    "devices": "processes per machine, each with its own GPU",
+    "num_nodes": "machines",
+    "accelerator": "cpu, gpu or auto",
+    "strategy": "ddp, fsdp2 or auto",
+    "precision": "32-true, bf16-mixed, bf16-true or 16-mixed",
+    "val_check_interval": "training batches between validations, or a share of an epoch",
+    "limit_val_batches": "batches per validation, 0 for none",
+    "log_every_n_steps": "steps between two points of the curves",
+    "callbacks": "checkpoints, samples and scores; overlays are in configs/callbacks",
+    "logger": "TensorBoard, CSV or Weights & Biases",
+    "default_root_dir": "folder of the run",
+}
+
+
+def usage() -> str:
+    """Returns the list of the commands."""
+    lines = [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lightning-mvar COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`lightning-mvar COMMAND --help` lists the options.",
+            "`lightning-mvar --print_completion bash` (or zsh, tcsh) prints a script that completes them.",
+        ]
+    )
+
+
+def signatures_of(name: str) -> dict[str, Signature]:
+    """Returns the signature of a command by "", or those of its subcommands by their names."""
+    if name not in TRAINING:
+        return command_signatures(f"lightning_mvar.commands.{COMMANDS[name][0]}")
+    model, data, trainer = (signature(*source) for source in TRAINING[name])
+    run = [Option(option, kind, False, "", text, name) for option, (kind, text) in OF_TRAINING.items()]
+    of_trainer = [replace(option, text=TRAINER_TEXTS.get(option.name, "")) for option in trainer.options]
+    groups = {"data": data.options, "model": model.options, "trainer": of_trainer}
+    options = [replace(o, name=f"{section}.{o.name}") for section, group in groups.items() for o in group]
+    return {"": Signature(f"{COMMANDS[name][1].capitalize()}.", [*run, *options])}
+
+
+def group_of(option: Option) -> str:
+    """Returns the heading under which an option is listed."""
+    if "." in option.name:
+        return option.name.split(".")[0]
+    if option.required:
+        return "required"
+    if option.owner == SAMPLING:
+        return "sampling"
+    return "machine" if option.name in MACHINE else "options"
+
+
+def screen_of(name: str, found: Signature) -> Signature:
+    """Returns the options that the help on a screen lists."""
+    hidden = START_HELP.keys() if name in ("validate", "test") else set()
+    shown = {f"trainer.{option}" for option in TRAINER_TEXTS}
+    options = [o for o in found.options if o.name in shown or not (o.name in hidden or o.name.startswith("trainer."))]
+    return found._replace(options=options)
+
+
+def describe(parser: argparse.ArgumentParser, name: str, found: Signature) -> argparse.ArgumentParser:
+    """Adds the options of a command to a parser, in groups and one line each; it knows nothing of their types."""
+    width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
+    needed = [option for option in found.options if option.required and "." not in option.name]
+    words = [metavar(option) if option.positional else f"--{option.name} {metavar(option)}" for option in needed]
+    parser.usage = " ".join(["lightning-mvar", name, *words, "[options]"])
+    parser.description = found.description
+    parser.epilog = f"`lightning-mvar {name} {FULL_HELP}` has all options, with their whole texts."
+    column = min(max([len(f"  --{o.name} {metavar(o)}  ") for o in found.options], default=0), NAMES_WIDTH)
+    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=column, width=width)
+    for title in GROUPS:
+        group = parser.add_argument_group(title)
+        for option in found.options:
+            if group_of(option) == title:
+                add_option(group, option, width - column)
+    return parser
+
+
+def add_option(group: argparse._ArgumentGroup, option: Option, width: int) -> None:
+    """Adds an option whose description has at most `width` characters."""
+    default = f" [{option.default}]" if option.default not in ("", "false") else ""
+    text = first_clause(option.text)
+    if option.choices and option.choices[0] not in metavar(option):
+        text = f"{text}: {', '.join(option.choices)}"
+    text = textwrap.shorten(text, width - len(default) - 1, placeholder=" ...") + default
+    keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if option.kind == "bool" and option.default != "true":
+        keywords["action"] = "store_true"
+    else:
+        keywords |= {"metavar": metavar(option), "choices": choices_of(option) or None}
+    group.add_argument(option.name if option.positional else f"--{option.name}", **keywords)
+
+
+def choices_of(option: Option) -> list[str]:
+    return ["true", "false"] if option.kind == "bool" else option.choices
+
+
+def metavar(option: Option) -> str:
+    """Returns how the help shows a value: by its choices if they are short, its type if it is a number, or its name."""
+    choices = "{" + ",".join(choices_of(option)) + "}"
+    if 2 < len(choices) <= MAX_METAVAR:
+        return choices
+    types = set(re.findall(r"\w+", option.kind)) - {"None", "Optional", "tuple"}
+    word = types.pop() if types in ({"int"}, {"float"}) else re.split(r"[._]", option.name)[-1]
+    return word.upper() + (" ..." if option.kind.startswith("tuple[") else "")
+
+
+def first_clause(text: str) -> str:
+    """Returns a description up to the first semicolon, or colon or full stop that ends a word."""
+    return re.split(r"(?<=[\w)`])[;:.](?: |$)", text)[0]
+
+
+def print_help(name: str, *words: str) -> None:
+    """Prints the options of a command, or of the subcommand that the words after its name begin with."""
+    signatures = signatures_of(name)
+    subcommand = words[0] if words and words[0] in signatures else ""
+    if found := signatures.get(subcommand):
+        parser, full_name = argparse.ArgumentParser(add_help=False), f"{name} {subcommand}".strip()
+        print(describe(parser, full_name, screen_of(name, found)).format_help(), end="")
+        return
+    print(f"usage: lightning-mvar {name} {{{','.join(signatures)}}} DIR [options]\n")
+    for other, found in signatures.items():
+        print(f"  {name} {other} DIR".ljust(NAMES_WIDTH) + found.description.splitlines()[0])
+    print(f"\n`lightning-mvar {name} {other} --help` lists the options.")
+
+
+def check_options(name: str, *words: str) -> None:
+    """Raises InputError for an option that a command does not have; names the nearest one that it has.
+
+    Values, and options of classes (`--extractor.weights`, `--model.network.depth`), are left to jsonargparse.
+    """
+    signatures = signatures_of(name)
+    subcommand = words[0] if words and words[0] in signatures else ""
+    if subcommand not in signatures:
+        return
+    known = {option.name for option in signatures[subcommand].options if not option.positional}
+    sections = {option.partition(".")[0] for option in known}
+    for word in words[: words.index("--") if "--" in words else None]:
+        parts = re.split(r"[=+]", word[2:])[0].split(".")
+        accepted = known | OF_ANY_PARSER | (sections if len(parts) == 1 else {f"{s}.help" for s in sections})
+        if word.startswith("--") and not {parts[0], ".".join(parts[:2])} & accepted:
+            full_name, given = f"{name} {subcommand}".strip(), "--" + ".".join(parts[:2])
+            dashed = [f"--{option}" for option in known]
+            listed = f"`lightning-mvar {full_name} --help` lists the options"
+            raise InputError(f"{full_name} has no option {given}; {nearest(given, dashed, listed)}")
+
+
+def nearest(name: str, names: Iterable[str], otherwise: str) -> str:
+    """Returns a question that names the nearest of `names`, or another text if none is near."""
+    matches = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {matches[0]}?" if matches else otherwise
+
+
+def completion(shell: str) -> str:
+    """Returns a script that completes commands, options and their choices in a shell: bash, zsh or tcsh.
+
+    Raises:
+        InputError: if shtab is not installed or does not know the shell.
+    """
+    require_package("shtab", "completion", "completion")
+    import shtab
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise InputError(f"there is no completion for {shell!r}; use {', '.join(shtab.SUPPORTED_SHELLS)}")
+    parser = argparse.ArgumentParser("lightning-mvar", add_help=False)
+    subparsers = parser.add_subparsers()
+    for name, (_, text) in COMMANDS.items():
+        command, signatures = subparsers.add_parser(name, help=text, add_help=False), signatures_of(name)
+        if "" in signatures:
+            describe(command, name, signatures[""])
+            continue
+        others = command.add_subparsers()
+        for subcommand, found in signatures.items():
+            describe(others.add_parser(subcommand, add_help=False), f"{name} {subcommand}", found)
+    return str(shtab.complete(parser, shell))
