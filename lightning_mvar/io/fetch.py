@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path, remove_unfinished
+from lightning_mvar.io.fingerprint import sha256_of
 from lightning_mvar.io.locks import FileLock, poll_lock
 
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # between attempts; the wait doubles each time
@@ -47,6 +48,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRIES = 5  # further attempts after a failed download, by default
+RETRY_REMEDY = (
+    "check the address and the network, and run the command again (data.retries or --retries sets the number of "
+    "retries)"
+)
+
+
+FOLDER_REMEDY = "set data.cache_dir or --cache_dir to another folder (TORCH_HOME, for published weights)"
 
 
 class FetchError(Exception):
@@ -102,17 +110,59 @@ def fetch_file(address: str, cache_dir: Path, retries: int) -> Path:
     if not name:
         raise InputError(f"{address} has no file name: it must contain one with a suffix, such as train.tar")
     path = cache_dir / hashlib.sha256(address.encode()).hexdigest()[:16] / name
-
-    def attempt() -> None:
-        remove_unfinished(path)
-        with atomic_path(path) as temporary:
-            download(address, temporary, free_bytes(path))
-
-    if not path.is_file():
-        with wait_for_lock(path.with_name(f".{path.name}.lock")):
-            if not path.is_file():  # another process may have downloaded it in the meantime
-                retry(address, attempt, retries)
+    fetch_once(address, path, retries)
     return path
+
+
+def fetch_once(
+    address: str,
+    path: Path,
+    retries: int,
+    size: int | None = None,
+    sha256: str | None = None,
+    remedy: str = RETRY_REMEDY,
+) -> None:
+    """Downloads a file to `path` unless it exists; other processes of this machine wait meanwhile.
+
+    Args:
+        address: URL or command.
+        path: local file.
+        retries: further attempts after a failure, with growing waits in between.
+        size, sha256: bytes and hash of the file, if known; see `download_to`.
+        remedy: ends the message if all attempts fail.
+
+    Raises:
+        InputError: if the file is unavailable.
+    """
+    if path.is_file():
+        return
+    with wait_for_lock(path.with_name(f".{path.name}.lock")):
+        if not path.is_file():  # another process may have downloaded it in the meantime
+            retry(address, lambda: download_to(address, path, size, sha256), retries, remedy)
+
+
+def download_to(address: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
+    """Downloads a file; it appears under `path` complete and checked, or not at all.
+
+    Args:
+        address: URL or command.
+        path: local file; no other process may be downloading it.
+        size: exact number of bytes; by default, any number that fits on the disk.
+        sha256: SHA-256 as hex digits; by default, the content is not checked.
+
+    Raises:
+        FetchError: if the file cannot be read, or has another size or content.
+        InputError: if it does not fit on the disk.
+    """
+    remove_unfinished(path)
+    if size is not None:
+        require_space(path, size)
+    with atomic_path(path) as temporary:
+        download(address, temporary, free_bytes(path) if size is None else size)
+        if size is not None and (received := temporary.stat().st_size) != size:
+            raise FetchError(f"received {received} bytes instead of {size}")
+        if sha256 is not None and (received_hash := sha256_of(temporary)) != sha256:
+            raise FetchError(f"the SHA-256 of the received bytes is {received_hash}, not {sha256}")
 
 
 def remote_file_name(address: str) -> str:
@@ -122,7 +172,7 @@ def remote_file_name(address: str) -> str:
     return names[-1] if names else ""
 
 
-def retry(address: str, attempt: Callable[[], T], retries: int) -> T:
+def retry(address: str, attempt: Callable[[], T], retries: int, remedy: str = RETRY_REMEDY) -> T:
     """Calls `attempt`, and again up to `retries` times after a FetchError, and returns its result.
 
     Raises:
@@ -139,10 +189,7 @@ def retry(address: str, attempt: Callable[[], T], retries: int) -> T:
     try:
         return attempt()
     except FetchError as error:
-        raise InputError(
-            f"{address} cannot be read ({error}), in {retries + 1} attempt(s): check the address and the network, and "
-            f"run the command again (data.retries or --retries sets the number of retries)"
-        ) from error
+        raise InputError(f"{address} cannot be read ({error}), in {retries + 1} attempt(s): {remedy}") from error
 
 
 @contextmanager
@@ -153,9 +200,7 @@ def wait_for_lock(path: Path) -> Iterator[None]:
         lock = poll_lock(partial(FileLock.try_acquire, path))
         assert lock is not None
     except OSError as error:
-        raise InputError(
-            f"cannot lock {path} ({error.strerror}): set data.cache_dir or --cache_dir to another folder"
-        ) from error
+        raise InputError(f"cannot lock {path} ({error.strerror}): {FOLDER_REMEDY}") from error
     try:
         yield
     finally:
@@ -171,8 +216,8 @@ def require_space(path: Path, size: int) -> None:
     """Raises InputError if a file of `size` bytes does not fit on the disk."""
     if size > (free := free_bytes(path)):
         raise InputError(
-            f"{path} needs {size} bytes, and {free} are free (beside a reserve of {RESERVE_BYTES}): make space, or set "
-            f"data.cache_dir or --cache_dir to another disk"
+            f"{path} needs {size} bytes, and {free} are free (beside a reserve of {RESERVE_BYTES}): make space, or "
+            f"{FOLDER_REMEDY}"
         )
 
 

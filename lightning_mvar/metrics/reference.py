@@ -18,6 +18,7 @@ from lightning_mvar.devices import is_first_rank, object_from_rank_zero
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES, fetch_files, is_remote, remote_file_name
 from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.known_files import ADM_REFERENCES
 from lightning_mvar.io.npz import array_names
 from lightning_mvar.metrics.image_sets import DecodedShards, ImageSet, SourceImages
 from lightning_mvar.metrics.summary import Features, Summary, describe_extractor, feed_shard
@@ -126,20 +127,22 @@ def open_reference(name: str, cache_dir: str = IMAGE_CACHE, retries: int = RETRI
     """Parses the value of `--reference`.
 
     Args:
-        name: `digits:test`, `photos:test` or another embedded set; a folder of class folders; local or remote archives;
-            a local or remote npz of images (`arr_0`) or statistics (`mu`, `sigma`); a local or remote folder of token
-            shards.
+        name: `digits:test`, `photos:test` or another embedded set; `imagenet256` (64, 128, 512) for ADM's reference,
+            downloaded the first time; a folder of class folders; local or remote archives; a local or remote npz of
+            images (`arr_0`) or statistics (`mu`, `sigma`); a local or remote folder of token shards.
         cache_dir: local folder for downloaded archives and npz files.
         retries: further attempts after a failed download.
 
     Raises:
-        InputError: if a file or folder does not exist, or an npz is damaged.
+        InputError: if a file or folder does not exist or is unavailable, or an npz is damaged.
     """
     name = os.path.expanduser(name)
     if (embedded := find_embedded_set(name)) is not None:
         return Reference(name, "images", embedded)
     path = Path(name)
-    if is_remote(name):
+    if name in ADM_REFERENCES and not path.exists():
+        path = ADM_REFERENCES[name].path()
+    elif is_remote(name):
         file = remote_file_name(name)
         if "{}" in name or not file.endswith((*ARCHIVE_SUFFIXES, ".npz")):
             return Reference(name, "shards", retries=retries)

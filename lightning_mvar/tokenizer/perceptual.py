@@ -1,7 +1,7 @@
 """Image distances in feature space, for the tokenizer's perceptual loss.
 
 A distance is any `nn.Module` that maps two batches of images (b, 3, H, W) in [-1, 1] to distances (b,), differentiable
-in the first. `LPIPS` is the published one (arXiv 1801.03924), with VGG16 (1409.1556) from local files.
+in the first. `LPIPS` is the published one (arXiv 1801.03924), with VGG16 (1409.1556).
 `FeatureDistance` builds one from a feature extractor.
 """
 
@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.io import known_files
 from lightning_mvar.io.tensors import StateDict, check_state_dict, load_strictly, read_torch
 
-VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels between the poolings
 # LPIPS's constants for ImageNet's mean and standard deviation, for images in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -31,17 +30,16 @@ class VGG16(nn.Module):
     Layers are numbered as in torchvision.
 
     Args:
-        weights: torchvision's file `vgg16-397923af.pth`; its classifier is ignored.
+        weights: torchvision's file `vgg16-397923af.pth`; its classifier is ignored. By default, it is downloaded the
+            first time.
 
     Raises:
-        InputError: if the file does not exist or has another content.
+        InputError: if the file does not exist, is unavailable, or has another content.
     """
 
-    def __init__(self, weights: str) -> None:
+    def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        path = Path(weights)
-        if not path.exists():
-            raise InputError(f"{path} does not exist; download it from {VGG16_URL}")
+        path = known_files.VGG16.path(weights)
         layers: list[nn.Module] = []
         self.taps: list[int] = []  # indices of the layers whose feature maps are returned
         channels = 3
@@ -75,14 +73,14 @@ class LPIPS(nn.Module):
     Frozen and in eval mode.
 
     Args:
-        vgg: torchvision's weights, file `vgg16-397923af.pth`.
+        vgg: torchvision's weights, file `vgg16-397923af.pth`. By default, they are downloaded the first time.
         heads: LPIPS's weights of version 0.1, file `vgg.pth`; by default the copy bundled with torchmetrics.
 
     Raises:
         InputError: if a file does not exist or has another content.
     """
 
-    def __init__(self, vgg: str, heads: str | None = None) -> None:
+    def __init__(self, vgg: str | None = None, heads: str | None = None) -> None:
         super().__init__()
         self.vgg = VGG16(vgg)
         for number, weight in enumerate(read_heads(bundled_heads() if heads is None else Path(heads))):

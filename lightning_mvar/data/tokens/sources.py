@@ -30,12 +30,11 @@ from lightning_mvar.io.fetch import (
     FetchError,
     check_scheme,
     download,
+    download_to,
     is_remote,
-    require_space,
     retry,
     wait_for_lock,
 )
-from lightning_mvar.io.files import atomic_path, remove_unfinished
 from lightning_mvar.io.fingerprint import sha256_of
 from lightning_mvar.io.json_files import MAX_JSON_BYTES
 
@@ -154,7 +153,8 @@ class RemoteShards:
         if not self.is_cached(path, shard, verify):
             with wait_for_lock(self.cache_dir / f".{shard.sha256}.lock"):
                 if not self.is_cached(path, shard, verify):  # another process may have downloaded it meanwhile
-                    retry(self.address(shard.name), lambda: self.download(shard, path), self.retries)
+                    address = self.address(shard.name)
+                    retry(address, lambda: download_to(address, path, shard.bytes, shard.sha256), self.retries)
         return path
 
     def is_cached(self, path: Path, shard: Shard, verify: bool) -> bool:
@@ -162,16 +162,6 @@ class RemoteShards:
         if not path.is_file() or path.stat().st_size != shard.bytes:
             return False
         return not verify or sha256_of(path) == shard.sha256
-
-    def download(self, shard: Shard, path: Path) -> None:
-        remove_unfinished(path)
-        require_space(path, shard.bytes)
-        with atomic_path(path) as temporary:
-            download(self.address(shard.name), temporary, shard.bytes)
-            if (size := temporary.stat().st_size) != shard.bytes:
-                raise FetchError(f"received {size} bytes, the manifest says {shard.bytes}")
-            if sha256_of(temporary) != shard.sha256:
-                raise FetchError("the received SHA-256 differs from the manifest's")
 
 
 def for_each_shard(check: Callable[[Shard], object], shards: Sequence[Shard]) -> None:

@@ -7,18 +7,15 @@ to PyTorch, torch-fidelity and pytorch-fid.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from lightning_mvar.devices import exact_float32
-from lightning_mvar.errors import InputError
+from lightning_mvar.io.known_files import INCEPTION
 from lightning_mvar.io.tensors import load_strictly, read_torch
 
 SIDE = 299
 SPATIAL_CHANNELS = 7
-RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 
 
 class Convolution(nn.Sequential):
@@ -189,16 +186,15 @@ class InceptionV3(InceptionNetwork):
 
     Args:
         weights: file of torch-fidelity (`weights-inception-2015-12-05-6726825d.pth`) or of pytorch-fid
-            (`pt_inception-2015-12-05-6726825d.pth`); both hold the same weights.
+            (`pt_inception-2015-12-05-6726825d.pth`); both hold the same weights. By default, torch-fidelity's file
+            is downloaded the first time.
 
     Raises:
-        InputError: if the file does not exist or holds anything else.
+        InputError: if the file does not exist, is unavailable, or holds anything else.
     """
 
-    def __init__(self, weights: str) -> None:
-        path = Path(weights).expanduser()
-        if not path.exists():
-            raise InputError(f"{path} does not exist; download it from {RELEASE}")
+    def __init__(self, weights: str | None = None) -> None:
+        path = INCEPTION.path(weights)
         with torch.device("meta"):
             super().__init__()
         # Some conversions lack the batch-norm counters, which evaluation does not use.

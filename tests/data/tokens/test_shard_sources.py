@@ -84,8 +84,8 @@ def test_failures_are_retried(
         ("404", "there is no such file"),
         ("drop", "Server disconnected"),
         ("cut", "Response payload is not completed"),
-        ("short", r"received \d+ bytes, the manifest says"),
-        ("wrong", "the received SHA-256 differs from the manifest's"),
+        ("short", r"received \d+ bytes instead of \d+"),
+        ("wrong", "the SHA-256 of the received bytes is"),
         ("stall", "no data for"),
     ],
 )
