@@ -1,4 +1,4 @@
-"""TensorBoard overview of a run: configuration, hyperparameters, and which curves share a chart."""
+"""Overview of a run for its loggers: configuration, hyperparameters, and in TensorBoard which curves share a chart."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from torch.utils.tensorboard.summary import custom_scalars, text
 
+from lightning_mvar.callbacks.loggers import log_configuration
 from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, survive_write_errors, writers
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.hparams import columns_summary, row_summary
@@ -72,7 +73,7 @@ IRRELEVANT_OPTIONS = {"activation_checkpointing", "compile", "max_skipped_steps"
 
 
 class OverviewCallback(SaveConfigCallback):
-    """Writes config.yaml, costs.json, and an overview of the run for TensorBoard.
+    """Writes config.yaml to the folder of each logger (or the run's own, if none has one), costs.json, and an overview.
 
     Args:
         parser: see SaveConfigCallback; unused, because it would write resolved interpolations.
@@ -87,7 +88,6 @@ class OverviewCallback(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for writer in writers(trainer):
             survive_write_errors(writer)
-        self.log_dir = Path(trainer.log_dir or trainer.default_root_dir)  # `log_dir` is a collective operation
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -101,8 +101,11 @@ class OverviewCallback(SaveConfigCallback):
             costs = costs_of(pl_module.network_config)._asdict()
             values |= costs
             write_json(Path(trainer.default_root_dir) / "costs.json", costs)
-        with atomic_path(self.log_dir / self.config_filename) as path:
-            path.write_text(self.yaml)
+        log_configuration(trainer, self.yaml, values)
+        log_dirs = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
+        for folder in log_dirs or [trainer.default_root_dir]:
+            with atomic_path(Path(folder) / self.config_filename) as path:
+                path.write_text(self.yaml)
         summaries = [
             text("config", f"```yaml\n{self.yaml}\n```"),
             custom_scalars(chart_layout(CHARTS[kind])),

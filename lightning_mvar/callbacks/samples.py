@@ -1,4 +1,4 @@
-"""TensorBoard images and histograms of each validation: samples, their formation, reconstructions, codes in use."""
+"""Pictures and code counts of each validation: samples, their formation, reconstructions, codes in use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_mvar.callbacks.tensorboard import log_codes, log_image
+from lightning_mvar.callbacks.loggers import log_codes, log_image
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.models.mvar import MVAR

@@ -1,20 +1,19 @@
-"""TensorBoard images and code histograms."""
+"""What is particular to TensorBoard: histograms of counts, repeated steps, and event files that cannot be written."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-
-from lightning_mvar.training.lightning_internals import logged_step
 
 log = logging.getLogger(__name__)
 
@@ -76,27 +75,17 @@ def survive_write_errors(writer: SummaryWriter) -> None:
         events._writer = events._worker._record_writer = SurvivingRecords(events._writer, writer.log_dir)
 
 
-def log_image(trainer: L.Trainer, tag: str, image: Tensor) -> None:
-    """Logs an image (3, H, W) in [0, 1]."""
-    for writer in writers(trainer):
-        writer.add_image(tag, image.float().cpu(), logged_step(trainer))
-
-
-def log_codes(trainer: L.Trainer, tag: str, counts: Tensor, names: Sequence[str]) -> None:
-    """Logs histograms of code counts (k, v): `TAG/K` for the scale named K, `TAG/all` for all scales together."""
-    for writer in writers(trainer):
-        by_name = dict(zip(names, counts.cpu(), strict=True)) | {"all": counts.sum(dim=0).cpu()}
-        for name, code_counts in by_name.items():
-            if code_counts.any():
-                add_counts(writer, f"{tag}/{name}", code_counts, logged_step(trainer))
+def bucket_counts(counts: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Returns heights and edges (one more) of a histogram of the codes 0 to v - 1; code i occurs counts[i] times."""
+    codes = np.arange(len(counts))
+    return np.histogram(codes, min(len(counts), MAX_BUCKETS), range=(0, len(counts)), weights=counts.numpy())
 
 
 def add_counts(writer: SummaryWriter, tag: str, counts: Tensor, step: int) -> None:
-    """Adds a histogram of the codes 0, 1, ..., v - 1, of which code i occurs counts[i] times."""
+    """Adds a histogram of code counts (v,); see `bucket_counts`."""
     codes = torch.arange(len(counts))
     occurring = codes[counts > 0]
-    buckets = min(len(counts), MAX_BUCKETS)
-    heights, edges = np.histogram(codes.numpy(), buckets, range=(0, len(counts)), weights=counts.numpy())
+    heights, edges = bucket_counts(counts)
     writer.add_histogram_raw(
         tag,
         min=int(occurring[0]),
