@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
+from lightning_mvar.checkpoints.hub import locate
 from lightning_mvar.data.images.decoding import to_rgb, to_tensor
 from lightning_mvar.devices import Precision, choose_device
 from lightning_mvar.errors import InputError
@@ -25,7 +27,6 @@ from lightning_mvar.sampling.steps import KnownTokens, Step
 from lightning_mvar.scales import Shape, format_shape
 
 ClassChoice = Iterable[str | int] | NDArray[np.integer] | Tensor | str | int
-EXPORT_FILES = ["config.json", "*.safetensors"]
 
 
 class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-generation", "var", "mvar"]):
@@ -43,18 +44,52 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
     """
 
     def __init__(self, model: TrainedModel, device: str = "auto", precision: Precision = "float32") -> None:
+        self.precision = precision
         sampler = self.sampler = Sampler(model, choose_device(device), precision)
-        self.device, self.network, self.tokenizer = sampler.device, sampler.network, sampler.tokenizer
+        self.network, self.tokenizer = sampler.network, sampler.tokenizer
         self.class_names, self.classes = sampler.class_names, sampler.classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where network and tokenizer are."""
+        return self.sampler.device
 
     @property
     def shape(self) -> Shape:
         """Height and width of the images, in pixels."""
         return self.tokenizer.config.shape
 
-    def __call__(self, classes: ClassChoice, **settings: Any) -> list[Image.Image]:
-        """Draws one image per entry of `classes`; takes the arguments of `steps`."""
-        for step in self.steps(classes, **settings):
+    def to(self, device: str | torch.device) -> MVARPipeline:
+        """Moves network and tokenizer to a device, and returns the pipeline."""
+        model = TrainedModel(self.network, self.tokenizer, self.class_names)
+        self.sampler = Sampler(model, choose_device(str(device)), self.precision)
+        return self
+
+    def __call__(
+        self,
+        classes: ClassChoice,
+        *,
+        num_images: int = 1,
+        generator: torch.Generator | None = None,
+        progress: bool = True,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Draws images.
+
+        Args:
+            classes: as of `steps`.
+            num_images: images of each entry of `classes`, one after the other.
+            generator: draws the seed, so that each call has another one; instead of the setting `seed`.
+            progress: whether to show a progress bar over the scales, if drawing takes longer than a second.
+            settings: the other arguments of `steps`.
+        """
+        if generator is not None:
+            settings["seed"] = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        repeated = [entry for entry in entries(classes) for _ in range(num_images)]
+        scales = self.network.config.schedule.num_scales
+        for step in tqdm(
+            self.steps(repeated, **settings), "scales", scales, disable=not progress, leave=False, delay=1
+        ):
             last = step.f_hat
         return self.to_images(last)
 
@@ -95,12 +130,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
 
     def labels_of(self, classes: ClassChoice) -> Tensor:
         """Returns the labels (b,) int64 of names and numbers, or weights (b, num_classes + 1) if some mix classes."""
-        entries: Any = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else classes
-        entries = [entries] if isinstance(entries, str) or not isinstance(entries, Iterable) else entries
-        numbers: list[Any] = [
-            entry.item() if isinstance(entry, Tensor) and entry.ndim == 0 else entry for entry in entries
-        ]
-        return label_tensor([self.classes.weights(number) for number in numbers], self.classes.count)
+        return label_tensor([self.classes.weights(entry) for entry in entries(classes)], self.classes.count)
 
     @torch.no_grad()
     def known_tokens(self, image: Image.Image, mask: Image.Image | None, count: int) -> KnownTokens:
@@ -130,20 +160,26 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
     def from_pretrained(  # type: ignore[override]  # the mixin's reads config.json first, unchecked
         cls, path: str | Path, *, device: str = "auto", precision: Precision = "float32", **hub: Any
     ) -> MVARPipeline:
-        """Loads a folder of `export`, a training checkpoint, or a Hub repository that holds such a folder.
+        """Loads a folder of `export`, a training checkpoint, published weights, or a name on the Hub.
 
         Args:
-            path: path or repository.
+            path: path, `var-d16` or another known name, OWNER/REPOSITORY of a pipeline, or OWNER/REPOSITORY:FILE.
             device: auto, cpu, cuda or cuda:N.
             precision: precision of network and decoder.
-            hub: options of `huggingface_hub.snapshot_download`: revision, token, cache_dir.
+            hub: options of huggingface_hub's downloads: revision, token, cache_dir.
 
         Raises:
             InputError: if what is there cannot be read.
         """
-        local = Path(path).expanduser()
-        folder = local if local.exists() else snapshot_download(str(path), allow_patterns=EXPORT_FILES, **hub)
-        return cls(load_trained(folder), device, precision)
+        return cls(load_trained(*locate(path, **hub)), device, precision)
+
+
+def entries(classes: ClassChoice) -> list[Any]:
+    """Returns the names and numbers of `classes`, a single one as a list of it."""
+    listed: Any = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else classes
+    if isinstance(listed, str) or not isinstance(listed, Iterable):
+        return [listed]
+    return [entry.item() if isinstance(entry, Tensor) and entry.ndim == 0 else entry for entry in listed]
 
 
 def fitted(image: Image.Image, shape: Shape) -> Image.Image:

@@ -95,6 +95,18 @@ def test_classes_may_be_arrays_tensors_or_numbers_of_any_integer_type(pipe: MVAR
         assert (stack_images(pipe(single)) == expected[:1]).all()
 
 
+def test_images_of_a_class_and_a_generator_as_in_other_pipelines(pipe: MVARPipeline) -> None:
+    images = pipe("zero", num_images=2, seed=4)
+    assert (stack_images(images) == stack_images(pipe(["zero", "zero"], seed=4))).all()
+    generator = torch.Generator().manual_seed(1)
+    first, second = (stack_images(pipe("zero", generator=generator)) for _ in range(2))
+    again = stack_images(pipe("zero", generator=torch.Generator().manual_seed(1)))
+    assert (first == again).all()
+    assert (first != second).any()
+    assert pipe.to("cpu") is pipe
+    assert (stack_images(pipe("zero", num_images=2, seed=4)) == stack_images(images)).all()
+
+
 @pytest.mark.parametrize(
     "classes", [True, [True], np.array([True]), torch.tensor([1.0]), np.array([[1]]), [[1]], [None], 1.0]
 )
@@ -157,7 +169,7 @@ def test_a_repository_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest
         request.update(options, repo_id=repo_id)
         return str(folder)
 
-    monkeypatch.setattr("lightning_mvar.pipeline.snapshot_download", download)
+    monkeypatch.setattr("lightning_mvar.checkpoints.hub.snapshot_download", download)
     pipe = MVARPipeline.from_pretrained("somebody/digits", revision="v1", device="cpu")
     assert pipe.shape == (8, 8)
     assert (request["repo_id"], request["revision"]) == ("somebody/digits", "v1")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_mvar.checkpoints.folders import CONFIG, load_tokenizer, open_folder, save_folder
+from lightning_mvar.checkpoints import folders
+from lightning_mvar.checkpoints.folders import CONFIG, open_folder, save_folder
+from lightning_mvar.checkpoints.hub import NETWORKS, locate
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.checkpoints.published_files import (
     load_official,
@@ -16,6 +18,8 @@ from lightning_mvar.checkpoints.published_files import (
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, open_checkpoint, resolve_last
 from lightning_mvar.errors import InputError
+from lightning_mvar.scales import ScaleSchedule
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 PUBLISHED = (".pth", ".pt", ".bin", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
 
@@ -35,6 +39,22 @@ __all__ = [
 ]
 
 
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a tokenizer in eval mode.
+
+    Args:
+        path: folder that `train-tokenizer` or `export` wrote, published file, or name on the Hub; the last two with
+            the schedule of 256 x 256 images (`export --tokenizer FILE --resolution` writes a folder with another).
+
+    Raises:
+        InputError: if there is no tokenizer.
+    """
+    located = locate(path).path
+    if located.suffix in PUBLISHED and located.is_file():
+        return load_official_tokenizer(located, ScaleSchedule.for_resolution(256))
+    return folders.load_tokenizer(located)
+
+
 def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
     """Loads a network with its tokenizer; see `open_trained` for arguments and errors."""
     return open_trained(path, tokenizer, weights).load()
@@ -46,20 +66,21 @@ def open_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
     Args:
         path: checkpoint file, folder of a sharded checkpoint (only its weights are read), folder of `export`, or file
             of published VAR or M-VAR weights (.pth, .pt, .bin or .safetensors). A link `last.ckpt` stands for the
-            newest complete checkpoint beside it, wherever it points.
-        tokenizer: folder of the tokenizer, if it has moved; for a published network also a published file.
+            newest complete checkpoint beside it, wherever it points. Or a name on the Hub, see `checkpoints.hub`.
+        tokenizer: folder of the tokenizer, if it has moved; for a published network also a published file, or a name.
         weights: for a training checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
 
     Raises:
         InputError: if a file is missing or has another format, or the tokenizer does not fit the network.
     """
-    path = Path(path).expanduser()
+    path, default_tokenizer = locate(path)
     if path.suffix in PUBLISHED and path.is_file():
-        return open_official(path, tokenizer)
+        return open_official(path, tokenizer or default_tokenizer)
     path = resolve_last(path)
     if not path.exists():
         raise InputError(
-            f"{path} does not exist; it must be a checkpoint file or a folder that `export` wrote, or published weights"
+            f"{path} does not exist; it must be a checkpoint file, a folder that `export` wrote, published weights, or "
+            f"one of {', '.join(NETWORKS)}"
         )
     if path.is_dir() and ((path / CONFIG).exists() or not (path / PLAIN_PART).is_file()):
         return open_folder(path, tokenizer)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.checkpoints.folders import load_tokenizer, require_folder
+from lightning_mvar.checkpoints.hub import TOKENIZERS, locate
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.checkpoints.published import (
     M_VAR,
@@ -101,7 +102,7 @@ def open_official(
 
     Args:
         network: a .pth or .safetensors file, possibly a checkpoint of the published trainer, which holds both parts.
-        tokenizer: a published file, or a folder of ours; default: the tokenizer in `network`.
+        tokenizer: a published file, a folder of ours, or a name on the Hub; default: the tokenizer in `network`.
         schedule: scale schedule of weights that do not contain it.
 
     Raises:
@@ -118,11 +119,11 @@ def load_its_tokenizer(network: str | Path, tokenizer: str | Path | None, config
         try:
             loaded = load_official_tokenizer(network, config.schedule)
         except InputError as error:
-            raise InputError(f"{error}; pass the file of the tokenizer with --tokenizer") from error
-    elif Path(tokenizer).expanduser().is_dir():
-        loaded = load_tokenizer(tokenizer)
+            raise InputError(f"{error}; add --tokenizer {' or '.join(TOKENIZERS)}, or its file") from error
+    elif (path := locate(tokenizer).path).is_dir():
+        loaded = load_tokenizer(path)
     else:
-        loaded = load_official_tokenizer(tokenizer, config.schedule)
+        loaded = load_official_tokenizer(path, config.schedule)
     check_pair(config, loaded.config, f"the tokenizer in {tokenizer or network}")
     return loaded
 
