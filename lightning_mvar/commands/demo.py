@@ -20,6 +20,7 @@ from lightning_mvar.sweeps.processes import run_command
 
 ROOT = Path("outputs/demo")
 CONFIGS = Path("configs/experiment")
+DRAWING = "--guidance 0.45 --top_p 0.98 --device cpu"  # the scorer belongs to samples drawn like this
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
 
@@ -88,9 +89,22 @@ STAGES = [
         "config.json",
     ),
     Stage(
+        "sample_own",
+        f"sample --ckpt_path {ROOT}/export --tokens {ROOT}/own --per_class 100 --seed 1 {DRAWING}",
+        ROOT / "own",
+        "manifest.json",
+    ),
+    Stage(
+        "train_scorer",
+        f"train-scorer --tokenizer {ROOT}/tokenizer --real {ROOT}/shards/train --own {ROOT}/own --steps 300 "
+        f"--out {ROOT}/scorer --device cpu",
+        ROOT / "scorer",
+        "config.json",
+    ),
+    Stage(
         "sample",
-        f"sample --ckpt_path {ROOT}/export --per_class 100 --seed 0 --guidance 0.45 --top_p 0.98 "
-        f"--out {ROOT}/samples.npz --grid {ROOT}/grid.png --strip {ROOT}/strip.png --device cpu",
+        f"sample --ckpt_path {ROOT}/export --per_class 100 --seed 0 {DRAWING} --drafts 4 "
+        f"--draft_scorer {ROOT}/scorer --out {ROOT}/samples.npz --grid {ROOT}/grid.png --strip {ROOT}/strip.png",
         ROOT / "samples.npz",
     ),
     Stage(

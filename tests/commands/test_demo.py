@@ -37,7 +37,7 @@ def command_names(calls: list[list[str]]) -> list[str]:
     return [words[0] for words in calls]
 
 
-ALL_COMMANDS = ["train-tokenizer", "tokenize", "tokenize", "fit", "export", "sample", "evaluate"]
+ALL_COMMANDS = "train-tokenizer tokenize tokenize fit export sample train-scorer sample evaluate".split()
 
 
 def test_finished_stages_are_skipped(calls: list[list[str]]) -> None:
@@ -55,7 +55,7 @@ def test_all_stages_run_on_the_cpu() -> None:
             config = yaml.safe_load((Path(__file__).parents[2] / options[1]).read_text())
             assert config["trainer"]["accelerator"] == "cpu"
         elif name != "export":
-            assert options[-2:] == ["--device", "cpu"]
+            assert "--device cpu" in stage.command
 
 
 def test_an_interrupted_stage_resumes_from_its_checkpoint(calls: list[list[str]]) -> None:
