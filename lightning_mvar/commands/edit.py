@@ -46,7 +46,7 @@ def edit(
     token is redrawn if at least half of its cell is in that part; `kept_tokens_mask` says how VAR's own masks differ.
 
     Args:
-        ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file or name (var_d16.pth, var-d16).
+        ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         image: image file of any size; it is resized and cropped to the center.
         out: folder to write NUMBER.png to.
         classes: comma-separated class names (which may contain commas), WordNet ids or numbers, or "unconditional".

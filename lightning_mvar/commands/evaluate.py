@@ -61,7 +61,7 @@ def evaluate(
         reference: the real images: `digits:test`; `photos:test`; a folder of class folders; a folder of token shards,
             decoded by --tokenizer; an npz of images (arr_0); or an npz of mu and sigma, such as ADM's, made with the
             same extractor.
-        ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file or name (var_d16.pth, var-d16).
+        ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         per_class: with --ckpt_path, samples per class.
         extractor: InceptionV3 (with --extractor.weights FILE), whose scores compare with published ones, or the class
             path of an nn.Module with num_features, images in [0, 1] -> features. The default for digits and photos is a

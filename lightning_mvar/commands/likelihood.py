@@ -37,7 +37,7 @@ def likelihood(
     A uniform guess among v codes costs log2(v) bits.
 
     Args:
-        ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file or name (var_d16.pth, var-d16).
+        ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         images: a builtin set such as `digits:train` or `photos:test`, or a folder of class folders; images are resized
             and center-cropped.
         classes: class to condition all images on (a name, number or "unconditional"); default: the class of the

@@ -42,7 +42,7 @@ def sample(
     differently: in float32, a few images then differ by a grey level (docs/devices.md has figures).
 
     Args:
-        ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file or name (var_d16.pth, var-d16).
+        ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png.
         tokens: folder for the tokens as token shards, to train on; without --out, no image is decoded.
         grid: PNG file for a grid with one row of up to 10 images per class.

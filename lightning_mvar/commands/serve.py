@@ -29,7 +29,7 @@ def serve(
     """Serve a web page that draws images scale by scale and inpaints, until Ctrl-C.
 
     Args:
-        ckpt_path: checkpoint of `fit` (sharded or not), folder of `export`, or published file or name (var_d16.pth, var-d16).
+        ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         host: address to listen on; the default is reachable from this machine only, 0.0.0.0 from any other.
         port: port to listen on, 1 to 65535.
         allowed_hosts: other names by which browsers call the page, such as that of a proxy, separated by commas.

@@ -37,7 +37,17 @@ def command_names(calls: list[list[str]]) -> list[str]:
     return [words[0] for words in calls]
 
 
-ALL_COMMANDS = "train-tokenizer tokenize tokenize fit export sample train-scorer sample evaluate".split()
+ALL_COMMANDS = [
+    "train-tokenizer",
+    "tokenize",
+    "tokenize",
+    "fit",
+    "export",
+    "sample",
+    "train-scorer",
+    "sample",
+    "evaluate",
+]
 
 
 def test_finished_stages_are_skipped(calls: list[list[str]]) -> None:
