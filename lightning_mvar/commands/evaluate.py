@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_mvar.checkpoints import StoredModel, TrainedModel, load_tokenizer, load_trained, open_trained
@@ -18,6 +19,7 @@ from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.devices import is_first_rank, set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import classifier_for, reconstruction_accuracy, sample_accuracy
+from lightning_mvar.metrics.class_distances import ClassLabels
 from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.reference import Reference, open_reference
@@ -36,6 +38,7 @@ def evaluate(
     per_class: int = 50,
     extractor: nn.Module | None = None,
     floor: str | None = None,
+    worst_classes: int = 0,
     reconstructions: str | None = None,
     tokenizer: str | None = None,
     weights: WhichWeights = "ema",
@@ -67,6 +70,8 @@ def evaluate(
             path of an nn.Module with num_features, images in [0, 1] -> features. The default for digits and photos is a
             small classifier, trained in seconds.
         floor: other real images; their distance to the reference is the score of a perfect model.
+        worst_classes: number of classes whose Frechet distances are reported, largest first; the classes of samples and
+            reference must be known.
         reconstructions: folder of a tokenizer, to score its reconstructions of the reference too.
         tokenizer: folder of the tokenizer that decodes token shards, or the checkpoint's tokenizer if it was moved.
         weights: `ema` for the averaged weights if the checkpoint has them, `raw` for the last weights.
@@ -88,6 +93,10 @@ def evaluate(
     real = open_reference(reference)
     if floor == reference:
         raise InputError(f"--floor {floor} is the reference itself, at distance 0: pass other real images")
+    if worst_classes and real.kind != "images":
+        raise InputError(
+            f"--worst_classes needs a reference with classes, such as a folder of class folders: {reference}"
+        )
     floor_images = None if floor is None else open_reference(floor)
     if reconstructions is not None and not real.has_images:
         raise InputError(f"--reconstructions needs images to reconstruct: {reference} has only statistics")
@@ -126,7 +135,8 @@ def evaluate(
             summary.save(Path(statistics), extractor)
         record = describe(samples, reference, images, evaluator, sampled) | summary.identity()
         record |= {} if stored is None else {"weights": stored.part}
-        record |= score(images, evaluator, real, summary, floor_images, reconstructor)
+        labels = class_labels(images, real) if worst_classes else None
+        record |= score(images, evaluator, real, summary, floor_images, reconstructor, labels, worst_classes)
         if fabric.is_global_zero:
             print_table([record])
             if json is not None:
@@ -155,6 +165,18 @@ def class_counts(images: Samples) -> Record:
     return {"sampled_classes": len(counts), "fewest_per_class": min(counts), "most_per_class": max(counts)}
 
 
+def class_labels(images: Samples, real: Reference) -> ClassLabels:
+    """Returns the labels of samples and reference; raises InputError unless the samples' classes are known."""
+    labels, names = real.feature_labels(images.shape)
+    sampled = images.labels(names)
+    if sampled is None:
+        raise InputError(
+            f"--worst_classes needs samples of known classes, in folders named as those of {real.name} or with labels "
+            f"in arr_1"
+        )
+    return ClassLabels(labels, torch.tensor(sampled), names)
+
+
 def score(
     images: Samples,
     evaluator: Evaluator,
@@ -162,12 +184,15 @@ def score(
     summary: Summary,
     floor: Reference | None,
     reconstructor: Tokenizer | None,
+    labels: ClassLabels | None,
+    worst_classes: int,
 ) -> Record:
-    """Returns the scores of samples, and those of the floor and of reconstructions of the reference, if given.
+    """Returns the scores of samples, and those of classes, the floor and reconstructions of the reference, if given.
 
     All ranks share the work. Rank 0 alone classifies samples and reconstructions of embedded images.
     """
-    record = evaluator.score(SourceImages(images, evaluator.num_workers), summary, "features of the samples")
+    source = SourceImages(images, evaluator.num_workers)
+    record = evaluator.score(source, summary, "features of the samples", labels, worst_classes)
     if floor is not None:
         record |= evaluator.floor_scores(record["frechet_distance"], summary, floor)
     if reconstructor is not None:

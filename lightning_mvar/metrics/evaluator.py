@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.metrics.class_distances import ClassLabels, class_distances
 from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.image_sets import ImageSet
 from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
@@ -75,11 +77,27 @@ class Evaluator:
             warn(f"{reference.name} has {count} images for {features} features: its covariance is singular{scores}")
         return summary
 
-    def score(self, images: ImageSet, real: Summary, progress: str) -> dict[str, Any]:
-        """Returns all scores that the extractor and the reference support, by full name."""
+    def score(
+        self, images: ImageSet, real: Summary, progress: str, labels: ClassLabels | None = None, worst_classes: int = 0
+    ) -> dict[str, Any]:
+        """Returns all scores that the extractor and the reference support, by full name.
+
+        Args:
+            images: the images to score.
+            real: summary of the reference.
+            progress: title of the progress bar.
+            labels: labels of all `images` and of the reference's features.
+            worst_classes: classes to report, those with the largest Frechet distances.
+        """
         scores = Scores(self.extractor, real, len(images))
         feed_shard(images, scores, progress)
-        return {FULL_NAMES[name]: value for name, value in scores.compute().items()}
+        record = {FULL_NAMES[name]: value for name, value in scores.compute().items()}
+        generated = scores.features.compute().features
+        if labels is not None and real.features is not None and generated is not None:
+            kept = replace(labels, generated=labels.generated[scores.features.in_bank])
+            distances = class_distances(real.features.to(generated.device), generated, kept)
+            record |= {f"frechet_distance_of_{name}": distances[name] for name in [*distances][:worst_classes]}
+        return record
 
     def floor_scores(self, distance: float, real: Summary, floor: Reference) -> dict[str, Any]:
         """Returns the distance of other real images to the reference, and the samples' distance divided by it.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images
@@ -21,7 +22,7 @@ from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.known_files import ADM_REFERENCES
 from lightning_mvar.io.npz import array_names
 from lightning_mvar.metrics.image_sets import DecodedShards, ImageSet, SourceImages
-from lightning_mvar.metrics.summary import Features, Summary, describe_extractor, feed_shard
+from lightning_mvar.metrics.summary import Features, Summary, describe_extractor, feed_shard, spaced_evenly
 from lightning_mvar.sampling.readers import NpzSamples
 from lightning_mvar.scales import Shape, format_shape, shape_of
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -58,6 +59,14 @@ class Reference:
         """Raises InputError if token shards have other classes than a network with these names, or in another order."""
         if self.kind == "shards" and class_names:
             open_shards(self.name, retries=self.retries).manifest().check_classes(self.name, class_names)
+
+    def feature_labels(self, size: int | Shape) -> tuple[Tensor, list[str]]:
+        """Returns the labels (n,) int64 of the images whose features `summary` returns, and the class names.
+
+        Requires the kind `images`, and reads none of them.
+        """
+        source = open_images(self.name, shape_of(size), cache_dir=self.cache_dir, retries=self.retries)
+        return torch.from_numpy(source.labels)[spaced_evenly(len(source), MAX_REAL_FEATURES)], source.class_names
 
     def images(self, size: int | Shape, tokenizer: Tokenizer | None = None, num_workers: int = 0) -> ImageSet:
         """Opens the images.

@@ -99,8 +99,7 @@ class Features:
         self.spatial = FeatureStatistics(spatial).to(device) if spatial else None
         self.bank = FeatureBank(features).to(device) if max_features else None
         self.in_bank = torch.zeros(count, dtype=torch.bool)
-        if max_features:
-            self.in_bank[np.linspace(0, count - 1, min(count, max_features)).round().astype(int)] = True
+        self.in_bank[spaced_evenly(count, max_features)] = True
 
     @torch.no_grad()
     def update(self, images: Tensor, indices: Tensor) -> Tensor:
@@ -124,6 +123,11 @@ class Features:
             None if self.spatial is None else self.spatial.compute(),
             None if self.bank is None else self.bank.compute(),
         )
+
+
+def spaced_evenly(count: int, limit: int) -> Tensor:
+    """Returns the indices (min(count, limit),) int64 of `count` images whose features are kept, in order."""
+    return torch.from_numpy(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
 class ImageAccumulator(Protocol):

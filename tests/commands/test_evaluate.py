@@ -26,7 +26,10 @@ from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 
-SCORES = ("frechet_distance", "precision", "recall")
+SCORES = (
+    *("frechet_distance", "kernel_distance", "kernel_distance_std", "mind", "vendi_score"),
+    *("precision", "recall", "density", "coverage"),
+)
 REFERENCE = ["--reference", "images", "--extractor", "conftest.Pixels", "--device", "cpu"]
 SAMPLING = ["--per_class", "3", "--batch_size", "4", "--guidance", "0.5"]
 
@@ -129,6 +132,23 @@ def test_the_distance_of_a_set_to_itself_is_0_and_the_floor_distance_is_reported
     assert record["frechet_distance"] == pytest.approx(0, abs=1e-6)
     assert record["precision"] == record["recall"] == 1
     assert record["floor_frechet_distance"] > 0
+
+
+def test_the_classes_drawn_worst_are_reported(workspace: Path) -> None:
+    """All samples look like the class `light`, whatever their label."""
+    pixels = np.random.default_rng(1).integers(80, 170, (18, 8, 8, 3), dtype=np.uint8)
+    np.savez("labelled.npz", pixels, np.arange(18) % 3)
+    record = evaluate_scores("labelled.npz", "--worst_classes", "2")
+    distances = {name: value for name, value in record.items() if name.startswith("frechet_distance_of_")}
+    assert distances.keys() == {"frechet_distance_of_dark", "frechet_distance_of_mixed"}
+    assert [*distances.values()] == sorted(distances.values(), reverse=True)
+    (dark,) = open_reference("images").images(8).batches(0, 6)
+    statistics = []
+    for images in (dark, torch.from_numpy(pixels[::3]).permute(0, 3, 1, 2) / 255):
+        metric = FeatureStatistics(4)
+        metric.update(Pixels()(images))
+        statistics.append(metric.compute())
+    assert distances["frechet_distance_of_dark"] == pytest.approx(frechet_distance(*statistics), rel=1e-6)
 
 
 def test_references_are_images_shards_or_statistics(workspace: Path, tokenizer: Tokenizer) -> None:
@@ -248,6 +268,10 @@ def test_mistakes_are_reported_in_one_line(
     assert "--extractor is required unless the reference is digits or photos" in error_of(
         "good.npz", "--reference", "images"
     )
+    labels = error_of("good.npz", *REFERENCE, "--worst_classes", "1")
+    assert "--worst_classes needs samples of known classes, in folders named as those of images" in labels
+    statistics = ["--reference", "good.npz", "--extractor", "conftest.Pixels", "--worst_classes", "1"]
+    assert "--worst_classes needs a reference with classes" in error_of("good.npz", *statistics)
     assert "digits:test are 32 x 32" in error_of("good.npz", "--reference", "digits:test", "--cache", "cache")
     inception = ["--reference", "images", "--extractor", "InceptionV3", "--extractor.weights", "nowhere.pth"]
     assert error_of("good.npz", *inception).startswith("lightning-mvar: error: nowhere.pth does not exist; download it")

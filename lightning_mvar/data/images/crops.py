@@ -33,7 +33,8 @@ class EmbeddedImages:
     def __init__(self, embedded: EmbeddedSet, split: Split) -> None:
         self.class_names, self.shape = list(embedded.class_names), (embedded.resolution, embedded.resolution)
         self.name, self.split, self.margin = embedded.name, split, embedded.margin
-        self.with_margin, self.labels = embedded.load_with_margin(split)
+        self.with_margin, labels = embedded.load_with_margin(split)
+        self.labels = labels.numpy()
 
     @property
     def identity(self) -> str:
@@ -74,7 +75,7 @@ class DecodedImages:
 
     def __init__(self, encoded: EncodedImages, shape: Shape, on_corrupt: OnCorrupt) -> None:
         self.encoded, self.shape, self.on_corrupt = encoded, shape, on_corrupt
-        self.class_names, self.groups = encoded.class_names, encoded.groups
+        self.class_names, self.labels, self.groups = encoded.class_names, encoded.labels, encoded.groups
 
     @property
     def identity(self) -> str:

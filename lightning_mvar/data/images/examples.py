@@ -52,6 +52,7 @@ class ImageSource(Examples, Protocol):
     """Labelled images of one size, cropped at the centre or at random."""
 
     class_names: list[str]
+    labels: NDArray[np.int64]  # of each image, without reading it
     shape: Shape
     # Read-locality group of each image (e.g. Parquet row group); None if order does not matter.
     groups: NDArray[np.int64] | None

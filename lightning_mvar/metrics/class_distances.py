@@ -1,0 +1,51 @@
+"""Frechet distance of each class, to find the classes that a network draws worst.
+
+Comparable only between classes of one evaluation: each class has few images, so its distance is biased far upwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """Labels (n,) of real and (m,) of generated images, int64, whose features are compared, and the classes' names."""
+
+    real: Tensor
+    generated: Tensor
+    names: list[str]
+
+
+def class_distances(real: Tensor, generated: Tensor, labels: ClassLabels) -> dict[str, float]:
+    """Returns the distance of each class that has at least two images in both sets, by name, largest first.
+
+    Args:
+        real: features (n, f) of real images.
+        generated: features (m, f) of generated images, on the same device.
+        labels: the images' labels.
+    """
+    distances = {}
+    for label, name in enumerate(labels.names):
+        a, b = (
+            features[(of_set == label).to(features.device)]
+            for features, of_set in ((real, labels.real), (generated, labels.generated))
+        )
+        if min(len(a), len(b)) > 1:
+            distances[name] = distance_of_few(a, b)
+    return dict(sorted(distances.items(), key=lambda item: -item[1]))
+
+
+def distance_of_few(a: Tensor, b: Tensor) -> float:
+    """Returns the Frechet distance of features (n, f) and (m, f), in float64, without f x f matrices.
+
+    With x and y the centred features divided by sqrt(n - 1) and sqrt(m - 1), the covariances are x^T x and y^T y, and
+    sigma_1^(1/2) sigma_2^(1/2) has the same singular values as x y^T, which is n x m.
+    """
+    means = [features.mean(dim=0, dtype=torch.float64) for features in (a, b)]
+    x, y = ((features - mean) / (len(features) - 1) ** 0.5 for features, mean in zip((a, b), means, strict=True))
+    cross = torch.linalg.matrix_norm(x @ y.T, ord="nuc")
+    return float((means[0] - means[1]).square().sum() + x.square().sum() + y.square().sum() - 2 * cross)
