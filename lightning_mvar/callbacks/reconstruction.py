@@ -24,6 +24,11 @@ class ReconstructionScoresCallback(L.Callback):
         self.extractor = extractor
         self.scores: ReconstructionScores | None = None
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prepares the extractor, which may have to be trained, before the tokenizer is."""
+        if self.extractor is not None:
+            prepare(self.extractor, pl_module.device)
+
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.extractor is not None:
             prepare(self.extractor, pl_module.device)

@@ -5,8 +5,9 @@ features (b, num_features). If it has a method `logits`, features -> (b, classes
 """
 
 from lightning_mvar.metrics.classifiers.digits import DigitsClassifier
+from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
 from lightning_mvar.metrics.classifiers.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.extractors.dinov2 import DINOv2
 from lightning_mvar.metrics.extractors.inception import InceptionV3
 
-__all__ = ["DINOv2", "DigitsClassifier", "InceptionV3", "Photos64Classifier", "PhotosClassifier"]
+__all__ = ["DINOv2", "DigitsClassifier", "ImageClassifier", "InceptionV3", "Photos64Classifier", "PhotosClassifier"]

@@ -18,6 +18,7 @@ from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.npz import NpzArray, array_names, read_text
+from lightning_mvar.metrics.classifiers.trained import TrainedClassifier
 from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics
 from lightning_mvar.metrics.image_sets import BATCH_SIZE, ImageSet, shard_range
 from lightning_mvar.metrics.precision_recall import FeatureBank
@@ -149,8 +150,14 @@ def feed_shard(images: ImageSet, accumulator: ImageAccumulator, progress: str) -
 
 
 def prepare(extractor: nn.Module, device: torch.device) -> nn.Module:
-    """Moves an extractor to a device, in eval mode without gradients; raises InputError if it is not an extractor."""
+    """Moves an extractor to a device, in eval mode without gradients, and trains it if it has to be.
+
+    Raises:
+        InputError: if it is not an extractor.
+    """
     num_features(extractor)
+    if isinstance(extractor, TrainedClassifier):
+        extractor.load_or_train()
     if not [*extractor.parameters(), *extractor.buffers()]:  # then `device_of` needs something to go by
         extractor.register_buffer("device_mark", torch.empty(0), persistent=False)
     return extractor.eval().requires_grad_(False).to(device)

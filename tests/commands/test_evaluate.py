@@ -200,6 +200,7 @@ def test_digits_of_one_or_unknown_classes_are_scored_without_svm(workspace: Path
 def test_photos_are_scored_and_classified_by_their_own_classifier(workspace: Path) -> None:
     """Scores real training patches, whose distance is the floor, under their own labels and under wrong ones."""
     classifier = PhotosClassifier("cache/photos_classifier.safetensors", epochs=4)
+    classifier.load_or_train()
     images, labels = PHOTOS.load("train")
     pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     options = ["--reference", "photos:test", "--device", "cpu", "--cache", "cache", "--json", "scores.json"]

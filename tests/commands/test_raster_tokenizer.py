@@ -36,7 +36,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenize = ["tokenize", "--images", "photos:test", "--tokenizer", "tok", "--device", "cpu"]
         assert run([*tokenize, "--out", "shards"]) == 0
         assert run([*tokenize, "--out", "views", "--views", "2"]) == 0
-        PhotosClassifier("kept/photos_classifier.safetensors", epochs=1)
+        PhotosClassifier("kept/photos_classifier.safetensors", epochs=1).load_or_train()
     return root
 
 
