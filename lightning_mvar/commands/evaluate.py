@@ -20,7 +20,8 @@ from lightning_mvar.devices import is_first_rank, set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import classifier_for, reconstruction_accuracy, sample_accuracy
 from lightning_mvar.metrics.class_distances import ClassLabels
-from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
+from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
+from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count, warn
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.reference import Reference, open_reference
 from lightning_mvar.metrics.summary import Summary, prepare, try_extractor
@@ -61,14 +62,15 @@ def evaluate(
         samples: the images to score: an npz (arr_0 uint8 N x H x W x 3) or a folder of pictures, from any program.
             With --ckpt_path, missing images are first drawn into it, by default with the published protocol: 50 images
             per class, guidance 1.5, top_k 900, top_p 0.96.
-        reference: the real images: `digits:test`; `photos:test`; a folder of class folders; a folder of token shards,
-            decoded by --tokenizer; an npz of images (arr_0); or an npz of mu and sigma, such as ADM's, made with the
-            same extractor.
+        reference: the real images: `digits:test`; `photos:test`; `imagenet256` (64, 128, 512), ADM's file, downloaded
+            the first time; a folder of class folders; a folder of token shards, decoded by --tokenizer; an npz of
+            images (arr_0); or an npz of mu and sigma, made with the same extractor.
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         per_class: with --ckpt_path, samples per class.
-        extractor: InceptionV3 (with --extractor.weights FILE), whose scores compare with published ones, or the class
-            path of an nn.Module with num_features, images in [0, 1] -> features. The default for digits and photos is a
-            small classifier, trained in seconds.
+        extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE), whose scores compare
+            with published ones; ImageClassifier, trained on --extractor.images in about a minute; or the class path of
+            an nn.Module with num_features, images in [0, 1] -> features. The default is a small classifier: of digits
+            or photos, or trained on the reference's own images, for scores that compare on the same data only.
         floor: other real images; their distance to the reference is the score of a perfect model.
         worst_classes: number of classes whose Frechet distances are reported, largest first; the classes of samples and
             reference must be known.
@@ -76,7 +78,7 @@ def evaluate(
         tokenizer: folder of the tokenizer that decodes token shards, or the checkpoint's tokenizer if it was moved.
         weights: `ema` for the averaged weights if the checkpoint has them, `raw` for the last weights.
         statistics: write the reference statistics and features to this npz, for later use as --reference.
-        cache: folder that caches the statistics of real images and the classifiers of digits and photos.
+        cache: folder that caches the statistics of real images and the trained classifiers.
         json: write the scores to this JSON file.
         num_workers: processes that decode image files.
         device: auto, cpu, cuda or cuda:N.
@@ -107,18 +109,16 @@ def evaluate(
             real.images(shape)
     stored = None if ckpt_path is None else open_trained(ckpt_path, tokenizer, weights)
     if extractor is None:
-        extractor = classifier_for(real, cache)
-    if extractor is None:
-        raise InputError("--extractor is required unless the reference is digits or photos; for example InceptionV3")
+        extractor = default_extractor(real, cache)
     with launch_ranks(device, devices, num_nodes) as fabric:
-        prepare(extractor, fabric.device)
-        if ckpt_path is None:
-            try_extractor(extractor, shape)
         decodes = "shards" in (real.kind, None if floor_images is None else floor_images.kind)
         decoder, reconstructor = (
             None if folder is None else load_tokenizer(folder).to(fabric.device)
             for folder in (tokenizer if decodes else None, reconstructions)
         )
+        prepare(extractor, fabric.device)
+        if ckpt_path is None:
+            try_extractor(extractor, shape)
         sampled = None
         if stored is not None:
             load = partial(read_and_try, extractor, stored, [real, floor_images])
@@ -141,6 +141,29 @@ def evaluate(
             print_table([record])
             if json is not None:
                 write_records([record], json)
+
+
+def default_extractor(reference: Reference, cache: str) -> nn.Module:
+    """Returns a classifier of the reference's images: that of digits or photos, or one to be trained on them.
+
+    Raises:
+        InputError: if the reference has no images with classes.
+    """
+    embedded = classifier_for(reference, cache)
+    if embedded is not None:
+        return embedded
+    if reference.kind != "images":
+        raise InputError(
+            f"--extractor is required for --reference {reference.name}, which has no image files with classes: use "
+            f"InceptionV3 or DINOv2, which are downloaded the first time"
+        )
+    classifier = ImageClassifier(reference.name, cache=cache)
+    warn(
+        f"without --extractor, features come from a classifier trained on {reference.name} itself: compare the scores "
+        f"only with others against these images (to train it on other images: --extractor ImageClassifier "
+        f"--extractor.images FOLDER)"
+    )
+    return classifier
 
 
 def describe(samples: str, reference: str, images: Samples, evaluator: Evaluator, sampled: Drawing | None) -> Record:

@@ -57,8 +57,9 @@ class Evaluator:
         self.tokenizer, self.num_workers = tokenizer, num_workers
 
     def extractor_metadata(self) -> dict[str, Any]:
-        """Returns the extractor's properties that the scores depend on."""
-        return {
+        """Returns the extractor's properties that the scores depend on, and what a trained one compares with."""
+        scope = getattr(self.extractor, "comparable_with", None)
+        return ({} if scope is None else {"comparable_with": scope}) | {
             "extractor": type(self.extractor).__name__,
             "extractor_class": describe_extractor(self.extractor),
             "extractor_weights": fingerprint(self.extractor),

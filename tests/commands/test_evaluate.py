@@ -266,9 +266,12 @@ def test_mistakes_are_reported_in_one_line(
     np.savez("one.npz", arr_0=pixels[:1])
     assert "1 samples are too few: a Frechet distance needs at least 2" in error_of("one.npz", *REFERENCE)
     np.savez("good.npz", arr_0=pixels)
-    assert "--extractor is required unless the reference is digits or photos" in error_of(
-        "good.npz", "--reference", "images"
+    assert "--extractor is required for --reference good.npz, which has no" in error_of(
+        "good.npz", "--reference", "good.npz"
     )
+    for missing in ("--reconstructions", "--ckpt_path"):  # before the classifier of the images is trained
+        assert "nowhere" in error_of("good.npz", "--reference", "images", "--cache", "untrained", missing, "nowhere")
+    assert not Path("untrained").exists()
     labels = error_of("good.npz", *REFERENCE, "--worst_classes", "1")
     assert "--worst_classes needs samples of known classes, in folders named as those of images" in labels
     statistics = ["--reference", "good.npz", "--extractor", "conftest.Pixels", "--worst_classes", "1"]

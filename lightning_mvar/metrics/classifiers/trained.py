@@ -78,7 +78,7 @@ class TrainedClassifier(nn.Module):
         """Returns the most likely class (b,) int64 of images as `forward` takes them."""
         return self.logits(self(images)).argmax(dim=-1)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         self.load_or_train()
         return super().state_dict(*args, **kwargs)
 
