@@ -26,6 +26,7 @@ COMMANDS = {  # command: (module with `main(argv)`, help)
     "edit": ("edit", "inpaint a part of a given image"),
     "serve": ("serve", "start a local web page that draws and inpaints"),
     "evaluate": ("evaluate", "score samples of a checkpoint, or any other samples"),
+    "doctor": ("doctor", "say why two results of evaluate differ, or one and a published score"),
     "sweep": ("sweep", "run fit and evaluate, or other commands, for each cell of a sweep file"),
     "likelihood": ("likelihood", "measure the bits per token of given images"),
     "train-scorer": ("train_scorer", "train the scorer that chooses among drafts when sampling"),

@@ -1,0 +1,194 @@
+"""The `doctor` command: says why two scores differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_mvar.analysis.doctor.differences import Difference, Result, compare
+from lightning_mvar.analysis.doctor.estimates import Estimate, ScoredSet, estimate_all
+from lightning_mvar.analysis.doctor.published import published_result
+from lightning_mvar.analysis.doctor.traces import add_traces
+from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.tables import Record, format_value, print_rows, write_records
+from lightning_mvar.devices import choose_device
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.json_files import read_json
+from lightning_mvar.metrics.accuracy import classifier_for
+from lightning_mvar.metrics.evaluator import FULL_NAMES
+from lightning_mvar.metrics.reference import open_reference
+from lightning_mvar.metrics.summary import prepare
+from lightning_mvar.sampling.readers import open_samples
+
+DISTANCE = "frechet_distance"
+SAME_DISTANCE = 1e-3  # relative difference of a distance measured again, by rounding
+MIN_HALVES = 20  # samples of which two halves are compared
+PUBLISHED_NOTES = ("source", "evaluator", "sampling", "note")
+
+
+def doctor(
+    results: tuple[str, ...],
+    *,
+    published: str | None = None,
+    extractor: nn.Module | None = None,
+    cache: str = "outputs/statistics",
+    max_images: int = 5000,
+    json: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Says why two scores differ: what differs between two results of `evaluate --json`, beginning with what usually
+    matters most, and how much of the Frechet distance it explains.
+
+    `doctor A.json B.json`, or `doctor A.json --published var-d16`. Where samples and references are still where the
+    results say, it also looks at the pixels and scores again: fewer samples, other proportions of classes, another crop
+    or reference, resized or JPEG-compressed samples. Estimates need not add up.
+
+    Args:
+        results: one or two files of `evaluate --json`. FILE#2 is the third result in a file of several.
+        published: compare with a published score instead of a second result: var-d16, m-var-d24, dit-xl-2, ...; an
+            unknown name lists all. Papers do not state everything; what they do not is left open.
+        extractor: the extractor of the results, to score again; not needed for the classifiers of digits and photos.
+        cache: folder that caches the statistics of real images and the classifiers of digits and photos.
+        max_images: samples that are resized or compressed to see what that does.
+        json: write the report to this JSON file, one record per score, difference, note.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if len(results) != (2 if published is None else 1):
+        raise InputError("name two results of `evaluate --json`, or one and --published NAME, such as var-d16")
+    if max_images < 2:
+        raise InputError(f"--max_images {max_images} is too small; use at least 2")
+    refuse_overwriting({"--json": json}, {f"result {number}": path for number, path in enumerate(results, 1)})
+    pair = read_result(results[0]), read_result(results[1]) if published is None else published_result(published)
+    target = choose_device(device)
+    opened = [
+        open_set(name, result, extractor, cache, max_images, target)
+        for name, result in zip(("first", "second"), pair, strict=True)
+    ]
+    first, second = (found if isinstance(found, ScoredSet) else None for found in opened)
+    add_traces(*pair, [None if scored is None else scored.samples for scored in (first, second)])
+    differences, unknown = compare(*pair)
+    estimates = {estimate.factor: estimate for estimate in estimate_all(differences, first, second, pair)}
+    notes = [note for found in opened for note in ([found] if isinstance(found, str) else check_set(found))]
+    notes += [f"{key}: {pair[1][key]}" for key in PUBLISHED_NOTES if published is not None and key in pair[1]]
+    report = make_report(*pair, differences, unknown, estimates, notes)
+    print_report(report)
+    if json is not None:
+        write_records(report, json)
+
+
+def read_result(name: str) -> Result:
+    """Reads a result of `evaluate --json`; `FILE#2` is the third of several.
+
+    Raises:
+        InputError: if the file is missing, has no such result, or several without a number.
+    """
+    path, _, number = name.rpartition("#")
+    if not number.isdecimal():
+        path, number = name, ""
+    records = read_json(Path(path).expanduser(), list[dict[str, Any]])
+    if number == "" and len(records) != 1:
+        raise InputError(f"{path} holds {len(records)} results; name one of them, such as {path}#0")
+    if int(number or 0) >= len(records):
+        raise InputError(f"{path} holds {len(records)} results; the last is {path}#{len(records) - 1}")
+    result = records[int(number or 0)]
+    if missing := [key for key in (DISTANCE, "num_samples", "samples", "reference") if key not in result]:
+        raise InputError(f"{name} is not a result of `evaluate --json`: it has no {missing[0]}")
+    return result
+
+
+def open_set(
+    name: str, result: Result, extractor: nn.Module | None, cache: str, max_images: int, device: torch.device
+) -> ScoredSet | str:
+    """Opens the samples of a result with their extractor; returns the reason if they cannot be scored again."""
+    if "samples" not in result:
+        return "there are no images of the published score"
+    if not Path(result["samples"]).expanduser().exists():
+        return f"the samples of {name} are not scored again: {result['samples']} does not exist"
+    try:
+        reference = open_reference(result["reference"])
+    except InputError as error:
+        return f"the samples of {name} are not scored again: {error}"
+    if reference.kind == "shards":
+        return f"the samples of {name} are not scored again: {result['reference']} holds token shards"
+    extractor = classifier_for(reference, cache) if extractor is None else extractor
+    if extractor is None or fingerprint(extractor) != result.get("extractor_weights"):
+        expected = f"{result.get('extractor')} with weights {result.get('extractor_weights')}"
+        return f"the samples of {name} are not scored again: that needs --extractor {expected}"
+    prepare(extractor, device)
+    return ScoredSet(name, result, open_samples(result["samples"]), extractor, Path(cache), max_images)
+
+
+def check_set(scored: ScoredSet) -> Iterator[str]:
+    """Says if the samples score otherwise than recorded, and how far apart two halves of them are."""
+    recorded = scored.result[DISTANCE]
+    if not isclose(scored.distance, recorded, rel_tol=SAME_DISTANCE, abs_tol=1e-6):
+        yield (
+            f"the samples of {scored.name} are now at distance {scored.distance:.4g}, not {recorded:.4g}: they, the "
+            f"reference or the crop have changed since"
+        )
+    if len(scored.samples) >= MIN_HALVES:
+        halves = [scored.distance_of(scored.by_class[begin::2]) for begin in (0, 1)]
+        yield f"noise: two halves of {scored.name} are at distances {halves[0]:.4g} and {halves[1]:.4g}"
+
+
+def make_report(
+    first: Result,
+    second: Result,
+    differences: list[Difference],
+    unknown: list[str],
+    estimates: dict[str, Estimate],
+    notes: list[str],
+) -> list[Record]:
+    """Returns one flat record per score, difference and note; `explains` is a part of the second distance minus the
+    first."""
+    report: list[Record] = [
+        {
+            "kind": "score",
+            "name": name,
+            "first": first[name],
+            "second": second[name],
+            "change": second[name] - first[name],
+        }
+        for name in FULL_NAMES.values()
+        if name in first and name in second
+    ]
+    for difference in differences:
+        record = {"kind": "difference", **difference._asdict()}
+        if difference.factor in estimates:
+            record |= {"estimate": estimates[difference.factor].text, "explains": estimates[difference.factor].explains}
+        report.append(record)
+    if unknown:
+        notes = [f"stated by one of the two only: {', '.join(unknown)}", *notes]
+    return [*report, *({"kind": "note", "text": note} for note in notes)]
+
+
+def print_report(report: list[Record]) -> None:
+    """Prints scores, differences with what they explain of the distance, and notes."""
+    scores, differences, notes = (
+        [record for record in report if record["kind"] == kind] for kind in ("score", "difference", "note")
+    )
+    rows = [[r["name"], *(format_value(r[key]) for key in ("first", "second", "change"))] for r in scores]
+    print_rows([["score", "first", "second", "change"], *rows])
+    print()
+    if differences:
+        rows = [[r["factor"], str(r["first"]), str(r["second"]), r["effect"]] for r in differences]
+        print_rows([["what differs", "first", "second", "effect"], *rows])
+    else:
+        print("nothing differs of what both results state")
+    estimated = [record for record in differences if "explains" in record]
+    if estimated:
+        print()
+        rows = [[r["factor"], f"{r['explains']:+.4g}", r["estimate"]] for r in estimated]
+        print_rows([["of the distance's change", f"{scores[0]['change']:+.4g}", "measured on"], *rows])
+    for note in notes:
+        print(f"- {note['text']}")
+
+
+def main(argv: list[str]) -> None:
+    call(doctor, argv, positional=True)
