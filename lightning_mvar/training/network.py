@@ -1,0 +1,297 @@
+"""Lightning module of a network: its tokenizer and weight averages, and the checkpoints that hold them."""
+
+from __future__ import annotations
+
+import os.path
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_mvar.checkpoints import WhichWeights, load_tokenizer
+from lightning_mvar.checkpoints.pair import check_pair
+from lightning_mvar.checkpoints.power_ema import check_sigma_rel, power_decay
+from lightning_mvar.checkpoints.training import (
+    EMA_PREFIX,
+    NETWORK_KEY,
+    NETWORK_PREFIX,
+    POWER_PREFIX,
+    NetworkRecord,
+    RunRecord,
+    TokenizerRecord,
+    open_part,
+    read_plain_part,
+    read_record,
+    resolve_last,
+)
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.json_files import checked
+from lightning_mvar.models.config import OF_TOKENS, MVARConfig, NetworkOptions
+from lightning_mvar.models.mvar import MVAR, Block
+from lightning_mvar.models.parameters import UNDECAYED
+from lightning_mvar.tokenizer.tokenizer import Tokenizer
+from lightning_mvar.training.base import ScheduledModule, update_ema, warm_up_decay
+from lightning_mvar.training.blocks import ActivationCheckpointing, configure_block
+from lightning_mvar.training.datamodules import TokenDataModule
+from lightning_mvar.training.freezing import freeze_parameters
+from lightning_mvar.training.lightning_internals import attached_trainer
+from lightning_mvar.training.optim import OptimizerConfig
+from lightning_mvar.training.references import Reference, require_same_reference
+from lightning_mvar.training.resuming import (
+    adapt_to_devices,
+    require_same_average,
+    require_same_frozen,
+    require_same_network,
+    require_same_optimizer,
+    require_same_power_ema,
+)
+from lightning_mvar.training.strategies import FSDP2Strategy, build_network
+from lightning_mvar.training.weights import InitialWeights, Start, check_tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class NetworkModule(ScheduledModule):
+    """Holds a network, averages of its weights and its frozen tokenizer; saves and restores them. See `LitMVAR`.
+
+    The tokenizer is held outside the module's registry, so it is neither trained nor sharded nor saved; a checkpoint
+    records its path and fingerprint. The trainer calls `configure_model` once it knows the devices, which builds the
+    network, sharded block by block if the strategy is `fsdp2`.
+    """
+
+    undecayed = UNDECAYED
+
+    def __init__(
+        self,
+        network: MVARConfig,
+        tokenizer: str | None,
+        optimizer: OptimizerConfig,
+        ema_decay: float | None,
+        power_ema: list[float] | None,
+        compile: bool,
+        activation_checkpointing: ActivationCheckpointing,
+        max_skipped_steps: int,
+        weights: str | None,
+        weights_kind: WhichWeights,
+        freeze: tuple[str, ...],
+    ) -> None:
+        super().__init__(optimizer, max_skipped_steps)
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise InputError(f"model.ema_decay must be in [0, 1), got {ema_decay}")
+        self.power_ema = power_ema or []
+        for sigma_rel in self.power_ema:
+            check_sigma_rel(sigma_rel, "model.power_ema")
+        self.network_options, self.ema_decay = network, ema_decay
+        self.given_tokenizer = None if tokenizer is None else os.path.expanduser(tokenizer)
+        self.weights, self.start, self.freeze_patterns = weights, Start(weights, weights_kind), freeze
+        self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
+        self.known_class_names: list[str] = []
+        self.reference: Reference | None = None  # frozen network that the loss compares with
+        self.network: MVAR
+        self.ema: MVAR | None = None
+        self.power_averages = nn.ModuleList()  # in the order of `power_ema`
+
+    def setup(self, stage: str) -> None:
+        """Checks that the datamodule's shards match the network, and the classes of the checkpoint it is from, if any.
+
+        Raises:
+            InputError: naming the first field that differs.
+        """
+        super().setup(stage)
+        self.start.share(self.trainer.strategy)
+        network, data, stored = self.network_config, self.token_data, self.start.stored
+        if stored is not None:
+            check_tokenizer(stored, self.hidden_tokenizer[0], self.tokenizer_path)
+            if data is None and network.num_classes == stored.config.num_classes:
+                self.known_class_names = stored.class_names
+        if data is not None:
+            data.check_network(network, self.tokenizer_fingerprint)
+            data.check_classes(self.known_class_names)
+
+    @cached_property
+    def network_config(self) -> MVARConfig:
+        """Configuration of the network; known once the datamodule has read its shards.
+
+        Raises:
+            InputError: if neither the options nor shards tell the number of classes.
+        """
+        options = self.network_options
+        if not isinstance(options, NetworkOptions):
+            return options
+        tokenizer, base = self.hidden_tokenizer[0].config, self.start.config
+        known = {"schedule": tokenizer.schedule, "vocab_size": tokenizer.vocab_size, "code_dim": tokenizer.code_dim}
+        if options.num_classes is None and self.token_data is not None:
+            known["num_classes"] = len(self.class_names)
+        elif options.num_classes is None and base is None:
+            raise InputError("set network.num_classes: without token shards it is unknown")
+        return options.complete(base, **known)
+
+    @cached_property
+    def tokenizer_path(self) -> str:
+        """Folder of the tokenizer.
+
+        Raises:
+            InputError: if it is neither given nor known from the weights to start from.
+        """
+        if (folder := self.given_tokenizer or self.start.tokenizer_folder) is not None:
+            return folder
+        source = "" if self.weights is None else f": {self.weights} does not say which one it was trained with"
+        raise InputError(f"set model.tokenizer to the folder of the tokenizer that encoded the tokens{source}")
+
+    @property
+    def token_data(self) -> TokenDataModule | None:
+        """The datamodule, unless the data are DataLoaders or another datamodule."""
+        return self.data if isinstance(self.data, TokenDataModule) else None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in label order, from the shards or the checkpoint; without either, the labels themselves."""
+        if self.token_data is not None:
+            return self.token_data.class_names
+        return self.known_class_names or [str(label) for label in range(self.network_config.num_classes)]
+
+    def configure_model(self) -> None:
+        """Builds the network and its averages, sharding each part as soon as it exists; see `build_network`."""
+        if self.reference is not None:
+            self.reference.build()
+        if hasattr(self, "network"):
+            return
+        strategy = None if (trainer := attached_trainer(self)) is None else trainer.strategy
+        device = self.device if strategy is None else strategy.root_device
+        shard = strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda part: None
+        config, stored = self.network_config, self.start.stored
+        load = None if stored is None else InitialWeights(stored, config, self.class_names).load
+
+        def finish(part: nn.Module) -> None:
+            self.configure_block(part)
+            shard(part)
+
+        def average() -> MVAR:  # the same seed makes it start as a copy
+            return build_network(config, device, self.seed, shard, load).requires_grad_(False)
+
+        self.network = build_network(config, device, self.seed, finish, load, self.freeze_patterns)
+        self.ema = None if self.ema_decay is None else average()
+        self.power_averages.extend(average() for _ in self.power_ema)
+
+    def configure_block(self, part: nn.Module) -> None:
+        if isinstance(part, Block):
+            configure_block(part, self.compile_blocks, self.activation_checkpointing)
+
+    @property
+    def averaged(self) -> MVAR:
+        """The network to sample from: the weight average if one is kept, else the weights being trained."""
+        return self.network if self.ema is None else self.ema
+
+    def after_step(self) -> None:
+        if self.ema is not None and self.ema_decay is not None:
+            update_ema(self.ema, self.network, warm_up_decay(self.ema_decay, self.global_step), self.gradients_finite)
+        for average, sigma_rel in zip(self.power_averages, self.power_ema, strict=True):
+            update_ema(average, self.network, power_decay(sigma_rel, self.global_step + 1), self.gradients_finite)
+
+    @cached_property
+    def hidden_tokenizer(self) -> list[Tokenizer]:
+        """The tokenizer, in a list that hides it from the module registry."""
+        tokenizer = load_tokenizer(self.tokenizer_path).requires_grad_(False)
+        check_pair(self.network_options, tokenizer.config, f"the tokenizer in {self.tokenizer_path}")
+        return [tokenizer]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The frozen tokenizer, on the device of the network."""
+        tokenizer = self.hidden_tokenizer[0]
+        if tokenizer.quantizer.codebook.weight.device != self.device:
+            tokenizer.to(self.device)
+        return tokenizer
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        return self.hidden_tokenizer[0].fingerprint()
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, tokenizer: str | None = None, **options: Any
+    ) -> Self:
+        """Builds the module of a checkpoint of `fit`, sharded or not, with its weights and their average.
+
+        To continue a run that started from `weights`, fit this module with the same checkpoint: it needs no `weights`.
+
+        Args:
+            checkpoint_path: the checkpoint.
+            map_location: device to move the module to.
+            tokenizer: folder of the tokenizer, if it has moved.
+            options: other arguments of the constructor, for training on: a checkpoint has none but the network, and the
+                decays of its averages, if it keeps any.
+
+        Raises:
+            InputError: if the checkpoint is missing or not one of `fit`, its tokenizer is a different one, or it is of
+                an older version that did not record the decay of its average.
+        """
+        path = resolve_last(Path(checkpoint_path).expanduser())
+        record = read_record(path, read_plain_part(path))
+        if record.run.ema and record.run.ema_decay is None and "ema_decay" not in options:
+            raise InputError(f"{path} does not record the decay of its weight average: pass ema_decay")
+        options = {"ema_decay": record.run.ema_decay, "power_ema": record.run.power_ema} | options
+        module = cls(NetworkOptions(**vars(record.network)), tokenizer or record.tokenizer.path, **options)
+        require_same_power_ema(record.run.power_ema, module.power_ema)
+        module.known_class_names = record.class_names
+
+        def load(prefix: str) -> MVAR:
+            return open_part(path, record, prefix, tokenizer).load().network.requires_grad_(False)
+
+        module.network = load(NETWORK_PREFIX).train()
+        freeze_parameters(module.network, module.freeze_patterns)
+        module.network.blocks.apply(module.configure_block)
+        if module.ema_decay is not None:
+            module.ema = load(EMA_PREFIX if record.run.ema else NETWORK_PREFIX)
+        module.power_averages.extend(load(f"{POWER_PREFIX}{i}.") for i in range(len(module.power_ema)))
+        return module.to(map_location) if map_location is not None else module
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        tokenizer = TokenizerRecord(str(Path(self.tokenizer_path).resolve()), self.tokenizer_fingerprint)
+        batch = None if self.token_data is None else self.batch_of_all_ranks
+        reference = None if self.reference is None else self.reference.record
+        run = RunRecord(
+            ema=self.ema_decay is not None,
+            skipped_steps=self.skip_counts,
+            world_size=self.trainer.world_size,
+            batch_of_all_ranks=batch,
+            ema_decay=self.ema_decay,
+            reference=reference,
+            power_ema=self.power_ema,
+            muon=self.optimizer_config.muon,
+            freeze=[*self.freeze_patterns],
+        )
+        checkpoint[NETWORK_KEY] = asdict(NetworkRecord(self.network_config, tokenizer, self.class_names, run))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        record = self.check_checkpoint(checkpoint[NETWORK_KEY])
+        if self.token_data is not None:
+            self.token_data.check_classes(record.class_names)
+        super().on_load_checkpoint(checkpoint)
+        if self.trainer.state.fn == "fit":
+            require_same_reference(record.run.reference, None if self.reference is None else self.reference.record)
+            self.skipped_steps, self.skipped_in_a_row = record.run.skipped_steps
+            if self.token_data is not None:
+                counts = self.trainer.world_size, self.batch_of_all_ranks
+                adapt_to_devices(record.run, *counts, checkpoint["loops"]["fit_loop"])
+
+    def check_checkpoint(self, entry: Any) -> NetworkRecord:
+        """Reads the `NETWORK_KEY` entry of a checkpoint; fields that it lacks have their defaults.
+
+        Raises:
+            InputError: if it is damaged, or of another network or tokenizer; names the first field that differs.
+        """
+        record = checked(entry, NetworkRecord, "--ckpt_path")
+        self.start.continue_from(record)
+        network = self.network_options if attached_trainer(self) is None else self.network_config
+        if isinstance(network, NetworkOptions):  # what tokenizer and shards say is known with the trainer
+            network = network.complete(self.start.config, **{name: getattr(record.network, name) for name in OF_TOKENS})
+        require_same_network(record, network, self.tokenizer_fingerprint)
+        require_same_average(record.run.ema, self.ema_decay is not None)
+        require_same_power_ema(record.run.power_ema, self.power_ema)
+        require_same_optimizer(record.run.muon, self.optimizer_config.muon)
+        require_same_frozen(record.run.freeze, [*self.freeze_patterns])
+        return record
