@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import modified_ns
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.sampling.philox import DRAFTS, uniform
@@ -67,8 +68,7 @@ class Drafts:
         """
         if self.count == 1 or self.scorer is None:
             return None
-        config = Path(self.scorer).expanduser() / CONFIG
-        written = config.stat().st_mtime_ns if config.is_file() else 0
+        written = modified_ns(Path(self.scorer).expanduser() / CONFIG)
         return cached_scorer(self.scorer, quantizer, quantizer.codebook.weight.device, written)
 
     def check(self, network: MVARConfig) -> None:

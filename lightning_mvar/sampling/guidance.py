@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +24,14 @@ from torch import Tensor
 
 from lightning_mvar.checkpoints import StoredModel, open_trained
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import modified_ns
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
+from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.sampling.philox import CORRUPTION, uniform
 from lightning_mvar.sampling.values import integer, number, per_scale
 from lightning_mvar.scales import Shape
+from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 MAX_GUIDANCE = 1000  # logits stay finite in float32
@@ -109,37 +114,61 @@ def check_per_scale(name: str, values: float | tuple[float, ...], network: MVARC
 
 
 def load_guide(
-    guidance: Guidance, network: MVARConfig, tokenizer: Tokenizer, class_names: Sequence[str] = ()
+    guidance: Guidance,
+    network: MVARConfig,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> MVAR | None:
-    """Loads the weaker network that guides a network; None if none is named or no scale is guided.
+    """Loads the weaker network that guides a network, of which the last one stays in memory.
 
     Args:
         guidance: names the weaker network.
         network: config of the network that it guides.
-        tokenizer: of the network that it guides; the result is moved to its device.
+        tokenizer: of the network that it guides; the result is on its device.
         class_names: of the network that it guides; empty if unknown.
+        dtype: dtype to which its weights are lowered, see `lower_precision`.
+
+    Returns:
+        The weaker network in eval mode; None if none is named or no scale is guided.
 
     Raises:
         InputError: if it cannot be read, or has other tokens, classes or scales.
     """
-    if guidance.needed_network is None:
+    if (path := guidance.needed_network) is None:
         return None
-    stored = open_trained(guidance.needed_network)
+    quantizer = tokenizer.quantizer
+    device, written = quantizer.codebook.weight.device, modified_ns(Path(path).expanduser())
+    guide, names = cached_guide(path, network, quantizer, device, dtype, written)
+    if class_names and names and [*class_names] != names:
+        raise InputError(f"guidance_network {path} cannot guide: it has classes of other names")
+    return guide
+
+
+@lru_cache(maxsize=1)
+def cached_guide(
+    path: str,
+    network: MVARConfig,
+    quantizer: ResidualQuantizer,
+    device: torch.device,
+    dtype: torch.dtype,
+    written: int,
+) -> tuple[MVAR, list[str]]:
+    """Loads a guide and its class names; `written` is the time of its file, so that a new one is read again."""
+    stored = open_trained(path)
     for name in ("schedule", "vocab_size", "code_dim", "num_classes", "prediction"):
         ours, theirs = getattr(network, name), getattr(stored.config, name)
         if ours != theirs:
-            raise InputError(f"guidance_network {guidance.network} cannot guide: its {name} is {theirs}, not {ours}")
-    if class_names and stored.class_names and [*class_names] != stored.class_names:
-        raise InputError(f"guidance_network {guidance.network} cannot guide: it has classes of other names")
-    check_tokens(stored, tokenizer)
-    return stored.load_network().to(tokenizer.quantizer.codebook.weight.device)
+            raise InputError(f"guidance_network {path} cannot guide: its {name} is {theirs}, not {ours}")
+    check_tokens(stored, quantizer)
+    return lower_precision(stored.load_network().to(device), dtype), stored.class_names
 
 
-def check_tokens(stored: StoredModel, tokenizer: Tokenizer) -> None:
+def check_tokens(stored: StoredModel, quantizer: ResidualQuantizer) -> None:
     """Raises InputError if the tokens of a network mean something else; published weights do not say what they mean."""
     if stored.tokenizer_folder is None:
         return
-    ours, theirs = tokenizer.quantizer.state_dict(), stored.load_tokenizer().quantizer.state_dict()
+    ours, theirs = quantizer.state_dict(), stored.load_tokenizer().quantizer.state_dict()
     if ours.keys() != theirs.keys() or any(not torch.equal(theirs[name], ours[name].cpu()) for name in ours):
         raise InputError(
             f"guidance_network {stored.source} cannot guide: it predicts tokens of another tokenizer, "

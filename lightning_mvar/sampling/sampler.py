@@ -56,9 +56,9 @@ class Sampler:
         """
         path = settings.guide.needed_network
         if path is not None and path not in self.guides:
-            guide = load_guide(settings.guide, self.network.config, self.tokenizer, self.class_names)
+            guide = load_guide(settings.guide, self.network.config, self.tokenizer, self.class_names, self.dtype)
             assert guide is not None
-            self.guides = {path: lower_precision(guide, self.dtype)}
+            self.guides = {path: guide}
         return None if path is None else self.guides[path]
 
     def steps(

@@ -135,7 +135,10 @@ def test_a_weaker_network_guides_with_a_state_of_its_own(network: MVAR, tokenize
     sampler = Sampler(TrainedModel(network, tokenizer, []), torch.device("cpu"))
     settings = SamplingSettings(guidance_network=str(tmp_path), seed=5)
     assert torch.equal(sampler.draw_tokens(LABELS, settings, range(4)), expected)
-    assert sampler.guide(settings) is sampler.guide(settings)
+    other = Sampler(TrainedModel(network, tokenizer, []), torch.device("cpu"))
+    assert sampler.guide(settings) is sampler.guide(settings) is other.guide(settings)  # read once
+    save_folder(tmp_path, tokenizer, tiny_network(prediction=network.config.prediction, mixers=MIXERS["var"], depth=2))
+    assert load_guide(settings.guide, network.config, tokenizer).config.depth == 2  # type: ignore[union-attr]
 
 
 def test_a_network_that_guides_itself_is_not_guided(network: MVAR, tokenizer: Tokenizer, tmp_path: Path) -> None:
