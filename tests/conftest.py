@@ -109,6 +109,14 @@ def tokenizer_folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+@pytest.fixture(scope="session")
+def shards(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Token shards of 52 samples, for tests that only read them."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_token_shards(folder, tokenizer.fingerprint(), [20, 20, 12])
+    return str(folder)
+
+
 def random_tokens(count: int, seed: int = 0, vocab_size: int = 48) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab_size, (count, SCHEDULE.num_tokens), generator=generator)

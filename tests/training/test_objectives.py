@@ -40,13 +40,6 @@ from lightning_mvar.training.objectives import (
 )
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> str:
-    folder = tmp_path_factory.mktemp("shards")
-    write_token_shards(folder, tokenizer.fingerprint(), [20, 20, 12])
-    return str(folder)
-
-
 class Runs:
     """Trains tiny modules with an objective."""
 

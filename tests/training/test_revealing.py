@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCHEDULE, pictures, tiny_network, write_token_shards
+from conftest import SCHEDULE, pictures, tiny_network
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_modules import Losses, make_module, make_trainer
 from training_runs import TWO_RANKS, largest_difference, train, weights
@@ -29,13 +29,6 @@ from lightning_mvar.training.objectives import (
     TeacherForced,
 )
 from lightning_mvar.training.revealing import HIDDEN, draw_revealed
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> str:
-    folder = tmp_path_factory.mktemp("shards")
-    write_token_shards(folder, tokenizer.fingerprint(), [20, 20, 12])
-    return str(folder)
 
 
 def fit(folder: Path, shards: str, root: Path, steps: int, ckpt_path: str | None = None, **options: object) -> LitMVAR:
