@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_mvar.bench.subjects import (
     setting_record,
 )
 from lightning_mvar.cli.tables import Record
-from lightning_mvar.models.costs import state_bytes
+from lightning_mvar.models.costs import mixer_state_bytes, scale_flops, state_bytes
 from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.training.blocks import configure_block
 
@@ -74,6 +75,26 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
             }
         )
     return records
+
+
+def measure_step(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
+    """Times the step of the last scale, which begins with the state before it however often that scale is drawn."""
+    subjects = [make_subject(setting, device) for setting in settings]
+    begins = [subject.before_last_step() for subject in subjects]
+    runs: list[Run] = [
+        torch.no_grad()(partial(subject.network.step, *begin)) for subject, begin in zip(subjects, begins, strict=True)
+    ]
+    seconds = time_interleaved(runs, repeats, device)
+    return [
+        setting_record("step", setting, device)
+        | {
+            "tokens": setting.network.step_lengths[-1],
+            "step_s_per_image": median(times) / setting.batch_size,
+            "flops_per_image": scale_flops(setting.network)[-1],
+            "state_bytes_per_image": mixer_state_bytes(state) // setting.batch_size,
+        }
+        for setting, times, (_, state) in zip(settings, seconds, begins, strict=True)
+    ]
 
 
 def measure_training(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:

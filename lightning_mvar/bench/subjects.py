@@ -24,7 +24,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.base import State
 from lightning_mvar.models.config import BASELINES, MIXERS, SIZES, MVARConfig
 from lightning_mvar.models.costs import META, count_flops, forward_flops
-from lightning_mvar.models.mvar import MVAR, Block
+from lightning_mvar.models.mvar import MVAR, Block, MVARState
 from lightning_mvar.models.parameters import UNDECAYED, lower_precision
 from lightning_mvar.sampling.generate import draw_images
 from lightning_mvar.sampling.graphs import ScaleGraphs, graphs_for
@@ -51,6 +51,7 @@ class Setting:
     graphs: bool = True
     narrow: bool = False
     guidance_off_from: int | None = None
+    steps: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (("size", SIZES), ("precision", DTYPES)):
@@ -100,6 +101,7 @@ class Setting:
     @property
     def network(self) -> MVARConfig:
         config = MVARConfig.for_size(self.size, schedule=self.schedule, **self.blocks)
+        config = replace(config, reveal=self.steps > 1)
         config = replace(config, width=64, heads=1) if self.narrow else config
         return replace(config, depth=self.depth) if self.depth else config
 
@@ -109,7 +111,7 @@ class Setting:
 
     @property
     def sampling(self) -> SamplingSettings:
-        return SamplingSettings(guidance_off_from=self.guidance_off_from)
+        return SamplingSettings(guidance_off_from=self.guidance_off_from, steps=self.steps)
 
     @property
     def schedule(self) -> ScaleSchedule:
@@ -170,6 +172,15 @@ class Subject:
         labels = torch.arange(self.batch_size) % self.network_config.num_classes
         keys = self.sampling.keys(range(self.batch_size))
         return draw_images(self.network, self.tokenizer, labels, self.sampling, keys, graphs=self.graphs)[0]
+
+    @torch.no_grad()
+    def before_last_step(self) -> tuple[Tensor | None, MVARState]:
+        """Runs all steps but the last on random inputs; returns the inputs (b, n, c) of the last, and its state."""
+        config, inputs, state = self.network_config, None, self.network.init_state(self.labels)
+        for n in config.step_lengths[1:]:
+            _, state = self.network.step(inputs, state)
+            inputs = torch.randn(self.batch_size, n, config.code_dim, device=self.device)
+        return inputs, state
 
     def parts(self) -> list[Part]:
         """Returns the parts that a profile distinguishes."""

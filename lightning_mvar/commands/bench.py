@@ -10,6 +10,7 @@ from lightning_mvar.bench.networks import (
     measure_memory,
     measure_operations,
     measure_sampling,
+    measure_step,
     measure_training,
     profile_sampling,
 )
@@ -23,7 +24,7 @@ from lightning_mvar.devices import Precision, choose_device, set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
 
-Measurement = Literal["sample", "train", "tokenize", "data", "memory", "op", "launches"]
+Measurement = Literal["sample", "step", "train", "tokenize", "data", "memory", "op", "launches"]
 
 
 def bench(
@@ -37,6 +38,7 @@ def bench(
     compile: bool = False,
     graphs: bool = True,
     guidance_off_from: int | None = None,
+    steps: int = 1,
     versus: str | None = None,
     repeats: int = 3,
     num_workers: int = 1,
@@ -50,12 +52,14 @@ def bench(
 ) -> None:
     """Measures speed and memory. `lightning-mvar bench WHAT` is short for `bench --what WHAT`.
 
-    sample: guided sampling, network and decoder. train: a training step of forward, backward, clipping and AdamW.
-    tokenize: images to tokens with the published encoder. data: reading shards. memory: the state that sampling carries
-    from scale to scale. op: the parts of one block, and Mamba in sampling with and without carried state. launches: the
-    kernel launches, copies and host waits of sampling a batch and of a training step; on a CPU, of networks narrowed to
-    width 64, because counts do not depend on the width. Times are medians of interleaved runs. `matmul_share` is the
-    rate of all counted FLOPs divided by that of a large matrix product in the same precision, measured in the same run.
+    sample: guided sampling, network and decoder. step: the last scale, run once from the state before it without
+    guidance, which is what drawing it once more costs, and the size of that state. train: a training step of forward,
+    backward, clipping and AdamW. tokenize: images to tokens with the published encoder. data: reading shards. memory:
+    the state that sampling carries from scale to scale. op: the parts of one block, and Mamba in sampling with and
+    without carried state. launches: the kernel launches, copies and host waits of sampling a batch and of a training
+    step; on a CPU, of networks narrowed to width 64, because counts do not depend on the width. Times are medians of
+    interleaved runs. `matmul_share` is the rate of all counted FLOPs divided by that of a large matrix product in the
+    same precision, measured in the same run.
 
     Args:
         what: the measurement.
@@ -70,6 +74,7 @@ def bench(
         compile: in training, compile each block with torch.compile, which takes minutes.
         graphs: in sampling on CUDA, launch each scale as one CUDA graph (`launches` and --profile never do).
         guidance_off_from: in sampling, index of the first scale that is drawn without guidance.
+        steps: in sampling, number of steps in which each scale is drawn; above 1, the network reads revealed tokens.
         versus: second setting, interleaved with the first, such as `mixer=var` or `size=d24,batch_size=1`.
         repeats: number of measured runs, after one warm-up run.
         num_workers: number of reader processes of `data` and `tokenize`.
@@ -83,9 +88,8 @@ def bench(
         json: file to write the table to, as JSON.
     """
     check_options(what, versus, compile, repeats, num_workers, world_size, profile, images, shards)
-    first = Setting(
-        size, mixer, resolution, batch_size, precision, depth, compile, graphs, guidance_off_from=guidance_off_from
-    )
+    shape = size, mixer, resolution, batch_size, precision, depth
+    first = Setting(*shape, compile, graphs, guidance_off_from=guidance_off_from, steps=steps)
     settings = [first] if versus is None else [first, first.with_changes(versus)]
     if len({setting.precision == "tf32" for setting in settings}) > 1:
         raise InputError("--versus: tf32 holds for a whole run, so compare it with other precisions in two runs")
@@ -93,6 +97,7 @@ def bench(
     torch_device = choose_device(device)
     measurements: dict[Measurement, Callable[[], list[Record]]] = {
         "sample": lambda: measure_sampling(settings, torch_device, repeats),
+        "step": lambda: measure_step(settings, torch_device, repeats),
         "train": lambda: measure_training(settings, torch_device, repeats),
         "tokenize": lambda: [measure_tokenizing(str(images), s, num_workers, torch_device, repeats) for s in settings],
         "data": lambda: (

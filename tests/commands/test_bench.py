@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import write_images, write_token_shards
 
 from lightning_mvar import Tokenizer
@@ -17,6 +18,7 @@ from lightning_mvar.cli import run
 from lightning_mvar.commands import bench
 from lightning_mvar.commands.bench import measure_data
 from lightning_mvar.data.images import crops
+from lightning_mvar.models.costs import state_bytes
 
 SMALL = ["--size", "d12", "--depth", "1", "--batch_size", "1", "--repeats", "1", "--device", "cpu"]
 
@@ -57,6 +59,16 @@ def test_training_and_operations(tmp_path: Path) -> None:
     records = {record["op"]: record for record in json.loads(file.read_text())}
     assert records["block"]["share_of_block"] == 1
     assert records["scan"]["share_of_block"] == records["scan"]["seconds"] / records["block"]["seconds"]
+
+
+@pytest.mark.usefixtures("narrow")
+def test_drawing_a_scale_again_begins_with_the_state_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    assert run(["bench", "step", *SMALL, "--versus", "mixer=var,batch_size=2", "--json", str(file)]) == 0
+    mvar, var = json.loads(file.read_text())
+    assert mvar["tokens"] == var["tokens"] == 256
+    assert var["state_bytes_per_image"] == 2 * 4 * (680 - 256) * 64  # keys and values of all scales but the last
+    assert mvar["state_bytes_per_image"] == state_bytes(Setting("d12", depth=1, narrow=True).network, torch.float32)
 
 
 def test_memory_of_all_resolutions(tmp_path: Path) -> None:
