@@ -49,12 +49,8 @@ class Costs(NamedTuple):
 @cache
 def costs_of(config: MVARConfig) -> Costs:
     def costs(network: MVAR) -> tuple[int, ...]:
-        return (
-            num_parameters(network),
-            3 * count_flops(lambda: teacher_forced_pass(network)),
-            2 * sum(step_flops(network)),
-            final_state_bytes(network),
-        )
+        flops, state = sampling_costs(network)
+        return num_parameters(network), 3 * count_flops(lambda: teacher_forced_pass(network)), 2 * sum(flops), state
 
     return Costs(*extrapolate_blocks(config, costs))
 
@@ -63,6 +59,7 @@ def count_parameters(config: MVARConfig) -> int:
     return extrapolate_blocks(config, lambda network: (num_parameters(network),))[0]
 
 
+@cache
 def forward_flops(config: MVARConfig) -> int:
     """Counts FLOPs of a teacher-forced pass over one image."""
     return extrapolate_blocks(config, lambda network: (count_flops(lambda: teacher_forced_pass(network)),))[0]
@@ -71,14 +68,14 @@ def forward_flops(config: MVARConfig) -> int:
 @cache
 def scale_flops(config: MVARConfig) -> tuple[int, ...]:
     """Counts FLOPs of each scale of one image, drawn once and without guidance."""
-    steps = iter(extrapolate_blocks(config, step_flops))
+    steps = iter(extrapolate_blocks(config, lambda network: sampling_costs(network)[0]))
     counts = config.schedule.lengths if config.prediction == "token" else (1,) * config.schedule.num_scales
     return tuple(sum(islice(steps, count)) for count in counts)
 
 
 def state_bytes(config: MVARConfig, dtype: torch.dtype) -> int:
     """Counts bytes of the state per image after the last step, without guidance and without the AdaLN tables."""
-    return extrapolate_blocks(config, lambda network: (final_state_bytes(lower_precision(network, dtype)),))[0]
+    return extrapolate_blocks(config, lambda network: sampling_costs(lower_precision(network, dtype))[1:])[0]
 
 
 def training_bytes(config: MVARConfig, batch_size: int, activation_checkpointing: bool = False, shards: int = 1) -> int:
@@ -186,19 +183,16 @@ def teacher_forced_pass(network: MVAR) -> None:
     network(torch.zeros(1, dtype=torch.int64, device=META), inputs)
 
 
-def step_flops(network: MVAR) -> tuple[int, ...]:
-    """Counts FLOPs of each sampling step of one image."""
-    flops, states = list[int](), sampling_states(network)
+def sampling_costs(network: MVAR) -> tuple[tuple[int, ...], int]:
+    """Counts FLOPs of each sampling step of one image, and bytes of the mixers' state after the last step."""
+    flops, sizes, states = list[int](), list[int](), sampling_states(network)
     while True:
         with FlopCounterMode(display=False) as counter:
-            if next(states, None) is None:
-                return tuple(extrapolate_steps(flops, network.config))
+            state = next(states, None)
+        if state is None:
+            return tuple(extrapolate_steps(flops, network.config)), extrapolate_steps(sizes, network.config)[-1]
         flops.append(counter.get_total_flops())
-
-
-def final_state_bytes(network: MVAR) -> int:
-    """Counts bytes of the mixers' state of one image after the last step, without the AdaLN tables."""
-    return extrapolate_steps([mixer_state_bytes(state) for state in sampling_states(network)], network.config)[-1]
+        sizes.append(mixer_state_bytes(state))
 
 
 @torch.no_grad()
