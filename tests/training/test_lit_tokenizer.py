@@ -112,7 +112,7 @@ def test_revival_moves_unused_codes_onto_residuals_and_spares_the_others(tmp_pat
 
 
 EVERYTHING = {
-    "adversary": AdversaryConfig(weight=0.5, start_step=9, channels=4, levels=3),
+    "adversary": AdversaryConfig(weight=0.5, start_step=4, channels=4, levels=3),
     "codebook": CodebookConfig(learning="ema", entropy_weight=0.1, entropy_queries=100, scale_dropout=0.3),
     "ema_decay": 0.9,
     "perceptual": FeatureDistance(BlockMeans()),
@@ -124,11 +124,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, options: dict
     """The run stops in the second epoch; covers sample order, random shifts of the digits and revived codes."""
 
     def run(root: Path, stop: int | None, resume: str | None) -> dict[str, torch.Tensor]:
-        module = make_module(revive_every=4, **options)
-        checkpoint = Checkpoint(str(root / "checkpoints"), every_n_train_steps=5)
+        module = make_module(revive_every=3, **options)
+        checkpoint = Checkpoint(str(root / "checkpoints"), every_n_train_steps=3)
         trainer = L.Trainer(
             accelerator="cpu",
-            max_steps=12,
+            max_steps=6,
             callbacks=[checkpoint, *([] if stop is None else [Stop(stop)])],
             logger=False,
             limit_val_batches=0,
@@ -136,15 +136,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, options: dict
             enable_model_summary=False,
             default_root_dir=str(root),
         )
-        data = ImageDataModule("digits:train", "digits:test", 32, batch_size=128, crop="random")
+        data = ImageDataModule("digits:validation", "digits:test", 32, batch_size=80, crop="random")
         with pytest.raises(RuntimeError, match="stop") if stop else nullcontext():
             trainer.fit(module, datamodule=data, ckpt_path=resume)
         return module.state_dict()
 
     expected = run(tmp_path / "uninterrupted", None, None)
-    run(tmp_path / "run", 11, None)
-    assert (tmp_path / "run/checkpoints/step=00000011.ckpt").is_file()
-    resumed = run(tmp_path / "run", None, str(tmp_path / "run/checkpoints/step=00000011.ckpt"))
+    run(tmp_path / "run", 5, None)
+    assert (tmp_path / "run/checkpoints/step=00000005.ckpt").is_file()
+    resumed = run(tmp_path / "run", None, str(tmp_path / "run/checkpoints/step=00000005.ckpt"))
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
