@@ -246,7 +246,7 @@ trainer: {{accelerator: cpu, max_steps: 12, val_check_interval: 4, check_val_eve
                 init_args: {{dirpath: "${{trainer.default_root_dir}}/checkpoints", every_n_train_steps: 3}}}},
               {{class_path: lightning_mvar.callbacks.SamplesCallback, init_args: {{classes: 3, per_class: 2}}}},
               {{class_path: lightning_mvar.callbacks.FIDCallback,
-                init_args: {{extractor: {{class_path: conftest.Pixels}}, reference: images, num_samples: 13,
+                init_args: {{extractor: {{class_path: conftest.Pixels}}, reference: images, num_samples: 7,
                              batch_size: 3}}}}]}}
 model: {{tokenizer: {tokenizer}, ema_decay: 0.9, optimizer: {{base_lr: 0.05}},
   network: {{schedule: {{side_lengths: [1, 2, 3, 4]}}, vocab_size: 48, code_dim: 8, num_classes: 10, depth: 2,

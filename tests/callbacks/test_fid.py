@@ -72,8 +72,8 @@ def test_the_chosen_weights_are_scored_and_the_end_is_scored_without_a_validatio
     for name, value in values.items():
         model = load_trained(run_folder / name / "checkpoints/last.ckpt", weights=name)  # type: ignore[arg-type]
         metric = FeatureStatistics(4)
-        generators = image_keys(0, range(13))
-        metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(13) % 10, generator=generators)))
+        generators = image_keys(0, range(7))
+        metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(7), generator=generators)))
         assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
 
 
@@ -88,7 +88,7 @@ def test_samples_are_scored_against_decoded_shards(run_folder: Path, tokenizer: 
     reference = measure(Pixels(), open_reference(str(run_folder / "shards")).images(8, tokenizer), "").statistics
     model = load_trained(run_folder / "run/checkpoints/last.ckpt")
     metric = FeatureStatistics(4)
-    labels, keys = torch.arange(13) % 10, image_keys(0, range(13))
+    labels, keys = torch.arange(7), image_keys(0, range(7))
     metric.update(Pixels()(generate(model.network, model.tokenizer, labels, generator=keys, **sampling)))
     assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
 
@@ -96,12 +96,12 @@ def test_samples_are_scored_against_decoded_shards(run_folder: Path, tokenizer: 
 def test_validate_scores_a_checkpoint(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ranks = start(["fit", "--config", "run.yaml"], run_folder)
+    ranks = start(["fit", "--config", "run.yaml", "--trainer.max_steps", "4"], run_folder)
     assert ranks.wait() == [0], ranks.printed()
     monkeypatch.chdir(run_folder)
     command = ["validate", "--config", "run.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]
     assert run([*command, "--trainer.default_root_dir", "again"]) == 0
-    (expected,) = (value for step, value in scalars(Path("run/logs"))["val/fid"] if step == 11)
+    ((_, expected),) = scalars(Path("run/logs"))["val/fid"]
     ((_, value),) = scalars(Path("again/logs"))["val/fid"]
     assert value == pytest.approx(expected, rel=1e-5)
     assert "val/precision" in capfd.readouterr().out

@@ -121,8 +121,8 @@ def test_a_run_resumes_with_the_same_frozen_parameters_only(
     fit(("*_embed*",), saved)
 
 
-def kill_in_step_7(rank: int) -> None:
-    act_in_step(rank, 7, lambda module, batch: os.kill(os.getpid(), signal.SIGKILL))
+def kill_in_step_4(rank: int) -> None:
+    act_in_step(rank, 4, lambda module, batch: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_frozen_blocks_train_alike_under_every_strategy_and_resume(plain_run_folder: Path) -> None:
@@ -130,10 +130,12 @@ def test_frozen_blocks_train_alike_under_every_strategy_and_resume(plain_run_fol
     (plain_run_folder / "run.yaml").write_text(
         text.replace("ema_decay: 0.9", "ema_decay: 0.9, freeze: ['*', '!blocks.1.mixers.*', '!blocks.0.mlp.*']")
     )
-    train(plain_run_folder, "one", [])
-    train(plain_run_folder, "ddp", [*TWO_RANKS, "ddp"], devices=2)
-    fsdp2 = [*FIT, *TWO_RANKS, "fsdp2", "--trainer.default_root_dir", "fsdp2"]
-    assert start(fsdp2, plain_run_folder, 2, kill_in_step_7).wait() != [0, 0]
-    train(plain_run_folder, "fsdp2", [*TWO_RANKS, "fsdp2"], devices=2)
+    six_steps = ["--trainer.max_steps", "6"]
+    train(plain_run_folder, "one", six_steps)
+    train(plain_run_folder, "ddp", [*six_steps, *TWO_RANKS, "ddp"], devices=2)
+    fsdp2 = [*six_steps, *TWO_RANKS, "fsdp2"]
+    killed = start([*FIT, *fsdp2, "--trainer.default_root_dir", "fsdp2"], plain_run_folder, 2, kill_in_step_4)
+    assert killed.wait() != [0, 0]
+    train(plain_run_folder, "fsdp2", fsdp2, devices=2)
     for name in ("ddp", "fsdp2"):
         assert largest_difference(weights(plain_run_folder / name), weights(plain_run_folder / "one")) < 1e-5

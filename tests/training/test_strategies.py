@@ -46,13 +46,13 @@ def options(name: str) -> list[str]:
     return [*options, "--data.batch_size", str(16 // devices), "--trainer.default_root_dir", name]
 
 
-def make_step_7_nan(rank: int) -> None:
-    """Makes the last rank's loss NaN in step 7."""
+def make_step_3_nan(rank: int) -> None:
+    """Makes the last rank's loss NaN in step 3."""
     step = LitMVAR.training_step
 
     def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
         loss = step(self, batch, batch_idx)
-        return loss * torch.nan if self.global_step == 7 and rank == self.trainer.world_size - 1 else loss
+        return loss * torch.nan if self.global_step == 3 and rank == self.trainer.world_size - 1 else loss
 
     LitMVAR.training_step = training_step
 
@@ -66,16 +66,17 @@ def test_strategies_agree_on_losses_weights_scores_and_samples(run_folder: Path)
     (run_folder / "frugal.yaml").write_text(text.replace("batch_size: 3", "batch_size: 3, keep_sharded: true"))
     for name in RUNS:
         config = ["fit", "--config", "frugal.yaml" if name == "frugal" else "run.yaml", "--model.power_ema", "[0.1]"]
+        config += ["--trainer.max_steps", "6", "--trainer.val_check_interval", "3"]
         devices = RUNS[name][0]
-        ranks = start([*config, *options(name)], run_folder, devices, make_step_7_nan, name)
+        ranks = start([*config, *options(name)], run_folder, devices, make_step_3_nan, name)
         assert ranks.wait() == [0] * devices, ranks.printed()
-        assert "step 7 is skipped: its gradient norm is nan" in ranks.printed()
+        assert "step 3 is skipped: its gradient norm is nan" in ranks.printed()
         for rank in range(devices):
             (line,) = (run_folder / name / f"skipped_steps/rank{rank}.jsonl").read_text().splitlines()
             assert len(json.loads(line)["keys"]) == 16 // devices
     one = scalars(run_folder / "one/logs")
-    assert len(one["train/loss"]) == 12
-    assert len(one["val/fid"]) == 3
+    assert len(one["train/loss"]) == 6
+    assert len(one["val/fid"]) == 2
     expected = {part: last_weights(run_folder / "one", part) for part in ("network.", "ema.", "power_averages.0.")}
     for name in ("ddp", "fsdp2", "frugal"):
         other = scalars(run_folder / name / "logs")
@@ -113,13 +114,14 @@ def last_weights(root: Path, prefix: str) -> dict[str, torch.Tensor]:
 def test_a_sharded_checkpoint_resumes_on_other_devices_and_exports_to_a_folder(
     plain_run_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    first = start([*FIT, *options("fsdp2")], plain_run_folder, 2)
+    six_steps = [*FIT, "--trainer.max_steps", "6"]
+    first = start([*six_steps, *options("fsdp2")], plain_run_folder, 2)
     assert first.wait() == [0, 0], first.printed()
     monkeypatch.chdir(plain_run_folder)
     expected = last_weights(Path("fsdp2"), "network.")
     remove_checkpoint(Path("fsdp2/checkpoints/last.ckpt").resolve())
     Path("fsdp2/checkpoints/last.ckpt").unlink()
-    Path("fsdp2/checkpoints/last.ckpt").symlink_to("step=00000009.ckpt")
+    Path("fsdp2/checkpoints/last.ckpt").symlink_to("step=00000003.ckpt")
     checkpoint = Path("fsdp2/checkpoints/last.ckpt").resolve()
     assert sorted(path.name for path in checkpoint.iterdir()) == [
         ".metadata",
@@ -139,7 +141,7 @@ def test_a_sharded_checkpoint_resumes_on_other_devices_and_exports_to_a_folder(
     assert run([*FIT, "--resume", "--trainer.default_root_dir", "fsdp2"]) == 1
     assert "is sharded: it needs --trainer.strategy fsdp2" in capfd.readouterr().err
     one_rank = ["--trainer.strategy", "fsdp2", "--data.batch_size", "16", "--trainer.default_root_dir", "fsdp2"]
-    resumed = start([*FIT, *one_rank, "--resume", "--trainer.devices", "1"], plain_run_folder)
+    resumed = start([*six_steps, *one_rank, "--resume", "--trainer.devices", "1"], plain_run_folder)
     assert resumed.wait() == [0], resumed.printed()
     assert "resuming on 1 ranks, not 2" in resumed.printed()
     for key, tensor in last_weights(Path("fsdp2"), "network.").items():

@@ -258,8 +258,8 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(
             make_trainer(tmp_path / "run", 1).fit(module, data)
 
 
-def kill_in_step_7(rank: int) -> None:
-    act_in_step(rank, 7, lambda module, batch: os.kill(os.getpid(), signal.SIGKILL))
+def kill_in_step_4(rank: int) -> None:
+    act_in_step(rank, 4, lambda module, batch: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_strategies_agree_and_a_resumed_run_needs_no_weights(plain_run_folder: Path, tokenizer: Tokenizer) -> None:
@@ -268,18 +268,19 @@ def test_strategies_agree_and_a_resumed_run_needs_no_weights(plain_run_folder: P
     text = (plain_run_folder / "run.yaml").read_text()
     begin, end = text.index(",\n  network:"), text.index("}}\ndata")
     (plain_run_folder / "run.yaml").write_text(f"{text[:begin]}, weights: export{text[end + 1 :]}")
-    train(plain_run_folder, "one", [])
-    train(plain_run_folder, "fsdp2", [*TWO_RANKS, "fsdp2"], devices=2)
+    six_steps = ["--trainer.max_steps", "6"]
+    train(plain_run_folder, "one", six_steps)
+    train(plain_run_folder, "fsdp2", [*six_steps, *TWO_RANKS, "fsdp2"], devices=2)
     (plain_run_folder / "own.yaml").write_text(
         "trainer: {callbacks+: [{class_path: lightning_mvar.callbacks.OwnPrefixCallback, init_args: {images: 16}}]}"
     )
-    ddp = ["--config", "own.yaml", *TWO_RANKS, "ddp"]
-    killed = start([*FIT, *ddp, "--trainer.default_root_dir", "ddp"], plain_run_folder, 2, kill_in_step_7)
+    ddp = ["--config", "own.yaml", *six_steps, *TWO_RANKS, "ddp"]
+    killed = start([*FIT, *ddp, "--trainer.default_root_dir", "ddp"], plain_run_folder, 2, kill_in_step_4)
     assert killed.wait() != [0, 0]
     shutil.rmtree(plain_run_folder / "export")
     train(plain_run_folder, "ddp", ddp, devices=2)
     expected = scalars(plain_run_folder / "one/logs")
-    assert len(expected["train/loss"]) == 12
+    assert len(expected["train/loss"]) == 6
     for name in ("ddp", "fsdp2"):
         assert largest_difference(weights(plain_run_folder / name), weights(plain_run_folder / "one")) < 1e-5
         for tag in ("train/loss", "val/loss"):
