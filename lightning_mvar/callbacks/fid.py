@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lightning_mvar.callbacks.interruption import raise_if_interrupted
 from lightning_mvar.checkpoints import WhichWeights
+from lightning_mvar.data.images.protocols import CropProtocol
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.reference import open_reference
@@ -39,6 +40,7 @@ class FIDCallback(L.Callback):
         extractor: `nn.Module` with `num_features`, images (b, 3, H, W) in [0, 1] -> (b, num_features).
         reference: the real images: `digits:test`, `photos:test`, a folder of class folders, an npz with mu and sigma
             or with images, or a folder of token shards.
+        crop: how image files of the reference are resized and cropped; see `data.images.protocols`.
         num_samples: number of images to sample, cycling through the classes.
         batch_size: images per batch and rank; fewer if the states of that many need more than 8 GiB.
         every_n_steps: minimum number of steps between scored validations.
@@ -64,6 +66,7 @@ class FIDCallback(L.Callback):
         neighbours: int = 3,
         sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
         cache: str = "outputs/statistics",
+        crop: CropProtocol = "var",
     ) -> None:
         if num_samples <= max(neighbours, 1) or batch_size < 1:
             raise InputError("the FID callback needs num_samples > max(neighbours, 1) and batch_size >= 1")
@@ -71,6 +74,7 @@ class FIDCallback(L.Callback):
             if period is not None and period < 1:
                 raise InputError(f"{name} of the FID callback must be at least 1, got {period}")
         self.extractor, self.reference_name, self.cache = extractor, reference, Path(cache).expanduser()
+        self.crop: CropProtocol = crop
         self.num_samples, self.batch_size, self.sampling = num_samples, batch_size, sampling
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.weights, self.keep_sharded, self.neighbours = weights, keep_sharded, neighbours
@@ -79,7 +83,7 @@ class FIDCallback(L.Callback):
         self.guide: MVAR | None = None  # a weaker network, if `sampling` names one
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.real = open_reference(self.reference_name)
+        self.real = open_reference(self.reference_name, crop=self.crop)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures the real images first, so that a bad reference, guide or scorer fails before training."""

@@ -16,6 +16,7 @@ from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.data.images.protocols import CropProtocol
 from lightning_mvar.devices import is_first_rank, set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import classifier_for, reconstruction_accuracy, sample_accuracy
@@ -38,6 +39,7 @@ def evaluate(
     ckpt_path: str | None = None,
     per_class: int = 50,
     extractor: nn.Module | None = None,
+    crop: CropProtocol = "var",
     floor: str | None = None,
     worst_classes: int = 0,
     reconstructions: str | None = None,
@@ -71,6 +73,10 @@ def evaluate(
             with published ones; ImageClassifier, trained on --extractor.images in about a minute; or the class path of
             an nn.Module with num_features, images in [0, 1] -> features. The default is a small classifier: of digits
             or photos, or trained on the reference's own images, for scores that compare on the same data only.
+        crop: resizing of real images in files before their centre is cropped. var: shorter side to 1.125 times the
+            side of the samples, Lanczos. adm: box averaging, then bicubic, as ADM's references. torchvision-bilinear,
+            torchvision-bicubic: Resize and CenterCrop. Scores against references of different protocols do not
+            compare.
         floor: other real images; their distance to the reference is the score of a perfect model.
         worst_classes: number of classes whose Frechet distances are reported, largest first; the classes of samples and
             reference must be known.
@@ -92,14 +98,14 @@ def evaluate(
     inputs |= {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer}
     (inputs if ckpt_path is None else outputs)["--samples"] = samples
     refuse_overwriting(outputs, inputs)
-    real = open_reference(reference)
+    real = open_reference(reference, crop=crop)
     if floor == reference:
         raise InputError(f"--floor {floor} is the reference itself, at distance 0: pass other real images")
     if worst_classes and real.kind != "images":
         raise InputError(
             f"--worst_classes needs a reference with classes, such as a folder of class folders: {reference}"
         )
-    floor_images = None if floor is None else open_reference(floor)
+    floor_images = None if floor is None else open_reference(floor, crop=crop)
     if reconstructions is not None and not real.has_images:
         raise InputError(f"--reconstructions needs images to reconstruct: {reference} has only statistics")
     if ckpt_path is None:

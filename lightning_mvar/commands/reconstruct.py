@@ -10,6 +10,7 @@ from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.progress import check_reading, read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.images.examples import OnCorrupt
+from lightning_mvar.data.images.protocols import CropProtocol
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
@@ -27,6 +28,7 @@ def reconstruct(
     tokenizer: str,
     images: str,
     extractor: nn.Module | None = None,
+    crop: CropProtocol = "var",
     picture: str | None = None,
     json: str | None = None,
     batch_size: int = 32,
@@ -42,10 +44,11 @@ def reconstruct(
 
     Args:
         tokenizer: folder that `train-tokenizer` or `export` wrote.
-        images: image source, as for `lightning-mvar tokenize`; images are resized and centre-cropped.
+        images: image source, as for `lightning-mvar tokenize`; their centre is cropped.
         extractor: InceptionV3 (with --extractor.weights FILE), or the class path of an nn.Module with num_features,
             images in [0, 1] -> features. The default for digits and photos is a small classifier. Without an extractor
             there is no Frechet distance.
+        crop: how images in files are resized before their centre is cropped; see `evaluate`.
         picture: PNG file for the first 8 images, originals above reconstructions.
         json: write the scores to this JSON file.
         batch_size: images per batch.
@@ -58,7 +61,7 @@ def reconstruct(
     refuse_overwriting({"--picture": picture, "--json": json}, {"--tokenizer": tokenizer, "--images": images})
     target = choose_device(device)
     model = load_tokenizer(tokenizer).to(target)
-    source = open_images(images, model.config.shape, on_corrupt)
+    source = open_images(images, model.config.shape, on_corrupt, crop=crop)
     if extractor is None:
         extractor = classifier_for(open_reference(images), cache)
     comparison = Comparison(model, None if extractor is None else prepare(extractor, target), target)
@@ -68,6 +71,7 @@ def reconstruct(
         "tokenizer": tokenizer,
         "fingerprint": model.fingerprint(),
         "images": images,
+        "crop": source.crop,
         "height": model.config.shape[0],
         "width": model.config.shape[1],
         "skipped_images": len(source) - comparison.count,

@@ -20,9 +20,13 @@ BATCH_SIZE = 64
 
 
 class ImageSet(ABC):
-    """Numbered images, read batch by batch; `identity` changes if the images change."""
+    """Numbered images, read batch by batch; `identity` changes if the images change.
+
+    `crop` is the protocol that real images were cropped by, `none` or `unknown`.
+    """
 
     shape: Shape
+    crop: str
 
     @property
     @abstractmethod
@@ -41,7 +45,7 @@ class SourceImages(ImageSet):
 
     def __init__(self, source: ImageSource | Samples, num_workers: int = 0) -> None:
         self.source, self.num_workers = source, num_workers
-        self.shape = source.shape
+        self.shape, self.crop = source.shape, source.crop
 
     @property
     def identity(self) -> str:
@@ -58,6 +62,8 @@ class SourceImages(ImageSet):
 class DecodedShards(ImageSet):
     """Images decoded from token shards: the best possible samples of a network trained on them.
 
+    `tokenize` crops images by the protocol `var`.
+
     Args:
         shards: token shards.
         tokenizer: the tokenizer that encoded them, on the device to decode on.
@@ -65,6 +71,8 @@ class DecodedShards(ImageSet):
     Raises:
         InputError: if another tokenizer encoded them, or a shard is missing or damaged.
     """
+
+    crop = "var"
 
     def __init__(self, shards: ShardSource, tokenizer: Tokenizer) -> None:
         self.shards, self.tokenizer, self.manifest = shards, tokenizer, shards.manifest()
@@ -102,7 +110,7 @@ class Reconstructions(ImageSet):
 
     def __init__(self, images: ImageSet, tokenizer: Tokenizer) -> None:
         self.images, self.tokenizer = images, tokenizer
-        self.shape = images.shape
+        self.shape, self.crop = images.shape, images.crop
 
     @property
     def identity(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os.path
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
+from lightning_mvar.data.images.protocols import CROP_PROTOCOLS, CropProtocol
 from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images
 from lightning_mvar.data.tokens.manifest import MANIFEST
 from lightning_mvar.data.tokens.sources import open_shards
@@ -41,6 +42,7 @@ class Reference:
         arrays: array names, if the reference is an npz.
         cache_dir: local folder for downloaded archives.
         retries: further attempts after a failed download.
+        crop: how image files are resized and cropped, and statistics must have been.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Reference:
     arrays: tuple[str, ...] = ()
     cache_dir: str = IMAGE_CACHE
     retries: int = RETRIES
+    crop: CropProtocol = "var"
 
     @property
     def has_images(self) -> bool:
@@ -87,9 +90,9 @@ class Reference:
         elif self.kind == "npz":
             images = SourceImages(NpzSamples(Path(self.name)))
         else:
-            images = SourceImages(
-                open_images(self.name, shape, cache_dir=self.cache_dir, retries=self.retries), num_workers
-            )
+            source = open_images(self.name, shape, cache_dir=self.cache_dir, retries=self.retries, crop=self.crop)
+            images = SourceImages(source, num_workers)
+        self.check_crop(images.crop)
         if images.shape != shape:
             raise InputError(
                 f"the images of {self.name} are {format_shape(images.shape)}, but the images to score are "
@@ -124,15 +127,23 @@ class Reference:
         published = None
         if "mu" in self.arrays:
             published = Summary.load(Path(self.name), extractor)
+            self.check_crop(published.crop)
             if published.features is not None or not self.has_images:
                 return published
         measured = measure_cached(extractor, self.images(size, tokenizer, num_workers), self.name, cache)
         if published is None:
             return measured
-        return Summary(published.statistics, published.spatial, measured.features)
+        return replace(published, features=measured.features)
+
+    def check_crop(self, crop: str) -> None:
+        """Raises InputError if images or statistics are known to have been cropped by another protocol."""
+        if crop in CROP_PROTOCOLS and crop != self.crop:
+            raise InputError(f"the images of {self.name} were cropped by {crop}, not {self.crop}: pass --crop {crop}")
 
 
-def open_reference(name: str, cache_dir: str = IMAGE_CACHE, retries: int = RETRIES) -> Reference:
+def open_reference(
+    name: str, cache_dir: str = IMAGE_CACHE, retries: int = RETRIES, crop: CropProtocol = "var"
+) -> Reference:
     """Parses the value of `--reference`.
 
     Args:
@@ -141,35 +152,37 @@ def open_reference(name: str, cache_dir: str = IMAGE_CACHE, retries: int = RETRI
             images (`arr_0`) or statistics (`mu`, `sigma`); a local or remote folder of token shards.
         cache_dir: local folder for downloaded archives and npz files.
         retries: further attempts after a failed download.
+        crop: how image files are resized and cropped.
 
     Raises:
         InputError: if a file or folder does not exist or is unavailable, or an npz is damaged.
     """
     name = os.path.expanduser(name)
     if (embedded := find_embedded_set(name)) is not None:
-        return Reference(name, "images", embedded)
+        return Reference(name, "images", embedded, crop=crop)
     path = Path(name)
     if name in ADM_REFERENCES and not path.exists():
         path = ADM_REFERENCES[name].path()
     elif is_remote(name):
         file = remote_file_name(name)
         if "{}" in name or not file.endswith((*ARCHIVE_SUFFIXES, ".npz")):
-            return Reference(name, "shards", retries=retries)
+            return Reference(name, "shards", retries=retries, crop=crop)
         if file.endswith(ARCHIVE_SUFFIXES):
-            return Reference(name, "images", cache_dir=cache_dir, retries=retries)
+            return Reference(name, "images", cache_dir=cache_dir, retries=retries, crop=crop)
         (path,) = fetch_files([name], Path(cache_dir).expanduser(), retries)
     if path.suffix == ".npz":
-        return Reference(str(path), "npz", arrays=tuple(array_names(path)))
+        return Reference(str(path), "npz", arrays=tuple(array_names(path)), crop=crop)
     if (path / MANIFEST).is_file():
-        return Reference(name, "shards")
+        return Reference(name, "shards", crop=crop)
     if not path.exists() and not set(name) & set("{*?["):  # of a pattern of archives
         raise InputError(f"{name} does not exist")
-    return Reference(name, "images")
+    return Reference(name, "images", crop=crop)
 
 
 def measure_cached(extractor: nn.Module, images: ImageSet, name: str, cache: Path) -> Summary:
     """Returns the summary of an image set from the folder `cache`; measures and caches it if it is not there."""
-    identity = f"{name} {images.identity} {images.shape} {describe_extractor(extractor)} {fingerprint(extractor)}"
+    content = f"{name} {images.identity} {images.shape} {images.crop}"
+    identity = f"{content} {describe_extractor(extractor)} {fingerprint(extractor)}"
     path = cache / f"{type(extractor).__name__}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     if object_from_rank_zero(path.is_file()):  # a file may appear between the checks of two ranks
         return Summary.load(path, extractor)
@@ -190,4 +203,5 @@ def measure(extractor: nn.Module, images: ImageSet, progress: str) -> Summary:
     features = Features(extractor, len(images), MAX_REAL_FEATURES)
     feed_shard(images, features, progress)
     summary = features.compute()
-    return Summary(summary.statistics, summary.spatial, None if summary.features is None else summary.features.cpu())
+    on_cpu = None if summary.features is None else summary.features.cpu()
+    return replace(summary, features=on_cpu, crop=images.crop)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lightning_mvar.data.images.protocols import UNKNOWN_CROP
 from lightning_mvar.devices import device_of, exact_float32
 from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
 from lightning_mvar.io.files import atomic_path
@@ -32,15 +33,17 @@ MAX_STORED_FEATURES = 100_000  # images whose features a file may hold; scores u
 
 @dataclass
 class Summary:
-    """Statistics of all images and features (n, f) float32 of a subset; None if unknown."""
+    """Statistics of all images and features (n, f) float32 of a subset, None if unknown; and how they were cropped."""
 
     statistics: Statistics
     spatial: Statistics | None = None
     features: Tensor | None = None
+    crop: str = UNKNOWN_CROP
 
-    def identity(self) -> dict[str, float]:
-        """Returns two numbers that differ for other images or crops: the norm of the mean, and the total variance."""
+    def identity(self) -> dict[str, Any]:
+        """Returns the crop, and two numbers that differ for other images: norm of the mean, and total variance."""
         return {
+            "crop": self.crop,
             "reference_mean_norm": float(self.statistics.mu.norm()),
             "reference_variance": float(self.statistics.sigma.trace()),
         }
@@ -52,7 +55,7 @@ class Summary:
             arrays |= dict(zip(SPATIAL, (self.spatial.mu.numpy(), self.spatial.sigma.numpy()), strict=True))
         if self.features is not None:
             arrays["features"] = self.features.numpy()
-        arrays[EXTRACTOR] = np.array(describe_extractor(extractor))
+        arrays |= {EXTRACTOR: np.array(describe_extractor(extractor)), "crop": np.array(self.crop)}
         with atomic_path(path) as temporary:
             np.savez(temporary, **arrays, extractor=np.array(fingerprint(extractor)))
 
@@ -81,6 +84,7 @@ class Summary:
             if set(SPATIAL) <= set(names) and num_spatial(extractor)
             else None,
             None if features is None else torch.from_numpy(features),
+            read_text(path, "crop") if "crop" in names else UNKNOWN_CROP,
         )
 
 

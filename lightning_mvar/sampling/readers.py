@@ -25,6 +25,7 @@ from lightning_mvar.data.images.decoding import (
 from lightning_mvar.data.images.examples import Example
 from lightning_mvar.data.images.files import identity_of, list_folder
 from lightning_mvar.data.images.names import Skipped, without_suffix
+from lightning_mvar.data.images.protocols import UNKNOWN_CROP
 from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.files import read_regular
 from lightning_mvar.io.json_files import parse_json
@@ -50,6 +51,7 @@ class Samples(ABC):
     file_format: str
     class_names: list[str]
     shape: Shape
+    crop = UNKNOWN_CROP
 
     @property
     @abstractmethod

@@ -157,8 +157,10 @@ def test_references_are_images_shards_or_statistics(workspace: Path, tokenizer: 
     measured = evaluate_scores("a.npz", "--reference", "shards", "--tokenizer", "tok", "--statistics", "own.npz")
     reused = evaluate_scores("a.npz", "--reference", "own.npz")
     assert all(reused[name] == pytest.approx(measured[name], rel=1e-9) for name in SCORES)
-    record = evaluate_scores("a.npz", "--reconstructions", "tok")
+    assert measured["crop"] == reused["crop"] == "var"
+    record = evaluate_scores("a.npz", "--reconstructions", "tok", "--crop", "adm")
     assert record["reconstruction_frechet_distance"] > 0
+    assert record["crop"] == "adm"
 
 
 @pytest.mark.parametrize("option", ["--reference", "--floor"])

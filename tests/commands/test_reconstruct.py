@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_mvar import ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints import load_tokenizer, save_folder
 from lightning_mvar.cli import run
+from lightning_mvar.data.images.protocols import CropProtocol
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.metrics.frechet import Statistics, frechet_distance
 
@@ -47,19 +48,22 @@ def gaussian_ssim(a: Tensor, b: Tensor) -> float:
     return float(similarity.mean())
 
 
-@pytest.mark.parametrize("batch_size", ["4", "100"])
-def test_scores_are_those_of_a_plain_loop(workspace: Path, batch_size: str) -> None:
+@pytest.mark.parametrize(("batch_size", "crop"), [("4", "var"), ("100", "adm")])
+def test_scores_are_those_of_a_plain_loop(workspace: Path, batch_size: str, crop: CropProtocol) -> None:
     command = ["reconstruct", "--tokenizer", "tok", "--images", "images", "--extractor", "conftest.Pixels"]
-    assert run([*command, "--batch_size", batch_size, "--json", "scores.json", "--picture", "pairs.png"]) == 0
+    assert (
+        run([*command, "--crop", crop, "--batch_size", batch_size, "--json", "scores.json", "--picture", "pairs.png"])
+        == 0
+    )
     (record,) = json.loads((workspace / "scores.json").read_text())
-    source = open_images("images", 16)
+    source = open_images("images", 16, crop=crop)
     images = torch.stack([source[i].image for i in range(11)])
     tokenizer = load_tokenizer("tok")
     with torch.no_grad():
         tokens = tokenizer.encode(images)
         pairs = [((a + 1) / 2, (b + 1) / 2) for a, b in zip(images, tokenizer.decode(tokens), strict=True)]
     psnr = torch.stack([-10 * (a - b).square().mean().log10() for a, b in pairs]).mean()
-    assert record["num_images"] == 11
+    assert (record["num_images"], record["crop"]) == (11, crop)
     assert record["skipped_images"] == 0
     assert record["psnr_db"] == pytest.approx(float(psnr), rel=1e-5)
     assert record["ssim"] == pytest.approx(sum(gaussian_ssim(a, b) for a, b in pairs) / 11, abs=1e-4)

@@ -118,6 +118,20 @@ def test_a_saved_statistics_file_is_a_reference_for_the_same_weights_only(
         open_reference(str(path)).summary(extractor, 32, tmp_path / "cache")
 
 
+def test_references_of_different_crops_are_measured_apart_and_not_mixed(extractor: Projection, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", per_class=2)
+    folder, cache, own = str(tmp_path / "images"), tmp_path / "cache", tmp_path / "own.npz"
+    var, adm = (open_reference(folder, crop=crop).summary(extractor, 8, cache) for crop in ("var", "adm"))
+    assert (var.crop, adm.crop) == ("var", "adm")
+    assert not torch.equal(var.statistics.mu, adm.statistics.mu)
+    assert open_reference(folder, crop="adm").summary(extractor, 8, cache).crop == "adm"  # from the cache
+    adm.save(own, extractor)
+    assert open_reference(str(own), crop="adm").summary(extractor, 8, cache).crop == "adm"
+    with pytest.raises(InputError, match=r"own\.npz were cropped by adm, not var: pass --crop adm"):
+        open_reference(str(own)).summary(extractor, 8, cache)
+    assert open_reference("digits:test").summary(extractor, 32, cache).crop == "none"
+
+
 class MeanPool(nn.Module):
     """Extractor without weights."""
 

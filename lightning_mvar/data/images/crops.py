@@ -14,10 +14,10 @@ from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.images.decoding import UnusableFileError, decode_image, to_tensor
 from lightning_mvar.data.images.examples import Example, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages
+from lightning_mvar.data.images.protocols import NOT_CROPPED, CropProtocol, centre_offset, resize_to_cover
 from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.scales import Shape
 
-RESIZE_MARGIN = 1.125  # ratio of the resized shorter side to the crop (VAR's preprocessing)
 MAX_ASPECT_RATIO = 16  # longer images are first reduced to their middle, as resizing them could exhaust memory
 
 
@@ -28,6 +28,7 @@ class CorruptImageError(InputError):
 class EmbeddedImages:
     """One split of an embedded set. A random crop shifts an image by up to the set's margin in each direction."""
 
+    crop = NOT_CROPPED
     groups: NDArray[np.int64] | None = None
 
     def __init__(self, embedded: EmbeddedSet, split: Split) -> None:
@@ -68,14 +69,15 @@ class DecodedImages:
 
     Args:
         encoded: the image files.
-        shape: height and width of the crops; images are first resized (Lanczos) to cover 1.125 times that size, so for
-            a square crop the shorter side becomes 1.125 times its side.
+        shape: height and width of the crops.
         on_corrupt: raise if a file cannot be decoded, or return an `Example` with an error.
+        crop: how images are resized before they are cropped.
     """
 
-    def __init__(self, encoded: EncodedImages, shape: Shape, on_corrupt: OnCorrupt) -> None:
+    def __init__(self, encoded: EncodedImages, shape: Shape, on_corrupt: OnCorrupt, crop: CropProtocol = "var") -> None:
         self.encoded, self.shape, self.on_corrupt = encoded, shape, on_corrupt
         self.class_names, self.labels, self.groups = encoded.class_names, encoded.labels, encoded.groups
+        self.crop: CropProtocol = crop
 
     @property
     def identity(self) -> str:
@@ -122,12 +124,10 @@ class DecodedImages:
         """Resizes an image and crops it at a random place drawn from `generator`, or at the centre if None."""
         image = limit_longer_side(image, MAX_ASPECT_RATIO * min(image.size))
         crop = self.shape[::-1]  # (width, height), as in Pillow
-        scale = max(round(RESIZE_MARGIN * target) / side for target, side in zip(crop, image.size, strict=True))
-        width, height = (max(round(side * scale), target) for target, side in zip(crop, image.size, strict=True))
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        slack = (width - crop[0], height - crop[1])
+        image = resize_to_cover(image, crop, self.crop)
+        slack = (image.width - crop[0], image.height - crop[1])
         if generator is None:
-            left, top = (side // 2 for side in slack)
+            left, top = (centre_offset(side, self.crop) for side in slack)
         else:
             left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in slack)
         return image.crop((left, top, left + crop[0], top + crop[1]))

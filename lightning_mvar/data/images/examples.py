@@ -58,6 +58,9 @@ class ImageSource(Examples, Protocol):
     groups: NDArray[np.int64] | None
 
     @property
+    def crop(self) -> str: ...  # how images are resized and cropped; see `protocols`
+
+    @property
     def identity(self) -> str: ...  # changes when the images do
 
     @property

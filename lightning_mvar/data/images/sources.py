@@ -27,6 +27,7 @@ from lightning_mvar.data.images.examples import ImageSource, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages, FolderImages
 from lightning_mvar.data.images.labels import read_labels
 from lightning_mvar.data.images.names import SPLITS, is_image, refuse_split_files, visible
+from lightning_mvar.data.images.protocols import CropProtocol
 from lightning_mvar.data.images.tables import TableImages
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES, fetch_files, is_remote
@@ -52,6 +53,7 @@ def open_images(
     class_names: str | None = None,
     cache_dir: str = IMAGE_CACHE,
     retries: int = RETRIES,
+    crop: CropProtocol = "var",
 ) -> ImageSource:
     """Opens the images of a source, cropped to one size.
 
@@ -64,6 +66,7 @@ def open_images(
         class_names: names of classes that are numbers in the source: `imagenet`, or a text file with one name per line.
         cache_dir: local folder for downloaded archives.
         retries: further attempts after a failed download.
+        crop: how image files are resized and cropped; see `protocols`.
 
     Raises:
         InputError: if the source does not exist, has no images, or its images are of another size.
@@ -73,9 +76,11 @@ def open_images(
     embedded, shape = find_embedded_set(source), shape_of(size)
     if embedded is None:
         names = None if class_names is None else read_class_names(class_names)
-        return DecodedImages(open_encoded(source, labels, names, cache_dir, retries), shape, on_corrupt)
+        return DecodedImages(open_encoded(source, labels, names, cache_dir, retries), shape, on_corrupt, crop)
     if labels is not None or class_names is not None:
         raise InputError(f"{source} has its own labels and classes: leave out --labels and --class_names")
+    if crop != "var":
+        raise InputError(f"{source} has images of one size, which are not cropped: leave out --crop {crop}")
     images = EmbeddedImages(*embedded)
     if shape != images.shape:
         raise InputError(

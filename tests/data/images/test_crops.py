@@ -1,14 +1,18 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from lightning_mvar.data.images.crops import CorruptImageError
 from lightning_mvar.data.images.decoding import to_tensor
 from lightning_mvar.data.images.examples import collate
+from lightning_mvar.data.images.protocols import CROP_PROTOCOLS, CropProtocol
 from lightning_mvar.data.images.sources import open_images
+from lightning_mvar.errors import InputError
 
 
 def test_a_folder_gives_classes_in_order_and_square_crops(image_folder: Path) -> None:
@@ -48,6 +52,69 @@ def test_oblong_crops_keep_as_much_of_the_image_as_possible(image_folder: Path) 
         8,
         32,
     )
+
+
+def var_crop(image: Image.Image, side: int) -> np.ndarray:
+    """VAR: the shorter side to 1.125 times the crop, Lanczos."""
+    shorter = round(1.125 * side)
+    width, height = (round(length * shorter / min(image.size)) for length in image.size)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
+def adm_crop(image: Image.Image, side: int) -> np.ndarray:
+    """ADM's `center_crop_arr`."""
+    while min(*image.size) >= 2 * side:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), resample=Image.Resampling.BOX)
+    scale = side / min(*image.size)
+    image = image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
+def torchvision_crop(image: Image.Image, side: int, resample: Image.Resampling) -> np.ndarray:
+    """torchvision's `Resize(side)` and `CenterCrop(side)` of PIL images."""
+    width, height = image.size
+    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    pixels = np.array(image.resize(size, resample))
+    top, left = (round((length - side) / 2.0) for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
+
+
+PLAIN_CROPS = {
+    "var": var_crop,
+    "adm": adm_crop,
+    "torchvision-bilinear": partial(torchvision_crop, resample=Image.Resampling.BILINEAR),
+    "torchvision-bicubic": partial(torchvision_crop, resample=Image.Resampling.BICUBIC),
+}
+
+
+@pytest.mark.parametrize("protocol", PLAIN_CROPS)
+def test_crops_are_those_of_the_published_evaluations(tmp_path: Path, protocol: CropProtocol) -> None:
+    """Images that are smaller than the crop, a little larger, more than twice and more than four times as large."""
+    (tmp_path / "a").mkdir()
+    sizes = [(16, 16), (11, 7), (23, 50), (47, 33), (90, 71), (71, 118)]
+    images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"a/{number}.png")
+    source = open_images(str(tmp_path), 16, crop=protocol)
+    assert source.crop == protocol
+    for number, image in enumerate(images):
+        expected: Tensor = torch.from_numpy(PLAIN_CROPS[protocol](image, 16).astype(np.float32) / 127.5 - 1)
+        torch.testing.assert_close(source[number].image, expected.permute(2, 0, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("protocol", CROP_PROTOCOLS)
+@pytest.mark.parametrize("shape", [(16, 24), (8, 32)])
+def test_every_protocol_covers_oblong_crops(image_folder: Path, protocol: CropProtocol, shape: tuple[int, int]) -> None:
+    assert open_images(str(image_folder), shape, crop=protocol)[2].image.shape == (3, *shape)
+
+
+def test_embedded_images_are_not_cropped() -> None:
+    with pytest.raises(InputError, match=r"digits:test has images of one size.*leave out --crop adm"):
+        open_images("digits:test", 32, crop="adm")
 
 
 def test_random_crops_differ_and_follow_the_generator(image_folder: Path) -> None:
