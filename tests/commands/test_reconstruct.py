@@ -18,6 +18,7 @@ from lightning_mvar.cli import run
 from lightning_mvar.data.images.protocols import CropProtocol
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.metrics.frechet import Statistics, frechet_distance
+from lightning_mvar.metrics.perturbation import PerturbedScores
 
 CONFIG = TokenizerConfig(ScaleSchedule((1, 2, 4)), 24, 4, channels=8, multipliers=(1, 1, 2), blocks=1, num_phi=2)
 
@@ -51,10 +52,8 @@ def gaussian_ssim(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize(("batch_size", "crop"), [("4", "var"), ("100", "adm")])
 def test_scores_are_those_of_a_plain_loop(workspace: Path, batch_size: str, crop: CropProtocol) -> None:
     command = ["reconstruct", "--tokenizer", "tok", "--images", "images", "--extractor", "conftest.Pixels"]
-    assert (
-        run([*command, "--crop", crop, "--batch_size", batch_size, "--json", "scores.json", "--picture", "pairs.png"])
-        == 0
-    )
+    options = ["--crop", crop, "--perturb", "true", "--batch_size", batch_size]
+    assert run([*command, *options, "--json", "scores.json", "--picture", "pairs.png"]) == 0
     (record,) = json.loads((workspace / "scores.json").read_text())
     source = open_images("images", 16, crop=crop)
     images = torch.stack([source[i].image for i in range(11)])
@@ -72,6 +71,9 @@ def test_scores_are_those_of_a_plain_loop(workspace: Path, batch_size: str, crop
     sets = [extractor(torch.stack(side)).double() for side in zip(*pairs, strict=True)]
     statistics = [Statistics(features.mean(0), features.T.cov()) for features in sets]
     assert record["frechet_distance"] == pytest.approx(frechet_distance(*statistics), rel=1e-4)
+    perturbed = PerturbedScores(tokenizer, extractor)
+    perturbed.update(tokens)
+    assert record["perturbed_frechet_distance"] == pytest.approx(perturbed.compute(statistics[0]), rel=1e-4)
     with Image.open("pairs.png") as picture:
         assert picture.size == (8 * 18 + 2, 2 * 18 + 2)
         corner = picture.crop((2, 2, 18, 18))
@@ -89,6 +91,8 @@ def test_without_an_extractor_there_is_no_distance_and_damaged_images_are_counte
     (record,) = json.loads((workspace / "scores.json").read_text())
     assert (record["num_images"], record["skipped_images"]) == (10, 1)
     assert "frechet_distance" not in record
+    assert run([*command, "--perturb", "true"]) == 1
+    assert "--perturb compares features: pass an --extractor" in capfd.readouterr().err
 
 
 def test_too_few_images_are_reported(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
