@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -24,8 +25,9 @@ from lightning_mvar.metrics.class_distances import ClassLabels
 from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
 from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count, warn
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
+from lightning_mvar.metrics.intervals import Uncertainty
 from lightning_mvar.metrics.reference import Reference, open_reference
-from lightning_mvar.metrics.summary import Summary, prepare, try_extractor
+from lightning_mvar.metrics.summary import Summary, num_features, prepare, try_extractor
 from lightning_mvar.sampling.draw import METADATA_KEYS, draw_set
 from lightning_mvar.sampling.readers import Samples, open_samples
 from lightning_mvar.sampling.sampler import Drawing
@@ -40,6 +42,8 @@ def evaluate(
     per_class: int = 50,
     extractor: nn.Module | None = None,
     crop: CropProtocol = "var",
+    interval: float | None = None,
+    extrapolate: bool = False,
     floor: str | None = None,
     worst_classes: int = 0,
     reconstructions: str | None = None,
@@ -77,6 +81,11 @@ def evaluate(
             side of the samples, Lanczos. adm: box averaging, then bicubic, as ADM's references. torchvision-bilinear,
             torchvision-bicubic: Resize and CenterCrop. Scores against references of different protocols do not
             compare.
+        interval: confidence level of an interval for each score but sFID, such as 0.95: how much it would change with
+            other samples of the network, by a jackknife that scores the samples 20 times without a twentieth. It
+            covers neither the bias of few samples nor other training seeds.
+        extrapolate: also report the Frechet distance extrapolated to infinitely many samples, from random subsets of
+            the samples, which must be at least four times as many as the features.
         floor: other real images; their distance to the reference is the score of a perfect model.
         worst_classes: number of classes whose Frechet distances are reported, largest first; the classes of samples and
             reference must be known.
@@ -93,6 +102,7 @@ def evaluate(
         sampling: with --ckpt_path, how to draw the samples.
     """
     check_options(statistics, num_workers)
+    uncertainty = Uncertainty(interval, extrapolate)
     outputs = {"--statistics": statistics, "--json": json}
     inputs = {"--reference": reference, "--floor": floor, "--reconstructions": reconstructions}
     inputs |= {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer}
@@ -135,6 +145,7 @@ def evaluate(
             require_count(images, len(sampled.labels), samples)
         if fabric.is_global_zero:
             check_sample_count(len(images), extractor)
+        uncertainty.check_count(len(images), num_features(extractor))
         evaluator = Evaluator(extractor, images.shape, Path(cache), decoder, num_workers)
         summary = evaluator.summary(real)
         if statistics is not None and fabric.is_global_zero:
@@ -142,7 +153,10 @@ def evaluate(
         record = describe(samples, reference, images, evaluator, sampled) | summary.identity()
         record |= {} if stored is None else {"weights": stored.part}
         labels = class_labels(images, real) if worst_classes else None
-        record |= score(images, evaluator, real, summary, floor_images, reconstructor, labels, worst_classes)
+        uncertainty = replace(uncertainty, labels=known_labels(images))
+        record |= score(
+            images, evaluator, real, summary, floor_images, reconstructor, labels, worst_classes, uncertainty
+        )
         if fabric.is_global_zero:
             print_table([record])
             if json is not None:
@@ -187,7 +201,7 @@ def describe(samples: str, reference: str, images: Samples, evaluator: Evaluator
 
 def class_counts(images: Samples) -> Record:
     """Returns how many classes the images have, and the fewest and most images of one; empty if that is unknown."""
-    labels = None if len(images.class_names) == 1 else images.labels(images.class_names)  # one folder may mix classes
+    labels = known_labels(images)
     if labels is None:
         return {}
     counts = Counter(labels).values()
@@ -206,6 +220,11 @@ def class_labels(images: Samples, real: Reference) -> ClassLabels:
     return ClassLabels(labels, torch.tensor(sampled), names)
 
 
+def known_labels(images: Samples) -> list[int] | None:
+    """Returns the class of each image; None if unknown, as in a single folder, which may mix classes."""
+    return None if len(images.class_names) == 1 else images.labels(images.class_names)
+
+
 def score(
     images: Samples,
     evaluator: Evaluator,
@@ -215,13 +234,14 @@ def score(
     reconstructor: Tokenizer | None,
     labels: ClassLabels | None,
     worst_classes: int,
+    uncertainty: Uncertainty,
 ) -> Record:
     """Returns the scores of samples, and those of classes, the floor and reconstructions of the reference, if given.
 
     All ranks share the work. Rank 0 alone classifies samples and reconstructions of embedded images.
     """
     source = SourceImages(images, evaluator.num_workers)
-    record = evaluator.score(source, summary, "features of the samples", labels, worst_classes)
+    record = evaluator.score(source, summary, "features of the samples", labels, worst_classes, uncertainty)
     if floor is not None:
         record |= evaluator.floor_scores(record["frechet_distance"], summary, floor)
     if reconstructor is not None:

@@ -16,6 +16,7 @@ from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics.class_distances import ClassLabels, class_distances
 from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.image_sets import ImageSet
+from lightning_mvar.metrics.intervals import METHOD, Uncertainty
 from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
 from lightning_mvar.metrics.reference import Reference
 from lightning_mvar.metrics.scores import Scores
@@ -79,7 +80,13 @@ class Evaluator:
         return summary
 
     def score(
-        self, images: ImageSet, real: Summary, progress: str, labels: ClassLabels | None = None, worst_classes: int = 0
+        self,
+        images: ImageSet,
+        real: Summary,
+        progress: str,
+        labels: ClassLabels | None = None,
+        worst_classes: int = 0,
+        uncertainty: Uncertainty = Uncertainty(),  # noqa: B008 (frozen)
     ) -> dict[str, Any]:
         """Returns all scores that the extractor and the reference support, by full name.
 
@@ -89,10 +96,18 @@ class Evaluator:
             progress: title of the progress bar.
             labels: labels of all `images` and of the reference's features.
             worst_classes: classes to report, those with the largest Frechet distances.
+            uncertainty: intervals and extrapolations to report.
         """
-        scores = Scores(self.extractor, real, len(images))
+        scores = Scores(self.extractor, real, len(images), keep_features=uncertainty.needs_features)
         feed_shard(images, scores, progress)
-        record = {FULL_NAMES[name]: value for name, value in scores.compute().items()}
+        values = scores.compute()
+        record: dict[str, Any] = {FULL_NAMES[name]: value for name, value in values.items()}
+        if uncertainty.extrapolate:
+            record["frechet_distance_extrapolated"] = scores.extrapolated()
+        if uncertainty.interval is not None:
+            record |= {"interval": uncertainty.interval, "interval_method": METHOD}
+            for name, (low, high) in scores.intervals(values, uncertainty.interval, uncertainty.labels).items():
+                record |= {f"{FULL_NAMES[name]}_low": low, f"{FULL_NAMES[name]}_high": high}
         generated = scores.features.compute().features
         if labels is not None and real.features is not None and generated is not None:
             kept = replace(labels, generated=labels.generated[scores.features.in_bank])

@@ -10,6 +10,7 @@ up to rounding, even if its covariance is singular.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,15 @@ class Statistics:
 
 
 class FeatureStatistics(Metric):
-    """Accumulates features (b, f) into `Statistics`, as float64 sums that are added over all ranks."""
+    """Accumulates features (b, f) into `Statistics`, as float64 sums that are added over all ranks.
+
+    `options` are those of torchmetrics: `sync_on_compute=False` for the sums of this rank.
+    """
 
     full_state_update = False
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
+    def __init__(self, num_features: int, **options: Any) -> None:
+        super().__init__(**options)
         self.total: Tensor
         self.outer: Tensor
         self.n: Tensor

@@ -10,6 +10,8 @@ published scores.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -25,6 +27,7 @@ class InceptionScore(Metric):
         num_samples: images in the set, over all ranks; each must be passed once.
         splits: number of splits; their sizes differ by at most one image.
         seed: seed of the permutation that assigns images to splits.
+        options: of torchmetrics: `sync_on_compute=False` for the score of this rank.
 
     Raises:
         InputError: if a split would be empty.
@@ -32,12 +35,12 @@ class InceptionScore(Metric):
 
     full_state_update = False
 
-    def __init__(self, num_classes: int, num_samples: int, splits: int = 10, seed: int = 0) -> None:
+    def __init__(self, num_classes: int, num_samples: int, splits: int = 10, seed: int = 0, **options: Any) -> None:
         if not 1 <= splits <= num_samples:
             raise InputError(
                 f"an inception score needs 1 <= splits <= images, got {splits} splits and {num_samples} images"
             )
-        super().__init__()
+        super().__init__(**options)
         self.total: Tensor
         self.negentropy: Tensor
         self.n: Tensor

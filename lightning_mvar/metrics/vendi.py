@@ -8,6 +8,8 @@ score lies between 1 (all features point the same way) and the smaller of images
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -15,12 +17,15 @@ from torchmetrics import Metric
 
 
 class VendiScore(Metric):
-    """Accumulates features (b, f) into the score, as a float64 sum that is added over all ranks."""
+    """Accumulates features (b, f) into the score, as a float64 sum that is added over all ranks.
+
+    `options` are those of torchmetrics: `sync_on_compute=False` for the score of this rank.
+    """
 
     full_state_update = False
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
+    def __init__(self, num_features: int, **options: Any) -> None:
+        super().__init__(**options)
         self.outer: Tensor
         self.add_state("outer", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
         self.set_dtype(torch.float64)

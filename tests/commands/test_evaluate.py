@@ -124,6 +124,25 @@ def test_samples_of_other_projects_need_neither_labels_nor_classes(workspace: Pa
     assert "guidance" not in first
 
 
+def test_intervals_and_the_extrapolated_distance_are_reported_beside_the_scores(
+    workspace: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3)).astype(np.uint8)
+    np.savez("theirs.npz", pixels)
+    plain, record = (
+        evaluate_scores("theirs.npz"),
+        evaluate_scores("theirs.npz", "--interval", "0.9", "--extrapolate", "true"),
+    )
+    assert {name: record[name] for name in plain} == plain
+    assert (record["interval"], record["interval_method"]) == (0.9, "jackknife over samples, 20 groups")
+    for name in SCORES:
+        assert record[f"{name}_low"] <= record[name] <= record[f"{name}_high"]
+    assert record["frechet_distance_extrapolated"] != record["frechet_distance"]
+    np.savez("few.npz", pixels[:30])
+    assert run(["evaluate", "--samples", "few.npz", *REFERENCE, "--interval", "0.9"]) == 1
+    assert "--interval needs at least 40 samples, got 30" in capfd.readouterr().err
+
+
 def test_the_distance_of_a_set_to_itself_is_0_and_the_floor_distance_is_reported(workspace: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
     np.savez("a.npz", pixels[:30])

@@ -5,6 +5,7 @@ from torch import nn
 
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics import scores as module
+from lightning_mvar.metrics.inception_score import InceptionScore
 from lightning_mvar.metrics.kernel_distance import kernel_distance
 from lightning_mvar.metrics.mind import monge_distance
 from lightning_mvar.metrics.precision_recall import precision_recall
@@ -55,6 +56,25 @@ def test_scores_do_not_depend_on_batches_and_equal_the_single_metrics(reference:
     assert 1 <= scores["is"] <= 5
     without_neighbours = compute_scores(extractor, reference, images, 60, neighbours=0)
     assert without_neighbours.keys() == scores.keys() - neighbour_scores
+
+
+def test_scores_of_kept_features_equal_those_of_their_images(reference: Summary) -> None:
+    torch.manual_seed(0)
+    extractor, images, kept = Classifier(), torch.rand(60, 3, 8, 8), torch.arange(0, 60, 2)
+    scores = Scores(extractor, reference, 60)
+    scores.update(images, torch.arange(60))
+    rescored = scores.rescore(scores.kept_features(), kept)
+    for name, value in compute_scores(extractor, reference, images[kept], 30).items():
+        if name not in ("is", "kid", "kid_std"):
+            assert rescored[name] == pytest.approx(value, rel=1e-6), name
+    inception = InceptionScore(5, 60)  # the other images keep their splits
+    with torch.no_grad():
+        inception.update(extractor.logits(extractor(images[kept])), kept)
+    assert rescored["is"] == pytest.approx(inception.compute()[0], rel=1e-6)
+    values = scores.compute()
+    intervals = scores.intervals(values, 0.95, [0, 1] * 30)
+    assert intervals.keys() == values.keys() - {"kid_std"}
+    assert all(low < values[name] < high for name, (low, high) in intervals.items())
 
 
 def test_scores_that_extractor_or_reference_do_not_support_are_omitted(reference: Summary) -> None:

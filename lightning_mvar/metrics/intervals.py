@@ -1,0 +1,182 @@
+"""Confidence intervals of scores over the samples, by the delete-a-group jackknife; the real images are taken as given.
+
+The samples are split into 20 groups, and each score is computed 20 times, each time without one group. With t_g the
+value without group g, the standard error and the interval are
+
+    s^2 = (G - 1) / G sum_g (t_g - mean t)^2,    t +- s times the quantile of Student's t with G - 1 degrees of freedom
+
+A bootstrap draws samples repeatedly, which biases distances upwards and leaves features without neighbours at a
+distance; here each image counts at most once. The interval says how much the score would change with other samples of
+the same network, in the same number: it does not contain the bias of a distance of few images, nor the spread over
+training seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import one_hot
+
+from lightning_mvar.errors import InputError
+from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics, frechet_distance
+
+GROUPS = 20
+METHOD = f"jackknife over samples, {GROUPS} groups"
+EXTRAPOLATION_POINTS = 15  # numbers of samples, as in arXiv 1911.07023
+MIN_SAMPLES_PER_FEATURE = 4  # with fewer, the bias is not yet inversely proportional to the number of samples
+SEED = 0
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Error bars to report beside scores.
+
+    Args:
+        interval: confidence level of the intervals; None for none.
+        extrapolate: whether to extrapolate the Frechet distance to infinitely many samples.
+        labels: class of each sample in the order of the set, if known.
+
+    Raises:
+        InputError: if the level is not between 0 and 1.
+    """
+
+    interval: float | None = None
+    extrapolate: bool = False
+    labels: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.interval is not None and not 0 < self.interval < 1:
+            raise InputError(f"--interval {self.interval} must be between 0 and 1, such as 0.95")
+
+    @property
+    def needs_features(self) -> bool:
+        """Returns whether the features of the samples are needed, beyond their statistics."""
+        return self.extrapolate or self.interval is not None
+
+    def check_count(self, count: int, num_features: int) -> None:
+        """Raises InputError if there are too few samples."""
+        if self.interval is not None and count < 2 * GROUPS:
+            raise InputError(f"--interval needs at least {2 * GROUPS} samples, got {count}")
+        if self.extrapolate and count < MIN_SAMPLES_PER_FEATURE * num_features:
+            raise InputError(
+                f"--extrapolate needs at least {MIN_SAMPLES_PER_FEATURE * num_features} samples for {num_features} "
+                f"features, got {count}"
+            )
+
+
+def assign_groups(count: int, labels: list[int] | None = None) -> Tensor:
+    """Assigns samples to groups (count,) int64 at random, as equally as possible.
+
+    If there are equally many samples of each class, as networks draw them, each group gets its share of each class:
+    other samples of the network would not vary the number per class.
+    """
+    order = torch.randperm(count, generator=Generator().manual_seed(SEED))
+    if labels is not None:
+        classes = torch.tensor(labels)
+        if len(set(classes.unique(return_counts=True)[1].tolist())) == 1:
+            order = order[classes[order].argsort(stable=True)]
+    groups = torch.empty(count, dtype=torch.int64)
+    groups[order] = torch.arange(count) % GROUPS
+    return groups
+
+
+def jackknife_interval(
+    value: float, replicates: list[float], level: float, share: float = 1.0, noise: float = 0.0
+) -> tuple[float, float]:
+    """Returns the interval around a score.
+
+    Args:
+        value: the score of all samples.
+        replicates: the score without each group.
+        level: probability that the interval covers the mean score of sets of as many samples.
+        share: share of the samples that the replicates were computed from.
+        noise: further variance of the score, such as that of random subsets.
+    """
+    groups = len(replicates)
+    variance = statistics.pvariance(replicates) * (groups - 1) * share + noise
+    margin = t_quantile((1 + level) / 2, groups - 1) * math.sqrt(variance)
+    return value - margin, value + margin
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Returns a quantile of Student's t distribution by the expansion 26.7.5 of Abramowitz and Stegun.
+
+    With 19 degrees of freedom its relative error is below 1e-5 at 0.975 and below 1e-4 at 0.995.
+    """
+    z = statistics.NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, 1))
+
+
+def kernel_replicates(real: Tensor, generated: Tensor, groups: Tensor) -> list[float]:
+    """Returns the kernel distance (see `kernel_distance`) of all images without each group of the generated ones.
+
+    Sums of the kernel over pairs of groups suffice, so each pair of images is compared once.
+
+    Args:
+        real: features (n, f).
+        generated: features (m, f), on the same device.
+        groups: group (m,) of each generated image.
+    """
+    groups = groups.to(generated.device)
+    sizes = groups.bincount(minlength=GROUPS).tolist()
+    members, everyone = one_hot(groups, GROUPS).double(), groups.new_ones(len(real), 1).double()
+    within = members.T @ kernel_sums(generated, generated, members)  # (GROUPS, GROUPS)
+    itself = members.T @ self_kernels(generated)  # (GROUPS,), pairs of an image with itself
+    across = members.T @ kernel_sums(generated, real, everyone)[:, 0]
+    among_real = kernel_sums(real, real, everyone).sum() - self_kernels(real).sum()
+    n, values = len(real), []
+    for group, size in enumerate(sizes):
+        m = len(generated) - size
+        pairs = within.sum() - 2 * within[group].sum() + within[group, group] - (itself.sum() - itself[group])
+        crossed = across.sum() - across[group]
+        values.append(float(pairs / (m * (m - 1)) + among_real / (n * (n - 1)) - 2 * crossed / (m * n)))
+    return values
+
+
+def kernel_sums(rows: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+    """Returns the weighted sums (n, w) of the kernel of each row (n, f) with the columns (m, f), weights (m, w)."""
+    columns = columns.double()
+    blocks = (kernel(block.double() @ columns.T, rows.shape[1]) @ weights for block in rows.split(BLOCK_ROWS))
+    return torch.cat([*blocks])
+
+
+def self_kernels(features: Tensor) -> Tensor:
+    """Returns the kernel (n,) of each feature vector (n, f) with itself."""
+    return kernel(features.double().square().sum(dim=1), features.shape[1])
+
+
+def kernel(products: Tensor, num_features: int) -> Tensor:
+    """Returns the polynomial kernel of feature vectors with these inner products."""
+    return (products / num_features + 1) ** 3
+
+
+def extrapolated_distance(real: Statistics, features: Tensor) -> float:
+    """Returns the Frechet distance extrapolated to infinitely many samples (arXiv 1911.07023).
+
+    The distance of N samples is biased by about c / N. It is computed for 15 random subsets of n / 10 (but at least
+    2 f) to n samples, and the intercept of the least-squares line over 1 / N is returned.
+
+    Args:
+        real: statistics of the real images.
+        features: features (n, f) of the samples, n at least 4 f.
+    """
+    count, num_features = features.shape
+    sizes = np.linspace(max(count // 10, 2 * num_features), count, EXTRAPOLATION_POINTS).astype(int)
+    generator, distances = Generator().manual_seed(SEED), []
+    for size in sizes.tolist():
+        subset = FeatureStatistics(num_features, sync_on_compute=False).to(features.device)
+        for rows in torch.randperm(count, generator=generator)[:size].split(BLOCK_ROWS):
+            subset.update(features[rows.to(features.device)])
+        distances.append(frechet_distance(real, subset.compute()))
+    return float(np.polyfit(1 / sizes, distances, 1)[1])
