@@ -97,6 +97,24 @@ def test_only_the_outer_layers_import_lightning() -> None:
     assert users == LIGHTNING_USERS
 
 
+def test_options_are_parsed_before_lightning_is_imported() -> None:
+    """Importing it takes seconds; only the commands whose options are Lightning's need it to parse."""
+    before = {name: at_module_level(tree) for name, tree in modules().items()}
+    for name in before:
+        if name.startswith("commands.") and name not in ("commands.fit", "commands.train_tokenizer", "commands.sweep"):
+            reached, pending = set[str](), [name]
+            while pending:
+                module = pending.pop()
+                assert not any(package_of(target) == "lightning" for target in before[module]), (name, module)
+                own = {target.removeprefix("lightning_mvar.") for target in before[module]} & before.keys()
+                pending += own - reached
+                reached |= own
+
+
+def at_module_level(tree: ast.Module) -> set[str]:
+    return imports(ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []))
+
+
 def test_nothing_imports_a_command() -> None:
     for name, tree in modules().items():
         others = {target for target in own_imports(tree) if target.startswith("commands.") and target != name}

@@ -29,6 +29,9 @@ from lightning_mvar.errors import InputError, Interrupted, one_line
 PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 BUG_EXIT_CODE = 70  # of any exception that is not an InputError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of writes outside `atomic_path`: never a bug
+# Messages of jsonargparse, which lists all types of an option.
+UNKNOWN_CLASS = re.compile(r'key "([\w.]+)":.*Expected a dot import path string: (\w+)')
+REFUSED_BY_CLASS = re.compile(r"key \"([\w.]+)\":.*Problem with given class_path '([\w.]+)': (.*?)(?= - Expected|$)")
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP)  # of a path that a user names
 
 
@@ -140,7 +143,20 @@ def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> s
     reason = one_line(error)
     configs = [value for option, value in pairwise(argv) if option in ("-c", "--config")]
     source = f" (config: {', '.join(configs)})" if configs else ""
+    if unknown := UNKNOWN_CLASS.search(reason):
+        option, name = unknown.groups()
+        otherwise = "give the path of a class, package.module.NAME"
+        return f"--{option} {name}{source}: there is no such class; {nearest(name, loaded_classes(), otherwise)}"
+    if refused := REFUSED_BY_CLASS.search(reason):
+        option, name, reason = refused.groups()
+        reason = f"--{option} {name.rpartition('.')[2]}: {reason}"
     return f"{reason}{source}; `lightning-mvar {argv[0]} --help` lists the options"
+
+
+def loaded_classes() -> set[str]:
+    """Returns the names of the classes that options may name without their modules."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(("lightning_mvar.", "lightning."))]
+    return {name for module in modules for name, value in vars(module).items() if isinstance(value, type)}
 
 
 def strip_worker_traceback(message: str) -> str:

@@ -7,7 +7,7 @@ import difflib
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ FULL_HELP = "--help_all"  # jsonargparse's help: whole texts, and the classes th
 OF_ANY_PARSER = {"help", "help_all", "config", "print_config", "print_completion"}  # added by jsonargparse
 NAMES_WIDTH, MAX_WIDTH = 40, 120  # of the help, in characters
 MAX_METAVAR = 20
+NUMBER = re.compile(r"[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)  # what begins like one; jsonargparse refuses the rest
 
 SAMPLING = "SamplingSettings"
 GROUPS = ("required", "options", "sampling", "machine", "data", "model", "trainer")  # in the order of the help
@@ -73,7 +74,7 @@ OF_TRAINING = {  # type and help of the options of a run itself
     "config": ("str", "YAML file with any of these options, given once or more"),
     "ckpt_path": ("str", "checkpoint to continue from, or to score"),
     **{name: ("bool", text) for name, text in START_HELP.items()},
-    "seed_everything": ("int", "seed of weights, dropout and data"),
+    "seed_everything": ("int | bool", "seed of weights, dropout and data"),
     "tf32": ("bool", TF32_HELP),
 }
 TRAINER_TEXTS = {  # the trainer's options that most runs set
@@ -181,7 +182,7 @@ def metavar(option: Option) -> str:
     choices = "{" + ",".join(choices_of(option)) + "}"
     if 2 < len(choices) <= MAX_METAVAR:
         return choices
-    types = set(re.findall(r"\w+", option.kind)) - {"None", "Optional", "tuple"}
+    types = set(re.findall(r"\w+", option.kind)) - {"None", "Optional", "tuple", "bool"}
     word = types.pop() if types in ({"int"}, {"float"}) else re.split(r"[._]", option.name)[-1]
     return word.upper() + (" ..." if option.kind.startswith("tuple[") else "")
 
@@ -206,24 +207,53 @@ def print_help(name: str, *words: str) -> None:
 
 
 def check_options(name: str, *words: str) -> None:
-    """Raises InputError for an option that a command does not have; names the nearest one that it has.
+    """Checks the options of a command line as far as their source tells: names, numbers and choices.
 
-    Values, and options of classes (`--extractor.weights`, `--model.network.depth`), are left to jsonargparse.
+    The rest, and options of classes (`--extractor.weights`, `--model.network.depth`), are left to jsonargparse.
+
+    Raises:
+        InputError: for an option or subcommand that does not exist, with the nearest that does, or a value that is no
+            number or none of the choices.
     """
     signatures = signatures_of(name)
     subcommand = words[0] if words and words[0] in signatures else ""
     if subcommand not in signatures:
+        if words and not words[0].startswith("-"):
+            listed = f"it has {', '.join(signatures)}"
+            raise InputError(f"{name} has no command {words[0]!r}; {nearest(words[0], signatures, listed)}")
         return
-    known = {option.name for option in signatures[subcommand].options if not option.positional}
-    sections = {option.partition(".")[0] for option in known}
-    for word in words[: words.index("--") if "--" in words else None]:
-        parts = re.split(r"[=+]", word[2:])[0].split(".")
-        accepted = known | OF_ANY_PARSER | (sections if len(parts) == 1 else {f"{s}.help" for s in sections})
-        if word.startswith("--") and not {parts[0], ".".join(parts[:2])} & accepted:
-            full_name, given = f"{name} {subcommand}".strip(), "--" + ".".join(parts[:2])
-            dashed = [f"--{option}" for option in known]
-            listed = f"`lightning-mvar {full_name} --help` lists the options"
-            raise InputError(f"{full_name} has no option {given}; {nearest(given, dashed, listed)}")
+    options = {option.name: option for option in signatures[subcommand].options if not option.positional}
+    name = f"{name} {subcommand}".strip()
+    words = words[: words.index("--") if "--" in words else None]
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            option, equals, value = word[2:].partition("=")
+            check_name(name, option.rstrip("+"), options)
+            if option in options and (equals or not following.startswith("--")):
+                check_value(options[option], value if equals else following)
+
+
+def check_name(command: str, name: str, options: Mapping[str, Option]) -> None:
+    """Raises InputError unless a command has an option, or one of whose class it is an option."""
+    parts = name.split(".")
+    sections = {option.partition(".")[0] for option in options}
+    accepted = options.keys() | OF_ANY_PARSER | (sections if len(parts) == 1 else {f"{s}.help" for s in sections})
+    if not {parts[0], ".".join(parts[:2])} & accepted:
+        given, dashed = "--" + ".".join(parts[:2]), [f"--{option}" for option in options]
+        listed = f"`lightning-mvar {command} --help` lists the options"
+        raise InputError(f"{command} has no option {given}; {nearest(given, dashed, listed)}")
+
+
+def check_value(option: Option, value: str) -> None:
+    """Raises InputError if the value of an option is no number, or none of its choices."""
+    kind = option.kind.removesuffix(" | None")
+    if value.startswith("${") or (value == "null" and kind != option.kind):
+        return
+    if kind in ("int", "float") and not NUMBER.fullmatch(value):
+        raise InputError(f"--{option.name} {value} is not a number")
+    if option.choices and value not in option.choices:
+        listed = f"use {', '.join(option.choices)}"
+        raise InputError(f"--{option.name} {value} is unknown; {nearest(value, option.choices, listed)}")
 
 
 def nearest(name: str, names: Iterable[str], otherwise: str) -> str:

@@ -15,7 +15,6 @@ from torch import nn
 from lightning_mvar.checkpoints import StoredModel, TrainedModel, load_tokenizer, load_trained, open_trained
 from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
-from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.images.protocols import CropProtocol
 from lightning_mvar.devices import is_first_rank, set_tf32
@@ -126,6 +125,8 @@ def evaluate(
     stored = None if ckpt_path is None else open_trained(ckpt_path, tokenizer, weights)
     if extractor is None:
         extractor = default_extractor(real, cache)
+    from lightning_mvar.cli.ranks import launch_ranks  # imports Lightning, which takes seconds
+
     with launch_ranks(device, devices, num_nodes) as fabric:
         decodes = "shards" in (real.kind, None if floor_images is None else floor_images.kind)
         decoder, reconstructor = (

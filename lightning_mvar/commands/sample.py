@@ -11,7 +11,6 @@ import torch
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.cli.arguments import call, refuse_overwriting
-from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.draw import draw_set
 from lightning_mvar.sampling.grids import formation_strip, image_grid, save_animation, save_image, with_row_names
@@ -72,6 +71,8 @@ def sample(
         {"--out": out, "--tokens": tokens, **figures}, {}
     )  # `draw_set` itself refuses a folder of other files
     refuse_overwriting(figures, {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer})
+    from lightning_mvar.cli.ranks import launch_ranks  # imports Lightning, which takes seconds
+
     with launch_ranks(device, devices, num_nodes) as fabric:
         load = partial(load_trained, ckpt_path, tokenizer, weights)
         drawn = draw_set(fabric.device, load, out, tokens, **drawing)

@@ -10,16 +10,14 @@ from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.cli.arguments import call, refuse_overwriting
-from lightning_mvar.cli.ranks import launch_ranks
 from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
 from lightning_mvar.data.tokens.encode import EncodedBatch, TokenEncoder
@@ -30,6 +28,9 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 ORDER_SEED = 0  # images go into the shards in a fixed random order, so that every shard has all classes
 
@@ -95,6 +96,8 @@ def tokenize(
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; name a folder")
     refuse_overlap(images, out)
+    from lightning_mvar.cli.ranks import launch_ranks  # imports Lightning, which takes seconds
+
     with launch_ranks(device, devices, num_nodes) as fabric, ExitStack() as stack:
         model = load_tokenizer(tokenizer)
         source = open_images(images, model.config.shape, "skip", labels, class_names, cache_dir, retries)

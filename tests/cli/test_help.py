@@ -8,7 +8,7 @@ import pytest
 from jsonargparse import capture_parser
 
 from lightning_mvar.cli import run
-from lightning_mvar.cli.help import COMMANDS, OF_ANY_PARSER, completion, signatures_of
+from lightning_mvar.cli.help import COMMANDS, OF_ANY_PARSER, check_options, completion, signatures_of
 
 SCREEN = 60  # lines
 
@@ -56,12 +56,35 @@ def test_help_fits_on_a_screen_and_mistakes_are_named_before_torch_is_imported()
         ("fit --trainer.callback+=X", "fit has no option --trainer.callback; did you mean --trainer.callbacks?"),
         ("fit --model.netwrk.depth 3", "fit has no option --model.netwrk; did you mean --model.network?"),
         ("shards verify --tokeniser T", "shards verify has no option --tokeniser; did you mean --tokenizer?"),
+        ("shards verfy tokens", "shards has no command 'verfy'; did you mean verify?"),
+        ("sample --top_k many", "--top_k many is not a number"),
+        ("sample --keep=half", "--keep half is not a number"),
+        ("sample --weights emma", "--weights emma is unknown; did you mean ema?"),
         ("merge A --zzz", "merge has no option --zzz; `lightning-mvar merge --help` lists the options"),
     ],
 )
-def test_the_nearest_option_is_suggested(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_named_with_their_remedy(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(line.split()) == 1
     assert capsys.readouterr().err == f"lightning-mvar: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "value", ["--num_workers 1_000", "--num_workers -1", "--batch_size 1e3", "--on_corrupt skip", "--device null"]
+)
+def test_what_the_parser_takes_is_not_refused(value: str) -> None:
+    check_options("reconstruct", *value.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("InceptionV4", "--extractor InceptionV4: there is no such class; did you mean InceptionV3?"),
+        ("InceptionV3 --extractor.wieghts W", "--extractor InceptionV3: Option 'wieghts' is not accepted; `lightning-"),
+    ],
+)
+def test_mistakes_in_a_class_are_named(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["reconstruct", "--tokenizer", "T", "--images", "I", "--extractor", *options.split()]) == 1
+    assert capsys.readouterr().err.startswith(f"lightning-mvar: error: {message}")
 
 
 def test_help_shows_choices_defaults_and_positional_arguments(capsys: pytest.CaptureFixture[str]) -> None:
