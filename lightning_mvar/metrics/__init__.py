@@ -9,5 +9,14 @@ from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
 from lightning_mvar.metrics.classifiers.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.extractors.dinov2 import DINOv2
 from lightning_mvar.metrics.extractors.inception import InceptionV3
+from lightning_mvar.metrics.extractors.timm_models import Timm
 
-__all__ = ["DINOv2", "DigitsClassifier", "ImageClassifier", "InceptionV3", "Photos64Classifier", "PhotosClassifier"]
+__all__ = [
+    "DINOv2",
+    "DigitsClassifier",
+    "ImageClassifier",
+    "InceptionV3",
+    "Photos64Classifier",
+    "PhotosClassifier",
+    "Timm",
+]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_mvar.devices import exact_float32
 from lightning_mvar.io.known_files import DINOV2_VITL14
 from lightning_mvar.io.tensors import load_strictly, read_torch
+from lightning_mvar.metrics.extractors.preprocessing import preprocess
 
 SIDE, PATCH = 224, 14
 GRID = SIDE // PATCH  # patches per side
@@ -99,12 +100,10 @@ class DINOv2Network(nn.Module):
         self.norm = nn.LayerNorm(width, EPSILON)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images (b, 3, H, W) in [0, 1] to features (b, d), in float32 even under autocast.
-
-        Images are first rounded to 8 bits, because published scores are computed from image files.
-        """
+        """Maps images (b, 3, H, W) in [0, 1] to features (b, d), in float32 even under autocast."""
         with torch.autocast(images.device.type, enabled=False), exact_float32():
-            patches = self.patch_embed["proj"](preprocess(images)).flatten(2).transpose(1, 2)  # (b, 256, d)
+            pixels = preprocess(images, (SIDE, SIDE), MEAN, STD)
+            patches = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)  # (b, 256, d)
             x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.position_embedding()
             for block in self.blocks:
                 x = block(x)
@@ -134,12 +133,3 @@ class DINOv2(DINOv2Network):
         with torch.device("meta"):
             super().__init__()
         load_strictly(self, read_torch(path), path).requires_grad_(False)
-
-
-def preprocess(images: Tensor) -> Tensor:
-    """Resizes and normalizes images (b, 3, H, W) in [0, 1] to (b, 3, 224, 224)."""
-    pixels = (images.float() * 255).round()
-    for size in ((images.shape[2], SIDE), (SIDE, SIDE)):  # Pillow's two passes, each rounded to 8 bits
-        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (pixels / 255 - mean) / std
