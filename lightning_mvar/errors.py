@@ -1,5 +1,6 @@
 """Exceptions for mistakes that the user can fix, and for interruptions."""
 
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 
 
@@ -14,7 +15,17 @@ class InputError(ValueError):
 def require_package(package: str, extra: str, purpose: str) -> None:
     """Raises InputError, which begins with the purpose, unless a package of an optional extra is installed."""
     if find_spec(package) is None:
-        raise InputError(f"{purpose} needs {package}: pip install 'lightning-mvar[{extra}]'")
+        raise InputError(f"{purpose} needs {package}: {install(extra)}")
+
+
+def install(extra: str) -> str:
+    """Returns the command that installs an optional extra, from a clone or a wheel: by the packages that it needs."""
+    try:
+        requirements = [text.partition(";") for text in requires("lightning-mvar") or []]
+    except PackageNotFoundError:  # a clone that is not installed
+        requirements = []
+    packages = [f"'{package.strip()}'" for package, _, marker in requirements if f'extra == "{extra}"' in marker]
+    return " ".join(["pip install", *(packages or [f"-e '.[{extra}]'"])])
 
 
 def one_line(error: BaseException) -> str:

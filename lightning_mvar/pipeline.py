@@ -54,6 +54,12 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         """Where network and tokenizer are."""
         return self.sampler.device
 
+    def __repr__(self) -> str:
+        config, size = self.network.config, format_shape(self.shape)
+        count = sum(parameter.numel() for parameter in self.network.parameters())
+        network = f"{count / 1e6:.1f}M parameters, {config.depth} blocks, {config.num_classes} classes"
+        return f"{type(self).__name__}({network}, {size} pixels, device={self.device})"
+
     @property
     def shape(self) -> Shape:
         """Height and width of the images, in pixels."""

@@ -41,6 +41,11 @@ def test_images_match_generate(pipe: MVARPipeline) -> None:
     assert images[0].size == (8, 8)
 
 
+def test_repr_says_what_the_pipeline_draws(pipe: MVARPipeline) -> None:
+    count = sum(parameter.numel() for parameter in pipe.network.parameters()) / 1e6
+    assert repr(pipe) == f"MVARPipeline({count:.1f}M parameters, 2 blocks, 10 classes, 8 x 8 pixels, device=cpu)"
+
+
 def test_classes_can_be_mixed(pipe: MVARPipeline) -> None:
     images = pipe(["zero:0.7+8:0.3", "3"], seed=4)
     weights = torch.zeros(2, 11)

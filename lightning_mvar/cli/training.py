@@ -167,7 +167,8 @@ class TrainingCLI(LightningCLI):
         """Raises InputError unless a checkpoint is of this command and configuration and fits the strategy."""
         content = read_plain_part(Path(ckpt_path))
         if self.checkpoint_key not in content:
-            raise InputError(f"--ckpt_path {ckpt_path} is not a checkpoint of this command")
+            remedy = "; to start from its weights, give it to --model.weights" if self.training else ""
+            raise InputError(f"--ckpt_path {ckpt_path} is not a checkpoint of this command{remedy}")
         if self.training and "callbacks" not in content:
             raise InputError(f"--ckpt_path {ckpt_path} holds weights only, not the state of a run to continue")
         if Path(ckpt_path).is_dir() and not isinstance(self.trainer.strategy, FSDP2Strategy):

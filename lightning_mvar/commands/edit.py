@@ -17,7 +17,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.pipeline import MVARPipeline, fitted
-from lightning_mvar.sampling.grids import image_grid, save_image
+from lightning_mvar.sampling.grids import image_grid, save_image, with_row_names
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.scales import Shape, format_shape
 
@@ -84,16 +84,19 @@ def edit(
                 result.save(path)
     print(f"{len(edited)} images in {out}")
     if picture is not None:
-        save_comparison(fitted(original, pipe.shape), fitted(region, pipe.shape), edited, count, picture)
+        save_comparison(fitted(original, pipe.shape), fitted(region, pipe.shape), edited, names[::count], picture)
         print(f"original, part to redraw and results in {picture}")
 
 
-def save_comparison(before: Image.Image, region: Image.Image, edited: list[Image.Image], count: int, path: str) -> None:
-    """Saves a figure with rows of the image, the part to redraw, which is white in `region`, and `count` results."""
+def save_comparison(
+    before: Image.Image, region: Image.Image, edited: list[Image.Image], names: list[str], path: str
+) -> None:
+    """Saves a figure with one named row per class: the image, the part to redraw (white in `region`), and results."""
     marked = Image.composite(Image.new("RGB", before.size, REDRAWN_COLOR), before, region)
+    count = len(edited) // len(names)
     rows = [edited[begin : begin + count] for begin in range(0, len(edited), count)]
     panels = torch.from_numpy(np.stack([np.asarray(panel) for row in rows for panel in (before, marked, *row)]))
-    save_image(image_grid(panels.movedim(-1, 1) / 255, count + 2), path)
+    save_image(with_row_names(image_grid(panels.movedim(-1, 1) / 255, count + 2), names), path)
 
 
 def box_mask(box: str, shape: Shape) -> Image.Image:

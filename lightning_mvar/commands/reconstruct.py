@@ -54,7 +54,7 @@ def reconstruct(
         perturb: also report the perturbed Frechet distance, with InceptionV3 pFID: between originals and images decoded
             after 50, 70 or 90 % of the tokens were drawn anew among the 1/64, 1/32 or 1/16 of the codes nearest to
             theirs; the mean of the nine. Decodes ten times as often.
-        picture: PNG file for the first 8 images, originals above reconstructions.
+        picture: PNG file for 8 images spread over the source, originals above reconstructions.
         json: write the scores to this JSON file.
         batch_size: images per batch.
         num_workers: processes that decode image files; 0 decodes in the main process.
@@ -71,7 +71,8 @@ def reconstruct(
         extractor = classifier_for(open_reference(images), cache)
     if extractor is None and perturb:
         raise InputError("--perturb compares features: pass an --extractor, for example InceptionV3")
-    comparison = Comparison(model, None if extractor is None else prepare(extractor, target), target, perturb)
+    prepared = None if extractor is None else prepare(extractor, target)
+    comparison = Comparison(model, prepared, target, perturb, spread(len(source), PICTURE_IMAGES))
     for batch in read_images(source, batch_size, num_workers, "reconstruct"):
         comparison.update(batch.images.to(target))
     record: Record = {
@@ -100,10 +101,18 @@ class Comparison:
         extractor: prepared, on `device`; None to skip the Frechet distance.
         device: device to compute on.
         perturb: whether to score images decoded from perturbed tokens too.
+        shown: numbers of the images for the picture, in the order of `update`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, extractor: nn.Module | None, device: torch.device, perturb: bool) -> None:
-        self.tokenizer, self.extractor, self.count = tokenizer, extractor, 0
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        extractor: nn.Module | None,
+        device: torch.device,
+        perturb: bool,
+        shown: set[int],
+    ) -> None:
+        self.tokenizer, self.extractor, self.shown, self.count = tokenizer, extractor, shown, 0
         self.used_codes = torch.zeros(tokenizer.config.vocab_size, dtype=torch.bool, device=device)
         self.scores = ReconstructionScores(extractor, device)
         self.perturbed = PerturbedScores(tokenizer, extractor) if extractor is not None and perturb else None
@@ -118,9 +127,8 @@ class Comparison:
         self.scores.update(originals, decoded)
         if self.perturbed is not None:
             self.perturbed.update(tokens)
-        missing = PICTURE_IMAGES - self.count
-        if missing > 0:
-            self.picture_pairs.append((originals[:missing].cpu(), decoded[:missing].cpu()))
+        chosen = [i for i in range(len(images)) if self.count + i in self.shown]
+        self.picture_pairs.append((originals[chosen].cpu(), decoded[chosen].cpu()))
         self.count += len(images)
 
     def compute(self, name: str) -> Record:
@@ -148,6 +156,11 @@ class Comparison:
         """Returns a grid (3, H, W) of originals above reconstructions."""
         originals, decoded = (torch.cat(part) for part in zip(*self.picture_pairs, strict=True))
         return image_grid(torch.cat([originals, decoded]), len(originals))
+
+
+def spread(count: int, wanted: int) -> set[int]:
+    """Returns up to `wanted` numbers below `count` at equal distances: sources are ordered by class."""
+    return set(torch.linspace(0, count - 1, min(count, wanted)).round().int().tolist())
 
 
 def main(argv: list[str]) -> None:

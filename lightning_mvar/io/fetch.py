@@ -31,7 +31,7 @@ from fsspec import Callback, get_filesystem_class
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, install
 from lightning_mvar.io.files import atomic_path, remove_unfinished
 from lightning_mvar.io.fingerprint import sha256_of
 from lightning_mvar.io.locks import FileLock, poll_lock
@@ -84,7 +84,7 @@ def check_scheme(address: str) -> None:
     except ValueError as error:
         raise InputError(f"{address} is not a valid URL ({error})") from error
     except ImportError as error:
-        extra = ": pip install 'lightning-mvar[s3]'" if scheme == "s3" else ""
+        extra = f": {install('s3')}" if scheme == "s3" else ""
         raise InputError(f"{address} needs a library that is not installed ({error}){extra}") from error
 
 

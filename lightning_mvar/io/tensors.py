@@ -96,8 +96,11 @@ def write(path: Path, writer: Callable[[Path], None]) -> None:
         InputError: if the file cannot be written, for example because the disk is full.
     """
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors makes files that only their owner reads
         try:
             writer(temporary)
+            temporary.chmod(mode)
         except (SafetensorError, RuntimeError) as error:  # both libraries wrap OSError
             raise OSError(first_line(error)) from error
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lightning_mvar.errors import InputError, require_package
+from lightning_mvar.errors import InputError, install, require_package
 from lightning_mvar.sweeps.cells import run_cell
 from lightning_mvar.sweeps.processes import Share, Stop
 
@@ -191,7 +191,7 @@ def ray_launcher(jobs: int, folder: Path, resources: dict[str, float]) -> Launch
         import ray
         from ray import tune
     except ImportError as error:
-        raise InputError(f"--launcher ray ({error}): pip install 'lightning-mvar[ray]'") from error
+        raise InputError(f"--launcher ray ({error}): {install('ray')}") from error
 
     def launch(folders: list[Path], stop: Stop) -> None:
         class StopAll(tune.Stopper):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.tensors import load_strictly, read_weights
+from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 
 
 def with_header(header: Any, data: bytes = bytes(16)) -> bytes:
@@ -115,3 +115,13 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
     weights["bias"][1] = value
     with pytest.raises(InputError, match="file holds NaN or infinite values in bias"):
         load_strictly(module, weights, "file")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_umask_says_who_reads_a_file(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        save_weights(nn.Linear(1, 1), tmp_path / "weights.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask

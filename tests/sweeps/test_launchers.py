@@ -145,7 +145,5 @@ def test_the_reason_of_a_failed_job_is_printed(tmp_path: Path, capfd: pytest.Cap
 @pytest.mark.parametrize("name", ["submitit", "ray"])
 def test_a_missing_package_is_named_with_its_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(
-        InputError, match=rf"needs {name}: pip install 'lightning-mvar\[{'ray' if name == 'ray' else 'sweep'}\]'"
-    ):
+    with pytest.raises(InputError, match=f"needs {name}: pip install .*{name}"):
         MAKE_LAUNCHER[name](tmp_path)

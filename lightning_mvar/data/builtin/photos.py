@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_mvar.data.builtin.base import RESOLUTION, EmbeddedSet, Split, check_split
 from lightning_mvar.data.images.decoding import read_image
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, install
 
 PHOTO_FILES = {  # by class: package and file within it
     "brick": "skimage/data/brick.png",
@@ -94,7 +94,7 @@ def find_installed_file(file: str) -> Path:
     spec = find_spec(package)
     path = Path(spec.origin).parent / relative_path if spec is not None and spec.origin is not None else None
     if path is None or not path.is_file():
-        raise InputError(f"the photos need {file} of scikit-learn and scikit-image: pip install 'lightning-mvar[demo]'")
+        raise InputError(f"the photos need {file} of scikit-learn and scikit-image: {install('demo')}")
     return path
 
 

@@ -314,7 +314,7 @@ def test_unreadable_locations_are_rejected(location: str, message: str) -> None:
 def test_a_missing_library_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(import_module("fsspec.registry")._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(InputError, match=r"s3://a/b needs a library .*s3fs.*: pip install 'lightning-mvar\[s3\]'"):
+    with pytest.raises(InputError, match=r"s3://a/b needs a library .*s3fs.*: pip install "):
         open_shards("s3://a/b", tmp_path, 5)
 
 
