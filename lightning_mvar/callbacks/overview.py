@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from lightning_mvar.training.base import ScheduledModule
 from lightning_mvar.training.freezing import trainable_parameters
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.tokenizer import LitTokenizer
+
+log = logging.getLogger(__name__)
 
 # Metrics by which runs are compared; TensorBoard takes the last value of each.
 METRICS: dict[type, list[str]] = {
@@ -101,6 +104,13 @@ class OverviewCallback(SaveConfigCallback):
             costs = costs_of(pl_module.network_config)._asdict()
             values |= costs
             write_json(Path(trainer.default_root_dir) / "costs.json", costs)
+            log.info(
+                "network of %s parameters, %s of them trained, %.3g GFLOPs per training image",
+                *(f"{values[name]:,}" for name in ("parameters", "trainable_parameters")),
+                values["flops_per_training_image"] / 1e9,
+            )
+        elif isinstance(pl_module, LitTokenizer):
+            log.info("tokenizer of %s parameters", f"{sum(p.numel() for p in pl_module.tokenizer.parameters()):,}")
         log_configuration(trainer, self.yaml, values)
         log_dirs = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
         for folder in log_dirs or [trainer.default_root_dir]:

@@ -131,11 +131,17 @@ def run(argv: list[str]) -> int:
 
 
 def enable_logging() -> None:
-    """Prints the package's log messages to stderr; Lightning's have a handler of their own."""
+    """Prints the package's log messages to stderr; Lightning's have a handler of their own, and lose advertisements."""
     logger = logging.getLogger("lightning_mvar")
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_tip)
+
+
+def is_no_tip(record: logging.LogRecord) -> bool:
+    """Returns whether a message of Lightning is not one of its tips to install other products."""
+    return "Tip: For seamless cloud" not in record.getMessage()
 
 
 def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> str:

@@ -6,17 +6,18 @@ import sys
 import traceback
 import warnings
 from argparse import SUPPRESS
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_mvar.callbacks import InterruptionCallback
+from lightning_mvar.callbacks import InterruptionCallback, StepProgressBar
 from lightning_mvar.callbacks.overview import OverviewCallback
 from lightning_mvar.checkpoints.training import (
     NETWORK_KEY,
@@ -48,6 +49,14 @@ LEAST = {  # least values of the trainer's options that Lightning does not check
     "log_every_n_steps": 0,
     "num_sanity_val_steps": -1,  # all
 }
+SILENCED = (  # beginnings of warnings about what is intended or harmless
+    "LightningCLI's args parameter",  # argv comes from `main`
+    r"\s*Unable to serialize instance",  # which is left out of the saved file
+    ".*LeafSpec.*is deprecated",  # raised by Lightning itself
+    "The `srun` command is available",  # one process needs none; docs/devices.md has the line for several
+    "The '.*_dataloader' does not have many workers",  # token shards need none
+    "This DataLoader will create",  # more workers than cores: images are also waited for
+)
 
 
 class TrainingCLI(LightningCLI):
@@ -112,8 +121,7 @@ class TrainingCLI(LightningCLI):
                 raise
             raise input_error or InputError(one_line(error)) from error
         self.run_folders = self.folders(self.trainer)
-        if not sys.stdout.isatty():
-            replace_rich_progress_bar(self.trainer)
+        replace_default_progress_bar(self.trainer, self.config_init.trainer.callbacks or [])
 
     def run_command(self) -> None:
         """Trains, or scores a checkpoint."""
@@ -223,11 +231,15 @@ def parse_command(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> Name
     raise AssertionError("a command line was neither parsed nor refused")
 
 
-def replace_rich_progress_bar(trainer: L.Trainer) -> None:
-    """Replaces Rich's progress bar, Lightning's default, by tqdm's: Rich writes nothing to a file until it ends."""
+def replace_default_progress_bar(trainer: L.Trainer, chosen: Sequence[Callback]) -> None:
+    """Replaces Lightning's progress bar unless it is one of the callbacks that the user has chosen.
+
+    Not by a default callback: Lightning refuses a second bar, and any with --trainer.enable_progress_bar false.
+    """
     bar = trainer.progress_bar_callback
-    if isinstance(bar, RichProgressBar):
-        trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar(refresh_rate=10)  # type: ignore[attr-defined]
+    if bar is not None and bar not in chosen:
+        steps = StepProgressBar(refresh_rate=1 if sys.stdout.isatty() else 10)
+        trainer.callbacks[trainer.callbacks.index(bar)] = steps  # type: ignore[attr-defined]
 
 
 def stop_trainer_ranks_on_error(trainer: L.Trainer) -> AbstractContextManager[None]:
@@ -244,15 +256,14 @@ def run_cli(cli: type[CLI], argv: list[str]) -> CLI:
             arguments.
         Interrupted: if a signal ended the run.
     """
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # intended: argv comes from `main`
-    warnings.filterwarnings("ignore", r"\s*Unable to serialize instance")  # which is left out of the saved file
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # raised by Lightning itself
+    for message in SILENCED:
+        warnings.filterwarnings("ignore", message)
     try:
         built = cli(
             argv,
             parser_kwargs={"parser_mode": MODE, "exit_on_error": False, "prog": f"lightning-mvar {argv[0]}"},
             save_config_callback=OverviewCallback,
-            trainer_defaults={"callbacks": [InterruptionCallback()]},
+            trainer_defaults={"callbacks": [InterruptionCallback()], "enable_model_summary": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,

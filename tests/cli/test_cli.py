@@ -1,17 +1,21 @@
 import errno
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
 from argparse import ArgumentError
 from pathlib import Path
 
+import lightning as L
 import pytest
 from torch import nn
 
 from lightning_mvar import cli
 from lightning_mvar.cli import fail, run
 from lightning_mvar.cli.arguments import call, check, refuse_overwriting
+from lightning_mvar.cli.training import SILENCED
 from lightning_mvar.errors import InputError
 
 
@@ -178,3 +182,19 @@ def test_no_output_replaces_an_input_or_another_output(
         refuse_overwriting(outputs, inputs)
     again = {"--json": "model/scores.json", "--grid": "model/grid.png", "--each": "images/scores.json", "--out": None}
     refuse_overwriting(again, inputs)  # of an earlier run of the same command
+
+
+def test_lightning_prints_no_tips_and_no_hint_to_use_srun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "srun").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    cli.enable_logging()
+    with warnings.catch_warnings(record=True) as shown, caplog.at_level(logging.INFO):
+        warnings.simplefilter("always")
+        for message in SILENCED:
+            warnings.filterwarnings("ignore", message)
+        L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    assert caplog.messages
+    assert not [message for message in caplog.messages if "Tip" in message]
+    assert not [warning for warning in shown if "srun" in str(warning.message)]
