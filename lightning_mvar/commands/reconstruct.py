@@ -47,9 +47,10 @@ def reconstruct(
     Args:
         tokenizer: folder that `train-tokenizer` or `export` wrote.
         images: image source, as for `lightning-mvar tokenize`; their centre is cropped.
-        extractor: InceptionV3 (with --extractor.weights FILE), or the class path of an nn.Module with num_features,
-            images in [0, 1] -> features. The default for digits and photos is a small classifier. Without an extractor
-            there is no Frechet distance.
+        extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE); ImageClassifier,
+            trained on --extractor.images; or the class path of an nn.Module with num_features, images in [0, 1] ->
+            features. The default for digits and photos is a small classifier. Without an extractor there is no Frechet
+            distance.
         crop: how images in files are resized before their centre is cropped; see `evaluate`.
         perturb: also report the perturbed Frechet distance, with InceptionV3 pFID: between originals and images decoded
             after 50, 70 or 90 % of the tokens were drawn anew among the 1/64, 1/32 or 1/16 of the codes nearest to
@@ -59,7 +60,7 @@ def reconstruct(
         batch_size: images per batch.
         num_workers: processes that decode image files; 0 decodes in the main process.
         on_corrupt: `raise` an error for an image that cannot be decoded, or `skip`, report and count it.
-        cache: folder that caches the classifiers of digits and photos.
+        cache: folder that caches trained classifiers.
         device: auto, cpu, cuda or cuda:N.
     """
     check_reading(batch_size, num_workers)
