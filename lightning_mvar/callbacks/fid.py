@@ -31,8 +31,8 @@ class FIDCallback(L.Callback):
     """Samples at the end of validation and of training, and logs scores of the samples against real images.
 
     Logs `val/fid`, and if extractor and reference allow it, `val/mind`, `val/kid` and the other scores of `Scores`, for
-    model selection. `val/frechet_EXTRACTOR` repeats `val/fid` under a name that says what it is comparable with:
-    published FID only if the extractor is InceptionV3.
+    model selection; MIND needs the fewest samples (docs/scores.md). `val/frechet_EXTRACTOR` repeats `val/fid` under a
+    name that says what it is comparable with: published FID only if the extractor is InceptionV3.
 
     Each rank samples the same number of batches; image i does not depend on the number of ranks or the batch size.
 
