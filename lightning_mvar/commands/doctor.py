@@ -75,6 +75,7 @@ def doctor(
     differences, unknown = compare(*pair)
     estimates = {estimate.factor: estimate for estimate in estimate_all(differences, first, second, pair)}
     notes = [note for found in opened for note in ([found] if isinstance(found, str) else check_set(found))]
+    notes += overlapping_intervals(*pair)
     notes += [f"{key}: {pair[1][key]}" for key in PUBLISHED_NOTES if published is not None and key in pair[1]]
     report = make_report(*pair, differences, unknown, estimates, notes)
     print_report(report)
@@ -137,6 +138,16 @@ def check_set(scored: ScoredSet) -> Iterator[str]:
         yield f"noise: two halves of {scored.name} are at distances {halves[0]:.4g} and {halves[1]:.4g}"
 
 
+def overlapping_intervals(first: Result, second: Result) -> list[str]:
+    """Says which scores have overlapping confidence intervals, if `evaluate --interval` recorded them."""
+    low, high = (
+        {name: [r[f"{name}_{end}"] for r in (first, second) if f"{name}_{end}" in r] for name in FULL_NAMES.values()}
+        for end in ("low", "high")
+    )
+    names = [name for name in low if len(low[name]) == 2 and max(low[name]) <= min(high[name])]
+    return [f"the confidence intervals overlap for {', '.join(names)}"] if names else []
+
+
 def make_report(
     first: Result,
     second: Result,
@@ -181,11 +192,11 @@ def print_report(report: list[Record]) -> None:
         print_rows([["what differs", "first", "second", "effect"], *rows])
     else:
         print("nothing differs of what both results state")
-    estimated = [record for record in differences if "explains" in record]
+    estimated = sorted((r for r in differences if "explains" in r), key=lambda r: -abs(r["explains"]))
     if estimated:
         print()
         rows = [[r["factor"], f"{r['explains']:+.4g}", r["estimate"]] for r in estimated]
-        print_rows([["of the distance's change", f"{scores[0]['change']:+.4g}", "measured on"], *rows])
+        print_rows([["what explains it", f"of {scores[0]['change']:+.4g}", "measured on"], *rows])
     for note in notes:
         print(f"- {note['text']}")
 

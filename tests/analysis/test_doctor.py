@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Pixels
+from conftest import Pixels, write_images
 from PIL import Image
 
 from lightning_mvar.analysis.doctor import traces
@@ -21,6 +21,7 @@ from lightning_mvar.cli import run
 from lightning_mvar.data.builtin.photos import PHOTOS
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics, frechet_distance
+from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.summary import prepare
 from lightning_mvar.sampling.readers import open_samples
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -240,6 +241,17 @@ def test_estimates_are_those_of_a_plain_computation(pair: tuple[np.ndarray, np.n
     assert explained(first, None, base | {"height": 8, "width": 8})["image size"] == pytest.approx(growth(small))
 
 
+def test_another_crop_is_that_of_the_reference(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    _, samples = pair
+    write_images(Path("real"))
+    first = scored("a", reference="real", crop="var")
+    sets = (open_reference("real", crop=crop).images(16) for crop in ("var", "adm"))
+    var, adm = (next(images.batches(0, len(images))).movedim(1, -1).numpy() * 255 for images in sets)
+    ours = statistics_of(samples)
+    expected = frechet_distance(statistics_of(adm), ours) - frechet_distance(statistics_of(var), ours)
+    assert explained(first, None, first.result | {"crop": "adm"})["crop"] == pytest.approx(expected, rel=1e-2)
+
+
 def test_an_unbalanced_set_is_imitated_in_either_direction(pair: tuple[np.ndarray, np.ndarray]) -> None:
     real, samples = pair
     rows = np.r_[0:10, 10:15, 20:25, 30:35]  # 10, 5, 5 and 5 images of the classes
@@ -267,7 +279,7 @@ def test_the_command_scores_again_and_reports(pair: tuple[np.ndarray, np.ndarray
             "extractor_weights": fingerprint(Pixels()),
         }
         record["frechet_distance"] = frechet_distance(statistics_of(real), statistics_of(pixels))
-        record["num_samples"] = len(pixels)
+        record |= {"num_samples": len(pixels), "frechet_distance_low": 0.0, "frechet_distance_high": 99.0}
         Path(f"{name}.json").write_text(json.dumps([record]))
     options = ["--extractor", "conftest.Pixels", "--device", "cpu", "--json", "report.json"]
     assert run(["doctor", "a.json", "b.json", *options]) == 0
@@ -276,7 +288,9 @@ def test_the_command_scores_again_and_reports(pair: tuple[np.ndarray, np.ndarray
     (score,) = [record for record in report if record["kind"] == "score"]
     assert difference["factor"] == "num_samples"
     assert difference["explains"] == pytest.approx(score["change"], rel=1e-4)
-    assert "num_samples" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "num_samples" in out
+    assert "intervals overlap for frechet_distance" in out
     Path("b.npz").rename("moved.npz")
     np.savez("a.npz", arr_0=255 - samples)
     assert run(["doctor", "a.json", "b.json", *options]) == 0

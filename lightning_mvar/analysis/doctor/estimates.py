@@ -7,7 +7,7 @@ from functools import cached_property
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lightning_mvar.analysis.doctor.differences import Difference, Result, balance, compression
 from lightning_mvar.analysis.doctor.traces import read_some, sharpness_of
 from lightning_mvar.data.images.decoding import SUFFIXES_BY_FORMAT
+from lightning_mvar.data.images.protocols import CROP_PROTOCOLS, CropProtocol
 from lightning_mvar.data.images.sources import find_embedded_set
 from lightning_mvar.devices import device_of, exact_float32
 from lightning_mvar.metrics.frechet import Statistics, frechet_distance
@@ -92,8 +93,8 @@ class ScoredSet:
         return np.arange(len(self.samples)) if self.labels is None else np.argsort(self.labels, kind="stable")
 
     def reference(self, name: str, crop: str) -> Statistics:
-        """Returns statistics of a reference at this set's image size."""
-        reference = open_reference(name)
+        """Returns statistics of a reference at this set's image size; `crop` may be none or unknown."""
+        reference = open_reference(name, crop=cast(CropProtocol, crop if crop in CROP_PROTOCOLS else "var"))
         return reference.summary(self.extractor, self.samples.shape, self.cache).statistics
 
     def distance_of(self, indices: NDArray[np.int64]) -> float:

@@ -18,7 +18,7 @@ MAX_IMAGES = 500  # looked at, evenly spaced over a set
 BLOCK = 8  # side of a JPEG block
 MIN_SIDE = 2 * BLOCK  # of images that are looked at
 ZERO = 0.6  # coefficients below it are zero up to the rounding of pixels
-MIN_JPEG_LOSS = 0.2  # share of the fine coefficients; up to 0.14 without JPEG, from 0.16 (quality 98) to 0.6 with it
+MIN_JPEG_LOSS = 0.25  # of the share of fine coefficients; up to 0.2 for resized images, above 0.3 for JPEG up to 95
 MIN_SHARPNESS = 0.8  # of the blurrier of two sets, relative to the other
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 FREQUENCIES = np.arange(BLOCK)
@@ -61,8 +61,8 @@ def fine_share(pixels: Pixels, offset: int = 0) -> float:
 
 
 def sharpness_of(pixels: Pixels) -> float:
-    """Returns the share of fine coefficients that are not zero, off the grid of JPEG."""
-    return fine_share(pixels, BLOCK // 2)
+    """Returns the share of fine coefficients that are not zero, over both grids: resizing may favour one of them."""
+    return (fine_share(pixels) + fine_share(pixels, BLOCK // 2)) / 2
 
 
 def cut_off(first: Pixels, second: Pixels) -> int | None:
