@@ -43,7 +43,8 @@ FULL_HELP = "--help_all"  # jsonargparse's help: whole texts, and the classes th
 OF_ANY_PARSER = {"help", "help_all", "config", "print_config", "print_completion"}  # added by jsonargparse
 NAMES_WIDTH, MAX_WIDTH = 40, 120  # of the help, in characters
 MAX_METAVAR = 20
-NUMBER = re.compile(r"[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)  # what begins like one; jsonargparse refuses the rest
+# What begins like a number, or like a list of them; jsonargparse refuses the rest.
+NUMBER = re.compile(r"[\[(]?\s*[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)
 
 SAMPLING = "SamplingSettings"
 GROUPS = ("required", "options", "sampling", "machine", "data", "model", "trainer")  # in the order of the help
@@ -225,7 +226,7 @@ def check_options(name: str, *words: str) -> None:
     options = {option.name: option for option in signatures[subcommand].options if not option.positional}
     name = f"{name} {subcommand}".strip()
     words = words[: words.index("--") if "--" in words else None]
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         if word.startswith("--"):
             option, equals, value = word[2:].partition("=")
             check_name(name, option.rstrip("+"), options)
@@ -246,10 +247,10 @@ def check_name(command: str, name: str, options: Mapping[str, Option]) -> None:
 
 def check_value(option: Option, value: str) -> None:
     """Raises InputError if the value of an option is no number, or none of its choices."""
-    kind = option.kind.removesuffix(" | None")
-    if value.startswith("${") or (value == "null" and kind != option.kind):
+    types = set(re.findall(r"\w+", option.kind))
+    if value.startswith("${") or (value == "null" and "None" in types):
         return
-    if kind in ("int", "float") and not NUMBER.fullmatch(value):
+    if types & {"int", "float"} and types <= {"int", "float", "tuple", "None"} and not NUMBER.fullmatch(value):
         raise InputError(f"--{option.name} {value} is not a number")
     if option.choices and value not in option.choices:
         listed = f"use {', '.join(option.choices)}"

@@ -8,6 +8,7 @@ as jsonargparse does. That remains the parser: it alone checks values.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -48,11 +49,8 @@ class Option:
     @property
     def choices(self) -> list[str]:
         """Values of an option of type Literal; empty for other types."""
-        literal = self.kind.removesuffix(" | None")
-        if not literal.startswith("Literal["):
-            return []
-        values = ast.literal_eval(f"[{literal[len('Literal[') : -1]}]")
-        return [value for value in values if isinstance(value, str)]
+        literal = re.fullmatch(r"Literal(\[[^\]]*\])( \| None)?", self.kind)
+        return [str(value) for value in ast.literal_eval(literal[1])] if literal else []
 
 
 class Signature(NamedTuple):

@@ -30,7 +30,15 @@ def test_the_options_are_those_of_the_parser(name: str) -> None:
 
 
 def test_help_fits_on_a_screen_and_mistakes_are_named_before_torch_is_imported() -> None:
-    lines = ["--version", "--help", "smaple", "sample --help", "evaluate --help", "fit --help", "sample --sed 1"]
+    lines = [
+        "--version",
+        "--help",
+        "smaple",
+        "sample --help",
+        "evaluate --help",
+        "fit --help",
+        "sample --ckpt_path C --sed 1",
+    ]
     code = (
         "import sys; from lightning_mvar.cli import run\n"
         f"for line in {lines}: print('<code>', run(line.split()))\n"
@@ -50,16 +58,17 @@ def test_help_fits_on_a_screen_and_mistakes_are_named_before_torch_is_imported()
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("sample --per-class 3", "sample has no option --per-class; did you mean --per_class?"),
-        ("sample --guidence=1", "sample has no option --guidence; did you mean --guidance?"),
+        ("sample --ckpt_path C --per-class 3", "sample has no option --per-class; did you mean --per_class?"),
+        ("sample --ckpt_path C --guidence=1", "sample has no option --guidence; did you mean --guidance?"),
         ("fit --traner.max_steps 3", "fit has no option --traner.max_steps; did you mean --trainer.max_steps?"),
         ("fit --trainer.callback+=X", "fit has no option --trainer.callback; did you mean --trainer.callbacks?"),
         ("fit --model.netwrk.depth 3", "fit has no option --model.netwrk; did you mean --model.network?"),
-        ("shards verify --tokeniser T", "shards verify has no option --tokeniser; did you mean --tokenizer?"),
+        ("shards verify D --tokeniser T", "shards verify has no option --tokeniser; did you mean --tokenizer?"),
         ("shards verfy tokens", "shards has no command 'verfy'; did you mean verify?"),
-        ("sample --top_k many", "--top_k many is not a number"),
-        ("sample --keep=half", "--keep half is not a number"),
-        ("sample --weights emma", "--weights emma is unknown; did you mean ema?"),
+        ("sample --ckpt_path C --guidance [a]", "--guidance [a] is not a number"),
+        ("sample --ckpt_path C --top_k many", "--top_k many is not a number"),
+        ("sample --ckpt_path C --keep=half", "--keep half is not a number"),
+        ("sample --ckpt_path C --weights emma", "--weights emma is unknown; did you mean ema?"),
         ("merge A --zzz", "merge has no option --zzz; `lightning-mvar merge --help` lists the options"),
     ],
 )
@@ -69,7 +78,7 @@ def test_mistakes_are_named_with_their_remedy(line: str, message: str, capsys: p
 
 
 @pytest.mark.parametrize(
-    "value", ["--num_workers 1_000", "--num_workers -1", "--batch_size 1e3", "--on_corrupt skip", "--device null"]
+    "value", ["--num_workers 1_000", "--num_workers -1", "--batch_size 1e3", "--on_corrupt skip", "--device null", ""]
 )
 def test_what_the_parser_takes_is_not_refused(value: str) -> None:
     check_options("reconstruct", *value.split())
