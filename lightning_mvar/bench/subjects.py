@@ -51,7 +51,6 @@ class Setting:
     graphs: bool = True
     narrow: bool = False
     guidance_off_from: int | None = None
-    steps: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (("size", SIZES), ("precision", DTYPES)):
@@ -101,7 +100,6 @@ class Setting:
     @property
     def network(self) -> MVARConfig:
         config = MVARConfig.for_size(self.size, schedule=self.schedule, **self.blocks)
-        config = replace(config, reveal=self.steps > 1)
         config = replace(config, width=64, heads=1) if self.narrow else config
         return replace(config, depth=self.depth) if self.depth else config
 
@@ -111,7 +109,7 @@ class Setting:
 
     @property
     def sampling(self) -> SamplingSettings:
-        return SamplingSettings(guidance_off_from=self.guidance_off_from, steps=self.steps)
+        return SamplingSettings(guidance_off_from=self.guidance_off_from)
 
     @property
     def schedule(self) -> ScaleSchedule:

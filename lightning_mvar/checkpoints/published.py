@@ -197,7 +197,7 @@ def network_to_published(network: MVAR) -> StateDict:
     config, schedule = network.config, network.config.schedule
     if config.mixers not in (VAR, M_VAR):
         raise InputError(f"the published code does not support a network with mixers {config.mixer_summary}")
-    require_published_fields(config, ("prediction", "reveal"))
+    require_published_fields(config, ("prediction",))
     if config.mixers == M_VAR:
         require_published_fields(config, ("parallel", "scan_order", "state_dim", "conv_width", "expand", "head_dim"))
     if not config.qk_norm and config.width != HEAD_DIM * config.heads:

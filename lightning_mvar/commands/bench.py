@@ -38,7 +38,6 @@ def bench(
     compile: bool = False,
     graphs: bool = True,
     guidance_off_from: int | None = None,
-    steps: int = 1,
     versus: str | None = None,
     repeats: int = 3,
     num_workers: int = 1,
@@ -74,7 +73,6 @@ def bench(
         compile: in training, compile each block with torch.compile, which takes minutes.
         graphs: in sampling on CUDA, launch each scale as one CUDA graph (`launches` and --profile never do).
         guidance_off_from: in sampling, index of the first scale that is drawn without guidance.
-        steps: in sampling, number of steps in which each scale is drawn; above 1, the network reads revealed tokens.
         versus: second setting, interleaved with the first, such as `mixer=var` or `size=d24,batch_size=1`.
         repeats: number of measured runs, after one warm-up run.
         num_workers: number of reader processes of `data` and `tokenize`.
@@ -88,8 +86,9 @@ def bench(
         json: file to write the table to, as JSON.
     """
     check_options(what, versus, compile, repeats, num_workers, world_size, profile, images, shards)
-    shape = size, mixer, resolution, batch_size, precision, depth
-    first = Setting(*shape, compile, graphs, guidance_off_from=guidance_off_from, steps=steps)
+    first = Setting(
+        size, mixer, resolution, batch_size, precision, depth, compile, graphs, guidance_off_from=guidance_off_from
+    )
     settings = [first] if versus is None else [first, first.with_changes(versus)]
     if len({setting.precision == "tf32" for setting in settings}) > 1:
         raise InputError("--versus: tf32 holds for a whole run, so compare it with other precisions in two runs")

@@ -75,8 +75,6 @@ class MVARConfig:
         scan_order: order in which recurrences read the tokens of a scale: by rows (raster), by columns (column), by
             rows and columns in alternating blocks (alternating), or by rows forwards and backwards at twice the cost
             (both).
-        reveal: let the network read some tokens of the scale that it predicts. Training reveals them at random, and
-            sampling can then draw a scale in several `steps` (MaskGIT, arXiv 2202.04200).
     """
 
     schedule: ScaleSchedule = field(default_factory=ScaleSchedule)
@@ -99,7 +97,6 @@ class MVARConfig:
     head_dim: int = 64
     window: int = 3
     scan_order: Literal["raster", "column", "alternating", "both"] = "raster"
-    reveal: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.mixers, str) or len({isinstance(part, str) for part in self.mixers}) > 1:
@@ -122,8 +119,6 @@ class MVARConfig:
         for name, known in (("scan_order", SCAN_ORDERS), ("prediction", ("scale", "token"))):
             if getattr(self, name) not in known:
                 raise InputError(f"network.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.reveal and self.prediction == "token":
-            raise InputError("network.reveal needs scales of several tokens; set network.prediction to scale")
         self.check_mixers()
 
     def check_mixers(self) -> None:
@@ -233,7 +228,6 @@ class NetworkOptions(MVARConfig):
     head_dim: int | None = None  # type: ignore[assignment]
     window: int | None = None  # type: ignore[assignment]
     scan_order: Literal["raster", "column", "alternating", "both"] | None = None  # type: ignore[assignment]
-    reveal: bool | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         """Refuses wrong options before weights, tokenizer and shards are read."""

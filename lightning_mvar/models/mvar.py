@@ -36,13 +36,6 @@ from lightning_mvar.ops.recompute import Recipes, cheap, recomputation
 from lightning_mvar.scales import Shape
 
 
-class Revealed(NamedTuple):
-    """Tokens that the network may read while it predicts the others of the same scale; only if `config.reveal`."""
-
-    codes: Tensor  # (b, l, c), of any finite value where hidden
-    mask: Tensor  # (b, l) bool: True for revealed tokens
-
-
 class AdaLN(NamedTuple):
     """AdaLN parameters of one residual branch, each (b, 1, d): output gate, input gain, input shift."""
 
@@ -176,8 +169,6 @@ class MVAR(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.head_adaln = nn.Linear(d, 2 * d)
         self.head = nn.Linear(d, config.vocab_size)
-        if config.reveal:
-            self.reveal_proj = nn.Linear(config.code_dim, d)  # its bias marks revealed tokens
         self.init_weights()
         if self.start_embed.is_cuda:
             look_for_kernels()
@@ -189,30 +180,24 @@ class MVAR(nn.Module):
             look_for_kernels()
         return self
 
-    def forward(self, labels: Tensor, scale_inputs: Tensor, revealed: Revealed | None = None) -> Tensor:
+    def forward(self, labels: Tensor, scale_inputs: Tensor) -> Tensor:
         """Computes teacher-forced logits of all scales at once.
 
         Args:
             labels: (b,) int64 in [0, num_classes]; `num_classes` is unconditional.
             scale_inputs: (b, l - n, c) what `teacher_inputs` gives for the images' tokens; the first step has n.
-            revealed: tokens whose own codes the network reads; None for none.
 
         Returns:
-            (b, l, v) float32; logits of step k depend only on tokens of steps before k, and on revealed ones of step k.
+            (b, l, v) float32; logits of step k depend only on tokens of steps before k.
         """
-        x, cond = self.hidden(labels, scale_inputs, revealed)  # (b, l, d), (b, d)
+        x, cond = self.hidden(labels, scale_inputs)  # (b, l, d), (b, d)
         return self.logits(x, cond)  # (b, l, v)
 
     def score(
-        self,
-        labels: Tensor,
-        scale_inputs: Tensor,
-        tokens: Tensor,
-        label_smoothing: float = 0.0,
-        revealed: Revealed | None = None,
+        self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Scores tokens (b, l) with the logits that `forward` computes; see `score_in_parts`."""
-        x, cond = self.hidden(labels, scale_inputs, revealed)  # (b, l, d), (b, d)
+        x, cond = self.hidden(labels, scale_inputs)  # (b, l, d), (b, d)
         return score_in_parts(self.logits, x, cond, tokens, self.config.vocab_size, label_smoothing)  # (b, l), (b, l)
 
     def redraw(self, labels: Tensor, scale_inputs: Tensor, uniforms: Tensor) -> Tensor:
@@ -220,12 +205,11 @@ class MVAR(nn.Module):
         x, cond = self.hidden(labels, scale_inputs)  # (b, l, d), (b, d)
         return draw_in_parts(self.logits, x, cond, uniforms, self.config.vocab_size)  # (b, l)
 
-    def hidden(self, labels: Tensor, scale_inputs: Tensor, revealed: Revealed | None = None) -> tuple[Tensor, Tensor]:
+    def hidden(self, labels: Tensor, scale_inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Runs all blocks over all scales; returns x (b, l, d) and cond (b, d)."""
         cond = self.class_embed(labels)  # (b, d)
         x = torch.cat([self.start(cond), self.project(scale_inputs)], dim=1)  # (b, l, d)
         x = x + self.positions(0, self.config.schedule.num_tokens)  # (b, l, d)
-        x = self.reveal(x, revealed)  # (b, l, d)
         block_cond = self.block_cond(cond)  # (b, d) or (b, 1, 3 m, d)
         # CPUs have the memory, and would take 3 to 8 % longer.
         with recomputation(Recipes() if x.is_cuda and torch.is_grad_enabled() else None):
@@ -263,17 +247,14 @@ class MVAR(nn.Module):
             cond = labels.to(self.class_embed.weight.dtype) @ self.class_embed.weight  # (b, d)
         return MVARState(0, cond, [None] * self.config.depth)
 
-    def step(
-        self, scale_inputs: Tensor | None, state: MVARState, revealed: Revealed | None = None
-    ) -> tuple[Tensor, MVARState]:
+    def step(self, scale_inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
         """Runs one step, continuing where `state` ends; all steps together equal `forward`.
 
-        `state` itself stays as it is, so that a step can be run again with other revealed tokens.
+        `state` itself stays as it is.
 
         Args:
             scale_inputs: (b, n, c) input of the step's n tokens, those of a scale or a single one; None for the first.
             state: as returned by `init_state` or the step before.
-            revealed: those of the step's n tokens whose own codes the network reads; None for none.
 
         Returns:
             (b, n, v) float32 logits of the step, and the state for the next.
@@ -281,7 +262,6 @@ class MVAR(nn.Module):
         k, begin = state.step, sum(self.config.step_lengths[: state.step])
         x = self.start(state.cond) if scale_inputs is None else self.project(scale_inputs)  # (b, n, d)
         x = x + self.positions(begin, begin + self.config.step_lengths[k])  # (b, n, d)
-        x = self.reveal(x, revealed)  # (b, n, d)
         block_cond = self.block_cond(state.cond) if k == 0 else state.cond
         blocks: list[BlockState | None] = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
@@ -296,13 +276,6 @@ class MVAR(nn.Module):
     def project(self, scale_inputs: Tensor) -> Tensor:
         """Projects (b, l, c) -> (b, l, d); a frozen tokenizer may have another dtype than the network."""
         return self.input_proj(scale_inputs.to(self.input_proj.weight.dtype))
-
-    def reveal(self, x: Tensor, revealed: Revealed | None) -> Tensor:
-        """Adds the projected codes of revealed tokens to their inputs x (b, l, d); hidden tokens keep theirs."""
-        if revealed is None:
-            return x
-        codes = self.reveal_proj(revealed.codes.to(self.reveal_proj.weight.dtype))  # (b, l, d)
-        return torch.where(revealed.mask[..., None], x + codes, x)
 
     def positions(self, begin: int, end: int) -> Tensor:
         """Returns scale and position embeddings (1, end - begin, d) of consecutive tokens."""
@@ -333,17 +306,11 @@ class MVAR(nn.Module):
 
     @torch.no_grad()
     def init_outer_weights(self) -> None:
-        """Initialises in place everything outside the blocks: embeddings, input projections, head.
-
-        Revealed tokens at first look like hidden ones, so the network starts as one without `config.reveal`.
-        """
+        """Initialises in place everything outside the blocks: embeddings, input projection, head."""
         std = weight_std(self.config.width)
         for name, module in self.named_children():
-            if name not in ("blocks", "reveal_proj"):
+            if name != "blocks":
                 init_part(module, std)
-        if self.config.reveal:
-            nn.init.zeros_(self.reveal_proj.weight)
-            nn.init.zeros_(self.reveal_proj.bias)
         nn.init.trunc_normal_(self.start_embed, std=std)
         nn.init.trunc_normal_(self.pos_embed, std=std)
         self.head.weight.mul_(0.02)

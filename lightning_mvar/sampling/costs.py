@@ -37,9 +37,9 @@ def sampling_costs(settings: SamplingSettings, network: MVARConfig, guide: MVARC
     schedule, guided = network.schedule, settings.guide.num_guided_scales(network)
     token_steps = flops = 0
     for k, length in enumerate(schedule.lengths):
-        steps, networks = min(settings.steps_of(k), length), [network, guide or network][: 2 if k < guided else 1]
-        token_steps += steps * length * len(networks)
-        flops += sum(repeated_flops(each, k, steps) for each in networks)
+        networks = [network, guide or network][: 2 if k < guided else 1]
+        token_steps += length * len(networks)
+        flops += sum(scale_flops(each)[k] for each in networks)
     return SamplingCosts(token_steps, flops + draft_flops(settings.choice, schedule))
 
 
@@ -52,9 +52,3 @@ def draft_flops(choice: Drafts, schedule: ScaleSchedule) -> int:
         f_hat, label = torch.zeros(1, config.code_dim, *schedule.shapes[-1]), torch.zeros(1, dtype=torch.int64)
     candidates = choice.count * sum(map(choice.include, range(schedule.num_scales)))
     return candidates * count_flops(lambda: scorer(f_hat, label, 0))
-
-
-def repeated_flops(network: MVARConfig, scale: int, steps: int) -> int:
-    """Counts FLOPs of a scale that is run several times; each run but the first reads the codes of kept tokens."""
-    codes = network.schedule.lengths[scale] * 2 * network.code_dim * network.width if network.reveal else 0
-    return steps * scale_flops(network)[scale] + (steps - 1) * codes

@@ -139,7 +139,7 @@ def draw_scales(
     """
     check_arguments(model, tokenizer, labels, settings)
     if known is not None:
-        check_known(known, len(labels), model.config, settings)
+        check_known(known, len(labels), model.config)
     keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
     dtype = torch.float32 if labels.is_floating_point() else torch.int64
     batch = Batch(labels.to(device, dtype, non_blocking=True), keys.to(device, non_blocking=True), known)
@@ -238,14 +238,9 @@ def check_weights(weights: Tensor, num_classes: int, settings: SamplingSettings)
         raise InputError("drafts need one class per image, as the scorer knows no mixes: set drafts to 1")
 
 
-def check_known(known: KnownTokens, images: int, network: MVARConfig, settings: SamplingSettings) -> None:
-    """Raises InputError unless the known tokens have the shape of the images, and the settings allow them."""
+def check_known(known: KnownTokens, images: int, network: MVARConfig) -> None:
+    """Raises InputError unless the known tokens have the shape of the images."""
     expected = (images, network.schedule.num_tokens)
     if known.tokens.shape != expected or known.keep.shape != expected:
         shapes = f"{tuple(known.tokens.shape)} and {tuple(known.keep.shape)}"
         raise InputError(f"known tokens and their keep mask must both be {expected}, got {shapes}")
-    if network.reveal and settings.guide.beta:
-        raise InputError(
-            "guidance_beta needs predictions of all tokens, but a network trained with network.reveal does not predict "
-            "known tokens: set guidance_beta to 0"
-        )

@@ -7,7 +7,7 @@ unsigned 32-bit products, so words are int64 in [0, 2^32); products wrap, and on
 |--------------|-----------------------------|-----------------------|------------------------|-----------------------|
 | 0            | position in the image, // 4 | code, // 4            | image number, low word | 0                     |
 | 1            | step within the scale       | position in the image | its high word          | position in the image |
-| 3            | TOKENS, ORDER               | NOISE                 | KEYS                   | CORRUPTION            |
+| 3            | TOKENS                      | NOISE                 | KEYS                   | CORRUPTION            |
 | key          | of the image                | of the image          | the seed               | of the image          |
 
 Of several drafts of a scale, the first takes the numbers of `tokens`. The others have the same words with DRAFTS and
@@ -28,7 +28,7 @@ MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of words 0 and 2
 INCREMENTS = 0x9E3779B9, 0xBB67AE85  # of the key from round to round
 ROUNDS = 10
 MASK = 2**32 - 1
-TOKENS, NOISE, KEYS, CORRUPTION, ORDER, DRAFTS = range(6)
+TOKENS, NOISE, KEYS, CORRUPTION, DRAFTS = 0, 1, 2, 3, 5
 
 
 def philox(counter: Sequence[Word], key: Sequence[Word]) -> list[Any]:
@@ -49,7 +49,7 @@ def uniform(keys: Tensor, rows: Tensor | int, columns: int, stream: int) -> Tens
         keys: (b, 2) int64 key of each image.
         rows: (n, 1) int64 numbers of the rows to draw, or the number of one.
         columns: numbers per row.
-        stream: TOKENS, ORDER, NOISE, CORRUPTION or DRAFTS.
+        stream: TOKENS, NOISE, CORRUPTION or DRAFTS.
 
     Returns:
         (b, n, columns) float32; (b, columns) for one row.

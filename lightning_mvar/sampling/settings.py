@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal
 
 from torch import Tensor
 
@@ -14,12 +13,10 @@ from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.sampling.drafts import Drafts
 from lightning_mvar.sampling.guidance import Guidance, check_per_scale
 from lightning_mvar.sampling.philox import image_keys
-from lightning_mvar.sampling.values import integer, integer_per_scale, number, per_scale
-from lightning_mvar.scales import MAX_TOKENS
+from lightning_mvar.sampling.values import integer, number, per_scale
 
 MAX_SEED = 2**63 - 1
 PROTOCOL = ("guidance", "top_k", "top_p", "smooth", "seed")  # the settings of published scores
-ORDERS = ("random", "confidence")
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # logits divided by it stay finite in float32
 
 
@@ -43,12 +40,6 @@ class SamplingSettings:
         guidance_corrupt: the guide is the same network after a prefix in which this share of the tokens is replaced by
             random ones (VPG), instead of the unconditional class.
         guidance_beta: adds beta (l_k - l_(k-1)) to the logits l_k of each scale (SSG); works without guidance.
-        steps: number of steps in which a scale is drawn, at most one per token; each reads the tokens that earlier
-            steps kept. Or a list with one per scale. More than 1 needs a network trained with `network.reveal`.
-        order: which drawn tokens each of several steps keeps: `random` ones, as in training, or those of the highest
-            probability plus noise (`confidence`).
-        order_temperature: noise of the confidence, falling linearly to 0 at the last step (MaskGIT's choice
-            temperature).
         drafts: number of candidates of each scale among which a scorer chooses (LSRS); 1 for no choice.
         draft_scorer: folder of the scorer, which `train-scorer` trained on samples of the same network.
         draft_scales: indices of the scales that have several candidates, counted from 0, such as 1 2 3; all if not
@@ -68,9 +59,6 @@ class SamplingSettings:
     guidance_network: str | None = None
     guidance_corrupt: float = 0.0
     guidance_beta: float = 0.0
-    steps: int | tuple[int, ...] = 1
-    order: Literal["random", "confidence"] = "random"
-    order_temperature: float = 4.5
     drafts: int = 1
     draft_scorer: str | None = None
     draft_scales: tuple[int, ...] | None = None
@@ -86,15 +74,11 @@ class SamplingSettings:
             "guidance_off_from": guide.off_from,
             "guidance_corrupt": guide.corrupt,
             "guidance_beta": guide.beta,
-            "steps": integer_per_scale("steps", self.steps, MAX_TOKENS, 1),
-            "order_temperature": number("order_temperature", self.order_temperature, MAX_TEMPERATURE),
             "drafts": choice.count,
             "draft_scales": choice.scales,
         }
         if not isinstance(self.smooth, bool):
             raise InputError(f"smooth must be True or False, got {self.smooth!r}")
-        if self.order not in ORDERS:
-            raise InputError(f"order must be {' or '.join(ORDERS)}, got {self.order!r}")
         if self.smooth and choice.count > 1:
             raise InputError("smooth mixes codes, so there are no drafts to choose among: drop smooth or drafts")
         for name, value in normalized.items():
@@ -113,31 +97,19 @@ class SamplingSettings:
     def temperature_of(self, scale: int) -> float:
         return self.temperature[scale] if isinstance(self.temperature, tuple) else self.temperature
 
-    def steps_of(self, scale: int) -> int:
-        return self.steps[scale] if isinstance(self.steps, tuple) else self.steps
-
     def check(self, network: MVARConfig) -> None:
         """Raises InputError unless these settings suit a network."""
         self.guide.check(network)
         check_per_scale("temperature", self.temperature, network)
-        check_per_scale("steps", self.steps, network)
-        if not network.reveal and any(self.steps_of(k) > 1 for k in range(network.schedule.num_scales)):
-            reason = (
-                "was not trained with network.reveal" if network.prediction == "scale" else "predicts single tokens"
-            )
-            raise InputError(f"steps {self.steps} is too many for this network, which {reason}: set steps to 1")
         self.choice.check(network)
 
     def metadata(self) -> dict[str, bool | int | float | str]:
         """Returns the settings by name, as a set of images records them: numbers per scale are joined by commas.
 
         The settings of the published protocol are always among them, others only if they are not the default and have
-        an effect: those of drafts only if there are several, the order only if there are several steps, and a weaker
-        network only if it guides.
+        an effect: those of drafts only if there are several, and a weaker network only if it guides.
         """
         unused = {"draft_scorer", "draft_scales"} if self.drafts == 1 else set[str]()
-        if max(self.steps if isinstance(self.steps, tuple) else (self.steps,)) == 1:
-            unused |= {"order", "order_temperature"}
         if self.guide.needed_network is None:
             unused.add("guidance_network")
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.devices import without_autocast
-from lightning_mvar.models.mvar import MVAR, MVARState, Revealed
+from lightning_mvar.models.mvar import MVAR, MVARState
 from lightning_mvar.sampling.drafts import choose_by_score
 from lightning_mvar.sampling.guidance import corrupt, sharpen, unconditional_like
-from lightning_mvar.sampling.masked import Kept, keep_more, revealed_to
-from lightning_mvar.sampling.philox import NOISE, ORDER, TOKENS, uniform
+from lightning_mvar.sampling.philox import NOISE, TOKENS, uniform
 from lightning_mvar.sampling.scorer import Scorer
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
@@ -145,58 +144,38 @@ class ScaleDrawer:
         return Step(tokens, f_hat[: len(tokens)]), progress._replace(f_hat=f_hat, logits=before)
 
     def draw_span(self, k: int, span: slice, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor, Tensor, States]:
-        """Draws the tokens at the positions `span`, in one step or more, each from the same state.
+        """Draws the tokens at the positions `span`.
 
         Returns:
-            Tokens (b, n), their codes (b, n, c); guided logits (b, n, v) of the first step, which alone predicts all
-            tokens; states of the last step.
+            Tokens (b, n), their codes (b, n, c), guided logits (b, n, v) and the states after them.
         """
-        kept, steps = self.known(span, batch), min(self.settings.steps_of(k), span.stop - span.start)
-        length = self.model.config.schedule.num_tokens
-        for i in range(steps):
-            revealed = None if kept is None else Revealed(self.with_guides(kept.codes, k, span, batch), kept.mask)
-            guided, states = self.predict(k, progress.inputs, progress.states, revealed)
-            if i == 0:
-                first = guided
-            with without_autocast(guided):
-                logits = self.adjust(guided, k, progress.logits)
-                uniforms = progress.uniforms if i == 0 else uniform(batch.keys, i, length, TOKENS)
-                if self.scorer is not None and i + 1 == steps and self.settings.choice.include(k):
-                    tokens = self.choose_draft(self.scorer, logits, k, span, batch, uniforms, kept, progress.f_hat)
-                    codes = self.quantizer.codebook(tokens)
-                else:
-                    tokens, codes = self.choose(logits, k, span, batch, uniforms)
-                if kept is not None:
-                    tokens, codes = kept.fill(tokens, codes)
-                if i + 1 < steps:
-                    order = uniform(batch.keys, i, length, ORDER)[:, span]
-                    kept = keep_more(kept, tokens, codes, logits, order, (i + 1) / steps, self.settings)
-        return tokens, codes, first, states
+        guided, states = self.predict(k, progress.inputs, progress.states)
+        with without_autocast(guided):
+            logits = self.adjust(guided, k, progress.logits)
+            if self.scorer is not None and self.settings.choice.include(k):
+                tokens = self.choose_draft(self.scorer, logits, k, span, batch, progress)
+                codes = self.quantizer.codebook(tokens)
+            else:
+                tokens, codes = self.choose(logits, k, span, batch, progress.uniforms)
+            if batch.known is not None:
+                keep = batch.known.keep[:, span]
+                tokens = torch.where(keep, batch.known.tokens[:, span], tokens)
+                codes = torch.where(keep[..., None], self.quantizer.codebook(tokens), codes)
+        return tokens, codes, guided, states
 
-    def known(self, span: slice, batch: Batch) -> Kept | None:
-        """Returns the tokens of given images at the positions `span`."""
-        if batch.known is None:
-            return None
-        mask = batch.known.keep[:, span]
-        tokens = batch.known.tokens[:, span].masked_fill(~mask, 0)
-        return Kept.known(tokens, self.quantizer.codebook(tokens), mask)
-
-    def predict(
-        self, k: int, inputs: Tensor | None, states: States, revealed: Revealed | None
-    ) -> tuple[Tensor, States]:
+    def predict(self, k: int, inputs: Tensor | None, states: States) -> tuple[Tensor, States]:
         """Runs the network and its guide on the inputs of scale `k`; returns guided logits (b, n, v) and the states."""
         shared, rows = inputs, len(states.network.cond)  # by network and guide
         if inputs is not None and len(inputs) < rows:
             inputs = inputs.repeat(2, 1, 1)
-        logits, network = self.model.step(inputs, states.network, revealed_to(self.model.config, revealed, rows))
+        logits, network = self.model.step(inputs, states.network)
         if not self.is_guided(k):
             return logits, States(network, None)
         if self.guide is None:
             (logits, weaker), guide = logits.chunk(2), None
         else:
             assert states.guide is not None
-            read = revealed_to(self.guide.config, revealed, len(states.guide.cond))
-            weaker, guide = self.guide.step(shared, states.guide, read)
+            weaker, guide = self.guide.step(shared, states.guide)
         strength = self.strengths[k]
         return (1 + strength) * logits - strength * weaker, States(network, guide)
 
@@ -227,23 +206,17 @@ class ScaleDrawer:
         return tokens, codes
 
     def choose_draft(
-        self,
-        scorer: Scorer,
-        logits: Tensor,
-        k: int,
-        span: slice,
-        batch: Batch,
-        uniforms: Tensor,
-        kept: Kept | None,
-        f_hat: Tensor,
+        self, scorer: Scorer, logits: Tensor, k: int, span: slice, batch: Batch, progress: Progress
     ) -> Tensor:
         """Draws several candidates for all tokens of scale `k`; returns the tokens (b, n) of the chosen ones."""
         drafts = self.settings.choice
-        tokens = draw(logits, drafts.uniforms(batch.keys, uniforms[:, span], span), self.settings)  # (b, n, m)
-        if kept is not None:
-            tokens = torch.where(kept.mask[..., None], kept.tokens[..., None], tokens)
+        uniforms = drafts.uniforms(batch.keys, progress.uniforms[:, span], span)  # (b, n, m)
+        tokens = draw(logits, uniforms, self.settings)  # (b, n, m)
+        if batch.known is not None:
+            keep, known = (part[:, span, None] for part in (batch.known.keep, batch.known.tokens))
+            tokens = torch.where(keep, known, tokens)
         codes = self.quantizer.codebook(tokens.transpose(1, 2).flatten(0, 1))  # (b m, n, c)
-        before = f_hat[: len(tokens)].repeat_interleave(drafts.count, dim=0)  # (b m, c, s, t)
+        before = progress.f_hat[: len(tokens)].repeat_interleave(drafts.count, dim=0)  # (b m, c, s, t)
         labels = batch.labels.repeat_interleave(drafts.count)  # (b m,)
         scores = scorer(self.quantizer.accumulate(before, codes, k), labels, k).view(-1, drafts.count)  # (b, m)
         chosen = choose_by_score(scores, batch.keys, k)  # (b,)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from lightning_mvar.errors import InputError
-
-N = TypeVar("N", int, float)
 
 
 def number(name: str, value: Any, high: float = math.inf, low: float = 0) -> float:
@@ -27,21 +25,10 @@ def integer(name: str, value: Any, high: float = math.inf, low: float = 0) -> in
 
 def per_scale(name: str, value: Any, high: float, low: float = 0) -> float | tuple[float, ...]:
     """Returns one number for all scales, or a tuple with one per scale; raises InputError outside [low, high]."""
-    return for_scales(number, name, value, high, low)
-
-
-def integer_per_scale(name: str, value: Any, high: float, low: float = 0) -> int | tuple[int, ...]:
-    """Returns one integer for all scales, or a tuple with one per scale; raises InputError outside [low, high]."""
-    return for_scales(integer, name, value, high, low)
-
-
-def for_scales(
-    convert: Callable[[str, Any, float, float], N], name: str, value: Any, high: float, low: float
-) -> N | tuple[N, ...]:
     values = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
     if isinstance(values, Sequence) and not isinstance(values, str):
-        return tuple(convert(f"{name} of scale {k}", each, high, low) for k, each in enumerate(values))
-    return convert(name, values, high, low)
+        return tuple(number(f"{name} of scale {k}", each, high, low) for k, each in enumerate(values))
+    return number(name, values, high, low)
 
 
 def checked(name: str, value: Any, kind: type, article: str, low: float, high: float) -> Any:

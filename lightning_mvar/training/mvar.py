@@ -12,7 +12,7 @@ from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.devices import exact_float32
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import NetworkOptions
-from lightning_mvar.models.mvar import MVAR, Revealed
+from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
 from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.philox import image_keys
@@ -179,16 +179,10 @@ class LitMVAR(NetworkModule):
         means = mean_scores(stage, losses, correct, self.network_config.schedule)
         self.log_dict(means, batch_size=weight, sync_dist=True)  # type: ignore[arg-type]
 
-    def score(
-        self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0, revealed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns cross entropy (b, l) in nats and whether the most likely token is correct (b, l), both float32.
-
-        The network reads tokens that are revealed (b, l) bool; none by default.
-        """
-        inputs, tokens = self.teacher_inputs(batch.tokens), batch.tokens
-        read = None if revealed is None else Revealed(self.tokenizer.quantizer.codebook(tokens), revealed)
-        scores: tuple[Tensor, Tensor] = self.network.score(labels, inputs, tokens, label_smoothing, read)
+    def score(self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Returns cross entropy (b, l) in nats and whether the most likely token is correct (b, l), both float32."""
+        inputs = self.teacher_inputs(batch.tokens)
+        scores: tuple[Tensor, Tensor] = self.network.score(labels, inputs, batch.tokens, label_smoothing)
         return scores
 
     def teacher_inputs(self, tokens: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.corruption import Neighbours, corrupt
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.references import Reference
-from lightning_mvar.training.revealing import HIDDEN, draw_revealed
 
 Replacement = Callable[[Tensor, slice], Tensor]  # (targets (b, n) of a scale, its positions) -> tokens (b, n)
 CHOICE, REPLACEMENT, SHARE = range(3)  # rows of the random numbers of an image
@@ -74,9 +73,7 @@ class Learner(Protocol):
     @property
     def reference(self) -> Reference | None: ...
 
-    def score(
-        self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0, revealed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+    def score(self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]: ...
 
     def image_keys(self, batch: TokenBatch, batch_idx: int, purpose: str) -> Tensor: ...
 
@@ -86,16 +83,10 @@ class Objective(ABC):
 
     uses_own_samples = False  # whether half of each batch is the network's own samples
     uses_reference = False  # whether it compares the network with a frozen one
-    reveals = False  # whether it trains a network that reads revealed tokens
     reference: str | None = None  # path of the frozen network; None for the weights that the run starts from
 
-    def check(self, network: MVARConfig) -> None:
+    def check(self, network: MVARConfig) -> None:  # noqa: B027 (most objectives train any network)
         """Raises InputError unless a network of this configuration can be trained by it."""
-        if network.reveal and not self.reveals:
-            name = type(self).__name__
-            raise InputError(
-                f"the objective {name} reveals no tokens: set network.reveal to false, or use TeacherForced"
-            )
 
     def check_own_samples(self, given: bool) -> None:
         """Raises InputError unless the data have the network's own samples if and only if the objective uses them."""
@@ -133,15 +124,10 @@ class Objective(ABC):
 class TeacherForced(Objective):
     """Cross entropy of the image's tokens given its own coarser scales, averaged over all tokens.
 
-    If `network.reveal`, only hidden tokens count, divided by their expected share: each scale then has the weight that
-    it has without revealed tokens. See `draw_revealed`.
-
     Args:
         loss_weights: weight of each scale's tokens, coarse to fine; only their ratios matter. Default: equal weights.
         label_smoothing: share of each target that is spread evenly over the vocabulary.
     """
-
-    reveals = True
 
     def __init__(self, loss_weights: list[float] | None = None, label_smoothing: float = 0.0) -> None:
         weights = loss_weights or [1.0]
@@ -152,7 +138,6 @@ class TeacherForced(Objective):
         self.loss_weights, self.label_smoothing = loss_weights, label_smoothing
 
     def check(self, network: MVARConfig) -> None:
-        super().check(network)
         scales = network.schedule.num_scales
         if self.loss_weights is not None and len(self.loss_weights) != scales:
             raise InputError(
@@ -160,14 +145,8 @@ class TeacherForced(Objective):
             )
 
     def __call__(self, learner: Learner, batch: TokenBatch, labels: Tensor, batch_idx: int) -> Scores:
-        schedule = learner.network_config.schedule
-        if not learner.network_config.reveal:
-            losses, correct = learner.score(batch, labels, self.label_smoothing)
-            return Scores(self.mean(losses, schedule), losses, correct, {})
-        revealed = draw_revealed(learner.image_keys(batch, batch_idx, "reveal"), schedule)  # (b, l)
-        factors = ~revealed / HIDDEN  # (b, l)
-        losses, correct = (part * factors for part in learner.score(batch, labels, self.label_smoothing, revealed))
-        return Scores(self.mean(losses, schedule), losses, correct, {})
+        losses, correct = learner.score(batch, labels, self.label_smoothing)
+        return Scores(self.mean(losses, learner.network_config.schedule), losses, correct, {})
 
     def mean(self, losses: Tensor, schedule: ScaleSchedule) -> Tensor:
         """Returns the weighted mean of losses (b, l) over all tokens."""
@@ -196,8 +175,6 @@ class SelfCorrecting(TeacherForced):
         loss_weights: see `TeacherForced`.
         label_smoothing: see `TeacherForced`.
     """
-
-    reveals = False
 
     def __init__(
         self,

@@ -91,9 +91,7 @@ class Reference:
         except (KeyError, ValueError):
             raise InputError(f"data.own {location} does not say how its samples were drawn: {remedy}") from None
         others = [
-            f", {name} {settings[name]}"
-            for name in ("temperature", "guidance_beta", "steps", "drafts")
-            if name in settings
+            f", {name} {settings[name]}" for name in ("temperature", "guidance_beta", "drafts") if name in settings
         ]
         if guidance != 0 or top_p not in (0, 1) or 0 < top_k < own.vocab_size or others:
             rank_zero_warn(

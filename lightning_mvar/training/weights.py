@@ -24,7 +24,7 @@ from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.strategies import FSDP2Strategy, build_network
 
 # Fields of a network that may differ from its weights' own; the others decide what the weights mean.
-ADAPTABLE = ("schedule", "num_classes", "drop_path", "adaln_gate_init", "reveal")
+ADAPTABLE = ("schedule", "num_classes", "drop_path", "adaln_gate_init")
 
 
 class Start:
@@ -77,8 +77,7 @@ class InitialWeights:
 
     Another list of classes keeps the embeddings of classes with the same names and that of the unconditional class.
     Another schedule resizes the position embeddings of each scale (bicubic) and keeps the scale embeddings by index.
-    New classes and new scales keep their initial embeddings, and a network that begins to read revealed tokens its
-    initial projection of them, which is 0. Adaptations of classes and scales are logged.
+    New classes and new scales keep their initial embeddings. Adaptations are logged.
 
     Args:
         stored: the trained network.
@@ -136,8 +135,7 @@ class InitialWeights:
             InputError: if the weights cannot be read or are not finite.
         """
         for name, parameter in part.named_parameters():
-            new = name.startswith("reveal_proj.") and not self.stored.config.reveal
-            if not name.startswith("blocks.") and not new:  # blocks were filled and perhaps sharded before
+            if not name.startswith("blocks."):  # blocks were filled and perhaps sharded before
                 value, adapt = self.read(prefix + name), self.adapters.get(prefix + name)
                 parameter.copy_(value if adapt is None else adapt(value, parameter.cpu()))
 

@@ -16,7 +16,7 @@ from lightning_mvar.pipeline import MVARPipeline, fitted, size_of
 from lightning_mvar.sampling.grids import picture_grid
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100
-MAX_IMAGES, MAX_GUIDANCE, MAX_TOP_K, MAX_STEPS = 8, 100, 1_000_000, 64
+MAX_IMAGES, MAX_GUIDANCE, MAX_TOP_K = 8, 100, 1_000_000
 MAX_SEED = 2**53 - 1  # the largest integer that a browser's numbers hold exactly
 MAX_PIXELS = 50_000_000  # of an image file
 MAX_SHOWN = 40  # characters of a wrong value in a message
@@ -128,7 +128,6 @@ def sampling_arguments(
     temperature: Any,
     seed: Any,
     smooth: Any,
-    steps: Any,
     by_scale: Any,
     *strengths: Any,
 ) -> dict[str, Any]:
@@ -151,7 +150,6 @@ def sampling_arguments(
         "temperature": check_number("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE),
         "seed": check_integer("seed", seed, 0, MAX_SEED),
         "smooth": smooth,
-        "steps": check_integer("steps", steps, 1, MAX_STEPS),
     }
 
 

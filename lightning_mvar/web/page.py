@@ -18,7 +18,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.sampling.guidance import Guidance
 from lightning_mvar.scales import format_shape
-from lightning_mvar.web.backend import INSIDE, MAX_IMAGES, MAX_STEPS, OUTSIDE, PageBackend, ScalePreview, class_menu
+from lightning_mvar.web.backend import INSIDE, MAX_IMAGES, OUTSIDE, PageBackend, ScalePreview, class_menu
 from lightning_mvar.web.folder import PageFolder
 from lightning_mvar.web.guard import RECEIVED, Audience
 from lightning_mvar.web.inputs import Page, bound_edits, edited_image
@@ -111,11 +111,9 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
         seed = gr.Number(0, label="Seed", info="the same seed draws the same images", step=1)
         new_seed = gr.Button("New seed", size="sm")
     smooth = gr.Checkbox(False, label="Smooth", info="mixes codes: nicer to look at, not for scores")
-    reveal = pipe.network.config.reveal  # without it, there is one step and no field for others
-    steps = gr.Number(1, label="Steps", info=f"per scale, 1 to {MAX_STEPS}", step=1, visible=reveal)
     new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **HIDDEN_EVENT)
     curve = guidance_curve(pipe, guidance)
-    return [class_name, count, guidance, top_k, top_p, temperature, seed, smooth, steps, *curve]
+    return [class_name, count, guidance, top_k, top_p, temperature, seed, smooth, *curve]
 
 
 def guidance_curve(pipe: MVARPipeline, guidance: gr.Number) -> list[gr.components.Component]:

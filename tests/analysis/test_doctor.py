@@ -63,7 +63,7 @@ RESULT = {
         ({"guidance": 0.5}, "guidance"),
         ({"top_k": 0}, "top_k"),
         ({"temperature": 0.9}, "temperature"),
-        ({"steps": "1,1,2"}, "steps"),
+        ({"drafts": 4}, "drafts"),
         ({"reject": "Classifier"}, "rejection"),
         ({"seed": 1}, "seed"),
         ({"dtype": "bfloat16"}, "dtype"),

@@ -98,7 +98,6 @@ def test_the_configuration_is_read_back(variant: dict) -> None:
         ({"parallel": True}, "parallel is True, must be False"),
         ({"scan_order": "column"}, "scan_order is column, must be raster"),
         ({"mixers": ("block_causal_attention",), "prediction": "token"}, "prediction is token, must be scale"),
-        ({"reveal": True}, "reveal is True, must be False"),
         (
             {"mixers": (("scale_attention", "mamba2"), ())},
             "not support a network with mixers scale_attention, mamba2 / none",

@@ -122,18 +122,6 @@ def test_known_tokens_stay_in_every_candidate(guidance: dict[str, Any], tokenize
     assert torch.equal(tokens[known.keep], given[known.keep])
 
 
-def test_the_last_of_several_steps_keeps_its_tokens_in_every_candidate(tokenizer: Tokenizer, folder: str) -> None:
-    """The steps before the last, which have one candidate, keep the same tokens with and without drafts."""
-    network, options = tiny_network(reveal=True), {"steps": [1, 1, 1, 3], "order": "random"}
-    plain, chosen = (
-        drawn_tokens(network, tokenizer, drafts=drafts, draft_scorer=folder, draft_scales=[3], **options)[:, -16:]
-        for drafts in (1, 8)
-    )
-    kept = (plain == chosen).sum(dim=1)
-    assert (kept >= 8).all()  # 16 cos(60 degrees) are hidden in the last step
-    assert (kept < 16).any()
-
-
 def test_replayed_graphs_choose_as_eager_batches_do(tokenizer: Tokenizer, folder: str) -> None:
     graphs, network = ScaleGraphs(Recorder), tiny_network()
     for seed in (0, 0, 1):

@@ -108,11 +108,11 @@ class OnlyMeta(TorchDispatchMode):
         return outputs
 
 
-@pytest.mark.parametrize("options", [{"smooth": False}, {"smooth": True}, {"steps": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"smooth": False}, {"smooth": True}], ids=str)
 def test_drawing_neither_waits_for_the_device_nor_copies_to_it(options: dict[str, object]) -> None:
     """On the meta device no value can be read."""
     schedule = ScaleSchedule((1, 2))
-    network = tiny_network(schedule=schedule, depth=1, reveal=True).to("meta")
+    network = tiny_network(schedule=schedule, depth=1).to("meta")
     quantizer = ResidualQuantizer(schedule, 48, 8, 1).to("meta")
     tokens = torch.zeros(4, schedule.num_tokens, dtype=torch.int64, device="meta")
     batch = Batch(tokens[:, 0], tokens[:, :2], KnownTokens(tokens, tokens > 0))

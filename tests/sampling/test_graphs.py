@@ -63,12 +63,12 @@ def graphs(recorder: Recorder) -> ScaleGraphs:
     return ScaleGraphs(lambda: recorder)
 
 
-@pytest.mark.parametrize("options", [{"smooth": False}, {"smooth": True}, {"steps": 3}], ids=str)
+@pytest.mark.parametrize("options", [{"smooth": False}, {"smooth": True}], ids=str)
 @pytest.mark.parametrize("mixers", [MIXERS["mvar"], MIXERS["var"], ("window_attention", "gated_linear_attention")])
 def test_replays_draw_what_eager_batches_draw(
     mixers: tuple[str, ...], options: dict[str, object], tokenizer: Tokenizer, graphs: ScaleGraphs, recorder: Recorder
 ) -> None:
-    network = tiny_network(mixers=mixers, reveal="steps" in options)
+    network = tiny_network(mixers=mixers)
     for number, seed in enumerate((0, 0, 1)):
         labels = torch.tensor([0, 3, 9, 10]).roll(number)
         given = random_tokens(4, seed=number)

@@ -27,9 +27,8 @@ WEAKER = {"mixers": MIXERS["var"], "depth": 1}
         ({"guidance_off_from": 2}, None),
         ({"guidance": [1, 1, 0, 0]}, None),
         ({"guidance_corrupt": 0.5}, None),
-        ({"steps": (1, 2, 3, 1), "guidance_off_from": 3}, None),
         ({}, WEAKER),
-        ({"steps": 2, "guidance_off_from": 2}, WEAKER),
+        ({"guidance_off_from": 2}, WEAKER),
     ],
     ids=str,
 )
@@ -37,7 +36,7 @@ WEAKER = {"mixers": MIXERS["var"], "depth": 1}
 def test_token_steps_and_flops_are_those_of_the_sampler(
     mixer: str, options: dict[str, Any], weaker: dict[str, Any] | None
 ) -> None:
-    network = tiny_network(mixers=MIXERS[mixer], reveal="steps" in options).to("meta")
+    network = tiny_network(mixers=MIXERS[mixer]).to("meta")
     guide = None if weaker is None else tiny_network(**weaker).to("meta")
     settings, passed = SamplingSettings(**options), []
 

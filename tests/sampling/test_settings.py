@@ -28,10 +28,6 @@ from lightning_mvar.sampling.settings import SamplingSettings
         ("guidance_corrupt", [-0.1, 1.1, math.nan], "guidance_corrupt must be a number from 0 to 1"),
         ("guidance_beta", [-0.1, math.inf, "1"], "guidance_beta must be a number from 0 to 1,000"),
         ("temperature", [[1.0, 0.0]], "temperature of scale 1 must be a number from 0.001 to 1,000"),
-        ("steps", [0, -1, 1.5, True, None], "steps must be an integer from 1 to 1,048,576"),
-        ("steps", [[1, 0], (1, 0.5)], "steps of scale 1 must be an integer from 1 to 1,048,576"),
-        ("order", ["raster", None], "order must be random or confidence"),
-        ("order_temperature", [-1, math.nan, "1"], "order_temperature must be a number from 0 to 1,000"),
     ],
 )
 def test_values_out_of_range_or_of_another_type_are_refused(name: str, values: list[Any], message: str) -> None:
@@ -58,13 +54,9 @@ def test_metadata_is_flat_and_names_what_differs_from_the_published_protocol() -
     protocol = {"guidance": 0.5, "top_k": 900, "top_p": 0.96, "smooth": False, "seed": 0}
     assert SamplingSettings(0.5).metadata() == protocol
     others = {"guidance_off_from": 1, "guidance_corrupt": 0.25, "guidance_beta": 0.75}
-    others |= {"order": "confidence", "order_temperature": 2.0}
-    settings = SamplingSettings([0, 0.1], temperature=[1, 0.9], steps=[1, 4], **others)
-    lists = {"guidance": "0.0,0.1", "temperature": "1.0,0.9", "steps": "1,4"}
+    settings = SamplingSettings([0, 0.1], temperature=[1, 0.9], **others)
+    lists = {"guidance": "0.0,0.1", "temperature": "1.0,0.9"}
     assert settings.metadata() == protocol | others | lists
-    for steps in (1, [1, 1]):  # a single step keeps all tokens, in no order
-        single = SamplingSettings(0.5, steps=steps, order="confidence", order_temperature=2.0)
-        assert not {"order", "order_temperature"} & single.metadata().keys()
 
 
 def test_metadata_of_drafts_need_several() -> None:

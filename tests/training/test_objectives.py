@@ -379,7 +379,7 @@ def test_own_samples_must_be_those_of_the_reference(tuned: Runs) -> None:
     with pytest.raises(InputError, match=r"data\.own .* does not say how its samples were drawn"):
         fit(tuned.own(top_k="many"))
     changes = [{"guidance": 0.5}, {"guidance": "0.0,0.5"}, {"top_k": 47}, {"top_p": 0.9}, {"temperature": 0.9}]
-    for settings in (*changes, {"steps": 2}, {"drafts": 4}):
+    for settings in (*changes, {"drafts": 4}):
         with pytest.warns(UserWarning, match=r"samples for those of the bare network: sample with --guidance 0"):
             fit(tuned.own(**settings))
     with warnings.catch_warnings():

@@ -18,7 +18,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.web.backend import INSIDE, OUTSIDE, PageBackend, class_menu, sampling_arguments
 
-FIELDS = ("3", 2, 2.0, 20, 0.9, 0.8, 7, False, 1, False, 0.5, 1.0, 0.0, 0.0)
+FIELDS = ("3", 2, 2.0, 20, 0.9, 0.8, 7, False, False, 0.5, 1.0, 0.0, 0.0)
 SETTINGS: dict[str, Any] = {"guidance": 2.0, "top_k": 20, "top_p": 0.9, "temperature": 0.8, "seed": 7}
 
 
@@ -52,15 +52,9 @@ def test_draw_matches_the_pipeline_at_every_scale(backend: PageBackend, smooth: 
 
 
 def test_a_curve_guides_each_scale_by_its_own_strength(backend: PageBackend) -> None:
-    *_, last = backend.draw(*FIELDS[:9], True, *FIELDS[10:])
-    expected = backend.pipe(["3", "3"], **(SETTINGS | {"guidance": FIELDS[10:]}))
+    *_, last = backend.draw(*FIELDS[:8], True, *FIELDS[9:])
+    expected = backend.pipe(["3", "3"], **(SETTINGS | {"guidance": FIELDS[9:]}))
     assert (stack_images(last.images) == stack_images(expected)).all()
-
-
-def test_a_network_that_reads_revealed_tokens_draws_in_several_steps(tokenizer: Tokenizer) -> None:
-    backend = PageBackend(MVARPipeline(TrainedModel(tiny_network(reveal=True), tokenizer, []), device="cpu"))
-    *_, last = backend.draw(*FIELDS[:8], 3, *FIELDS[9:])
-    assert (stack_images(last.images) == stack_images(backend.pipe(["3", "3"], steps=3, **SETTINGS))).all()
 
 
 @pytest.mark.parametrize("region", [INSIDE, OUTSIDE])
@@ -135,9 +129,8 @@ def test_an_image_lies_on_white_as_in_tokenize(backend: PageBackend) -> None:
         (6, 2**70, "seed must be a whole number from 0 to"),
         (7, "false", "smooth must be true or false, not false"),
         (7, None, "smooth must be true or false, not empty"),
-        (8, 65, "steps must be a whole number from 1 to 64, not 65"),
-        (9, 1, "guidance by scale must be true or false, not 1"),
-        (11, -1, "guidance of scale 1 must be a number from 0 to 100, not -1"),
+        (8, 1, "guidance by scale must be true or false, not 1"),
+        (10, -1, "guidance of scale 1 must be a number from 0 to 100, not -1"),
     ],
 )
 def test_invalid_field_values_are_rejected(index: int, value: Any, message: str) -> None:

@@ -30,7 +30,7 @@ from lightning_mvar.web.guard import RECEIVED, Audience
 from lightning_mvar.web.page import MAX_QUEUED_JOBS, Jobs
 from lightning_mvar.web.server import serving
 
-FIELDS = ("3", 2, 1.5, 900, 0.96, 1.0, 0, False, 1, False, *[0.0] * SCHEDULE.num_scales)
+FIELDS = ("3", 2, 1.5, 900, 0.96, 1.0, 0, False, False, *[0.0] * SCHEDULE.num_scales)
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 
