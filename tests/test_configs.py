@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def parse(command: str, options: list[str]) -> Namespace:
     return parse_command([command, *options], TrainingCLI if command == "fit" else TokenizerCLI)
 
 
+@cache
+def parsed_header(config: str) -> list[tuple[str, Namespace]]:
+    """Returns the names and the parsed options of the commands in the header of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return [(command, parse(command, options)) for command, options in header_commands(config)]
+
+
 @pytest.mark.parametrize("config", SWEEPS)
 def test_every_cell_of_a_sweep_parses(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -65,19 +74,17 @@ def test_blocks_are_used_by_other_configs(config: str) -> None:
 
 
 @pytest.mark.parametrize("config", sorted(set(CONFIGS) - set(SWEEPS) - set(BLOCKS)))
-def test_the_commands_of_every_header_parse(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_commands_of_every_header_parse(config: str) -> None:
     commands = header_commands(config)
     assert commands, f"the header of {config} has no command that runs it"
     assert any(config in options for _, options in commands)
-    for command, options in commands:
-        model = parse(command, options).model
+    for command, namespace in parsed_header(config):
         with torch.device("meta"):
             if command == "fit":
-                network = MVAR(network_config(model, config))
+                network = MVAR(network_config(namespace.model, config))
                 check_stated_size(config, network)
             else:
-                Tokenizer(checked(model.tokenizer.as_dict(), TokenizerConfig, config))
+                Tokenizer(checked(namespace.model.tokenizer.as_dict(), TokenizerConfig, config))
 
 
 def check_stated_size(config: str, network: MVAR) -> None:
@@ -106,10 +113,7 @@ def test_sizes_carry_their_published_recipe(
     size: str, depth: int, batch: int, epochs: int, base_lr: float, gate: float, final_lr: float, final_decay: float
 ) -> None:
     config = f"configs/size/{size}.yaml"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        ((command, options),) = header_commands(config)
-        namespace = parse(command, options)
+    ((_, namespace),) = parsed_header(config)
     network, optimizer = network_config(namespace.model, config), namespace.model.optimizer
     trainer = namespace.trainer
     assert (network.depth, network.width, network.heads) == (depth, 64 * depth, depth)
@@ -128,10 +132,8 @@ ON_EIGHT_GPUS = [config for config in CONFIGS if re.match(r"configs/(size/d|data
 
 
 @pytest.mark.parametrize("config", ON_EIGHT_GPUS)
-def test_recipes_fit_on_their_devices(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    ((_, options),) = header_commands(config)
-    namespace = parse("fit", options)
+def test_recipes_fit_on_their_devices(config: str) -> None:
+    ((_, namespace),) = parsed_header(config)
     share = namespace.data.global_batch_size // 8
     assert share % namespace.data.max_batch_size == 0
     shards = 8 if "FSDP2" in namespace.trainer.strategy.class_path else 1
@@ -141,10 +143,9 @@ def test_recipes_fit_on_their_devices(config: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_baselines_have_overlays_of_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_baselines_have_overlays_of_their_names(name: str) -> None:
     config = "configs/prediction/next_token.yaml" if name == "ar_raster" else f"configs/mixer/{name}.yaml"
-    network = network_config(parse(*header_commands(config)[0]).model, config)
+    network = network_config(parsed_header(config)[0][1].model, config)
     assert replace(network, **BASELINES[name]) == network
 
 
