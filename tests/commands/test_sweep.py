@@ -25,7 +25,7 @@ from lightning_mvar.sweeps.results import read_results
 
 SWEEP = """
 prepare: [shards info shards]
-fit: --config run.yaml --trainer.max_steps 30
+fit: --config run.yaml --trainer.max_steps 18
 evaluate: --reference images --extractor conftest.Pixels --per_class 3 --cache cache
 axes: {mixer: [mvar.yaml, var.yaml]}
 seeds: [0, 1]
@@ -116,7 +116,7 @@ def test_another_seed_adds_cells_and_another_command_is_refused(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(uninterrupted.parent)
-        Path("other.yaml").write_text(SWEEP.replace("30", "31"))
+        Path("other.yaml").write_text(SWEEP.replace("18", "19"))
         assert run(["sweep", "other.yaml", "--out", "out"]) == 1
         assert "cell mvar-seed0 has been run before, and its commands have changed" in capfd.readouterr().err
         assert (uninterrupted / "sweep.yaml").read_text() == SWEEP
@@ -208,15 +208,15 @@ def test_a_folder_has_one_sweep_at_a_time(run_folder: Path, capfd: pytest.Captur
 @pytest.mark.parametrize(
     ("before", "after", "options", "message"),
     [
-        ("30", "30 --trainer.max_stps 3", [], "cell mvar-seed0: unrecognized arguments: --trainer.max_stps 3"),
+        ("18", "18 --trainer.max_stps 3", [], "cell mvar-seed0: unrecognized arguments: --trainer.max_stps 3"),
         ("--per_class", "--per_klass", [], "cell mvar-seed0: unrecognized arguments: --per_klass 3"),
         ("mixer: [mvar.yaml, var.yaml]", "model.network.depth: [1, few]", [], "cell depthfew-seed0: "),
         ("shards info shards", "likelyhood --help", [], "`prepare` has 'likelyhood --help'"),
         ("seeds", "budget: {parameters: 1000, by: heads}\nseeds", [], "`budget` must be"),
-        ("30", "30", ["--jobs", "0"], "--jobs must be at least 1"),
-        ("30", "30", ["--ray.gpu", "1"], "--ray is for --launcher ray, not local"),
-        ("30", "30", ["--launcher", "slurm"], "launcher"),
-        ("30", "30", ["--launcher", "submitit", "--submitit.colour", "red"], "--submitit: "),
+        ("18", "18", ["--jobs", "0"], "--jobs must be at least 1"),
+        ("18", "18", ["--ray.gpu", "1"], "--ray is for --launcher ray, not local"),
+        ("18", "18", ["--launcher", "slurm"], "launcher"),
+        ("18", "18", ["--launcher", "submitit", "--submitit.colour", "red"], "--submitit: "),
     ],
 )
 def test_mistakes_are_reported_before_anything_runs(
