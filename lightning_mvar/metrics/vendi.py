@@ -35,6 +35,9 @@ class VendiScore(Metric):
         self.outer += features.T @ features
 
     def compute(self) -> float:
-        """Returns the score; NaN without images."""
-        eigenvalues = torch.linalg.eigvalsh(self.outer / self.outer.trace()).clamp(min=0)
+        """Returns the score; 1 if all features are 0, which no direction tells apart."""
+        total = self.outer.trace()
+        if total == 0:
+            return 1.0
+        eigenvalues = torch.linalg.eigvalsh(self.outer / total).clamp(min=0)
         return float(torch.special.entr(eigenvalues).sum().exp())
