@@ -121,7 +121,12 @@ class TrainingCLI(LightningCLI):
                 raise
             raise input_error or InputError(one_line(error)) from error
         self.run_folders = self.folders(self.trainer)
-        replace_default_progress_bar(self.trainer, self.config_init.trainer.callbacks or [])
+
+    def instantiate_trainer(self, **options: Any) -> L.Trainer:
+        chosen = [*(self.config_init.trainer.callbacks or [])]  # the trainer adds its own bar to the list
+        trainer = super().instantiate_trainer(**options)
+        replace_default_progress_bar(trainer, chosen)
+        return trainer
 
     def run_command(self) -> None:
         """Trains, or scores a checkpoint."""

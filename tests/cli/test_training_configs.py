@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
+from lightning_mvar.callbacks import StepProgressBar
 from lightning_mvar.cli import run
 from lightning_mvar.cli.configs import config_files, run_folder
-from lightning_mvar.cli.training import TrainingCLI, parse_command
+from lightning_mvar.cli.training import TrainingCLI, parse_command, run_cli
 from lightning_mvar.devices import exact_float32
 from lightning_mvar.errors import InputError
 
@@ -310,3 +311,9 @@ def test_odd_values_in_a_checkpoint_are_told(here: Path, capfd: pytest.CaptureFi
         assert "Traceback" not in captured.out + captured.err
         (line,) = [line for line in captured.err.splitlines() if "lightning-mvar: error: " in line]
         assert message in line
+
+
+def test_the_default_progress_bar_counts_the_steps_of_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingCLI, "run_command", lambda self: None)
+    built = run_cli(TrainingCLI, ["fit", "--config", "run.yaml", "--trainer.enable_progress_bar", "true"])
+    assert isinstance(built.trainer.progress_bar_callback, StepProgressBar)
