@@ -107,9 +107,10 @@ def test_differences_begin_with_what_matters_most() -> None:
     assert [difference.factor for difference in differences] == names
 
 
-def test_a_published_score_is_compared_in_what_its_paper_states() -> None:
+@pytest.mark.parametrize("reference", ["downloads/VIRTUAL_imagenet256_labeled.npz", "imagenet256"])
+def test_a_published_score_is_compared_in_what_its_paper_states(reference: str) -> None:
     ours = RESULT | {
-        "reference": "downloads/VIRTUAL_imagenet256_labeled.npz",
+        "reference": reference,
         "crop": "unknown",
         "extractor": "InceptionV3",
         "resize": "TensorFlow 1's bilinear, to 299 x 299",

@@ -8,6 +8,7 @@ from math import isclose
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from lightning_mvar.io.known_files import ADM_REFERENCES
 from lightning_mvar.sampling.settings import SamplingSettings
 
 Result = dict[str, Any]  # record of `evaluate`, or row of published scores
@@ -62,12 +63,17 @@ def extractor_arguments(result: Result) -> str | None:
     return None if description is None else description.partition("(")[2].removesuffix(")")
 
 
-def reference_name(result: Result) -> str | None:
-    """Returns the reference's name without its folder, and its variance: two of one name may hold other images."""
+def file_name(reference: str) -> str:
+    """Returns the file name of a reference, without its folder; also of one that `evaluate` downloads by name."""
+    return PurePath(ADM_REFERENCES[reference].url if reference in ADM_REFERENCES else reference).name
+
+
+def described_reference(result: Result) -> str | None:
+    """Returns a reference's file name and variance: two of one name may hold other images."""
     if "reference" not in result:
         return None
     variance = f" (variance {result[IDENTITY[1]]:.4g})" if IDENTITY[1] in result else ""
-    return PurePath(result["reference"]).name + variance
+    return file_name(result["reference"]) + variance
 
 
 def known_crop(result: Result) -> str | None:
@@ -102,7 +108,7 @@ FACTORS = (  # those first that usually move scores most
     Factor("extractor weights", INCOMPARABLE, lambda result: result.get("extractor_weights")),
     Factor("extractor arguments", INCOMPARABLE, extractor_arguments),
     Factor("resize", "the extractor sees other pixels of samples and reference"),
-    Factor("reference", "distances to other images", reference_name),
+    Factor("reference", "distances to other images", described_reference),
     Factor("crop", "the reference shows other parts of its images, at another sharpness", known_crop),
     Factor("image size", "the extractor sees other detail", joined("height", "width")),
     Factor("num_samples", "the fewer samples, the higher the distance; recall and precision change too"),
@@ -147,7 +153,7 @@ def differ(name: str, first: Result, second: Result, ours: Any, theirs: Any) -> 
     same_extractor = first.get("extractor_weights") == second.get("extractor_weights") is not None
     if same_extractor and set(IDENTITY) <= first.keys() & second.keys():
         return not all(isclose(first[key], second[key], rel_tol=IDENTITY_TOLERANCE) for key in IDENTITY)
-    return PurePath(first["reference"]).name != PurePath(second["reference"]).name
+    return file_name(first["reference"]) != file_name(second["reference"])
 
 
 def without_implied(differences: list[Difference]) -> list[Difference]:
