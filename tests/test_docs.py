@@ -19,6 +19,7 @@ from test_layering import LAYERS
 from torch.nn import functional as F
 
 from lightning_mvar import cli
+from lightning_mvar.cli import signatures
 from lightning_mvar.data.images.crops import DecodedImages
 from lightning_mvar.data.images.files import FolderImages
 from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
@@ -53,12 +54,17 @@ def restored_registries() -> Iterator[None]:
         registry.update(entries)
 
 
-def example(name: str) -> ModuleType:
-    """Runs an example of docs/architecture.md as a module."""
+def example_source(name: str) -> str:
+    """Returns an example of docs/architecture.md."""
     blocks = [block for block in FENCE.findall(ARCHITECTURE.read_text()) if f"# example: {name}\n" in block]
     assert len(blocks) == 1, name
+    return blocks[0].removeprefix("```python\n").removesuffix("```")
+
+
+def example(name: str) -> ModuleType:
+    """Runs an example as a module."""
     module = ModuleType(f"example_{name.replace(' ', '_')}")
-    exec(compile(blocks[0].removeprefix("```python\n").removesuffix("```"), f"example: {name}", "exec"), vars(module))
+    exec(compile(example_source(name), f"example: {name}", "exec"), vars(module))
     return module
 
 
@@ -131,7 +137,10 @@ def test_the_example_data_source_gives_the_images_of_the_folder(tmp_path: Path) 
 
 
 def test_the_example_command_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "lightning_mvar.commands.scales", example("command"))
+    module, read = "lightning_mvar.commands.scales", signatures.tree_of
+    tree = ast.parse(example_source("command"))
+    monkeypatch.setattr(signatures, "tree_of", lambda name: tree if name == module else read(name))
+    monkeypatch.setitem(sys.modules, module, example("command"))
     assert cli.run(["scales", "--resolution", "512"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["side", "tokens", "first_token"]
