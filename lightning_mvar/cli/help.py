@@ -36,7 +36,7 @@ COMMANDS = {  # command: (module with `main(argv)`, help)
     "bench": ("bench", "measure speed and memory on this machine"),
     "bench-gpu": ("bench_gpu", "run a fixed list of benchmarks on one GPU"),
     "report": ("report", "make tables and figures of a sweep, with the spread over seeds"),
-    "demo": ("demo", "run everything on the embedded digits: train-tokenizer, tokenize, fit, sample, evaluate"),
+    "demo": ("demo", "run everything on the embedded digits, from train-tokenizer to evaluate"),
 }
 
 FULL_HELP = "--help_all"  # jsonargparse's help: whole texts, and the classes that an option accepts
@@ -90,7 +90,7 @@ TRAINER_TEXTS = {  # the trainer's options that most runs set
     "limit_val_batches": "batches per validation, 0 for none",
     "log_every_n_steps": "steps between two points of the curves",
     "callbacks": "checkpoints, samples and scores; overlays are in configs/callbacks",
-    "logger": "TensorBoard, CSV or Weights & Biases",
+    "logger": "TensorBoard, Weights & Biases, MLflow or CSV, one or several",
     "default_root_dir": "folder of the run",
 }
 
