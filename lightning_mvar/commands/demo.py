@@ -20,7 +20,7 @@ from lightning_mvar.sweeps.processes import run_command
 
 ROOT = Path("outputs/demo")
 CONFIGS = Path("configs/experiment")
-DRAWING = "--guidance 0.45 --guidance_off_from 4 --top_p 0.98 --device cpu"  # the scorer belongs to samples drawn like this
+DRAWING = "--guidance 0.45 --guidance_off_from 4 --top_p 0.98 --device cpu"  # also of what the scorer is for
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
 
