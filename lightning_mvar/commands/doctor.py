@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_mvar.analysis.doctor.differences import Difference, Result, compare
-from lightning_mvar.analysis.doctor.estimates import Estimate, ScoredSet, estimate_all
+from lightning_mvar.analysis.doctor.estimates import MAX_SAMPLES, Estimate, ScoredSet, estimate_all
 from lightning_mvar.analysis.doctor.published import published_result
 from lightning_mvar.analysis.doctor.traces import add_traces
 from lightning_mvar.cli.arguments import call, refuse_overwriting
@@ -47,7 +47,8 @@ def doctor(
 
     `doctor A.json B.json`, or `doctor A.json --published var-d16`. Where samples and references are still where the
     results say, it also looks at the pixels and scores again: fewer samples, other proportions of classes, another crop
-    or reference, resized or JPEG-compressed samples. Estimates need not add up.
+    or reference, resized or JPEG-compressed samples. That extracts the features of all samples again, of up to 50,000
+    per set. Estimates need not add up.
 
     Args:
         results: one or two files of `evaluate --json`. FILE#2 is the third result in a file of several.
@@ -63,7 +64,7 @@ def doctor(
         raise InputError("name two results of `evaluate --json`, or one and --published NAME, such as var-d16")
     if max_images < 2:
         raise InputError(f"--max_images {max_images} is too small; use at least 2")
-    refuse_overwriting({"--json": json}, {f"result {number}": path for number, path in enumerate(results, 1)})
+    refuse_overwriting({"--json": json}, {f"result {i}": split_number(name)[0] for i, name in enumerate(results, 1)})
     pair = read_result(results[0]), read_result(results[1]) if published is None else published_result(published)
     target = choose_device(device)
     opened = [
@@ -73,8 +74,10 @@ def doctor(
     first, second = (found if isinstance(found, ScoredSet) else None for found in opened)
     add_traces(*pair, [None if scored is None else scored.samples for scored in (first, second)])
     differences, unknown = compare(*pair)
-    estimates = {estimate.factor: estimate for estimate in estimate_all(differences, first, second, pair)}
-    notes = [note for found in opened for note in ([found] if isinstance(found, str) else check_set(found))]
+    found_estimates = [*estimate_all(differences, first, second, pair)]
+    estimates = {found.factor: found for found in found_estimates if isinstance(found, Estimate)}
+    notes = [found for found in found_estimates if isinstance(found, str)]
+    notes += [note for found in opened for note in ([found] if isinstance(found, str) else check_set(found))]
     notes += overlapping_intervals(*pair)
     notes += [f"{key}: {pair[1][key]}" for key in PUBLISHED_NOTES if published is not None and key in pair[1]]
     report = make_report(*pair, differences, unknown, estimates, notes)
@@ -89,9 +92,7 @@ def read_result(name: str) -> Result:
     Raises:
         InputError: if the file is missing, has no such result, or several without a number.
     """
-    path, _, number = name.rpartition("#")
-    if not number.isdecimal():
-        path, number = name, ""
+    path, number = split_number(name)
     records = read_json(Path(path).expanduser(), list[dict[str, Any]])
     if number == "" and len(records) != 1:
         raise InputError(f"{path} holds {len(records)} results; name one of them, such as {path}#0")
@@ -103,6 +104,12 @@ def read_result(name: str) -> Result:
     return result
 
 
+def split_number(name: str) -> tuple[str, str]:
+    """Splits `FILE#2` into file and number; the number of a file without one is ""."""
+    path, _, number = name.rpartition("#")
+    return (path, number) if number.isdecimal() else (name, "")
+
+
 def open_set(
     name: str, result: Result, extractor: nn.Module | None, cache: str, max_images: int, device: torch.device
 ) -> ScoredSet | str:
@@ -112,17 +119,19 @@ def open_set(
     if not Path(result["samples"]).expanduser().exists():
         return f"the samples of {name} are not scored again: {result['samples']} does not exist"
     try:
-        reference = open_reference(result["reference"])
+        reference, samples = open_reference(result["reference"]), open_samples(result["samples"])
     except InputError as error:
         return f"the samples of {name} are not scored again: {error}"
     if reference.kind == "shards":
         return f"the samples of {name} are not scored again: {result['reference']} holds token shards"
+    if len(samples) > MAX_SAMPLES:
+        return f"the samples of {name} are not scored again: they are {len(samples)}, more than {MAX_SAMPLES}"
     extractor = classifier_for(reference, cache) if extractor is None else extractor
     if extractor is None or fingerprint(extractor) != result.get("extractor_weights"):
         expected = f"{result.get('extractor')} with weights {result.get('extractor_weights')}"
         return f"the samples of {name} are not scored again: that needs --extractor {expected}"
     prepare(extractor, device)
-    return ScoredSet(name, result, open_samples(result["samples"]), extractor, Path(cache), max_images)
+    return ScoredSet(name, result, samples, extractor, Path(cache).expanduser(), max_images)
 
 
 def check_set(scored: ScoredSet) -> Iterator[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lightning_mvar.analysis.doctor import traces
 from lightning_mvar.analysis.doctor.differences import compare
-from lightning_mvar.analysis.doctor.estimates import ScoredSet, estimate_all
+from lightning_mvar.analysis.doctor.estimates import Estimate, ScoredSet, estimate_all
 from lightning_mvar.analysis.doctor.published import published_result, read_table
 from lightning_mvar.cli import run
 from lightning_mvar.data.builtin.photos import PHOTOS
@@ -91,6 +91,18 @@ def test_harmless_changes_are_no_differences() -> None:
     moved = {"samples": "b.npz", "reference": "elsewhere/same.npz", "reference_variance": 70.001, "file_format": "PNG"}
     renamed_weights = {"weights": "network"}  # of the same network
     assert compare(RESULT, RESULT | moved | renamed_weights) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "named"),
+    [
+        ({"reference": "val"}, {"crop": "adm", "reference_variance": 60.0}, ["reference", "crop"]),
+        ({"network": None}, {"network": None, "weights": "raw"}, ["weights"]),  # of networks that may differ
+    ],
+)
+def test_only_what_is_implied_is_left_out(ours: dict[str, Any], theirs: dict[str, Any], named: list[str]) -> None:
+    differences, _ = compare(RESULT | ours, RESULT | theirs)
+    assert [difference.factor for difference in differences] == named
 
 
 def test_differences_begin_with_what_matters_most() -> None:
@@ -214,9 +226,12 @@ def scored(name: str, **values: Any) -> ScoredSet:
     )
 
 
+def estimates(first: ScoredSet, second: ScoredSet | None, result: dict[str, Any]) -> list[Estimate | str]:
+    return [*estimate_all(compare(first.result, result)[0], first, second, (first.result, result))]
+
+
 def explained(first: ScoredSet, second: ScoredSet | None, result: dict[str, Any]) -> dict[str, float]:
-    differences, _ = compare(first.result, result)
-    return {e.factor: e.explains for e in estimate_all(differences, first, second, (first.result, result))}
+    return {e.factor: e.explains for e in estimates(first, second, result) if isinstance(e, Estimate)}
 
 
 def test_estimates_are_those_of_a_plain_computation(pair: tuple[np.ndarray, np.ndarray]) -> None:
@@ -269,6 +284,31 @@ def test_an_unbalanced_set_is_imitated_in_either_direction(pair: tuple[np.ndarra
     assert forwards["balance of classes"] == pytest.approx(expected[0] - expected[1])
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"resize": "bicubic", "num_samples": 8}, "different units: see resize"),
+        ({"reference": "text.npz"}, "the effect of reference is not estimated: text.npz is damaged"),
+    ],
+)
+def test_what_cannot_be_estimated_is_a_note(
+    pair: tuple[np.ndarray, np.ndarray], change: dict[str, Any], text: str
+) -> None:
+    Path("text.npz").write_text("hello")
+    first = scored("a", resize="none")
+    (note,) = estimates(first, None, first.result | change)
+    assert text in str(note)
+
+
+def test_sets_without_common_classes_or_with_other_formats_have_no_estimate(
+    pair: tuple[np.ndarray, np.ndarray],
+) -> None:
+    np.savez("b.npz", arr_0=pair[1], arr_1=np.repeat([7, 8], 20))
+    first = scored("a", fewest_per_class=10, most_per_class=10)
+    assert explained(first, scored("b"), first.result | {"fewest_per_class": 5}) == {}
+    assert explained(first, None, first.result | {"file_format": "WEBP"}) == {}
+
+
 def test_the_command_scores_again_and_reports(pair: tuple[np.ndarray, np.ndarray], capfd: Any) -> None:
     real, samples = pair
     rows = np.linspace(0, 39, 20).round().astype(int)
@@ -314,6 +354,7 @@ def test_the_command_scores_again_and_reports(pair: tuple[np.ndarray, np.ndarray
         ("a.json two.json#2", "two.json holds 2 results; the last is two.json#1"),
         ("a.json list.json", "list.json"),
         ("a.json a.json --max_images 1", "--max_images 1 is too small"),
+        ("a.json two.json#1 --json two.json", "two.json"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(

@@ -90,7 +90,7 @@ def balance(result: Result) -> str | None:
 
 
 def compression(result: Result) -> str | None:
-    """Returns the lossy format of the pictures, if any: as their files say, or else their pixels."""
+    """Returns the possibly lossy format of the pictures, if any: as their files say, or else their pixels."""
     if "file_format" not in result:
         return None
     lossy = [name for name in LOSSY if name in result["file_format"].split("+")]
@@ -102,6 +102,12 @@ def setting(name: str) -> Callable[[Result], Any]:
     return lambda result: result.get(name, DEFAULTS[name] if "guidance" in result else None)
 
 
+FEATURE_FACTORS = {
+    "extractor",
+    "extractor weights",
+    "extractor arguments",
+    "resize",
+}  # if they differ, so do units
 INCOMPARABLE = "the features are others, so distances have other units and do not compare"
 FACTORS = (  # those first that usually move scores most
     Factor("extractor", INCOMPARABLE),
@@ -114,7 +120,7 @@ FACTORS = (  # those first that usually move scores most
     Factor("num_samples", "the fewer samples, the higher the distance; recall and precision change too"),
     Factor("sampled_classes", "a set without some classes is compared with a reference that has them"),
     Factor("balance of classes", "frequent classes count more than in the reference", balance),
-    Factor("compression", "lossy files change pixels, and the extractor notices", compression),
+    Factor("compression", "possibly lossy files: pixels may have changed, and the extractor notices", compression),
     Factor("sharpness", "blurred or resized samples are farther from sharp references"),
     Factor("rounding", "cutting off decimals darkens all images by half a level"),
     Factor("network_tokenizer", "other decoder: other images of the same tokens"),
@@ -142,7 +148,7 @@ def compare(first: Result, second: Result) -> tuple[list[Difference], list[str]]
             unknown.append(factor.name)
         elif differ(factor.name, first, second, *values):
             differences.append(Difference(factor.name, *values, factor.effect))
-    return without_implied(differences), unknown
+    return without_implied(differences, first, second), unknown
 
 
 def differ(name: str, first: Result, second: Result, ours: Any, theirs: Any) -> bool:
@@ -156,12 +162,14 @@ def differ(name: str, first: Result, second: Result, ours: Any, theirs: Any) -> 
     return file_name(first["reference"]) != file_name(second["reference"])
 
 
-def without_implied(differences: list[Difference]) -> list[Difference]:
-    """Leaves out what another difference implies: another crop changes the reference's statistics, another extractor
-    has other weights, JPEG changes the sharpness, and weights of the same network are the same under two names."""
+def without_implied(differences: list[Difference], first: Result, second: Result) -> list[Difference]:
+    """Leaves out what another difference implies: another crop changes a reference's statistics, another extractor has
+    other weights, JPEG changes the sharpness, and weights of the same network are the same under two names."""
     names = {difference.factor for difference in differences}
     implied = {"extractor weights", "extractor arguments"} if "extractor" in names else set[str]()
-    implied |= {"reference"} if "crop" in names else set()
-    implied |= {"weights"} if "network" not in names else set()
+    if {"crop", "reference"} <= names and file_name(first["reference"]) == file_name(second["reference"]):
+        implied.add("reference")
+    if first.get("network") == second.get("network") is not None:
+        implied.add("weights")
     implied |= {"sharpness"} if "compression" in names else set()
     return [difference for difference in differences if difference.factor not in implied]

@@ -7,7 +7,7 @@ from functools import cached_property
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,14 +16,16 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_mvar.analysis.doctor.differences import Difference, Result, balance, compression
+from lightning_mvar.analysis.doctor.differences import FEATURE_FACTORS, Difference, Result, balance, compression
 from lightning_mvar.analysis.doctor.traces import read_some, sharpness_of
 from lightning_mvar.data.images.decoding import SUFFIXES_BY_FORMAT
 from lightning_mvar.data.images.protocols import CROP_PROTOCOLS, CropProtocol
 from lightning_mvar.data.images.sources import find_embedded_set
 from lightning_mvar.devices import device_of, exact_float32
-from lightning_mvar.metrics.frechet import Statistics, frechet_distance
+from lightning_mvar.errors import InputError
+from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics, frechet_distance
 from lightning_mvar.metrics.image_sets import BATCH_SIZE
+from lightning_mvar.metrics.intervals import BLOCK_ROWS
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.sampling.readers import FolderSamples, Samples
 from lightning_mvar.scales import Shape
@@ -31,6 +33,7 @@ from lightning_mvar.scales import Shape
 Pixels = NDArray[np.uint8]  # of one image (H, W, 3)
 Change = Callable[[Pixels], Pixels]
 Found = tuple[str, float] | None  # what was scored, and by how much its distance is larger than before
+MAX_SAMPLES = 50_000  # of a set that is scored again: its features are kept
 BICUBIC = Image.Resampling.BICUBIC
 JPEG = SUFFIXES_BY_FORMAT["JPEG"]
 
@@ -69,7 +72,7 @@ class ScoredSet:
 
     @cached_property
     def features(self) -> Tensor:
-        """Features (n, f) float64 of all samples."""
+        """Features (n, f) float32 of all samples."""
         return self.extract(range(len(self.samples)), lambda pixels: pixels, f"features of {self.name}")
 
     @cached_property
@@ -77,11 +80,13 @@ class ScoredSet:
         return self.reference(self.result["reference"], self.result.get("crop", "var"))
 
     @cached_property
-    def labels(self) -> NDArray[np.int64] | None:
-        """Classes (n,) of the samples, if known."""
+    def labels(self) -> NDArray[Any] | None:
+        """Classes (n,) of the samples, if known: names of folders, or numbers in an npz."""
         names = self.samples.class_names
         labels = None if len(names) == 1 else self.samples.labels(names)
-        return None if labels is None else np.array(labels)
+        if labels is None:
+            return None
+        return np.array(names)[labels] if names else np.array(labels)
 
     @cached_property
     def distance(self) -> float:
@@ -112,19 +117,22 @@ class ScoredSet:
         return frechet_distance(self.real, changed) - self.distance_of(indices)
 
     def extract(self, indices: range | list[int], change: Change, progress: str) -> Tensor:
-        """Returns features (n, f) float64, on the CPU, of changed samples."""
+        """Returns features (n, f) float32, on the CPU, of changed samples."""
         device, batches = device_of(self.extractor), []
         for begin in tqdm(range(0, len(indices), BATCH_SIZE), progress, leave=False):
             pixels = np.stack([change(self.samples.pixels(i)) for i in indices[begin : begin + BATCH_SIZE]])
             images = torch.from_numpy(pixels).to(device).movedim(-1, 1).float() / 255
             with torch.no_grad(), exact_float32():
-                batches.append(self.extractor(images).double().cpu())
+                batches.append(self.extractor(images).float().cpu())
         return torch.cat(batches)
 
 
 def statistics(features: Tensor) -> Statistics:
     """Returns mean and covariance of features (n, f)."""
-    return Statistics(features.mean(dim=0), features.T.cov())
+    metric = FeatureStatistics(features.shape[1], sync_on_compute=False)
+    for rows in features.split(BLOCK_ROWS):
+        metric.update(rows)
+    return metric.compute()
 
 
 def spaced(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -134,10 +142,18 @@ def spaced(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 def estimate_all(
     differences: list[Difference], first: ScoredSet | None, second: ScoredSet | None, results: tuple[Result, Result]
-) -> Iterator[Estimate]:
-    """Yields estimates of the differences whose effect the images at hand show; None for sets that are not at hand."""
+) -> Iterator[Estimate | str]:
+    """Yields estimates of the differences whose effect the images at hand show; None for sets that are not at hand.
+
+    An estimate that fails, for example because a reference is damaged, is replaced by a sentence that says why. There
+    are none if the features differ: distances then have other units.
+    """
+    names = [difference.factor for difference in differences]
+    if others := FEATURE_FACTORS.intersection(names):
+        yield f"no effects are estimated, because the distances have different units: see {', '.join(sorted(others))}"
+        return
     directions = ((first, second, results[1], 1), (second, first, results[0], -1))
-    for name in (difference.factor for difference in differences):
+    for name in names:
         # A set with more detail than the other can be made like it, but not the other way round.
         found = (
             (sign, estimate)
@@ -145,8 +161,11 @@ def estimate_all(
             for scored, other, result, sign in directions
             if scored is not None and (estimate := estimator(scored, other, result)) is not None
         )
-        for sign, (text, growth) in islice(found, 1):
-            yield Estimate(name, text, sign * growth)
+        try:
+            for sign, (text, growth) in islice(found, 1):
+                yield Estimate(name, text, sign * growth)
+        except InputError as error:
+            yield f"the effect of {name} is not estimated: {error}"
 
 
 def with_fewer(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
@@ -170,8 +189,12 @@ def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) 
     """Scores samples of a balanced set in the other set's proportions of classes."""
     if other is None or scored.labels is None or other.labels is None or balance(scored.result) != "balanced":
         return None
+    if scored.labels.dtype.kind != other.labels.dtype.kind:  # names against numbers
+        return None
     classes = np.unique(scored.labels)
     shares = np.array([(other.labels == label).mean() for label in classes])
+    if not shares.any():
+        return None
     members = [np.flatnonzero(scored.labels == label) for label in classes]
     total = min(len(rows) / share for rows, share in zip(members, shares, strict=True) if share)
     chosen = [spaced(rows, int(total * share)) for rows, share in zip(members, shares, strict=True)]
@@ -184,11 +207,11 @@ def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) 
 
 def as_jpeg(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
     """Saves samples as JPEG: with the other set's tables if its files have them, else at Pillow's default quality."""
-    if compression(scored.result) != "none":
+    if compression(scored.result) != "none" or "JPEG" not in (compression(result) or ""):
         return None
     files = other.samples.files if other is not None and isinstance(other.samples, FolderSamples) else []
     path = next((path for path in files if path.suffix.lower() in JPEG), None)
-    tables = None if path is None else Image.open(path).quantization  # type: ignore[attr-defined]
+    tables = None if path is None else getattr(Image.open(path), "quantization", None)
     options = {"quality": 75} if tables is None else {"qtables": tables}
 
     def compress(pixels: Pixels) -> Pixels:
@@ -234,7 +257,7 @@ def rounded_down(scored: ScoredSet, other: ScoredSet | None, result: Result) -> 
 def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
     """Scores the samples against the other result's reference, if that is at hand."""
     name = result["reference"]
-    if find_embedded_set(name) is None and not Path(name).exists():
+    if find_embedded_set(name) is None and not Path(name).expanduser().exists():
         return None
     real = scored.reference(name, result.get("crop", "var"))
     return f"{scored.name} against {name}", frechet_distance(real, statistics(scored.features)) - scored.distance

@@ -53,11 +53,13 @@ def read_some(samples: Samples) -> Pixels:
 
 def fine_share(pixels: Pixels, offset: int = 0) -> float:
     """Returns the share of fine DCT coefficients that are not zero, on the grid of blocks that begins at `offset`."""
-    gray = pixels @ LUMINANCE
-    rows, columns = ((side - offset) // BLOCK for side in gray.shape[1:])
-    gray = gray[:, offset : offset + rows * BLOCK, offset : offset + columns * BLOCK]
-    blocks = gray.reshape(-1, rows, BLOCK, columns, BLOCK).swapaxes(2, 3)
-    return float((np.abs(DCT @ blocks @ DCT.T)[..., FINE] >= ZERO).mean())
+    rows, columns = ((side - offset) // BLOCK for side in pixels.shape[1:3])
+    shares = []
+    for image in pixels:  # one by one: their coefficients are float64
+        gray = image[offset : offset + rows * BLOCK, offset : offset + columns * BLOCK] @ LUMINANCE
+        blocks = gray.reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
+        shares.append((np.abs(DCT @ blocks @ DCT.T)[..., FINE] >= ZERO).mean())
+    return float(np.mean(shares))
 
 
 def sharpness_of(pixels: Pixels) -> float:
