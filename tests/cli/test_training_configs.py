@@ -215,7 +215,7 @@ def test_config_files_that_are_no_text_are_refused(here: Path, capfd: pytest.Cap
             ],
             "mode",
         ),
-        (["--trainer.callbacks+", "nowhere.Callback"], "nowhere.Callback"),
+        (["--trainer.callbacks+", "nowhere.Callback"], "No module named 'nowhere'"),
         (["--trainer.logger", "lightning.pytorch.loggers.CometLogger"], "comet"),
     ],
 )

@@ -98,7 +98,7 @@ def test_files_that_are_not_what_they_claim(workdir: Path, files: Path, capfd: p
         (
             "--official",
             network,
-        ): "not have the keys of a published tokenizer; it looks like a network; pass the file of the tokenizer",
+        ): "not have the keys of a published tokenizer; it looks like a network; add --tokenizer vae-ch160v4096z32",
         ("--official", network, "--tokenizer", network): "mvar_d2.pth does not have the keys of a published tokenizer",
         ("--official", "cut.pth", "--tokenizer", vae): "cut.pth is damaged or not a file of plain weights",
         ("--official", network, "--tokenizer", "cut.safetensors"): "cut.safetensors is damaged",

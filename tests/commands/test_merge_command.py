@@ -47,7 +47,7 @@ def test_each_form_is_a_linear_combination(
         ("a --base t --out out", "--base needs --coefficients, one per network, or --away"),
         ("a b --base t --away 1 --out out", "--away goes with --base and one network"),
         ("a --away 1 --out out", "--away goes with --base and one network"),
-        ("a --coefficients x --out out", "Got value: x"),
+        ("a --coefficients x --out out", "--coefficients x is not a number"),
         ("a --coefficients inf --out out", "Got value: inf"),
         ("a b --out b", "--out b would replace what network 2 b reads"),
         ("a nowhere --out out", "nowhere does not exist"),

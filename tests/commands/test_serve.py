@@ -89,7 +89,7 @@ def test_errors_are_reported_before_the_page_opens(workdir: Path, capfd: pytest.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         cases = {
-            ("nowhere",): "nowhere does not exist; it must be a checkpoint file or a folder",
+            ("nowhere",): "nowhere does not exist; it must be a checkpoint file, a folder",
             (): "ckpt_path",
             ("export", "--port", port): f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another",
             ("export", "--port", "80000"): "--port 80000 must be a number from 1 to 65535",
