@@ -10,6 +10,7 @@ from typing import Any
 # Triton reads it when it is imported: on a CPU its kernels run in its interpreter, in the workers of xdist too.
 os.environ.setdefault("TRITON_INTERPRET", str(int("cuda" not in sys.argv)))
 
+import lightning.pytorch  # noqa: F401 (here, because its log handler writes to the stderr of the import, for good)
 import numpy as np
 import pytest
 import torch
