@@ -133,9 +133,8 @@ def run(argv: list[str]) -> int:
 def enable_logging() -> None:
     """Prints the package's log messages to stderr; Lightning's have a handler of their own, and lose advertisements."""
     logger = logging.getLogger("lightning_mvar")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler()]  # anew, as stderr may be another one than at the last command
+    logger.setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_tip)
 
 
