@@ -10,6 +10,7 @@ up to rounding, even if its covariance is singular.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ class Statistics:
 
     mu: Tensor
     sigma: Tensor
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Returns the square root (f, f) of the covariance; computed once, as a reference is compared repeatedly."""
+        return matrix_sqrt(self.sigma)
 
 
 class FeatureStatistics(Metric):
@@ -73,7 +79,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         raise InputError(
             f"cannot compare statistics of {len(a.mu)} and {len(b.mu)} features: use the same extractor for both"
         )
-    cross = torch.linalg.matrix_norm(matrix_sqrt(a.sigma) @ matrix_sqrt(b.sigma), ord="nuc")
+    cross = torch.linalg.matrix_norm(a.root @ b.root, ord="nuc")
     return float((a.mu - b.mu).square().sum() + a.sigma.trace() + b.sigma.trace() - 2 * cross)
 
 
