@@ -16,6 +16,7 @@ from lightning_mvar.checkpoints import WhichWeights
 from lightning_mvar.data.images.protocols import CropProtocol
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.errors import InputError
+from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, prepare
@@ -68,8 +69,12 @@ class FIDCallback(L.Callback):
         cache: str = "outputs/statistics",
         crop: CropProtocol = "var",
     ) -> None:
-        if num_samples <= max(neighbours, 1) or batch_size < 1:
-            raise InputError("the FID callback needs num_samples > max(neighbours, 1) and batch_size >= 1")
+        fewest = max(neighbours, DENSITY_NEIGHBOURS) if neighbours > 0 else 1
+        if num_samples <= fewest or batch_size < 1:
+            raise InputError(
+                f"the FID callback needs num_samples > {fewest} (for neighbours {neighbours}) and batch_size >= 1, got "
+                f"{num_samples} and {batch_size}"
+            )
         for name, period in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
             if period is not None and period < 1:
                 raise InputError(f"{name} of the FID callback must be at least 1, got {period}")

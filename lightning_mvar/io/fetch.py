@@ -52,8 +52,6 @@ RETRY_REMEDY = (
     "check the address and the network, and run the command again (data.retries or --retries sets the number of "
     "retries)"
 )
-
-
 FOLDER_REMEDY = "set data.cache_dir or --cache_dir to another folder (TORCH_HOME, for published weights)"
 
 
@@ -193,14 +191,18 @@ def retry(address: str, attempt: Callable[[], T], retries: int, remedy: str = RE
 
 
 @contextmanager
-def wait_for_lock(path: Path) -> Iterator[None]:
-    """Waits until the lock on `path` is free and holds it inside the block."""
+def wait_for_lock(path: Path, remedy: str = FOLDER_REMEDY) -> Iterator[None]:
+    """Waits until the lock on `path` is free and holds it inside the block.
+
+    Raises:
+        InputError: if the file cannot be created; `remedy` ends the message.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = poll_lock(partial(FileLock.try_acquire, path))
         assert lock is not None
     except OSError as error:
-        raise InputError(f"cannot lock {path} ({error.strerror}): {FOLDER_REMEDY}") from error
+        raise InputError(f"cannot lock {path} ({error.strerror}): {remedy}") from error
     try:
         yield
     finally:

@@ -148,7 +148,7 @@ def test_the_best_checkpoint_follows_the_lowest_score_and_never_an_old_one(tmp_p
 
 
 def test_invalid_settings_are_refused() -> None:
-    for settings in ({"num_samples": 3}, {"batch_size": 0}, {"every_n_steps": 0}, {"every_n_epochs": -1}):
+    for settings in ({"num_samples": 5}, {"batch_size": 0}, {"every_n_steps": 0}, {"every_n_epochs": -1}):
         with pytest.raises(InputError):
             FIDCallback(Pixels(), "images", **settings)
     with pytest.raises(InputError, match="mode min or max"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ class ImageClassifier(TrainedClassifier):
     Args:
         images: labelled training images, a source as for `lightning-mvar tokenize`; at most 10,000 of them are read.
         labels: label file or columns, if the images are not sorted by class.
-        cache: folder for the weights; their file is named with a hash of the images and of the settings.
+        cache: folder for the weights; their file is named with a hash of the settings and of the paths, sizes and
+            modification times of the images.
 
     Raises:
         InputError: if the source does not exist or has fewer than two classes.
@@ -49,7 +51,7 @@ class ImageClassifier(TrainedClassifier):
         identity = f"{self.source.identity} {self.source.listing} {SIDE} {SHIFT} {MAX_IMAGES} {STEPS}"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         path = Path(cache).expanduser() / f"image_classifier-{digest}.safetensors"
-        super().__init__(images, path, SIDE, classes, epochs=-(-STEPS * BATCH_SIZE // count))
+        super().__init__(images, path, SIDE, classes, epochs=math.ceil(STEPS / math.ceil(count / BATCH_SIZE)))
 
     def training_images(self) -> tuple[Tensor, Tensor]:
         """Returns centre crops (n, 3, 64, 64) uint8, and labels."""

@@ -19,6 +19,7 @@ from lightning_mvar.io.fetch import wait_for_lock
 from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 
 BATCH_SIZE = 64
+CACHE_REMEDY = "set --cache to another folder"
 
 
 class TrainedClassifier(nn.Module):
@@ -90,7 +91,7 @@ class TrainedClassifier(nn.Module):
         self.cpu()
         self.has_weights = True  # for the calls below
         try:
-            with wait_for_lock(self.path.with_name(f".{self.path.name}.lock")):
+            with wait_for_lock(self.path.with_name(f".{self.path.name}.lock"), CACHE_REMEDY):
                 if self.path.is_file():  # another process may have trained it meanwhile
                     load_strictly(self, read_weights(self.path), self.path)
                 else:

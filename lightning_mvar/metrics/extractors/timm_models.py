@@ -31,7 +31,11 @@ class Timm(nn.Module):
         self.model = model
         try:
             self.network = timm.create_model(model, pretrained=True, num_classes=0).eval()
-        except (OSError, RuntimeError, ValueError) as error:
+        except OSError as error:
+            raise InputError(
+                f"timm cannot download {model} ({one_line(error):.200}): check its name and the network"
+            ) from error
+        except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"timm cannot load {model} ({one_line(error):.200}): timm.list_models() names all"
             ) from error
