@@ -26,7 +26,7 @@ from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count, warn
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.intervals import Uncertainty
 from lightning_mvar.metrics.reference import Reference, open_reference
-from lightning_mvar.metrics.summary import Summary, num_features, prepare, try_extractor
+from lightning_mvar.metrics.summary import Summary, extractor_metadata, num_features, prepare, try_extractor
 from lightning_mvar.sampling.draw import METADATA_KEYS, draw_set
 from lightning_mvar.sampling.readers import Samples, open_samples
 from lightning_mvar.sampling.sampler import Drawing
@@ -73,9 +73,10 @@ def evaluate(
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         per_class: with --ckpt_path, samples per class.
         extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE), whose scores compare
-            with published ones; ImageClassifier, trained on --extractor.images in about a minute; or the class path of
-            an nn.Module with num_features, images in [0, 1] -> features. The default is a small classifier: of digits
-            or photos, or trained on the reference's own images, for scores that compare on the same data only.
+            with published ones; Timm, with --extractor.model; ImageClassifier, trained on --extractor.images in about a
+            minute; or the class path of an nn.Module with num_features, images in [0, 1] -> features. The default is a
+            small classifier: of digits or photos, or trained on the reference's own images, for scores that compare on
+            the same data only.
         crop: resizing of real images in files before their centre is cropped. var: shorter side to 1.125 times the
             side of the samples, Lanczos. adm: box averaging, then bicubic, as ADM's references. torchvision-bilinear,
             torchvision-bicubic: Resize and CenterCrop. Scores against references of different protocols do not
@@ -100,7 +101,7 @@ def evaluate(
         num_nodes: machines; start the same command on each, with torchrun or Slurm.
         sampling: with --ckpt_path, how to draw the samples.
     """
-    check_options(statistics, num_workers)
+    check_options(statistics, num_workers, worst_classes)
     uncertainty = Uncertainty(interval, extrapolate)
     outputs = {"--statistics": statistics, "--json": json}
     inputs = {"--reference": reference, "--floor": floor, "--reconstructions": reconstructions}
@@ -147,7 +148,7 @@ def evaluate(
         if fabric.is_global_zero:
             check_sample_count(len(images), extractor)
         uncertainty.check_count(len(images), num_features(extractor))
-        evaluator = Evaluator(extractor, images.shape, Path(cache), decoder, num_workers)
+        evaluator = Evaluator(extractor, images.shape, Path(cache).expanduser(), decoder, num_workers)
         summary = evaluator.summary(real)
         if statistics is not None and fabric.is_global_zero:
             summary.save(Path(statistics), extractor)
@@ -191,7 +192,7 @@ def describe(samples: str, reference: str, images: Samples, evaluator: Evaluator
     """Describes what the scores depend on: settings, extractor, number and size of images; and what drawing costs."""
     # Anything else in the metadata might be taken for a score.
     record: Record = {name: value for name, value in images.metadata.items() if name in METADATA_KEYS}
-    record |= {"samples": samples, "reference": reference} | evaluator.extractor_metadata()
+    record |= {"samples": samples, "reference": reference} | extractor_metadata(evaluator.extractor)
     record |= {"num_samples": len(images), "height": images.shape[0], "width": images.shape[1]}
     record |= {"file_format": images.file_format} | class_counts(images)
     if sampled is not None:
@@ -217,6 +218,11 @@ def class_labels(images: Samples, real: Reference) -> ClassLabels:
         raise InputError(
             f"--worst_classes needs samples of known classes, in folders named as those of {real.name} or with labels "
             f"in arr_1"
+        )
+    if not 0 <= min(sampled) <= max(sampled) < len(names):
+        raise InputError(
+            f"--worst_classes needs samples of the {len(names)} classes of {real.name}: arr_1 has classes from "
+            f"{min(sampled)} to {max(sampled)}"
         )
     return ClassLabels(labels, torch.tensor(sampled), names)
 
@@ -248,8 +254,8 @@ def score(
     if reconstructor is not None:
         originals = real.images(images.shape, evaluator.tokenizer, evaluator.num_workers)
         reconstructed = Reconstructions(originals, reconstructor)
-        scores = evaluator.score(reconstructed, summary, "features of the reconstructions")
-        record["reconstruction_frechet_distance"] = scores["frechet_distance"]
+        distance = evaluator.distance(reconstructed, summary, "features of the reconstructions")
+        record["reconstruction_frechet_distance"] = distance
     if real.embedded is not None and is_first_rank():
         record |= sample_accuracy(images, *real.embedded, evaluator.extractor)
         if reconstructor is not None:
@@ -275,12 +281,14 @@ def require_count(images: Samples, count: int, name: str) -> None:
         )
 
 
-def check_options(statistics: str | None, num_workers: int) -> None:
+def check_options(statistics: str | None, num_workers: int, worst_classes: int) -> None:
     """Raises InputError for invalid options, before hours of sampling."""
     if statistics is not None and not statistics.endswith(".npz"):
         raise InputError(f"--statistics {statistics} must be NAME.npz")
     if num_workers < 0:
         raise InputError(f"--num_workers must not be negative, got {num_workers}")
+    if worst_classes < 0:
+        raise InputError(f"--worst_classes must not be negative, got {worst_classes}")
 
 
 def reject_sampling_options(options: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.perturbation import PerturbedScores
 from lightning_mvar.metrics.reconstruction import ReconstructionScores
 from lightning_mvar.metrics.reference import open_reference
-from lightning_mvar.metrics.summary import prepare
+from lightning_mvar.metrics.summary import extractor_metadata, prepare
 from lightning_mvar.sampling.grids import image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
@@ -47,10 +47,10 @@ def reconstruct(
     Args:
         tokenizer: folder that `train-tokenizer` or `export` wrote.
         images: image source, as for `lightning-mvar tokenize`; their centre is cropped.
-        extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE); ImageClassifier,
-            trained on --extractor.images; or the class path of an nn.Module with num_features, images in [0, 1] ->
-            features. The default for digits and photos is a small classifier. Without an extractor there is no Frechet
-            distance.
+        extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE); Timm, with
+            --extractor.model; ImageClassifier, trained on --extractor.images; or the class path of an nn.Module with
+            num_features, images in [0, 1] -> features. The default for digits and photos is a small classifier. Without
+            an extractor there is no Frechet distance.
         crop: how images in files are resized before their centre is cropped; see `evaluate`.
         perturb: also report the perturbed Frechet distance, with InceptionV3 pFID: between originals and images decoded
             after 50, 70 or 90 % of the tokens were drawn anew among the 1/64, 1/32 or 1/16 of the codes nearest to
@@ -148,7 +148,7 @@ class Comparison:
             "codebook_usage": float(self.used_codes.float().mean()),
         }
         if self.extractor is not None:
-            record |= {"extractor": type(self.extractor).__name__, "frechet_distance": scores["rfid"]}
+            record |= extractor_metadata(self.extractor) | {"frechet_distance": scores["rfid"]}
         if self.perturbed is not None:
             record["perturbed_frechet_distance"] = self.perturbed.compute(self.scores.originals.compute())
         return record

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics.class_distances import ClassLabels, class_distances
 from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.image_sets import ImageSet
@@ -20,7 +19,7 @@ from lightning_mvar.metrics.intervals import METHOD, Uncertainty
 from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
 from lightning_mvar.metrics.reference import Reference
 from lightning_mvar.metrics.scores import Scores
-from lightning_mvar.metrics.summary import Summary, describe_extractor, feed_shard, num_features
+from lightning_mvar.metrics.summary import Features, Summary, feed_shard, num_features
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
@@ -56,17 +55,6 @@ class Evaluator:
     ) -> None:
         self.extractor, self.shape, self.cache = extractor, shape, cache
         self.tokenizer, self.num_workers = tokenizer, num_workers
-
-    def extractor_metadata(self) -> dict[str, Any]:
-        """Returns the extractor's properties that the scores depend on, and what a trained one compares with."""
-        scope = getattr(self.extractor, "comparable_with", None)
-        return ({} if scope is None else {"comparable_with": scope}) | {
-            "extractor": type(self.extractor).__name__,
-            "extractor_class": describe_extractor(self.extractor),
-            "extractor_weights": fingerprint(self.extractor),
-            "resize": getattr(self.extractor, "resize", "none"),
-            "num_features": num_features(self.extractor),
-        }
 
     def summary(self, reference: Reference) -> Summary:
         """Returns the reference's statistics and features; warns if its images are too few for some scores."""
@@ -114,6 +102,12 @@ class Evaluator:
             distances = class_distances(real.features.to(generated.device), generated, kept)
             record |= {f"frechet_distance_of_{name}": distances[name] for name in [*distances][:worst_classes]}
         return record
+
+    def distance(self, images: ImageSet, real: Summary, progress: str) -> float:
+        """Returns the Frechet distance of images to the reference; its arguments are those of `score`."""
+        features = Features(self.extractor, len(images), 0)
+        feed_shard(images, features, progress)
+        return frechet_distance(real.statistics, features.statistics.compute())
 
     def floor_scores(self, distance: float, real: Summary, floor: Reference) -> dict[str, Any]:
         """Returns the distance of other real images to the reference, and the samples' distance divided by it.

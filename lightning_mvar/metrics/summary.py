@@ -195,6 +195,18 @@ def describe_extractor(extractor: nn.Module) -> str:
     return f"{kind.__module__}.{kind.__qualname__}({', '.join(plain)})"
 
 
+def extractor_metadata(extractor: nn.Module) -> dict[str, Any]:
+    """Returns an extractor's properties that scores depend on, and what scores of a trained one compare with."""
+    scope = getattr(extractor, "comparable_with", None)
+    return ({} if scope is None else {"comparable_with": scope}) | {
+        "extractor": type(extractor).__name__,
+        "extractor_class": describe_extractor(extractor),
+        "extractor_weights": fingerprint(extractor),
+        "resize": getattr(extractor, "resize", "none"),
+        "num_features": num_features(extractor),
+    }
+
+
 def is_plain(value: Any) -> bool:
     """Returns whether a value is a number, a string, or a sequence of them."""
     return all(map(is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, int | float | str)
