@@ -139,7 +139,7 @@ def evaluate(
             try_extractor(extractor, shape)
         sampled = None
         if stored is not None:
-            load = partial(read_and_try, extractor, stored, [real, floor_images])
+            load = partial(read_and_try, extractor, stored, [real, floor_images], decoder)
             sampled = draw_set(fabric.device, load, samples, None, per_class=per_class, **sampling)
         set_tf32(False)  # scores are computed in float32, in whatever precision the samples were drawn
         images = open_samples(samples)
@@ -263,13 +263,18 @@ def score(
     return record
 
 
-def read_and_try(extractor: nn.Module, stored: StoredModel, references: list[Reference | None]) -> TrainedModel:
-    """Reads a network; checks that references have its classes, and tries the extractor, before images are drawn."""
+def read_and_try(
+    extractor: nn.Module, stored: StoredModel, references: list[Reference | None], decoder: Tokenizer | None
+) -> TrainedModel:
+    """Reads a network; checks that references have its classes and image size and the requested crop, and tries the
+    extractor, before images are drawn."""
     model = stored.load()
+    shape = model.tokenizer.config.shape
     for reference in references:
         if reference is not None:
             reference.check_classes(model.class_names)
-    try_extractor(extractor, model.tokenizer.config.shape)
+            reference.open(extractor, shape, decoder)
+    try_extractor(extractor, shape)
     return model
 
 

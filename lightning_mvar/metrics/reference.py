@@ -124,16 +124,27 @@ class Reference:
         Raises:
             InputError: if the images are damaged or of another size, or the statistics come from another extractor.
         """
+        published, images = self.open(extractor, size, tokenizer, num_workers)
+        if images is None:
+            assert published is not None
+            return published
+        measured = measure_cached(extractor, images, self.name, cache)
+        return measured if published is None else replace(published, features=measured.features)
+
+    def open(
+        self, extractor: nn.Module, size: int | Shape, tokenizer: Tokenizer | None = None, num_workers: int = 0
+    ) -> tuple[Summary | None, ImageSet | None]:
+        """Returns the statistics of an npz, and the images that `summary` measures; each None if there are none.
+
+        Arguments and errors are those of `summary`, but no image is read.
+        """
         published = None
         if "mu" in self.arrays:
             published = Summary.load(Path(self.name), extractor)
             self.check_crop(published.crop)
             if published.features is not None or not self.has_images:
-                return published
-        measured = measure_cached(extractor, self.images(size, tokenizer, num_workers), self.name, cache)
-        if published is None:
-            return measured
-        return replace(published, features=measured.features)
+                return published, None
+        return published, self.images(size, tokenizer, num_workers)
 
     def check_crop(self, crop: str) -> None:
         """Raises InputError if images or statistics are known to have been cropped by another protocol."""

@@ -335,4 +335,6 @@ def test_mistakes_are_reported_in_one_line(
     assert "good.npz holds images that were sampled with other settings" in error_of(
         "good.npz", *REFERENCE, "--ckpt_path", "model"
     )
+    other_size = ["--ckpt_path", "model", "--reference", "digits:test"]
+    assert "digits:test are 32 x 32" in error_of("new.npz", *REFERENCE, *other_size)
     assert not Path("new.npz").exists()
