@@ -90,6 +90,8 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
             settings: the other arguments of `steps`.
         """
         if generator is not None:
+            if "seed" in settings:
+                raise InputError("give seed or generator, not both")
             settings["seed"] = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         repeated = [entry for entry in entries(classes) for _ in range(num_images)]
         scales = self.network.config.schedule.num_scales
@@ -164,12 +166,19 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the mixin's reads config.json first, unchecked
-        cls, path: str | Path, *, device: str = "auto", precision: Precision = "float32", **hub: Any
+        cls,
+        path: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        device: str = "auto",
+        precision: Precision = "float32",
+        **hub: Any,
     ) -> MVARPipeline:
         """Loads a folder of `export`, a training checkpoint, published weights, or a name on the Hub.
 
         Args:
             path: path, `var-d16` or another known name, OWNER/REPOSITORY of a pipeline, or OWNER/REPOSITORY:FILE.
+            tokenizer: folder, published file or name of the tokenizer, if it has moved or the network has none.
             device: auto, cpu, cuda or cuda:N.
             precision: precision of network and decoder.
             hub: options of huggingface_hub's downloads: revision, token, cache_dir.
@@ -177,7 +186,10 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         Raises:
             InputError: if what is there cannot be read.
         """
-        return cls(load_trained(*locate(path, **hub)), device, precision)
+        network, default = locate(path, **hub)
+        chosen = default if tokenizer is None else tokenizer
+        located = None if chosen is None else locate(chosen, **hub).path
+        return cls(load_trained(network, located), device, precision)
 
 
 def entries(classes: ClassChoice) -> list[Any]:

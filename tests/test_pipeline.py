@@ -108,6 +108,8 @@ def test_images_of_a_class_and_a_generator_as_in_other_pipelines(pipe: MVARPipel
     again = stack_images(pipe("zero", generator=torch.Generator().manual_seed(1)))
     assert (first == again).all()
     assert (first != second).any()
+    with pytest.raises(InputError, match="give seed or generator, not both"):
+        pipe("zero", generator=generator, seed=4)
     assert pipe.to("cpu") is pipe
     assert (stack_images(pipe("zero", num_images=2, seed=4)) == stack_images(images)).all()
 

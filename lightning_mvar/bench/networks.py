@@ -20,6 +20,7 @@ from lightning_mvar.bench.subjects import (
     setting_record,
 )
 from lightning_mvar.cli.tables import Record
+from lightning_mvar.errors import InputError
 from lightning_mvar.models.costs import mixer_state_bytes, scale_flops, state_bytes
 from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.training.blocks import configure_block
@@ -78,7 +79,16 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
 
 
 def measure_step(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
-    """Times the step of the last scale, which begins with the state before it however often that scale is drawn."""
+    """Times the step of the last scale, from the state before it.
+
+    Raises:
+        InputError: if a network predicts single tokens, so that a scale takes many steps.
+    """
+    for setting in settings:
+        if setting.network.prediction == "token":
+            raise InputError(
+                f"`bench step` times one scale, but mixer={setting.mixer} predicts single tokens: use another"
+            )
     subjects = [make_subject(setting, device) for setting in settings]
     begins = [subject.before_last_step() for subject in subjects]
     runs: list[Run] = [

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from lightning_mvar.errors import InputError
 from lightning_mvar.training.base import ScheduledModule
 
 
@@ -17,9 +18,14 @@ class StepProgressBar(TQDMProgressBar):
     run did before as if they had taken no time.
     """
 
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0) -> None:
+        super().__init__(refresh_rate, process_position, leave=False)  # one bar serves the whole run
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        assert isinstance(pl_module, ScheduledModule)
+        if not isinstance(pl_module, ScheduledModule):
+            name = type(pl_module).__name__
+            raise InputError(f"StepProgressBar needs a module of lightning_mvar, not {name}: use TQDMProgressBar")
         bar = self.train_progress_bar
         bar.unit = "step"
         bar.reset(total=pl_module.total_steps)

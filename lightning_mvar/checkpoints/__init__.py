@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_mvar.checkpoints import folders
-from lightning_mvar.checkpoints.folders import CONFIG, open_folder, save_folder
-from lightning_mvar.checkpoints.hub import NETWORKS, locate
+from lightning_mvar.checkpoints.folders import CONFIG, load_tokenizer, open_folder, save_folder
+from lightning_mvar.checkpoints.hub import NETWORKS, PUBLISHED, locate
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.checkpoints.published_files import (
     load_official,
     load_official_mvar,
-    load_official_tokenizer,
     open_official,
     save_official,
 )
+from lightning_mvar.checkpoints.state_dicts import load_official_tokenizer
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, open_checkpoint, resolve_last
 from lightning_mvar.errors import InputError
-from lightning_mvar.scales import ScaleSchedule
-from lightning_mvar.tokenizer.tokenizer import Tokenizer
-
-PUBLISHED = (".pth", ".pt", ".bin", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
 
 __all__ = [
     "StoredModel",
@@ -39,22 +34,6 @@ __all__ = [
 ]
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a tokenizer in eval mode.
-
-    Args:
-        path: folder that `train-tokenizer` or `export` wrote, published file, or name on the Hub; the last two with
-            the schedule of 256 x 256 images (`export --tokenizer FILE --resolution` writes a folder with another).
-
-    Raises:
-        InputError: if there is no tokenizer.
-    """
-    located = locate(path).path
-    if located.suffix in PUBLISHED and located.is_file():
-        return load_official_tokenizer(located, ScaleSchedule.for_resolution(256))
-    return folders.load_tokenizer(located)
-
-
 def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> TrainedModel:
     """Loads a network with its tokenizer; see `open_trained` for arguments and errors."""
     return open_trained(path, tokenizer, weights).load()
@@ -67,7 +46,7 @@ def open_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
         path: checkpoint file, folder of a sharded checkpoint (only its weights are read), folder of `export`, or file
             of published VAR or M-VAR weights (.pth, .pt, .bin or .safetensors). A link `last.ckpt` stands for the
             newest complete checkpoint beside it, wherever it points. Or a name on the Hub, see `checkpoints.hub`.
-        tokenizer: folder of the tokenizer, if it has moved; for a published network also a published file, or a name.
+        tokenizer: the tokenizer, see `load_tokenizer`, if it has moved or a published network has none of its own.
         weights: for a training checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
 
     Raises:

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import torch
 
+from lightning_mvar.checkpoints.hub import TOKENIZERS, locate
 from lightning_mvar.checkpoints.pair import check_pair
+from lightning_mvar.checkpoints.state_dicts import load_official_tokenizer
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import FormatVersion, read_json, write_json
 from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
+from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 
 CONFIG = "config.json"
@@ -113,9 +116,26 @@ def require_folder(folder: Path) -> None:
         raise InputError(f"{folder} is a file; name a folder to write to")
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Loads the tokenizer of a folder that `train-tokenizer` or `export` wrote, in eval mode."""
-    folder = Path(folder).expanduser()
+def load_tokenizer(place: str | Path, schedule: ScaleSchedule | None = None) -> Tokenizer:
+    """Loads a tokenizer in eval mode.
+
+    Args:
+        place: folder that `train-tokenizer` or `export` wrote, published file, or name on the Hub, see
+            `checkpoints.hub`.
+        schedule: scale schedule of a published file, which does not contain it; default: that of 256 x 256 images
+            (`export --tokenizer FILE --resolution` writes a folder with another).
+
+    Raises:
+        InputError: if there is no tokenizer.
+    """
+    folder = locate(place).path
+    if not folder.exists():
+        raise InputError(
+            f"{folder} does not exist; it must be a folder that `train-tokenizer` or `export` wrote, a published file, "
+            f"or {' or '.join(TOKENIZERS)}"
+        )
+    if folder.is_file():
+        return load_official_tokenizer(folder, schedule or ScaleSchedule.for_resolution(256))
     config = read_config(folder, "tokenizer", "train one with `lightning-mvar train-tokenizer`")
     with torch.device("meta"):
         tokenizer = Tokenizer(config.tokenizer)
@@ -127,7 +147,7 @@ def open_folder(folder: Path, tokenizer: str | Path | None = None) -> StoredMode
 
     Args:
         folder: a folder that `export` wrote.
-        tokenizer: folder of another tokenizer to use with the network.
+        tokenizer: another tokenizer to use with the network, see `load_tokenizer`.
 
     Raises:
         InputError: if a file is missing or damaged, or the tokenizer does not fit the network.
@@ -141,10 +161,10 @@ def open_folder(folder: Path, tokenizer: str | Path | None = None) -> StoredMode
     return StoredModel(str(folder), config.network, weights, config.class_names, loader, tokenizer_folder=used)
 
 
-def load_fitting_tokenizer(folder: str | Path, network: MVARConfig) -> Tokenizer:
-    """Loads the tokenizer of a folder; raises InputError if the network does not predict its tokens."""
-    tokenizer = load_tokenizer(folder)
-    check_pair(network, tokenizer.config, f"the tokenizer in {folder}")
+def load_fitting_tokenizer(place: str | Path, network: MVARConfig) -> Tokenizer:
+    """Loads a tokenizer; raises InputError if the network does not predict its tokens."""
+    tokenizer = load_tokenizer(place, network.schedule)
+    check_pair(network, tokenizer.config, f"the tokenizer in {place}")
     return tokenizer
 
 

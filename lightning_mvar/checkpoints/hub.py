@@ -20,6 +20,7 @@ from huggingface_hub.utils import RepositoryNotFoundError
 
 from lightning_mvar.errors import InputError
 
+PUBLISHED = (".pth", ".pt", ".bin", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
 EXPORT_FILES = ["config.json", "*.safetensors"]
 VAR = "FoundationVision/var"
 TOKENIZERS = {"vae-ch160v4096z32": f"{VAR}:vae_ch160v4096z32.pth"}
@@ -39,7 +40,8 @@ class Located(NamedTuple):
 def locate(place: str | Path, **hub: Any) -> Located:
     """Returns the local path of a network or tokenizer, which is downloaded first if its place is a name on the Hub.
 
-    What exists as a local path, or might (its first folder exists), is never looked up on the Hub.
+    What exists as a local path, or looks like one (its first folder exists, it begins with a dot, or it has the suffix
+    of a file and no colon), is never looked up on the Hub.
 
     Args:
         place: path, known name, or repository, see the top of this file.
@@ -51,15 +53,27 @@ def locate(place: str | Path, **hub: Any) -> Located:
     name, path = str(place), Path(place).expanduser()
     known = name in NETWORKS or name in TOKENIZERS
     match = ON_HUB.fullmatch((NETWORKS | TOKENIZERS).get(name, name))
-    if match is None or path.exists() or (not known and Path(path.parts[0]).exists()):
+    if match is None or path.exists() or (not known and is_local(name, match["file"])):
         return Located(path)
     if match["revision"] is not None:
         hub |= {"revision": match["revision"]}
-    if known and isinstance(cached := try_to_load_from_cache(match["repository"], match["file"]), str):
-        local = Path(cached)  # the Hub is not asked for a newer version of published weights
+    if known and (cached := cached_file(match["repository"], match["file"], hub)) is not None:
+        local = cached  # the Hub is not asked for a newer version of published weights
     else:
         local = download(match["repository"], match["file"], **hub)
     return Located(local, next(iter(TOKENIZERS)) if name in NETWORKS else None)
+
+
+def cached_file(repository: str, file: str, hub: dict[str, Any]) -> Path | None:
+    """Returns the local path of a file that is in the cache; `hub` has the options of downloads."""
+    path = try_to_load_from_cache(repository, file, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
+    return Path(path) if isinstance(path, str) else None
+
+
+def is_local(name: str, file: str | None) -> bool:
+    """Returns whether a name that could be one on the Hub is a path; `file` is what follows its colon, if anything."""
+    like_file = file is None and name.endswith((*PUBLISHED, ".ckpt"))
+    return name.startswith(".") or like_file or Path(Path(name).parts[0]).exists()
 
 
 def download(repository: str, file: str | None, **hub: Any) -> Path:
@@ -74,14 +88,15 @@ def download(repository: str, file: str | None, **hub: Any) -> Path:
         return Path(hf_hub_download(repository, file, **hub))
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"{repository} is neither a local path nor a repository that you may read: check the name, or log in with "
-            f"`hf auth login`"
+            f"{repository} does not exist as a local path or as a repository that you may read: check the name, or log "
+            f"in with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        what = f"https://huggingface.co/{repository}" + ("" if file is None else f"/resolve/main/{file}")
+        revision = hub.get("revision") or "main"
+        what = f"tree/{revision}" if file is None else f"resolve/{revision}/{file}"
         raise InputError(
-            f"{repository} is not in the cache, and the Hub cannot be reached: download {what} on another machine and "
-            f"pass its path"
+            f"{repository} does not exist as a local path or in the cache, and the Hub cannot be reached: download "
+            f"https://huggingface.co/{repository}/{what} on another machine and pass its path"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         name = repository if file is None else f"{repository}:{file}"

@@ -30,7 +30,7 @@ class StoredModel:
         load_tokenizer: loads the tokenizer, and checks that it fits the network.
         part: for a checkpoint, the module that the weights are of: network or ema.
         tokenizer_fingerprint: fingerprint of the tokenizer; None if it is known only once the tokenizer is loaded.
-        tokenizer_folder: folder of the tokenizer; None if published weights do not say it.
+        tokenizer_folder: folder, published file or name of the tokenizer; None if published weights do not say it.
     """
 
     source: str

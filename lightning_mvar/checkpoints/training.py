@@ -221,7 +221,7 @@ def read_tensors(path: Path, prefix: str) -> StateDict:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The folder of the tokenizer that a network was trained with, and its fingerprint."""
+    """The tokenizer that a network was trained with: its path, or name on the Hub, and its fingerprint."""
 
     path: str
     fingerprint: str
@@ -325,19 +325,20 @@ def open_part(path: Path, record: NetworkRecord, prefix: str, tokenizer: str | P
         record.network,
         open_tensors(path, prefix),
         record.class_names,
-        partial(load_recorded_tokenizer, path, tokenizer, record.tokenizer),
+        partial(load_recorded_tokenizer, path, tokenizer, record),
         prefix.removesuffix("."),
         record.tokenizer.fingerprint,
         str(tokenizer or record.tokenizer.path),
     )
 
 
-def load_recorded_tokenizer(checkpoint: Path, folder: str | Path | None, record: TokenizerRecord) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint, from `folder` if it has moved; raises InputError if it is another one."""
-    tokenizer = load_tokenizer(folder or record.path)
-    if (fingerprint := tokenizer.fingerprint()) != record.fingerprint:
+def load_recorded_tokenizer(checkpoint: Path, moved: str | Path | None, record: NetworkRecord) -> Tokenizer:
+    """Loads the tokenizer of a checkpoint, from `moved` if given; raises InputError if it is another one."""
+    place, expected = moved or record.tokenizer.path, record.tokenizer.fingerprint
+    tokenizer = load_tokenizer(place, record.network.schedule)
+    if (fingerprint := tokenizer.fingerprint()) != expected:
         raise InputError(
-            f"{checkpoint} was trained with tokenizer {record.fingerprint}, but {folder or record.path} holds "
-            f"{fingerprint}: pass the right one with --tokenizer"
+            f"{checkpoint} was trained with tokenizer {expected}, but {place} holds {fingerprint}: pass the right "
+            f"one with --tokenizer"
         )
     return tokenizer

@@ -79,7 +79,7 @@ def run(argv: list[str]) -> int:
     """Runs one command and returns its exit code."""
     enable_logging()
     try:
-        if not argv or argv[0] in ("-h", "--help"):
+        if not argv or argv[0] in ("-h", "--help", FULL_HELP):
             print(usage())
             return 0
         if argv[0] == "--version":
@@ -88,8 +88,9 @@ def run(argv: list[str]) -> int:
         for argument in argv:
             if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
                 return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
-        if argv[0] == "--print_completion":
-            print(completion(" ".join(argv[1:])))
+        option, _, shell = argv[0].partition("=")
+        if option == "--print_completion":
+            print(completion(shell or " ".join(argv[1:])))
             return 0
         if argv[0] not in COMMANDS:
             listed = f"the commands are {', '.join(COMMANDS)}"

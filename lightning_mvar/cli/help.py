@@ -165,7 +165,7 @@ def add_option(group: argparse._ArgumentGroup, option: Option, width: int) -> No
     text = first_clause(option.text)
     if option.choices and option.choices[0] not in metavar(option):
         text = f"{text}: {', '.join(option.choices)}"
-    text = textwrap.shorten(text, width - len(default) - 1, placeholder=" ...") + default
+    text = textwrap.shorten(text, max(width - len(default) - 1, 8), placeholder=" ...") + default
     keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
     if option.kind == "bool" and option.default != "true":
         keywords["action"] = "store_true"
@@ -252,9 +252,11 @@ def check_value(option: Option, value: str) -> None:
         return
     if types & {"int", "float"} and types <= {"int", "float", "tuple", "None"} and not NUMBER.fullmatch(value):
         raise InputError(f"--{option.name} {value} is not a number")
-    if option.choices and value not in option.choices:
-        listed = f"use {', '.join(option.choices)}"
-        raise InputError(f"--{option.name} {value} is unknown; {nearest(value, option.choices, listed)}")
+    choices = choices_of(option)
+    known = value.lower() in {*choices, "yes", "no"} if option.kind == "bool" else value in choices
+    if choices and not known:
+        listed = f"use {', '.join(choices)}"
+        raise InputError(f"--{option.name} {value} is unknown; {nearest(value, choices, listed)}")
 
 
 def nearest(name: str, names: Iterable[str], otherwise: str) -> str:

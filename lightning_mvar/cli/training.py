@@ -123,7 +123,8 @@ class TrainingCLI(LightningCLI):
         self.run_folders = self.folders(self.trainer)
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
-        chosen = [*(self.config_init.trainer.callbacks or [])]  # the trainer adds its own bar to the list
+        given = self.config_init.trainer.callbacks or []
+        chosen = [*given] if isinstance(given, list) else [given]  # the trainer adds its own bar to the list
         trainer = super().instantiate_trainer(**options)
         replace_default_progress_bar(trainer, chosen)
         return trainer

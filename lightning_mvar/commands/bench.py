@@ -51,8 +51,8 @@ def bench(
 ) -> None:
     """Measures speed and memory. `lightning-mvar bench WHAT` is short for `bench --what WHAT`.
 
-    sample: guided sampling, network and decoder. step: the last scale, run once from the state before it without
-    guidance, which is what drawing it once more costs, and the size of that state. train: a training step of forward,
+    sample: guided sampling, network and decoder. step: one step of the last scale,
+    from the state before it and without guidance, and the size of that state. train: a training step of forward,
     backward, clipping and AdamW. tokenize: images to tokens with the published encoder. data: reading shards. memory:
     the state that sampling carries from scale to scale. op: the parts of one block, and Mamba in sampling with and
     without carried state. launches: the kernel launches, copies and host waits of sampling a batch and of a training

@@ -45,7 +45,7 @@ def reconstruct(
     With InceptionV3 the Frechet distance is rFID. PSNR is unbounded, SSIM is at most 1.
 
     Args:
-        tokenizer: folder that `train-tokenizer` or `export` wrote.
+        tokenizer: folder that `train-tokenizer` or `export` wrote, published file, or vae-ch160v4096z32.
         images: image source, as for `lightning-mvar tokenize`; their centre is cropped.
         extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE); Timm, with
             --extractor.model; ImageClassifier, trained on --extractor.images; or the class path of an nn.Module with

@@ -47,7 +47,7 @@ def sample(
         grid: PNG file for a grid with one row of up to 10 images per class.
         strip: PNG file for a strip of one image per class, up to 10, decoded after each scale.
         animation: GIF or WebP file of the grid decoded after each scale.
-        tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoint.
+        tokenizer: folder, published file or name of the tokenizer, if it is no longer where the checkpoint records it.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         device: auto, cpu, cuda or cuda:N.
         devices: number of processes per machine, each with its own GPU if `device` is cuda.

@@ -64,7 +64,7 @@ def tokenize(
             the like. Tars may be compressed (.tar.gz, .tar.zst). Archives may be remote:
             https://HOST/train-{0000..0146}.tar, s3://BUCKET/train-{0000..0146}.tar (also gs:// and hf://), or a command
             that prints an archive, such as `pipe:rclone cat REMOTE:train-{0000..0146}.tar`.
-        tokenizer: folder that `train-tokenizer` or `export` wrote.
+        tokenizer: folder that `train-tokenizer` or `export` wrote, published file, or vae-ch160v4096z32.
         out: folder for the shards and their manifest.
         labels: for images without classes, such as ILSVRC2012_img_val.tar: a file with lines `NAME CLASS`, or only
             CLASS in the order of the names, or ILSVRC2012_devkit_t12.tar.gz. For tables and shards with several labels

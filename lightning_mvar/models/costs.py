@@ -49,7 +49,7 @@ class Costs(NamedTuple):
 @cache
 def costs_of(config: MVARConfig) -> Costs:
     def costs(network: MVAR) -> tuple[int, ...]:
-        flops, state = sampling_costs(network)
+        flops, state = step_costs(network)
         return num_parameters(network), 3 * count_flops(lambda: teacher_forced_pass(network)), 2 * sum(flops), state
 
     return Costs(*extrapolate_blocks(config, costs))
@@ -67,15 +67,15 @@ def forward_flops(config: MVARConfig) -> int:
 
 @cache
 def scale_flops(config: MVARConfig) -> tuple[int, ...]:
-    """Counts FLOPs of each scale of one image, drawn once and without guidance."""
-    steps = iter(extrapolate_blocks(config, lambda network: sampling_costs(network)[0]))
+    """Counts FLOPs of each scale of one image, without guidance."""
+    steps = iter(extrapolate_blocks(config, lambda network: step_costs(network)[0]))
     counts = config.schedule.lengths if config.prediction == "token" else (1,) * config.schedule.num_scales
     return tuple(sum(islice(steps, count)) for count in counts)
 
 
 def state_bytes(config: MVARConfig, dtype: torch.dtype) -> int:
     """Counts bytes of the state per image after the last step, without guidance and without the AdaLN tables."""
-    return extrapolate_blocks(config, lambda network: sampling_costs(lower_precision(network, dtype))[1:])[0]
+    return extrapolate_blocks(config, lambda network: step_costs(lower_precision(network, dtype))[1:])[0]
 
 
 def training_bytes(config: MVARConfig, batch_size: int, activation_checkpointing: bool = False, shards: int = 1) -> int:
@@ -183,7 +183,7 @@ def teacher_forced_pass(network: MVAR) -> None:
     network(torch.zeros(1, dtype=torch.int64, device=META), inputs)
 
 
-def sampling_costs(network: MVAR) -> tuple[tuple[int, ...], int]:
+def step_costs(network: MVAR) -> tuple[tuple[int, ...], int]:
     """Counts FLOPs of each sampling step of one image, and bytes of the mixers' state after the last step."""
     flops, sizes, states = list[int](), list[int](), sampling_states(network)
     while True:

@@ -250,8 +250,6 @@ class MVAR(nn.Module):
     def step(self, scale_inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
         """Runs one step, continuing where `state` ends; all steps together equal `forward`.
 
-        `state` itself stays as it is.
-
         Args:
             scale_inputs: (b, n, c) input of the step's n tokens, those of a scale or a single one; None for the first.
             state: as returned by `init_state` or the step before.

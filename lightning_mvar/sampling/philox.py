@@ -3,10 +3,10 @@
 Each number is a function of a key and a counter alone: neither batch size, order nor device changes it. torch has no
 unsigned 32-bit products, so words are int64 in [0, 2^32); products wrap, and only their 64 bits matter.
 
-| counter word | tokens, their order         | noise of `smooth`     | keys of images         | corrupted prefix      |
+| counter word | tokens                      | noise of `smooth`     | keys of images         | corrupted prefix      |
 |--------------|-----------------------------|-----------------------|------------------------|-----------------------|
 | 0            | position in the image, // 4 | code, // 4            | image number, low word | 0                     |
-| 1            | step within the scale       | position in the image | its high word          | position in the image |
+| 1            | 0                           | position in the image | its high word          | position in the image |
 | 3            | TOKENS                      | NOISE                 | KEYS                   | CORRUPTION            |
 | key          | of the image                | of the image          | the seed               | of the image          |
 
@@ -28,7 +28,7 @@ MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of words 0 and 2
 INCREMENTS = 0x9E3779B9, 0xBB67AE85  # of the key from round to round
 ROUNDS = 10
 MASK = 2**32 - 1
-TOKENS, NOISE, KEYS, CORRUPTION, DRAFTS = 0, 1, 2, 3, 5
+TOKENS, NOISE, KEYS, CORRUPTION, DRAFTS = 0, 1, 2, 3, 5  # kept as they are, so that images of a seed stay the same
 
 
 def philox(counter: Sequence[Word], key: Sequence[Word]) -> list[Any]:

@@ -35,7 +35,8 @@ class LitMVAR(NetworkModule):
     Args:
         network: architecture of the network; what it leaves out, `weights`, the tokenizer and the token shards say;
             without `weights`, the default is d16.
-        tokenizer: folder of the tokenizer that encoded the tokens; that of `weights` if not given.
+        tokenizer: folder, published file or name of the tokenizer that encoded the tokens; that of `weights` if not
+            given.
         optimizer: the optimizer and its schedules.
         objective: what to minimize, a class of `lightning_mvar.training.objectives`; overlays in configs/objective.
         label_drop: share of the training labels replaced by the unconditional class.
@@ -75,17 +76,17 @@ class LitMVAR(NetworkModule):
         freeze: tuple[str, ...] = (),
     ) -> None:
         super().__init__(
-            network,
-            tokenizer,
-            optimizer,
-            ema_decay,
-            power_ema,
-            compile,
-            activation_checkpointing,
-            max_skipped_steps,
-            weights,
-            weights_kind,
-            freeze,
+            network=network,
+            tokenizer=tokenizer,
+            optimizer=optimizer,
+            ema_decay=ema_decay,
+            power_ema=power_ema,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+            max_skipped_steps=max_skipped_steps,
+            weights=weights,
+            weights_kind=weights_kind,
+            freeze=freeze,
         )
         if not 0 <= label_drop <= 1:
             raise InputError(f"model.label_drop must be in [0, 1], got {label_drop}")

@@ -60,12 +60,16 @@ class NetworkModule(ScheduledModule):
     The tokenizer is held outside the module's registry, so it is neither trained nor sharded nor saved; a checkpoint
     records its path and fingerprint. The trainer calls `configure_model` once it knows the devices, which builds the
     network, sharded block by block if the strategy is `fsdp2`.
+
+    `load_from_checkpoint` passes subclasses the network, the tokenizer, `ema_decay` and `power_ema`, and the caller's
+    options: their constructors accept these by keyword, and have defaults for all others.
     """
 
     undecayed = UNDECAYED
 
     def __init__(
         self,
+        *,
         network: MVARConfig,
         tokenizer: str | None,
         optimizer: OptimizerConfig,
@@ -131,7 +135,7 @@ class NetworkModule(ScheduledModule):
 
     @cached_property
     def tokenizer_path(self) -> str:
-        """Folder of the tokenizer.
+        """Folder, published file or name of the tokenizer.
 
         Raises:
             InputError: if it is neither given nor known from the weights to start from.
@@ -194,7 +198,8 @@ class NetworkModule(ScheduledModule):
     @cached_property
     def hidden_tokenizer(self) -> list[Tokenizer]:
         """The tokenizer, in a list that hides it from the module registry."""
-        tokenizer = load_tokenizer(self.tokenizer_path).requires_grad_(False)
+        schedule = self.network_options.schedule or (None if self.start.config is None else self.start.config.schedule)
+        tokenizer = load_tokenizer(self.tokenizer_path, schedule).requires_grad_(False)
         check_pair(self.network_options, tokenizer.config, f"the tokenizer in {self.tokenizer_path}")
         return [tokenizer]
 
@@ -221,7 +226,7 @@ class NetworkModule(ScheduledModule):
         Args:
             checkpoint_path: the checkpoint.
             map_location: device to move the module to.
-            tokenizer: folder of the tokenizer, if it has moved.
+            tokenizer: folder, published file or name of the tokenizer, if it has moved.
             options: other arguments of the constructor, for training on: a checkpoint has none but the network, and the
                 decays of its averages, if it keeps any.
 
@@ -234,7 +239,8 @@ class NetworkModule(ScheduledModule):
         if record.run.ema and record.run.ema_decay is None and "ema_decay" not in options:
             raise InputError(f"{path} does not record the decay of its weight average: pass ema_decay")
         options = {"ema_decay": record.run.ema_decay, "power_ema": record.run.power_ema} | options
-        module = cls(NetworkOptions(**vars(record.network)), tokenizer or record.tokenizer.path, **options)
+        network = NetworkOptions(**vars(record.network))
+        module = cls(network=network, tokenizer=tokenizer or record.tokenizer.path, **options)
         require_same_power_ema(record.run.power_ema, module.power_ema)
         module.known_class_names = record.class_names
 
@@ -250,7 +256,7 @@ class NetworkModule(ScheduledModule):
         return module.to(map_location) if map_location is not None else module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        tokenizer = TokenizerRecord(str(Path(self.tokenizer_path).resolve()), self.tokenizer_fingerprint)
+        tokenizer = TokenizerRecord(absolute(self.tokenizer_path), self.tokenizer_fingerprint)
         batch = None if self.token_data is None else self.batch_of_all_ranks
         reference = None if self.reference is None else self.reference.record
         run = RunRecord(
@@ -295,3 +301,8 @@ class NetworkModule(ScheduledModule):
         require_same_optimizer(record.run.muon, self.optimizer_config.muon)
         require_same_frozen(record.run.freeze, [*self.freeze_patterns])
         return record
+
+
+def absolute(place: str) -> str:
+    """Returns the absolute path of a tokenizer; a name on the Hub stays as it is."""
+    return str(Path(place).resolve()) if Path(place).exists() else place

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mvar.checkpoints import load_official_tokenizer, load_tokenizer
+from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.checkpoints.training import EMA_PREFIX, read_plain_part, read_tensors, resolve_last
 from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.data.tokens.statistics import perplexity
@@ -368,17 +368,16 @@ def require_current(record: Any, source: str | Path) -> None:
 
 
 def load_pretrained(weights: str, config: TokenizerConfig) -> Tokenizer:
-    """Returns a tokenizer of `config` with the weights of a folder or of a published file.
+    """Returns a tokenizer of `config` with the weights of a folder, a published file or a name on the Hub.
 
     Raises:
         InputError: if the weights are missing or of another tokenizer; only the schedule may differ.
     """
-    path = Path(weights).expanduser()
-    loaded = load_tokenizer(path) if path.is_dir() else load_official_tokenizer(path, config.schedule)
+    loaded = load_tokenizer(weights, config.schedule)
     saved, current = asdict(loaded.config), asdict(config)
     for name in current:
         if name != "schedule" and saved[name] != current[name]:
-            raise InputError(f"--model.weights {path}: {name} is {saved[name]} there, {current[name]} in this run")
+            raise InputError(f"--model.weights {weights}: {name} is {saved[name]} there, {current[name]} in this run")
     tokenizer = Tokenizer(config)
     tokenizer.load_state_dict(loaded.state_dict())
     return tokenizer

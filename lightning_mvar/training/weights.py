@@ -171,7 +171,7 @@ def check_tokenizer(
     """
     expected, folder = stored.tokenizer_fingerprint, stored.tokenizer_folder
     if expected is None and folder is not None:
-        expected = load_tokenizer(folder).fingerprint()
+        expected = load_tokenizer(folder, stored.config.schedule).fingerprint()
     if expected not in (None, actual := tokenizer.with_schedule(stored.config.schedule).fingerprint()):
         raise InputError(f"{stored.source} was trained with tokenizer {expected}, but {path} holds {actual}: {remedy}")
 

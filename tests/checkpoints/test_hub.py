@@ -16,9 +16,11 @@ from published_states import published
 from lightning_mvar import ScaleSchedule, Tokenizer
 from lightning_mvar.checkpoints import load_tokenizer, load_trained, save_folder
 from lightning_mvar.checkpoints.hub import locate
+from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord, TokenizerRecord, load_recorded_tokenizer
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.pipeline import MVARPipeline
+from lightning_mvar.training.network import absolute
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -106,9 +108,14 @@ def test_files_are_downloaded_once_and_then_need_no_network(var: Hub, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load_trained("var-d16")
     assert load_tokenizer("vae-ch160v4096z32").config.schedule == ScaleSchedule.for_resolution(256)
+    network, fingerprint = load_trained("var-d16").network, load_tokenizer("vae-ch160v4096z32").fingerprint()
+    run = RunRecord(ema=False, skipped_steps=(0, 0), world_size=1, batch_of_all_ranks=None)
+    place = TokenizerRecord(absolute("vae-ch160v4096z32"), fingerprint)
+    recorded = load_recorded_tokenizer(Path("a.ckpt"), None, NetworkRecord(network.config, place, [], run))
+    assert recorded.config.schedule == network.config.schedule
     assert len(var.requests) == fetched
-    with pytest.raises(InputError, match="is not in the cache, and the Hub cannot be reached: download https://hug"):
-        load_trained("var-d20")
+    with pytest.raises(InputError, match=r"in the cache, and the Hub .*: download .*/resolve/v2/a\.pth on"):
+        load_trained("FoundationVision/var:a.pth@v2")
 
 
 def test_a_pushed_pipeline_is_loaded_from_its_repository(server: Hub, tokenizer: Tokenizer) -> None:
@@ -119,7 +126,7 @@ def test_a_pushed_pipeline_is_loaded_from_its_repository(server: Hub, tokenizer:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nobody/nothing", "nobody/nothing is neither a local path nor a repository that you may read"),
+        ("nobody/nothing", "nobody/nothing does not exist as a local path or as a repository that you may read"),
         ("FoundationVision/var:var_d99.pth", r"FoundationVision/var:var_d99\.pth cannot be downloaded \(.*404"),
         ("FoundationVision/var:var_d16.pth", "add --tokenizer vae-ch160v4096z32, or its file"),
         ("var-d17", "var-d17 does not exist; it must be .*var-d16, var-d20"),
@@ -134,7 +141,14 @@ def test_names_of_nothing_are_refused_in_one_line(var: Hub, place: str, message:
 def test_local_paths_are_never_looked_up(var: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
-    for place in ("outputs/missing", str(tmp_path / "a/b"), "../x"):
+    for place in (
+        "outputs/missing",
+        str(tmp_path / "a/b"),
+        "../x",
+        "./missing/x",
+        "nodir/model.pth",
+        "nodir/last.ckpt",
+    ):
         assert locate(place).path == Path(place)
     (tmp_path / "var-d16").mkdir()
     assert locate("var-d16").path == Path("var-d16")

@@ -69,6 +69,7 @@ def test_help_fits_on_a_screen_and_mistakes_are_named_before_torch_is_imported()
         ("sample --ckpt_path C --top_k many", "--top_k many is not a number"),
         ("sample --ckpt_path C --keep=half", "--keep half is not a number"),
         ("sample --ckpt_path C --weights emma", "--weights emma is unknown; did you mean ema?"),
+        ("sample --ckpt_path C --graphs maybe", "--graphs maybe is unknown; use true, false"),
         ("merge A --zzz", "merge has no option --zzz; `lightning-mvar merge --help` lists the options"),
     ],
 )
@@ -109,3 +110,8 @@ def test_completion_knows_commands_options_and_choices() -> None:
     script = completion("bash")
     for word in ("train-tokenizer", "--guidance_off_from", "--trainer.gradient_clip_val", "bfloat16"):
         assert word in script
+
+
+def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run(["evaluate", "--help"]) == run(["--help_all"]) == 0
