@@ -108,9 +108,9 @@ def test_files_are_downloaded_once_and_then_need_no_network(var: Hub, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load_trained("var-d16")
     assert load_tokenizer("vae-ch160v4096z32").config.schedule == ScaleSchedule.for_resolution(256)
-    network, fingerprint = load_trained("var-d16").network, load_tokenizer("vae-ch160v4096z32").fingerprint()
+    network, tokenizer, _ = load_trained("var-d16")
     run = RunRecord(ema=False, skipped_steps=(0, 0), world_size=1, batch_of_all_ranks=None)
-    place = TokenizerRecord(absolute("vae-ch160v4096z32"), fingerprint)
+    place = TokenizerRecord(absolute("vae-ch160v4096z32"), tokenizer.fingerprint())
     recorded = load_recorded_tokenizer(Path("a.ckpt"), None, NetworkRecord(network.config, place, [], run))
     assert recorded.config.schedule == network.config.schedule
     assert len(var.requests) == fetched
