@@ -43,6 +43,7 @@ class Sampler:
         set_tf32(precision == "tf32")
         self.network = lower_precision(model.network.to(device), self.dtype)
         self.tokenizer = model.tokenizer.to(device).lower(self.dtype)
+        self.guides: dict[str, MVAR] = {}  # the last one used, by path: one for all of a set
         self.graphs = graphs_for(self.network) if graphs else None
         self.class_names = model.class_names
         self.classes = Classes(model.class_names, model.network.config.num_classes)
@@ -53,7 +54,12 @@ class Sampler:
         Raises:
             InputError: if it cannot be read, or has other tokens, classes or scales.
         """
-        return load_guide(settings.guide, self.network.config, self.tokenizer, self.class_names, self.dtype)
+        path = settings.guide.needed_network
+        if path is not None and path not in self.guides:
+            guide = load_guide(settings.guide, self.network.config, self.tokenizer, self.class_names, self.dtype)
+            assert guide is not None
+            self.guides = {path: guide}
+        return None if path is None else self.guides[path]
 
     def steps(
         self, labels: Tensor, settings: SamplingSettings, numbers: Iterable[int], known: KnownTokens | None = None
