@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
-from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
+from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images, split_off
 from lightning_mvar.data.tokens.encode import EncodedBatch, TokenEncoder
 from lightning_mvar.data.tokens.manifest import Manifest, read_record, record_paths
 from lightning_mvar.data.tokens.writing import ShardFolder
@@ -117,8 +117,9 @@ def tokenize(
 
 def refuse_overlap(images: str, out: str) -> None:
     """Raises InputError if one folder holds the other, where shards would be taken for images or images for shards."""
-    if os.path.isdir(images):
-        paths = [os.path.realpath(images), os.path.realpath(out)]
+    folder, _ = split_off(images)
+    if os.path.isdir(folder):
+        paths = [os.path.realpath(folder), os.path.realpath(out)]
         if os.path.commonpath(paths) in paths:
             raise InputError(
                 f"--out {out} and --images {images} hold one another: choose an --out outside of the images"

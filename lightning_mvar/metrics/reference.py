@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.images.protocols import CROP_PROTOCOLS, CropProtocol
-from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images
+from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images, split_off
 from lightning_mvar.data.tokens.manifest import MANIFEST
 from lightning_mvar.data.tokens.sources import open_shards
 from lightning_mvar.devices import is_first_rank, object_from_rank_zero
@@ -185,7 +185,7 @@ def open_reference(
         return Reference(str(path), "npz", arrays=tuple(array_names(path)), crop=crop)
     if (path / MANIFEST).is_file():
         return Reference(name, "shards", crop=crop)
-    if not path.exists() and not set(name) & set("{*?["):  # of a pattern of archives
+    if not os.path.exists(split_off(name)[0]) and not set(name) & set("{*?["):  # of a pattern of archives
         raise InputError(f"{name} does not exist")
     return Reference(name, "images", crop=crop)
 

@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from lightning_mvar.data.images.decoding import SUFFIXES, UnusableFileError, rea
 from lightning_mvar.data.images.labels import Labels
 from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_single_parent, refuse_split_folders
 from lightning_mvar.errors import InputError
+
+SourceSplit = Literal["train", "val"]
+HELD_OUT = 10  # one in this many images is held out for validation
 
 
 class EncodedImages(ABC):
@@ -59,6 +63,16 @@ class EncodedImages(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def keep(self, split: SourceSplit) -> None:
+        """Keeps the images of one split. An image's split depends on its name without the class alone.
+
+        So an image stays in its split when others are added, or when its class is renamed.
+        """
+        held_out = np.array([is_held_out(key) for key in self.keys.tolist()])
+        kept = np.flatnonzero(held_out == (split == "val"))
+        self.keys, self.labels, self.locations = self.keys[kept], self.labels[kept], self.locations[kept]
+        self.groups = None if self.groups is None else self.groups[kept]
+
     def key(self, index: int) -> str:
         return bytes(self.keys[index]).decode()
 
@@ -89,6 +103,12 @@ class EncodedImages(ABC):
             OSError: if the file cannot be read.
             UnusableFileError: if there is no content to decode.
         """
+
+
+def is_held_out(key: bytes) -> bool:
+    """Returns whether the image CLASS/NAME belongs to the validation split."""
+    name = key.partition(b"/")[2]
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % HELD_OUT == 0
 
 
 class FolderImages(EncodedImages):

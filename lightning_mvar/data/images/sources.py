@@ -3,7 +3,7 @@
 A source is an embedded set such as `digits:train` or `photos:test`; a folder of class folders; a tar archive, perhaps
 compressed, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or Parquet or Arrow files. Remote
 ones (`https://...`, `s3://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are downloaded first: images are read in
-random order.
+random order. SOURCE:train and SOURCE:val are nine tenths of a source and the rest, chosen by the names of the images.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os.path
 import re
 from glob import glob
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from webdataset.shardlists import expand_urls
 
@@ -24,7 +24,7 @@ from lightning_mvar.data.images.class_words import read_class_names
 from lightning_mvar.data.images.compressed import COMPRESSED_SUFFIXES, decompressed
 from lightning_mvar.data.images.crops import DecodedImages, EmbeddedImages
 from lightning_mvar.data.images.examples import ImageSource, OnCorrupt
-from lightning_mvar.data.images.files import EncodedImages, FolderImages
+from lightning_mvar.data.images.files import EncodedImages, FolderImages, SourceSplit
 from lightning_mvar.data.images.labels import read_labels
 from lightning_mvar.data.images.names import SPLITS, is_image, refuse_split_files, visible
 from lightning_mvar.data.images.protocols import CropProtocol
@@ -96,7 +96,8 @@ def open_encoded(
     cache_dir: str = IMAGE_CACHE,
     retries: int = RETRIES,
 ) -> EncodedImages:
-    """Opens the image files of a folder or of archives."""
+    """Opens the image files of a folder or of archives, or of one split of them."""
+    source, split = split_off(source)
     paths = resolve_files(source, Path(cache_dir), retries)
     columns = labels if paths and labels is not None and is_choice_of_columns(labels) else ""
     label_file = None if labels is None or columns else read_labels(Path(labels), class_names)
@@ -112,7 +113,19 @@ def open_encoded(
             raise InputError(f"the classes of {source} are named by its folders: leave out --class_names")
         images = FolderImages(Path(source), label_file)
     images.skipped.report(source)
+    if split is not None:
+        images.keep(split)
+    if not len(images):
+        raise InputError(f"{source}:{split} has no images: {source} has too few for a validation split")
     return images
+
+
+def split_off(source: str) -> tuple[str, SourceSplit | None]:
+    """Separates the split from SOURCE:train or SOURCE:val; None if there is none, or such a file or folder exists."""
+    root, _, split = source.rpartition(":")
+    if not root or split not in get_args(SourceSplit) or os.path.exists(source):
+        return source, None
+    return root, cast(SourceSplit, split)
 
 
 def is_choice_of_columns(labels: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,28 @@ def test_the_listing_depends_on_names_and_labels(
     assert source.listing == open_encoded(str(write_folder(files, tmp_path / "same")), None, None).listing
     fewer = dict(list(files.items())[1:])
     assert source.listing != open_encoded(str(write_folder(fewer, tmp_path / "other")), None, None).listing
+
+
+@pytest.mark.parametrize("name", ["folder", "parquet"])
+def test_a_tenth_of_the_names_is_held_out(formats: Sources, files: dict[str, bytes], name: str) -> None:
+    held_out = [key for key in files if int(sha256(key.split("/")[1].encode()).hexdigest()[:16], 16) % 10 == 0]
+    assert 60 <= len(held_out) <= 140  # of 1,000
+    expected = {"val": set(held_out), "train": set(files) - set(held_out)}
+    for split, keys in expected.items():
+        images = open_encoded(f"{formats[name][0]}:{split}", None, None)
+        assert {images.key(i) for i in range(len(images))} == keys
+        assert images.class_names == CLASSES
+        assert all(images.read(i) == files[images.key(i)] for i in range(0, len(images), 50))
+        assert all(images.key(i).startswith(f"{CLASSES[label]}/") for i, label in enumerate(images.labels))
+
+
+def test_a_folder_whose_name_ends_like_a_split_is_not_divided(tmp_path: Path, files: dict[str, bytes]) -> None:
+    few = dict(list(files.items())[:30])
+    folder = write_folder(few, tmp_path / "mine:val")
+    assert len(open_encoded(str(folder), None, None)) == 30
+    one = write_folder({next(iter(files)): b""}, tmp_path / "one")
+    with pytest.raises(InputError, match="has no images"):
+        [open_encoded(f"{one}:{split}", None, None) for split in ("train", "val")]
 
 
 def test_row_groups_of_parquet_files_are_known(formats: Sources) -> None:
