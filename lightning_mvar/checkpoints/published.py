@@ -195,18 +195,7 @@ def network_to_published(network: MVAR) -> StateDict:
         InputError: if the published code does not support such a network.
     """
     config, schedule = network.config, network.config.schedule
-    if config.mixers not in (VAR, M_VAR):
-        raise InputError(f"the published code does not support a network with mixers {config.mixer_summary}")
-    require_published_fields(config, ("prediction",))
-    if config.mixers == M_VAR:
-        require_published_fields(config, ("parallel", "scan_order", "state_dim", "conv_width", "expand", "head_dim"))
-    if not config.qk_norm and config.width != HEAD_DIM * config.heads:
-        raise InputError(
-            f"without QK-norm the published code needs heads of dim {HEAD_DIM}, got {config.heads} heads of "
-            f"{config.width // config.heads}"
-        )
-    if config.mixers == M_VAR and config.shared_adaln:
-        raise InputError("the published M-VAR code does not support shared_adaln")
+    refuse_unsupported(unsupported_network(config))
     state, scale = network_weights(network), schedule.scale_ids
     # VAR masks finer scales; M-VAR, whose attention stays inside each scale, masks all other scales.
     masked = scale[:, None] != scale if config.mixers == M_VAR else scale[:, None] < scale  # (l, l), query and key
@@ -267,19 +256,39 @@ def tokenizer_to_published(tokenizer: Tokenizer) -> StateDict:
         InputError: if the published code does not support such a tokenizer.
     """
     config = tokenizer.config
-    require_published_fields(config, ("multipliers", "blocks", "num_phi", "norm_groups"))
-    if config.channels % config.norm_groups:
-        raise InputError(
-            f"the published code needs channels in multiples of {config.norm_groups}, got {config.channels}"
-        )
+    refuse_unsupported(unsupported_tokenizer(config))
     # A training statistic that our tokenizer does not store.
     usage = torch.zeros(config.schedule.num_scales, config.vocab_size)
     return tokenizer_weights(tokenizer) | {"quantize.ema_vocab_hit_SV": usage}
 
 
-def require_published_fields(config: MVARConfig | TokenizerConfig, fixed: tuple[str, ...]) -> None:
-    """Raises InputError unless the `fixed` fields have the published values, which are the defaults."""
-    published = type(config)()
-    for name in fixed:
-        if (ours := getattr(config, name)) != (theirs := getattr(published, name)):
-            raise InputError(f"the published code cannot hold these weights: {name} is {ours}, must be {theirs}")
+def unsupported_network(config: MVARConfig) -> list[str]:
+    """Returns why the published code does not support a network, one reason per field; empty if it does."""
+    if config.mixers not in (VAR, M_VAR):
+        return [f"mixers are {config.mixer_summary}"]
+    fixed = ("prediction",)
+    if config.mixers == M_VAR:
+        fixed += ("parallel", "scan_order", "state_dim", "conv_width", "expand", "head_dim", "shared_adaln")
+    reasons = other_fields(config, fixed)
+    if not config.qk_norm and config.width != HEAD_DIM * config.heads:
+        reasons.append(f"heads have dim {config.width // config.heads}, must have {HEAD_DIM} without qk_norm")
+    return reasons
+
+
+def unsupported_tokenizer(config: TokenizerConfig) -> list[str]:
+    """Returns why the published code does not support a tokenizer; see `unsupported_network`."""
+    reasons = other_fields(config, ("multipliers", "blocks", "num_phi", "norm_groups"))
+    if config.channels % config.norm_groups:
+        reasons.append(f"channels are {config.channels}, must be a multiple of {config.norm_groups}")
+    return reasons
+
+
+def other_fields(config: MVARConfig | TokenizerConfig, fixed: tuple[str, ...]) -> list[str]:
+    """Names the `fixed` fields that do not have the published values, which are the defaults."""
+    pairs = [(name, getattr(config, name), getattr(type(config)(), name)) for name in fixed]
+    return [f"{name} is {ours}, must be {theirs}" for name, ours, theirs in pairs if ours != theirs]
+
+
+def refuse_unsupported(reasons: list[str]) -> None:
+    if reasons:
+        raise InputError(f"the published code cannot hold these weights: {'; '.join(reasons)}")

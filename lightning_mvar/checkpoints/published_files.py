@@ -16,7 +16,10 @@ from lightning_mvar.checkpoints.published import (
     M_VAR,
     network_from_published,
     network_to_published,
+    refuse_unsupported,
     tokenizer_to_published,
+    unsupported_network,
+    unsupported_tokenizer,
 )
 from lightning_mvar.checkpoints.state_dicts import load_official_tokenizer, read_published_state
 from lightning_mvar.checkpoints.stored import StoredModel
@@ -35,6 +38,7 @@ def save_official(folder: str | Path, model: TrainedModel) -> list[Path]:
         InputError: if the published code does not support such a network or tokenizer.
     """
     network, tokenizer = model.network.config, model.tokenizer.config
+    refuse_unsupported([*unsupported_network(network), *unsupported_tokenizer(tokenizer)])
     kind = "mvar" if network.mixers == M_VAR else "var"
     files = {
         f"{kind}_d{network.depth}.pth": network_to_published(model.network),
