@@ -20,8 +20,7 @@ from lightning_mvar.data.images.decoding import to_rgb, to_tensor
 from lightning_mvar.devices import Precision, choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.generate import decode_images, kept_tokens_mask
-from lightning_mvar.sampling.grids import to_uint8
-from lightning_mvar.sampling.sampler import Sampler, label_tensor
+from lightning_mvar.sampling.sampler import Sampler, drawn_pixels, label_tensor
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import KnownTokens, Step
 from lightning_mvar.scales import Shape, format_shape
@@ -156,8 +155,8 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         return KnownTokens(tokens.expand(count, -1), keep.expand(count, -1))
 
     def to_images(self, f_hat: Tensor) -> list[Image.Image]:
-        """Decodes features (b, c, s, t) to b images."""
-        return [Image.fromarray(pixels) for pixels in to_uint8(decode_images(self.tokenizer, f_hat))]
+        """Decodes features (b, c, s, t) to b images; raises InputError if some are not finite."""
+        return [Image.fromarray(pixels) for pixels in drawn_pixels(decode_images(self.tokenizer, f_hat))]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         if self.network.input_proj.weight.dtype != torch.float32:

@@ -46,6 +46,13 @@ def test_repr_says_what_the_pipeline_draws(pipe: MVARPipeline) -> None:
     assert repr(pipe) == f"MVARPipeline({count:.1f}M parameters, 2 blocks, 10 classes, 8 x 8 pixels, device=cpu)"
 
 
+def test_images_that_are_not_finite_are_counted_instead_of_drawn_black(pipe: MVARPipeline) -> None:
+    decode = pipe.tokenizer.decode_features
+    pipe.tokenizer.decode_features = lambda f_hat: decode(f_hat) * torch.tensor([1, torch.nan, 1]).view(3, 1, 1, 1)
+    with pytest.raises(InputError, match="1 of 3 images are not finite"):
+        pipe([0, 1, 2])
+
+
 def test_classes_can_be_mixed(pipe: MVARPipeline) -> None:
     images = pipe(["zero:0.7+8:0.3", "3"], seed=4)
     weights = torch.zeros(2, 11)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_mvar.checkpoints.pair import TrainedModel
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.devices import DTYPES, Precision, rank_and_world_size, set_tf32
+from lightning_mvar.errors import InputError
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.sampling.costs import SamplingCosts, sampling_costs
@@ -108,6 +109,21 @@ def label_tensor(classes: Sequence[Mapping[int, float]], num_classes: int) -> Te
     return rows
 
 
+def drawn_pixels(images: Tensor) -> PixelArray:
+    """Rounds drawn images (b, 3, H, W) in [0, 1] to (b, H, W, 3) uint8.
+
+    Raises:
+        InputError: with their count, if some hold NaN, which would become black.
+    """
+    broken = int(images.flatten(1).sum(dim=1).isnan().sum())
+    if broken:
+        raise InputError(
+            f"{broken} of {len(images)} images are not finite: the network or the decoder overflows; use weights of an "
+            f"earlier checkpoint, or precision float32"
+        )
+    return to_uint8(images)
+
+
 @dataclass
 class Drawing:
     """A set of images to draw.
@@ -147,7 +163,7 @@ class Drawing:
 
     def draw(self, labels: Tensor, numbers: list[int]) -> PixelArray:
         """Draws images (b, H, W, 3) uint8 of the given labels or weights, and numbers."""
-        return to_uint8(self.sampler.draw(labels, self.settings, numbers))
+        return drawn_pixels(self.sampler.draw(labels, self.settings, numbers))
 
     def stream_images(self, numbers: list[int]) -> Iterator[Tensor]:
         """Yields images (b, 3, H, W) in [0, 1] of the set, decoded after each scale."""

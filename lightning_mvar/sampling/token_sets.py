@@ -20,8 +20,7 @@ from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.writing import ShardFolder
 from lightning_mvar.devices import is_first_rank, rank_and_world_size
 from lightning_mvar.errors import InputError
-from lightning_mvar.sampling.grids import to_uint8
-from lightning_mvar.sampling.sampler import Batch, Drawing
+from lightning_mvar.sampling.sampler import Batch, Drawing, drawn_pixels
 
 # A set has about SHARDS shards, to divide among processes and to lose little of at an interruption.
 SHARDS = 64
@@ -96,4 +95,4 @@ class TokenSet:
         with closing(SampleReader(manifest, range(len(manifest.shards)), fetch, {}, ahead=1)) as reader:
             for part in samples.split(batch_size)[rank::world_size] if numbers else ():
                 tokens = torch.from_numpy(reader.read(part.numpy())[0].astype(np.int64))
-                yield self.order[part].tolist(), to_uint8(self.drawing.sampler.decode(tokens))
+                yield self.order[part].tolist(), drawn_pixels(self.drawing.sampler.decode(tokens))
