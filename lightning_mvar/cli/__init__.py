@@ -23,7 +23,16 @@ from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
-from lightning_mvar.cli.help import COMMANDS, FULL_HELP, check_options, completion, nearest, print_help, usage
+from lightning_mvar.cli.help import (
+    COMMANDS,
+    FULL_HELP,
+    check_options,
+    completion,
+    nearest,
+    print_help,
+    usage,
+    with_network_option,
+)
 from lightning_mvar.errors import InputError, Interrupted, one_line
 
 PIPE_EXIT_CODE = 128 + signal.SIGPIPE
@@ -98,6 +107,7 @@ def run(argv: list[str]) -> int:
         if {"-h", "--help"} & set(argv[1:]):
             print_help(*argv)
             return 0
+        argv = with_network_option(argv)
         check_options(*argv)
         argv = ["--help" if argument == FULL_HELP else argument for argument in argv]
         command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")

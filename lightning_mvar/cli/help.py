@@ -46,6 +46,7 @@ MAX_METAVAR = 20
 # What begins like a number, or like a list of them; jsonargparse refuses the rest.
 NUMBER = re.compile(r"[\[(]?\s*[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)
 
+NETWORK = "ckpt_path"  # option that a command also takes as its first word
 SAMPLING = "SamplingSettings"
 GROUPS = ("required", "options", "sampling", "machine", "data", "model", "trainer")  # in the order of the help
 # Options about the machine, not the result.
@@ -145,7 +146,7 @@ def describe(parser: argparse.ArgumentParser, name: str, found: Signature) -> ar
     """Adds the options of a command to a parser, in groups and one line each; it knows nothing of their types."""
     width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
     needed = [option for option in found.options if option.required and "." not in option.name]
-    words = [metavar(option) if option.positional else f"--{option.name} {metavar(option)}" for option in needed]
+    words = [metavar(o) if o.positional or o.name == NETWORK else f"--{o.name} {metavar(o)}" for o in needed]
     parser.usage = " ".join(["lightning-mvar", name, *words, "[options]"])
     parser.description = found.description
     parser.epilog = f"`lightning-mvar {name} {FULL_HELP}` has all options, with their whole texts."
@@ -205,6 +206,21 @@ def print_help(name: str, *words: str) -> None:
     for other, found in signatures.items():
         print(f"  {name} {other} DIR".ljust(NAMES_WIDTH) + found.description.splitlines()[0])
     print(f"\n`lightning-mvar {name} {other} --help` lists the options.")
+
+
+def with_network_option(argv: list[str]) -> list[str]:
+    """Puts `--ckpt_path` before a network that is the first word of a command, as in `sample var-d16 --out samples`.
+
+    Raises:
+        InputError: if the option is also given.
+    """
+    name, *words = argv
+    named = name not in TRAINING and words and not words[0].startswith("-")
+    if not named or NETWORK not in {option.name for option in signatures_of(name).get("", Signature("", [])).options}:
+        return argv
+    if twice := [word for word in words if word.partition("=")[0] == f"--{NETWORK}"]:
+        raise InputError(f"{name} {words[0]} names the network already: drop {twice[0]}, or {words[0]}")
+    return [name, f"--{NETWORK}", *words]
 
 
 def check_options(name: str, *words: str) -> None:

@@ -8,7 +8,14 @@ import pytest
 from jsonargparse import capture_parser
 
 from lightning_mvar.cli import run
-from lightning_mvar.cli.help import COMMANDS, OF_ANY_PARSER, check_options, completion, signatures_of
+from lightning_mvar.cli.help import (
+    COMMANDS,
+    OF_ANY_PARSER,
+    check_options,
+    completion,
+    signatures_of,
+    with_network_option,
+)
 
 SCREEN = 60  # lines
 
@@ -70,6 +77,7 @@ def test_help_fits_on_a_screen_and_mistakes_are_named_before_torch_is_imported()
         ("sample --ckpt_path C --keep=half", "--keep half is not a number"),
         ("sample --ckpt_path C --weights emma", "--weights emma is unknown; did you mean ema?"),
         ("sample --ckpt_path C --graphs maybe", "--graphs maybe is unknown; use true, false"),
+        ("sample C --ckpt_path=D", "sample C names the network already: drop --ckpt_path=D, or C"),
         ("merge A --zzz", "merge has no option --zzz; `lightning-mvar merge --help` lists the options"),
     ],
 )
@@ -95,6 +103,21 @@ def test_what_the_parser_takes_is_not_refused(value: str) -> None:
 def test_mistakes_in_a_class_are_named(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["reconstruct", "--tokenizer", "T", "--images", "I", "--extractor", *options.split()]) == 1
     assert capsys.readouterr().err.startswith(f"lightning-mvar: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("sample var-d16 --out o", "sample --ckpt_path var-d16 --out o"),
+        ("evaluate var-d16 --samples s", "evaluate --ckpt_path var-d16 --samples s"),
+        ("sample --out o --ckpt_path var-d16", "sample --out o --ckpt_path var-d16"),
+        ("merge A B --out o", "merge A B --out o"),
+        ("shards verify D", "shards verify D"),
+        ("fit", "fit"),
+    ],
+)
+def test_the_first_word_of_a_command_is_the_network(line: str, expected: str) -> None:
+    assert with_network_option(line.split()) == expected.split()
 
 
 def test_help_shows_choices_defaults_and_positional_arguments(capsys: pytest.CaptureFixture[str]) -> None:
