@@ -266,7 +266,7 @@ def unsupported_network(config: MVARConfig) -> list[str]:
     """Returns why the published code does not support a network, one reason per field; empty if it does."""
     if config.mixers not in (VAR, M_VAR):
         return [f"mixers are {config.mixer_summary}"]
-    fixed = ("prediction",)
+    fixed: tuple[str, ...] = ("prediction",)
     if config.mixers == M_VAR:
         fixed += ("parallel", "scan_order", "state_dim", "conv_width", "expand", "head_dim", "shared_adaln")
     reasons = other_fields(config, fixed)
