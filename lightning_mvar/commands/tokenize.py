@@ -58,10 +58,10 @@ def tokenize(
     """Encode images into token shards. Run again, on any number of devices, it continues where it stopped.
 
     Args:
-        images: a folder of class folders (CLASS/NAME.png|jpg|webp|...); ImageNet's tar of tars, a tar of class folders,
-            or one tar per class; WebDataset shards with .cls or .json, as a folder or a pattern
-            (train-{0000..0146}.tar); Parquet or Arrow files with image and label; or `digits:train`, `photos:test` and
-            the like. Tars may be compressed (.tar.gz, .tar.zst). Archives may be remote:
+        images: a folder of class folders (CLASS/NAME.png|jpg|webp|...), or of pictures of one class; ImageNet's tar of
+            tars, a tar of class folders, or one tar per class; WebDataset shards with .cls or .json, as a folder or a
+            pattern (train-{0000..0146}.tar); Parquet or Arrow files with image and label; or `digits:train`,
+            `photos:test` and the like. Tars may be compressed (.tar.gz, .tar.zst). Archives may be remote:
             https://HOST/train-{0000..0146}.tar, s3://BUCKET/train-{0000..0146}.tar (also gs:// and hf://), or a command
             that prints an archive, such as `pipe:rclone cat REMOTE:train-{0000..0146}.tar`.
         tokenizer: folder that `train-tokenizer` or `export` wrote, published file, or vae-ch160v4096z32.
@@ -69,7 +69,8 @@ def tokenize(
         labels: for images without classes, such as ILSVRC2012_img_val.tar: a file with lines `NAME CLASS`, or only
             CLASS in the order of the names, or ILSVRC2012_devkit_t12.tar.gz. For tables and shards with several labels
             or images: the columns to take, as LABEL or IMAGE,LABEL.
-        class_names: names of classes that are numbers: `imagenet`, or a file with one name per line.
+        class_names: `imagenet`, or a file with one name per line, in label order: of classes that are numbers, or those
+            that the class folders must be among.
         views: samples per image: 1 is the centre crop, more are random crops.
         flips: mirror half of the random crops.
         seed: seed of the random crops.

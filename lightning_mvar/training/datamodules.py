@@ -245,8 +245,9 @@ class ImageDataModule(BatchedDataModule):
     """Datamodule of images, for training a tokenizer.
 
     Args:
-        train: training images: a builtin set such as `digits:train` or `photos64:train`, a folder of class folders, or
-            archives as in `tokenize`. Avoid Parquet for many images: each access reads a complete row group.
+        train: training images: a builtin set such as `digits:train` or `photos64:train`, a folder of images or of class
+            folders, or archives as in `tokenize`. Avoid Parquet for many images: each access reads a complete row
+            group.
         val: validation images, like `train`.
         resolution: side of the images in pixels, or [height, width].
         crop: crop of training images, redrawn in each epoch if random; validation images are center-cropped.

@@ -19,7 +19,7 @@ from lightning_mvar.data.images.class_words import LABEL_FIELDS, NUMBER, KeysAnd
 from lightning_mvar.data.images.decoding import SUFFIXES, check_bytes
 from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.data.images.labels import Labels
-from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_split_folders
+from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_splits
 from lightning_mvar.data.images.tars import Member, list_members
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular
@@ -236,6 +236,7 @@ def keys_from_paths(images: list[Member], paths: Sequence[Path]) -> KeysAndLabel
     names = sorted({key.split("/")[0] for key in keys})
     if len(names) == 1 and len(paths) == 1 and not images[0].inner:
         raise InputError(f"{paths[0]} does not say which classes its images belong to: pass a label file with --labels")
-    refuse_split_folders(names, keys, str(paths[0]))
+    remedy = "pack each by itself; if they are classes, pass a label file with --labels"
+    refuse_splits(names, str(paths[0]), remedy)
     numbers = {name: label for label, name in enumerate(names)}
     return KeysAndLabels(names, keys, [numbers[key.split("/")[0]] for key in keys])

@@ -13,13 +13,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_mvar.data.images.class_words import KeysAndLabels
 from lightning_mvar.data.images.decoding import SUFFIXES, UnusableFileError, read_file
 from lightning_mvar.data.images.labels import Labels
-from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_single_parent, refuse_split_folders
+from lightning_mvar.data.images.names import SPLITS, Skipped, is_clutter, is_image, refuse_single_parent, refuse_splits
 from lightning_mvar.errors import InputError
 
 SourceSplit = Literal["train", "val"]
 HELD_OUT = 10  # one in this many images is held out for validation
+MAX_LISTED = 10  # classes in a summary
 
 
 class EncodedImages(ABC):
@@ -87,6 +89,18 @@ class EncodedImages(ABC):
         names = "\n".join(self.class_names).encode()
         return hashlib.sha256(b"\0".join([names, *self.keys.tolist(), self.labels.tobytes()])).hexdigest()
 
+    def summary(self) -> str:
+        """Returns the classes and their numbers of images: `9 classes, 1,906 images: animals (212), flags (268), ...`.
+
+        Names of classes may come from untrusted archives.
+        """
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        names = [name if name.isprintable() else repr(name) for name in self.class_names[:MAX_LISTED]]
+        listed = [f"{name:.40} ({count:,})" for name, count in zip(names, counts, strict=False)]
+        classes = "1 class" if len(counts) == 1 else f"{len(counts):,} classes"
+        images = "1 image" if len(self) == 1 else f"{len(self):,} images"
+        return f"{classes}, {images}: {', '.join(listed)}{', ...' if len(counts) > MAX_LISTED else ''}"
+
     @abstractmethod
     def files(self) -> Iterable[Path]:
         """Returns the files that hold the images."""
@@ -112,36 +126,33 @@ def is_held_out(key: bytes) -> bool:
 
 
 class FolderImages(EncodedImages):
-    """Images at `root/CLASS/.../NAME.{png,jpg,...}`, or at `root/NAME` with a label file.
+    """Images at `root/CLASS/.../NAME.{png,jpg,...}`, or at `root/NAME`: of one class, or with a label file.
 
-    Classes are the folders in sorted order, including empty ones. What is left out: see `list_folder`.
+    What is left out: see `list_folder`.
 
     Args:
         root: the folder.
-        labels: labels from a file, used instead of class folders.
+        labels: labels from a file; folders in `root` are left out then.
+        class_names: class names in label order, if there is no label file; see `classes_from_folders`.
 
     Raises:
-        InputError: if there are no images, the labels do not fit them, or the folders are splits rather than classes.
+        InputError: if there are no images, or it is unclear what their classes are.
     """
 
-    def __init__(self, root: Path, labels: Labels | None) -> None:
-        self.root, self.is_flat, skipped = root, labels is not None, Skipped()
-        classes, names = list_folder(root, skipped, recursive=labels is None)
-        if labels is None:
-            for name in (name for name in names if "/" not in name):
-                skipped.add("images outside of the class folders", name)
-            names = [name for name in names if "/" in name]
+    def __init__(self, root: Path, labels: Labels | None, class_names: Sequence[str] | None = None) -> None:
+        self.root, skipped = root, Skipped()
+        folders, names = list_folder(root, skipped, recursive=labels is None)
         if not names:
-            expected = f"{root}/CLASS/NAME" if labels is None else f"{root}/NAME"
-            raise InputError(f"no images under {root}: expected {expected} with a suffix of {', '.join(SUFFIXES)}")
+            raise InputError(
+                f"no images under {root}: expected pictures, or a folder of pictures per class, with a suffix of "
+                f"{', '.join(SUFFIXES)}"
+            )
         if labels is None:
-            refuse_split_folders(classes, names, str(root))
-            refuse_single_parent(classes, names, str(root))
-            numbers = {name: label for label, name in enumerate(classes)}
-            keys, image_labels = names, [numbers[name.split("/")[0]] for name in names]
+            named = classes_from_folders(root, folders, names, class_names)
         else:
-            classes, keys, image_labels = labels.assign(names, root, skipped)
-        super().__init__(classes, keys, image_labels, np.empty((len(keys), 0), np.int64), skipped)
+            named = labels.assign(names, root, skipped)
+        self.is_flat = "/" not in names[0]
+        super().__init__(*named, np.empty((len(names), 0), np.int64), skipped)
 
     def path(self, index: int) -> Path:
         key = self.key(index)
@@ -163,6 +174,53 @@ class FolderImages(EncodedImages):
             if is_broken_link(error) and path.is_symlink():
                 raise UnusableFileError("it is a link to a file that does not exist") from error
             raise
+
+
+def classes_from_folders(
+    root: Path, folders: Sequence[str], names: Sequence[str], class_names: Sequence[str] | None
+) -> KeysAndLabels:
+    """Takes the class of each image from its folder in `root`; images without folders are of one class.
+
+    Args:
+        root: names the class of images without folders, or its parent if `root` is called like a split.
+        folders: the folders in `root`, classes in this order, even if they are empty.
+        names: paths of the images relative to `root`.
+        class_names: the classes in label order, among which the folders must be.
+
+    Raises:
+        InputError: if there are images in `root` and in folders, or the folders may not be the classes.
+    """
+    flat = [name for name in names if "/" not in name]
+    if len(flat) == len(names):
+        classes = list(class_names or [folder_class(root)])
+        if len(classes) != 1:
+            raise InputError(
+                f"the images in {root} are not in class folders, so they are of one class: --class_names has "
+                f"{len(classes)}; pass their classes with --labels"
+            )
+        return KeysAndLabels(classes, [f"{classes[0]}/{name}" for name in names], [0] * len(names))
+    if flat:
+        nested = next(name for name in names if "/" in name)
+        raise InputError(
+            f"{root} has images both in itself, such as {flat[0]}, and in folders, such as {nested}: move the former "
+            f"into a folder of their class, or elsewhere"
+        )
+    if class_names is None:
+        split = next((name for name in folders if name.lower().startswith("train")), folders[0])
+        remedy = f"choose one, such as {root}/{split}; if they are classes, `tokenize` takes their --class_names"
+        refuse_splits(folders, str(root), remedy)
+        refuse_single_parent(folders, names, str(root))
+    labels = {name: label for label, name in enumerate(class_names or folders)}
+    unknown = [name for name in folders if name not in labels]
+    if unknown:
+        raise InputError(f"{root}/{unknown[0]} is not one of the classes of --class_names: add it there, or remove it")
+    return KeysAndLabels(list(labels), list(names), [labels[name.split("/")[0]] for name in names])
+
+
+def folder_class(root: Path) -> str:
+    """Returns the name of a folder, or of the nearest one above it that is not called like a split, such as `train`."""
+    parents = Path(os.path.abspath(root)).parts[1:]
+    return next((name for name in reversed(parents) if name.lower() not in SPLITS), "images")
 
 
 def list_folder(

@@ -39,12 +39,12 @@ class Skipped:
         """Logs what was left out in one line, once for all openings and ranks of a run."""
         if self.counts and is_first_rank():
             parts = [f"{reason} ({n}, such as {self.examples[reason]!r})" for reason, n in self.counts.items()]
-            warn_once(f"{source}: left out {'; '.join(parts)}")
+            log_once(logging.WARNING, f"{source}: left out {'; '.join(parts)}")
 
 
 @cache
-def warn_once(line: str) -> None:
-    log.warning("%s", line)
+def log_once(level: int, line: str) -> None:
+    log.log(level, "%s", line)
 
 
 def is_image(name: str) -> bool:
@@ -68,13 +68,10 @@ def without_suffix(name: str) -> str:
     return name[: len(name) - len(suffix)]
 
 
-def refuse_split_folders(classes: Sequence[str], names: Iterable[str], source: str) -> None:
-    """Raises InputError if the top folders of CLASS/.../NAME are splits, with the classes below them."""
-    if all(name.lower() in SPLITS for name in classes) and any(name.count("/") > 1 for name in names):
-        raise InputError(
-            f"{source} has the folders {', '.join(classes)}, which are splits rather than classes: choose one, such as "
-            f"--images {source}/{classes[0]}"
-        )
+def refuse_splits(classes: Sequence[str], source: str, remedy: str) -> None:
+    """Raises InputError if all classes have names of splits; `remedy` begins with what to do."""
+    if all(name.lower() in SPLITS for name in classes):
+        raise InputError(f"{source} has {', '.join(classes)}, which look like splits rather than classes: {remedy}")
 
 
 def refuse_single_parent(classes: Sequence[str], names: Iterable[str], source: str) -> None:

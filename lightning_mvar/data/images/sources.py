@@ -1,13 +1,15 @@
 """Opens images from a source string, as given on the command line and in YAML.
 
-A source is an embedded set such as `digits:train` or `photos:test`; a folder of class folders; a tar archive, perhaps
-compressed, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or Parquet or Arrow files. Remote
-ones (`https://...`, `s3://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are downloaded first: images are read in
-random order. SOURCE:train and SOURCE:val are nine tenths of a source and the rest, chosen by the names of the images.
+A source is an embedded set such as `digits:train` or `photos:test`; a folder of class folders, or of images of one
+class; a tar archive, perhaps compressed, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or
+Parquet or Arrow files. Remote ones (`https://...`, `s3://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are
+downloaded first: images are read in random order. SOURCE:train and SOURCE:val are nine tenths of a source and the rest,
+chosen by the names of the images.
 """
 
 from __future__ import annotations
 
+import logging
 import os.path
 import re
 from glob import glob
@@ -26,9 +28,10 @@ from lightning_mvar.data.images.crops import DecodedImages, EmbeddedImages
 from lightning_mvar.data.images.examples import ImageSource, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages, FolderImages, SourceSplit
 from lightning_mvar.data.images.labels import read_labels
-from lightning_mvar.data.images.names import SPLITS, is_image, refuse_split_files, visible
+from lightning_mvar.data.images.names import SPLITS, is_image, log_once, refuse_split_files, visible
 from lightning_mvar.data.images.protocols import CropProtocol
 from lightning_mvar.data.images.tables import TableImages
+from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES, fetch_files, is_remote
 from lightning_mvar.scales import Shape, format_shape, shape_of
@@ -63,7 +66,8 @@ def open_images(
         on_corrupt: raise if an image cannot be decoded, or return an `Example` with an error.
         labels: label file, for images that are not sorted by class; see `read_labels`. For archives and tables with
             several labels or images, those to take, as LABEL or IMAGE,LABEL: columns, or WebDataset's suffixes.
-        class_names: names of classes that are numbers in the source: `imagenet`, or a text file with one name per line.
+        class_names: `imagenet`, or a text file with one name per line, in label order: of classes that are numbers in
+            the source, or those that the folders must be among.
         cache_dir: local folder for downloaded archives.
         retries: further attempts after a failed download.
         crop: how image files are resized and cropped; see `protocols`.
@@ -97,7 +101,7 @@ def open_encoded(
     retries: int = RETRIES,
 ) -> EncodedImages:
     """Opens the image files of a folder or of archives, or of one split of them."""
-    source, split = split_off(source)
+    name, (source, split) = source, split_off(source)
     paths = resolve_files(source, Path(cache_dir), retries)
     columns = labels if paths and labels is not None and is_choice_of_columns(labels) else ""
     label_file = None if labels is None or columns else read_labels(Path(labels), class_names)
@@ -109,14 +113,14 @@ def open_encoded(
             raise InputError(f"{source} has a label column: leave out --labels, or name the column with it")
         images = TableImages(paths, class_names, columns)
     else:
-        if class_names is not None and label_file is None:
-            raise InputError(f"the classes of {source} are named by its folders: leave out --class_names")
-        images = FolderImages(Path(source), label_file)
+        images = FolderImages(Path(source), label_file, class_names)
     images.skipped.report(source)
     if split is not None:
         images.keep(split)
     if not len(images):
         raise InputError(f"{source}:{split} has no images: {source} has too few for a validation split")
+    if is_first_rank():
+        log_once(logging.INFO, f"{name}: {images.summary()}")
     return images
 
 
@@ -213,7 +217,7 @@ def check_archives(paths: list[Path]) -> list[Path]:
     """Returns `paths`; raises InputError unless all are tar archives, all Parquet or all Arrow files."""
     kinds = (TAR_SUFFIXES, ".parquet", ".arrow")
     if not any(all(path.name.endswith(suffixes) for path in paths) for suffixes in kinds):
-        raise InputError(f"{paths[0]} is neither a folder of class folders nor a .tar or .parquet file")
+        raise InputError(f"{paths[0]} is neither a folder of images nor a .tar or .parquet file")
     return paths
 
 
