@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_dumper, set_loader
 from jsonargparse._common import parser_context  # the only way to parse without resolving interpolations
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mvar.cli.arguments import check_values
 from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.configs import YAML_ERRORS, compose
+from lightning_mvar.io.configs import YAML_ERRORS, compose, find_config
 from lightning_mvar.io.json_files import shown
 
 MODE = "omegaconf+"  # in which jsonargparse accepts an interpolation for an option of any type
 OBJECT = "Unable to serialize instance "  # what jsonargparse writes for a default that is no plain value
+SAID = WarningCache()  # messages of this process
 RESUMABLE_OVERLAYS = ("strategy", "callbacks")  # folders of overlays that a run may gain or lose when it is resumed
 
 
@@ -161,11 +162,27 @@ def resolve(config: Namespace) -> dict[str, Any]:
         raise InputError(f"{error.full_key or 'an interpolation'} cannot be resolved: {reason}") from error
 
 
-def config_files(argv: Sequence[str]) -> list[Path]:
-    """Returns the configuration files that a command line names, in order."""
-    separate = [(i, value) for i, (option, value) in enumerate(pairwise(argv)) if option in ("-c", "--config")]
-    joined = [(i, option.removeprefix("--config=")) for i, option in enumerate(argv) if option.startswith("--config=")]
-    return [Path(os.path.expanduser(value)) for _, value in sorted(separate + joined)]
+def find_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Replaces configuration files that do not exist by the package's files of their names, and says so.
+
+    Returns:
+        The command line, and its configuration files in order.
+    """
+    found, files = [], []
+    for option, word in zip(["", *argv], argv, strict=False):
+        prefix = "--config=" if word.startswith("--config=") else ""
+        if prefix or option in ("-c", "--config"):
+            word = prefix + packaged_unless_here(word.removeprefix(prefix))
+            files.append(Path(os.path.expanduser(word.removeprefix(prefix))))
+        found.append(word)
+    return found, files
+
+
+def packaged_unless_here(name: str) -> str:
+    """Returns `find_config(name)`; says so, once per process, if that is a file of the package."""
+    if (path := find_config(name)) != name:
+        SAID.info(f"{name} is not in this folder: using the one that comes with the package, {path}")
+    return path
 
 
 def run_folder(command: str, files: Sequence[Path]) -> str:

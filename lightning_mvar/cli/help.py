@@ -36,6 +36,7 @@ COMMANDS = {  # command: (module with `main(argv)`, help)
     "bench": ("bench", "measure speed and memory on this machine"),
     "bench-gpu": ("bench_gpu", "run a fixed list of benchmarks on one GPU"),
     "report": ("report", "make tables and figures of a sweep, with the spread over seeds"),
+    "configs": ("configs", "list the configuration files that come with the package, or copy them"),
     "demo": ("demo", "run everything on the embedded digits, from train-tokenizer to evaluate"),
 }
 

@@ -26,7 +26,7 @@ from lightning_mvar.checkpoints.training import (
     resolve_last,
 )
 from lightning_mvar.cli.arguments import find_input_error
-from lightning_mvar.cli.configs import MODE, config_files, parse, run_folder
+from lightning_mvar.cli.configs import MODE, find_configs, parse, run_folder
 from lightning_mvar.cli.help import START_HELP, TF32_HELP
 from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.cli.rendezvous import fail_together
@@ -76,8 +76,8 @@ class TrainingCLI(LightningCLI):
     checkpoint_key = NETWORK_KEY  # entry that checkpoints of this command have
 
     def __init__(self, argv: list[str], **options: Any) -> None:
-        self.command, arguments = argv[0], argv[1:]
-        self.files = config_files(arguments)
+        self.command = argv[0]
+        arguments, self.files = find_configs(argv[1:])
         self.written: Namespace  # the configuration with its interpolations
         super().__init__(self.module, self.data, args=arguments, run=False, **options)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_mvar.cli.arguments import call
-from lightning_mvar.errors import InputError
-from lightning_mvar.io.configs import with_included
+from lightning_mvar.io.configs import find_config, with_included
 from lightning_mvar.io.json_files import write_json
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.processes import run_command
@@ -48,7 +47,7 @@ class Stage:
     @property
     def identity(self) -> str:
         """Command and the content of its configuration files, with those they include."""
-        files = [Path(word) for word in self.command.split() if word.endswith(".yaml")]
+        files = [Path(find_config(word)) for word in self.command.split() if word.endswith(".yaml")]
         return "\n".join([self.command, *(path.read_text() for file in files for path in with_included(file))])
 
     def finished(self) -> bool:
@@ -120,10 +119,8 @@ def demo() -> None:
     """Trains a tokenizer and a network on the embedded digits, then samples and evaluates, in outputs/demo.
 
     All stages run on the CPU, whatever GPUs the machine has. Finished stages are skipped and an interrupted one
-    resumes. `make demo-clean` removes everything.
+    resumes. Works in any folder; configs/experiment has the settings, here or else in the package.
     """
-    if not CONFIGS.is_dir():
-        raise InputError(f"{CONFIGS} does not exist: run the demo in the root of a clone of the project")
     begin = time.monotonic()
     with lock_folder(ROOT, "demo"):
         for number, stage in enumerate(STAGES):

@@ -1,4 +1,4 @@
-"""Configuration files and those that they include."""
+"""Configuration files: those that come with the package, and those that one includes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ import yaml
 
 from lightning_mvar.io.json_files import ESCAPED
 
+PACKAGED = Path(__file__).parents[1] / "configs"  # in a clone, a link to its top-level folder
 INCLUDED = re.compile(r"^[^#\n]*?[:-] +(\S+\.ya?ml) *$", re.MULTILINE)  # a value that is the path of another YAML file
 MAX_NODES = 100_000  # values of a YAML file, with its aliases written out
 # What yaml raises for text that is no YAML, and for values such as 2023-02-30, !!int "abc", !!bool x, !!timestamp x.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+def find_config(name: str) -> str:
+    """Returns the path of a configuration file: `name` or, if there is no such file, the package's file of that name.
+
+    Args:
+        name: path of a file. The package's files are `configs/size/d16.yaml`, or `size/d16.yaml` for short.
+    """
+    packaged = PACKAGED / name.removeprefix("configs/")
+    return str(packaged) if not Path(name).exists() and packaged.is_file() else name
 
 
 def with_included(path: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.configs import with_included
+from lightning_mvar.io.configs import find_config, with_included
 from lightning_mvar.io.files import read_regular
 from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, read_json, shown, write_json
 from lightning_mvar.io.locks import FileLock, is_locked, poll_lock
@@ -147,8 +147,8 @@ class Cell:
 def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
     """Returns the SHA-256 of each existing YAML file that the commands name, and of those that it includes."""
     args = {word.split("=")[-1] for command in commands for word in shlex.split(command)}
-    args = {word for word in args if word.endswith((".yaml", ".yml"))}
-    files = [path for word in sorted(args) if Path(word).is_file() for path in with_included(Path(word))]
+    named = [Path(find_config(word)) for word in sorted(args) if word.endswith((".yaml", ".yml"))]
+    files = [path for file in named if file.is_file() for path in with_included(file)]
     return {str(path): sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.configs import find_config
 from lightning_mvar.io.json_files import shown
 from lightning_mvar.sweeps.cells import Cell
 from lightning_mvar.sweeps.templates import fill, placeholders
@@ -177,7 +178,7 @@ class SweepFile:
         """Raises InputError unless all YAML files that the axes name exist."""
         for axis, choices in self.axes.items():
             files = [arg for choice in choices for arg in choice.args if arg.endswith(CONFIG_SUFFIXES)]
-            if missing := [file for file in files if not Path(file).is_file()]:
+            if missing := [file for file in files if not Path(find_config(file)).is_file()]:
                 raise InputError(f"{self.path}: axis {axis} names {missing[0]}, which is not a file in {Path.cwd()}")
 
     def grid(self) -> Iterator[dict[str, str]]:

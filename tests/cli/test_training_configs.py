@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.rank_zero import WarningCache
 
 from lightning_mvar.callbacks import StepProgressBar
-from lightning_mvar.cli import run
-from lightning_mvar.cli.configs import config_files, run_folder
+from lightning_mvar.cli import configs, run
+from lightning_mvar.cli.configs import find_configs, run_folder
 from lightning_mvar.cli.training import TrainingCLI, parse_command, run_cli
 from lightning_mvar.devices import exact_float32
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.configs import PACKAGED
 
 
 @pytest.fixture
@@ -252,12 +254,31 @@ def test_home_is_expanded_everywhere(here: Path, monkeypatch: pytest.MonkeyPatch
     assert not any(name.startswith("~") for _, folders, names in os.walk(here) for name in folders + names)
 
 
+def test_a_config_that_is_not_here_comes_with_the_package(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(configs, "SAID", WarningCache())
+    names = ("configs/mixer/var.yaml", "optimizer/wsd.yaml")
+    assert fit("--config", names[0], f"--config={names[1]}", "--config", names[0], "--print_config") == 0
+    assert "block_causal_attention" in capfd.readouterr().out
+    messages = [message for message in caplog.messages if "comes with the package" in message]
+    assert len(messages) == 2
+    for name, message in zip(names, messages, strict=True):
+        assert message.startswith(f"{name} is not in this folder")
+        assert message.endswith(str(PACKAGED / name.removeprefix("configs/")))
+    Path("mixer").mkdir()
+    Path("mixer/var.yaml").write_text("model: {network: {mixers: [markov_attention]}}")
+    assert fit("--config", "mixer/var.yaml", "--print_config") == 0
+    assert "markov_attention" in capfd.readouterr().out
+    assert "configs/mixer/rav.yaml" in error_of(capfd, "--config", "configs/mixer/rav.yaml")
+
+
 def test_a_runs_folder_is_named_after_its_configs(here: Path) -> None:
     names = ["configs/base/imagenet.yaml", "size/d20.yaml", "configs/strategy/fsdp2.yaml", "mixer/var.yaml"]
     assert run_folder("fit", [Path(name) for name in [*names, "callbacks/fid.yaml"]]) == "outputs/imagenet-d20-var"
     assert run_folder("fit", []) == "outputs/fit"
     argv = ["--config=a.yaml", "-c", "b.yaml", "--data.batch_size", "3", "--config", "~/c.yaml"]
-    assert config_files(argv) == [Path("a.yaml"), Path("b.yaml"), Path("~/c.yaml").expanduser()]
+    assert find_configs(argv) == (argv, [Path("a.yaml"), Path("b.yaml"), Path("~/c.yaml").expanduser()])
     text = Path("run.yaml").read_text().replace("default_root_dir: run, ", "")
     Path("run.yaml").write_text(text)
     Path("wide.yaml").write_text("model: {network: {width: 48}}")

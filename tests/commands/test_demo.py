@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from lightning_mvar.commands import demo as module
 from lightning_mvar.commands.demo import CONFIGS, ROOT, STAGES, demo
+from lightning_mvar.io.configs import PACKAGED
 
 
 @pytest.fixture
@@ -55,6 +57,14 @@ def test_finished_stages_are_skipped(calls: list[list[str]]) -> None:
     assert command_names(calls) == ALL_COMMANDS
     demo()
     assert command_names(calls) == ALL_COMMANDS
+
+
+def test_without_configs_here_the_demo_uses_those_of_the_package(calls: list[list[str]]) -> None:
+    shutil.rmtree("configs")
+    demo()
+    assert command_names(calls) == ALL_COMMANDS
+    (fit,) = (stage for stage in STAGES if stage.name == "fit")
+    assert (PACKAGED / "experiment/digits.yaml").read_text() in fit.identity
 
 
 def test_all_stages_run_on_the_cpu() -> None:

@@ -241,10 +241,6 @@ def test_tokenize_refuses_missing_and_empty_folders(
     assert not Path("new").exists()
 
 
-def test_the_demo_must_run_in_a_clone(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "run the demo in the root of a clone" in error_of(capfd, "demo")
-
-
 def test_help_and_unknown_commands(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     usage = capfd.readouterr().out

@@ -1,8 +1,14 @@
 from pathlib import Path
 
-from lightning_mvar.io.configs import with_included
+from lightning_mvar.io.configs import PACKAGED, with_included
 
 ROOT = Path(__file__).parents[2] / "configs"
+
+
+def test_the_package_has_all_configs() -> None:
+    """In a clone by a link, in a wheel by the package data of pyproject.toml."""
+    ours, packaged = ({path.relative_to(root) for path in root.rglob("*.yaml")} for root in (ROOT, PACKAGED))
+    assert ours == packaged
 
 
 def test_a_config_comes_with_the_files_that_its_values_name() -> None:

@@ -7,11 +7,13 @@ import os
 import signal
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.configs import PACKAGED
 from lightning_mvar.io.locks import FileLock, is_locked
 from lightning_mvar.sweeps.cells import Cell, append_attempt, attempts, last_line, run_cell
 from lightning_mvar.sweeps.processes import FORKSERVER, ProcessContext, Share, Stop, run_until_stopped
@@ -50,12 +52,13 @@ def test_a_cell_runs_its_commands_until_one_fails_and_does_not_run_again_once_fi
     assert "[attempt 2] lightning-mvar --version" not in log
 
 
-def test_cell_json_holds_the_definition_of_the_cell(tmp_path: Path) -> None:
-    cell = make_cell(tmp_path, "fit --config a.yaml", GOOD)
+def test_cell_json_holds_the_definition_of_the_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cell = make_cell(tmp_path, "fit --config a.yaml --config configs/mixer/var.yaml", GOOD)
     definition = json.loads((cell.folder / "cell.json").read_text())
-    configs = definition.pop("configs")
-    assert configs == {}  # a.yaml does not exist
-    commands = ["fit --config a.yaml", GOOD]
+    config = PACKAGED / "mixer/var.yaml"  # a.yaml does not exist
+    assert definition.pop("configs") == {str(config): sha256(config.read_bytes()).hexdigest()}
+    commands = ["fit --config a.yaml --config configs/mixer/var.yaml", GOOD]
     assert definition == {"name": "mvar-seed3", "axes": {"mixer": "mvar"}, "seed": 3, "commands": commands}
     assert Cell.read(cell.folder) == cell
 
