@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_mvar.checkpoints import StoredModel, TrainedModel, load_tokenizer, load_trained, open_trained
 from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.protocols import CropProtocol
-from lightning_mvar.devices import is_first_rank, set_tf32
+from lightning_mvar.devices import set_tf32
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.accuracy import classifier_for, reconstruction_accuracy, sample_accuracy
-from lightning_mvar.metrics.class_distances import ClassLabels
+from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
+from lightning_mvar.metrics.evaluation import Evaluation, describe
 from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count, warn
-from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.intervals import Uncertainty
 from lightning_mvar.metrics.reference import Reference, open_reference
-from lightning_mvar.metrics.summary import Summary, extractor_metadata, num_features, prepare, try_extractor
-from lightning_mvar.sampling.draw import METADATA_KEYS, draw_set
+from lightning_mvar.metrics.summary import num_features, prepare, try_extractor
+from lightning_mvar.sampling.draw import draw_set, select_classes
 from lightning_mvar.sampling.readers import Samples, open_samples
 from lightning_mvar.sampling.sampler import Drawing
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -101,45 +98,47 @@ def evaluate(
         num_nodes: machines; start the same command on each, with torchrun or Slurm.
         sampling: with --ckpt_path, how to draw the samples.
     """
-    check_options(statistics, num_workers, worst_classes)
-    uncertainty = Uncertainty(interval, extrapolate)
+    check_options(statistics, num_workers)
     outputs = {"--statistics": statistics, "--json": json}
     inputs = {"--reference": reference, "--floor": floor, "--reconstructions": reconstructions}
     inputs |= {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer}
     (inputs if ckpt_path is None else outputs)["--samples"] = samples
     refuse_overwriting(outputs, inputs)
-    real = open_reference(reference, crop=crop)
-    if floor == reference:
-        raise InputError(f"--floor {floor} is the reference itself, at distance 0: pass other real images")
-    if worst_classes and real.kind != "images":
-        raise InputError(
-            f"--worst_classes needs a reference with classes, such as a folder of class folders: {reference}"
-        )
-    floor_images = None if floor is None else open_reference(floor, crop=crop)
-    if reconstructions is not None and not real.has_images:
-        raise InputError(f"--reconstructions needs images to reconstruct: {reference} has only statistics")
-    if ckpt_path is None:
-        reject_sampling_options(sampling | {"weights": weights})
-        shape = open_samples(samples).shape
-        if real.embedded is not None:
-            real.images(shape)
+    evaluation = Evaluation(
+        real=open_reference(reference, crop=crop),
+        floor=None if floor is None else open_reference(floor, crop=crop),
+        reconstructor=None if reconstructions is None else load_tokenizer(reconstructions),
+        worst_classes=worst_classes,
+        uncertainty=Uncertainty(interval, extrapolate),
+    )
+    real, references = evaluation.real, evaluation.references
+    decodes = any(images.kind == "shards" for images in references)
+    decoder = load_tokenizer(tokenizer) if decodes and tokenizer is not None else None
     stored = None if ckpt_path is None else open_trained(ckpt_path, tokenizer, weights)
+    if stored is None:
+        reject_sampling_options(sampling | {"weights": weights})
+        given = open_samples(samples)
+        count = len(given)
+        if real.embedded is not None:
+            real.images(given.shape)
+    else:
+        classes = Classes(stored.class_names, stored.config.num_classes)
+        count = per_class * len(select_classes(sampling.get("classes"), classes))
     if extractor is None:
         extractor = default_extractor(real, cache)
+    evaluation.uncertainty.check_count(count, num_features(extractor))
     from lightning_mvar.cli.ranks import launch_ranks  # imports Lightning, which takes seconds
 
     with launch_ranks(device, devices, num_nodes) as fabric:
-        decodes = "shards" in (real.kind, None if floor_images is None else floor_images.kind)
-        decoder, reconstructor = (
-            None if folder is None else load_tokenizer(folder).to(fabric.device)
-            for folder in (tokenizer if decodes else None, reconstructions)
-        )
+        for loaded in (decoder, evaluation.reconstructor):
+            if loaded is not None:
+                loaded.to(fabric.device)
         prepare(extractor, fabric.device)
-        if ckpt_path is None:
-            try_extractor(extractor, shape)
         sampled = None
-        if stored is not None:
-            load = partial(read_and_try, extractor, stored, [real, floor_images], decoder)
+        if stored is None:
+            try_extractor(extractor, given.shape)
+        else:
+            load = partial(read_and_try, extractor, stored, references, decoder)
             sampled = draw_set(fabric.device, load, samples, None, per_class=per_class, **sampling)
         set_tf32(False)  # scores are computed in float32, in whatever precision the samples were drawn
         images = open_samples(samples)
@@ -147,18 +146,14 @@ def evaluate(
             require_count(images, len(sampled.labels), samples)
         if fabric.is_global_zero:
             check_sample_count(len(images), extractor)
-        uncertainty.check_count(len(images), num_features(extractor))
         evaluator = Evaluator(extractor, images.shape, Path(cache).expanduser(), decoder, num_workers)
         summary = evaluator.summary(real)
         if statistics is not None and fabric.is_global_zero:
             summary.save(Path(statistics), extractor)
-        record = describe(samples, reference, images, evaluator, sampled) | summary.identity()
+        record = {"samples": samples, "reference": reference} | describe(images, extractor) | summary.identity()
+        record |= {} if sampled is None else costs(sampled)
         record |= {} if stored is None else {"weights": stored.part}
-        labels = class_labels(images, real) if worst_classes else None
-        uncertainty = replace(uncertainty, labels=known_labels(images))
-        record |= score(
-            images, evaluator, real, summary, floor_images, reconstructor, labels, worst_classes, uncertainty
-        )
+        record |= evaluation.score(images, evaluator, summary)
         if fabric.is_global_zero:
             print_table([record])
             if json is not None:
@@ -188,92 +183,22 @@ def default_extractor(reference: Reference, cache: str) -> nn.Module:
     return classifier
 
 
-def describe(samples: str, reference: str, images: Samples, evaluator: Evaluator, sampled: Drawing | None) -> Record:
-    """Describes what the scores depend on: settings, extractor, number and size of images; and what drawing costs."""
-    # Anything else in the metadata might be taken for a score.
-    record: Record = {name: value for name, value in images.metadata.items() if name in METADATA_KEYS}
-    record |= {"samples": samples, "reference": reference} | extractor_metadata(evaluator.extractor)
-    record |= {"num_samples": len(images), "height": images.shape[0], "width": images.shape[1]}
-    record |= {"file_format": images.file_format} | class_counts(images)
-    if sampled is not None:
-        record |= sampled.costs()._asdict()
-        record |= {} if sampled.images_per_s is None else {"images_per_s": sampled.images_per_s}
-    return record
-
-
-def class_counts(images: Samples) -> Record:
-    """Returns how many classes the images have, and the fewest and most images of one; empty if that is unknown."""
-    labels = known_labels(images)
-    if labels is None:
-        return {}
-    counts = Counter(labels).values()
-    return {"sampled_classes": len(counts), "fewest_per_class": min(counts), "most_per_class": max(counts)}
-
-
-def class_labels(images: Samples, real: Reference) -> ClassLabels:
-    """Returns the labels of samples and reference; raises InputError unless the samples' classes are known."""
-    labels, names = real.feature_labels(images.shape)
-    sampled = images.labels(names)
-    if sampled is None:
-        raise InputError(
-            f"--worst_classes needs samples of known classes, in folders named as those of {real.name} or with labels "
-            f"in arr_1"
-        )
-    if not 0 <= min(sampled) <= max(sampled) < len(names):
-        raise InputError(
-            f"--worst_classes needs samples of the {len(names)} classes of {real.name}: arr_1 has classes from "
-            f"{min(sampled)} to {max(sampled)}"
-        )
-    return ClassLabels(labels, torch.tensor(sampled), names)
-
-
-def known_labels(images: Samples) -> list[int] | None:
-    """Returns the class of each image; None if unknown, as in a single folder, which may mix classes."""
-    return None if len(images.class_names) == 1 else images.labels(images.class_names)
-
-
-def score(
-    images: Samples,
-    evaluator: Evaluator,
-    real: Reference,
-    summary: Summary,
-    floor: Reference | None,
-    reconstructor: Tokenizer | None,
-    labels: ClassLabels | None,
-    worst_classes: int,
-    uncertainty: Uncertainty,
-) -> Record:
-    """Returns the scores of samples, and those of classes, the floor and reconstructions of the reference, if given.
-
-    All ranks share the work. Rank 0 alone classifies samples and reconstructions of embedded images.
-    """
-    source = SourceImages(images, evaluator.num_workers)
-    record = evaluator.score(source, summary, "features of the samples", labels, worst_classes, uncertainty)
-    if floor is not None:
-        record |= evaluator.floor_scores(record["frechet_distance"], summary, floor)
-    if reconstructor is not None:
-        originals = real.images(images.shape, evaluator.tokenizer, evaluator.num_workers)
-        reconstructed = Reconstructions(originals, reconstructor)
-        distance = evaluator.distance(reconstructed, summary, "features of the reconstructions")
-        record["reconstruction_frechet_distance"] = distance
-    if real.embedded is not None and is_first_rank():
-        record |= sample_accuracy(images, *real.embedded, evaluator.extractor)
-        if reconstructor is not None:
-            record |= reconstruction_accuracy(reconstructed, *real.embedded, evaluator.extractor)
-    return record
+def costs(drawn: Drawing) -> Record:
+    """Returns what drawing an image costs and, if any were drawn, how many were drawn per second."""
+    rate = {} if drawn.images_per_s is None else {"images_per_s": drawn.images_per_s}
+    return drawn.costs()._asdict() | rate
 
 
 def read_and_try(
-    extractor: nn.Module, stored: StoredModel, references: list[Reference | None], decoder: Tokenizer | None
+    extractor: nn.Module, stored: StoredModel, references: list[Reference], decoder: Tokenizer | None
 ) -> TrainedModel:
     """Reads a network; checks that references have its classes and image size and the requested crop, and tries the
     extractor, before images are drawn."""
     model = stored.load()
     shape = model.tokenizer.config.shape
     for reference in references:
-        if reference is not None:
-            reference.check_classes(model.class_names)
-            reference.open(extractor, shape, decoder)
+        reference.check_classes(model.class_names)
+        reference.open(extractor, shape, decoder)
     try_extractor(extractor, shape)
     return model
 
@@ -286,14 +211,12 @@ def require_count(images: Samples, count: int, name: str) -> None:
         )
 
 
-def check_options(statistics: str | None, num_workers: int, worst_classes: int) -> None:
+def check_options(statistics: str | None, num_workers: int) -> None:
     """Raises InputError for invalid options, before hours of sampling."""
     if statistics is not None and not statistics.endswith(".npz"):
         raise InputError(f"--statistics {statistics} must be NAME.npz")
     if num_workers < 0:
         raise InputError(f"--num_workers must not be negative, got {num_workers}")
-    if worst_classes < 0:
-        raise InputError(f"--worst_classes must not be negative, got {worst_classes}")
 
 
 def reject_sampling_options(options: dict[str, Any]) -> None:

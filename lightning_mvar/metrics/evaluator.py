@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,10 @@ from tqdm import tqdm
 
 from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.class_distances import ClassLabels, class_distances
 from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.image_sets import ImageSet
-from lightning_mvar.metrics.intervals import METHOD, Uncertainty
 from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
 from lightning_mvar.metrics.reference import Reference
-from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Features, Summary, feed_shard, num_features
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -67,44 +63,8 @@ class Evaluator:
             warn(f"{reference.name} has {count} images for {features} features: its covariance is singular{scores}")
         return summary
 
-    def score(
-        self,
-        images: ImageSet,
-        real: Summary,
-        progress: str,
-        labels: ClassLabels | None = None,
-        worst_classes: int = 0,
-        uncertainty: Uncertainty = Uncertainty(),  # noqa: B008 (frozen)
-    ) -> dict[str, Any]:
-        """Returns all scores that the extractor and the reference support, by full name.
-
-        Args:
-            images: the images to score.
-            real: summary of the reference.
-            progress: title of the progress bar.
-            labels: labels of all `images` and of the reference's features.
-            worst_classes: classes to report, those with the largest Frechet distances.
-            uncertainty: intervals and extrapolations to report.
-        """
-        scores = Scores(self.extractor, real, len(images), keep_features=uncertainty.needs_features)
-        feed_shard(images, scores, progress)
-        values = scores.compute()
-        record: dict[str, Any] = {FULL_NAMES[name]: value for name, value in values.items()}
-        if uncertainty.extrapolate:
-            record["frechet_distance_extrapolated"] = scores.extrapolated()
-        if uncertainty.interval is not None:
-            record |= {"interval": uncertainty.interval, "interval_method": METHOD}
-            for name, (low, high) in scores.intervals(values, uncertainty.interval, uncertainty.labels).items():
-                record |= {f"{FULL_NAMES[name]}_low": low, f"{FULL_NAMES[name]}_high": high}
-        generated = scores.features.compute().features
-        if labels is not None and real.features is not None and generated is not None:
-            kept = replace(labels, generated=labels.generated[scores.features.in_bank])
-            distances = class_distances(real.features.to(generated.device), generated, kept)
-            record |= {f"frechet_distance_of_{name}": distances[name] for name in [*distances][:worst_classes]}
-        return record
-
     def distance(self, images: ImageSet, real: Summary, progress: str) -> float:
-        """Returns the Frechet distance of images to the reference; its arguments are those of `score`."""
+        """Returns the Frechet distance of images to the reference; `progress` is the title of the progress bar."""
         features = Features(self.extractor, len(images), 0)
         feed_shard(images, features, progress)
         return frechet_distance(real.statistics, features.statistics.compute())

@@ -40,7 +40,6 @@ class Uncertainty:
     Args:
         interval: confidence level of the intervals; None for none.
         extrapolate: whether to extrapolate the Frechet distance to infinitely many samples.
-        labels: class of each sample in the order of the set, if known.
 
     Raises:
         InputError: if the level is not between 0 and 1.
@@ -48,7 +47,6 @@ class Uncertainty:
 
     interval: float | None = None
     extrapolate: bool = False
-    labels: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.interval is not None and not 0 < self.interval < 1:

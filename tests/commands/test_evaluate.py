@@ -141,6 +141,10 @@ def test_intervals_and_the_extrapolated_distance_are_reported_beside_the_scores(
     np.savez("few.npz", pixels[:30])
     assert run(["evaluate", "--samples", "few.npz", *REFERENCE, "--interval", "0.9"]) == 1
     assert "--interval needs at least 40 samples, got 30" in capfd.readouterr().err
+    drawn = ["evaluate", "--samples", "new.npz", *REFERENCE, "--ckpt_path", "model", *SAMPLING]
+    assert run([*drawn, "--classes", "0,3", "--extrapolate", "true"]) == 1
+    assert "--extrapolate needs at least 16 samples for 4 features, got 6" in capfd.readouterr().err
+    assert not [*workspace.glob("new*")]  # refused before any is drawn
 
 
 def test_the_distance_of_a_set_to_itself_is_0_and_the_floor_distance_is_reported(workspace: Path) -> None:

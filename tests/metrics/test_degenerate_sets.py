@@ -16,7 +16,8 @@ from lightning_mvar.metrics.evaluator import Evaluator, warn
 from lightning_mvar.metrics.frechet import FeatureStatistics
 from lightning_mvar.metrics.image_sets import SourceImages
 from lightning_mvar.metrics.reference import open_reference
-from lightning_mvar.metrics.summary import Summary, prepare
+from lightning_mvar.metrics.scores import Scores
+from lightning_mvar.metrics.summary import Summary, feed_shard, prepare
 from lightning_mvar.sampling.readers import open_samples
 
 
@@ -70,9 +71,11 @@ def test_a_reference_of_few_images_is_told_and_has_no_precision_if_it_has_no_fif
     message = capfd.readouterr().err
     assert f"real.npz has {count} images for 4 features: its covariance is singular" in message
     assert "there is no precision or recall" in message
-    scores = evaluator.score(SourceImages(open_samples(write_set(tmp_path / "drawn.npz", 9, seed=1))), real, "")
-    assert "precision" not in scores
-    assert min(scores["frechet_distance"], scores["mind"]) > 0
+    scores = Scores(evaluator.extractor, real, 9)
+    feed_shard(SourceImages(open_samples(write_set(tmp_path / "drawn.npz", 9, seed=1))), scores, "")
+    values = scores.compute()
+    assert "precision" not in values
+    assert min(values["fid"], values["mind"]) > 0
 
 
 @pytest.mark.parametrize(
