@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
+from lightning_mvar.checkpoints.card import Card, model_card
 from lightning_mvar.checkpoints.hub import locate
 from lightning_mvar.data.images.decoding import to_rgb, to_tensor
 from lightning_mvar.devices import Precision, choose_device
@@ -28,13 +29,14 @@ from lightning_mvar.scales import Shape, format_shape
 ClassChoice = Iterable[str | int] | NDArray[np.integer] | Tensor | str | int
 
 
-class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-generation", "var", "mvar"]):
+class MVARPipeline(ModelHubMixin):
     """Draws images of given classes and inpaints given images.
 
         pipe = MVARPipeline.from_pretrained("outputs/demo/export")
         pipe(["3", "7"], guidance=0.45)[0].save("three.png")
 
-    `save_pretrained` and `push_to_hub` write the same files as `lightning-mvar export`.
+    `save_pretrained` and `push_to_hub` write the same files as `lightning-mvar export`; `model_card_kwargs` are the
+    arguments of `checkpoints.card.model_card`.
 
     Args:
         model: network and tokenizer; both are moved to the device.
@@ -47,6 +49,11 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         sampler = self.sampler = Sampler(model, choose_device(device), precision)
         self.network, self.tokenizer = sampler.network, sampler.tokenizer
         self.class_names, self.classes = sampler.class_names, sampler.classes
+
+    @property
+    def model(self) -> TrainedModel:
+        """Network, tokenizer and class names."""
+        return TrainedModel(self.network, self.tokenizer, self.class_names)
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +73,7 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
 
     def to(self, device: str | torch.device) -> MVARPipeline:
         """Moves network and tokenizer to a device, and returns the pipeline."""
-        model = TrainedModel(self.network, self.tokenizer, self.class_names)
-        self.sampler = Sampler(model, choose_device(str(device)), self.precision)
+        self.sampler = Sampler(self.model, choose_device(str(device)), self.precision)
         return self
 
     def __call__(
@@ -162,6 +168,16 @@ class MVARPipeline(ModelHubMixin, library_name="lightning_mvar", tags=["image-ge
         if self.network.input_proj.weight.dtype != torch.float32:
             raise InputError("weights in lower precision cannot be saved: load the pipeline with precision float32")
         save_folder(save_directory, self.tokenizer, self.network, self.class_names)
+
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **hub: Any) -> str:
+        """Uploads the pipeline with its model card; `hub` has the other arguments of `ModelHubMixin.push_to_hub`."""
+        return super().push_to_hub(
+            repo_id, model_card_kwargs={"repository": repo_id} | (model_card_kwargs or {}), **hub
+        )
+
+    def generate_model_card(self, **card: Any) -> Card:
+        """Returns the model card; see `checkpoints.card.model_card` for its arguments."""
+        return model_card(self.model, **card)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the mixin's reads config.json first, unchecked

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCHEDULE, random_image, stack_images, tiny_network
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from lightning_mvar import Tokenizer, generate
@@ -158,9 +159,11 @@ def test_a_saved_and_reloaded_pipeline_draws_the_same(pipe: MVARPipeline, tmp_pa
     assert (stack_images(reloaded([0])) == stack_images(pipe([0]))).all()
 
 
-def test_push_to_hub_uploads_the_export_files(pipe: MVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_uploads_the_export_files_with_a_model_card(
+    pipe: MVARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Replaces the Hub client and checks the files passed to it."""
-    uploaded: list[str] = []
+    uploaded: dict[str, bytes] = {}
 
     class Hub:
         def __init__(self, **_: object) -> None: ...
@@ -169,11 +172,17 @@ def test_push_to_hub_uploads_the_export_files(pipe: MVARPipeline, monkeypatch: p
             return type("Repository", (), {"repo_id": repo_id})
 
         def upload_folder(self, folder_path: str, **_: object) -> None:
-            uploaded.extend(path.name for path in Path(folder_path).iterdir())
+            uploaded.update((path.name, path.read_bytes()) for path in Path(folder_path).iterdir())
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
-    pipe.push_to_hub("somebody/digits")
-    assert {"config.json", "network.safetensors", "tokenizer.safetensors", "README.md"} == set(uploaded)
+    random_image().save(tmp_path / "grid.png")
+    pipe.push_to_hub("somebody/digits", model_card_kwargs={"picture": str(tmp_path / "grid.png"), "license": "mit"})
+    weights = {"network.safetensors", "tokenizer.safetensors"}
+    assert weights | {"config.json", "README.md", "samples.png"} == uploaded.keys()
+    assert uploaded["samples.png"] == (tmp_path / "grid.png").read_bytes()
+    card = ModelCard(uploaded["README.md"].decode())
+    assert card.data.license == "mit"
+    assert 'MVARPipeline.from_pretrained("somebody/digits")' in card.text
 
 
 def test_a_repository_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

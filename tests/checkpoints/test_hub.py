@@ -14,9 +14,11 @@ from conftest import tiny_network
 from published_states import published
 
 from lightning_mvar import ScaleSchedule, Tokenizer
-from lightning_mvar.checkpoints import load_tokenizer, load_trained, save_folder
+from lightning_mvar.checkpoints import load_tokenizer, load_trained, open_trained, save_folder
+from lightning_mvar.checkpoints.folders import read_config
 from lightning_mvar.checkpoints.hub import locate
 from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord, TokenizerRecord, load_recorded_tokenizer
+from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.pipeline import MVARPipeline
@@ -121,6 +123,13 @@ def test_files_are_downloaded_once_and_then_need_no_network(var: Hub, monkeypatc
 def test_a_pushed_pipeline_is_loaded_from_its_repository(server: Hub, tokenizer: Tokenizer) -> None:
     save_folder(server.root / "somebody/digits", tokenizer, tiny_network())
     assert load_trained("somebody/digits@v1").network.config == tiny_network().config
+
+
+def test_published_weights_are_exported_by_name(var: Hub, tmp_path: Path) -> None:
+    for options in (["--official", "var-d16"], ["--tokenizer", "vae-ch160v4096z32", "--resolution", "512"]):
+        assert run(["export", *options, "--out", str(tmp_path / options[0])]) == 0
+    assert read_config(tmp_path / "--official", "network", "").network == open_trained("var-d16").config
+    assert read_config(tmp_path / "--tokenizer", "tokenizer", "").tokenizer.shape == (512, 512)
 
 
 @pytest.mark.parametrize(

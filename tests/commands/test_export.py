@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from processes import start
 from published_states import published
@@ -45,7 +46,9 @@ def test_published_files_become_a_folder_that_samples(
     network = ["--official", str(files / f"{kind}_d2.pth"), "--tokenizer", str(files / "vae.safetensors")]
     assert run(["export", *network, "--out", "apart"]) == 0
     assert "depth 2" in capfd.readouterr().out
-    assert run(["export", "--official", str(files / f"{kind}_trainer.pth"), "--out", "together"]) == 0
+    card = ["--license", "mit", "--datasets", "imagenet-1k", "OWNER/FACES"]
+    assert run(["export", "--official", str(files / f"{kind}_trainer.pth"), "--out", "together", *card]) == 0
+    assert ModelCard.load("together/README.md").data.datasets == ["imagenet-1k", "OWNER/FACES"]
     one, other = load_trained("apart"), load_trained("together")
     assert one.tokenizer.fingerprint() == other.tokenizer.fingerprint()
     assert one.network.config == other.network.config
@@ -54,7 +57,7 @@ def test_published_files_become_a_folder_that_samples(
     with np.load("samples.npz") as arrays:
         assert arrays["arr_0"].shape == (4, 64, 64, 3)
         assert arrays["arr_1"].tolist() == [3, 3, 9, 9]
-    assert run([*sample[:3], "--classes", "3", "--out", "one", "--grid", "one.png", "--strip", "strip.png"]) == 0
+    assert run(["sample", "apart", "--classes", "3", "--out", "one", "--grid", "one.png", "--strip", "strip.png"]) == 0
     with Image.open("one.png") as grid, Image.open("strip.png") as strip:
         assert grid.width > grid.height  # one image and its class name
         assert strip.width > 3 * strip.height  # four scales
@@ -125,6 +128,7 @@ def test_files_that_are_not_what_they_claim(workdir: Path, files: Path, capfd: p
         ("--official", "trainer.pth"): "trainer.pth is not a state dict of a published network",
         ("--tokenizer", vae, "--resolution", "300"): "no published schedule for 300 px",
         ("--tokenizer", vae, "--to", "official"): "is a published file already",
+        ("--tokenizer", vae, "--license", "mit"): "--license is for the model card",
         ("--official", network, "--tokenizer", vae, "--to", "elsewhere"): "elsewhere",
     }
     for options, message in cases.items():

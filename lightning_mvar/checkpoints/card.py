@@ -1,0 +1,182 @@
+"""Model cards: the README.md of an exported folder, in the format of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from lightning_mvar.checkpoints.pair import TrainedModel
+from lightning_mvar.checkpoints.published import M_VAR, VAR
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.json_files import read_json
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]  # one result of `evaluate`
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+MARK = "<!-- Written by lightning-mvar. Its next export replaces this file, unless you remove this line. -->"
+FAMILIES: dict[Any, tuple[str, str]] = {  # by mixers: name and paper
+    M_VAR: ("M-VAR", "https://arxiv.org/abs/2411.10433"),
+    VAR: ("VAR", "https://arxiv.org/abs/2404.02905"),
+}
+TASK = "unconditional-image-generation"  # the Hub has no task for images of given classes
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+SCORE = re.compile(  # names of scores, without the bounds of their intervals
+    r"(?!.*_(low|high)$).*(frechet_distance|mind|kernel_distance|score|precision|recall|density|coverage|accuracy).*"
+)
+INDEXED = ("frechet_distance", "inception_score", "precision", "recall")  # scores that the Hub compares
+PROTOCOL = (  # fields of a result that its scores depend on most
+    *("num_samples", "per_class", "guidance", "guidance_off_from", "top_k", "top_p", "drafts", "seed", "dtype"),
+    *("extractor", "comparable_with", "crop", "interval"),
+)
+
+
+class Card(ModelCard):
+    """A model card, with the picture that it shows."""
+
+    picture: Path | None = None
+
+    def save(self, filepath: str | Path) -> None:
+        """Writes the card, and its picture beside it, but keeps a card that somebody has edited.
+
+        Raises:
+            InputError: if a file cannot be written.
+        """
+        path = Path(filepath)
+        if path.exists() and MARK not in path.read_text():
+            log.warning("%s is kept: it was edited, or not written by this program", path)
+            return
+        if self.picture is not None:
+            with atomic_path(path.with_name(picture_name(self.picture))) as temporary:
+                shutil.copyfile(self.picture, temporary)
+        with atomic_path(path) as temporary:
+            super().save(temporary)
+
+
+def model_card(
+    model: TrainedModel,
+    repository: str | None = None,
+    license: str | None = None,
+    datasets: tuple[str, ...] = (),
+    scores: tuple[str, ...] = (),
+    picture: str | None = None,
+) -> Card:
+    """Makes the model card of a network with its tokenizer.
+
+    Args:
+        model: network, tokenizer and class names.
+        repository: for the model card, OWNER/NAME on the Hub to which the folder will be uploaded.
+        license: for the model card, the license of the weights, as the Hub calls it: mit, cc-by-nc-4.0.
+        datasets: for the model card, what the network was trained on, by names on the Hub if there are any.
+        scores: for the model card, JSON files that `evaluate` wrote for this network.
+        picture: for the model card, a picture such as `sample --grid` draws; it is copied into the folder.
+
+    Raises:
+        InputError: if a file cannot be read, or has scores of another network.
+    """
+    records = [record for path in scores for record in read_scores(Path(path).expanduser(), model.network)]
+    image = None if picture is None else existing_picture(Path(picture).expanduser())
+    family, paper = FAMILIES.get(model.network.config.mixers, ("Image generator", None))
+    title = repository or f"{family} with {parameter_count(model.network)} parameters"
+    card: Card = Card.from_template(
+        metadata(title, license, datasets, records),
+        template_path=str(TEMPLATE),
+        mark=MARK,
+        title=title,
+        place=repository or "OWNER/NAME",
+        family=family,
+        paper=paper,
+        network=model.network.config,
+        network_size=parameter_count(model.network),
+        tokenizer=model.tokenizer.config,
+        tokenizer_size=parameter_count(model.tokenizer),
+        names=[" ".join(name.split()) for name in model.class_names],
+        picture=None if image is None else picture_name(image),
+        protocol=PROTOCOL,
+        results=[(record, shown_scores(record)) for record in records],
+    )
+    card.picture = image
+    return card
+
+
+def read_scores(path: Path, network: nn.Module) -> list[Record]:
+    """Reads results of `evaluate`; raises InputError if they are of another network, or no such results."""
+    records: list[Record] = read_json(path, list[dict[str, Any]])
+    ours = fingerprint(network)
+    for record in records:
+        if not {"reference", "extractor"} <= record.keys():
+            raise InputError(f"{path} has no scores of `lightning-mvar evaluate --json FILE`")
+        if (scored := record.get("network", ours)) != ours:
+            raise InputError(
+                f"{path} has the scores of network {scored}, but this one is {ours}: evaluate this one, or export the "
+                f"one that was evaluated (--weights ema or raw)"
+            )
+    return records
+
+
+def existing_picture(path: Path) -> Path:
+    if not path.is_file() or path.suffix.lower() not in PICTURES:
+        raise InputError(f"{path} is not a picture file: name one that ends in {', '.join(PICTURES)}")
+    return path
+
+
+def picture_name(path: Path) -> str:
+    """Returns the name in the folder of the model."""
+    return f"samples{path.suffix.lower()}"
+
+
+def parameter_count(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:,.1f}M"
+
+
+def metadata(title: str, license: str | None, datasets: tuple[str, ...], records: list[Record]) -> ModelCardData:
+    """Returns what the Hub indexes: the head of the card."""
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=record["reference"],
+            dataset_name=record["reference"],
+            metric_type=metric_name(name, record),
+            metric_value=record[name],
+            metric_args={setting: record[setting] for setting in PROTOCOL if setting in record},
+        )
+        for record in records
+        for name in INDEXED
+        if name in record
+    ]
+    return ModelCardData(
+        library_name="lightning_mvar",
+        pipeline_tag=TASK,
+        tags=["image-generation", "class-conditional", "var", "mvar"],
+        license=license,
+        datasets=list(datasets) or None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+
+
+def score_names(record: Record) -> list[str]:
+    return [name for name, value in record.items() if isinstance(value, float) and SCORE.fullmatch(name)]
+
+
+def metric_name(name: str, record: Record) -> str:
+    """Returns the name of a score; a Frechet distance is an FID only in the features of InceptionV3."""
+    return "fid" if (name, record["extractor"]) == ("frechet_distance", "InceptionV3") else name
+
+
+def shown_scores(record: Record) -> dict[str, str]:
+    """Returns the scores as text, each with the bounds of its interval if there is one."""
+    shown = {}
+    for name in score_names(record):
+        bounds = [f"{record[bound]:.4g}" for bound in (f"{name}_low", f"{name}_high") if bound in record]
+        shown[metric_name(name, record)] = f"{record[name]:.4g}" + (f" ({' to '.join(bounds)})" if bounds else "")
+    return shown
