@@ -5,6 +5,7 @@ features (b, num_features). If it has a method `logits`, features -> (b, classes
 """
 
 from lightning_mvar.metrics.classifiers.digits import DigitsClassifier
+from lightning_mvar.metrics.classifiers.emoji import Emoji64Classifier
 from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
 from lightning_mvar.metrics.classifiers.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.extractors.dinov2 import DINOv2
@@ -14,6 +15,7 @@ from lightning_mvar.metrics.extractors.timm_models import Timm
 __all__ = [
     "DINOv2",
     "DigitsClassifier",
+    "Emoji64Classifier",
     "ImageClassifier",
     "InceptionV3",
     "Photos64Classifier",

@@ -11,6 +11,7 @@ from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.builtin.digits import DIGITS
 from lightning_mvar.metrics.classifiers.digits import DigitsClassifier, svm_accuracy
 from lightning_mvar.metrics.classifiers.embedded import EmbeddedClassifier
+from lightning_mvar.metrics.classifiers.emoji import Emoji64Classifier
 from lightning_mvar.metrics.classifiers.photos import Photos64Classifier, PhotosClassifier
 from lightning_mvar.metrics.evaluator import warn
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
@@ -24,7 +25,8 @@ TRAINING_SPLIT: dict[Split, Split] = {  # by the reference's split: real images 
     "validation": "subtrain",
 }
 CLASSIFIERS: dict[str, type[EmbeddedClassifier]] = {
-    classifier.embedded.name: classifier for classifier in (DigitsClassifier, PhotosClassifier, Photos64Classifier)
+    classifier.embedded.name: classifier
+    for classifier in (DigitsClassifier, PhotosClassifier, Photos64Classifier, Emoji64Classifier)
 }
 
 

@@ -20,6 +20,7 @@ from webdataset.shardlists import expand_urls
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.builtin.digits import DIGITS
+from lightning_mvar.data.builtin.emoji import EMOJI64
 from lightning_mvar.data.builtin.photos import PHOTOS, PHOTOS64
 from lightning_mvar.data.images.archives import TarImages
 from lightning_mvar.data.images.class_words import read_class_names
@@ -36,7 +37,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import RETRIES, fetch_files, is_remote
 from lightning_mvar.scales import Shape, format_shape, shape_of
 
-EMBEDDED_SETS = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64)}
+EMBEDDED_SETS = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64, EMOJI64)}
 
 IMAGE_CACHE = "outputs/image_cache"
 TAR_SUFFIXES = (".tar", *COMPRESSED_SUFFIXES)

