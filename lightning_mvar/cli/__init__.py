@@ -12,6 +12,7 @@ import errno
 import gc
 import importlib
 import io
+import json
 import logging
 import os
 import re
@@ -23,16 +24,18 @@ from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
+from lightning_mvar.cli.checks import check_options
 from lightning_mvar.cli.help import (
     COMMANDS,
     FULL_HELP,
-    check_options,
+    TRAINING,
     completion,
     nearest,
     print_help,
     usage,
-    with_network_option,
+    with_first_option,
 )
+from lightning_mvar.cli.schema import config_schema
 from lightning_mvar.errors import InputError, Interrupted, one_line
 
 PIPE_EXIT_CODE = 128 + signal.SIGPIPE
@@ -107,7 +110,10 @@ def run(argv: list[str]) -> int:
         if {"-h", "--help"} & set(argv[1:]):
             print_help(*argv)
             return 0
-        argv = with_network_option(argv)
+        if "--print_schema" in argv and argv[0] in TRAINING:
+            print(json.dumps(config_schema(argv[0]), indent=1))
+            return 0
+        argv = with_first_option(argv)
         check_options(*argv)
         argv = ["--help" if argument == FULL_HELP else argument for argument in argv]
         command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")

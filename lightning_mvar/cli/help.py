@@ -1,4 +1,4 @@
-"""Help on a screen, suggestions for misspelt options and shell completion, all before torch is imported."""
+"""Help on a screen, the nearest name for a misspelt one and shell completion, all before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,10 +44,8 @@ FULL_HELP = "--help_all"  # jsonargparse's help: whole texts, and the classes th
 OF_ANY_PARSER = {"help", "help_all", "config", "print_config", "print_completion"}  # added by jsonargparse
 NAMES_WIDTH, MAX_WIDTH = 40, 120  # of the help, in characters
 MAX_METAVAR = 20
-# What begins like a number, or like a list of them; jsonargparse refuses the rest.
-NUMBER = re.compile(r"[\[(]?\s*[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)
 
-NETWORK = "ckpt_path"  # option that a command also takes as its first word
+FIRST_WORDS = ("ckpt_path", "folder", "what")  # options that a command also takes as its first word
 SAMPLING = "SamplingSettings"
 GROUPS = ("required", "options", "sampling", "machine", "data", "model", "trainer")  # in the order of the help
 # Options about the machine, not the result.
@@ -147,7 +145,7 @@ def describe(parser: argparse.ArgumentParser, name: str, found: Signature) -> ar
     """Adds the options of a command to a parser, in groups and one line each; it knows nothing of their types."""
     width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
     needed = [option for option in found.options if option.required and "." not in option.name]
-    words = [metavar(o) if o.positional or o.name == NETWORK else f"--{o.name} {metavar(o)}" for o in needed]
+    words = [metavar(o) if o.positional or o.name in FIRST_WORDS else f"--{o.name} {metavar(o)}" for o in needed]
     parser.usage = " ".join(["lightning-mvar", name, *words, "[options]"])
     parser.description = found.description
     parser.epilog = f"`lightning-mvar {name} {FULL_HELP}` has all options, with their whole texts."
@@ -209,71 +207,22 @@ def print_help(name: str, *words: str) -> None:
     print(f"\n`lightning-mvar {name} {other} --help` lists the options.")
 
 
-def with_network_option(argv: list[str]) -> list[str]:
-    """Puts `--ckpt_path` before a network that is the first word of a command, as in `sample var-d16 --out samples`.
+def with_first_option(argv: list[str]) -> list[str]:
+    """Names the option that the first word of a command stands for: `sample var-d16` is `sample --ckpt_path var-d16`.
 
     Raises:
-        InputError: if the option is also given.
+        InputError: if the option is also given by its name.
     """
-    name, *words = argv
-    named = name not in TRAINING and words and not words[0].startswith("-")
-    if not named or NETWORK not in {option.name for option in signatures_of(name).get("", Signature("", [])).options}:
+    signatures = {} if argv[0] in TRAINING else signatures_of(argv[0])
+    begin = 2 if argv[1:] and argv[1] in signatures else 1
+    found, words = signatures.get(" ".join(argv[1:begin])), argv[begin:]
+    names = [o.name for o in found.options if o.name in FIRST_WORDS and not o.positional] if found else []
+    if not names or not words or words[0].startswith("-"):
         return argv
-    if twice := [word for word in words if word.partition("=")[0] == f"--{NETWORK}"]:
-        raise InputError(f"{name} {words[0]} names the network already: drop {twice[0]}, or {words[0]}")
-    return [name, f"--{NETWORK}", *words]
-
-
-def check_options(name: str, *words: str) -> None:
-    """Checks the options of a command line as far as their source tells: names, numbers and choices.
-
-    The rest, and options of classes (`--extractor.weights`, `--model.network.depth`), are left to jsonargparse.
-
-    Raises:
-        InputError: for an option or subcommand that does not exist, with the nearest that does, or a value that is no
-            number or none of the choices.
-    """
-    signatures = signatures_of(name)
-    subcommand = words[0] if words and words[0] in signatures else ""
-    if subcommand not in signatures:
-        if words and not words[0].startswith("-"):
-            listed = f"it has {', '.join(signatures)}"
-            raise InputError(f"{name} has no command {words[0]!r}; {nearest(words[0], signatures, listed)}")
-        return
-    options = {option.name: option for option in signatures[subcommand].options if not option.positional}
-    name = f"{name} {subcommand}".strip()
-    words = words[: words.index("--") if "--" in words else None]
-    for word, following in zip(words, [*words, "--"][1:], strict=True):
-        if word.startswith("--"):
-            option, equals, value = word[2:].partition("=")
-            check_name(name, option.rstrip("+"), options)
-            if option in options and (equals or not following.startswith("--")):
-                check_value(options[option], value if equals else following)
-
-
-def check_name(command: str, name: str, options: Mapping[str, Option]) -> None:
-    """Raises InputError unless a command has an option, or one of whose class it is an option."""
-    parts = name.split(".")
-    sections = {option.partition(".")[0] for option in options}
-    accepted = options.keys() | OF_ANY_PARSER | (sections if len(parts) == 1 else {f"{s}.help" for s in sections})
-    if not {parts[0], ".".join(parts[:2])} & accepted:
-        given, dashed = "--" + ".".join(parts[:2]), [f"--{option}" for option in options]
-        listed = f"`lightning-mvar {command} --help` lists the options"
-        raise InputError(f"{command} has no option {given}; {nearest(given, dashed, listed)}")
-
-
-def check_value(option: Option, value: str) -> None:
-    """Raises InputError if the value of an option is no number, or none of its choices."""
-    types = set(re.findall(r"\w+", option.kind))
-    if value.startswith("${") or (value == "null" and "None" in types):
-        return
-    if types & {"int", "float"} and types <= {"int", "float", "tuple", "None"} and not NUMBER.fullmatch(value):
-        raise InputError(f"--{option.name} {value} is not a number")
-    choices = choices_of(option)
-    known = value.lower() in {*choices, "yes", "no"} if option.kind == "bool" else value in choices
-    if choices and not known:
-        listed = f"use {', '.join(choices)}"
-        raise InputError(f"--{option.name} {value} is unknown; {nearest(value, choices, listed)}")
+    option = f"--{names[0]}"
+    if twice := [word for word in words if word.partition("=")[0] == option]:
+        raise InputError(f"{words[0]} is the {option} of {argv[0]} already: drop {twice[0]}, or {words[0]}")
+    return [*argv[:begin], option, *words]
 
 
 def nearest(name: str, names: Iterable[str], otherwise: str) -> str:

@@ -35,6 +35,7 @@ class Option:
         owner: name of the function or class that declares it.
         by_keyword: whether it is keyword-only in Python.
         positional: whether it is given without its name on the command line.
+        fields: if it is a dataclass, its options.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Option:
     owner: str
     by_keyword: bool = False
     positional: bool = False
+    fields: tuple[Option, ...] = ()
 
     @property
     def choices(self) -> list[str]:
@@ -122,8 +124,10 @@ def options_of(module: str, node: ast.stmt) -> Iterator[Option]:
     seen = set()
     for name, annotation, default, by_keyword in parameters(node if function is None else function):
         seen.add(name)
-        kind, text = kind_of(module, annotation), texts.get(name, "")
-        yield Option(name, kind, default is None, plain(module, default), text, node.name, by_keyword)
+        kind, text, fields = kind_of(module, annotation), texts.get(name, ""), fields_of(module, annotation)
+        yield Option(
+            name, kind, default is None, plain(module, default), text, node.name, by_keyword, fields=tuple(fields)
+        )
     if function is None or function.args.kwarg is None:
         return
     for target, given in receivers(module, node, function, function.args.kwarg.arg):
@@ -131,6 +135,25 @@ def options_of(module: str, node: ast.stmt) -> Iterator[Option]:
             if number >= given.positional and option.name not in given.keywords | seen:
                 seen.add(option.name)
                 yield option
+
+
+def fields_of(module: str, annotation: ast.expr | None) -> Iterator[Option]:
+    """Yields the options of an annotation that is a dataclass, or one or None; those of its base class have the texts.
+
+    Which class an option of another type takes is only known from its value.
+    """
+    for name in [node.id for node in ast.walk(annotation or ast.Tuple([])) if isinstance(node, ast.Name)]:
+        found = find(module, name) if name[0].isupper() else None
+        if found is None or not isinstance(found[1], ast.ClassDef) or not is_dataclass(found[1]):
+            continue
+        bases = [find(found[0], base.id) for base in found[1].bases if isinstance(base, ast.Name)]
+        texts = {option.name: option.text for base in bases if base is not None for option in options_of(*base)}
+        for option in options_of(*found):
+            yield replace(option, text=option.text or texts.get(option.name, ""))
+
+
+def is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def initializer(node: ast.ClassDef) -> ast.FunctionDef | None:

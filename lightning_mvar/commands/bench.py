@@ -145,6 +145,4 @@ def check_options(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1 and not argv[1].startswith("-"):
-        argv = [argv[0], "--what", *argv[1:]]
     call(bench, argv)

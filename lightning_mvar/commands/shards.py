@@ -244,6 +244,4 @@ def require_folder(folder: str) -> Path:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 2 and not argv[2].startswith("-"):
-        argv = [*argv[:2], "--folder", *argv[2:]]
     call({"verify": verify, "info": info, "decode": decode}, argv, description=DESCRIPTION)

@@ -33,7 +33,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     for stop in (interrupt, lightning_interrupt):
         monkeypatch.setattr(sample, "main", stop)
-        assert run(["sample"]) == 130
+        assert run(["sample", "model"]) == 130
         assert "interrupted" in capsys.readouterr().err
 
 
@@ -44,7 +44,7 @@ def test_ctrl_c_during_the_imports_ends_with_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.importlib, "import_module", interrupt)
-    assert run(["sample"]) == 130
+    assert run(["sample", "model"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -56,7 +56,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sample, "main", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        run(["sample"])
+        run(["sample", "model"])
 
 
 def test_every_command_has_a_module_with_main() -> None:
@@ -123,7 +123,7 @@ def test_a_path_that_cannot_be_accessed_is_reported(
         raise OSError(code, os.strerror(code), "/private/file")
 
     monkeypatch.setattr(sample, "main", fail)
-    assert run(["sample"]) == 1
+    assert run(["sample", "model"]) == 1
     expected = f"lightning-mvar: error: cannot access /private/file ({os.strerror(code)})\n"
     assert capsys.readouterr().err == expected
 

@@ -1,0 +1,146 @@
+"""Checks of a command line and its configuration files before torch is imported; jsonargparse checks the rest."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from lightning_mvar.cli.help import FULL_HELP, OF_ANY_PARSER, TRAINING, choices_of, nearest, signatures_of
+from lightning_mvar.cli.signatures import Option
+from lightning_mvar.errors import InputError, one_line
+from lightning_mvar.io.configs import YAML_ERRORS, compose
+
+# What begins like a number, or like a list of them; jsonargparse refuses the rest.
+NUMBER = re.compile(r"[\[(]?\s*[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)
+OF_ANY_FILE = {"$schema", "<<"}  # keys that are no options
+OF_ANY_CLASS = {"help", "class_path", "init_args", "dict_kwargs"}
+NULLS = ("null", "Null", "NULL", "~")
+BOOLS = ("true", "false", "yes", "no", "on", "off")
+
+
+def check_options(name: str, *words: str) -> None:
+    """Checks the options of a command line, and of files of `--config`, as far as the source tells.
+
+    That is: names, numbers, choices and missing ones. Options of classes (`--extractor.weights`) are left to
+    jsonargparse.
+
+    Raises:
+        InputError: for an option or subcommand that is missing or does not exist, with the nearest that does, a value
+            that is no number or none of the choices, or a file that does not exist or is no YAML.
+    """
+    signatures = signatures_of(name)
+    subcommand = words[0] if words and words[0] in signatures else ""
+    if subcommand not in signatures:
+        if words and words[0].startswith("-"):
+            return
+        listed = f"it has {', '.join(signatures)}"
+        if not words:
+            raise InputError(f"{name} needs a command; {listed}")
+        raise InputError(f"{name} has no command {words[0]!r}; {nearest(words[0], signatures, listed)}")
+    signature = signatures[subcommand].options
+    options = {o.name: o for option in signature if not option.positional for o in with_fields(option)}
+    command = f"{name} {subcommand}".strip()
+    words = words[: words.index("--") if "--" in words else None]
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        if word.startswith("--"):
+            option, equals, value = word[2:].partition("=")
+            check_name(command, option.rstrip("+"), options)
+            if option in options and (equals or not following.startswith("--")):
+                check_value(options[option], value if equals else following)
+    files = config_files(words)
+    for file in files:
+        check_file(command, file, options if name in TRAINING else None)
+    if not files:
+        check_required(command, signature, words)
+
+
+def with_fields(option: Option) -> Iterator[Option]:
+    """Yields an option and, if it is a dataclass, those of its fields with their dotted names."""
+    yield option
+    for field in option.fields:
+        yield from with_fields(replace(field, name=f"{option.name}.{field.name}"))
+
+
+def config_files(words: Sequence[str]) -> list[Path]:
+    """Returns the values of --config that are paths, and not YAML themselves."""
+    values = [value for option, value in pairwise(words) if option in ("-c", "--config")]
+    values += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return [Path(os.path.expanduser(value)) for value in values if not re.search(r"[{:]", value)]
+
+
+def check_file(command: str, path: Path, options: Mapping[str, Option] | None) -> None:
+    """Checks a file of --config, and if its options are given, their names and values."""
+    if not path.exists():
+        raise InputError(f"--config {path} does not exist")
+    try:
+        root = compose(path.read_text())
+    except (OSError, UnicodeDecodeError, RecursionError):
+        return  # jsonargparse says why
+    except YAML_ERRORS as error:
+        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
+    if options is not None:
+        check_section(command, root, str(path), "", options)
+
+
+def check_section(command: str, node: yaml.Node | None, file: str, prefix: str, options: Mapping[str, Option]) -> None:
+    """Checks the keys and plain values of a part of a file; `prefix` is its name, with a dot at the end."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value in OF_ANY_FILE:
+            continue
+        name = f"{prefix}{key.value}".rstrip("+")
+        try:
+            check_name(command, name, options)
+            if name in options and isinstance(value, yaml.ScalarNode) and value.value:
+                check_value(options[name], value.value)
+        except InputError as error:
+            raise InputError(f"{file}, line {key.start_mark.line + 1}: {error}") from error
+        check_section(command, value, file, f"{name}.", options)
+
+
+def check_required(command: str, options: Sequence[Option], words: Sequence[str]) -> None:
+    """Raises InputError if a required option is missing, unless something else is asked for, or it may be a section."""
+    if any(word.startswith(("--print_", FULL_HELP)) or ".help" in word for word in words):
+        return
+    given = {word[2:].partition("=")[0].rstrip("+") for word in words if word.startswith("--")}
+    names = [option.name for option in options if option.required and not option.positional]
+    missing = [name for name in names if not any(f"{other}.".startswith(f"{name}.") for other in given)]
+    missing = [name for name in missing if name.partition(".")[0] not in given]
+    wanted = [f"--{name}" for name in missing]
+    if not words:
+        wanted = [option.name.upper() for option in options if option.positional] + wanted
+    if wanted:
+        raise InputError(f"{command} needs {', '.join(wanted)}; `lightning-mvar {command} --help` lists the options")
+
+
+def check_name(command: str, name: str, options: Mapping[str, Option]) -> None:
+    """Raises InputError unless a command has an option, or one of whose class it is an option."""
+    parts = name.split(".")
+    for depth, part in enumerate(parts, start=1):
+        prefix = ".".join(parts[:depth])
+        has_fields = any(option.startswith(f"{prefix}.") for option in options)
+        if part in (OF_ANY_PARSER if depth == 1 else OF_ANY_CLASS) or (prefix in options and not has_fields):
+            return
+        if not has_fields:
+            given, dashed = "--" + ".".join(parts[: max(depth, 2)]), [f"--{option}" for option in options]
+            listed = f"`lightning-mvar {command} --help` lists the options"
+            raise InputError(f"{command} has no option {given}; {nearest(given, dashed, listed)}")
+
+
+def check_value(option: Option, value: str) -> None:
+    """Raises InputError if the value of an option is no number, or none of its choices."""
+    types = set(re.findall(r"\w+", option.kind))
+    if value.startswith("${") or (value in NULLS and types & {"None", "Optional"}):
+        return
+    if types & {"int", "float"} and types <= {"int", "float", "tuple", "None"} and not NUMBER.fullmatch(value):
+        raise InputError(f"--{option.name} {value} is not a number")
+    choices = choices_of(option)
+    known = value.lower() in BOOLS if option.kind == "bool" else value in choices
+    if choices and not known:
+        listed = f"use {', '.join(choices)}"
+        raise InputError(f"--{option.name} {value} is unknown; {nearest(value, choices, listed)}")
