@@ -14,7 +14,7 @@ import yaml
 from lightning_mvar.cli.help import FULL_HELP, OF_ANY_PARSER, TRAINING, choices_of, nearest, signatures_of
 from lightning_mvar.cli.signatures import Option
 from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.configs import YAML_ERRORS, compose
+from lightning_mvar.io.configs import YAML_ERRORS, compose, find_config
 
 # What begins like a number, or like a list of them; jsonargparse refuses the rest.
 NUMBER = re.compile(r"[\[(]?\s*[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)
@@ -68,10 +68,10 @@ def with_fields(option: Option) -> Iterator[Option]:
 
 
 def config_files(words: Sequence[str]) -> list[Path]:
-    """Returns the values of --config that are paths, and not YAML themselves."""
+    """Returns the files that --config names, of this folder or the package; a value may also be YAML itself."""
     values = [value for option, value in pairwise(words) if option in ("-c", "--config")]
     values += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    return [Path(os.path.expanduser(value)) for value in values if not re.search(r"[{:]", value)]
+    return [Path(os.path.expanduser(find_config(value))) for value in values if not re.search(r"[{:]", value)]
 
 
 def check_file(command: str, path: Path, options: Mapping[str, Option] | None) -> None:
