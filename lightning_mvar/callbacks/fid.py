@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lightning_mvar.callbacks.interruption import raise_if_interrupted
 from lightning_mvar.checkpoints import WhichWeights
-from lightning_mvar.data.images.protocols import CropProtocol
+from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
@@ -24,6 +24,7 @@ from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, max_batch_size
 from lightning_mvar.sampling.graphs import graphs_for
 from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.strategies import sampling_mode
 
@@ -42,6 +43,7 @@ class FIDCallback(L.Callback):
         reference: the real images: `digits:test`, `photos:test`, a folder of class folders, an npz with mu and sigma
             or with images, or a folder of token shards.
         crop: how image files of the reference are resized and cropped; see `data.images.protocols`.
+        margin: with `crop` var, ratio of the resized shorter side to the crop; default: that of the shards trained on.
         num_samples: number of images to sample, cycling through the classes.
         batch_size: images per batch and rank; fewer if the states of that many need more than 8 GiB.
         every_n_steps: minimum number of steps between scored validations.
@@ -68,6 +70,7 @@ class FIDCallback(L.Callback):
         sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
         cache: str = "outputs/statistics",
         crop: CropProtocol = "var",
+        margin: float | None = None,
     ) -> None:
         fewest = max(neighbours, DENSITY_NEIGHBOURS) if neighbours > 0 else 1
         if num_samples <= fewest or batch_size < 1:
@@ -80,6 +83,7 @@ class FIDCallback(L.Callback):
                 raise InputError(f"{name} of the FID callback must be at least 1, got {period}")
         self.extractor, self.reference_name, self.cache = extractor, reference, Path(cache).expanduser()
         self.crop: CropProtocol = crop
+        self.margin = margin
         self.num_samples, self.batch_size, self.sampling = num_samples, batch_size, sampling
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.weights, self.keep_sharded, self.neighbours = weights, keep_sharded, neighbours
@@ -88,7 +92,14 @@ class FIDCallback(L.Callback):
         self.guide: MVAR | None = None  # a weaker network, if `sampling` names one
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.real = open_reference(self.reference_name, crop=self.crop)
+        self.real = open_reference(self.reference_name, crop=self.crop, margin=self.reference_margin(trainer))
+
+    def reference_margin(self, trainer: L.Trainer) -> float:
+        """Returns the margin of the reference's crops: as given, or that of the shards if the protocol has one."""
+        if self.margin is not None:
+            return self.margin
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        return data.margin if self.crop == "var" and isinstance(data, TokenDataModule) else MARGIN
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures the real images first, so that a bad reference, guide or scorer fails before training."""

@@ -14,7 +14,7 @@ from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.classes import Classes
-from lightning_mvar.data.images.protocols import CropProtocol
+from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.devices import set_tf32
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import classifier_for
@@ -38,6 +38,7 @@ def evaluate(
     per_class: int = 50,
     extractor: nn.Module | None = None,
     crop: CropProtocol = "var",
+    margin: float = MARGIN,
     interval: float | None = None,
     extrapolate: bool = False,
     floor: str | None = None,
@@ -74,10 +75,11 @@ def evaluate(
             minute; or the class path of an nn.Module with num_features, images in [0, 1] -> features. The default is a
             small classifier: of digits or photos, or trained on the reference's own images, for scores that compare on
             the same data only.
-        crop: resizing of real images in files before their centre is cropped. var: shorter side to 1.125 times the
+        crop: resizing of real images in files before their centre is cropped. var: shorter side to --margin times the
             side of the samples, Lanczos. adm: box averaging, then bicubic, as ADM's references. torchvision-bilinear,
             torchvision-bicubic: Resize and CenterCrop. Scores against references of different protocols do not
             compare.
+        margin: with --crop var; 1.125 in the papers, 1 cuts nothing off square images. Use that of `tokenize`.
         interval: confidence level of an interval for each score but sFID, such as 0.95: how much it would change with
             other samples of the network, by a jackknife that scores the samples 20 times without a twentieth. It
             covers neither the bias of few samples nor other training seeds.
@@ -105,8 +107,8 @@ def evaluate(
     (inputs if ckpt_path is None else outputs)["--samples"] = samples
     refuse_overwriting(outputs, inputs)
     evaluation = Evaluation(
-        real=open_reference(reference, crop=crop),
-        floor=None if floor is None else open_reference(floor, crop=crop),
+        real=open_reference(reference, crop=crop, margin=margin),
+        floor=None if floor is None else open_reference(floor, crop=crop, margin=margin),
         reconstructor=None if reconstructions is None else load_tokenizer(reconstructions),
         worst_classes=worst_classes,
         uncertainty=Uncertainty(interval, extrapolate),
@@ -174,7 +176,8 @@ def default_extractor(reference: Reference, cache: str) -> nn.Module:
             f"--extractor is required for --reference {reference.name}, which has no image files with classes: use "
             f"InceptionV3 or DINOv2, which are downloaded the first time"
         )
-    classifier = ImageClassifier(reference.name, cache=cache)
+    margin = reference.resizing.margin
+    classifier = ImageClassifier(reference.name, cache=cache, margin=margin)
     warn(
         f"without --extractor, features come from a classifier trained on {reference.name} itself: compare the scores "
         f"only with others against these images (to train it on other images: --extractor ImageClassifier "

@@ -13,6 +13,7 @@ from lightning_mvar.cli.progress import check_reading, read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import OnCorrupt
+from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
@@ -27,6 +28,7 @@ def likelihood(
     each: str | None = None,
     tokenizer: str | None = None,
     weights: WhichWeights = "ema",
+    margin: float = MARGIN,
     batch_size: int = 32,
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "raise",
@@ -46,6 +48,7 @@ def likelihood(
         each: JSON file for one record per image.
         tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoint.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
+        margin: ratio of the resized shorter side of images to the crop, as for `tokenize`.
         batch_size: images per batch.
         num_workers: processes that decode image files; 0 decodes in the main process.
         on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a message.
@@ -56,7 +59,7 @@ def likelihood(
         {"--json": json, "--each": each}, {"--ckpt_path": ckpt_path, "--images": images, "--tokenizer": tokenizer}
     )
     torch_device, model = choose_device(device), load_trained(ckpt_path, tokenizer, weights)
-    source = open_images(images, model.tokenizer.config.shape, on_corrupt)
+    source = open_images(images, model.tokenizer.config.shape, on_corrupt, margin=margin)
     labels = folder_labels(model, source.class_names, classes)
     for part in (model.network, model.tokenizer):
         part.to(torch_device)

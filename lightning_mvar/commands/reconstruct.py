@@ -10,7 +10,7 @@ from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.progress import check_reading, read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.images.examples import OnCorrupt
-from lightning_mvar.data.images.protocols import CropProtocol
+from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
@@ -30,6 +30,7 @@ def reconstruct(
     images: str,
     extractor: nn.Module | None = None,
     crop: CropProtocol = "var",
+    margin: float = MARGIN,
     perturb: bool = False,
     picture: str | None = None,
     json: str | None = None,
@@ -52,6 +53,7 @@ def reconstruct(
             num_features, images in [0, 1] -> features. The default for digits and photos is a small classifier. Without
             an extractor there is no Frechet distance.
         crop: how images in files are resized before their centre is cropped; see `evaluate`.
+        margin: with --crop var, ratio of the resized shorter side to the crop; 1 cuts nothing off square images.
         perturb: also report the perturbed Frechet distance, with InceptionV3 pFID: between originals and images decoded
             after 50, 70 or 90 % of the tokens were drawn anew among the 1/64, 1/32 or 1/16 of the codes nearest to
             theirs; the mean of the nine. Decodes ten times as often.
@@ -67,7 +69,7 @@ def reconstruct(
     refuse_overwriting({"--picture": picture, "--json": json}, {"--tokenizer": tokenizer, "--images": images})
     target = choose_device(device)
     model = load_tokenizer(tokenizer).to(target)
-    source = open_images(images, model.config.shape, on_corrupt, crop=crop)
+    source = open_images(images, model.config.shape, on_corrupt, crop=crop, margin=margin)
     if extractor is None:
         extractor = classifier_for(open_reference(images), cache)
     if extractor is None and perturb:

@@ -148,7 +148,9 @@ def decode(
         if images is None:
             check_source(manifest)
         if images is not None or manifest.sampling is None:  # a network's samples have no originals
-            source = open_images(images or manifest.source, model.config.shape, "skip", labels, class_names)
+            source = open_images(
+                images or manifest.source, model.config.shape, "skip", labels, class_names, margin=manifest.margin
+            )
             originals = find_originals(manifest, samples.keys, source)
     except InputError as error:
         if images is not None:

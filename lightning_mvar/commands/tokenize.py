@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
+from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images, split_off
 from lightning_mvar.data.tokens.encode import EncodedBatch, TokenEncoder
 from lightning_mvar.data.tokens.manifest import Manifest, read_record, record_paths
@@ -41,6 +42,7 @@ def tokenize(
     out: str,
     labels: str | None = None,
     class_names: str | None = None,
+    margin: float = MARGIN,
     views: int = 1,
     flips: bool = False,
     seed: int = 0,
@@ -71,6 +73,8 @@ def tokenize(
             or images: the columns to take, as LABEL or IMAGE,LABEL.
         class_names: `imagenet`, or a file with one name per line, in label order: of classes that are numbers, or those
             that the class folders must be among.
+        margin: images are resized to cover this many times the tokenizer's input, then cropped; 1 cuts nothing off
+            square images.
         views: samples per image: 1 is the centre crop, more are random crops.
         flips: mirror half of the random crops.
         seed: seed of the random crops.
@@ -101,10 +105,11 @@ def tokenize(
 
     with launch_ranks(device, devices, num_nodes) as fabric, ExitStack() as stack:
         model = load_tokenizer(tokenizer)
-        source = open_images(images, model.config.shape, "skip", labels, class_names, cache_dir, retries)
+        source = open_images(images, model.config.shape, "skip", labels, class_names, cache_dir, retries, margin=margin)
         order = shard_order(source, views)
         plan = make_plan(model, source, images, order, shard_size)
-        plan = replace(plan, views=views, seed=seed if views > 1 else 0, flips=flips, precision=precision)
+        seed = seed if views > 1 else 0
+        plan = replace(plan, views=views, seed=seed, flips=flips, margin=margin, precision=precision)
         if fabric.is_global_zero:
             stack.enter_context(lock_folder(folder, "tokenize"))
         fabric.barrier()

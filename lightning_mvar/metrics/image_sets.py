@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.data.images.examples import ImageSource, image_loader
+from lightning_mvar.data.images.protocols import Resizing
 from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.data.tokens.sources import ShardSource
 from lightning_mvar.devices import rank_and_world_size
@@ -62,8 +63,6 @@ class SourceImages(ImageSet):
 class DecodedShards(ImageSet):
     """Images decoded from token shards: the best possible samples of a network trained on them.
 
-    `tokenize` crops images by the protocol `var`.
-
     Args:
         shards: token shards.
         tokenizer: the tokenizer that encoded them, on the device to decode on.
@@ -72,12 +71,10 @@ class DecodedShards(ImageSet):
         InputError: if another tokenizer encoded them, or a shard is missing or damaged.
     """
 
-    crop = "var"
-
     def __init__(self, shards: ShardSource, tokenizer: Tokenizer) -> None:
         self.shards, self.tokenizer, self.manifest = shards, tokenizer, shards.manifest()
         self.manifest.check_tokenizer(shards, tokenizer.fingerprint())
-        self.shape = tokenizer.config.shape
+        self.shape, self.crop = tokenizer.config.shape, str(Resizing("var", self.manifest.margin))
 
     @property
     def identity(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
-from lightning_mvar.data.images.protocols import CROP_PROTOCOLS, CropProtocol
+from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, MARGIN, CropProtocol, Resizing
 from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images, split_off
 from lightning_mvar.data.tokens.manifest import MANIFEST
 from lightning_mvar.data.tokens.sources import open_shards
@@ -42,7 +42,7 @@ class Reference:
         arrays: array names, if the reference is an npz.
         cache_dir: local folder for downloaded archives.
         retries: further attempts after a failed download.
-        crop: how image files are resized and cropped, and statistics must have been.
+        resizing: how image files are resized before they are cropped, and those of statistics must have been.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Reference:
     arrays: tuple[str, ...] = ()
     cache_dir: str = IMAGE_CACHE
     retries: int = RETRIES
-    crop: CropProtocol = "var"
+    resizing: Resizing = DEFAULT_RESIZING
 
     @property
     def has_images(self) -> bool:
@@ -90,7 +90,14 @@ class Reference:
         elif self.kind == "npz":
             images = SourceImages(NpzSamples(Path(self.name)))
         else:
-            source = open_images(self.name, shape, cache_dir=self.cache_dir, retries=self.retries, crop=self.crop)
+            source = open_images(
+                self.name,
+                shape,
+                cache_dir=self.cache_dir,
+                retries=self.retries,
+                crop=self.resizing.protocol,
+                margin=self.resizing.margin,
+            )
             images = SourceImages(source, num_workers)
         self.check_crop(images.crop)
         if images.shape != shape:
@@ -148,12 +155,19 @@ class Reference:
 
     def check_crop(self, crop: str) -> None:
         """Raises InputError if images or statistics are known to have been cropped by another protocol."""
-        if crop in CROP_PROTOCOLS and crop != self.crop:
-            raise InputError(f"the images of {self.name} were cropped by {crop}, not {self.crop}: pass --crop {crop}")
+        resizing = Resizing.parse(crop)
+        if resizing is not None and resizing != self.resizing:
+            raise InputError(
+                f"the images of {self.name} were cropped by {crop}, not {self.resizing}: pass {resizing.options}"
+            )
 
 
 def open_reference(
-    name: str, cache_dir: str = IMAGE_CACHE, retries: int = RETRIES, crop: CropProtocol = "var"
+    name: str,
+    cache_dir: str = IMAGE_CACHE,
+    retries: int = RETRIES,
+    crop: CropProtocol = "var",
+    margin: float = MARGIN,
 ) -> Reference:
     """Parses the value of `--reference`.
 
@@ -163,31 +177,31 @@ def open_reference(
             images (`arr_0`) or statistics (`mu`, `sigma`); a local or remote folder of token shards.
         cache_dir: local folder for downloaded archives and npz files.
         retries: further attempts after a failed download.
-        crop: how image files are resized and cropped.
+        crop, margin: how image files are resized and cropped; see `data.images.protocols`.
 
     Raises:
         InputError: if a file or folder does not exist or is unavailable, or an npz is damaged.
     """
-    name = os.path.expanduser(name)
+    name, resizing = os.path.expanduser(name), Resizing(crop, margin)
     if (embedded := find_embedded_set(name)) is not None:
-        return Reference(name, "images", embedded, crop=crop)
+        return Reference(name, "images", embedded, resizing=resizing)
     path = Path(name)
     if name in ADM_REFERENCES and not path.exists():
         path = ADM_REFERENCES[name].path()
     elif is_remote(name):
         file = remote_file_name(name)
         if "{}" in name or not file.endswith((*ARCHIVE_SUFFIXES, ".npz")):
-            return Reference(name, "shards", retries=retries, crop=crop)
+            return Reference(name, "shards", retries=retries, resizing=resizing)
         if file.endswith(ARCHIVE_SUFFIXES):
-            return Reference(name, "images", cache_dir=cache_dir, retries=retries, crop=crop)
+            return Reference(name, "images", cache_dir=cache_dir, retries=retries, resizing=resizing)
         (path,) = fetch_files([name], Path(cache_dir).expanduser(), retries)
     if path.suffix == ".npz":
-        return Reference(str(path), "npz", arrays=tuple(array_names(path)), crop=crop)
+        return Reference(str(path), "npz", arrays=tuple(array_names(path)), resizing=resizing)
     if (path / MANIFEST).is_file():
-        return Reference(name, "shards", crop=crop)
+        return Reference(name, "shards", resizing=resizing)
     if not os.path.exists(split_off(name)[0]) and not set(name) & set("{*?["):  # of a pattern of archives
         raise InputError(f"{name} does not exist")
-    return Reference(name, "images", crop=crop)
+    return Reference(name, "images", resizing=resizing)
 
 
 def measure_cached(extractor: nn.Module, images: ImageSet, name: str, cache: Path) -> Summary:

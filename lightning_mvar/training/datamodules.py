@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mvar.data.images.examples import Crop, Example, ImageBatch, ImageSource, OnCorrupt, collate
 from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
+from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
 from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_worker
 from lightning_mvar.data.tokens.manifest import Manifest
@@ -154,7 +155,7 @@ class TokenDataModule(BatchedDataModule):
 
         Raises:
             InputError: on all ranks, if shards are missing, unfinished or damaged, differ between ranks, or have other
-                classes in training than in validation.
+                classes or another margin in training than in validation.
         """
         super().setup(stage)
         trained_on = [name for name in ("train", "own") if name in self.shards]
@@ -175,6 +176,12 @@ class TokenDataModule(BatchedDataModule):
         names = {name: manifest.class_names for name, manifest in self.manifests.items()}
         if any(classes != next(iter(names.values())) for classes in names.values()):
             raise InputError(f"the shards in {' and '.join(str(self.shards[n]) for n in names)} have different classes")
+        margins = {str(self.shards[n]): m.margin for n, m in self.manifests.items() if m.sampling is None}
+        if len(set(margins.values())) > 1:
+            described = " and ".join(f"{margin} in {location}" for location, margin in margins.items())
+            raise InputError(
+                f"the images of the shards have different margins, {described}: tokenize with one --margin"
+            )
 
     def check_network(self, network: MVARConfig, tokenizer: str) -> None:
         """Raises InputError unless all shards fit a network with a tokenizer of this fingerprint; names the field."""
@@ -191,6 +198,11 @@ class TokenDataModule(BatchedDataModule):
     def class_names(self) -> list[str]:
         """Class names in label order; available after `setup`."""
         return next(iter(self.manifests.values())).class_names
+
+    @property
+    def margin(self) -> float:
+        """Margin of the images' crops; available after `setup`."""
+        return next(iter(self.manifests.values())).margin
 
     def keys(self, batch: TokenBatch) -> list[str]:
         """Returns the names of the images in a training batch."""
@@ -251,6 +263,8 @@ class ImageDataModule(BatchedDataModule):
         val: validation images, like `train`.
         resolution: side of the images in pixels, or [height, width].
         crop: crop of training images, redrawn in each epoch if random; validation images are center-cropped.
+        margin: images are resized to cover this many times the resolution before they are cropped; 1 cuts nothing off
+            square images.
         on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a warning.
         cache_dir: local folder that caches remote archives; nothing is ever removed from it.
         batching: options of `BatchedDataModule`.
@@ -264,19 +278,25 @@ class ImageDataModule(BatchedDataModule):
         crop: Crop = "random",
         on_corrupt: OnCorrupt = "raise",
         cache_dir: str = IMAGE_CACHE,
+        margin: float = MARGIN,
         **batching: Any,
     ) -> None:
         super().__init__(**batching)
         self.sources = {"train": train, "val": val}
         self.shape, self.crop, self.on_corrupt = shape_of(resolution), crop, on_corrupt
-        self.cache_dir = cache_dir
+        self.cache_dir, self.margin = cache_dir, margin
 
     def images(self, name: str) -> ImageSource:
         """Opens one of the sets; raises InputError if another rank has other images."""
 
         def read() -> tuple[ImageSource, dict[str, str]]:
             images = open_images(
-                self.sources[name], self.shape, self.on_corrupt, cache_dir=self.cache_dir, retries=self.retries
+                self.sources[name],
+                self.shape,
+                self.on_corrupt,
+                cache_dir=self.cache_dir,
+                retries=self.retries,
+                margin=self.margin,
             )
             return images, {f"data.{name}": images.listing}
 

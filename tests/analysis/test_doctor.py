@@ -261,11 +261,13 @@ def test_another_crop_is_that_of_the_reference(pair: tuple[np.ndarray, np.ndarra
     _, samples = pair
     write_images(Path("real"))
     first = scored("a", reference="real", crop="var")
-    sets = (open_reference("real", crop=crop).images(16) for crop in ("var", "adm"))
-    var, adm = (next(images.batches(0, len(images))).movedim(1, -1).numpy() * 255 for images in sets)
+    sets = (open_reference("real", **crop).images(16) for crop in ({}, {"crop": "adm"}, {"margin": 1.0}))
+    var, adm, whole = (next(images.batches(0, len(images))).movedim(1, -1).numpy() * 255 for images in sets)
     ours = statistics_of(samples)
     expected = frechet_distance(statistics_of(adm), ours) - frechet_distance(statistics_of(var), ours)
     assert explained(first, None, first.result | {"crop": "adm"})["crop"] == pytest.approx(expected, rel=1e-2)
+    expected = frechet_distance(statistics_of(whole), ours) - frechet_distance(statistics_of(var), ours)
+    assert explained(first, None, first.result | {"crop": "var-1.0"})["crop"] == pytest.approx(expected, rel=1e-2)
 
 
 def test_an_unbalanced_set_is_imitated_in_either_direction(pair: tuple[np.ndarray, np.ndarray]) -> None:

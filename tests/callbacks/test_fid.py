@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from conftest import Pixels, scalars
+from conftest import Pixels, scalars, write_token_shards
 from processes import start
 
 from lightning_mvar import Tokenizer
@@ -22,6 +24,7 @@ from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
 from lightning_mvar.metrics.reference import measure, open_reference
 from lightning_mvar.sampling.generate import generate
 from lightning_mvar.sampling.philox import image_keys
+from lightning_mvar.training.datamodules import TokenDataModule
 
 
 def steps_scored(
@@ -145,6 +148,21 @@ def test_the_best_checkpoint_follows_the_lowest_score_and_never_an_old_one(tmp_p
     content = read_plain_part(tmp_path / "best/step=00000003.ckpt")
     assert content["state_dict"]["weight"] == -3
     assert "optimizer_states" not in content
+
+
+@pytest.mark.parametrize(
+    ("options", "margin"), [({}, 1.0), ({"margin": 1.25}, 1.25), ({"crop": "adm"}, 1.125), (None, 1.125)]
+)
+def test_the_reference_has_the_margin_of_the_shards(
+    options: dict[str, Any] | None, margin: float, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    manifest = write_token_shards(tmp_path, tokenizer.fingerprint(), [4])
+    replace(manifest, margin=1.0).save(tmp_path)
+    data = TokenDataModule(str(tmp_path), str(tmp_path))
+    data.setup("fit")
+    callback = FIDCallback(Pixels(), str(tmp_path), **(options or {}))
+    callback.setup(SimpleNamespace(datamodule=None if options is None else data), None, "fit")  # type: ignore[arg-type]
+    assert callback.real.resizing.margin == margin
 
 
 def test_invalid_settings_are_refused() -> None:

@@ -116,20 +116,22 @@ def image_box(column: int, row: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + 8 * zoom, top + 8 * zoom
 
 
-@pytest.mark.parametrize(("views", "flips"), [(1, "false"), (3, "false"), (3, "true")])
+@pytest.mark.parametrize(("views", "flips", "margin"), [(1, "false", 1.0), (3, "false", 1.125), (3, "true", 1.5)])
 def test_the_picture_has_originals_above_their_reconstructions(
     workdir: Path,
     tokenizer: Tokenizer,
     tokenizer_folder: Path,
     views: int,
     flips: str,
+    margin: float,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tokenize("views", tokenizer_folder, "--views", str(views), "--seed", "5", "--flips", flips)
+    options = ["--views", str(views), "--seed", "5", "--flips", flips, "--margin", str(margin)]
+    tokenize("views", tokenizer_folder, *options)
     command = ["shards", "decode", "views", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png", "--n", "6"]
     assert run(command) == 0
     assert "6 samples of views in pairs.png, 6 of them beneath their originals" in capsys.readouterr().out
-    source = open_images("images", 8)
+    source = open_images("images", 8, margin=margin)
     examples = source if views == 1 else Views(source, views, 5, flips == "true")
     images = {examples[i].key: examples[i].image for i in range(18 * views)}
     packs = all_packs(workdir / "views")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,15 @@ def test_shards_are_decoded_in_order_from_any_index(tmp_path: Path, tokenizer: T
     for begin, end in ((0, 120), (65, 95), (90, 90), (119, 120)):
         decoded = torch.cat([torch.empty(0, 3, 8, 8), *images.batches(begin, end)])
         torch.testing.assert_close(decoded, expected[begin:end])
+
+
+def test_shards_have_the_margin_of_their_images(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    manifest = write_token_shards(tmp_path, tokenizer.fingerprint(), [4])
+    assert open_reference(str(tmp_path)).images(8, tokenizer).crop == "var"
+    replace(manifest, margin=1.0).save(tmp_path)
+    assert open_reference(str(tmp_path), margin=1.0).images(8, tokenizer).crop == "var-1.0"
+    with pytest.raises(InputError, match=r"cropped by var-1.0, not var: pass --crop var --margin 1.0"):
+        open_reference(str(tmp_path)).images(8, tokenizer)
 
 
 def test_shards_may_be_remote(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

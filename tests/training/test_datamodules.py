@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.data.images.examples import collate
+from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import NetworkOptions
 from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
@@ -128,6 +131,20 @@ def test_the_order_of_the_data_follows_the_seed_of_the_run(shards: str) -> None:
 
     assert order(None, 1) == order(None, 1) == order(1, 2)
     assert order(None, 1) != order(None, 2)
+
+
+def test_margins_of_training_and_validation_must_be_equal(shards: str, tmp_path: Path) -> None:
+    manifest = Manifest.load(Path(shards))
+    other = str(shutil.copytree(shards, tmp_path / "other"))
+    replace(manifest, margin=1.0).save(Path(other))
+    data = TokenDataModule(other, other)
+    data.setup("fit")
+    assert data.margin == 1.0
+    with pytest.raises(InputError, match=r"different margins, 1.125 in .*shards and 1.0 in .*other: tokenize with one"):
+        TokenDataModule(shards, other).setup("fit")
+    own = replace(manifest, source="samples of a network: network=0", margin=1.125)
+    own.save(Path(shards))
+    TokenDataModule(other, other, own=shards).setup("fit")  # samples have no margin
 
 
 def test_what_tokenizer_and_shards_say_needs_not_be_repeated(

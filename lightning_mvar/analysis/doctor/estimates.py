@@ -7,7 +7,7 @@ from functools import cached_property
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lightning_mvar.analysis.doctor.differences import FEATURE_FACTORS, Difference, Result, balance, compression
 from lightning_mvar.analysis.doctor.traces import read_some, sharpness_of
 from lightning_mvar.data.images.decoding import SUFFIXES_BY_FORMAT
-from lightning_mvar.data.images.protocols import CROP_PROTOCOLS, CropProtocol
+from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, Resizing
 from lightning_mvar.data.images.sources import find_embedded_set
 from lightning_mvar.devices import device_of, exact_float32
 from lightning_mvar.errors import InputError
@@ -99,7 +99,8 @@ class ScoredSet:
 
     def reference(self, name: str, crop: str) -> Statistics:
         """Returns statistics of a reference at this set's image size; `crop` may be none or unknown."""
-        reference = open_reference(name, crop=cast(CropProtocol, crop if crop in CROP_PROTOCOLS else "var"))
+        resizing = Resizing.parse(crop) or DEFAULT_RESIZING
+        reference = open_reference(name, crop=resizing.protocol, margin=resizing.margin)
         return reference.summary(self.extractor, self.samples.shape, self.cache).statistics
 
     def distance_of(self, indices: NDArray[np.int64]) -> float:
@@ -265,12 +266,12 @@ def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: 
 
 def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
     """Scores the samples against their own reference, cropped like the other result's."""
-    name, crop = scored.result["reference"], result["crop"]
+    name, resizing = scored.result["reference"], Resizing.parse(result["crop"])
     reference = open_reference(name)
-    if reference.kind != "images" or reference.embedded is not None:
+    if reference.kind != "images" or reference.embedded is not None or resizing is None:
         return None
-    real = scored.reference(name, crop)
-    return f"{scored.name} with --crop {crop}", frechet_distance(real, statistics(scored.features)) - scored.distance
+    distance = frechet_distance(scored.reference(name, str(resizing)), statistics(scored.features))
+    return f"{scored.name} with {resizing.options}", distance - scored.distance
 
 
 ESTIMATORS: dict[str, tuple[Callable[[ScoredSet, ScoredSet | None, Result], Found], ...]] = {

@@ -14,7 +14,7 @@ from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.images.decoding import UnusableFileError, decode_image, to_tensor
 from lightning_mvar.data.images.examples import Example, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages
-from lightning_mvar.data.images.protocols import NOT_CROPPED, CropProtocol, centre_offset, resize_to_cover
+from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, NOT_CROPPED, Resizing, centre_offset, resize_to_cover
 from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.scales import Shape
 
@@ -71,13 +71,15 @@ class DecodedImages:
         encoded: the image files.
         shape: height and width of the crops.
         on_corrupt: raise if a file cannot be decoded, or return an `Example` with an error.
-        crop: how images are resized before they are cropped.
+        resizing: how images are resized before they are cropped.
     """
 
-    def __init__(self, encoded: EncodedImages, shape: Shape, on_corrupt: OnCorrupt, crop: CropProtocol = "var") -> None:
+    def __init__(
+        self, encoded: EncodedImages, shape: Shape, on_corrupt: OnCorrupt, resizing: Resizing = DEFAULT_RESIZING
+    ) -> None:
         self.encoded, self.shape, self.on_corrupt = encoded, shape, on_corrupt
         self.class_names, self.labels, self.groups = encoded.class_names, encoded.labels, encoded.groups
-        self.crop: CropProtocol = crop
+        self.resizing, self.crop = resizing, str(resizing)
 
     @property
     def identity(self) -> str:
@@ -124,10 +126,10 @@ class DecodedImages:
         """Resizes an image and crops it at a random place drawn from `generator`, or at the centre if None."""
         image = limit_longer_side(image, MAX_ASPECT_RATIO * min(image.size))
         crop = self.shape[::-1]  # (width, height), as in Pillow
-        image = resize_to_cover(image, crop, self.crop)
+        image = resize_to_cover(image, crop, self.resizing)
         slack = (image.width - crop[0], image.height - crop[1])
         if generator is None:
-            left, top = (centre_offset(side, self.crop) for side in slack)
+            left, top = (centre_offset(side, self.resizing.protocol) for side in slack)
         else:
             left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in slack)
         return image.crop((left, top, left + crop[0], top + crop[1]))

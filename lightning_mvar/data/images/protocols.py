@@ -2,7 +2,7 @@
 
 | protocol | resizing | origin |
 |---|---|---|
-| var | shorter side to 1.125 times the crop, Lanczos | VAR's training images |
+| var | shorter side to 1.125 times the crop, or by another margin, Lanczos | VAR's training images |
 | adm | halved by box averaging while both sides stay at least twice the crop, then bicubic | ADM's `center_crop_arr` |
 | torchvision-bilinear, torchvision-bicubic | shorter side to the crop | `Resize` and `CenterCrop` on PIL images |
 
@@ -12,25 +12,72 @@ limits the scale: the resized image just covers the crop.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import re
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 from PIL import Image
 from PIL.Image import Resampling
+
+from lightning_mvar.errors import InputError
 
 CropProtocol = Literal["var", "adm", "torchvision-bilinear", "torchvision-bicubic"]
 CROP_PROTOCOLS: tuple[str, ...] = get_args(CropProtocol)
 NOT_CROPPED = "none"  # embedded images, which have one size
 UNKNOWN_CROP = "unknown"  # images or statistics that another program wrote
 
-RESIZE_MARGIN = 1.125  # of `var`: ratio of the resized shorter side to the crop
+MARGIN, MAX_MARGIN = 1.125, 4.0  # of `var`: that of the published networks, and the largest
+OTHER_MARGIN = re.compile(r"var-(\d\.\d{1,16})")  # as `Resizing` writes it
 
 Size = tuple[int, int]  # (width, height), as in Pillow
 
 
-def resize_to_cover(image: Image.Image, crop: Size, protocol: CropProtocol) -> Image.Image:
+@dataclass(frozen=True)
+class Resizing:
+    """How images are resized before they are cropped. As a string, its name in results and statistics.
+
+    Args:
+        protocol: see the module docstring.
+        margin: ratio of the resized shorter side to the crop, for `var` only; 1 cuts nothing off square images.
+
+    Raises:
+        InputError: if the margin is out of range, or the protocol has none.
+    """
+
+    protocol: CropProtocol = "var"
+    margin: float = MARGIN
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.margin <= MAX_MARGIN:
+            raise InputError(f"margin {self.margin} is out of range: use 1 (no margin) to {MAX_MARGIN:g}")
+        if self.protocol != "var" and self.margin != MARGIN:
+            raise InputError(f"crop {self.protocol} has no margin: leave out margin {self.margin}, or use crop var")
+
+    def __str__(self) -> str:
+        return self.protocol if self.margin == MARGIN else f"{self.protocol}-{float(self.margin)}"
+
+    @property
+    def options(self) -> str:
+        """The options of a command that choose it."""
+        return f"--crop {self.protocol}" + ("" if self.margin == MARGIN else f" --margin {self.margin}")
+
+    @classmethod
+    def parse(cls, name: str) -> Resizing | None:
+        """Returns what a name in results or statistics stands for; None if it is not known."""
+        if name in CROP_PROTOCOLS:
+            return cls(cast(CropProtocol, name))
+        match = OTHER_MARGIN.fullmatch(name)
+        return None if match is None else cls("var", float(match[1]))
+
+
+DEFAULT_RESIZING = Resizing()
+
+
+def resize_to_cover(image: Image.Image, crop: Size, resizing: Resizing) -> Image.Image:
     """Resizes an image as a protocol prescribes; the result covers `crop` (width, height)."""
+    protocol = resizing.protocol
     if protocol == "var":
-        scale = max(round(RESIZE_MARGIN * target) / side for target, side in zip(crop, image.size, strict=True))
+        scale = max(round(resizing.margin * target) / side for target, side in zip(crop, image.size, strict=True))
         return image.resize(scaled_size(image.size, scale, crop), Resampling.LANCZOS)
     if protocol == "adm":
         while all(side >= 2 * target for target, side in zip(crop, image.size, strict=True)):

@@ -30,7 +30,7 @@ from lightning_mvar.data.images.examples import ImageSource, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages, FolderImages, SourceSplit
 from lightning_mvar.data.images.labels import read_labels
 from lightning_mvar.data.images.names import SPLITS, is_image, log_once, refuse_split_files, visible
-from lightning_mvar.data.images.protocols import CropProtocol
+from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, MARGIN, CropProtocol, Resizing
 from lightning_mvar.data.images.tables import TableImages
 from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
@@ -58,6 +58,7 @@ def open_images(
     cache_dir: str = IMAGE_CACHE,
     retries: int = RETRIES,
     crop: CropProtocol = "var",
+    margin: float = MARGIN,
 ) -> ImageSource:
     """Opens the images of a source, cropped to one size.
 
@@ -71,21 +72,21 @@ def open_images(
             the source, or those that the folders must be among.
         cache_dir: local folder for downloaded archives.
         retries: further attempts after a failed download.
-        crop: how image files are resized and cropped; see `protocols`.
+        crop, margin: how image files are resized and cropped; see `protocols`.
 
     Raises:
-        InputError: if the source does not exist, has no images, or its images are of another size.
+        InputError: if the source does not exist, has no images, or its images are of another size or cannot be resized.
     """
     source, cache_dir = os.path.expanduser(source), os.path.expanduser(cache_dir)
     labels, class_names = (name and os.path.expanduser(name) for name in (labels, class_names))
-    embedded, shape = find_embedded_set(source), shape_of(size)
+    embedded, shape, resizing = find_embedded_set(source), shape_of(size), Resizing(crop, margin)
     if embedded is None:
         names = None if class_names is None else read_class_names(class_names)
-        return DecodedImages(open_encoded(source, labels, names, cache_dir, retries), shape, on_corrupt, crop)
+        return DecodedImages(open_encoded(source, labels, names, cache_dir, retries), shape, on_corrupt, resizing)
     if labels is not None or class_names is not None:
         raise InputError(f"{source} has its own labels and classes: leave out --labels and --class_names")
-    if crop != "var":
-        raise InputError(f"{source} has images of one size, which are not cropped: leave out --crop {crop}")
+    if resizing != DEFAULT_RESIZING:
+        raise InputError(f"{source} has images of one size, which are not cropped: leave out {resizing.options}")
     images = EmbeddedImages(*embedded)
     if shape != images.shape:
         raise InputError(

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
+from lightning_mvar.data.images.protocols import MARGIN, MAX_MARGIN
 from lightning_mvar.data.tokens.packs import TokenSpec
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import read_regular
@@ -91,6 +92,7 @@ class Manifest:
         views: samples per image: random crops, or the centre crop if 1.
         seed: seed of the random crops.
         flips: whether half of the random crops are mirrored.
+        margin: ratio of the resized shorter side of images to their crops.
         precision: precision of the encoder, or of the network that drew the tokens.
         shards: finished shards, in order.
         format_version: version of this format.
@@ -108,6 +110,7 @@ class Manifest:
     views: int = 1
     seed: int = 0
     flips: bool = False
+    margin: float = MARGIN
     precision: str = "float32"
     shards: list[Shard] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
@@ -273,6 +276,7 @@ class Manifest:
             ("views", self.views, 1 <= self.views <= MAX_COUNT),
             ("shard_size", self.shard_size, 1 <= self.shard_size <= MAX_COUNT),
             ("seed", self.seed, self.seed >= 0),
+            ("margin", self.margin, 1 <= self.margin <= MAX_MARGIN),
         ):
             if not valid:
                 yield f"{name} is {value!r:.80}, which is invalid", REWRITE_REMEDY

@@ -91,9 +91,8 @@ def describe(found: Manifest, plan: Manifest) -> str:
     """Describes the contents of a folder that are not those of `plan`."""
     ours, theirs = found.sampling, plan.sampling
     if ours is None and theirs is None:
-        return (
-            "shards of other images, another tokenizer, or other --views, --flips, --seed, --precision or --shard_size"
-        )
+        options = "--views, --flips, --seed, --margin, --precision or --shard_size"
+        return f"shards of other images, another tokenizer, or other {options}"
     if ours is None or theirs is None:
         return f"shards of images, {found.source!r:.200}" if ours is None else "samples of a network"
     values = [asdict(found) | ours, asdict(plan) | theirs]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.data.images.examples import image_loader
+from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.classifiers.trained import BATCH_SIZE, TrainedClassifier
@@ -30,6 +31,7 @@ class ImageClassifier(TrainedClassifier):
     Args:
         images: labelled training images, a source as for `lightning-mvar tokenize`; at most 10,000 of them are read.
         labels: label file or columns, if the images are not sorted by class.
+        margin: of resizing before the centre is cropped, as in `lightning-mvar tokenize`.
         cache: folder for the weights; their file is named with a hash of the settings and of the paths, sizes and
             modification times of the images.
 
@@ -39,8 +41,10 @@ class ImageClassifier(TrainedClassifier):
 
     resize = f"bilinear with antialiasing, to {SIDE} x {SIDE}"
 
-    def __init__(self, images: str, labels: str | None = None, cache: str = "outputs/statistics") -> None:
-        self.source = open_images(images, SIDE, labels=labels, cache_dir=IMAGE_CACHE)
+    def __init__(
+        self, images: str, labels: str | None = None, cache: str = "outputs/statistics", margin: float = MARGIN
+    ) -> None:
+        self.source = open_images(images, SIDE, labels=labels, cache_dir=IMAGE_CACHE, margin=margin)
         classes = len(self.source.class_names)
         if classes < 2:
             raise InputError(
@@ -48,7 +52,9 @@ class ImageClassifier(TrainedClassifier):
                 f"downloaded the first time"
             )
         count = min(len(self.source), MAX_IMAGES)
-        identity = f"{self.source.identity} {self.source.listing} {SIDE} {SHIFT} {MAX_IMAGES} {STEPS}"
+        identity = (
+            f"{self.source.identity} {self.source.listing} {self.source.crop} {SIDE} {SHIFT} {MAX_IMAGES} {STEPS}"
+        )
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         path = Path(cache).expanduser() / f"image_classifier-{digest}.safetensors"
         super().__init__(images, path, SIDE, classes, epochs=math.ceil(STEPS / math.ceil(count / BATCH_SIZE)))

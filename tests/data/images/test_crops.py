@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_mvar.data.images.crops import CorruptImageError
 from lightning_mvar.data.images.decoding import to_tensor
 from lightning_mvar.data.images.examples import collate
-from lightning_mvar.data.images.protocols import CROP_PROTOCOLS, CropProtocol
+from lightning_mvar.data.images.protocols import CROP_PROTOCOLS, MARGIN, CropProtocol, Resizing
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.errors import InputError
 
@@ -54,9 +54,9 @@ def test_oblong_crops_keep_as_much_of_the_image_as_possible(image_folder: Path) 
     )
 
 
-def var_crop(image: Image.Image, side: int) -> np.ndarray:
-    """VAR: the shorter side to 1.125 times the crop, Lanczos."""
-    shorter = round(1.125 * side)
+def var_crop(image: Image.Image, side: int, margin: float = 1.125) -> np.ndarray:
+    """VAR: the shorter side to `margin` times the crop, Lanczos."""
+    shorter = round(margin * side)
     width, height = (round(length * shorter / min(image.size)) for length in image.size)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     top, left = (height - side) // 2, (width - side) // 2
@@ -91,18 +91,19 @@ PLAIN_CROPS = {
 }
 
 
-@pytest.mark.parametrize("protocol", PLAIN_CROPS)
-def test_crops_are_those_of_the_published_evaluations(tmp_path: Path, protocol: CropProtocol) -> None:
+@pytest.mark.parametrize(("protocol", "margin"), [*((name, MARGIN) for name in PLAIN_CROPS), ("var", 1), ("var", 1.3)])
+def test_crops_are_those_of_the_published_evaluations(tmp_path: Path, protocol: CropProtocol, margin: float) -> None:
     """Images that are smaller than the crop, a little larger, more than twice and more than four times as large."""
     (tmp_path / "a").mkdir()
     sizes = [(16, 16), (11, 7), (23, 50), (47, 33), (90, 71), (71, 118)]
     images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
     for number, image in enumerate(images):
         image.save(tmp_path / f"a/{number}.png")
-    source = open_images(str(tmp_path), 16, crop=protocol)
-    assert source.crop == protocol
+    source = open_images(str(tmp_path), 16, crop=protocol, margin=margin)
+    assert source.crop == (protocol if margin == MARGIN else f"var-{margin:.1f}")
     for number, image in enumerate(images):
-        expected: Tensor = torch.from_numpy(PLAIN_CROPS[protocol](image, 16).astype(np.float32) / 127.5 - 1)
+        pixels = var_crop(image, 16, margin) if protocol == "var" else PLAIN_CROPS[protocol](image, 16)
+        expected: Tensor = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
         torch.testing.assert_close(source[number].image, expected.permute(2, 0, 1), rtol=0, atol=1e-6)
 
 
@@ -112,9 +113,44 @@ def test_every_protocol_covers_oblong_crops(image_folder: Path, protocol: CropPr
     assert open_images(str(image_folder), shape, crop=protocol)[2].image.shape == (3, *shape)
 
 
+def test_margin_1_keeps_all_of_a_square_image(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a/0.png")
+    images = open_images(str(tmp_path), 16, margin=1.0)
+    for example in (images[0], images.random_crop(0, torch.Generator().manual_seed(0))):
+        assert torch.equal(example.image, torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1))
+
+
 def test_embedded_images_are_not_cropped() -> None:
     with pytest.raises(InputError, match=r"digits:test has images of one size.*leave out --crop adm"):
         open_images("digits:test", 32, crop="adm")
+    with pytest.raises(InputError, match=r"digits:test has images of one size.*leave out --crop var --margin 1.0"):
+        open_images("digits:test", 32, margin=1.0)
+
+
+@pytest.mark.parametrize("resizing", [*map(Resizing, CROP_PROTOCOLS), Resizing("var", 1), Resizing("var", 1.0625)])
+def test_names_of_crops_can_be_read_back(resizing: Resizing) -> None:
+    assert Resizing.parse(str(resizing)) == resizing
+
+
+@pytest.mark.parametrize("name", ["none", "unknown", "var-", "var-1", "adm-1.0", "var-1.0e", "VAR"])
+def test_names_of_other_crops_are_unknown(name: str) -> None:
+    assert Resizing.parse(name) is None
+
+
+@pytest.mark.parametrize(
+    ("crop", "margin", "message"),
+    [
+        ("var", 0.99, r"margin 0.99 is out of range: use 1 \(no margin\) to 4"),
+        ("var", float("nan"), "margin nan is out of range"),
+        ("var", 5.0, "margin 5.0 is out of range"),
+        ("adm", 1.0, "crop adm has no margin: leave out margin 1.0, or use crop var"),
+    ],
+)
+def test_impossible_margins_are_refused(crop: CropProtocol, margin: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Resizing(crop, margin)
 
 
 def test_random_crops_differ_and_follow_the_generator(image_folder: Path) -> None:
