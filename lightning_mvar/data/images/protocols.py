@@ -26,7 +26,8 @@ CROP_PROTOCOLS: tuple[str, ...] = get_args(CropProtocol)
 NOT_CROPPED = "none"  # embedded images, which have one size
 UNKNOWN_CROP = "unknown"  # images or statistics that another program wrote
 
-MARGIN, MAX_MARGIN = 1.125, 4.0  # of `var`: that of the published networks, and the largest
+MARGIN = 1.125  # of `var`, in the papers
+MAX_MARGIN = 4.0
 OTHER_MARGIN = re.compile(r"var-(\d\.\d{1,16})")  # as `Resizing` writes it
 
 Size = tuple[int, int]  # (width, height), as in Pillow
