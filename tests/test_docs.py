@@ -19,10 +19,13 @@ from test_layering import LAYERS
 from torch.nn import functional as F
 
 from lightning_mvar import cli
+from lightning_mvar.checkpoints.hub import NETWORKS, TOKENIZERS
 from lightning_mvar.cli import signatures
 from lightning_mvar.data.images.crops import DecodedImages
 from lightning_mvar.data.images.files import FolderImages
 from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
+from lightning_mvar.io import known_files
+from lightning_mvar.io.known_files import ADM_REFERENCES, DINOV2_VITL14, INCEPTION, VGG16, KnownFile
 from lightning_mvar.metrics import evaluator
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Features
@@ -188,6 +191,23 @@ def exists(name: str) -> bool:
             value = getattr(value, part)
         return True
     return False
+
+
+def test_the_table_of_files_is_that_of_the_code() -> None:
+    text = (ROOT / "docs/weights.md").read_text()
+    rows = re.findall(
+        r"^\| (?:`(?:--\w+ )?([^`]+)`|LPIPS) \| <(.+?)> \| (.*?) ?\| (?:`(\w+)` )?\|$", text, re.MULTILINE
+    )
+    files = {"InceptionV3": INCEPTION, "DINOv2": DINOV2_VITL14, "": VGG16} | ADM_REFERENCES
+    expected = [
+        (name, file.url, "" if file.size is None else f"{file.size:,}", file.sha256 or "")
+        for name, file in files.items()
+    ]
+    for name, place in (NETWORKS | TOKENIZERS).items():
+        repository, file = place.split(":")
+        expected.append((name, f"https://huggingface.co/{repository}/resolve/main/{file}", "", ""))
+    assert sorted(rows) == sorted(expected)
+    assert {file for file in vars(known_files).values() if isinstance(file, KnownFile)} <= set(files.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
