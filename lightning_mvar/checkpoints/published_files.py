@@ -57,7 +57,7 @@ def load_official_mvar(source: str | Path | Mapping[str, Tensor], schedule: Scal
     """Loads a published VAR or M-VAR network in eval mode; its configuration is read off keys and shapes.
 
     Args:
-        source: a .pth or .safetensors file, or a state dict with the published keys.
+        source: a .pth or .safetensors file, a name such as `var-d16`, or a state dict with the published keys.
         schedule: scale schedule of weights that do not contain it, that is, lack the buffer `lvl_1L`.
 
     Raises:

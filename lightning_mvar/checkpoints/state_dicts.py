@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from lightning_mvar.checkpoints.hub import locate
 from lightning_mvar.checkpoints.published import tokenizer_from_published
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import StateDict, read_any
@@ -26,7 +27,7 @@ def load_official_tokenizer(source: str | Path | Mapping[str, Tensor], schedule:
     """Loads a published tokenizer in eval mode; its configuration, except the schedule, is read off keys and shapes.
 
     Args:
-        source: a .pth or .safetensors file, or a state dict with the published keys.
+        source: a .pth or .safetensors file, its name on the Hub, or a state dict with the published keys.
         schedule: scale schedule to use it with; the weights do not contain it.
 
     Raises:
@@ -48,7 +49,7 @@ def read_published_state(source: str | Path | Mapping[str, Tensor], part: str) -
     """
     name, content = f"the {part} state dict", cast(Any, source)
     if isinstance(source, str | Path):
-        name, content = str(source), read_any(Path(source).expanduser())
+        name, content = str(source), read_any(locate(source).path)
     mark, own_names = PARTS[part]
     places = [*state_dicts(content)]
     if not places:

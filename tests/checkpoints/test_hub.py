@@ -14,7 +14,7 @@ from conftest import tiny_network
 from published_states import published
 
 from lightning_mvar import ScaleSchedule, Tokenizer
-from lightning_mvar.checkpoints import load_tokenizer, load_trained, open_trained, save_folder
+from lightning_mvar.checkpoints import load_official_tokenizer, load_tokenizer, load_trained, open_trained, save_folder
 from lightning_mvar.checkpoints.folders import read_config
 from lightning_mvar.checkpoints.hub import locate
 from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord, TokenizerRecord, load_recorded_tokenizer
@@ -102,6 +102,8 @@ def test_a_published_network_loads_by_its_name_with_the_published_tokenizer(var:
     expected = load_trained(network, tokenizer)
     assert fingerprint(pipe.network) == fingerprint(expected.network)
     assert pipe.tokenizer.fingerprint() == expected.tokenizer.fingerprint()
+    alone = load_official_tokenizer("vae-ch160v4096z32", pipe.network.config.schedule)
+    assert alone.fingerprint() == expected.tokenizer.fingerprint()
 
 
 def test_files_are_downloaded_once_and_then_need_no_network(var: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
