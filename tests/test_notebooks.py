@@ -1,4 +1,4 @@
-"""Tests of the notebooks: run in order with tiny settings in a folder like a clone; committed cells are checked."""
+"""Tests of the notebooks: run in order with tiny settings in an empty folder; committed cells are checked."""
 
 import ast
 import os
@@ -54,7 +54,6 @@ def figure_counts(notebook: NotebookNode) -> list[int]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("clone")
-    (root / "configs").symlink_to(ROOT / "configs")
     (root / "notebooks").mkdir()
     write_sweep(root / "outputs/sweep/tiny")
     return root
@@ -79,7 +78,7 @@ def executed(folder: Path) -> dict[str, NotebookNode]:
 def test_they_run_and_write_their_outputs(executed: dict[str, NotebookNode], folder: Path) -> None:
     for name in [*OUTPUT_FILES, *CHECKPOINTS]:
         assert (folder / "outputs/notebooks" / name).is_file(), name
-    assert {path.name for path in folder.iterdir()} == {"configs", "notebooks", "outputs"}
+    assert {path.name for path in folder.iterdir()} == {"notebooks", "outputs"}
     assert not list((folder / "notebooks").iterdir())
     for cell in (cell for notebook in executed.values() for cell in code_cells(notebook)):
         # A failed command prints this and returns 1.
