@@ -97,6 +97,15 @@ def object_from_rank_zero(value: T) -> T:
     return values[0]
 
 
+def objects_from_ranks(value: T) -> list[T]:
+    """Returns the picklable values of all ranks, in their order, on every rank."""
+    if not in_process_group():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def wait_for_ranks() -> None:
     """Waits until every rank has called this."""
     if in_process_group():

@@ -80,9 +80,9 @@ def evaluate(
             torchvision-bicubic: Resize and CenterCrop. Scores against references of different protocols do not
             compare.
         margin: with --crop var; 1.125 in the papers, 1 cuts nothing off square images. Use that of `tokenize`.
-        interval: confidence level of an interval for each score but sFID, such as 0.95: how much it would change with
-            other samples of the network, by a jackknife that scores the samples 20 times without a twentieth. It
-            covers neither the bias of few samples nor other training seeds.
+        interval: confidence level of an interval for each score, such as 0.95: how much it would change with other
+            samples of the network, by a jackknife that scores the samples 20 times without a twentieth. It covers
+            neither the bias of few samples nor other training seeds.
         extrapolate: also report the Frechet distance extrapolated to infinitely many samples, from random subsets of
             the samples, which must be at least four times as many as the features.
         floor: other real images; their distance to the reference is the score of a perfect model.

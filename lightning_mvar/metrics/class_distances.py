@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics, frechet_distance
+from lightning_mvar.metrics.frechet import frechet_distance, statistics_of
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,8 @@ def class_distances(real: Tensor, generated: Tensor, labels: ClassLabels) -> dic
         )
         if min(len(a), len(b)) > 1:
             few = min(len(a), len(b)) <= a.shape[1]
-            distances[name] = distance_of_few(a, b) if few else frechet_distance(statistics(a), statistics(b))
+            distances[name] = distance_of_few(a, b) if few else frechet_distance(statistics_of(a), statistics_of(b))
     return dict(sorted(distances.items(), key=lambda item: -item[1]))
-
-
-def statistics(features: Tensor) -> Statistics:
-    """Returns mean and covariance of features (n, f), on each rank by itself."""
-    metric = FeatureStatistics(features.shape[1], sync_on_compute=False).to(features.device)
-    metric.update(features)
-    return metric.compute()
 
 
 def distance_of_few(a: Tensor, b: Tensor) -> float:

@@ -9,15 +9,22 @@ up to rounding, even if its covariance is singular.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_mvar.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+BLOCK_ROWS = 1024  # features in float64 at a time
+Sums = TypeVar("Sums", bound="FeatureSums")
 
 
 @dataclass
@@ -33,8 +40,8 @@ class Statistics:
         return matrix_sqrt(self.sigma)
 
 
-class FeatureStatistics(Metric):
-    """Accumulates features (b, f) into `Statistics`, as float64 sums that are added over all ranks.
+class FeatureSums(Metric):
+    """Running float64 sums over feature vectors (b, f), added over all ranks: number, sum, and sum of outer products.
 
     `options` are those of torchmetrics: `sync_on_compute=False` for the sums of this rank.
     """
@@ -57,6 +64,17 @@ class FeatureStatistics(Metric):
         self.outer += features.T @ features
         self.n += len(features)
 
+    def without(self, part: Self) -> Self:
+        """Returns these sums minus those of a part of the features, on this rank by itself."""
+        rest = deepcopy(self)
+        for name, value in part.metric_state.items():
+            setattr(rest, name, getattr(self, name) - value)
+        return rest
+
+
+class FeatureStatistics(FeatureSums):
+    """Accumulates features (b, f) into `Statistics`."""
+
     def compute(self) -> Statistics:
         """Returns mean and covariance; raises InputError for fewer than two feature vectors, or infinite ones."""
         n = int(self.n)
@@ -67,6 +85,19 @@ class FeatureStatistics(Metric):
         mu = self.total / n
         sigma = (self.outer - n * torch.outer(mu, mu)) / (n - 1)
         return Statistics(mu.cpu(), sigma.cpu())
+
+
+def statistics_of(features: Tensor) -> Statistics:
+    """Returns mean and covariance of features (n, f), on each rank by itself; errors are those of `compute`."""
+    return local_sums(FeatureStatistics, features).compute()
+
+
+def local_sums(kind: type[Sums], features: Tensor) -> Sums:
+    """Returns the sums of features (n, f), on each rank by itself."""
+    sums = kind(features.shape[1], sync_on_compute=False).to(features.device)
+    for rows in features.split(BLOCK_ROWS):
+        sums.update(rows)
+    return sums
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

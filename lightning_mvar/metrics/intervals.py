@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics, frechet_distance
+from lightning_mvar.metrics.frechet import Statistics, frechet_distance, statistics_of
 
 GROUPS = 20
 METHOD = f"jackknife over samples, {GROUPS} groups"
@@ -173,8 +173,6 @@ def extrapolated_distance(real: Statistics, features: Tensor) -> float:
     sizes = np.linspace(max(count // 10, 2 * num_features), count, EXTRAPOLATION_POINTS).astype(int)
     generator, distances = Generator().manual_seed(SEED), []
     for size in sizes.tolist():
-        subset = FeatureStatistics(num_features, sync_on_compute=False).to(features.device)
-        for rows in torch.randperm(count, generator=generator)[:size].split(BLOCK_ROWS):
-            subset.update(features[rows.to(features.device)])
-        distances.append(frechet_distance(real, subset.compute()))
+        subset = torch.randperm(count, generator=generator)[:size].to(features.device)
+        distances.append(frechet_distance(real, statistics_of(features[subset])))
     return float(np.polyfit(1 / sizes, distances, 1)[1])

@@ -11,7 +11,7 @@ the set. All four scores depend on the extractor, on k and on the set sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -85,28 +85,52 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> di
             f"{max(neighbours, DENSITY_NEIGHBOURS)} features in each set, "
             f"got {neighbours} neighbours, {len(real)} real and {len(generated)} generated features"
         )
+    (scores,) = precision_recall_without(
+        real, generated, torch.zeros(len(generated), dtype=torch.int64), [None], neighbours
+    )
+    return scores
+
+
+def precision_recall_without(
+    real: Tensor, generated: Tensor, groups: Tensor, left_out: Sequence[int | None], neighbours: int
+) -> list[dict[str, float]]:
+    """Returns the scores without each of some groups of generated features, from one pass over all pairs.
+
+    Args:
+        real: features (n, f) of real images.
+        generated: features (m, f) of generated images.
+        groups: group (m,) of each generated feature.
+        left_out: the groups; None to leave out none.
+        neighbours: k of precision and recall.
+    """
     mean = real.mean(dim=0, dtype=torch.float64)  # subtracted to avoid cancellation far from the origin
     real, generated = (features.to(torch.float64, copy=True).sub_(mean) for features in (real, generated))
     radii, density_radii = squared_radii(real, [neighbours, DENSITY_NEIGHBOURS])
-    (generated_radii,) = squared_radii(generated, [neighbours])
+    kept = torch.stack([torch.ones_like(groups, dtype=torch.bool) if g is None else groups != g for g in left_out])
+    kept = kept.to(real.device)  # (len(left_out), m)
+    generated_radii = radii_without(generated, groups.to(real.device), left_out, neighbours)
 
-    squares = real.square().sum(dim=1)
-    precise, balls = torch.zeros(2, dtype=torch.int64, device=real.device)
-    recalled, covered = torch.zeros(2, len(real), dtype=torch.bool, device=real.device)
-    blocks = zip(row_blocks(generated, "precision and recall"), generated_radii.split(BLOCK_ROWS), strict=True)
-    for rows, row_radii in blocks:
+    squares, shape = real.square().sum(dim=1), (len(left_out), len(real))
+    precise, balls = torch.zeros(2, len(left_out), dtype=torch.int64, device=real.device)
+    recalled, covered = torch.zeros(2, *shape, dtype=torch.bool, device=real.device)
+    blocks = (kept.split(BLOCK_ROWS, dim=1), generated_radii.split(BLOCK_ROWS, dim=1))
+    for rows, row_kept, row_radii in zip(row_blocks(generated, "precision and recall"), *blocks, strict=True):
         distances = squared_distances(rows, real, squares)
-        precise += (distances <= radii).any(dim=1).sum()
-        recalled |= (distances <= row_radii[:, None]).any(dim=0)
+        precise += (row_kept & (distances <= radii).any(dim=1)).sum(dim=1)
         inside = distances <= density_radii
-        balls += inside.sum()
-        covered |= inside.any(dim=0)
-    return {
-        "precision": int(precise) / len(generated),
-        "recall": int(recalled.sum()) / len(real),
-        "density": int(balls) / len(generated) / DENSITY_NEIGHBOURS,
-        "coverage": int(covered.sum()) / len(real),
-    }
+        balls += (row_kept * inside.sum(dim=1)).sum(dim=1)
+        for i, (chosen, own_radii) in enumerate(zip(row_kept, row_radii, strict=True)):
+            recalled[i] |= (distances <= own_radii.where(chosen, -1)[:, None]).any(dim=0)
+            covered[i] |= inside[chosen].any(dim=0)
+    return [
+        {
+            "precision": int(precise[i]) / int(count),
+            "recall": int(recalled[i].sum()) / len(real),
+            "density": int(balls[i]) / int(count) / DENSITY_NEIGHBOURS,
+            "coverage": int(covered[i].sum()) / len(real),
+        }
+        for i, count in enumerate(kept.sum(dim=1))
+    ]
 
 
 def squared_radii(features: Tensor, neighbours: list[int]) -> Tensor:
@@ -117,6 +141,24 @@ def squared_radii(features: Tensor, neighbours: list[int]) -> Tensor:
         for rows in row_blocks(features, "neighbours")
     ]
     return torch.cat(nearest)[:, neighbours].T * (1 + ROUNDING)  # column 0 is the feature itself
+
+
+def radii_without(features: Tensor, groups: Tensor, left_out: Sequence[int | None], neighbour: int) -> Tensor:
+    """Returns squared distances (len(left_out), n) of features (n, f) to their k-th nearest other outside each group.
+
+    They are among the k + 1 nearest of each of the other groups. Radii of the group itself have no meaning.
+    """
+    squares, radii = features.square().sum(dim=1), []
+    members = {group: (groups == group).nonzero().flatten() for group in groups.unique().tolist()}
+    for rows in row_blocks(features, "neighbours"):
+        distances = squared_distances(rows, features, squares)
+        nearest = {
+            group: distances[:, columns].topk(min(neighbour + 1, len(columns)), largest=False).values
+            for group, columns in members.items()
+        }
+        others = [torch.cat([nearest[group] for group in members if group != g], dim=1) for g in left_out]
+        radii.append(torch.stack([near.topk(neighbour + 1, largest=False).values[:, neighbour] for near in others]))
+    return torch.cat(radii, dim=1) * (1 + ROUNDING)
 
 
 def row_blocks(features: Tensor, progress: str) -> Iterable[Tensor]:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_mvar.devices import device_of, is_first_rank
-from lightning_mvar.metrics.frechet import FeatureStatistics, frechet_distance
+from lightning_mvar.devices import device_of, objects_from_ranks, rank_and_world_size
+from lightning_mvar.metrics.frechet import BLOCK_ROWS, FeatureStatistics, frechet_distance, local_sums
 from lightning_mvar.metrics.inception_score import InceptionScore
 from lightning_mvar.metrics.intervals import (
-    BLOCK_ROWS,
     GROUPS,
     assign_groups,
     extrapolated_distance,
@@ -21,7 +20,7 @@ from lightning_mvar.metrics.intervals import (
 )
 from lightning_mvar.metrics.kernel_distance import SUBSETS, kernel_distance
 from lightning_mvar.metrics.mind import monge_distance
-from lightning_mvar.metrics.precision_recall import enough_neighbours, precision_recall
+from lightning_mvar.metrics.precision_recall import enough_neighbours, precision_recall, precision_recall_without
 from lightning_mvar.metrics.summary import Features, Summary, num_features
 from lightning_mvar.metrics.vendi import VendiScore
 
@@ -53,7 +52,7 @@ class Scores:
     ) -> None:
         self.extractor, self.reference, self.neighbours = extractor, reference, neighbours
         keeps = keep_features or reference.features is not None
-        self.features = Features(extractor, num_samples, MAX_SAMPLE_FEATURES if keeps else 0)
+        self.features = Features(extractor, num_samples, MAX_SAMPLE_FEATURES if keeps else 0, keep_features)
         self.vendi = VendiScore(num_features(extractor)).to(device_of(extractor))
         self.inception = self.inception_score(num_samples) if hasattr(extractor, "logits") else None
         self.num_samples = num_samples
@@ -91,41 +90,38 @@ class Scores:
         if real.features is not None and generated.features is not None:
             features = real.features.to(generated.features.device)
             scores["kid"], scores["kid_std"] = kernel_distance(features, generated.features)
-            scores |= self.compare(features, generated.features)
-        return scores
-
-    def compare(self, real: Tensor, generated: Tensor) -> dict[str, float]:
-        """Returns MIND and the scores of neighbours, given features (n, f) of real and (m, f) of generated images."""
-        scores = {"mind": monge_distance(real, generated)}
-        if self.neighbours and enough_neighbours(real, generated, self.neighbours):
-            scores |= precision_recall(real, generated, self.neighbours)
+            scores["mind"] = monge_distance(features, generated.features)
+            if self.neighbours and enough_neighbours(features, generated.features, self.neighbours):
+                scores |= precision_recall(features, generated.features, self.neighbours)
         return scores
 
     @torch.no_grad()
     def intervals(
         self, scores: dict[str, float], level: float, labels: list[int] | None = None
     ) -> dict[str, tuple[float, float]]:
-        """Returns the confidence interval of each score but sFID, over the samples; see `metrics.intervals`.
+        """Returns the confidence interval of each score over the samples; see `metrics.intervals`.
 
-        They come from up to 50,000 samples; all ranks must call this.
+        They come from up to 50,000 samples; all ranks must call this, and share the work of all but KID and the scores
+        by neighbours, whose replicates come from one pass over all pairs.
 
         Args:
             scores: what `compute` returned.
             level: confidence level, such as 0.95.
             labels: class of each sample in the order of the set, if known.
         """
-        features = self.kept_features()
+        features, real, noise = self.kept_features(), self.reference.features, {}
         if labels is not None:
             labels = torch.tensor(labels)[self.features.in_bank].tolist()
-        groups = assign_groups(len(features), labels)
-        progress = tqdm(range(GROUPS), "jackknife", leave=False, delay=5, disable=not is_first_rank())
-        replicates = [self.rescore(features, (groups != group).nonzero().flatten()) for group in progress]
-        noise = {}
-        if self.reference.features is not None:
+        groups = assign_groups(len(features), labels).to(features.device)
+        replicates = self.replicates(features, groups)
+        if real is not None:
+            real = real.to(features.device)
             noise["kid"] = scores["kid_std"] ** 2 / SUBSETS
-            real = self.reference.features.to(features.device)
             for replicate, value in zip(replicates, kernel_replicates(real, features, groups), strict=True):
                 replicate["kid"] = value
+        if real is not None and "precision" in scores:
+            neighbour_scores = precision_recall_without(real, features, groups, range(GROUPS), self.neighbours)
+            replicates = [a | b for a, b in zip(replicates, neighbour_scores, strict=True)]
         share = len(features) / self.num_samples
         return {
             name: jackknife_interval(scores[name], [r[name] for r in replicates], level, share, noise.get(name, 0.0))
@@ -133,28 +129,45 @@ class Scores:
             if name in replicates[0]
         }
 
-    def rescore(self, features: Tensor, kept: Tensor) -> dict[str, float]:
-        """Returns the scores but sFID and KID of some samples; each rank computes them by itself.
+    def replicates(self, features: Tensor, groups: Tensor) -> list[dict[str, float]]:
+        """Returns `fid`, `sfid`, `is`, `vendi` and `mind` of the kept samples without each group.
 
         Args:
-            features: features (n, f) of all samples.
-            kept: indices (k,) int64 of the samples to score.
+            features: features (n, f) of the samples.
+            groups: group (n,) of each, on their device.
         """
-        real, count = self.reference, features.shape[1]
-        statistics = FeatureStatistics(count, sync_on_compute=False).to(features.device)
-        vendi = VendiScore(count, sync_on_compute=False).to(features.device)
-        inception = self.inception_score(len(features), sync_on_compute=False) if self.inception is not None else None
-        for rows in kept.to(features.device).split(BLOCK_ROWS):
-            statistics.update(features[rows])
-            vendi.update(features[rows])
-            if inception is not None:
-                inception.update(self.extractor.logits(features[rows]), rows)  # type: ignore[operator]
-        scores = {"fid": frechet_distance(real.statistics, statistics.compute()), "vendi": vendi.compute()}
-        if inception is not None:
-            scores["is"] = inception.compute()[0]
-        if real.features is not None:
-            scores |= self.compare(real.features.to(features.device), features[kept.to(features.device)])
-        return scores
+        real, spatial_bank = self.reference, self.features.spatial_bank
+        compared = {"fid": (real.statistics, features)}
+        if real.spatial is not None and spatial_bank is not None:
+            compared["sfid"] = real.spatial, spatial_bank.compute()
+        sums = {name: local_sums(FeatureStatistics, of_all) for name, (_, of_all) in compared.items()}
+        vendi, replicates = local_sums(VendiScore, features), []
+        rank, world_size = rank_and_world_size()
+        for group in tqdm(range(rank, GROUPS, world_size), "jackknife", leave=False, delay=5, disable=rank > 0):
+            left_out = groups == group
+            scores = {"vendi": vendi.without(local_sums(VendiScore, features[left_out])).compute()}
+            for name, (statistics, of_all) in compared.items():
+                rest = sums[name].without(local_sums(FeatureStatistics, of_all[left_out]))
+                scores[name] = frechet_distance(statistics, rest.compute())
+            if self.inception is not None:
+                scores["is"] = self.inception_of(features, ~left_out)
+            if real.features is not None:
+                scores["mind"] = monge_distance(real.features.to(features.device), features[~left_out])
+            replicates.append(scores)
+        shares = objects_from_ranks(replicates)
+        return [shares[group % world_size][group // world_size] for group in range(GROUPS)]
+
+    def inception_of(self, features: Tensor, kept: Tensor) -> float:
+        """Returns the inception score of some of n samples, which keep their splits, on this rank by itself.
+
+        Args:
+            features: features (n, f).
+            kept: which of them to score (n,) bool.
+        """
+        score = self.inception_score(len(features), sync_on_compute=False)
+        for rows in kept.nonzero().flatten().split(BLOCK_ROWS):
+            score.update(self.extractor.logits(features[rows]), rows)  # type: ignore[operator]
+        return score.compute()[0]
 
     def extrapolated(self) -> float:
         """Returns the Frechet distance extrapolated to infinitely many samples; all ranks must call this."""

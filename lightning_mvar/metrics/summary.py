@@ -95,14 +95,16 @@ class Features:
         extractor: prepared, on the device to compute on.
         count: images in the set, over all ranks.
         max_features: maximum number of features to keep, from images spaced evenly over the set.
+        keep_spatial: whether to keep the spatial features of these images too.
     """
 
-    def __init__(self, extractor: nn.Module, count: int, max_features: int) -> None:
+    def __init__(self, extractor: nn.Module, count: int, max_features: int, keep_spatial: bool = False) -> None:
         self.extractor = extractor
         device, features, spatial = device_of(extractor), num_features(extractor), num_spatial(extractor)
         self.statistics = FeatureStatistics(features).to(device)
         self.spatial = FeatureStatistics(spatial).to(device) if spatial else None
         self.bank = FeatureBank(features).to(device) if max_features else None
+        self.spatial_bank = FeatureBank(spatial).to(device) if spatial and keep_spatial else None
         self.in_bank = torch.zeros(count, dtype=torch.bool)
         self.in_bank[spaced_evenly(count, max_features)] = True
 
@@ -116,9 +118,11 @@ class Features:
                 features, spatial = self.extractor.features_and_spatial(images)  # type: ignore[operator]
                 self.spatial.update(spatial)
         self.statistics.update(features)
+        kept = self.in_bank[indices.cpu()]
         if self.bank is not None:
-            kept = self.in_bank[indices.cpu()]
             self.bank.update(features[kept.to(features.device)], indices[kept.to(indices.device)])
+        if self.spatial_bank is not None:
+            self.spatial_bank.update(spatial[kept.to(spatial.device)], indices[kept.to(indices.device)])
         return features
 
     def compute(self) -> Summary:

@@ -8,31 +8,18 @@ score lies between 1 (all features point the same way) and the smaller of images
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchmetrics import Metric
+
+from lightning_mvar.metrics.frechet import FeatureSums
 
 
-class VendiScore(Metric):
-    """Accumulates features (b, f) into the score, as a float64 sum that is added over all ranks.
-
-    `options` are those of torchmetrics: `sync_on_compute=False` for the score of this rank.
-    """
-
-    full_state_update = False
-
-    def __init__(self, num_features: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.outer: Tensor
-        self.add_state("outer", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
-        self.set_dtype(torch.float64)
+class VendiScore(FeatureSums):
+    """Accumulates features (b, f), normalised, into the score."""
 
     def update(self, features: Tensor) -> None:
-        features = normalize(features.double(), dim=1)
-        self.outer += features.T @ features
+        super().update(normalize(features.double(), dim=1))
 
     def compute(self) -> float:
         """Returns the score; 1 if all features are 0, which no direction tells apart."""

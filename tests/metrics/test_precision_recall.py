@@ -9,7 +9,12 @@ from processes import run_two_ranks
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics import precision_recall as module
-from lightning_mvar.metrics.precision_recall import FeatureBank, precision_recall, squared_distances
+from lightning_mvar.metrics.precision_recall import (
+    FeatureBank,
+    precision_recall,
+    precision_recall_without,
+    squared_distances,
+)
 
 COUNTS = [(7, 3), (0, 4), (5, None), (None, 0), (None, None)]  # features on ranks 0 and 1; None for no update at all
 
@@ -51,6 +56,13 @@ def test_scores_agree_with_prdc(sets: tuple) -> None:
     scores = precision_recall(*sets, 5)
     expected = prdc.compute_prdc(*(features.double().numpy() for features in sets), nearest_k=5)
     assert scores == pytest.approx(expected, rel=1e-12)
+
+
+def test_scores_without_a_group_are_those_of_the_other_features(sets: tuple) -> None:
+    real, generated = sets[0], sets[1][:45]  # a group has two or three features
+    groups = torch.arange(45) % 20
+    for group, scores in enumerate(precision_recall_without(real, generated, groups, range(20), 3)):
+        assert scores == precision_recall(real, generated[groups != group]), group
 
 
 def test_near_neighbours_far_from_the_origin_keep_their_distances(sets: tuple) -> None:

@@ -1,11 +1,17 @@
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import Projection
+from processes import run_two_ranks
 from torch import nn
 
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics import scores as module
 from lightning_mvar.metrics.inception_score import InceptionScore
+from lightning_mvar.metrics.intervals import assign_groups
 from lightning_mvar.metrics.kernel_distance import kernel_distance
 from lightning_mvar.metrics.mind import monge_distance
 from lightning_mvar.metrics.precision_recall import precision_recall
@@ -58,23 +64,75 @@ def test_scores_do_not_depend_on_batches_and_equal_the_single_metrics(reference:
     assert without_neighbours.keys() == scores.keys() - neighbour_scores
 
 
-def test_scores_of_kept_features_equal_those_of_their_images(reference: Summary) -> None:
+class Spatial(Classifier):
+    """Classifier with spatial features, for sFID."""
+
+    num_spatial = 4
+
+    def features_and_spatial(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self(images), nn.functional.adaptive_avg_pool2d(images, (1, 2)).flatten(1)[:, :4].square()
+
+
+@pytest.fixture(scope="module")
+def spatial_scores() -> Scores:
+    """Returns scores of 60 random images that keep their features, against 50 others."""
+    return scores_of(random_images())
+
+
+def random_images() -> torch.Tensor:
+    return torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def empty_scores(count: int) -> Scores:
     torch.manual_seed(0)
-    extractor, images, kept = Classifier(), torch.rand(60, 3, 8, 8), torch.arange(0, 60, 2)
-    scores = Scores(extractor, reference, 60)
-    scores.update(images, torch.arange(60))
-    rescored = scores.rescore(scores.kept_features(), kept)
-    for name, value in compute_scores(extractor, reference, images[kept], 30).items():
-        if name not in ("is", "kid", "kid_std"):
-            assert rescored[name] == pytest.approx(value, rel=1e-6), name
-    inception = InceptionScore(5, 60)  # the other images keep their splits
-    with torch.no_grad():
-        inception.update(extractor.logits(extractor(images[kept])), kept)
-    assert rescored["is"] == pytest.approx(inception.compute()[0], rel=1e-6)
-    values = scores.compute()
-    intervals = scores.intervals(values, 0.95, [0, 1] * 30)
-    assert intervals.keys() == values.keys() - {"kid_std"}
-    assert all(low < values[name] < high for name, (low, high) in intervals.items())
+    extractor, real = Spatial(), torch.rand(50, 3, 8, 8)
+    features = Features(extractor, 50, 50)
+    features.update(real, torch.arange(50))
+    return Scores(extractor, features.compute(), count, keep_features=True)
+
+
+def scores_of(images: torch.Tensor) -> Scores:
+    scores = empty_scores(len(images))
+    scores.update(images, torch.arange(len(images)))
+    return scores
+
+
+def test_scores_without_a_group_equal_those_of_the_other_images(spatial_scores: Scores) -> None:
+    images, groups = random_images(), assign_groups(60)
+    replicates = spatial_scores.replicates(spatial_scores.kept_features(), groups)
+    for group in (0, 13):
+        kept = groups != group
+        expected = scores_of(images[kept]).compute()
+        inception = InceptionScore(5, 60)  # the other images keep their splits
+        extractor = spatial_scores.extractor
+        with torch.no_grad():
+            inception.update(extractor.logits(extractor(images[kept])), kept.nonzero().flatten())
+        expected["is"] = inception.compute()[0]
+        assert replicates[group].keys() == {"fid", "sfid", "is", "vendi", "mind"}
+        assert replicates[group] == pytest.approx({name: expected[name] for name in replicates[group]}, rel=1e-6)
+
+
+def intervals(scores: Scores) -> dict[str, tuple[float, float]]:
+    return scores.intervals(scores.compute(), 0.95, [0, 1] * 30)
+
+
+def intervals_on_rank(rank: int, folder: Path) -> None:
+    scores = empty_scores(60)  # before the ranks meet: each measures all real images
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", rendezvous, timedelta(seconds=60), world_size=2, rank=rank)
+    scores.update(random_images()[rank::2], torch.arange(rank, 60, 2))
+    torch.save(intervals(scores), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_intervals_of_two_processes_equal_those_of_one(spatial_scores: Scores, tmp_path: Path) -> None:
+    assert run_two_ranks(intervals_on_rank, tmp_path) == [0, 0]
+    expected, values = intervals(spatial_scores), spatial_scores.compute()
+    assert expected.keys() == values.keys() - {"kid_std"}
+    assert all(low < values[name] < high for name, (low, high) in expected.items())
+    for rank in range(2):
+        for name, interval in torch.load(tmp_path / f"{rank}.pt").items():
+            assert interval == pytest.approx(expected[name], rel=1e-6), name
 
 
 def test_scores_that_extractor_or_reference_do_not_support_are_omitted(reference: Summary) -> None:

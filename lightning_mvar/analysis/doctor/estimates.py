@@ -23,9 +23,8 @@ from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, Resizing
 from lightning_mvar.data.images.sources import find_embedded_set
 from lightning_mvar.devices import device_of, exact_float32
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.frechet import FeatureStatistics, Statistics, frechet_distance
+from lightning_mvar.metrics.frechet import Statistics, frechet_distance, statistics_of
 from lightning_mvar.metrics.image_sets import BATCH_SIZE
-from lightning_mvar.metrics.intervals import BLOCK_ROWS
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.sampling.readers import FolderSamples, Samples
 from lightning_mvar.scales import Shape
@@ -90,7 +89,7 @@ class ScoredSet:
 
     @cached_property
     def distance(self) -> float:
-        return frechet_distance(self.real, statistics(self.features))
+        return frechet_distance(self.real, statistics_of(self.features))
 
     @cached_property
     def by_class(self) -> NDArray[np.int64]:
@@ -105,7 +104,7 @@ class ScoredSet:
 
     def distance_of(self, indices: NDArray[np.int64]) -> float:
         """Returns the distance of some of the samples."""
-        return frechet_distance(self.real, statistics(self.features[indices]))
+        return frechet_distance(self.real, statistics_of(self.features[indices]))
 
     def growth_to(self, indices: NDArray[np.int64]) -> float:
         """Returns by how much the distance of some of the samples is larger than that of all."""
@@ -114,7 +113,7 @@ class ScoredSet:
     def growth_by(self, change: Change, progress: str) -> float:
         """Returns by how much the distance grows if samples are changed; measured on at most `max_images` of them."""
         indices = spaced(self.by_class, self.max_images)
-        changed = statistics(self.extract(indices.tolist(), change, progress))
+        changed = statistics_of(self.extract(indices.tolist(), change, progress))
         return frechet_distance(self.real, changed) - self.distance_of(indices)
 
     def extract(self, indices: range | list[int], change: Change, progress: str) -> Tensor:
@@ -126,14 +125,6 @@ class ScoredSet:
             with torch.no_grad(), exact_float32():
                 batches.append(self.extractor(images).float().cpu())
         return torch.cat(batches)
-
-
-def statistics(features: Tensor) -> Statistics:
-    """Returns mean and covariance of features (n, f)."""
-    metric = FeatureStatistics(features.shape[1], sync_on_compute=False)
-    for rows in features.split(BLOCK_ROWS):
-        metric.update(rows)
-    return metric.compute()
 
 
 def spaced(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -261,7 +252,7 @@ def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: 
     if find_embedded_set(name) is None and not Path(name).expanduser().exists():
         return None
     real = scored.reference(name, result.get("crop", "var"))
-    return f"{scored.name} against {name}", frechet_distance(real, statistics(scored.features)) - scored.distance
+    return f"{scored.name} against {name}", frechet_distance(real, statistics_of(scored.features)) - scored.distance
 
 
 def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
@@ -270,7 +261,7 @@ def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) 
     reference = open_reference(name)
     if reference.kind != "images" or reference.embedded is not None or resizing is None:
         return None
-    distance = frechet_distance(scored.reference(name, str(resizing)), statistics(scored.features))
+    distance = frechet_distance(scored.reference(name, str(resizing)), statistics_of(scored.features))
     return f"{scored.name} with {resizing.options}", distance - scored.distance
 
 
