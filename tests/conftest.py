@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -74,6 +75,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts the longest files first, so that no process of xdist works long after the others have ended."""
     place = {name: number for number, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """Exempts all that is imported from garbage collection, which every in-process run of Lightning asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_network(schedule: ScaleSchedule = SCHEDULE, **overrides: object) -> MVAR:

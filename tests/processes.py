@@ -22,13 +22,12 @@ from lightning_mvar.sweeps.processes import FORKSERVER, SERVER_BLOCKED_SIGNALS
 # package's own choice for sweeps is smaller, and the last one counts, so the import above must come first.
 CONTEXT = FORKSERVER
 PRELOADED = [
-    *(
-        "lightning_mvar.sweeps.server",
-        "lightning_mvar.cli.training",
-        "lightning_mvar.metrics.classifiers.digits",
-        "warm_caches",
-    ),
-    *("s3fs", "torch.distributed.algorithms.ddp_comm_hooks"),  # imported by every run of Lightning, and of its DDP
+    "lightning_mvar.sweeps.server",
+    "lightning_mvar.cli.training",
+    "lightning_mvar.metrics.classifiers.digits",
+    "s3fs",  # this and the next are imported by every run of Lightning, and of its DDP
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "warm_caches",  # last
 ]
 CONTEXT.set_forkserver_preload(PRELOADED)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])

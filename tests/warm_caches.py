@@ -1,14 +1,28 @@
-"""Imported by the tests' fork server: computes the costs of the network of `run_folder` once for all runs.
+"""Imported last by the tests' fork server: does once what every run would do before its first step.
 
-Every run writes its costs to its log. They take longer than its training steps, because the shapes of the meta device
-need further imports and are computed in Python.
+It parses the configuration of `run_folder`, which compiles the regular expressions of the docstrings' parser, and
+computes the costs of its network, which every run writes to its log: they take longer than its training steps,
+because the shapes of the meta device need further imports and are computed in Python. Everything that the server has
+imported is then exempt from garbage collection: one in a process with PyTorch costs more than ten training steps.
 """
+
+import gc
+import tempfile
+from pathlib import Path
 
 import yaml
 from conftest import RUN_YAML
 
 from lightning_mvar import MVARConfig, ScaleSchedule
+from lightning_mvar.cli.training import parse_command
 from lightning_mvar.models.costs import costs_of
 
-options = yaml.safe_load(RUN_YAML.format(tokenizer=""))["model"]["network"]
+text = RUN_YAML.format(tokenizer="tokenizer")
+options = yaml.safe_load(text)["model"]["network"]
 costs_of(MVARConfig(**options | {"schedule": ScaleSchedule(tuple(options["schedule"]["side_lengths"]))}))
+with tempfile.TemporaryDirectory() as folder:
+    config = Path(folder, "run.yaml")
+    config.write_text(text)
+    parse_command(["fit", "--config", str(config), "--seed_everything", "false"])
+gc.collect()
+gc.freeze()
