@@ -25,7 +25,7 @@ from lightning_mvar.io.locks import lock_folder
 
 
 def end_before_rendezvous(rank: int, killed: int) -> None:
-    os.environ[START_TIMEOUT] = "3"
+    os.environ[START_TIMEOUT] = "1"
     if rank == killed:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -38,7 +38,7 @@ def test_a_rank_killed_before_the_process_group_exists_ends_the_other(
     ranks = start(command, plain_run_folder, 2, prepare=partial(end_before_rendezvous, killed=killed))
     codes = ranks.wait(60)
     assert sorted(codes) == [-signal.SIGKILL, 1], ranks.printed()
-    message = f"rank {1 - killed} gives up: not all 2 ranks started within 3 s ("
+    message = f"rank {1 - killed} gives up: not all 2 ranks started within 1 s ("
     assert message in ranks.printed()
     assert "see the output of the other ranks" in ranks.printed()
 
