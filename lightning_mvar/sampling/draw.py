@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, open_trained
 from lightning_mvar.data.classes import Classes
@@ -35,6 +34,7 @@ from lightning_mvar.io.fingerprint import fingerprint, fingerprint_of
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.drafts import Drafts
 from lightning_mvar.sampling.generate import check_arguments
+from lightning_mvar.sampling.progress import DrawingBar
 from lightning_mvar.sampling.sampler import Batch, Drawing, Sampler, label_tensor
 from lightning_mvar.sampling.scorer import read_config
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -229,8 +229,10 @@ def write_set(
         if token_set is not None:
             token_set.fill(batch_size)
         if images is not None:
-            batches = drawing.batches if rejection is None else partial(rejection.batches, drawing)
-            fill(images, drawing, batches if token_set is None else token_set.batches, batch_size)
+            if rejection is not None:
+                fill(images, drawing, partial(rejection.batches, drawing), batch_size, rejection.keep)
+            else:
+                fill(images, drawing, drawing.batches if token_set is None else token_set.batches, batch_size)
 
 
 def check_count(per_class: int, classes: int, keep: float | None) -> None:
@@ -251,18 +253,32 @@ def own_target(target: Path) -> AbstractContextManager[Any]:
 
 
 def fill(
-    images: SampleSet, drawing: Drawing, batches: Callable[[list[int], int], Iterator[Batch]], batch_size: int
+    images: SampleSet,
+    drawing: Drawing,
+    batches: Callable[[list[int], int], Iterator[Batch]],
+    batch_size: int,
+    keep: float = 1,
 ) -> None:
-    """Completes a set; `batches(numbers, batch_size)` draws this rank's share of the images with these numbers."""
+    """Completes a set.
+
+    Args:
+        images: the set.
+        drawing: what to draw.
+        batches: `batches(numbers, batch_size)` draws this rank's share of the images with these numbers.
+        batch_size: images per batch.
+        keep: share of the drawn images that `batches` yields.
+    """
     missing = object_from_rank_zero(images.missing() if is_first_rank() else [])
     begin = time.perf_counter()
     # Rank 0 alone shows its progress, and assumes that the other ranks are equally fast.
     done, hidden = images.count - len(missing), not is_first_rank()
-    with tqdm(total=images.count, initial=done, unit="img", desc="sample", disable=hidden) as bar:
+    with DrawingBar(images.count, done, desc="sample", disable=hidden) as bar:
+        ranks = rank_and_world_size()[1]
+        drawing.advance = lambda part: bar.advance(part * keep * ranks)
         try:
             for numbers, pixels in batches(missing, batch_size):
                 images.write(numbers, pixels)
-                bar.update(min(len(numbers) * rank_and_world_size()[1], images.count - bar.n))
+                bar.complete(len(numbers) * ranks)
         except BaseException:  # an interruption keeps what was drawn
             try:
                 images.flush()

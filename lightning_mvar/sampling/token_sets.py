@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lightning_mvar.data.images.names import visible
 from lightning_mvar.data.tokens.manifest import MANIFEST, SAMPLED, Manifest
@@ -20,6 +19,7 @@ from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.writing import ShardFolder
 from lightning_mvar.devices import is_first_rank, rank_and_world_size
 from lightning_mvar.errors import InputError
+from lightning_mvar.sampling.progress import DrawingBar
 from lightning_mvar.sampling.sampler import Batch, Drawing, drawn_pixels
 
 # A set has about SHARDS shards, to divide among processes and to lose little of at an interruption.
@@ -74,13 +74,14 @@ class TokenSet:
         rank, world_size = rank_and_world_size()
         suffix = f" (rank {rank} of {world_size})" if world_size > 1 else ""
         total = sum(map(len, numbers_of.values()))
-        with tqdm(total=total, unit="img", desc=f"sample tokens{suffix}", disable=rank > 0) as bar:
+        with DrawingBar(total, 0, desc=f"sample tokens{suffix}", disable=rank > 0) as bar:
+            drawing.advance = bar.advance
             for index, numbers in numbers_of.items():
                 tokens = []
                 for part in numbers.split(batch_size):
-                    drawn = drawing.sampler.draw_tokens(drawing.labels[part], drawing.settings, part.tolist())
+                    drawn = drawing.draw_tokens(drawing.labels[part], part.tolist())
                     tokens.append(drawn.cpu().numpy().astype(np.uint16))
-                    bar.update(len(part))
+                    bar.complete(len(part))
                 keys = [f"{number:06d}" for number in numbers.tolist()]
                 self.shards.write(index, np.concatenate(tokens), drawing.labels[numbers].numpy(), keys)
         self.shards.finish()

@@ -20,11 +20,10 @@ from lightning_mvar.cli import run
 from lightning_mvar.data.images.names import visible
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint
-from lightning_mvar.sampling import sampler
-from lightning_mvar.sampling.generate import draw_images
 from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.readers import open_samples
+from lightning_mvar.sampling.sampler import Drawing
 
 SAMPLE = ["sample", "--ckpt_path", "model", "--per_class", "2", "--batch_size", "3", "--guidance", "0.5"]
 
@@ -59,13 +58,15 @@ def test_an_interrupted_set_is_completed_and_equals_an_uninterrupted_one(
     assert run([*SAMPLE, *uninterrupted]) == 0
     drawn: list[int] = []
 
-    def draw_until_interrupted(network, tokenizer, labels, settings, keys, **options):  # type: ignore[no-untyped-def]
+    draw = Drawing.draw
+
+    def draw_until_interrupted(self: Drawing, labels: torch.Tensor, numbers: list[int]) -> np.ndarray:
         if interrupts and len(drawn) >= 6:
             raise KeyboardInterrupt
-        drawn.extend(labels.tolist())
-        return draw_images(network, tokenizer, labels, settings, keys, **options)
+        drawn.extend(numbers)
+        return draw(self, labels, numbers)
 
-    monkeypatch.setattr(sampler, "draw_images", draw_until_interrupted)
+    monkeypatch.setattr(Drawing, "draw", draw_until_interrupted)
     options, interrupts = ["--out", name, "--grid", "grid.png"], True
     assert run([*SAMPLE, *options]) == 130
     assert not Path("set.npz").exists()
@@ -113,9 +114,9 @@ def test_files_that_a_killed_process_was_writing_are_ignored(
 ) -> None:
     """They are truncated or complete, and their names start with a dot."""
     command = [*SAMPLE, "--out", name, "--grid", "grid.png"]
-    monkeypatch.setattr(sampler, "draw_images", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run(command) == 130
-    monkeypatch.setattr(sampler, "draw_images", draw_images)
+    with monkeypatch.context() as patch:
+        patch.setattr(Drawing, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(command) == 130
     folder, suffix = workdir / (f"{name}.partial" if name.endswith("npz") else name), "npz" if "npz" in name else "png"
     (folder / "0").mkdir(exist_ok=True)
     for parent in (folder, folder / "0"):

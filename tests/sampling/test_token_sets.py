@@ -24,7 +24,7 @@ from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.sampling import token_sets
 from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.philox import image_keys
-from lightning_mvar.sampling.sampler import Sampler
+from lightning_mvar.sampling.sampler import Drawing
 from lightning_mvar.training.datamodules import TokenDataModule
 
 SAMPLE = ["sample", "--ckpt_path", "model", "--per_class", "2", "--batch_size", "3", "--guidance", "0.5"]
@@ -85,21 +85,21 @@ def test_the_images_are_those_that_are_drawn_without_tokens(workdir: Path, token
 
 def test_an_interrupted_set_is_completed_and_keeps_its_shards(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run([*SAMPLE, "--tokens", "whole"]) == 0
-    draw_tokens, drawn = Sampler.draw_tokens, []
+    draw_tokens, drawn = Drawing.draw_tokens, []
 
-    def draw_until_interrupted(self, labels, settings, numbers):  # type: ignore[no-untyped-def]
+    def draw_until_interrupted(self, labels, numbers):  # type: ignore[no-untyped-def]
         if len(drawn) == 9:  # one shard, and half of another one
             raise KeyboardInterrupt
         drawn.extend(numbers)
-        return draw_tokens(self, labels, settings, numbers)
+        return draw_tokens(self, labels, numbers)
 
-    monkeypatch.setattr(Sampler, "draw_tokens", draw_until_interrupted)
+    monkeypatch.setattr(Drawing, "draw_tokens", draw_until_interrupted)
     assert run([*SAMPLE, "--tokens", "own"]) == 130
     first = Path("own/000000.tar").stat().st_mtime_ns
     drawn = []
     assert run([*SAMPLE, "--tokens", "own"]) == 130
     assert Path("own/000000.tar").stat().st_mtime_ns == first
-    monkeypatch.setattr(Sampler, "draw_tokens", draw_tokens)
+    monkeypatch.setattr(Drawing, "draw_tokens", draw_tokens)
     Path("own/000001.tar").write_bytes(b"damaged")
     assert run([*SAMPLE, "--tokens", "own"]) == 0
     assert contents(Path("own")) == contents(Path("whole"))
