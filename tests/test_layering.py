@@ -21,7 +21,7 @@ LAYERS = [  # each may import earlier layers; packages of one layer may not impo
     ["callbacks"],
     ["cli"],
     ["__main__"],
-    ["analysis", "bench", "sweeps", "pipeline"],
+    ["analysis", "bench", "sweeps", "projects", "pipeline"],
     ["web"],
     ["commands"],
 ]

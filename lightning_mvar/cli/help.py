@@ -16,6 +16,7 @@ from lightning_mvar.cli.signatures import Option, Signature, command_signatures,
 from lightning_mvar.errors import InputError, require_package
 
 COMMANDS = {  # command: (module with `main(argv)`, help)
+    "new": ("new", "write the configuration of all commands for your own pictures"),
     "fit": ("fit", "train a network on token shards"),
     "validate": ("fit", "teacher-forced loss of a checkpoint on the validation shards"),
     "test": ("fit", "teacher-forced loss of a checkpoint on the test shards"),

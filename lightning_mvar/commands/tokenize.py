@@ -42,6 +42,7 @@ def tokenize(
     out: str,
     labels: str | None = None,
     class_names: str | None = None,
+    split: bool = False,
     margin: float = MARGIN,
     views: int = 1,
     flips: bool = False,
@@ -73,6 +74,8 @@ def tokenize(
             or images: the columns to take, as LABEL or IMAGE,LABEL.
         class_names: `imagenet`, or a file with one name per line, in label order: of classes that are numbers, or those
             that the class folders must be among.
+        split: hold out a tenth of the images, chosen by name, for validation: IMAGES:train goes to OUT/train, and
+            IMAGES:val, a centre crop each, to OUT/val.
         margin: images are resized to cover this many times the tokenizer's input, then cropped; 1 cuts nothing off
             square images.
         views: samples per image: 1 is the centre crop, more are random crops.
@@ -105,20 +108,30 @@ def tokenize(
 
     with launch_ranks(device, devices, num_nodes) as fabric, ExitStack() as stack:
         model = load_tokenizer(tokenizer)
-        source = open_images(images, model.config.shape, "skip", labels, class_names, cache_dir, retries, margin=margin)
-        order = shard_order(source, views)
-        plan = make_plan(model, source, images, order, shard_size)
-        seed = seed if views > 1 else 0
-        plan = replace(plan, views=views, seed=seed, flips=flips, margin=margin, precision=precision)
-        if fabric.is_global_zero:
-            stack.enter_context(lock_folder(folder, "tokenize"))
-        fabric.barrier()
-        shards = ShardFolder(folder, plan, "--out")
-        writer = ShardWriter(fabric, shards, TokenEncoder(model, fabric.device, precision), max_failures)
-        writer.run(source, order, batch_size, num_workers)
-        manifest = shards.finish()
-        if fabric.is_global_zero:
-            report(manifest, folder, writer.images_per_s)
+        for name, target, crops in destinations(images, folder, split, views):
+            source = open_images(
+                name, model.config.shape, "skip", labels, class_names, cache_dir, retries, margin=margin
+            )
+            order = shard_order(source, crops)
+            plan = make_plan(model, source, name, order, shard_size)
+            plan = replace(plan, views=crops, margin=margin, precision=precision)
+            plan = replace(plan, seed=seed if crops > 1 else 0, flips=flips and crops > 1)
+            if fabric.is_global_zero:
+                stack.enter_context(lock_folder(target, "tokenize"))
+            fabric.barrier()
+            shards = ShardFolder(target, plan, "--out")
+            writer = ShardWriter(fabric, shards, TokenEncoder(model, fabric.device, precision), max_failures)
+            writer.run(source, order, batch_size, num_workers)
+            manifest = shards.finish()
+            if fabric.is_global_zero:
+                report(manifest, target, writer.images_per_s)
+
+
+def destinations(images: str, out: Path, split: bool, views: int) -> list[tuple[str, Path, int]]:
+    """Returns the sources to encode, each with the folder of its shards and the number of samples per image."""
+    if not split:
+        return [(images, out, views)]
+    return [(f"{images}:train", out / "train", views), (f"{images}:val", out / "val", 1)]
 
 
 def refuse_overlap(images: str, out: str) -> None:

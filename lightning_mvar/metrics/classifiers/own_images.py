@@ -1,4 +1,4 @@
-"""An extractor for any labelled images, without a file of published weights."""
+"""An extractor for any images, without a file of published weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from lightning_mvar.data.images.examples import image_loader
 from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
-from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.classifiers.trained import BATCH_SIZE, TrainedClassifier
 
 SIDE, SHIFT = 64, 4  # of the images that the network takes, and their largest shift in training, in pixels
 MAX_IMAGES = 10_000  # that it is trained on, spread evenly over the source
 STEPS = 1000
+QUARTER_TURNS = 4  # by which images without classes are rotated
 
 
 class ImageClassifier(TrainedClassifier):
@@ -28,15 +28,18 @@ class ImageClassifier(TrainedClassifier):
     Images of any size are resized to 64 x 64, so details below that scale do not count. In training, images are
     shifted but not mirrored: mirrored samples of letters or logos are errors that features should show.
 
+    Images of one class are classified by how many quarter turns they are rotated (RotNet, arXiv 1803.07728). The
+    inception score of these classes means nothing.
+
     Args:
-        images: labelled training images, a source as for `lightning-mvar tokenize`; at most 10,000 of them are read.
+        images: training images, a source as for `lightning-mvar tokenize`; at most 10,000 of them are read.
         labels: label file or columns, if the images are not sorted by class.
         margin: of resizing before the centre is cropped, as in `lightning-mvar tokenize`.
         cache: folder for the weights; their file is named with a hash of the settings and of the paths, sizes and
             modification times of the images.
 
     Raises:
-        InputError: if the source does not exist or has fewer than two classes.
+        InputError: if the source does not exist.
     """
 
     resize = f"bilinear with antialiasing, to {SIDE} x {SIDE}"
@@ -45,13 +48,9 @@ class ImageClassifier(TrainedClassifier):
         self, images: str, labels: str | None = None, cache: str = "outputs/statistics", margin: float = MARGIN
     ) -> None:
         self.source = open_images(images, SIDE, labels=labels, cache_dir=IMAGE_CACHE, margin=margin)
-        classes = len(self.source.class_names)
-        if classes < 2:
-            raise InputError(
-                f"{images} has one class, and a classifier needs two: use --extractor DINOv2 or InceptionV3, which are "
-                f"downloaded the first time"
-            )
-        count = min(len(self.source), MAX_IMAGES)
+        classes, count = len(self.source.class_names), min(len(self.source), MAX_IMAGES)
+        if classes == 1:
+            classes, count = QUARTER_TURNS, QUARTER_TURNS * count
         identity = (
             f"{self.source.identity} {self.source.listing} {self.source.crop} {SIDE} {SHIFT} {MAX_IMAGES} {STEPS}"
         )
@@ -60,15 +59,18 @@ class ImageClassifier(TrainedClassifier):
         super().__init__(images, path, SIDE, classes, epochs=math.ceil(STEPS / math.ceil(count / BATCH_SIZE)))
 
     def training_images(self) -> tuple[Tensor, Tensor]:
-        """Returns centre crops (n, 3, 64, 64) uint8, and labels."""
+        """Returns centre crops (n, 3, 64, 64) uint8 and labels; of one class, rotated crops and their quarter turns."""
         count = min(len(self.source), MAX_IMAGES)
         indices = np.linspace(0, len(self.source) - 1, count).round().astype(int).tolist()
         batches = [
             (((batch.images + 1) * 127.5).round().to(torch.uint8), batch.labels)
             for batch in image_loader(self.source, BATCH_SIZE, 0, indices)
         ]
-        images, labels = zip(*batches, strict=True)
-        return torch.cat(images), torch.cat(labels)
+        images, labels = map(torch.cat, zip(*batches, strict=True))
+        if len(self.source.class_names) > 1:
+            return images, labels
+        turned = [images.rot90(turns, (2, 3)) for turns in range(QUARTER_TURNS)]
+        return torch.cat(turned), torch.arange(QUARTER_TURNS).repeat_interleave(len(images))
 
     def augment(self, images: Tensor) -> Tensor:
         top, left = torch.randint(2 * SHIFT + 1, (2,)).tolist()

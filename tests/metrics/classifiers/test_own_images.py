@@ -1,5 +1,6 @@
 """An extractor trained on a folder of pictures: 64 x 64 pixels, whatever the size of the images."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.classifiers import own_images
 from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
 from lightning_mvar.metrics.summary import prepare
@@ -78,9 +78,12 @@ def test_an_interrupted_training_is_done_again(folder: Path, monkeypatch: pytest
     assert not list((folder.parent / "cache").glob("*.safetensors"))
 
 
-def test_images_without_classes_need_a_published_network(folder: Path) -> None:
-    for path in (folder / "down").iterdir():
-        path.unlink()
-    (folder / "down").rmdir()
-    with pytest.raises(InputError, match=r"pictures has one class, .* use --extractor DINOv2 or InceptionV3"):
-        classifier_of(folder)
+def test_images_of_one_class_are_classified_by_their_quarter_turns(folder: Path) -> None:
+    upright, _ = classifier_of(folder).training_images()
+    shutil.rmtree(folder / "down")
+    classifier = classifier_of(folder)
+    images, turns = classifier.training_images()
+    assert turns.bincount().tolist() == [20] * 4
+    for image, turn in zip(images, turns.tolist(), strict=True):
+        assert any(np.array_equal(np.rot90(image, -turn, (1, 2)), original) for original in upright[:20])
+    assert classifier.head.out_features == 4

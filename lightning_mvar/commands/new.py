@@ -1,0 +1,84 @@
+"""`new`: writes a project for one's own pictures, a folder with the configuration of each command."""
+
+from __future__ import annotations
+
+import os.path
+from pathlib import Path
+
+import torch
+
+from lightning_mvar.cli.arguments import call
+from lightning_mvar.data.images.sources import find_embedded_set, open_encoded
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.fetch import is_remote
+from lightning_mvar.io.files import create_folder
+from lightning_mvar.projects.files import command_lines, project_files
+from lightning_mvar.projects.pictures import Pictures, look_at
+from lightning_mvar.projects.recipes import CPU, GPU, Plan, check_resolution, make_plan
+
+MAX_NAMED = 5  # broken pictures
+
+
+def new(folder: str, *, images: str, resolution: int | None = None) -> None:
+    """Writes a project for your own pictures: a folder with a configuration of each command from train-tokenizer on.
+
+    Looks at the pictures, and chooses sizes for their number and for this machine (docs/own_images.md has the table).
+    The pictures stay where they are.
+
+    Args:
+        folder: the folder to write, which must not exist or be empty.
+        images: a folder of pictures or of class folders, or archives as `tokenize` takes them.
+        resolution: side of the images to train on: 32, 64, 128 or 256 pixels; by default the largest that the pictures
+            have, at most 64 on a CPU.
+    """
+    target = Path(folder)
+    check_resolution(resolution)
+    check_folders(target, images)
+    source = images if is_remote(images) else os.path.abspath(images)
+    opened = open_encoded(source, None, None)
+    pictures = look_at(opened, images)
+    plan = make_plan(pictures, resolution, GPU if torch.cuda.is_available() else CPU)
+    files = project_files(plan, source, opened.summary())
+    create_folder(target, "choose another folder")
+    for name, text in files.items():
+        (target / name).write_text(text)
+    print(*describe(pictures), *describe_plan(plan), f"in {folder}: {', '.join(files)}. Now run", sep="\n")
+    print(f"  cd {folder}", *(f"  {line}" for line in command_lines()), sep="\n")
+
+
+def check_folders(target: Path, images: str) -> None:
+    """Raises InputError if the project would replace files or lie among its own pictures, or needs no project."""
+    if find_embedded_set(images) is not None:
+        raise InputError(f"--images {images} is built in: configs/experiment and configs/data train on it")
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise InputError(f"{target} exists and is not empty: choose another folder")
+    if os.path.isdir(images) and target.resolve().is_relative_to(Path(images).resolve()):
+        raise InputError(f"{target} lies in --images {images}, among its own pictures: choose a folder outside")
+
+
+def describe(pictures: Pictures) -> list[str]:
+    """Returns lines about the pictures."""
+    (width, height), (max_width, max_height) = pictures.sizes.min(axis=0), pictures.sizes.max(axis=0)
+    transparent = f"; {pictures.transparent:,} are transparent, and shown on white" if pictures.transparent else ""
+    lines = [f"{width} to {max_width} pixels wide, {height} to {max_height} high{transparent}"]
+    if pictures.broken:
+        named, rest = pictures.broken[:MAX_NAMED], pictures.broken[MAX_NAMED:]
+        lines += [*named, *([f"and {len(rest):,} more"] if rest else [])]
+        lines.append("training skips these; `evaluate` needs them repaired or removed")
+    return lines
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """Returns lines about what will be trained."""
+    recipe, side, batch = plan.recipe, plan.resolution, plan.recipe.machine.batch_size
+    margin = "nothing is cut off" if plan.margin == 1.0 else "random crops, which leave out a ninth"
+    return [
+        f"{side} x {side} pixels to train on, {margin}; a tenth of the pictures is held out",
+        f"tokenizer: {recipe.vocab_size:,} codes, {recipe.tokenizer_steps:,} steps of {batch} images",
+        f"network: depth {recipe.depth}, width {recipe.width}, {plan.num_parameters / 1e6:.1f}M parameters, "
+        f"{recipe.steps:,} steps of {batch} images",
+    ]
+
+
+def main(argv: list[str]) -> None:
+    call(new, argv, positional=True)
