@@ -86,13 +86,20 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         http.shutdown()
 
 
-@pytest.fixture
-def var(server: Hub) -> Hub:
-    """A Hub with a small network and a small tokenizer under the names of the published ones."""
-    folder = server.root / "FoundationVision/var"
-    folder.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def published_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small network and a small tokenizer under the names of the published ones."""
+    folder = tmp_path_factory.mktemp("published")
     for name, state in zip(("var_d16.pth", "vae_ch160v4096z32.pth"), published("var_small"), strict=True):
         torch.save(state, folder / name)
+    return folder
+
+
+@pytest.fixture
+def var(server: Hub, published_files: Path) -> Hub:
+    """A Hub that serves the published files."""
+    (server.root / "FoundationVision").mkdir(parents=True)
+    (server.root / "FoundationVision/var").symlink_to(published_files)
     return server
 
 
