@@ -31,6 +31,7 @@ State = Literal["waiting", "running", "finished", "crashed", "interrupted"]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 INTERRUPTED_CODES = {128 + number for number in STOP_SIGNALS} | {-number for number in (*STOP_SIGNALS, signal.SIGKILL)}
 MAX_SECONDS = 10**10  # of an attempt; 300 years
+BAR = re.compile(r"(\d+/[1-9]\d*) \[[^\n]*?(?:step|img)")  # progress of training or drawing, not of validation
 ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor movements of progress bars
 
 
@@ -237,10 +238,23 @@ def append_attempt(folder: Path, entry: dict[str, Any]) -> None:
 
 def last_line(path: Path) -> str:
     """Returns the last visible line of a log, where progress bars overwrite their own line."""
+    return next((line.strip() for line in reversed(tail(path).split("\n")) if line.strip()), "")
+
+
+def progress(cell: Cell) -> str:
+    """Returns the command that a running cell is at and its last steps or images in the log: `fit 250/560`."""
+    done = max((attempt.commands for attempt in attempts(cell.folder)), default=0)
+    if done == len(cell.commands):
+        return ""
+    bars = BAR.findall(tail(cell.log).rpartition("[attempt ")[2])
+    return " ".join([cell.commands[done].split()[0], *bars[-1:]])
+
+
+def tail(path: Path) -> str:
+    """Returns the end of a log without colours, each state of a progress bar on a line; empty if there is no log."""
     if not path.is_file():
         return ""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         text = file.read().decode(errors="replace")
-    lines = [line.strip() for line in ANSI_ESCAPE.sub("", text).replace("\r", "\n").split("\n")]
-    return next((line for line in reversed(lines) if line), "")
+    return ANSI_ESCAPE.sub("", text).replace("\r", "\n")

@@ -1,4 +1,4 @@
-"""Status display of a running sweep: a table of its cells on a terminal, one line per change elsewhere."""
+"""Status display of a running sweep: a table of its cells on a terminal, a line per change or tenth elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from importlib.util import find_spec
 from typing import Any
 
-from lightning_mvar.sweeps.cells import Cell, State, attempts, last_line
+from lightning_mvar.sweeps.cells import Cell, State, attempts, last_line, progress
 
 # Order of the rows: a terminal may be too short for all cells.
 URGENCY: tuple[State, ...] = ("crashed", "running", "interrupted", "waiting", "finished")
@@ -26,13 +26,14 @@ def status_table(cells: list[Cell]) -> Iterator[Callable[[], None]]:
             yield lambda: live.update(render_table(cells), refresh=True)
             live.update(render_table(cells), refresh=True)
         return
-    states = {cell.name: cell.state() for cell in cells}
+    shown: dict[str, tuple[State, str]] = {cell.name: (cell.state(), "") for cell in cells}
 
     def print_changes() -> None:
         for cell in cells:
             state = cell.state()
-            if state != states[cell.name]:
-                states[cell.name] = state
+            now = state, tenth(progress(cell)) if state == "running" else ""
+            if now != shown[cell.name]:
+                shown[cell.name] = now
                 print(status_line(cell, state), flush=True)
 
     yield print_changes
@@ -46,10 +47,19 @@ def status_line(cell: Cell, state: State) -> str:
         return f"[{cell.name}] {state}"
     last = history[-1]
     number = "" if len(history) == 1 else f" (attempt {last.attempt})"
+    if state == "running":
+        return f"[{cell.name}] running{number}: {progress(cell)}"
     if state == "finished":
         return f"[{cell.name}] finished in {last.seconds:.0f} s{number}"
     reason = f", code {last.code}: {last_line(cell.log)}" if state == "crashed" else ""
     return f"[{cell.name}] {state}{number}{reason}"
+
+
+def tenth(progress: str) -> str:
+    """Rounds `fit 250/560` down to a tenth of the steps, `fit 4`: how often a line is worth printing."""
+    name, _, steps = progress.partition(" ")
+    done, _, total = steps.partition("/")
+    return f"{name} {10 * int(done) // int(total)}" if total else name
 
 
 def render_table(cells: list[Cell]) -> Any:
@@ -58,7 +68,7 @@ def render_table(cells: list[Cell]) -> Any:
     from rich.text import Text
 
     rows = Table(box=None, expand=True)
-    for title in ("cell", "state", "tries", "time"):
+    for title in ("cell", "state", "tries", "time", "progress"):
         rows.add_column(title, no_wrap=True)
     rows.add_column("last line of its log", no_wrap=True, overflow="ellipsis", ratio=1)
     states = [(cell, cell.state()) for cell in cells]
@@ -67,7 +77,8 @@ def render_table(cells: list[Cell]) -> Any:
         log = last_line(cell.log) if state in ("running", "crashed") else ""
         seconds = elapsed(history[-1].begin, history[-1].seconds, state) if history else ""
         tries = str(len(history)) if history else ""
-        rows.add_row(Text(cell.name), Text(state, COLOURS.get(state, "")), tries, seconds, Text(log))
+        steps = Text(progress(cell) if state == "running" else "")
+        rows.add_row(Text(cell.name), Text(state, COLOURS.get(state, "")), tries, seconds, steps, Text(log))
     return rows
 
 

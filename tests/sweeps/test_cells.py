@@ -15,7 +15,7 @@ import pytest
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import PACKAGED
 from lightning_mvar.io.locks import FileLock, is_locked
-from lightning_mvar.sweeps.cells import Cell, append_attempt, attempts, last_line, run_cell
+from lightning_mvar.sweeps.cells import Cell, append_attempt, attempts, last_line, progress, run_cell
 from lightning_mvar.sweeps.processes import FORKSERVER, ProcessContext, Share, Stop, run_until_stopped
 
 GOOD, BAD = "--version", "no-such-command"
@@ -197,3 +197,17 @@ def test_the_last_line_of_a_log(tmp_path: Path, content: str, expected: str) -> 
     (tmp_path / "log.txt").write_text(content)
     assert last_line(tmp_path / "log.txt") == expected
     assert last_line(tmp_path / "none.txt") == ""
+
+
+def test_the_progress_of_a_cell_is_that_of_its_running_command(tmp_path: Path) -> None:
+    cell = Cell(tmp_path, {}, 0, ("fit --config a.yaml", "evaluate --samples b.npz"))
+    assert progress(cell) == "fit"
+    log = "[attempt 1] lightning-mvar fit\nepoch 0:  45%|##  | 250/560 [00:12<00:15, 20.1step/s, loss=1]\r"
+    cell.log.write_text(log + "Validation DataLoader 0:  50%|##  | 1/2 [00:00<00:00, 3.1it/s]\r")
+    append_attempt(tmp_path, {"attempt": 1, "begin": "2026-01-01T00:00:00+00:00"})
+    assert progress(cell) == "fit 250/560"
+    append_attempt(tmp_path, {"attempt": 1, "commands": 1})
+    cell.log.write_text(log + "\n[attempt 1] lightning-mvar evaluate\n")
+    assert progress(cell) == "evaluate"
+    append_attempt(tmp_path, {"attempt": 1, "commands": 2})
+    assert progress(cell) == ""
