@@ -28,8 +28,10 @@ def lower_precision(network: Network, dtype: torch.dtype) -> Network:
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Returns whether a parameter is the matrix of a linear layer applied to tokens in a block.
+    """Returns whether a parameter is the matrix of a linear layer in a block, or a kernel of a tokenizer's convolution.
 
-    AdaLN's matrices are none: their input is a class embedding.
+    AdaLN's matrices are none: their input is a class embedding. Nor are kernels that read or write pixels or codes.
     """
+    if parameter.ndim == 4:
+        return ".levels." in name or ".middle." in name
     return ".blocks." in f".{name}" and parameter.ndim == 2 and name.endswith(".weight") and ".adaln." not in name

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks, AdamW for all other parameters, as one optimizer.
+"""Muon for the matrices and convolutions of the blocks, AdamW for all other parameters, as one optimizer.
 
 Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum U S V' of a matrix by about U V'. Scaled as in
 arXiv 2502.16982, section 2.2, its updates are as large as AdamW's, so both share learning rate and weight decay.
@@ -22,7 +22,7 @@ ITERATIONS = 5
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Updates the last group of parameters by Muon with Nesterov momentum, the others by AdamW.
+    """Updates one group of parameters by Muon with Nesterov momentum, the others by AdamW.
 
     A step whose `found_inf`, () on the device, is not 0 changes neither parameters nor state, see `skip_step_unless`.
 
@@ -31,7 +31,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         others: groups of the parameters that AdamW trains.
-        matrices: group of 2-d parameters that Muon trains.
+        matrices: group of the matrices and convolution kernels that Muon trains.
         lr: learning rate of both.
         betas: decay rates of AdamW's moments.
         momentum: decay rate of Muon's momentum.
@@ -57,7 +57,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        *others, matrices = self.param_groups  # both are replaced when a state is loaded
+        # All groups are replaced when a state is loaded; others, such as a discriminator's, may follow the matrices.
+        (matrices,) = (group for group in self.param_groups if "momentum" in group)
+        others = [group for group in self.param_groups if group is not matrices]
         self.adamw.param_groups, self.adamw.state = others, self.state
         skip = self.adamw.found_inf = getattr(self, "found_inf", None)  # type: ignore[attr-defined]
         self.adamw.step()
@@ -75,7 +77,8 @@ class MuonAdamW(torch.optim.Optimizer):
         buffer, lr, decay = state["momentum_buffer"], group["lr"], group["weight_decay"]
         momentum = buffer.lerp(gradient, 1 - group["momentum"])
         direction = orthogonalize(gradient.lerp(momentum, group["momentum"]))
-        scale = 0.2 * math.sqrt(max(parameter.shape))  # an update of root mean square 0.2
+        rows = len(parameter)
+        scale = 0.2 * math.sqrt(max(rows, parameter.numel() // rows))  # an update of root mean square 0.2
         updated = parameter.mul(1 - lr * decay).add_(direction, alpha=-lr * scale)
         for old, new in ((buffer, momentum), (parameter, updated)):
             old.copy_(new if skip is None else torch.where(skip, old, new))
@@ -84,6 +87,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Moves all singular values of a matrix (n, m) near 1, between about 0.7 and 1.2, by Newton-Schulz iterations.
 
+    The kernel (n, in, h, w) of a convolution is taken as a matrix (n, in * h * w).
     Computes in bfloat16, in which the result is returned; a sharded matrix is gathered first, its result sharded alike.
     """
     if isinstance(matrix, DTensor):
@@ -91,11 +95,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
         return replicated.redistribute(placements=matrix.placements)
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16()
+    x = matrix.flatten(1).bfloat16()
+    tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+    return (x.T if tall else x).reshape(matrix.shape)

@@ -31,7 +31,8 @@ class OptimizerConfig:
         plateau: share of the steps after warm-up that stay at the peak.
         initial_lr_ratio: learning rate at the first step, divided by the peak.
         final_lr_ratio: learning rate at the last step, divided by the peak.
-        muon: train the matrices of the blocks with Muon, all other parameters with AdamW.
+        muon: train the matrices of the blocks, or the convolutions of a tokenizer, with Muon, all other parameters with
+            AdamW.
         momentum: decay rate of Muon's momentum.
     """
 

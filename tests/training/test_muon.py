@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lightning_mvar import Tokenizer
+from lightning_mvar import ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.checkpoints.training import read_tensors, remove_checkpoint
 from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
@@ -93,6 +93,29 @@ def test_singular_values_become_nearly_equal(shape: tuple[int, int]) -> None:
     result = orthogonalize(matrix).float()
     strengths = torch.linalg.diagonal(u.T @ result @ v.T) if min(shape) == shape[1] else torch.linalg.svdvals(result)
     assert 0.6 < strengths.min() < strengths.max() < 1.3
+
+
+def test_a_kernel_is_a_matrix_with_a_row_per_output_channel() -> None:
+    kernel = torch.randn(24, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(orthogonalize(kernel), orthogonalize(kernel.view(24, 45)).view(24, 5, 3, 3))
+
+
+def test_muon_trains_the_convolutions_of_a_tokenizer_beside_a_later_group() -> None:
+    tokenizer = Tokenizer(TokenizerConfig(ScaleSchedule((1, 2)), 8, 4, channels=4, multipliers=(1, 2), blocks=1))
+    optimizer = build_optimizer(tokenizer, CONFIG)
+    names = {id(parameter): name for name, parameter in tokenizer.named_parameters()}
+    trained = {names[id(parameter)] for parameter in optimizer.param_groups[-1]["params"]}
+    assert {"encoder.levels.0.blocks.0.conv1.weight", "decoder.middle.2.conv2.weight"} < trained
+    assert not {"encoder.conv_in.weight", "decoder.conv_out.weight", "quantizer.phi.0.weight"} & trained
+    later, reference = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer.add_param_group({"params": [later]})
+    adamw = torch.optim.AdamW([reference], lr=CONFIG.base_lr, betas=(CONFIG.beta1, CONFIG.beta2), fused=True)
+    for parameter in (*tokenizer.parameters(), later, reference):
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer.step()
+    adamw.step()
+    assert torch.equal(later, reference)
+    assert "momentum_buffer" in optimizer.state[tokenizer.encoder.levels[0].blocks[0].conv1.weight]
 
 
 def test_muon_can_train_alone() -> None:
