@@ -29,6 +29,7 @@ FAMILIES: dict[Any, tuple[str, str]] = {  # by mixers: name and paper
     VAR: ("VAR", "https://arxiv.org/abs/2404.02905"),
 }
 TASK = "unconditional-image-generation"  # the Hub has no task for images of given classes
+FOLDERS = re.compile(r"(?<![\w./:])/(?:[^'\"]*/)?")  # those of an absolute path, also as an argument in quotes
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 SCORE = re.compile(  # names of scores, without the bounds of their intervals
     r"(?!.*_(low|high)$).*(frechet_distance|mind|kernel_distance|score|precision|recall|density|coverage|accuracy).*"
@@ -109,7 +110,11 @@ def model_card(
 
 
 def read_scores(path: Path, network: nn.Module) -> list[Record]:
-    """Reads results of `evaluate`; raises InputError if they are of another network, or no such results."""
+    """Reads results of `evaluate`, without the folders of absolute paths, which are not for the public.
+
+    Raises:
+        InputError: if they are of another network, or no such results.
+    """
     records: list[Record] = read_json(path, list[dict[str, Any]])
     ours = fingerprint(network)
     for record in records:
@@ -120,7 +125,10 @@ def read_scores(path: Path, network: nn.Module) -> list[Record]:
                 f"{path} has the scores of network {scored}, but this one is {ours}: evaluate this one, or export the "
                 f"one that was evaluated (--weights ema or raw)"
             )
-    return records
+    return [
+        {name: FOLDERS.sub("", value) if isinstance(value, str) else value for name, value in record.items()}
+        for record in records
+    ]
 
 
 def existing_picture(path: Path) -> Path:

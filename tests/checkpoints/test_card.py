@@ -34,7 +34,13 @@ def test_the_hub_reads_the_scores_and_the_license(model: TrainedModel, tmp_path:
     protocol = {"guidance": 1.5, "num_samples": 50_000, "network": fingerprint(model.network)}
     files = [
         write_result(tmp_path / "a.json", **scores, **protocol),
-        write_result(tmp_path / "b.json", frechet_distance=2.0, extractor="DINOv2"),
+        write_result(
+            tmp_path / "b.json",
+            frechet_distance=2.0,
+            extractor="DINOv2",
+            reference="/home/me/faces",
+            extractor_class="Images('/home/me/set')",
+        ),
     ]
     card = ModelCard(model_card(model, "me/digits", "mit", ("mnist",), tuple(files)).content)
     assert (card.data.license, card.data.datasets, card.data.model_name) == ("mit", ["mnist"], "me/digits")
@@ -42,8 +48,9 @@ def test_the_hub_reads_the_scores_and_the_license(model: TrainedModel, tmp_path:
     assert indexed == [
         ("fid", 3.5512, "digits:test"),
         ("recall", 0.5, "digits:test"),
-        ("frechet_distance", 2.0, "digits:test"),
+        ("frechet_distance", 2.0, "faces"),
     ]
+    assert "/home" not in card.content
     assert card.data.eval_results[0].metric_args == {"num_samples": 50_000, "guidance": 1.5, "extractor": "InceptionV3"}
     assert "| fid | 3.551 (3.4 to 3.7) |\n| recall | 0.5 |\n" in card.text
     assert "num samples 50000; guidance 1.5; extractor InceptionV3\n" in card.text
