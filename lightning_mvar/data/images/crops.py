@@ -116,7 +116,8 @@ class DecodedImages:
         if self.on_corrupt == "skip":
             return Example(None, int(self.encoded.labels[index]), self.key(index), message)
         raise CorruptImageError(
-            f"{message}: repair or remove it (or skip it, if the command has --on_corrupt)"
+            f"{message}: repair or remove it, or skip it with --on_corrupt skip where the command has it "
+            f"(train-tokenizer: --data.on_corrupt skip)"
         ) from error
 
     def key(self, index: int) -> str:

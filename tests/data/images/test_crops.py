@@ -122,6 +122,16 @@ def test_margin_1_keeps_all_of_a_square_image(tmp_path: Path) -> None:
         assert torch.equal(example.image, torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1))
 
 
+def test_transparent_images_are_composited_on_white_before_they_are_resized(tmp_path: Path) -> None:
+    pixels = np.zeros((30, 30, 4), np.uint8)  # transparent black around an opaque red square
+    pixels[10:20, 10:20] = (255, 0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    on_white = np.full((30, 30, 3), 255, np.uint8)
+    on_white[10:20, 10:20] = (255, 0, 0)
+    expected = to_tensor(Image.fromarray(on_white).resize((16, 16), Image.Resampling.LANCZOS))
+    assert torch.equal(open_images(str(tmp_path), 16, margin=1.0)[0].image, expected)
+
+
 def test_embedded_images_are_not_cropped() -> None:
     with pytest.raises(InputError, match=r"digits:test has images of one size.*leave out --crop adm"):
         open_images("digits:test", 32, crop="adm")

@@ -73,7 +73,10 @@ def mutations(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "no second shard", manifest | {"shards": [manifest["shards"][0], manifest["shards"][2]]}
 
 
-HARMLESS = {"source", "order", "listing", "seed", "flips", "precision", "skipped", "class_names", "shard_size", "views"}
+HARMLESS = {
+    *("source", "order", "listing", "seed", "flips", "margin", "precision", "skipped", "class_names", "shard_size"),
+    "views",
+}
 
 
 def test_every_mutation_of_a_value_is_told_in_one_line_or_changes_no_batch(folder: Path) -> None:
