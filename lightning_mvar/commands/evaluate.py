@@ -71,10 +71,10 @@ def evaluate(
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         per_class: with --ckpt_path, samples per class.
         extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE), whose scores compare
-            with published ones; Timm, with --extractor.model; ImageClassifier, trained on --extractor.images in about a
-            minute; or the class path of an nn.Module with num_features, images in [0, 1] -> features. The default is a
-            small classifier: of digits or photos, or trained on the reference's own images, for scores that compare on
-            the same data only.
+            with published ones; Timm or Transformers, with --extractor.model; ImageClassifier, trained on
+            --extractor.images in about a minute; or the class path of an nn.Module with num_features, images in [0, 1]
+            -> features. The default is a small classifier: of digits or photos, or trained on the reference's own
+            images, for scores that compare on the same data only.
         crop: resizing of real images in files before their centre is cropped. var: shorter side to --margin times the
             side of the samples, Lanczos. adm: box averaging, then bicubic, as ADM's references. torchvision-bilinear,
             torchvision-bicubic: Resize and CenterCrop. Scores against references of different protocols do not

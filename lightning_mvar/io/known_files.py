@@ -8,15 +8,18 @@ set, put a file there by hand.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import fetch_once, remote_file_name
+from lightning_mvar.io.tensors import load_strictly, read_torch
 
 RETRIES = 2  # further attempts after a failed download; without network, the message follows within seconds
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
@@ -53,6 +56,20 @@ class KnownFile:
         elif self.size is not None and (found := path.stat().st_size) != self.size:
             raise InputError(f"{path} has {found} bytes instead of {self.size}: remove it, to download it again")
         return path
+
+    def load_into(self, module: nn.Module, given: str | None = None, replaced: Mapping[str, Tensor] = {}) -> None:
+        """Loads the file, see `path`, into a module on the meta device, strictly, in eval mode without gradients.
+
+        Args:
+            module: built on the meta device, so that memory holds its weights once.
+            given: path of the user's file.
+            replaced: tensors by name, instead of those of the file, which may lack them.
+
+        Raises:
+            InputError: if the file is unavailable or holds anything else.
+        """
+        path = self.path(given)
+        load_strictly(module, read_torch(path) | {**replaced}, path).requires_grad_(False)
 
     def download(self, path: Path) -> None:
         by_hand = f"download {self.url} on another machine and save it as {path}"

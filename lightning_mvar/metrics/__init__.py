@@ -11,6 +11,7 @@ from lightning_mvar.metrics.classifiers.photos import Photos64Classifier, Photos
 from lightning_mvar.metrics.extractors.dinov2 import DINOv2
 from lightning_mvar.metrics.extractors.inception import InceptionV3
 from lightning_mvar.metrics.extractors.timm_models import Timm
+from lightning_mvar.metrics.extractors.transformers_models import Transformers
 
 __all__ = [
     "DINOv2",
@@ -21,4 +22,5 @@ __all__ = [
     "Photos64Classifier",
     "PhotosClassifier",
     "Timm",
+    "Transformers",
 ]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_mvar.devices import exact_float32
 from lightning_mvar.io.known_files import DINOV2_VITL14
-from lightning_mvar.io.tensors import load_strictly, read_torch
 from lightning_mvar.metrics.extractors.preprocessing import preprocess
 
 SIDE, PATCH = 224, 14
@@ -129,7 +128,6 @@ class DINOv2(DINOv2Network):
     """
 
     def __init__(self, weights: str | None = None) -> None:
-        path = DINOV2_VITL14.path(weights)
         with torch.device("meta"):
             super().__init__()
-        load_strictly(self, read_torch(path), path).requires_grad_(False)
+        DINOV2_VITL14.load_into(self, weights)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_mvar.devices import exact_float32
 from lightning_mvar.io.known_files import INCEPTION
-from lightning_mvar.io.tensors import load_strictly, read_torch
 
 SIDE = 299
 SPATIAL_CHANNELS = 7
@@ -194,12 +193,11 @@ class InceptionV3(InceptionNetwork):
     """
 
     def __init__(self, weights: str | None = None) -> None:
-        path = INCEPTION.path(weights)
         with torch.device("meta"):
             super().__init__()
         # Some conversions lack the batch-norm counters, which evaluation does not use.
         counters = {name: torch.tensor(0) for name in self.state_dict() if name.endswith(".num_batches_tracked")}
-        load_strictly(self, read_torch(path) | counters, path).requires_grad_(False)
+        INCEPTION.load_into(self, weights, counters)
 
 
 def resize_like_tensorflow(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -121,6 +121,19 @@ def test_features_equal_an_independent_computation(network: DINOv2Network, weigh
     torch.testing.assert_close(features, expected.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_features_equal_those_of_timm(network: DINOv2Network, weights: dict[str, Tensor]) -> None:
+    """At 224 x 224 with our position embedding: timm interpolates without the offset, and antialiased."""
+    timm = pytest.importorskip("timm")
+    sizes = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+    theirs = timm.create_model("vit_large_patch14_dinov2", img_size=224, num_classes=0, **sizes).eval()
+    state = {name: tensor for name, tensor in weights.items() if name != "mask_token"}
+    theirs.load_state_dict(state | {"pos_embed": network.position_embedding()})
+    images = torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(preprocess(images, (224, 224), MEAN, STD))
+    torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_published_file_fits_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real network has the real keys, shapes and number of weights; a small one is loaded."""
     with torch.device("meta"):

@@ -1,0 +1,65 @@
+"""Any image model of Hugging Face transformers (`pip install transformers`) as a feature extractor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mvar.devices import exact_float32
+from lightning_mvar.errors import InputError, one_line, require_package
+from lightning_mvar.metrics.extractors.preprocessing import preprocess
+
+BILINEAR = 2  # Pillow's number of the filter, which the models' files state
+
+
+class Transformers(nn.Module):
+    """Pooled features of a pretrained model of transformers, such as DINOv2, SigLIP, CLIP or ConvNeXt.
+
+    Size, mean and standard deviation of the pixels are those of the model's preprocessing; whole images are resized.
+    Of a model of images and texts, the features are those of its vision model.
+
+    Args:
+        model: name on the Hugging Face Hub, such as `facebook/dinov2-base`, or a folder. Its weights are downloaded the
+            first time, by transformers, as safetensors; no code of the repository is run.
+
+    Raises:
+        InputError: if transformers is not installed, the model is unavailable, or it has no pooled features.
+    """
+
+    def __init__(self, model: str) -> None:
+        require_package("transformers", "transformers", "--extractor Transformers")
+        from transformers import AutoModel, ImageProcessingMixin
+
+        super().__init__()
+        self.model = model
+        try:
+            config, _ = ImageProcessingMixin.get_image_processor_dict(model)
+            network, report = AutoModel.from_pretrained(model, use_safetensors=True, output_loading_info=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"transformers cannot load {model} ({one_line(error):.200})") from error
+        self.network = getattr(network, "vision_model", network).float().eval()
+        if missing := sorted(report["missing_keys"]):
+            raise InputError(f"{model} has no weights {missing[0]}: its pooled features would be random")
+        try:
+            size = config.get("crop_size") or config["size"]
+            side = size.get("shortest_edge")
+            self.shape = (side, side) if side else (size["height"], size["width"])
+            self.mean, self.std = config["image_mean"], config["image_std"]
+        except (KeyError, AttributeError) as error:
+            raise InputError(f"{model} does not say to which size it resizes images, or their mean and std") from error
+        self.mode = "bilinear" if config.get("resample") == BILINEAR else "bicubic"
+        self.resize = f"Pillow's {self.mode}, to {self.shape[0]} x {self.shape[1]}"
+        try:
+            with torch.no_grad():
+                self.num_features = self.pooled(torch.zeros(1, 3, *self.shape)).shape[1]
+        except AttributeError as error:
+            raise InputError(f"{model} has no pooled features") from error
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """Maps preprocessed pixels (b, 3, *self.shape) to the model's pooled output (b, num_features)."""
+        return self.network(pixels).pooler_output.flatten(1)  # that of convolutional networks is (b, f, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images (b, 3, H, W) in [0, 1] to features (b, num_features), in float32 even under autocast."""
+        with torch.autocast(images.device.type, enabled=False), exact_float32():
+            return self.pooled(preprocess(images, self.shape, self.mean, self.std, self.mode))
