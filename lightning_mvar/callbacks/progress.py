@@ -40,3 +40,8 @@ class StepProgressBar(TQDMProgressBar):
         if self.is_enabled and step > bar.n and (step % self.refresh_rate == 0 or step == bar.total):
             bar.n = step
             bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        metrics = super().get_metrics(*args)
+        metrics.pop("v_num", None)  # the name of the logger's folder, the same in all runs
+        return metrics

@@ -44,6 +44,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of write
 # Messages of jsonargparse, which lists all types of an option.
 UNKNOWN_CLASS = re.compile(r'key "([\w.]+)":.*Expected a dot import path string: (\w+)')
 REFUSED_BY_CLASS = re.compile(r"key \"([\w.]+)\":.*Problem with given class_path '([\w.]+)': (.*?)(?= - Expected|$)")
+UNNEEDED = ("Tip: For seamless cloud", "TPU available: False", "Restoring states from")  # messages of Lightning
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP)  # of a path that a user names
 
 
@@ -148,16 +149,15 @@ def run(argv: list[str]) -> int:
 
 
 def enable_logging() -> None:
-    """Prints the package's log messages to stderr; Lightning's have a handler of their own, and lose advertisements."""
+    """Prints the package's log messages to stderr; Lightning's have their own handler, and lose `UNNEEDED` ones."""
     logger = logging.getLogger("lightning_mvar")
     logger.handlers = [logging.StreamHandler()]  # anew, as stderr may be another one than at the last command
     logger.setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_tip)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_needed)
 
 
-def is_no_tip(record: logging.LogRecord) -> bool:
-    """Returns whether a message of Lightning is not one of its tips to install other products."""
-    return "Tip: For seamless cloud" not in record.getMessage()
+def is_needed(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in UNNEEDED)
 
 
 def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> str:

@@ -55,6 +55,7 @@ SILENCED = (  # beginnings of warnings about what is intended or harmless
     ".*LeafSpec.*is deprecated",  # raised by Lightning itself
     "The `srun` command is available",  # one process needs none; docs/devices.md has the line for several
     "The '.*_dataloader' does not have many workers",  # token shards need none
+    "Checkpoint directory .* exists and is not empty",  # that of a resumed run: `RunFolders` refuses others
     "This DataLoader will create",  # more workers than cores: images are also waited for
 )
 

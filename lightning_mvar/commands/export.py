@@ -47,7 +47,8 @@ def export(
         resolution: 256, 512 or 1024: image size of a tokenizer alone (256 by default for a published one), or the
             published schedule of --official weights that do not contain theirs (no lvl_1L).
         side_lengths: instead of --resolution, the side of each token map, as [1,2,3,4].
-        to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code.
+        to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code. It has
+            one value of `state_dim`, `head_dim` and others, their defaults here: a message lists all that differ.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         card: what the model card says, the README.md of a folder with a network; arguments of `model_card`.
     """
