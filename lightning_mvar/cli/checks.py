@@ -77,7 +77,7 @@ def config_files(words: Sequence[str]) -> list[Path]:
 def check_file(command: str, path: Path, options: Mapping[str, Option] | None) -> None:
     """Checks a file of --config, and if its options are given, their names and values."""
     if not path.exists():
-        raise InputError(f"--config {path} does not exist")
+        raise InputError(f"--config {path} does not exist; `lightning-mvar configs` lists those of the package")
     try:
         root = compose(path.read_text())
     except (OSError, UnicodeDecodeError, RecursionError):

@@ -30,7 +30,10 @@ from lightning_mvar.errors import InputError
         ("sample", "sample needs --ckpt_path; `lightning-mvar sample --help` lists the options"),
         ("merge", "merge needs NETWORKS, --out; `lightning-mvar merge --help` lists the options"),
         ("fit --data.val=D", "fit needs --data.train; `lightning-mvar fit --help` lists the options"),
-        ("fit --config nowhere.yaml", "--config nowhere.yaml does not exist"),
+        (
+            "fit --config nowhere.yaml",
+            "--config nowhere.yaml does not exist; `lightning-mvar configs` lists those of the package",
+        ),
         ("shards", "shards needs a command; it has verify, info, decode"),
         ("merge A --zzz", "merge has no option --zzz; `lightning-mvar merge --help` lists the options"),
     ],
