@@ -77,7 +77,8 @@ def generate(
             default generator.
         known: tokens of given images, and which of them to keep; the others are drawn conditioned on those.
         return_tokens: also return the tokens.
-        others: other `SamplingSettings` by name; `generator` stands for the seed.
+        others: other `SamplingSettings` by name; `generator` stands for the seed. A `guidance_network` is read in each
+            call; `MVARPipeline` keeps it.
 
     Returns:
         Images (b, 3, H, W) in [0, 1], and with `return_tokens` the tokens (b, l) int64.

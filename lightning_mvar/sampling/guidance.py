@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,6 @@ from torch import Tensor
 
 from lightning_mvar.checkpoints import StoredModel, open_trained
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import modified_ns
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.models.parameters import lower_precision
@@ -120,7 +117,7 @@ def load_guide(
     class_names: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> MVAR | None:
-    """Loads the weaker network that guides a network, of which the last one stays in memory.
+    """Loads the weaker network that guides a network; callers keep it, so that all images of a set have one guide.
 
     Args:
         guidance: names the weaker network.
@@ -137,31 +134,15 @@ def load_guide(
     """
     if (path := guidance.needed_network) is None:
         return None
-    quantizer = tokenizer.quantizer
-    device, written = quantizer.codebook.weight.device, modified_ns(Path(path).expanduser())
-    guide, names = cached_guide(path, network, quantizer, device, dtype, written)
-    if class_names and names and [*class_names] != names:
-        raise InputError(f"guidance_network {path} cannot guide: it has classes of other names")
-    return guide
-
-
-@lru_cache(maxsize=1)
-def cached_guide(
-    path: str,
-    network: MVARConfig,
-    quantizer: ResidualQuantizer,
-    device: torch.device,
-    dtype: torch.dtype,
-    written: int,
-) -> tuple[MVAR, list[str]]:
-    """Loads a guide and its class names; `written` is the time of its file, so that a new one is read again."""
     stored = open_trained(path)
     for name in ("schedule", "vocab_size", "code_dim", "num_classes", "prediction"):
         ours, theirs = getattr(network, name), getattr(stored.config, name)
         if ours != theirs:
             raise InputError(f"guidance_network {path} cannot guide: its {name} is {theirs}, not {ours}")
-    check_tokens(stored, quantizer)
-    return lower_precision(stored.load_network().to(device), dtype), stored.class_names
+    if class_names and stored.class_names and [*class_names] != stored.class_names:
+        raise InputError(f"guidance_network {path} cannot guide: it has classes of other names")
+    check_tokens(stored, tokenizer.quantizer)
+    return lower_precision(stored.load_network().to(tokenizer.quantizer.codebook.weight.device), dtype)
 
 
 def check_tokens(stored: StoredModel, quantizer: ResidualQuantizer) -> None:
