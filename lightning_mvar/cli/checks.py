@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def check_options(name: str, *words: str) -> None:
             raise InputError(f"{name} needs a command; {listed}")
         raise InputError(f"{name} has no command {words[0]!r}; {nearest(words[0], signatures, listed)}")
     signature = signatures[subcommand].options
-    options = {o.name: o for option in signature if not option.positional for o in with_fields(option)}
+    options = {o.name: o for option in signature if not option.positional for o in option.with_fields()}
     command = f"{name} {subcommand}".strip()
     words = words[: words.index("--") if "--" in words else None]
     for word, following in zip(words, [*words, "--"][1:], strict=True):
@@ -60,13 +59,6 @@ def check_options(name: str, *words: str) -> None:
         check_required(command, signature, words)
 
 
-def with_fields(option: Option) -> Iterator[Option]:
-    """Yields an option and, if it is a dataclass, those of its fields with their dotted names."""
-    yield option
-    for field in option.fields:
-        yield from with_fields(replace(field, name=f"{option.name}.{field.name}"))
-
-
 def config_files(words: Sequence[str]) -> list[Path]:
     """Returns the files that --config names, of this folder or the package; a value may also be YAML itself."""
     values = [value for option, value in pairwise(words) if option in ("-c", "--config")]
@@ -78,6 +70,8 @@ def check_file(command: str, path: Path, options: Mapping[str, Option] | None) -
     """Checks a file of --config, and if its options are given, their names and values."""
     if not path.exists():
         raise InputError(f"--config {path} does not exist; `lightning-mvar configs` lists those of the package")
+    if not path.is_file():
+        return  # a pipe can be read only once
     try:
         root = compose(path.read_text())
     except (OSError, UnicodeDecodeError, RecursionError):
@@ -139,6 +133,8 @@ def check_value(option: Option, value: str) -> None:
         return
     if types & {"int", "float"} and types <= {"int", "float", "tuple", "None"} and not NUMBER.fullmatch(value):
         raise InputError(f"--{option.name} {value} is not a number")
+    if types - {"None"} == {"int"} and re.fullmatch(r"[-+]?\d*\.\d*[1-9]\d*", value):
+        raise InputError(f"--{option.name} {value} is not an integer")
     choices = choices_of(option)
     known = value.lower() in BOOLS if option.kind == "bool" else value in choices
     if choices and not known:

@@ -247,8 +247,9 @@ def completion(shell: str) -> str:
     subparsers = parser.add_subparsers()
     for name, (_, text) in COMMANDS.items():
         command, signatures = subparsers.add_parser(name, help=text, add_help=False), signatures_of(name)
-        if "" in signatures:
-            describe(command, name, signatures[""])
+        if found := signatures.get(""):
+            every = [option for section in found.options for option in section.with_fields()]
+            describe(command, name, found._replace(options=every))
             continue
         others = command.add_subparsers()
         for subcommand, found in signatures.items():

@@ -54,6 +54,12 @@ class Option:
         literal = re.fullmatch(r"Literal(\[[^\]]*\])( \| None)?", self.kind)
         return [str(value) for value in ast.literal_eval(literal[1])] if literal else []
 
+    def with_fields(self) -> Iterator[Option]:
+        """Yields this option and, if it is a dataclass, those of its fields with their dotted names."""
+        yield self
+        for field in self.fields:
+            yield from replace(field, name=f"{self.name}.{field.name}").with_fields()
+
 
 class Signature(NamedTuple):
     """Description and options of a command or subcommand."""

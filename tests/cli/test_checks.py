@@ -1,5 +1,6 @@
 """Checks of options and configuration files before torch is imported: mistakes are named, the rest is left alone."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from lightning_mvar.errors import InputError
         ("fit --trainer.callback+=X", "fit has no option --trainer.callback; did you mean --trainer.callbacks?"),
         ("fit --model.network.dept 3", "fit has no option --model.network.dept; did you mean --model.network.depth?"),
         ("fit --model.network.depth many", "--model.network.depth many is not a number"),
+        ("fit --trainer.max_steps 3.5", "--trainer.max_steps 3.5 is not an integer"),
         ("fit --model.netwrk.depth 3", "fit has no option --model.netwrk; did you mean --model.network?"),
         ("shards verify D --tokeniser T", "shards verify has no option --tokeniser; did you mean --tokenizer?"),
         ("shards verfy tokens", "shards has no command 'verfy'; did you mean verify?"),
@@ -81,6 +83,12 @@ def test_mistakes_in_a_file_are_named_with_their_line(text: str, message: str, t
 def test_what_the_parser_takes_in_a_file_is_not_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text)
     check_options("fit", "--config", str(tmp_path / "run.yaml"))
+
+
+def test_a_pipe_is_left_to_the_parser(tmp_path: Path) -> None:
+    """It can be read only once: `--config <(...)`. Opening this one would wait for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    check_options("fit", "--config", str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize(

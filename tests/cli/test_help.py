@@ -82,7 +82,13 @@ def test_help_shows_choices_defaults_and_positional_arguments(capsys: pytest.Cap
 def test_completion_knows_commands_options_and_choices() -> None:
     pytest.importorskip("shtab")
     script = completion("bash")
-    for word in ("train-tokenizer", "--guidance_off_from", "--trainer.gradient_clip_val", "bfloat16"):
+    for word in (
+        "train-tokenizer",
+        "--guidance_off_from",
+        "--trainer.gradient_clip_val",
+        "--model.network.depth",
+        "bfloat16",
+    ):
         assert word in script
 
 
