@@ -20,6 +20,7 @@ from imagenet_folder import (
     write_webdataset,
 )
 
+from lightning_mvar.data.images.class_words import read_class_names
 from lightning_mvar.data.images.crops import DecodedImages
 from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.data.images.labels import read_development_kit
@@ -70,6 +71,10 @@ def test_the_listing_depends_on_names_and_labels(
     assert source.listing == open_encoded(str(write_folder(files, tmp_path / "same")), None, None).listing
     fewer = dict(list(files.items())[1:])
     assert source.listing != open_encoded(str(write_folder(fewer, tmp_path / "other")), None, None).listing
+
+
+def test_imagenet_is_a_name_of_its_classes() -> None:
+    assert read_class_names("imagenet") == CLASSES
 
 
 @pytest.mark.parametrize("name", ["folder", "parquet"])
