@@ -79,7 +79,9 @@ def doctor(
     notes = [found for found in found_estimates if isinstance(found, str)]
     notes += [note for found in opened for note in ([found] if isinstance(found, str) else check_set(found))]
     notes += overlapping_intervals(*pair)
-    notes += [f"{key}: {pair[1][key]}" for key in PUBLISHED_NOTES if published is not None and key in pair[1]]
+    if published is not None:
+        notes += [f"{key}: {pair[1][key]}" for key in PUBLISHED_NOTES if key in pair[1]]
+        notes.append(f"not compared with the source: {', '.join(pair[1]['unverified'])}")
     report = make_report(*pair, differences, unknown, estimates, notes)
     print_report(report)
     if json is not None:

@@ -146,6 +146,9 @@ def test_every_published_row_names_its_source_and_a_plausible_score() -> None:
         assert row["source"], name
         assert 1 < row["frechet_distance"] < 10, name
         assert row["num_samples"] == 50_000, name
+        assert row["unverified"], name
+        assert {*row["unverified"]} <= row.keys(), name
+    assert published_result("dit-xl-2")["unverified"] == ["crop", "spatial_frechet_distance", "precision", "recall"]
 
 
 def photos() -> np.ndarray:
@@ -341,7 +344,9 @@ def test_the_command_scores_again_and_reports(pair: tuple[np.ndarray, np.ndarray
     assert "b.npz does not exist" in out
     assert "have changed since" in out
     assert run(["doctor", "a.json", "--published", "var-d16", *options]) == 0
-    assert "arXiv 2404.02905" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "arXiv 2404.02905" in out
+    assert "- not compared with the source: crop" in out
 
 
 @pytest.mark.parametrize(

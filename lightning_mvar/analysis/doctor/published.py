@@ -1,6 +1,7 @@
 """Published scores with their protocol, as results that `differences.compare` takes. `published.json` has the table.
 
-Values that neither a paper nor its repository states are missing. `guidance` is ours: logits are weighted 1 + g and -g.
+Values that neither a paper nor its repository states are missing; `unverified` names those that were not compared with
+the source. `guidance` is ours: logits are weighted 1 + g and -g.
 """
 
 from __future__ import annotations
@@ -37,4 +38,5 @@ def published_result(name: str) -> Result:
     if name not in table.rows:
         raise InputError(f"there are no published scores of {name!r}; the table has {', '.join(table.rows)}")
     row = table.rows[name]
-    return table.protocols[row["protocol"]] | row
+    protocol = table.protocols[row["protocol"]]
+    return protocol | row | {"unverified": [*protocol.get("unverified", []), *row.get("unverified", [])]}
