@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
-from lightning_mvar.checkpoints.card import Card, model_card
+from lightning_mvar.checkpoints.card import Card, is_edited, model_card, require_owner
 from lightning_mvar.checkpoints.hub import locate
 from lightning_mvar.data.images.decoding import to_rgb, to_tensor
 from lightning_mvar.devices import Precision, choose_device
@@ -168,9 +168,22 @@ class MVARPipeline(ModelHubMixin):
         if self.network.input_proj.weight.dtype != torch.float32:
             raise InputError("weights in lower precision cannot be saved: load the pipeline with precision float32")
         save_folder(save_directory, self.tokenizer, self.network, self.class_names)
+        card = save_directory / "README.md"
+        if not is_edited(card):
+            card.unlink(missing_ok=True)  # the mixin would keep that of the network before
 
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **hub: Any) -> str:
-        """Uploads the pipeline with its model card; `hub` has the other arguments of `ModelHubMixin.push_to_hub`."""
+        """Uploads the pipeline with its model card, which replaces that on the Hub.
+
+        Args:
+            repo_id: OWNER/NAME on the Hub.
+            model_card_kwargs: arguments of `checkpoints.card.model_card`.
+            hub: other arguments of `ModelHubMixin.push_to_hub`.
+
+        Raises:
+            InputError: if the owner is missing, or the model card cannot be made.
+        """
+        require_owner(repo_id)
         return super().push_to_hub(
             repo_id, model_card_kwargs={"repository": repo_id} | (model_card_kwargs or {}), **hub
         )

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import TrainedModel, save_folder
+from lightning_mvar.checkpoints.card import MARK
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.sampling.grids import to_uint8
@@ -159,6 +160,13 @@ def test_a_saved_and_reloaded_pipeline_draws_the_same(pipe: MVARPipeline, tmp_pa
     assert (stack_images(reloaded([0])) == stack_images(pipe([0]))).all()
 
 
+def test_a_saved_pipeline_replaces_the_card_of_another_but_no_edited_one(pipe: MVARPipeline, tmp_path: Path) -> None:
+    for before, is_kept in ((f"{MARK} of another network", False), ("edited", True)):
+        (tmp_path / "README.md").write_text(before)
+        pipe.save_pretrained(tmp_path)
+        assert ((tmp_path / "README.md").read_text() == before) == is_kept
+
+
 def test_push_to_hub_uploads_the_export_files_with_a_model_card(
     pipe: MVARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +188,8 @@ def test_push_to_hub_uploads_the_export_files_with_a_model_card(
     weights = {"network.safetensors", "tokenizer.safetensors"}
     assert weights | {"config.json", "README.md", "samples.png"} == uploaded.keys()
     assert uploaded["samples.png"] == (tmp_path / "grid.png").read_bytes()
+    with pytest.raises(InputError, match="repository digits has no owner"):
+        pipe.push_to_hub("digits")
     card = ModelCard(uploaded["README.md"].decode())
     assert card.data.license == "mit"
     assert 'MVARPipeline.from_pretrained("somebody/digits")' in card.text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
@@ -29,7 +31,7 @@ FAMILIES: dict[Any, tuple[str, str]] = {  # by mixers: name and paper
     VAR: ("VAR", "https://arxiv.org/abs/2404.02905"),
 }
 TASK = "unconditional-image-generation"  # the Hub has no task for images of given classes
-FOLDERS = re.compile(r"(?<![\w./:])/(?:[^'\"]*/)?")  # those of an absolute path, also as an argument in quotes
+QUOTED = re.compile(r"(['\"])((?:\\.|(?!\1).)*)\1")  # a string as `repr` writes it
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 SCORE = re.compile(  # names of scores, without the bounds of their intervals
     r"(?!.*_(low|high)$).*(frechet_distance|mind|kernel_distance|score|precision|recall|density|coverage|accuracy).*"
@@ -53,7 +55,7 @@ class Card(ModelCard):
             InputError: if a file cannot be written.
         """
         path = Path(filepath)
-        if path.exists() and MARK not in path.read_text():
+        if is_edited(path):
             log.warning("%s is kept: it was edited, or not written by this program", path)
             return
         if self.picture is not None:
@@ -82,8 +84,10 @@ def model_card(
         picture: for the model card, a picture such as `sample --grid` draws; it is copied into the folder.
 
     Raises:
-        InputError: if a file cannot be read, or has scores of another network.
+        InputError: if a file cannot be read, or has scores of another network, or the repository has no owner.
     """
+    if repository is not None:
+        require_owner(repository)
     records = [record for path in scores for record in read_scores(Path(path).expanduser(), model.network)]
     image = None if picture is None else existing_picture(Path(picture).expanduser())
     family, paper = FAMILIES.get(model.network.config.mixers, ("Image generator", None))
@@ -101,16 +105,25 @@ def model_card(
         tokenizer=model.tokenizer.config,
         tokenizer_size=parameter_count(model.tokenizer),
         names=[" ".join(name.split()) for name in model.class_names],
+        chosen_class=json.dumps(next(iter(model.class_names), 0), ensure_ascii=False),
         picture=None if image is None else picture_name(image),
-        protocol=PROTOCOL,
-        results=[(record, shown_scores(record)) for record in records],
+        results=[
+            (record, protocol_of(record), shown_scores(record), json.dumps(record, indent=2, ensure_ascii=False))
+            for record in records
+        ],
     )
     card.picture = image
     return card
 
 
+def require_owner(repository: str) -> None:
+    """Raises InputError for the name of a repository without its owner, by which nobody could load it."""
+    if "/" not in repository:
+        raise InputError(f"repository {repository} has no owner: use OWNER/{repository}")
+
+
 def read_scores(path: Path, network: nn.Module) -> list[Record]:
-    """Reads results of `evaluate`, without the folders of absolute paths, which are not for the public.
+    """Reads results of `evaluate`; absolute paths lose their folders, which are not for the public.
 
     Raises:
         InputError: if they are of another network, or no such results.
@@ -118,17 +131,37 @@ def read_scores(path: Path, network: nn.Module) -> list[Record]:
     records: list[Record] = read_json(path, list[dict[str, Any]])
     ours = fingerprint(network)
     for record in records:
-        if not {"reference", "extractor"} <= record.keys():
+        if not all(isinstance(record.get(name), str) for name in ("reference", "extractor")):
             raise InputError(f"{path} has no scores of `lightning-mvar evaluate --json FILE`")
         if (scored := record.get("network", ours)) != ours:
             raise InputError(
                 f"{path} has the scores of network {scored}, but this one is {ours}: evaluate this one, or export the "
                 f"one that was evaluated (--weights ema or raw)"
             )
-    return [
-        {name: FOLDERS.sub("", value) if isinstance(value, str) else value for name, value in record.items()}
-        for record in records
-    ]
+    return [public(record) for record in records]
+
+
+def public(record: Record) -> Record:
+    """Returns a result with only the last parts of its absolute paths and URLs, also in the extractor's arguments."""
+    places: Record = {name: last_part(record[name]) for name in ("samples", "reference") if name in record}
+    if "extractor_class" in record:
+        arguments = QUOTED.sub(
+            lambda quoted: f"{quoted[1]}{last_part(quoted[2])}{quoted[1]}", record["extractor_class"]
+        )
+        places["extractor_class"] = arguments
+    return record | places
+
+
+def last_part(place: str) -> str:
+    """Returns the last part of an absolute path or a URL; others, such as digits:test, as they are."""
+    if "://" in place:
+        return Path(urlsplit(place).path).name
+    return Path(place).name if place.startswith(("/", "~")) else place
+
+
+def is_edited(path: Path) -> bool:
+    """Returns whether there is a card that somebody has edited, or that this program did not write."""
+    return path.exists() and MARK not in path.read_text()
 
 
 def existing_picture(path: Path) -> Path:
@@ -155,7 +188,7 @@ def metadata(title: str, license: str | None, datasets: tuple[str, ...], records
             dataset_name=record["reference"],
             metric_type=metric_name(name, record),
             metric_value=record[name],
-            metric_args={setting: record[setting] for setting in PROTOCOL if setting in record},
+            metric_args=protocol_of(record),
         )
         for record in records
         for name in INDEXED
@@ -170,6 +203,11 @@ def metadata(title: str, license: str | None, datasets: tuple[str, ...], records
         model_name=title if results else None,
         eval_results=results or None,
     )
+
+
+def protocol_of(record: Record) -> Record:
+    """Returns the settings that the scores of a result depend on most, as far as they are set."""
+    return {name: record[name] for name in PROTOCOL if record.get(name) is not None}
 
 
 def score_names(record: Record) -> list[str]:

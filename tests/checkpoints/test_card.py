@@ -38,8 +38,8 @@ def test_the_hub_reads_the_scores_and_the_license(model: TrainedModel, tmp_path:
             tmp_path / "b.json",
             frechet_distance=2.0,
             extractor="DINOv2",
-            reference="/home/me/faces",
-            extractor_class="Images('/home/me/set')",
+            reference="/home/me/faces/",
+            guidance_off_from=None,
         ),
     ]
     card = ModelCard(model_card(model, "me/digits", "mit", ("mnist",), tuple(files)).content)
@@ -50,10 +50,34 @@ def test_the_hub_reads_the_scores_and_the_license(model: TrainedModel, tmp_path:
         ("recall", 0.5, "digits:test"),
         ("frechet_distance", 2.0, "faces"),
     ]
-    assert "/home" not in card.content
     assert card.data.eval_results[0].metric_args == {"num_samples": 50_000, "guidance": 1.5, "extractor": "InceptionV3"}
     assert "| fid | 3.551 (3.4 to 3.7) |\n| recall | 0.5 |\n" in card.text
     assert "num samples 50000; guidance 1.5; extractor InceptionV3\n" in card.text
+    assert "\nextractor DINOv2\n" in card.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("reference", "~/a/b:val", "b:val"),
+        ("reference", "file:///home/me/x.tar", "x.tar"),
+        ("reference", "https://host/x.tar?token=1", "x.tar"),
+        ("reference", "faces/holdout", "faces/holdout"),
+        ("samples", "/home/o'neil/out/", "out"),
+        ("extractor_class", "Images(images='/home/me/set/', model=\"/o'neil/x\")", "Images(images='set', model=\"x\")"),
+        (
+            "extractor_class",
+            "Timm(model='timm/a', mixers='mamba2 / none')",
+            "Timm(model='timm/a', mixers='mamba2 / none')",
+        ),
+        ("mixers", "mamba2 / none", "mamba2 / none"),
+    ],
+)
+def test_paths_lose_their_folders(field: str, value: str, expected: str, model: TrainedModel, tmp_path: Path) -> None:
+    assert (
+        f'"{field}": {json.dumps(expected)}'
+        in model_card(model, scores=(write_result(tmp_path / "a.json", **{field: value}),)).content
+    )
 
 
 @pytest.mark.parametrize("family", MIXERS)
@@ -66,6 +90,7 @@ def test_the_text_describes_network_and_tokenizer(family: str, tokenizer: Tokeni
     for part in ("8 x 8 pixels, 10 classes: zero, 1,", "30 per image, in maps of side 1, 2, 3, 4", "48 codes"):
         assert part in card.text
     assert 'pipe("zero")[0]' in card.text
+    assert f"2 blocks of {network.config.mixer_summary}, width" in card.text
     assert "license: not stated" in card.text
     assert "Scores" not in card.text
 
@@ -91,6 +116,8 @@ def test_what_is_not_of_this_network_is_refused(model: TrainedModel, tmp_path: P
     (tmp_path / "bench.json").write_text('[{"images_per_s": 3.0}]')
     with pytest.raises(InputError, match=r"bench\.json has no scores"):
         model_card(model, scores=(str(tmp_path / "bench.json"),))
+    with pytest.raises(InputError, match="repository digits has no owner: use OWNER/digits"):
+        model_card(model, "digits")
     for picture in ("missing.png", "bench.json"):
         with pytest.raises(InputError, match=f"{picture} is not a picture file"):
             model_card(model, picture=str(tmp_path / picture))
