@@ -33,18 +33,27 @@ def config_schema(command: str) -> Schema:
     trainer = schema["properties"]["trainer"]["anyOf"][0]["properties"]
     callback = {"$ref": "#/definitions/callback"}
     trainer["callbacks"] = trainer["callbacks+"] = {"anyOf": [{"type": "array", "items": callback}, callback, NULL]}
+    schema["properties"]["$schema"] = {"type": "string"}  # how a file itself names its schema
     title, definitions = f"configuration of lightning-mvar {command}", {"callback": callback_schema()}
     return {"$schema": DRAFT, "title": title, "definitions": definitions, **schema}
 
 
 def object_schema(options: list[Option]) -> Schema:
-    """Returns the schema of a section. A list `x` also has a key `x+`, which adds to the inherited one."""
+    """Returns the schema of a section. A list `x` also has a key `x+`, which adds to the inherited one.
+
+    Dotted keys such as `trainer.max_steps` have any value: the commands check it.
+    """
     properties = {}
     for option in options:
         properties[option.name] = option_schema(option)
         if re.search(rf"\b({'|'.join(LISTS)})\[", option.kind):
             properties[f"{option.name}+"] = option_schema(option)
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "patternProperties": {r"\.": {}},
+        "additionalProperties": False,
+    }
 
 
 def option_schema(option: Option) -> Schema:

@@ -146,11 +146,14 @@ class Cell:
 
 
 def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
-    """Returns the SHA-256 of each existing YAML file that the commands name, and of those that it includes."""
+    """Returns the SHA-256 of each existing YAML file that the commands name, together with those that it includes.
+
+    Keys are the names as they are written: the package's files lie elsewhere in another environment.
+    """
     args = {word.split("=")[-1] for command in commands for word in shlex.split(command)}
-    named = [Path(find_config(word)) for word in sorted(args) if word.endswith((".yaml", ".yml"))]
-    files = [path for file in named if file.is_file() for path in with_included(file)]
-    return {str(path): sha256(path.read_bytes()).hexdigest() for path in files}
+    named = {word: Path(find_config(word)) for word in sorted(args) if word.endswith((".yaml", ".yml"))}
+    contents = {word: [p.read_bytes() for p in with_included(file)] for word, file in named.items() if file.is_file()}
+    return {word: sha256(b"".join(content)).hexdigest() for word, content in contents.items()}
 
 
 def read_record(path: Path, kind: type[T]) -> T:
