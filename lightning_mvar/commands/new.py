@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import shlex
 from pathlib import Path
 
 import torch
@@ -41,9 +42,9 @@ def new(folder: str, *, images: str, resolution: int | None = None) -> None:
     files = project_files(plan, source, opened.summary())
     create_folder(target, "choose another folder")
     for name, text in files.items():
-        (target / name).write_text(text)
+        (target / name).write_text(text, encoding="utf-8")
     print(*describe(pictures), *describe_plan(plan), f"in {folder}: {', '.join(files)}. Now run", sep="\n")
-    print(f"  cd {folder}", *(f"  {line}" for line in command_lines()), sep="\n")
+    print(f"  cd {shlex.quote(folder)}", *(f"  {line}" for line in command_lines()), sep="\n")
 
 
 def check_folders(target: Path, images: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from string import Template
+
+import yaml
 
 from lightning_mvar.projects.recipes import CODE_DIM, Plan
 from lightning_mvar.scales import ScaleSchedule
@@ -36,7 +37,7 @@ def project_files(plan: Plan, images: str, summary: str) -> dict[str, str]:
         "commands": "\n".join(f"    {line}" for line in command_lines()),
     }
     names = [*(f"{command}.yaml" for command in COMMANDS), "README.md"]
-    return {name: Template((TEMPLATES / name).read_text()).substitute(values) for name in names}
+    return {name: Template((TEMPLATES / name).read_text(encoding="utf-8")).substitute(values) for name in names}
 
 
 def shared_values(plan: Plan, images: str) -> dict[str, object]:
@@ -99,5 +100,5 @@ def network_values(plan: Plan) -> dict[str, object]:
 
 
 def quoted(text: str) -> str:
-    """Returns a text as a double-quoted scalar of YAML."""
-    return json.dumps(text)
+    """Returns a text as a double-quoted scalar of YAML, on one line."""
+    return yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True).strip()

@@ -21,8 +21,11 @@ from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.projects.files import COMMANDS
 
 
+PICTURES = 'my: "pics" \N{SNOWMAN}\N{ARTIST PALETTE}'  # no plain YAML, and beyond 16 bits
+
+
 def write_pictures(folder: Path, count: int = 120, classes: int = 2) -> Path:
-    """Writes pictures of one color each, in class folders unless there is one class; their folder is no plain YAML."""
+    """Writes pictures of one color each, in class folders unless there is one class."""
     for i in range(count):
         path = folder / (f"class {i % classes}" if classes > 1 else "") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,9 +36,9 @@ def write_pictures(folder: Path, count: int = 120, classes: int = 2) -> Path:
 @pytest.fixture(params=[2, 1])
 def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: a project of pictures with classes, or without."""
-    write_pictures(tmp_path / 'my: "pics"', classes=request.param)
+    write_pictures(tmp_path / PICTURES, classes=request.param)
     monkeypatch.chdir(tmp_path)
-    assert run(["new", "mine", "--images", 'my: "pics"']) == 0
+    assert run(["new", "mine", "--images", PICTURES]) == 0
     monkeypatch.chdir(tmp_path / "mine")
     return tmp_path / "mine"
 
@@ -53,7 +56,7 @@ def test_the_commands_of_a_project_parse_and_find_each_other(project: Path) -> N
     assert training.data.val == f"{encoding['out']}/val"
     assert drawing["ckpt_path"] == f"{training.trainer.callbacks[0].init_args.dirpath}/last.ckpt"
     assert drawing["out"] == scoring["samples"]
-    images = str(project.parent / 'my: "pics"')
+    images = str(project.parent / PICTURES)
     assert encoding["images"] == images
     sources = tokenizing.data.train, tokenizing.data.val, scoring["floor"], scoring["reference"]
     assert sources == (f"{images}:train", f"{images}:val") * 2
@@ -62,7 +65,7 @@ def test_the_commands_of_a_project_parse_and_find_each_other(project: Path) -> N
 
 
 def read(project: Path, command: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((project / f"{command}.yaml").read_text())
+    content: dict[str, Any] = yaml.safe_load((project / f"{command}.yaml").read_text(encoding="utf-8"))
     return content
 
 
