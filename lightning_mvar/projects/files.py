@@ -52,7 +52,7 @@ def shared_values(plan: Plan, images: str) -> dict[str, object]:
         "num_workers": machine.num_workers,
         "margin": plan.margin,
         "views": plan.views,
-        "max_failures": max(len(pictures.broken), pictures.count // 100),
+        "max_failures": pictures.num_broken + pictures.count // 100,
     }
 
 

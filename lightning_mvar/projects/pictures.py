@@ -23,13 +23,15 @@ class Pictures:
 
     Args:
         count: number of pictures.
+        num_held_out: how many of them are held out for validation.
         class_names: names of the classes.
         sizes: (n, 2) width and height of the decoded pictures; of a large set, a sample.
         transparent: number of decoded pictures with transparent pixels.
-        broken: a message per picture that cannot be decoded.
+        broken: a message per picture that cannot be decoded, among the same.
     """
 
     count: int
+    num_held_out: int
     class_names: list[str]
     sizes: NDArray[np.int64]
     transparent: int
@@ -39,6 +41,11 @@ class Pictures:
     def side(self) -> int:
         """Median of the shorter sides."""
         return int(np.median(self.sizes.min(axis=1)))
+
+    @property
+    def num_broken(self) -> int:
+        """Number of pictures that cannot be decoded; of a large set, estimated from the sample."""
+        return round(self.count * len(self.broken) / (len(self.sizes) + len(self.broken)))
 
     @property
     def are_square(self) -> bool:
@@ -64,7 +71,8 @@ def look_at(images: EncodedImages, name: str) -> Pictures:
         transparent += is_transparent(picture)
     if not sizes:
         raise InputError(f"none of the {len(examined)} pictures of {name} can be decoded: {broken[0]}")
-    return Pictures(len(images), images.class_names, np.array(sizes), transparent, broken)
+    held_out = int(images.held_out.sum())
+    return Pictures(len(images), held_out, images.class_names, np.array(sizes), transparent, broken)
 
 
 def is_transparent(picture: Image.Image) -> bool:

@@ -150,11 +150,16 @@ def make_plan(pictures: Pictures, resolution: int | None, machine: Machine) -> P
     """Chooses a recipe, and the largest resolution that pictures and machine allow, unless one is given.
 
     Raises:
-        InputError: if there are too few pictures.
+        InputError: if there are too few pictures, or none to validate or to train on.
     """
-    usable = pictures.count - len(pictures.broken)
+    usable = pictures.count - pictures.num_broken
     if usable < LEAST_PICTURES:
         raise InputError(f"{usable} pictures are too few to train on: give at least {LEAST_PICTURES}")
+    if not 0 < pictures.num_held_out < pictures.count:
+        raise InputError(
+            f"{pictures.num_held_out} of {pictures.count} pictures would be held out for validation, by their names: "
+            f"add some, or rename one"
+        )
     if resolution is None:
         fitting = [side for side in LAYOUTS if side <= min(pictures.side, machine.max_resolution)]
         resolution = max(fitting, default=min(LAYOUTS))

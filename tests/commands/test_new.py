@@ -83,7 +83,9 @@ def test_the_commands_are_printed_and_in_the_readme(
         assert line in readme
         assert line in (tmp_path / f"mine/{command}.yaml").read_text()
     assert "class 0/torn.png cannot be decoded" in printed
-    assert "64 x 64 pixels to train on" in printed
+    held_out = len(open_images("pics:val", 8, "skip"))
+    assert 0 < held_out < 121
+    assert f"{121 - held_out} pictures to train on, {held_out} held out for validation\n64 x 64 pixels, " in printed
     assert readme.startswith("# 2 classes, 121 images: class 0 (61), class 1 (60)\n")
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ PAGE = Path(__file__).parents[2] / "docs/own_images.md"
 
 def pictures(count: int = 2000, size: tuple[int, int] = (100, 100), classes: int = 3, broken: int = 0) -> Pictures:
     names = [f"class {i}" for i in range(classes)]
-    return Pictures(count, names, np.array([size]), 0, [f"{i}.png" for i in range(broken)])
+    sizes = np.array([size]).repeat(count - broken, axis=0)
+    return Pictures(count, count // 10, names, sizes, 0, [f"{i}.png" for i in range(broken)])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -87,6 +89,16 @@ def test_an_unknown_resolution_and_too_few_pictures_are_refused() -> None:
         check_resolution(48)
     with pytest.raises(InputError, match="99 pictures are too few to train on: give at least 100"):
         make_plan(pictures(100, broken=1), None, CPU)
+    for held_out in (0, 200):
+        with pytest.raises(InputError, match=rf"{held_out} of 200 pictures would be held out for validation"):
+            make_plan(replace(pictures(200), num_held_out=held_out), None, CPU)
+
+
+def test_broken_pictures_of_a_sample_stand_for_those_of_the_set() -> None:
+    sampled = replace(pictures(5_000, broken=100), count=50_000)
+    assert sampled.num_broken == 1_000
+    assert "max_failures: 1500 #" in project_files(make_plan(sampled, None, CPU), "/pics", "")["tokenize.yaml"]
+    assert make_plan(replace(sampled, count=5_050), None, CPU).recipe == make_plan(pictures(4_949), None, CPU).recipe
 
 
 def test_the_page_has_the_table() -> None:

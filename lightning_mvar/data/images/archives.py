@@ -44,7 +44,7 @@ class TarImages(EncodedImages):
     same_name_remedy = "unpack the archive, which keeps the last, and pack it again (tar -r and tar -u leave both)"
 
     def __init__(self, paths: Sequence[Path], labels: Labels | str | None, class_names: Sequence[str] | None) -> None:
-        self.paths, skipped = list(paths), Skipped()
+        self.paths, skipped, self.is_flat = list(paths), Skipped(), isinstance(labels, Labels)
         image_column, _, label_column = labels.rpartition(",") if isinstance(labels, str) else ("", "", "")
         members = [member for member in list_members(self.paths, skipped) if not self.skips(member, skipped)]
         images = sorted((m for m in members if is_image(m.name)), key=lambda m: m.name)

@@ -39,6 +39,7 @@ class EncodedImages(ABC):
 
     # Read-locality group of each image (e.g. Parquet row group); None if order does not matter.
     groups: NDArray[np.int64] | None = None
+    is_flat = False  # whether the images are stored without their classes: they are of one class, or in a label file
     same_name_remedy = "rename or remove one of them"
 
     def __init__(
@@ -66,14 +67,20 @@ class EncodedImages(ABC):
         return len(self.labels)
 
     def keep(self, split: SourceSplit) -> None:
-        """Keeps the images of one split. An image's split depends on its name without the class alone.
-
-        So an image stays in its split when others are added, or when its class is renamed.
-        """
-        held_out = np.array([is_held_out(key) for key in self.keys.tolist()])
-        kept = np.flatnonzero(held_out == (split == "val"))
+        """Keeps the images of one split."""
+        kept = np.flatnonzero(self.held_out == (split == "val"))
         self.keys, self.labels, self.locations = self.keys[kept], self.labels[kept], self.locations[kept]
         self.groups = None if self.groups is None else self.groups[kept]
+
+    @property
+    def held_out(self) -> NDArray[np.bool_]:
+        """Whether each image (n,) belongs to the validation split.
+
+        That depends on its class and name alone, or only on its name if the images are flat. So an image stays in its
+        split when others are added, and files with the same names in each class are divided independently.
+        """
+        names = [key.partition(b"/")[2] if self.is_flat else key for key in self.keys.tolist()]
+        return np.array([int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % HELD_OUT == 0 for name in names])
 
     def key(self, index: int) -> str:
         return bytes(self.keys[index]).decode()
@@ -117,12 +124,6 @@ class EncodedImages(ABC):
             OSError: if the file cannot be read.
             UnusableFileError: if there is no content to decode.
         """
-
-
-def is_held_out(key: bytes) -> bool:
-    """Returns whether the image CLASS/NAME belongs to the validation split."""
-    name = key.partition(b"/")[2]
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % HELD_OUT == 0
 
 
 class FolderImages(EncodedImages):

@@ -4,7 +4,7 @@ A source is an embedded set such as `digits:train` or `photos:test`; a folder of
 class; a tar archive, perhaps compressed, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or
 Parquet or Arrow files. Remote ones (`https://...`, `s3://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are
 downloaded first: images are read in random order. SOURCE:train and SOURCE:val are nine tenths of a source and the rest,
-chosen by the names of the images.
+chosen by the classes and names of the images.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def open_encoded(
     if split is not None:
         images.keep(split)
     if not len(images):
-        raise InputError(f"{source}:{split} has no images: {source} has too few for a validation split")
+        reason = "" if split is None else f": {source} has too few to hold out a tenth"
+        raise InputError(f"{name} has no images{reason}")
     if is_first_rank():
         log_once(logging.INFO, f"{name}: {images.summary()}")
     return images

@@ -77,9 +77,13 @@ def test_imagenet_is_a_name_of_its_classes() -> None:
     assert read_class_names("imagenet") == CLASSES
 
 
+def is_held_out(name: str) -> bool:
+    return int(sha256(name.encode()).hexdigest()[:16], 16) % 10 == 0
+
+
 @pytest.mark.parametrize("name", ["folder", "parquet"])
-def test_a_tenth_of_the_names_is_held_out(formats: Sources, files: dict[str, bytes], name: str) -> None:
-    held_out = [key for key in files if int(sha256(key.split("/")[1].encode()).hexdigest()[:16], 16) % 10 == 0]
+def test_a_tenth_of_the_keys_is_held_out(formats: Sources, files: dict[str, bytes], name: str) -> None:
+    held_out = [key for key in files if is_held_out(key)]
     assert 60 <= len(held_out) <= 140  # of 1,000
     expected = {"val": set(held_out), "train": set(files) - set(held_out)}
     for split, keys in expected.items():
@@ -175,6 +179,10 @@ def test_label_files_work_for_flat_folders(validation: tuple[Path, dict[str, int
     assert folder.listing == packed.listing
     assert all(folder.read(i) == packed.read(i) for i in range(len(folder)))
     assert folder.display_path(0) == str(tmp_path / "val" / folder.key(0).split("/")[1])
+    unlabelled = open_encoded(str(tmp_path / "val"), None, None)  # commands without labels hold out the same images
+    names = [folder.key(i).split("/")[1] for i in range(len(folder))]
+    assert folder.held_out.tolist() == packed.held_out.tolist() == [is_held_out(name) for name in names]
+    assert sum(unlabelled.held_out) == sum(folder.held_out) > 0
 
 
 def broken_sources(root: Path, files: dict[str, bytes]) -> dict[str, tuple[str, str | None, list[str] | None]]:
