@@ -20,7 +20,6 @@ from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.projects.files import COMMANDS
 
-
 PICTURES = 'my: "pics" \N{SNOWMAN}\N{ARTIST PALETTE}'  # no plain YAML, and beyond 16 bits
 
 
