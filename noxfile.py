@@ -1,6 +1,7 @@
 """Tests of the installed package with every supported Python and torch: `nox`, or `nox --list` to choose.
 
 Interpreters that this machine lacks are skipped. `nox -s "tests-3.12(torch='2.9.1')" -- tests/models` runs some tests.
+Each session installs torch: with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu without gigabytes of CUDA.
 """
 
 import nox
@@ -14,4 +15,4 @@ def tests(session: nox.Session, torch: str) -> None:
     """Runs pytest on the newest versions of all packages but torch."""
     session.install(f"torch=={torch}")  # first: a range would fetch the newest
     session.install(".[dev]")
-    session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", "--numprocesses=auto", "--dist=loadfile", *session.posargs, env={"OMP_NUM_THREADS": "1"})

