@@ -102,7 +102,7 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
     class_name = gr.Dropdown(menu, value=menu[1][1], label="Class", info="type to search", allow_custom_value=True)
     with gr.Group(), gr.Row():
         count = gr.Number(4, label="Images", info=f"1 to {MAX_IMAGES}", step=1, min_width=120)
-        guidance = gr.Number(1.5, label="Guidance", info="0 for none", step=0.1, min_width=120)
+        guidance = gr.Number(1.5, label="Guidance", info="0 for none", step=0.1, min_width=120, elem_id="guidance")
     with gr.Group(), gr.Row():
         top_k = gr.Number(900, label="Top-k", info="0 for all", step=1, min_width=80)
         top_p = gr.Number(0.96, label="Top-p", info="1 or 0 for all", step=0.01, min_width=80)

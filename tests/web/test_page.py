@@ -309,7 +309,7 @@ def test_a_browser_draws_and_inpaints(
     browser: Any, url: str, pipe: CountingPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from selenium.common.exceptions import TimeoutException
-    from selenium.webdriver import ActionChains
+    from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
     def wait_for(selector: str, count: int = 1, seconds: float = 60) -> Any:
@@ -327,6 +327,11 @@ def test_a_browser_draws_and_inpaints(
     wait_for("#drawn-scales img", SCHEDULE.num_scales)
     assert len(browser.find_elements("css selector", "#drawn img")) == 4
     assert drawn_with[-1]["guidance"] == [0, 0.5, 1, 1.5]  # the line of the default, until a slider is moved
+    for keys in (Keys.CONTROL + "a", "10"):  # the control key is released in between
+        wait_for("#guidance input").send_keys(keys)
+    sliders = browser.find_elements("css selector", ".curve input[type=number]")
+    expected = ["0", "3.33", "6", "6"]  # 6 is the top of the curve
+    WebDriverWait(browser, 60).until(lambda _: [slider.get_attribute("value") for slider in sliders] == expected)
     wait_for("button[role=tab]:nth-of-type(2)").click()
     wait_for("#take").click()
     canvas = wait_for("#canvas canvas")
