@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,12 @@ MAKE_LAUNCHER: dict[str, Callable[[Path], Launcher]] = {
 }
 
 
-def make_cells(root: Path) -> list[Cell]:
-    """Makes a cell that trains the tiny network, and one that crashes."""
-    cells = []
-    for name, options in (("good", "--seed_everything 3"), ("bad", "--data.train nowhere")):
-        folder = root / "cells" / name
-        fit = f"fit --config run.yaml {options} --trainer.default_root_dir {folder} --resume"
-        cells.append(Cell(folder, {}, 0, (fit,)))
-        cells[-1].record()
-    return cells
+def make_cell(root: Path, options: str = "--seed_everything 3") -> Cell:
+    """Makes a cell that trains the tiny network."""
+    folder = root / "cells/trained"
+    cell = Cell(folder, {}, 0, (f"fit --config run.yaml {options} --trainer.default_root_dir {folder} --resume",))
+    cell.record()
+    return cell
 
 
 def weights(cell: Cell) -> dict[str, torch.Tensor]:
@@ -46,27 +43,46 @@ def weights(cell: Cell) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", MAKE_LAUNCHER)
-def test_cells_end_as_with_the_local_launcher(
+def test_a_cell_ends_as_with_the_local_launcher(
     name: str, tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
     prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
-    expected, cells = make_cells(Path("local")), make_cells(Path(name))
-    local_launcher(1)([cell.folder for cell in expected], Stop())
-    MAKE_LAUNCHER[name](Path(name))([cell.folder for cell in cells], Stop())
-    assert [cell.state() for cell in cells] == [cell.state() for cell in expected] == ["finished", "crashed"]
-    assert [len(attempts(cell.folder)) for cell in cells] == [1, 1]
-    assert "no token shards in nowhere" in cells[1].log.read_text()
-    trained, reference = weights(cells[0]), weights(expected[0])
+    expected, cell = make_cell(Path("local")), make_cell(Path(name))
+    local_launcher(1)([expected.folder], Stop())
+    MAKE_LAUNCHER[name](Path(name))([cell.folder], Stop())
+    assert cell.state() == expected.state() == "finished"
+    assert len(attempts(cell.folder)) == 1
+    trained, reference = weights(cell), weights(expected)
     assert trained.keys() == reference.keys()
     assert max(float((value - reference[key]).abs().max()) for key, value in trained.items()) < 1e-6
 
 
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restores what a job changes in its process."""
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_process")
+def test_a_cell_that_crashes_in_a_job_is_recorded_once(plain_run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(plain_run_folder)
+    cell = make_cell(plain_run_folder, "--data.train nowhere")
+    assert CellJob(cell.folder)() == 1
+    assert cell.state() == "crashed"
+    assert len(attempts(cell.folder)) == 1
+    assert "no token shards in nowhere" in cell.log.read_text()
+
+
 def test_nothing_new_starts_after_a_stop(tmp_path: Path) -> None:
-    cells = make_cells(tmp_path)
-    local_launcher(2)([cell.folder for cell in cells], Stop(15))
-    assert [cell.state() for cell in cells] == ["waiting"] * 2
+    cell = make_cell(tmp_path)
+    local_launcher(2)([cell.folder], Stop(15))
+    assert cell.state() == "waiting"
 
 
 @pytest.mark.parametrize(
@@ -91,6 +107,7 @@ def test_jobs_on_this_machine_share_its_gpus(
     assert launchers.split_machine(jobs) == [Share(jobs)] * jobs
 
 
+@pytest.mark.usefixtures("own_process")
 def test_a_job_at_its_time_limit_saves_and_is_submitted_again(
     tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +115,7 @@ def test_a_job_at_its_time_limit_saves_and_is_submitted_again(
     pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
     prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
-    cell = make_cells(tmp_path)[0]
+    cell = make_cell(tmp_path)
     job = CellJob(cell.folder)
     resubmitted: list[Any] = []
 
@@ -111,13 +128,10 @@ def test_a_job_at_its_time_limit_saves_and_is_submitted_again(
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGUSR2)
 
-    previous = signal.signal(signal.SIGUSR2, leave)
+    signal.signal(signal.SIGUSR2, leave)
     threading.Thread(target=warn_after_the_first_checkpoint).start()
-    try:
-        with pytest.raises(SystemExit):
-            job()
-    finally:
-        signal.signal(signal.SIGUSR2, previous)
+    with pytest.raises(SystemExit):
+        job()
     assert cell.state() == "interrupted"
     (delayed,) = pickle.loads(pickle.dumps(resubmitted))
     assert delayed.result() == 0
