@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lightning_mvar.cli.arguments import call
-from lightning_mvar.data.images.sources import find_embedded_set, open_encoded
+from lightning_mvar.data.images.sources import find_embedded_set, open_encoded, refuse_split
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import is_remote
 from lightning_mvar.io.files import create_folder
@@ -51,6 +51,7 @@ def check_folders(target: Path, images: str) -> None:
     """Raises InputError if the project would replace files or lie among its own pictures, or needs no project."""
     if find_embedded_set(images) is not None:
         raise InputError(f"--images {images} is built in: configs/experiment and configs/data train on it")
+    refuse_split(images)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists and is not empty: choose another folder")
     if os.path.isdir(images) and target.resolve().is_relative_to(Path(images).resolve()):

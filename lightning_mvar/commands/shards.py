@@ -19,12 +19,12 @@ from lightning_mvar.cli.tables import format_value, print_rows, print_table, wri
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
 from lightning_mvar.data.images.files import scan
-from lightning_mvar.data.images.sources import open_images
+from lightning_mvar.data.images.sources import open_images, split_off
 from lightning_mvar.data.tokens.manifest import EITHER, MANIFEST, SAMPLED, Manifest
 from lightning_mvar.data.tokens.shards import read_samples, read_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.statistics import TokenStatistics, stratified_ids
-from lightning_mvar.data.tokens.verify import find_problems
+from lightning_mvar.data.tokens.verify import find_problems, plural
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import is_remote
@@ -61,10 +61,11 @@ def verify(folder: str, tokenizer: str | None = None) -> None:
             problems.append(problem)
             tqdm.write(str(problem))
     if problems:
-        files = len({problem.file for problem in problems})
-        raise InputError(f"{folder} is damaged: {len(problems)} problem(s) in {files} file(s), each listed above")
+        counts = f"{plural(len(problems), 'problem')} in {plural(len({problem.file for problem in problems}), 'file')}"
+        raise InputError(f"{folder} is damaged: {counts}, listed above")
     manifest = Manifest.load(path)
-    print(f"{folder} is intact: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    counts = f"{plural(manifest.num_samples, 'sample')} in {plural(len(manifest.shards), 'shard')}"
+    print(f"{folder} is intact: {counts}")
 
 
 def info(folder: str, json: str | None = None) -> None:
@@ -172,11 +173,12 @@ def check_source(manifest: Manifest) -> None:
         InputError: if it is no path on this machine, has wildcards, or is a folder of far more files than the images.
     """
     source, max_entries = manifest.source, 2 * manifest.num_images + MAX_OTHER_FILES
+    folder, _ = split_off(source)
     if is_remote(source) or not source.isprintable():
         raise InputError(f"the manifest names {source!r}, which is not a path on this machine")
-    if not os.path.isdir(source) and not WILDCARDS.isdisjoint(source):
+    if not os.path.isdir(folder) and not WILDCARDS.isdisjoint(source):
         raise InputError(f"the manifest names {source!r:.200}, which has wildcards")
-    if os.path.isdir(source) and (os.path.realpath(source) == os.sep or holds_more(Path(source), max_entries)):
+    if os.path.isdir(folder) and (os.path.realpath(folder) == os.sep or holds_more(Path(folder), max_entries)):
         raise InputError(f"the manifest names {source!r:.200}, which has far more files than the shards have images")
 
 

@@ -20,9 +20,10 @@ from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
 from lightning_mvar.data.images.protocols import MARGIN
-from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images, split_off
+from lightning_mvar.data.images.sources import IMAGE_CACHE, find_embedded_set, open_images, refuse_split, split_off
 from lightning_mvar.data.tokens.encode import EncodedBatch, TokenEncoder
 from lightning_mvar.data.tokens.manifest import Manifest, read_record, record_paths
+from lightning_mvar.data.tokens.verify import plural
 from lightning_mvar.data.tokens.writing import ShardFolder
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
@@ -104,14 +105,17 @@ def tokenize(
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; name a folder")
     refuse_overlap(images, out)
+    parts = destinations(images, folder, split, views)
     from lightning_mvar.cli.ranks import launch_ranks  # imports Lightning, which takes seconds
 
     with launch_ranks(device, devices, num_nodes) as fabric, ExitStack() as stack:
         model = load_tokenizer(tokenizer)
-        for name, target, crops in destinations(images, folder, split, views):
-            source = open_images(
-                name, model.config.shape, "skip", labels, class_names, cache_dir, retries, margin=margin
-            )
+        sources = [
+            open_images(name, model.config.shape, "skip", labels, class_names, cache_dir, retries, margin=margin)
+            for name, _, _ in parts
+        ]
+        folders = []
+        for source, (name, target, crops) in zip(sources, parts, strict=True):
             order = shard_order(source, crops)
             plan = make_plan(model, source, name, order, shard_size)
             plan = replace(plan, views=crops, margin=margin, precision=precision)
@@ -119,18 +123,26 @@ def tokenize(
             if fabric.is_global_zero:
                 stack.enter_context(lock_folder(target, "tokenize"))
             fabric.barrier()
-            shards = ShardFolder(target, plan, "--out")
+            folders.append((source, order, ShardFolder(target, plan, "--out")))
+        for source, order, shards in folders:
             writer = ShardWriter(fabric, shards, TokenEncoder(model, fabric.device, precision), max_failures)
             writer.run(source, order, batch_size, num_workers)
             manifest = shards.finish()
             if fabric.is_global_zero:
-                report(manifest, target, writer.images_per_s)
+                report(manifest, shards.folder, writer.images_per_s)
 
 
 def destinations(images: str, out: Path, split: bool, views: int) -> list[tuple[str, Path, int]]:
-    """Returns the sources to encode, each with the folder of its shards and the number of samples per image."""
+    """Returns the sources to encode, each with the folder of its shards and the number of samples per image.
+
+    Raises:
+        InputError: if `images` are to be split, but are one split already.
+    """
     if not split:
         return [(images, out, views)]
+    if find_embedded_set(images) is not None:
+        raise InputError(f"--images {images} is one split of a built-in set: leave out --split")
+    refuse_split(images)
     return [(f"{images}:train", out / "train", views), (f"{images}:val", out / "val", 1)]
 
 
@@ -162,9 +174,10 @@ def make_plan(model: Tokenizer, source: ImageSource, name: str, order: NDArray[n
 
 def report(manifest: Manifest, folder: Path, images_per_s: float | None) -> None:
     """Prints a summary; raises InputError if there are no samples."""
-    skipped = f", {len(manifest.skipped)} images skipped" if manifest.skipped else ""
+    skipped = f", {plural(len(manifest.skipped), 'image')} skipped" if manifest.skipped else ""
     rate = "" if images_per_s is None else f"; {images_per_s:.1f} images/s per device"
-    print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards in {folder}{skipped}{rate}")
+    counts = f"{plural(manifest.num_samples, 'sample')} in {plural(len(manifest.shards), 'shard')}"
+    print(f"{counts} in {folder}{skipped}{rate}")
     if not manifest.num_samples:
         raise InputError(f"no image of {manifest.source} could be decoded; the manifest in {folder} lists the errors")
 

@@ -97,6 +97,7 @@ def test_the_commands_are_printed_and_in_the_readme(
         (["mine", "--images", "nowhere"], "nowhere does not exist"),
         (["mine", "--images", "empty"], "no images under"),
         (["mine", "--images", "few"], "3 pictures are too few to train on: give at least 100"),
+        (["mine", "--images", "pics:train"], "--images pics:train is one split already: pass pics"),
         (["mine", "--images", "digits:train"], "--images digits:train is built in"),
     ],
 )
@@ -124,3 +125,27 @@ def test_tokenize_holds_out_a_tenth(tmp_path: Path, tokenizer_folder: Path, monk
         assert manifest.source == f"pics:{split}"
         assert (manifest.num_images, manifest.views) == (len(open_images(f"pics:{split}", 8)), views)
         assert manifest.num_samples == views * manifest.num_images
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("pics", "pics:val has no images: pics has too few to hold out a tenth"),
+        ("pics:train", "--images pics:train is one split already: pass pics"),
+        ("digits:train", "--images digits:train is one split of a built-in set: leave out --split"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_before_any_image_is_encoded(
+    images: str,
+    message: str,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "pics", 1)
+    argv = ["tokenize", "--images", images, "--tokenizer", str(tokenizer_folder), "--out", "shards", "--split"]
+    assert run(argv) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "shards").exists()

@@ -64,7 +64,7 @@ def test_an_intact_folder_passes_and_a_damaged_one_fails(
     lines = [line for line in out.splitlines() if line.startswith("tokens/")]
     assert {line.split(":")[0] for line in lines} == {f"tokens/00000{i}.tar" for i in range(3)}
     assert "tokens/000001.tar: is missing; run the same `lightning-mvar tokenize` again" in out
-    assert f"error: tokens is damaged: {len(lines)} problem(s) in 3 file(s)" in error
+    assert f"error: tokens is damaged: {len(lines)} problems in 3 files, listed above" in error
     assert "Traceback" not in error
 
 
@@ -214,6 +214,7 @@ def test_a_pattern_in_a_manifest_is_bounded(
     [
         ("/*/*/*/*/*/*/*.tar", "which has wildcards"),
         ("/", "far more files than the shards have images"),
+        ("/:train", "far more files than the shards have images"),
         ("many", "far more files than the shards have images"),
     ],
 )
@@ -249,7 +250,7 @@ def test_mistakes_are_reported_in_one_line(
         manifest = json.loads((workdir / "tokens/manifest.json").read_text()) | values
         (workdir / name / "manifest.json").write_text(json.dumps(manifest))
     for options, message in [
-        ([], "shards --help"),
+        ([], "shards needs a command; it has verify, info, decode"),
         (["info", "x" * 5000], "xxx is not a folder"),
         (["look", "tokens"], "look"),
         (["verify"], "verify.folder"),
@@ -257,7 +258,7 @@ def test_mistakes_are_reported_in_one_line(
         (["verify", "images"], "no token shards in images"),
         (["info", "images"], "no token shards in images"),
         (["info", "cut"], "000000.tar is damaged"),
-        (["verify", "foreign", "--tokenizer", str(tokenizer_folder)], "foreign is damaged: 1 problem(s)"),
+        (["verify", "foreign", "--tokenizer", str(tokenizer_folder)], "foreign is damaged: 1 problem in 1 file"),
         (["decode", "foreign", *decode], "the tokens in foreign were made by tokenizer abc, not by"),
         (["info", "odd"], "odd/manifest.json is damaged (manifest.json: vocab_size is '48'; it must be an integer"),
         (["decode", "odd", *decode], "odd/manifest.json is damaged"),

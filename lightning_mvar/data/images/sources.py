@@ -135,6 +135,13 @@ def split_off(source: str) -> tuple[str, SourceSplit | None]:
     return root, cast(SourceSplit, split)
 
 
+def refuse_split(source: str) -> None:
+    """Raises InputError if a source is SOURCE:train or SOURCE:val."""
+    root, split = split_off(source)
+    if split is not None:
+        raise InputError(f"--images {source} is one split already: pass {root}")
+
+
 def is_choice_of_columns(labels: str) -> bool:
     return COLUMNS.fullmatch(labels) is not None and not Path(labels).exists()
 
