@@ -72,15 +72,15 @@ def describe(pictures: Pictures) -> list[str]:
 
 def describe_plan(plan: Plan) -> list[str]:
     """Returns lines about what will be trained."""
-    recipe, side, batch = plan.recipe, plan.resolution, plan.recipe.machine.batch_size
+    recipe, side, machine = plan.recipe, plan.resolution, plan.recipe.machine
     held_out, count = plan.pictures.num_held_out, plan.pictures.count
     margin = "nothing is cut off" if plan.margin == 1.0 else "random crops, which leave out a ninth"
     return [
         f"{count - held_out:,} pictures to train on, {held_out:,} held out for validation",
         f"{side} x {side} pixels, {margin}",
-        f"tokenizer: {recipe.vocab_size:,} codes, {recipe.tokenizer_steps:,} steps of {batch} images",
+        f"tokenizer: {recipe.vocab_size:,} codes, {recipe.tokenizer_steps:,} steps of {machine.tokenizer_batch} images",
         f"network: depth {recipe.depth}, width {recipe.width}, {plan.num_parameters / 1e6:.1f}M parameters, "
-        f"{recipe.steps:,} steps of {batch} images",
+        f"{recipe.steps:,} steps of {machine.batch_size} images",
     ]
 
 

@@ -48,6 +48,7 @@ def shared_values(plan: Plan, images: str) -> dict[str, object]:
         "val": quoted(f"{images}:val"),
         "accelerator": machine.accelerator,
         "precision": machine.precision,
+        "tokenizer_batch": machine.tokenizer_batch,
         "batch_size": machine.batch_size,
         "num_workers": machine.num_workers,
         "margin": plan.margin,

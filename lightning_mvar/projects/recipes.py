@@ -19,11 +19,10 @@ from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS, ScaleSchedule
 
 LEAST_PICTURES = 100
 CODE_DIM = 16
-FEW_SCALES = (1, 2, 3, 4, 6, 8)
 # Scales of an image and channel multipliers of the tokenizer, whose m levels downsample by 2 ** (m - 1).
 LAYOUTS: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    32: (FEW_SCALES, (1, 2, 2)),
-    64: (FEW_SCALES, (1, 2, 2, 4)),
+    32: ((1, 2, 4, 8), (1, 2, 4)),
+    64: ((1, 2, 4, 8, 16), (1, 2, 4)),
     128: (PUBLISHED_SIDE_LENGTHS[256], (1, 2, 2, 4)),
     256: (PUBLISHED_SIDE_LENGTHS[256], (1, 1, 2, 2, 4)),
 }
@@ -36,15 +35,16 @@ class Machine:
     accelerator: Literal["cpu", "gpu"]
     precision: Literal["32-true", "bf16-mixed"]
     max_resolution: int
-    batch_size: int  # images per optimizer step, over all devices
+    tokenizer_batch: int  # images per optimizer step, over all devices
+    batch_size: int  # of the network, likewise
     state_dim: int  # of Mamba-2
     expand: int
     blocks: int  # residual blocks per level of the tokenizer
     num_workers: int  # image-decoding processes
 
 
-CPU = Machine("cpu", "32-true", 64, 16, 32, 1, 1, 0)
-GPU = Machine("gpu", "bf16-mixed", 256, 128, 64, 2, 2, 8)
+CPU = Machine("cpu", "32-true", 64, 4, 8, 32, 1, 1, 0)
+GPU = Machine("gpu", "bf16-mixed", 256, 64, 128, 64, 2, 2, 8)
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,13 @@ class Recipe:
 
     @property
     def tokenizer_base_lr(self) -> float:
-        """Learning rate for a batch of 256: 2e-3 at 16 channels, inversely proportional to them."""
-        return self.base_lr(2e-3 * 16 / self.channels)
+        """Learning rate for a batch of 256: 1.25e-3 at 16 channels, inversely proportional to them."""
+        return per_256_images(1.25e-3 * 16 / self.channels, self.machine.tokenizer_batch)
 
     @property
     def network_base_lr(self) -> float:
         """Learning rate for a batch of 256: 2e-3 at width 128, inversely proportional to it."""
-        return self.base_lr(2e-3 * 128 / self.width)
-
-    def base_lr(self, learning_rate: float) -> float:
-        return float(f"{learning_rate * 256 / self.machine.batch_size:.2g}")
+        return per_256_images(2e-3 * 128 / self.width, self.machine.batch_size)
 
     def network(self, side_lengths: tuple[int, ...], num_classes: int) -> MVARConfig:
         return MVARConfig(
@@ -98,10 +95,14 @@ class Recipe:
         )
 
 
+def per_256_images(learning_rate: float, batch_size: int) -> float:
+    return float(f"{learning_rate * 256 / batch_size:.2g}")
+
+
 RECIPES = [
-    Recipe(CPU, 500, 16, 128, 400, 3, 128, 500),
-    Recipe(CPU, 5_000, 16, 512, 600, 4, 128, 800),
-    Recipe(CPU, math.inf, 24, 1024, 2000, 6, 192, 3000),
+    Recipe(CPU, 500, 16, 256, 600, 3, 128, 500),
+    Recipe(CPU, 5_000, 16, 512, 1_000, 4, 128, 800),
+    Recipe(CPU, math.inf, 24, 1024, 3_000, 6, 192, 3_000),
     Recipe(GPU, 1_000, 32, 256, 3_000, 4, 192, 2_000),
     Recipe(GPU, 10_000, 64, 1024, 20_000, 6, 384, 10_000),
     Recipe(GPU, 100_000, 128, 4096, 50_000, 12, 768, 50_000),
@@ -174,12 +175,12 @@ def check_resolution(resolution: int | None) -> None:
 
 
 def recipe_table() -> Iterator[str]:
-    """Yields the lines of the table in Markdown, with the number of parameters for 130 tokens and 10 classes."""
+    """Yields the lines of the table in Markdown, with the number of parameters for 64 x 64 pixels and 10 classes."""
     yield "| machine | pictures | tokenizer: codes, channels, steps | network: depth x width, parameters, steps |"
     yield "|---|---|---|---|"
     for row in RECIPES:
         pictures = "more" if math.isinf(row.max_pictures) else f"up to {row.max_pictures:,}"
-        parameters = count_parameters(row.network(FEW_SCALES, 10)) / 1e6
+        parameters = count_parameters(row.network(LAYOUTS[64][0], 10)) / 1e6
         tokenizer = f"{row.vocab_size:,}, {row.channels}, {row.tokenizer_steps:,}"
         network = f"{row.depth} x {row.width}, {parameters:.1f}M, {row.steps:,}"
         yield f"| {row.machine.accelerator.upper()} | {pictures} | {tokenizer} | {network} |"
