@@ -158,7 +158,7 @@ class Reference:
         resizing = Resizing.parse(crop)
         if resizing is not None and resizing != self.resizing:
             raise InputError(
-                f"the images of {self.name} were cropped by {crop}, not {self.resizing}: pass {resizing.options}"
+                f"the images of {self.name} were cropped by {crop}, not {self.resizing}: use {resizing.settings}"
             )
 
 
@@ -189,7 +189,7 @@ def open_reference(
     if name in ADM_REFERENCES and not path.exists():
         path = ADM_REFERENCES[name].path()
     elif is_remote(name):
-        file = remote_file_name(name)
+        file = remote_file_name(split_off(name)[0])
         if "{}" in name or not file.endswith((*ARCHIVE_SUFFIXES, ".npz")):
             return Reference(name, "shards", retries=retries, resizing=resizing)
         if file.endswith(ARCHIVE_SUFFIXES):

@@ -54,7 +54,7 @@ class Scores:
         keeps = keep_features or reference.features is not None
         self.features = Features(extractor, num_samples, MAX_SAMPLE_FEATURES if keeps else 0, keep_features)
         self.vendi = VendiScore(num_features(extractor)).to(device_of(extractor))
-        self.inception = self.inception_score(num_samples) if hasattr(extractor, "logits") else None
+        self.inception = self.inception_score(num_samples) if getattr(extractor, "logits", None) else None
         self.num_samples = num_samples
 
     def inception_score(self, num_samples: int, **options: Any) -> InceptionScore:

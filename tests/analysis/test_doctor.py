@@ -237,6 +237,18 @@ def explained(first: ScoredSet, second: ScoredSet | None, result: dict[str, Any]
     return {e.factor: e.explains for e in estimates(first, second, result) if isinstance(e, Estimate)}
 
 
+def test_a_part_of_a_folder_is_at_hand_as_another_reference(
+    pair: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = scored("a")
+    monkeypatch.setattr(ScoredSet, "reference", lambda _, name, crop: statistics_of(pair[name == "pictures:val"]))
+    Path("pictures").mkdir()
+    expected = frechet_distance(statistics_of(pair[1]), statistics_of(pair[1])) - first.distance
+    found = explained(first, None, first.result | {"reference": "pictures:val"})
+    assert found["reference"] == pytest.approx(expected)
+    assert "reference" not in explained(first, None, first.result | {"reference": "elsewhere:val"})
+
+
 def test_estimates_are_those_of_a_plain_computation(pair: tuple[np.ndarray, np.ndarray]) -> None:
     real, samples = pair
     reference, full = statistics_of(real), frechet_distance(statistics_of(real), statistics_of(samples))

@@ -58,7 +58,7 @@ def test_shards_have_the_margin_of_their_images(tmp_path: Path, tokenizer: Token
     assert open_reference(str(tmp_path)).images(8, tokenizer).crop == "var"
     replace(manifest, margin=1.0).save(tmp_path)
     assert open_reference(str(tmp_path), margin=1.0).images(8, tokenizer).crop == "var-1.0"
-    with pytest.raises(InputError, match=r"cropped by var-1.0, not var: pass --crop var --margin 1.0"):
+    with pytest.raises(InputError, match=r"cropped by var-1.0, not var: use crop var and margin 1.0"):
         open_reference(str(tmp_path)).images(8, tokenizer)
 
 

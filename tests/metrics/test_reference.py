@@ -127,18 +127,24 @@ def test_references_of_different_crops_are_measured_apart_and_not_mixed(extracto
     assert open_reference(folder, crop="adm").summary(extractor, 8, cache).crop == "adm"  # from the cache
     adm.save(own, extractor)
     assert open_reference(str(own), crop="adm").summary(extractor, 8, cache).crop == "adm"
-    with pytest.raises(InputError, match=r"own\.npz were cropped by adm, not var: pass --crop adm"):
+    with pytest.raises(InputError, match=r"own\.npz were cropped by adm, not var: use crop adm$"):
         open_reference(str(own)).summary(extractor, 8, cache)
     whole = open_reference(folder, margin=1.0).summary(extractor, 8, cache)
     assert whole.crop == "var-1.0"
     assert not torch.equal(var.statistics.mu, whole.statistics.mu)
     whole.save(own, extractor)
-    with pytest.raises(InputError, match=r"cropped by var-1.0, not var: pass --crop var --margin 1.0"):
+    with pytest.raises(InputError, match=r"cropped by var-1.0, not var: use crop var and margin 1.0$"):
         open_reference(str(own)).summary(extractor, 8, cache)
     var.save(own, extractor)
-    with pytest.raises(InputError, match=r"cropped by var, not var-1.0: pass --crop var$"):
+    with pytest.raises(InputError, match=r"cropped by var, not var-1.0: use crop var and margin 1.125$"):
         open_reference(str(own), margin=1.0).summary(extractor, 8, cache)
     assert open_reference("digits:test").summary(extractor, 32, cache).crop == "none"
+
+
+def test_a_part_of_a_remote_archive_is_a_reference_of_images() -> None:
+    for name in ("https://host/pictures.tar", "https://host/pictures.tar:val"):
+        assert open_reference(name).kind == "images"
+    assert open_reference("https://host/shards").kind == "shards"
 
 
 class MeanPool(nn.Module):

@@ -20,7 +20,7 @@ from lightning_mvar.analysis.doctor.differences import FEATURE_FACTORS, Differen
 from lightning_mvar.analysis.doctor.traces import read_some, sharpness_of
 from lightning_mvar.data.images.decoding import SUFFIXES_BY_FORMAT
 from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, Resizing
-from lightning_mvar.data.images.sources import find_embedded_set
+from lightning_mvar.data.images.sources import find_embedded_set, split_off
 from lightning_mvar.devices import device_of, exact_float32
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import Statistics, frechet_distance, statistics_of
@@ -249,7 +249,7 @@ def rounded_down(scored: ScoredSet, other: ScoredSet | None, result: Result) -> 
 def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
     """Scores the samples against the other result's reference, if that is at hand."""
     name = result["reference"]
-    if find_embedded_set(name) is None and not Path(name).expanduser().exists():
+    if find_embedded_set(name) is None and not Path(split_off(name)[0]).expanduser().exists():
         return None
     real = scored.reference(name, result.get("crop", "var"))
     return f"{scored.name} against {name}", frechet_distance(real, statistics_of(scored.features)) - scored.distance
@@ -262,7 +262,7 @@ def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) 
     if reference.kind != "images" or reference.embedded is not None or resizing is None:
         return None
     distance = frechet_distance(scored.reference(name, str(resizing)), statistics_of(scored.features))
-    return f"{scored.name} with {resizing.options}", distance - scored.distance
+    return f"{scored.name} with {resizing.settings}", distance - scored.distance
 
 
 ESTIMATORS: dict[str, tuple[Callable[[ScoredSet, ScoredSet | None, Result], Found], ...]] = {

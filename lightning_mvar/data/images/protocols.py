@@ -58,9 +58,9 @@ class Resizing:
         return self.protocol if self.margin == MARGIN else f"{self.protocol}-{float(self.margin)}"
 
     @property
-    def options(self) -> str:
-        """The options of a command that choose it."""
-        return f"--crop {self.protocol}" + ("" if self.margin == MARGIN else f" --margin {self.margin}")
+    def settings(self) -> str:
+        """The settings that choose it, for messages."""
+        return f"crop {self.protocol}" + (f" and margin {self.margin}" if self.protocol == "var" else "")
 
     @classmethod
     def parse(cls, name: str) -> Resizing | None:

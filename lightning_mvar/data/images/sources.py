@@ -86,7 +86,7 @@ def open_images(
     if labels is not None or class_names is not None:
         raise InputError(f"{source} has its own labels and classes: leave out --labels and --class_names")
     if resizing != DEFAULT_RESIZING:
-        raise InputError(f"{source} has images of one size, which are not cropped: leave out {resizing.options}")
+        raise InputError(f"{source} has images of one size, which are not cropped: leave out {resizing.settings}")
     images = EmbeddedImages(*embedded)
     if shape != images.shape:
         raise InputError(

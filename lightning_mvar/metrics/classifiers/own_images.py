@@ -28,8 +28,8 @@ class ImageClassifier(TrainedClassifier):
     Images of any size are resized to 64 x 64, so details below that scale do not count. In training, images are
     shifted but not mirrored: mirrored samples of letters or logos are errors that features should show.
 
-    Images of one class are classified by how many quarter turns they are rotated (RotNet, arXiv 1803.07728). The
-    inception score of these classes means nothing.
+    Images of one class are classified by how many quarter turns they are rotated (RotNet, arXiv 1803.07728), and
+    have no `logits`, as an inception score of such classes means nothing.
 
     Args:
         images: training images, a source as for `lightning-mvar tokenize`; at most 10,000 of them are read.
@@ -57,6 +57,8 @@ class ImageClassifier(TrainedClassifier):
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         path = Path(cache).expanduser() / f"image_classifier-{digest}.safetensors"
         super().__init__(images, path, SIDE, classes, epochs=math.ceil(STEPS / math.ceil(count / BATCH_SIZE)))
+        if len(self.source.class_names) == 1:
+            self.logits = None  # type: ignore[assignment, method-assign]
 
     def training_images(self) -> tuple[Tensor, Tensor]:
         """Returns centre crops (n, 3, 64, 64) uint8 and labels; of one class, rotated crops and their quarter turns."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lightning_mvar.metrics.classifiers import own_images
 from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
-from lightning_mvar.metrics.summary import prepare
+from lightning_mvar.metrics.frechet import Statistics
+from lightning_mvar.metrics.scores import Scores
+from lightning_mvar.metrics.summary import Summary, prepare
 
 
 @pytest.fixture
@@ -87,3 +89,5 @@ def test_images_of_one_class_are_classified_by_their_quarter_turns(folder: Path)
     for image, turn in zip(images, turns.tolist(), strict=True):
         assert any(np.array_equal(np.rot90(image, -turn, (1, 2)), original) for original in upright[:20])
     assert classifier.head.out_features == 4
+    real = Summary(Statistics(torch.zeros(64), torch.eye(64)))
+    assert Scores(classifier, real, num_samples=20).inception is None
