@@ -10,7 +10,16 @@ from pathlib import Path
 
 import yaml
 
-from lightning_mvar.cli.help import FULL_HELP, OF_ANY_PARSER, TRAINING, choices_of, nearest, signatures_of
+from lightning_mvar.cli.help import (
+    FULL_HELP,
+    OF_ANY_PARSER,
+    TRAINING,
+    choices_of,
+    first_option,
+    metavar,
+    nearest,
+    signatures_of,
+)
 from lightning_mvar.cli.signatures import Option
 from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.configs import YAML_ERRORS, compose, find_config
@@ -45,17 +54,17 @@ def check_options(name: str, *words: str) -> None:
     signature = signatures[subcommand].options
     options = {o.name: o for option in signature if not option.positional for o in option.with_fields()}
     command = f"{name} {subcommand}".strip()
-    words = words[: words.index("--") if "--" in words else None]
-    for word, following in zip(words, [*words, "--"][1:], strict=True):
+    words = words[1:] if subcommand else words
+    before = words[: words.index("--") if "--" in words else None]
+    for word, following in zip(before, [*before, "--"][1:], strict=True):
         if word.startswith("--"):
             option, equals, value = word[2:].partition("=")
             check_name(command, option.rstrip("+"), options)
             if option in options and (equals or not following.startswith("--")):
                 check_value(options[option], value if equals else following)
-    files = config_files(words)
-    for file in files:
+    for file in config_files(before):
         check_file(command, file, options if name in TRAINING else None)
-    if not files:
+    if not any(word.startswith(("-c", "--config")) for word in before):
         check_required(command, signature, words)
 
 
@@ -63,7 +72,8 @@ def config_files(words: Sequence[str]) -> list[Path]:
     """Returns the files that --config names, of this folder or the package; a value may also be YAML itself."""
     values = [value for option, value in pairwise(words) if option in ("-c", "--config")]
     values += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    return [Path(os.path.expanduser(find_config(value))) for value in values if not re.search(r"[{:]", value)]
+    paths = [v for v in map(os.path.expanduser, values) if os.path.exists(v) or not re.search(r"[{:]", v)]
+    return [Path(find_config(path)) for path in paths]
 
 
 def check_file(command: str, path: Path, options: Mapping[str, Option] | None) -> None:
@@ -85,6 +95,9 @@ def check_file(command: str, path: Path, options: Mapping[str, Option] | None) -
 def check_section(command: str, node: yaml.Node | None, file: str, prefix: str, options: Mapping[str, Option]) -> None:
     """Checks the keys and plain values of a part of a file; `prefix` is its name, with a dot at the end."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode):
+            line = f"{file}, line {key.start_mark.line + 1}"
+            raise InputError(f"{line}: a key is a {key.id}: put quotes around text that begins with a brace or bracket")
         if key.value in OF_ANY_FILE:
             continue
         name = f"{prefix}{key.value}".rstrip("+")
@@ -97,7 +110,7 @@ def check_section(command: str, node: yaml.Node | None, file: str, prefix: str, 
         check_section(command, value, file, f"{name}.", options)
 
 
-def check_required(command: str, options: Sequence[Option], words: Sequence[str]) -> None:
+def check_required(command: str, options: Sequence[Option], words: tuple[str, ...]) -> None:
     """Raises InputError if a required option is missing, unless something else is asked for, or it may be a section."""
     if any(word.startswith(("--print_", FULL_HELP)) or ".help" in word for word in words):
         return
@@ -105,11 +118,23 @@ def check_required(command: str, options: Sequence[Option], words: Sequence[str]
     names = [option.name for option in options if option.required and not option.positional]
     missing = [name for name in names if not any(f"{other}.".startswith(f"{name}.") for other in given)]
     missing = [name for name in missing if name.partition(".")[0] not in given]
-    wanted = [f"--{name}" for name in missing]
-    if not words:
-        wanted = [option.name.upper() for option in options if option.positional] + wanted
+    places = [option.name.upper() for option in options if option.positional][len(plain_words(words, options)) :]
+    wanted, taken = places + [f"--{name}" for name in missing], ""
+    if (first := first_option(command, options)) is not None:
+        option, value = f"--{first.name}", metavar(first)
+        wanted = [f"{value} as its first word (or {option})" if word == option else word for word in wanted]
+        if not first.required and words[:1] == (option,) and words[1:]:
+            taken = f" ({words[1]} is its {value})"
     if wanted:
-        raise InputError(f"{command} needs {', '.join(wanted)}; `lightning-mvar {command} --help` lists the options")
+        listed = f"`lightning-mvar {command} --help` lists the options"
+        raise InputError(f"{command} needs {', '.join(wanted)}{taken}; {listed}")
+
+
+def plain_words(words: Sequence[str], options: Sequence[Option]) -> list[str]:
+    """Returns the words that may be positional: neither options nor the value of one; a flag may have no value."""
+    flags = {"--", *(f"--{option.name}" for option in options if option.kind == "bool")}
+    pairs = [(word, before) for before, word in pairwise(["", *words]) if not word.startswith("-")]
+    return [word for word, before in pairs if not before.startswith("--") or "=" in before or before in flags]
 
 
 def check_name(command: str, name: str, options: Mapping[str, Option]) -> None:

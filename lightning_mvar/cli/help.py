@@ -46,7 +46,7 @@ OF_ANY_PARSER = {"help", "help_all", "config", "print_config", "print_completion
 NAMES_WIDTH, MAX_WIDTH = 40, 120  # of the help, in characters
 MAX_METAVAR = 20
 
-FIRST_WORDS = ("ckpt_path", "folder", "what")  # options that a command also takes as its first word
+FIRST_WORDS = {"ckpt_path": "MODEL", "folder": "FOLDER", "what": "WHAT"}  # options also taken as the first word
 SAMPLING = "SamplingSettings"
 GROUPS = ("required", "options", "sampling", "machine", "data", "model", "trainer")  # in the order of the help
 # Options about the machine, not the result.
@@ -145,8 +145,11 @@ def screen_of(name: str, found: Signature) -> Signature:
 def describe(parser: argparse.ArgumentParser, name: str, found: Signature) -> argparse.ArgumentParser:
     """Adds the options of a command to a parser, in groups and one line each; it knows nothing of their types."""
     width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
-    needed = [option for option in found.options if option.required and "." not in option.name]
-    words = [metavar(o) if o.positional or o.name in FIRST_WORDS else f"--{o.name} {metavar(o)}" for o in needed]
+    first = first_option(name, found.options)
+    needed = [o for o in found.options if o.required and o != first and "." not in o.name]
+    words = [metavar(o) if o.positional else f"--{o.name} {metavar(o)}" for o in needed]
+    if first is not None:
+        words.insert(0, metavar(first) if first.required else f"[{metavar(first)}]")
     parser.usage = " ".join(["lightning-mvar", name, *words, "[options]"])
     parser.description = found.description
     parser.epilog = f"`lightning-mvar {name} {FULL_HELP}` has all options, with their whole texts."
@@ -183,6 +186,8 @@ def choices_of(option: Option) -> list[str]:
 
 def metavar(option: Option) -> str:
     """Returns how the help shows a value: by its choices if they are short, its type if it is a number, or its name."""
+    if option.name in FIRST_WORDS and option.owner not in TRAINING:
+        return FIRST_WORDS[option.name]
     choices = "{" + ",".join(choices_of(option)) + "}"
     if 2 < len(choices) <= MAX_METAVAR:
         return choices
@@ -210,6 +215,12 @@ def print_help(name: str, *words: str) -> None:
     print(f"\n`lightning-mvar {name} {other} --help` lists the options.")
 
 
+def first_option(command: str, options: Iterable[Option]) -> Option | None:
+    """Returns the option that a command also takes as its first word."""
+    named = [option for option in options if option.name in FIRST_WORDS and not option.positional]
+    return None if command in TRAINING or not named else named[0]
+
+
 def with_first_option(argv: list[str]) -> list[str]:
     """Names the option that the first word of a command stands for: `sample var-d16` is `sample --ckpt_path var-d16`.
 
@@ -219,10 +230,10 @@ def with_first_option(argv: list[str]) -> list[str]:
     signatures = {} if argv[0] in TRAINING else signatures_of(argv[0])
     begin = 2 if argv[1:] and argv[1] in signatures else 1
     found, words = signatures.get(" ".join(argv[1:begin])), argv[begin:]
-    names = [o.name for o in found.options if o.name in FIRST_WORDS and not o.positional] if found else []
-    if not names or not words or words[0].startswith("-"):
+    first = first_option(argv[0], found.options) if found else None
+    if first is None or not words or words[0].startswith("-"):
         return argv
-    option = f"--{names[0]}"
+    option = f"--{first.name}"
     if twice := [word for word in words if word.partition("=")[0] == option]:
         raise InputError(f"{words[0]} is the {option} of {argv[0]} already: drop {twice[0]}, or {words[0]}")
     return [*argv[:begin], option, *words]

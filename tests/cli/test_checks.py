@@ -29,7 +29,15 @@ from lightning_mvar.errors import InputError
         ("sample --ckpt_path C --weights emma", "--weights emma is unknown; did you mean ema?"),
         ("sample --ckpt_path C --graphs maybe", "--graphs maybe is unknown; use true, false"),
         ("sample C --ckpt_path=D", "C is the --ckpt_path of sample already: drop --ckpt_path=D, or C"),
-        ("sample", "sample needs --ckpt_path; `lightning-mvar sample --help` lists the options"),
+        (
+            "sample --out o var-d16",
+            "sample needs MODEL as its first word (or --ckpt_path); `lightning-mvar sample --help` lists the options",
+        ),
+        (
+            "evaluate s.npz --reference x",
+            "evaluate needs --samples (s.npz is its MODEL); `lightning-mvar evaluate --help` lists the options",
+        ),
+        ("new --images p", "new needs FOLDER; `lightning-mvar new --help` lists the options"),
         ("merge", "merge needs NETWORKS, --out; `lightning-mvar merge --help` lists the options"),
         ("fit --data.val=D", "fit needs --data.train; `lightning-mvar fit --help` lists the options"),
         (
@@ -60,6 +68,7 @@ def test_mistakes_are_named_with_their_remedy(line: str, message: str, capsys: p
         ("trainer.max_steps: three", "line 1: --trainer.max_steps three is not a number"),
         ("model: {network: {shedule: {side_lengths: [1]}}}", "did you mean --model.network.schedule?"),
         ("trainer: {max_steps: 1", "is not valid YAML"),
+        ("trainer:\n  {max_steps: {{ steps }}}", "line 2: a key is a mapping: put quotes around text that begins with"),
     ],
 )
 def test_mistakes_in_a_file_are_named_with_their_line(text: str, message: str, tmp_path: Path) -> None:
@@ -89,6 +98,27 @@ def test_a_pipe_is_left_to_the_parser(tmp_path: Path) -> None:
     """It can be read only once: `--config <(...)`. Opening this one would wait for a writer."""
     os.mkfifo(tmp_path / "pipe")
     check_options("fit", "--config", str(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sample --config x:y/sample.yaml",
+        "fit --config {data:{train:a,val:b}}",
+        "fit -cnope.yaml",
+        "merge --weights raw A B --out o",
+        "merge --out o -- A B",
+        "new --images p q",
+        "shards verify --folder D",
+    ],
+)
+def test_what_may_be_given_elsewhere_is_not_asked_for(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x:y").mkdir()
+    Path("x:y/sample.yaml").write_text("ckpt_path: C")
+    check_options(*line.split())
 
 
 @pytest.mark.parametrize(
