@@ -40,8 +40,8 @@ class FIDCallback(L.Callback):
 
     Args:
         extractor: `nn.Module` with `num_features`, images (b, 3, H, W) in [0, 1] -> (b, num_features).
-        reference: the real images: `digits:test`, `photos:test`, a folder of class folders, an npz with mu and sigma
-            or with images, or a folder of token shards.
+        reference: the real images: `digits:test`, `photos:test`, `emoji64:test`, a folder of class folders, FOLDER:val
+            for its held-out images, an npz with mu and sigma or with images, or a folder of token shards.
         crop: how image files of the reference are resized and cropped; see `data.images.protocols`.
         margin: with `crop` var, ratio of the resized shorter side to the crop; default: that of the shards trained on.
         num_samples: number of images to sample, cycling through the classes.

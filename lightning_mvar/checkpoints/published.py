@@ -264,12 +264,14 @@ def tokenizer_to_published(tokenizer: Tokenizer) -> StateDict:
 
 def unsupported_network(config: MVARConfig) -> list[str]:
     """Returns why the published code does not support a network, one reason per field; empty if it does."""
+    reasons = []
     if config.mixers not in (VAR, M_VAR):
-        return [f"mixers are {config.mixer_summary}"]
+        allowed = f"{', '.join(M_VAR)} (M-VAR) or {', '.join(VAR)} (VAR)"
+        reasons.append(f"mixers are {config.mixer_summary}, must be {allowed}")
     fixed: tuple[str, ...] = ("prediction",)
     if config.mixers == M_VAR:
         fixed += ("parallel", "scan_order", "state_dim", "conv_width", "expand", "head_dim", "shared_adaln")
-    reasons = other_fields(config, fixed)
+    reasons += other_fields(config, fixed)
     if not config.qk_norm and config.width != HEAD_DIM * config.heads:
         reasons.append(f"heads have dim {config.width // config.heads}, must have {HEAD_DIM} without qk_norm")
     return reasons

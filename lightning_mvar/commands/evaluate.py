@@ -65,9 +65,10 @@ def evaluate(
         samples: the images to score: an npz (arr_0 uint8 N x H x W x 3) or a folder of pictures, from any program.
             With --ckpt_path, missing images are first drawn into it, by default with the published protocol: 50 images
             per class, guidance 1.5, top_k 900, top_p 0.96.
-        reference: the real images: `digits:test`; `photos:test`; `imagenet256` (64, 128, 512), ADM's file, downloaded
-            the first time; a folder of class folders; a folder of token shards, decoded by --tokenizer; an npz of
-            images (arr_0); or an npz of mu and sigma, made with the same extractor.
+        reference: the real images: `digits:test`; `photos:test`; `emoji64:test`; `imagenet256` (64, 128, 512), ADM's
+            file, downloaded the first time; a folder of class folders; FOLDER:val for its held-out images; a folder of
+            token shards, decoded by --tokenizer; an npz of images (arr_0); or an npz of mu and sigma, made with the
+            same extractor.
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         per_class: with --ckpt_path, samples per class.
         extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE), whose scores compare

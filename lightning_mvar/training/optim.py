@@ -84,8 +84,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Splits trained parameters in two groups: 1-d ones (biases, norms) and those with the given endings do not decay.
 
-    A group without parameters is left out: torch.distributed.checkpoint would lose its options. With `muon`, the
-    matrices of the blocks are the last group, empty if none is trained.
+    A group without parameters is left out: torch.distributed.checkpoint would lose its options. With `muon`, matrices
+    and convolutions, see `is_block_matrix`, are the last group, empty if none is trained.
     """
     groups: tuple[list[nn.Parameter], ...] = ([], [], [])
     for name, parameter in model.named_parameters():
@@ -115,7 +115,7 @@ def build_optimizer(
     if config.muon:
         *others, matrices = groups
         if not matrices["params"]:
-            raise InputError("optimizer.muon trains the matrices of a network's blocks, but none is trained here")
+            raise InputError("optimizer.muon has nothing to train: all matrices and convolutions are frozen")
         optimizer = MuonAdamW(others, matrices, config.base_lr, betas, config.momentum, fused)
     else:
         optimizer = torch.optim.AdamW(groups, lr=config.base_lr, betas=betas, fused=fused)

@@ -26,7 +26,7 @@ from lightning_mvar.training.base import ScheduledModule, update_ema, warm_up_de
 from lightning_mvar.training.batches import image_batch
 from lightning_mvar.training.collectives import broadcast_from_rank_zero, mean_over_ranks, sum_over_ranks
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
-from lightning_mvar.training.resuming import require_same_average
+from lightning_mvar.training.resuming import require_same_average, require_same_optimizer
 from lightning_mvar.training.strategies import FSDP2Strategy, assign_values, full_tensor
 from lightning_mvar.training.tokenizer_loss import TokenizerLoss
 
@@ -333,6 +333,7 @@ class LitTokenizer(ScheduledModule):
             "discriminator": None if self.discriminator is None else size,
             "codebook.learning": self.codebook.learning,
             "ema": self.ema is not None,
+            "muon": self.optimizer_config.muon,
         }
 
     def check_checkpoint(self, record: dict[str, Any]) -> None:
@@ -348,7 +349,9 @@ class LitTokenizer(ScheduledModule):
         settings = checked(settings, dict[str, Any], "--ckpt_path")
         require_same_average(checked(settings["ema"], bool, "--ckpt_path: ema"), self.ema is not None)
         config = asdict(checked(settings.get("config"), TokenizerConfig, "--ckpt_path"))
-        saved_settings = {"codebook.learning": CodebookConfig().learning, **settings, "config": config}
+        defaults = {"codebook.learning": CodebookConfig().learning, "muon": OptimizerConfig().muon}
+        saved_settings = defaults | settings | {"config": config}
+        require_same_optimizer(checked(saved_settings["muon"], bool, "--ckpt_path: muon"), self.optimizer_config.muon)
         for name, current in self.checkpoint_identity().items():
             saved = saved_settings.get(name)
             if saved != current:

@@ -93,7 +93,10 @@ def test_the_configuration_is_read_back(variant: dict) -> None:
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ({"mixers": ("mamba2",)}, "mixers are mamba2"),
+        (
+            {"mixers": ("mamba2",), "qk_norm": False},
+            r"mixers are mamba2, must be scale_attention, mamba2 \(M-VAR\) or block_causal_attention \(VAR\); heads",
+        ),
         ({"state_dim": 16}, "state_dim is 16, must be 64"),
         ({"parallel": True}, "parallel is True, must be False"),
         ({"scan_order": "column"}, "scan_order is column, must be raster"),

@@ -36,7 +36,7 @@ class BlockMeans(nn.Module):
 def make_module(**options: object) -> LitTokenizer:
     torch.manual_seed(0)
     config = TokenizerConfig(SCHEDULE, 64, 8, channels=8, multipliers=(1, 1, 2, 2), blocks=1, num_phi=2)
-    return LitTokenizer(config, OptimizerConfig(base_lr=0.02, weight_decay=0.0), **options)
+    return LitTokenizer(config, **{"optimizer": OptimizerConfig(base_lr=0.02, weight_decay=0.0), **options})
 
 
 def fit(module: LitTokenizer, root: Path, steps: int) -> dict[str, float]:
@@ -350,6 +350,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
     make_module().check_checkpoint(record)
     for options, message in (
         ({"ema_decay": 0.9}, "ema_decay: .* is not kept in the checkpoint and kept in this run"),
+        ({"optimizer": OptimizerConfig(muon=True)}, "AdamW alone, but .*: set --model.optimizer.muon false"),
         ({"codebook": CodebookConfig(learning="ema")}, "codebook.learning.*: gradient in the checkpoint, ema in"),
         (
             {"adversary": AdversaryConfig(weight=1.0, levels=2)},
@@ -359,7 +360,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             make_module(**options).check_checkpoint(record)
     # A checkpoint from before an option existed had its default; options of a later version are refused.
-    older = {name: value for name, value in record.items() if name != "codebook.learning"}
+    older = {name: value for name, value in record.items() if name not in ("codebook.learning", "muon")}
     older["config"] = {name: value for name, value in record["config"].items() if name != "norm_groups"}
     make_module().check_checkpoint(older)
     with pytest.raises(InputError, match=r"--ckpt_path.*newer_option"):

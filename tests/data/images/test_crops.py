@@ -133,9 +133,9 @@ def test_transparent_images_are_composited_on_white_before_they_are_resized(tmp_
 
 
 def test_embedded_images_are_not_cropped() -> None:
-    with pytest.raises(InputError, match=r"digits:test has images of one size.*leave out --crop adm"):
+    with pytest.raises(InputError, match=r"digits:test has images of one size.*leave out crop adm"):
         open_images("digits:test", 32, crop="adm")
-    with pytest.raises(InputError, match=r"digits:test has images of one size.*leave out --crop var --margin 1.0"):
+    with pytest.raises(InputError, match=r"digits:test has images of one size.*leave out crop var and margin 1.0"):
         open_images("digits:test", 32, margin=1.0)
 
 
