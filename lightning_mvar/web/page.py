@@ -42,11 +42,12 @@ CSS = """
 .scales .caption-label { font-size: x-small; padding: 0 0.4em; }
 .curve { flex-wrap: nowrap; gap: 0; }
 .curve .block { padding: 0; align-items: center; border: none; text-align: center; overflow: visible !important; }
-.curve input[type="range"] { writing-mode: vertical-lr; direction: rtl; width: 1.2rem; height: 8rem; }
+.curve input[type="range"] { writing-mode: vertical-lr; direction: rtl; width: 1.2rem; min-width: 0; height: 8rem; }
 .curve input[type="number"] { width: 2.6rem; padding: 0; text-align: center; font-size: x-small; }
 .curve input[type="range"]::-webkit-slider-runnable-track {
   background: linear-gradient(to top, var(--slider-color) var(--range_progress), var(--neutral-200) 0) !important;
 }
+.curve .head { align-items: center; }
 .curve .min_value, .curve .max_value, .curve .reset-button { display: none; }
 .curve .head, .curve .slider_input_container, .curve .tab-like-container { flex-direction: column; display: flex; }
 """
