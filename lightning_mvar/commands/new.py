@@ -29,8 +29,8 @@ def new(folder: str, *, images: str, resolution: int | None = None) -> None:
     Args:
         folder: the folder to write, which must not exist or be empty.
         images: a folder of pictures or of class folders, or archives as `tokenize` takes them.
-        resolution: side of the images to train on: 32, 64, 128 or 256 pixels; by default the largest that the pictures
-            have, at most 64 on a CPU.
+        resolution: side of the images to train on, 32, 64, 128 or 256, by default the largest that the pictures have;
+            at most 64 on a CPU.
     """
     target = Path(folder)
     check_resolution(resolution)
@@ -72,15 +72,17 @@ def describe(pictures: Pictures) -> list[str]:
 
 def describe_plan(plan: Plan) -> list[str]:
     """Returns lines about what will be trained."""
-    recipe, side, machine = plan.recipe, plan.resolution, plan.recipe.machine
-    held_out, count = plan.pictures.num_held_out, plan.pictures.count
+    recipe, side = plan.recipe, plan.resolution
     margin = "nothing is cut off" if plan.margin == 1.0 else "random crops, which leave out a ninth"
+    is_slow = side > recipe.machine.max_resolution
+    slow = [f"{side} pixels are meant for GPUs: on a CPU, each step takes several times as long as one of 64"] * is_slow
     return [
-        f"{count - held_out:,} pictures to train on, {held_out:,} held out for validation",
+        f"{plan.num_training:,} pictures to train on, {plan.pictures.num_held_out:,} held out for validation",
         f"{side} x {side} pixels, {margin}",
-        f"tokenizer: {recipe.vocab_size:,} codes, {recipe.tokenizer_steps:,} steps of {machine.tokenizer_batch} images",
+        *slow,
+        f"tokenizer: {recipe.vocab_size:,} codes, {recipe.tokenizer_steps:,} steps of {plan.tokenizer_batch} images",
         f"network: depth {recipe.depth}, width {recipe.width}, {plan.num_parameters / 1e6:.1f}M parameters, "
-        f"{recipe.steps:,} steps of {machine.batch_size} images",
+        f"{recipe.steps:,} steps of {plan.batch_size} images",
     ]
 
 

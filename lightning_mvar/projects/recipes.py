@@ -35,7 +35,7 @@ class Machine:
     accelerator: Literal["cpu", "gpu"]
     precision: Literal["32-true", "bf16-mixed"]
     max_resolution: int
-    tokenizer_batch: int  # images per optimizer step, over all devices
+    tokenizer_batch: int  # images per optimizer step, over all devices, if there are as many
     batch_size: int  # of the network, likewise
     state_dim: int  # of Mamba-2
     expand: int
@@ -141,6 +141,28 @@ class Plan:
     def views(self) -> int:
         """Random crops of each training picture; without a margin, square pictures have a single crop."""
         return 1 if self.margin == 1.0 else max(1, min(8, 20_000 // self.pictures.count))
+
+    @property
+    def num_training(self) -> int:
+        """Number of pictures to train on, broken ones included."""
+        return self.pictures.count - self.pictures.num_held_out
+
+    @property
+    def tokenizer_batch(self) -> int:
+        return self.batch_of(self.recipe.machine.tokenizer_batch)
+
+    @property
+    def batch_size(self) -> int:
+        return self.batch_of(self.recipe.machine.batch_size)
+
+    def batch_of(self, size: int) -> int:
+        """Returns a batch size, or the largest power of two that the pictures to train on fill."""
+        return min(size, 2 ** int(math.log2(self.num_training)))
+
+    @property
+    def log_interval(self) -> int:
+        """Steps from one entry in the log to the next, at most an epoch."""
+        return min(10, self.num_training // self.batch_size)
 
     @property
     def num_parameters(self) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -73,7 +74,7 @@ def test_the_commands_are_printed_and_in_the_readme(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (write_pictures(tmp_path / "pics") / "class 0/torn.png").write_bytes(b"")
-    assert run(["new", "mine", "--images", "pics", "--resolution", "64"]) == 0
+    assert run(["new", "mine", "--images", "pics", "--resolution", "128"]) == 0
     printed = capsys.readouterr().out
     readme = (tmp_path / "mine/README.md").read_text()
     for command in COMMANDS:
@@ -84,7 +85,8 @@ def test_the_commands_are_printed_and_in_the_readme(
     assert "class 0/torn.png cannot be decoded" in printed
     held_out = len(open_images("pics:val", 8, "skip"))
     assert 0 < held_out < 121
-    assert f"{121 - held_out} pictures to train on, {held_out} held out for validation\n64 x 64 pixels, " in printed
+    assert f"{121 - held_out} pictures to train on, {held_out} held out for validation\n128 x 128 pixels, " in printed
+    assert torch.cuda.is_available() or "128 pixels are meant for GPUs" in printed
     assert readme.startswith("# 2 classes, 121 images: class 0 (61), class 1 (60)\n")
 
 

@@ -84,6 +84,18 @@ def test_only_oblong_pictures_are_cropped_at_random() -> None:
     assert make_plan(pictures(50_000, (64, 80)), None, CPU).views == 1
 
 
+@pytest.mark.parametrize(
+    ("machine", "count", "batches", "log_interval"),
+    [(CPU, 120, (4, 8), 10), (GPU, 120, (64, 64), 1), (GPU, 1000, (64, 128), 7)],
+)
+def test_an_epoch_has_a_batch_and_an_entry_in_the_log(
+    machine: Machine, count: int, batches: tuple[int, int], log_interval: int
+) -> None:
+    plan = make_plan(pictures(count), 64, machine)
+    assert (plan.tokenizer_batch, plan.batch_size) == batches
+    assert plan.log_interval == log_interval
+
+
 def test_an_unknown_resolution_and_too_few_pictures_are_refused() -> None:
     with pytest.raises(InputError, match=r"--resolution 48 has no recipe: choose one of 32, 64, 128, 256"):
         check_resolution(48)

@@ -2,7 +2,7 @@
 
 The members show the layout: ImageNet's `ILSVRC2012_img_train.tar`, a tar with one inner tar per class; one tar of class
 folders; WebDataset shards, with a `.cls` or a `.json` with a label next to each image; one tar per class, named after
-it; or, with a label file, a flat tar of images such as `ILSVRC2012_img_val.tar`.
+it; or a flat tar of images, which are of one class, or have a label file, as `ILSVRC2012_img_val.tar`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lightning_mvar.data.images.class_words import LABEL_FIELDS, NUMBER, KeysAndLabels, Numbers, labels_from_words
 from lightning_mvar.data.images.decoding import SUFFIXES, check_bytes
-from lightning_mvar.data.images.files import EncodedImages
+from lightning_mvar.data.images.files import EncodedImages, folder_class
 from lightning_mvar.data.images.labels import Labels
 from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_splits
 from lightning_mvar.data.images.tars import Member, list_members
@@ -44,7 +44,7 @@ class TarImages(EncodedImages):
     same_name_remedy = "unpack the archive, which keeps the last, and pack it again (tar -r and tar -u leave both)"
 
     def __init__(self, paths: Sequence[Path], labels: Labels | str | None, class_names: Sequence[str] | None) -> None:
-        self.paths, skipped, self.is_flat = list(paths), Skipped(), isinstance(labels, Labels)
+        self.paths, skipped = list(paths), Skipped()
         image_column, _, label_column = labels.rpartition(",") if isinstance(labels, str) else ("", "", "")
         members = [member for member in list_members(self.paths, skipped) if not self.skips(member, skipped)]
         images = sorted((m for m in members if is_image(m.name)), key=lambda m: m.name)
@@ -53,7 +53,7 @@ class TarImages(EncodedImages):
         if not images:
             raise InputError(f"no images in {self.paths[0]}: expected members with a suffix of {', '.join(SUFFIXES)}")
         if isinstance(labels, Labels):
-            named = labels.assign([m.name for m in images], self.paths[0], skipped)
+            named, self.is_flat = labels.assign([m.name for m in images], self.paths[0], skipped), True
         elif label_files := self.find_label_files(images, members, label_column):
             refuse_two_images(images, self.paths)
             words = self.read_classes(images, label_files, label_column)
@@ -61,6 +61,7 @@ class TarImages(EncodedImages):
         else:
             reject_samples_without_class(images, members, self.paths)
             named = keys_from_paths(images, self.paths)
+            self.is_flat = len(named.class_names) == 1
         self.count_others(images, members, skipped)
         super().__init__(*named, np.array([(m.archive, m.offset, m.size) for m in images], np.int64), skipped)
 
@@ -219,8 +220,10 @@ def reject_samples_without_class(images: list[Member], members: list[Member], pa
 def keys_from_paths(images: list[Member], paths: Sequence[Path]) -> KeysAndLabels:
     """Takes the class of an image from its inner archive, its folder or its archive.
 
+    Images that are all in one place are of one class, as in a folder; it is named after the archive.
+
     Raises:
-        InputError: if all images are in the same place, or the folders are splits rather than classes.
+        InputError: if the folders are splits rather than classes.
     """
     folders = [os.path.dirname(image.path) for image in images]
     root = os.path.commonpath(folders) if any(folders) else ""
@@ -235,7 +238,8 @@ def keys_from_paths(images: list[Member], paths: Sequence[Path]) -> KeysAndLabel
             keys.append(f"{paths[image.archive].stem}/{image.name}")
     names = sorted({key.split("/")[0] for key in keys})
     if len(names) == 1 and len(paths) == 1 and not images[0].inner:
-        raise InputError(f"{paths[0]} does not say which classes its images belong to: pass a label file with --labels")
+        name = folder_class(paths[0].with_suffix(""))
+        return KeysAndLabels([name], [f"{name}/{image.name}" for image in images], [0] * len(images))
     remedy = "pack each by itself; if they are classes, pass a label file with --labels"
     refuse_splits(names, str(paths[0]), remedy)
     numbers = {name: label for label, name in enumerate(names)}

@@ -227,7 +227,8 @@ def check_archives(paths: list[Path]) -> list[Path]:
     """Returns `paths`; raises InputError unless all are tar archives, all Parquet or all Arrow files."""
     kinds = (TAR_SUFFIXES, ".parquet", ".arrow")
     if not any(all(path.name.endswith(suffixes) for path in paths) for suffixes in kinds):
-        raise InputError(f"{paths[0]} is neither a folder of images nor a .tar or .parquet file")
+        remedy = ": unpack it, and pass the folder" if paths[0].suffix == ".zip" else ""
+        raise InputError(f"{paths[0]} is neither a folder of images nor a .tar or .parquet file{remedy}")
     return paths
 
 

@@ -75,6 +75,16 @@ def test_class_names_name_the_class_of_a_folder_without_class_folders(tmp_path: 
         open_encoded(str(root), None, ["flowers", "trees"])
 
 
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_a_flat_tar_is_one_class_with_the_split_of_the_folder(tmp_path: Path, inside: str) -> None:
+    names = [f"{i}.png" for i in range(30)]
+    folder = open_encoded(str(write(tmp_path / "pics", *names)), None, None)
+    packed = open_encoded(write_tar(tmp_path / "pics.tar", [(inside + name, b"x") for name in names]), None, None)
+    assert packed.class_names == ["pics"]
+    assert packed.listing == folder.listing
+    assert packed.held_out.tolist() == folder.held_out.tolist()
+
+
 def test_the_classes_and_their_numbers_of_images_are_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

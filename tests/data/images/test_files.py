@@ -201,6 +201,7 @@ def broken_sources(root: Path, files: dict[str, bytes]) -> dict[str, tuple[str, 
         add_file(archive, "a.jpg", b"x")
         add_file(archive, "a.cls", b"1")
         add_file(archive, "b.jpg", b"x")
+    (root / "pics.zip").write_bytes(b"PK")
     (root / "half.parquet").write_bytes(b"PAR1" + b"x" * 100)
     (root / "labels.txt").write_text("b 0\nc 1\n")
     (root / "short.txt").write_text("0\n1\n")
@@ -210,7 +211,7 @@ def broken_sources(root: Path, files: dict[str, bytes]) -> dict[str, tuple[str, 
         "truncated in the middle|unexpected end": (str(root / "cut.tar"), None, None),
         "text.tar is not a tar": (str(root / "text.tar"), None, None),
         "packed.tar is not a tar": (str(root / "packed.tar"), None, None),
-        "flat.tar does not say which classes": (str(root / "flat.tar"), None, None),
+        "pics.zip is neither .* file: unpack it, and pass the folder": (str(root / "pics.zip"), None, None),
         "no images in": (str(root / "none.tar"), None, None),
         "unlabelled.tar: b.jpg has no class": (str(root / "unlabelled.tar"), None, None),
         "half.parquet is damaged": (str(root / "half.parquet"), None, None),
