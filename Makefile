@@ -1,4 +1,5 @@
 # make demo   the whole path on the embedded digits, into outputs/demo
+# make gallery   the pictures of README: the demo, then tokenizer and network of the emoji, into docs
 # make test   the tests
 # make docs   the documentation site, into build/site
 # All create .venv first if it is absent. PYTHON=python3.12 chooses the interpreter.
@@ -6,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo demo-clean test gpu lint format docs clean
+.PHONY: install demo demo-clean gallery test gpu lint format docs clean
 
 install: .venv/installed
 
@@ -20,6 +21,19 @@ install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/lightning-mvar demo
+
+EMOJI := outputs/emoji64
+EMOJI_DRAWING := --guidance 2 --top_p 0.8
+gallery: demo
+	$(BIN)/lightning-mvar train-tokenizer --config configs/experiment/digits_tokenizer.yaml \
+	  --config configs/data/emoji64_tokenizer.yaml --resume
+	$(BIN)/lightning-mvar tokenize --images emoji64:train --tokenizer $(EMOJI)/tokenizer --out $(EMOJI)/shards/train
+	$(BIN)/lightning-mvar tokenize --images emoji64:test --tokenizer $(EMOJI)/tokenizer --out $(EMOJI)/shards/val
+	$(BIN)/lightning-mvar fit --config configs/experiment/digits.yaml --config configs/data/emoji64.yaml --resume
+	$(BIN)/lightning-mvar sample $(EMOJI)/mvar/checkpoints/last.ckpt --per_class 4 $(EMOJI_DRAWING) \
+	  --out $(EMOJI)/samples.npz --grid docs/emoji_grid.png --strip docs/emoji_strip.png
+	cp outputs/demo/grid.png docs/demo_grid.png
+	cp outputs/demo/strip.png docs/demo_strip.png
 
 demo-clean:
 	rm -rf outputs/demo outputs/statistics
