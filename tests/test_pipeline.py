@@ -20,6 +20,8 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.philox import image_keys
+from lightning_mvar.sampling.sampler import Drawing
+from lightning_mvar.sampling.settings import SamplingSettings
 
 NAMES = ["zero", *map(str, range(1, 10))]
 
@@ -50,9 +52,32 @@ def test_repr_says_what_the_pipeline_draws(pipe: MVARPipeline) -> None:
 
 def test_images_that_are_not_finite_are_counted_instead_of_drawn_black(pipe: MVARPipeline) -> None:
     decode = pipe.tokenizer.decode_features
-    pipe.tokenizer.decode_features = lambda f_hat: decode(f_hat) * torch.tensor([1, torch.nan, 1]).view(3, 1, 1, 1)
-    with pytest.raises(InputError, match="1 of 3 images are not finite"):
-        pipe([0, 1, 2])
+    for value in (torch.nan, torch.inf):
+        pipe.tokenizer.decode_features = lambda f_hat, value=value: (
+            decode(f_hat) + torch.tensor([0, value, 0])[:, None, None, None]
+        )
+        with pytest.raises(InputError, match="1 of 3 images are not finite"):
+            pipe([0, 1, 2])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("scale", [0, 2, 3])
+def test_logits_that_are_not_finite_at_one_scale_refuse_image_and_tokens(
+    pipe: MVARPipeline, scale: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, lengths = pipe.network.step, pipe.network.config.schedule.lengths
+
+    def overflow(inputs: torch.Tensor | None, state: object) -> tuple[torch.Tensor, object]:
+        logits, state = step(inputs, state)
+        if logits.shape[1] == lengths[scale]:
+            logits[1, 0, 5] = value
+        return logits, state
+
+    monkeypatch.setattr(pipe.network, "step", overflow)
+    drawing = Drawing(pipe.sampler, torch.arange(3), 1, SamplingSettings(guidance=0.0))
+    for draw in (drawing.draw, drawing.draw_tokens):
+        with pytest.raises(InputError, match="1 of 3 images are not finite"):
+            draw(drawing.labels, [0, 1, 2])
 
 
 def test_classes_can_be_mixed(pipe: MVARPipeline) -> None:

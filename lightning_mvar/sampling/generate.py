@@ -113,9 +113,10 @@ def draw_images(
 
 @torch.no_grad()
 def decode_images(tokenizer: Tokenizer, f_hat: Tensor) -> Tensor:
-    """Decodes f_hat (b, c, s, s) of any scale to images (b, 3, H, W) in [0, 1]."""
+    """Decodes f_hat (b, c, s, s) of any scale to images (b, 3, H, W) in [0, 1], with NaN where they are not finite."""
     with without_autocast(f_hat):  # of the network alone
-        return (tokenizer.decode_features(f_hat).clamp(-1, 1) + 1) / 2
+        pixels = tokenizer.decode_features(f_hat)
+        return (pixels.masked_fill(pixels.isinf(), torch.nan).clamp(-1, 1) + 1) / 2
 
 
 @torch.no_grad()

@@ -107,13 +107,18 @@ def drawn_pixels(images: Tensor) -> PixelArray:
     Raises:
         InputError: with their count, if some hold NaN, which would become black.
     """
+    require_finite(images)
+    return to_uint8(images)
+
+
+def require_finite(images: Tensor) -> None:
+    """Raises InputError if some images, or their features (b, c, s, t), hold NaN, with the number of these."""
     broken = int(images.flatten(1).sum(dim=1).isnan().sum())
     if broken:
         raise InputError(
             f"{broken} of {len(images)} images are not finite: the network or the decoder overflows; use weights of an "
             f"earlier checkpoint, or precision float32"
         )
-    return to_uint8(images)
 
 
 @dataclass
@@ -129,6 +134,7 @@ class Drawing:
         mixes: if some images mix classes, the weights by label of each `per_class` images; `labels` are then of the
             largest weight.
         advance: called after each scale of a batch with its part of the work, as the number of images that it equals.
+            On CUDA, the scale is then queued, not yet drawn.
     """
 
     sampler: Sampler
@@ -175,11 +181,12 @@ class Drawing:
         return drawn_pixels(decode_images(self.sampler.tokenizer, f_hat))
 
     def draw_tokens(self, labels: Tensor, numbers: list[int]) -> Tensor:
-        """Draws tokens (b, l) int64 of the given labels and numbers."""
+        """Draws tokens (b, l) int64 of the given labels and numbers; raises InputError if logits are not finite."""
         drawn = []
         for k, step in enumerate(self.sampler.steps(labels, self.settings, numbers)):
             self.advance(self.shares[k] / sum(self.shares) * len(numbers))
             drawn.append(step.tokens)
+        require_finite(step.f_hat)
         return torch.cat(drawn, dim=1)
 
     def stream_images(self, numbers: list[int]) -> Iterator[Tensor]:

@@ -147,7 +147,8 @@ class ScaleDrawer:
         """Draws the tokens at the positions `span`.
 
         Returns:
-            Tokens (b, n), their codes (b, n, c), guided logits (b, n, v) and the states after them.
+            Tokens (b, n), their codes (b, n, c), guided logits (b, n, v) and the states after them. The codes of tokens
+            whose logits are not finite are NaN, and so are the features and the image that they become.
         """
         guided, states = self.predict(k, progress.inputs, progress.states)
         with without_autocast(guided):
@@ -157,6 +158,8 @@ class ScaleDrawer:
                 codes = self.quantizer.codebook(tokens)
             else:
                 tokens, codes = self.choose(logits, k, span, batch, progress.uniforms)
+            broken = ~guided.sum(dim=-1, keepdim=True, dtype=torch.float32).isfinite()
+            codes = codes.masked_fill(broken, torch.nan)  # else an overflow would look like any other token
             if batch.known is not None:
                 keep = batch.known.keep[:, span]
                 tokens = torch.where(keep, batch.known.tokens[:, span], tokens)
