@@ -14,6 +14,7 @@ from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.classes import Classes
+from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.devices import set_tf32
 from lightning_mvar.errors import InputError
@@ -50,6 +51,7 @@ def evaluate(
     cache: str = "outputs/statistics",
     json: str | None = None,
     num_workers: int = 0,
+    on_corrupt: OnCorrupt = "raise",
     device: str = "auto",
     devices: int = 1,
     num_nodes: int = 1,
@@ -96,6 +98,8 @@ def evaluate(
         cache: folder that caches the statistics of real images and the trained classifiers.
         json: write the scores to this JSON file.
         num_workers: processes that decode image files.
+        on_corrupt: `raise` an error for a real image that cannot be decoded, or `skip` it with a warning; also
+            --extractor.on_corrupt of ImageClassifier.
         device: auto, cpu, cuda or cuda:N.
         devices: processes per machine, each with its own GPU if `device` is cuda.
         num_nodes: machines; start the same command on each, with torchrun or Slurm.
@@ -107,9 +111,10 @@ def evaluate(
     inputs |= {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer}
     (inputs if ckpt_path is None else outputs)["--samples"] = samples
     refuse_overwriting(outputs, inputs)
+    open_real = partial(open_reference, crop=crop, margin=margin, on_corrupt=on_corrupt)
     evaluation = Evaluation(
-        real=open_reference(reference, crop=crop, margin=margin),
-        floor=None if floor is None else open_reference(floor, crop=crop, margin=margin),
+        real=open_real(reference),
+        floor=None if floor is None else open_real(floor),
         reconstructor=None if reconstructions is None else load_tokenizer(reconstructions),
         worst_classes=worst_classes,
         uncertainty=Uncertainty(interval, extrapolate),
@@ -178,7 +183,7 @@ def default_extractor(reference: Reference, cache: str) -> nn.Module:
             f"InceptionV3 or DINOv2, which are downloaded the first time"
         )
     margin = reference.resizing.margin
-    classifier = ImageClassifier(reference.name, cache=cache, margin=margin)
+    classifier = ImageClassifier(reference.name, cache=cache, margin=margin, on_corrupt=reference.on_corrupt)
     warn(
         f"without --extractor, features come from a classifier trained on {reference.name} itself: compare the scores "
         f"only with others against these images (to train it on other images: --extractor ImageClassifier "

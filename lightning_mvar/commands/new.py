@@ -66,7 +66,7 @@ def describe(pictures: Pictures) -> list[str]:
     if pictures.broken:
         named, rest = pictures.broken[:MAX_NAMED], pictures.broken[MAX_NAMED:]
         lines += [*named, *([f"and {len(rest):,} more"] if rest else [])]
-        lines.append("training skips these; `evaluate` needs them repaired or removed")
+        lines.append("all commands skip these")
     return lines
 
 

@@ -55,6 +55,8 @@ class Evaluation:
             raise InputError(
                 f"--worst_classes needs a reference with classes, such as a folder of class folders: {name}"
             )
+        if self.worst_classes and self.real.on_corrupt == "skip":
+            raise InputError("--worst_classes needs every image of the reference: leave out --on_corrupt skip")
         if self.floor is not None and self.floor.name == name:
             raise InputError(f"--floor {name} is the reference itself, at distance 0: pass other real images")
         if self.reconstructor is not None and not self.real.has_images:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_mvar.data.images.examples import ImageSource, image_loader
+from lightning_mvar.data.images.examples import ImageSource, decoded_batches
 from lightning_mvar.data.images.protocols import Resizing
 from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.data.tokens.sources import ShardSource
@@ -38,7 +38,10 @@ class ImageSet(ABC):
 
     @abstractmethod
     def batches(self, begin: int, end: int) -> Iterator[Tensor]:
-        """Yields the images from `begin` to `end` in order: (b, 3, H, W) float32 in [0, 1], b at most `BATCH_SIZE`."""
+        """Yields the images from `begin` to `end` in order: (b, 3, H, W) float32 in [0, 1], b at most `BATCH_SIZE`.
+
+        Images that cannot be decoded are left out, if the set allows it.
+        """
 
 
 class SourceImages(ImageSet):
@@ -56,7 +59,7 @@ class SourceImages(ImageSet):
         return len(self.source)
 
     def batches(self, begin: int, end: int) -> Iterator[Tensor]:
-        for batch in image_loader(self.source, BATCH_SIZE, self.num_workers, range(begin, end)):
+        for batch in decoded_batches(self.source, BATCH_SIZE, self.num_workers, range(begin, end)):
             yield (batch.images + 1) / 2
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
+from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, MARGIN, CropProtocol, Resizing
 from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images, split_off
 from lightning_mvar.data.tokens.manifest import MANIFEST
@@ -43,6 +44,7 @@ class Reference:
         cache_dir: local folder for downloaded archives.
         retries: further attempts after a failed download.
         resizing: how image files are resized before they are cropped, and those of statistics must have been.
+        on_corrupt: raise if an image file cannot be decoded, or skip it.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Reference:
     cache_dir: str = IMAGE_CACHE
     retries: int = RETRIES
     resizing: Resizing = DEFAULT_RESIZING
+    on_corrupt: OnCorrupt = "raise"
 
     @property
     def has_images(self) -> bool:
@@ -93,6 +96,7 @@ class Reference:
             source = open_images(
                 self.name,
                 shape,
+                self.on_corrupt,
                 cache_dir=self.cache_dir,
                 retries=self.retries,
                 crop=self.resizing.protocol,
@@ -168,6 +172,7 @@ def open_reference(
     retries: int = RETRIES,
     crop: CropProtocol = "var",
     margin: float = MARGIN,
+    on_corrupt: OnCorrupt = "raise",
 ) -> Reference:
     """Parses the value of `--reference`.
 
@@ -178,6 +183,7 @@ def open_reference(
         cache_dir: local folder for downloaded archives and npz files.
         retries: further attempts after a failed download.
         crop, margin: how image files are resized and cropped; see `data.images.protocols`.
+        on_corrupt: raise if an image file cannot be decoded, or skip it.
 
     Raises:
         InputError: if a file or folder does not exist or is unavailable, or an npz is damaged.
@@ -193,7 +199,7 @@ def open_reference(
         if "{}" in name or not file.endswith((*ARCHIVE_SUFFIXES, ".npz")):
             return Reference(name, "shards", retries=retries, resizing=resizing)
         if file.endswith(ARCHIVE_SUFFIXES):
-            return Reference(name, "images", cache_dir=cache_dir, retries=retries, resizing=resizing)
+            return Reference(name, "images", None, (), cache_dir, retries, resizing, on_corrupt)
         (path,) = fetch_files([name], Path(cache_dir).expanduser(), retries)
     if path.suffix == ".npz":
         return Reference(str(path), "npz", arrays=tuple(array_names(path)), resizing=resizing)
@@ -201,7 +207,7 @@ def open_reference(
         return Reference(name, "shards", resizing=resizing)
     if not os.path.exists(split_off(name)[0]) and not set(name) & set("{*?["):  # of a pattern of archives
         raise InputError(f"{name} does not exist")
-    return Reference(name, "images", resizing=resizing)
+    return Reference(name, "images", resizing=resizing, on_corrupt=on_corrupt)
 
 
 def measure_cached(extractor: nn.Module, images: ImageSet, name: str, cache: Path) -> Summary:

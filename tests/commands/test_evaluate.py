@@ -174,6 +174,25 @@ def test_the_classes_drawn_worst_are_reported(workspace: Path) -> None:
     assert distances["frechet_distance_of_dark"] == pytest.approx(frechet_distance(*statistics), rel=1e-6)
 
 
+def test_broken_pictures_of_the_reference_are_skipped_if_allowed(
+    workspace: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    np.savez("a.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3)).astype(np.uint8))
+    expected = evaluate_scores("a.npz")
+    broken = sorted(Path("images").iterdir())[0] / "broken.png"
+    broken.write_bytes(b"")
+    options = ["--on_corrupt", "skip", "--reconstructions", "tok"]
+    record = evaluate_scores("a.npz", *options)
+    assert record["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=1e-9)
+    assert record["recall"] == expected["recall"]
+    assert [line for line in caplog.messages if line.startswith(f"skipped: {broken} cannot be decoded")]
+    command = ["evaluate", "--samples", "a.npz", *REFERENCE]
+    assert run(command) == 1  # the cached statistics lack a picture
+    assert f"{broken} cannot be decoded" in capfd.readouterr().err
+    assert run([*command, *options, "--worst_classes", "1"]) == 1
+    assert "--worst_classes needs every image of the reference" in capfd.readouterr().err
+
+
 def test_references_are_images_shards_or_statistics(workspace: Path, tokenizer: Tokenizer) -> None:
     write_token_shards(workspace / "shards", tokenizer.fingerprint(), [20, 12])
     np.savez("a.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3)).astype(np.uint8))

@@ -60,6 +60,7 @@ def test_the_commands_of_a_project_parse_and_find_each_other(project: Path) -> N
     assert encoding["images"] == images
     sources = tokenizing.data.train, tokenizing.data.val, scoring["floor"], scoring["reference"]
     assert sources == (f"{images}:train", f"{images}:val") * 2
+    assert {part["on_corrupt"] for part in (scoring, scoring["extractor"]["init_args"])} == {"skip"}
     assert {tokenizing.data.margin, encoding["margin"], scoring["margin"]} == {1.0}
     assert 0 < len(open_images(sources[1], 8)) < len(open_images(sources[0], 8))
 

@@ -83,7 +83,8 @@ class DecodedImages:
 
     @property
     def identity(self) -> str:
-        return self.encoded.identity
+        """Hash of the files, marked if some may be skipped, so that nothing cached passes for the whole set."""
+        return f"{self.encoded.identity} skip" if self.on_corrupt == "skip" else self.encoded.identity
 
     @property
     def listing(self) -> str:

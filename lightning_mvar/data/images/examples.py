@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, cast
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
+from lightning_mvar.data.images.names import log_once
 from lightning_mvar.data.resumable import ignore_signals_in_worker
 from lightning_mvar.scales import Shape
 
@@ -140,6 +142,17 @@ def image_loader(
     """Returns a loader of all images in order, or of those at `indices`."""
     indices = range(len(images)) if indices is None else indices
     return batch_loader(images, batched(indices, batch_size), num_workers)
+
+
+def decoded_batches(
+    images: Examples, batch_size: int, num_workers: int, indices: Sequence[int] | None = None
+) -> Iterator[ImageBatch]:
+    """Yields the batches of `image_loader` without those that have no image; logs each image that is skipped once."""
+    for batch in image_loader(images, batch_size, num_workers, indices):
+        for message in batch.errors:
+            log_once(logging.WARNING, f"skipped: {message}")
+        if len(batch.images):
+            yield batch
 
 
 def batched(indices: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mvar.data.images.examples import image_loader
+from lightning_mvar.data.images.examples import OnCorrupt, decoded_batches
 from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
+from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.classifiers.trained import BATCH_SIZE, TrainedClassifier
 
 SIDE, SHIFT = 64, 4  # of the images that the network takes, and their largest shift in training, in pixels
@@ -37,6 +38,7 @@ class ImageClassifier(TrainedClassifier):
         margin: of resizing before the centre is cropped, as in `lightning-mvar tokenize`.
         cache: folder for the weights; their file is named with a hash of the settings and of the paths, sizes and
             modification times of the images.
+        on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a warning.
 
     Raises:
         InputError: if the source does not exist.
@@ -45,9 +47,14 @@ class ImageClassifier(TrainedClassifier):
     resize = f"bilinear with antialiasing, to {SIDE} x {SIDE}"
 
     def __init__(
-        self, images: str, labels: str | None = None, cache: str = "outputs/statistics", margin: float = MARGIN
+        self,
+        images: str,
+        labels: str | None = None,
+        cache: str = "outputs/statistics",
+        margin: float = MARGIN,
+        on_corrupt: OnCorrupt = "raise",
     ) -> None:
-        self.source = open_images(images, SIDE, labels=labels, cache_dir=IMAGE_CACHE, margin=margin)
+        self.source = open_images(images, SIDE, on_corrupt, labels, cache_dir=IMAGE_CACHE, margin=margin)
         classes, count = len(self.source.class_names), min(len(self.source), MAX_IMAGES)
         if classes == 1:
             classes, count = QUARTER_TURNS, QUARTER_TURNS * count
@@ -66,8 +73,10 @@ class ImageClassifier(TrainedClassifier):
         indices = np.linspace(0, len(self.source) - 1, count).round().astype(int).tolist()
         batches = [
             (((batch.images + 1) * 127.5).round().to(torch.uint8), batch.labels)
-            for batch in image_loader(self.source, BATCH_SIZE, 0, indices)
+            for batch in decoded_batches(self.source, BATCH_SIZE, 0, indices)
         ]
+        if not batches:
+            raise InputError(f"none of the {count} images of {self.name} can be decoded")
         images, labels = map(torch.cat, zip(*batches, strict=True))
         if len(self.source.class_names) > 1:
             return images, labels

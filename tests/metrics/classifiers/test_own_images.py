@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.classifiers import own_images
 from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
 from lightning_mvar.metrics.frechet import Statistics
@@ -31,8 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "pictures"
 
 
-def classifier_of(folder: Path) -> ImageClassifier:
-    return ImageClassifier(str(folder), cache=str(folder.parent / "cache"))
+def classifier_of(folder: Path, **options: Any) -> ImageClassifier:
+    return ImageClassifier(str(folder), cache=str(folder.parent / "cache"), **options)
 
 
 def test_it_is_trained_on_first_use_and_then_shared(folder: Path) -> None:
@@ -54,6 +56,14 @@ def test_it_is_trained_on_first_use_and_then_shared(folder: Path) -> None:
     assert weights.stat().st_mtime_ns == written
     (folder / "down/39.png").unlink()
     assert classifier_of(folder).path != weights  # other images, another classifier
+
+
+def test_broken_images_are_skipped_if_allowed(folder: Path) -> None:
+    (folder / "down/39.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"39\.png cannot be decoded"):
+        classifier_of(folder).training_images()
+    images, labels = classifier_of(folder, on_corrupt="skip").training_images()
+    assert (len(images), labels.tolist()) == (39, [0] * 20 + [1] * 19)
 
 
 def test_shifts_are_random_and_reflect_the_border(folder: Path) -> None:
