@@ -1,6 +1,5 @@
 """Exceptions for mistakes that the user can fix, and for interruptions."""
 
-from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 
 
@@ -20,6 +19,8 @@ def require_package(package: str, extra: str, purpose: str) -> None:
 
 def install(extra: str) -> str:
     """Returns the command that installs an optional extra, from a clone or a wheel: by the packages that it needs."""
+    from importlib.metadata import PackageNotFoundError, requires  # takes as long as all else of `--version`
+
     try:
         requirements = [text.partition(";") for text in requires("lightning-mvar") or []]
     except PackageNotFoundError:  # a clone that is not installed

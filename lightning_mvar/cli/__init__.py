@@ -24,7 +24,6 @@ from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
-from lightning_mvar.cli.checks import check_options
 from lightning_mvar.cli.help import (
     COMMANDS,
     FULL_HELP,
@@ -35,7 +34,6 @@ from lightning_mvar.cli.help import (
     usage,
     with_first_option,
 )
-from lightning_mvar.cli.schema import config_schema
 from lightning_mvar.errors import InputError, Interrupted, one_line
 
 PIPE_EXIT_CODE = 128 + signal.SIGPIPE
@@ -44,7 +42,10 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of write
 # Messages of jsonargparse, which lists all types of an option.
 UNKNOWN_CLASS = re.compile(r'key "([\w.]+)":.*Expected a dot import path string: (\w+)')
 REFUSED_BY_CLASS = re.compile(r"key \"([\w.]+)\":.*Problem with given class_path '([\w.]+)': (.*?)(?= - Expected|$)")
-UNNEEDED = ("Tip: For seamless cloud", "TPU available: False", "Restoring states from")  # messages of Lightning
+UNNEEDED = (
+    *("Tip: For seamless cloud", "TPU available: False", "Restoring states from"),  # of Lightning
+    *("thrown while requesting", "Retrying in"),  # of huggingface_hub, whose last failure is reported
+)
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP)  # of a path that a user names
 
 
@@ -112,9 +113,13 @@ def run(argv: list[str]) -> int:
             print_help(*argv)
             return 0
         if "--print_schema" in argv and argv[0] in TRAINING:
+            from lightning_mvar.cli.schema import config_schema
+
             print(json.dumps(config_schema(argv[0]), indent=1))
             return 0
         argv = with_first_option(argv)
+        from lightning_mvar.cli.checks import check_options  # here, because --version and --help need no YAML
+
         check_options(*argv)
         argv = ["--help" if argument == FULL_HELP else argument for argument in argv]
         command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")
@@ -149,11 +154,12 @@ def run(argv: list[str]) -> int:
 
 
 def enable_logging() -> None:
-    """Prints the package's log messages to stderr; Lightning's have their own handler, and lose `UNNEEDED` ones."""
+    """Prints the package's log messages to stderr; others have their own handlers, and lose `UNNEEDED` messages."""
     logger = logging.getLogger("lightning_mvar")
     logger.handlers = [logging.StreamHandler()]  # anew, as stderr may be another one than at the last command
     logger.setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_needed)
+    for name in ("lightning.pytorch.utilities.rank_zero", "huggingface_hub.utils._http"):
+        logging.getLogger(name).addFilter(is_needed)
 
 
 def is_needed(record: logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from huggingface_hub.utils import http_backoff
 from torch import nn
 
 from lightning_mvar import cli
@@ -198,3 +199,10 @@ def test_lightning_prints_no_tips_and_no_hint_to_use_srun(
     assert caplog.messages
     assert not [message for message in caplog.messages if "Tip" in message]
     assert not [warning for warning in shown if "srun" in str(warning.message)]
+
+
+def test_retries_of_the_hub_are_hidden(caplog: pytest.LogCaptureFixture) -> None:
+    cli.enable_logging()
+    with pytest.raises(Exception, match="Connection refused"):
+        http_backoff("GET", "http://127.0.0.1:1/", max_retries=1, base_wait_time=0)
+    assert not [message for message in caplog.messages if "127.0.0.1" in message or "Retry" in message]

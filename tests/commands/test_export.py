@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from processes import start
 from published_states import published
 from safetensors.torch import save_file
 
@@ -144,19 +144,24 @@ def test_files_that_are_not_what_they_claim(workdir: Path, files: Path, capfd: p
         assert "text.pth is a file; name a folder to write to" in capfd.readouterr().err
 
 
-def limit_file_size(rank: int) -> None:
-    """Makes writing fail as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Makes writing more than a megabyte fail as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_reported_in_one_message(files: Path, workdir: Path) -> None:
-    for target in ("folder", "official"):
-        command = ["export", "--official", str(files / "var_trainer.pth"), "--out", "full", "--to", target]
-        full = start(command, workdir, prepare=limit_file_size)
-        assert full.wait() == [1], full.printed()
-        assert full.printed().splitlines()[-1].startswith("lightning-mvar: error: cannot write full/")
-        assert "Traceback" not in full.printed()
-        assert not list(workdir.glob("full/*"))
+@pytest.mark.parametrize("target", ["folder", "official"])
+def test_a_full_disk_is_reported_in_one_message(
+    files: Path, workdir: Path, full_disk: None, target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", "--official", str(files / "var_trainer.pth"), "--out", "full", "--to", target]) == 1
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1].startswith("lightning-mvar: error: cannot write full/")
+    assert "Traceback" not in error
+    assert not list(workdir.glob("full/*"))
 
 
 def test_a_network_does_not_replace_a_tokenizer(workdir: Path, files: Path, capfd: pytest.CaptureFixture[str]) -> None:
