@@ -253,7 +253,7 @@ def test_mistakes_are_reported_in_one_line(
         ([], "shards needs a command; it has verify, info, decode"),
         (["info", "x" * 5000], "xxx is not a folder"),
         (["look", "tokens"], "look"),
-        (["verify"], "shards verify needs --folder"),
+        (["verify"], "shards verify needs FOLDER as its first word (or --folder)"),
         (["verify", "nowhere"], "nowhere is not a folder"),
         (["verify", "images"], "no token shards in images"),
         (["info", "images"], "no token shards in images"),
