@@ -77,7 +77,13 @@ class Evaluation:
             summary: what the evaluator measured of the real images.
         """
         labels = class_labels(images, self.real) if self.worst_classes else None
-        scores = Scores(evaluator.extractor, summary, len(images), keep_features=self.uncertainty.needs_features)
+        scores = Scores(
+            evaluator.extractor,
+            summary,
+            len(images),
+            keep_features=self.uncertainty.needs_features,
+            keep_spatial=self.uncertainty.interval is not None,
+        )
         feed_shard(SourceImages(images, evaluator.num_workers), scores, "features of the samples")
         values = scores.compute()
         record: Record = {FULL_NAMES[name]: value for name, value in values.items()}

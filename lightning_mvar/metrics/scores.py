@@ -39,7 +39,8 @@ class Scores:
         reference: summary of the real images.
         num_samples: images in the set, over all ranks.
         neighbours: k of precision and recall; 0 to skip them, density and coverage, which take the longest.
-        keep_features: whether `intervals` and `extrapolated` will be called.
+        keep_features: whether `intervals` or `extrapolated` will be called.
+        keep_spatial: whether `intervals` will be called; they then include that of sFID, if there is one.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class Scores:
         num_samples: int,
         neighbours: int = 3,
         keep_features: bool = False,
+        keep_spatial: bool = False,
     ) -> None:
         self.extractor, self.reference, self.neighbours = extractor, reference, neighbours
         keeps = keep_features or reference.features is not None
-        self.features = Features(extractor, num_samples, MAX_SAMPLE_FEATURES if keeps else 0, keep_features)
+        max_features, keep_spatial = MAX_SAMPLE_FEATURES if keeps else 0, keep_spatial and reference.spatial is not None
+        self.features = Features(extractor, num_samples, max_features, keep_spatial)
         self.vendi = VendiScore(num_features(extractor)).to(device_of(extractor))
         self.inception = self.inception_score(num_samples) if getattr(extractor, "logits", None) else None
         self.num_samples = num_samples

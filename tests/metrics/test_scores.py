@@ -88,7 +88,7 @@ def empty_scores(count: int) -> Scores:
     extractor, real = Spatial(), torch.rand(50, 3, 8, 8)
     features = Features(extractor, 50, 50)
     features.update(real, torch.arange(50))
-    return Scores(extractor, features.compute(), count, keep_features=True)
+    return Scores(extractor, features.compute(), count, keep_features=True, keep_spatial=True)
 
 
 def scores_of(images: torch.Tensor) -> Scores:

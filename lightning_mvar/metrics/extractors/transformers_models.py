@@ -34,7 +34,9 @@ class Transformers(nn.Module):
         self.model = model
         try:
             config, _ = ImageProcessingMixin.get_image_processor_dict(model)
-            network, report = AutoModel.from_pretrained(model, use_safetensors=True, output_loading_info=True)
+            network, report = AutoModel.from_pretrained(
+                model, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             raise InputError(f"transformers cannot load {model} ({one_line(error):.200})") from error
         self.network = getattr(network, "vision_model", network).float().eval()
@@ -42,7 +44,7 @@ class Transformers(nn.Module):
             raise InputError(f"{model} has no weights {missing[0]}: its pooled features would be random")
         try:
             size = config.get("crop_size") or config["size"]
-            side = size.get("shortest_edge")
+            side = size if isinstance(size, int) else size.get("shortest_edge")
             self.shape = (side, side) if side else (size["height"], size["width"])
             self.mean, self.std = config["image_mean"], config["image_std"]
         except (KeyError, AttributeError) as error:

@@ -18,17 +18,20 @@ PREPROCESSING = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "wid
 SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 24, "image_size": 28}
 
 
-def write_model(folder: Path, kind: str, **sizes: Any) -> torch.nn.Module:
+def write_model(
+    folder: Path, kind: str, preprocessing: dict[str, Any] = PREPROCESSING, **sizes: Any
+) -> torch.nn.Module:
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
     model.save_pretrained(folder)
-    config = PREPROCESSING | {"image_mean": MEAN, "image_std": STD}
+    config = preprocessing | {"image_mean": MEAN, "image_std": STD}
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     return model.eval()
 
 
-def test_features_are_the_pooled_output(tmp_path: Path) -> None:
-    model = write_model(tmp_path, "Dinov2", patch_size=14, **SIZES)
+@pytest.mark.parametrize("preprocessing", [PREPROCESSING, {"size": 28}, {"size": 32, "crop_size": 28}])
+def test_features_are_the_pooled_output(preprocessing: dict[str, Any], tmp_path: Path) -> None:
+    model = write_model(tmp_path, "Dinov2", preprocessing, patch_size=14, **SIZES)
     extractor, images = Transformers(str(tmp_path)), torch.rand(2, 3, 40, 50)
     pixels = preprocess(images, (28, 28), MEAN, STD)
     with torch.no_grad():
