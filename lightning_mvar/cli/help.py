@@ -154,7 +154,7 @@ def describe(parser: argparse.ArgumentParser, name: str, found: Signature) -> ar
     parser.description = found.description
     parser.epilog = f"`lightning-mvar {name} {FULL_HELP}` has all options, with their whole texts."
     if name in TRAINING:
-        parser.epilog += f"\n`lightning-mvar {name} --print_schema` prints a JSON schema of its files, for editors."
+        parser.epilog += " `--print_schema` prints a JSON schema of its files."
     column = min(max([len(f"  --{o.name} {metavar(o)}  ") for o in found.options], default=0), NAMES_WIDTH)
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=column, width=width)
     for title in GROUPS:

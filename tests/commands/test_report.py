@@ -192,7 +192,7 @@ def test_it_prints_the_main_table_and_can_write_elsewhere(
             ["{done}", "--baseline", "vra"],
             "--baseline vra is not a variant with finished cells; choose one of mvar-depth2",
         ),
-        ([], "folder"),
+        ([], "FOLDER"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(
