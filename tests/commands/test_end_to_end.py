@@ -168,7 +168,7 @@ def test_tokenize_skips_or_refuses_corrupt_images(here: Path, capfd: pytest.Capt
     assert run([*command, "--max_failures", "1"]) == 0
     captured = capfd.readouterr()
     assert "17 samples in 1 shard " in captured.out
-    assert "1 images skipped" in captured.out
+    assert "1 image skipped" in captured.out
     manifest = Manifest.load(Path("shards/damaged"))
     assert manifest.num_samples == 17
     assert "light/3.png" in manifest.skipped[0]

@@ -51,7 +51,7 @@ def test_each_form_is_a_linear_combination(
         ("a --coefficients inf --out out", "Got value: inf"),
         ("a b --out b", "--out b would replace what network 2 b reads"),
         ("a nowhere --out out", "nowhere does not exist"),
-        ("--out out", "networks"),
+        ("--out out", "NETWORKS"),
         ("a torn --out out", "torn/network.safetensors is damaged or not a safetensors file"),
         ("a --coefficients -1e39 --out out", "its coefficients -1e+39 are too large"),
     ],

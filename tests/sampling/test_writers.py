@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_an_interruption_is_not_replaced_by_the_error_of_an_encoder(
 
     target = PngFolder(tmp_path / "set", {}, ["a", "b"])
     (tmp_path / "set/b").write_text("no folder")
-    drawing: Any = None  # not reached
+    drawing: Any = SimpleNamespace()  # draws nothing
     with pytest.raises(Interrupted):
         fill(target, drawing, batches, 2)
     assert target.missing() == [1]
