@@ -23,6 +23,7 @@ from lightning_mvar.metrics.summary import Summary, prepare
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, max_batch_size
 from lightning_mvar.sampling.graphs import graphs_for
+from lightning_mvar.sampling.sampler import require_finite
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
@@ -169,6 +170,7 @@ class FIDCallback(L.Callback):
                 images, _ = draw_images(
                     network, pl_module.tokenizer, labels, self.sampling, keys, graphs=graphs, guide=self.guide
                 )
+                require_finite(images)
                 valid = ids[ids < self.num_samples]  # the rest pads the last batch to an equal size
                 with without_autocast(images):  # as the features of the reference
                     scores.update(images[: len(valid)], valid)

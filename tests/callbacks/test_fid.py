@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import Pixels, scalars, write_token_shards
+from conftest import Pixels, scalars, tiny_network, write_token_shards
 from processes import start
 
 from lightning_mvar import Tokenizer
@@ -78,6 +78,19 @@ def test_the_chosen_weights_are_scored_and_the_end_is_scored_without_a_validatio
         generators = image_keys(0, range(7))
         metric.update(Pixels()(generate(model.network, model.tokenizer, torch.arange(7), generator=generators)))
         assert value == pytest.approx(frechet_distance(reference, metric.compute()), rel=1e-4)
+
+
+def test_samples_of_an_overflowing_network_are_named(tokenizer: Tokenizer) -> None:
+    network = tiny_network()
+    network.head.weight.data.fill_(torch.nan)
+    module: Any = SimpleNamespace(network=network, network_config=network.config, tokenizer=tokenizer)
+    callback = FIDCallback(Pixels(), "images", num_samples=4, batch_size=3, weights="raw")
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_checkpointing=False
+    )
+    scores: Any = None  # not reached
+    with pytest.raises(InputError, match="3 of 3 images are not finite: the network"):
+        callback.sample_into(scores, trainer, module)
 
 
 def test_samples_are_scored_against_decoded_shards(run_folder: Path, tokenizer: Tokenizer) -> None:
