@@ -84,7 +84,7 @@ def test_samples_of_an_overflowing_network_are_named(tokenizer: Tokenizer) -> No
     network = tiny_network()
     network.head.weight.data.fill_(torch.nan)
     module: Any = SimpleNamespace(network=network, network_config=network.config, tokenizer=tokenizer)
-    callback = FIDCallback(Pixels(), "images", num_samples=4, batch_size=3, weights="raw")
+    callback = FIDCallback(Pixels(), "images", num_samples=6, batch_size=3, weights="raw")
     trainer = L.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_checkpointing=False
     )
