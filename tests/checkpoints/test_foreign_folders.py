@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ FOREIGN = [None, True, -1, 0, 2**62, 10**30, 1.5, 1e308, "", "x\0y", [], {}, [[[
 
 def test_every_replaced_part_of_a_config_is_read_or_refused_in_one_line(folder: Path) -> None:
     sound = json.loads((folder / "config.json").read_text())
-    begin = time.monotonic()
     refused = 0
     paths = leaves(sound)
     for path in paths:
@@ -63,7 +61,6 @@ def test_every_replaced_part_of_a_config_is_read_or_refused_in_one_line(folder: 
             except InputError as error:
                 refused += "\n" not in str(error)
     assert refused > 0.9 * len(paths) * len(FOREIGN)  # other values of drop_path and adaln_gate_init are sound
-    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.parametrize(
@@ -88,13 +85,12 @@ def test_every_replaced_part_of_a_config_is_read_or_refused_in_one_line(folder: 
     ],
 )
 def test_sizes_are_bounded_before_anything_is_built(
-    folder: Path, part: str, change: dict[str, Any], message: str
+    folder: Path, part: str, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = json.loads((folder / "config.json").read_text())
     config[part] |= change
-    begin = time.monotonic()
+    monkeypatch.setattr("torch.nn.Module.__init__", None)  # building a module is a TypeError
     assert re.search(message, refusal(folder, config))
-    assert time.monotonic() - begin < 5
 
 
 def test_other_versions_and_kinds_of_config_are_told_with_the_remedy(folder: Path) -> None:

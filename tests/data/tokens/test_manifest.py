@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,7 +84,6 @@ def test_every_mutation_of_a_value_is_told_in_one_line_or_changes_no_batch(folde
     count = 0
     for name, changed in mutations(original):
         path.write_text(json.dumps(changed))
-        begin = time.monotonic()
         ids, message = try_to_use(folder)
         assert "\n" not in message, name
         assert len(message) < 1000, name
@@ -93,7 +91,6 @@ def test_every_mutation_of_a_value_is_told_in_one_line_or_changes_no_batch(folde
         assert message or ids == expected, name
         assert message or changed == original or HARMLESS & set(name.split(" ")[0].split(".")) or "no " in name, name
         list(find_problems(folder))
-        assert time.monotonic() - begin < 2, name
         count += 1
     assert count > 600
 

@@ -8,7 +8,6 @@ import json
 import os
 import struct
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,14 +101,12 @@ TARS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_a_hostile_tar_is_an_error_at_once(tmp_path: Path, name: str) -> None:
+def test_a_hostile_tar_is_an_error(tmp_path: Path, name: str) -> None:
     content, message = TARS[name]
     (tmp_path / "0.tar").write_bytes(content())
-    begin = time.monotonic()
     with pytest.raises(InputError, match=rf"0\.tar is damaged or not a token shard \(.*({message})") as error:
         read_all(tmp_path / "0.tar")
     assert "\n" not in str(error.value)
-    assert time.monotonic() - begin < 2
 
 
 def many(text: bytes) -> bytes:
