@@ -93,30 +93,8 @@ def run(argv: list[str]) -> int:
     """Runs one command and returns its exit code."""
     enable_logging()
     try:
-        if not argv or argv[0] in ("-h", "--help", FULL_HELP):
-            print(usage())
-            return 0
-        if argv[0] == "--version":
-            print(f"lightning-mvar {__version__}")
-            return 0
-        for argument in argv:
-            if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
-                return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
-        option, _, shell = argv[0].partition("=")
-        if option == "--print_completion":
-            print(completion(shell or " ".join(argv[1:])))
-            return 0
-        if argv[0] not in COMMANDS:
-            listed = f"the commands are {', '.join(COMMANDS)}"
-            return fail(f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS, otherwise=listed)}")
-        if {"-h", "--help"} & set(argv[1:]):
-            print_help(*argv)
-            return 0
-        if "--print_schema" in argv and argv[0] in TRAINING:
-            from lightning_mvar.cli.schema import config_schema
-
-            print(json.dumps(config_schema(argv[0]), indent=1))
-            return 0
+        if (code := answer(argv)) is not None:
+            return code
         argv = with_first_option(argv)
         from lightning_mvar.cli.checks import check_options  # here, because --version and --help need no YAML
 
@@ -151,6 +129,39 @@ def run(argv: list[str]) -> int:
             return report_interruption()
         return int(stop.code or 0)
     return 0
+
+
+def answer(argv: list[str]) -> int | None:
+    """Answers what needs no command: help, version, completion, schema and misspelt names.
+
+    Returns:
+        The exit code; None if a command is to be run.
+    """
+    if not argv or argv[0] in ("-h", "--help", FULL_HELP):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"lightning-mvar {__version__}")
+        return 0
+    for argument in argv:
+        if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
+            return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
+    option, _, shell = argv[0].partition("=")
+    if option == "--print_completion":
+        print(completion(shell or " ".join(argv[1:])))
+        return 0
+    if argv[0] not in COMMANDS:
+        listed = f"the commands are {', '.join(COMMANDS)}"
+        return fail(f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS, otherwise=listed)}")
+    if {"-h", "--help"} & set(argv[1:]):
+        print_help(*argv)
+        return 0
+    if "--print_schema" in argv and argv[0] in TRAINING:
+        from lightning_mvar.cli.schema import config_schema
+
+        print(json.dumps(config_schema(argv[0]), indent=1))
+        return 0
+    return None
 
 
 def enable_logging() -> None:
