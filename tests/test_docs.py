@@ -19,7 +19,7 @@ from test_layering import LAYERS
 from torch.nn import functional as F
 
 from lightning_mvar import cli
-from lightning_mvar.checkpoints.hub import NETWORKS, TOKENIZERS
+from lightning_mvar.checkpoints.hub import NETWORKS, SHA256, TOKENIZERS
 from lightning_mvar.cli import signatures
 from lightning_mvar.data.images.crops import DecodedImages
 from lightning_mvar.data.images.files import FolderImages
@@ -204,8 +204,9 @@ def test_the_table_of_files_is_that_of_the_code() -> None:
         for name, file in files.items()
     ]
     for name, place in (NETWORKS | TOKENIZERS).items():
-        repository, file = place.split(":")
-        expected.append((name, f"https://huggingface.co/{repository}/resolve/main/{file}", "", ""))
+        repository, file, revision = re.split("[:@]", place)
+        url = f"https://huggingface.co/{repository}/resolve/{revision}/{file}"
+        expected.append((name, url, "", SHA256.get(place, "")))
     assert sorted(rows) == sorted(expected)
     assert {file for file in vars(known_files).values() if isinstance(file, KnownFile)} <= set(files.values())
 

@@ -19,13 +19,24 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import RepositoryNotFoundError
 
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.fingerprint import sha256_of
 
 PUBLISHED = (".pth", ".pt", ".bin", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
 EXPORT_FILES = ["config.json", "*.safetensors"]
-VAR = "FoundationVision/var"
-TOKENIZERS = {"vae-ch160v4096z32": f"{VAR}:vae_ch160v4096z32.pth"}
-NETWORKS = {f"var-d{depth}": f"{VAR}:var_d{depth}.pth" for depth in (16, 20, 24, 30)} | {
-    "var-d36-512": f"{VAR}:var_d36.pth"
+VAR = "FoundationVision/var:{}@6d0ee6598a42f75079aa79e58b012b57b284c91b"
+TOKENIZERS = {"vae-ch160v4096z32": VAR.format("vae_ch160v4096z32.pth")}
+NETWORKS = {f"var-d{depth}": VAR.format(f"var_d{depth}.pth") for depth in (16, 20, 24, 30)} | {
+    "var-d36-512": VAR.format("var_d36.pth")
+}
+SHA256 = {  # of files by place; that of var_d36.pth is not known
+    VAR.format(file): digest
+    for file, digest in {
+        "vae_ch160v4096z32.pth": "7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
+        "var_d16.pth": "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb",
+        "var_d20.pth": "f7d232978e6fe82a4f2e0f5d82b012e01b1aa5abfe93ce2b56104ec0e878a10f",
+        "var_d24.pth": "12c03619b2d3906ed19fe59539a90aadf60d72287dbaa31cf540435e76ddf789",
+        "var_d30.pth": "7b11551dd4d794c7d6ed10b3d2822d42efe609a86128171b646e543dd2633b56",
+    }.items()
 }
 ON_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(:(?P<file>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
 
@@ -48,7 +59,7 @@ def locate(place: str | Path, **hub: Any) -> Located:
         hub: options of `huggingface_hub.snapshot_download` and `hf_hub_download`: revision, token, cache_dir.
 
     Raises:
-        InputError: if it cannot be downloaded.
+        InputError: if it cannot be downloaded, or is not the file that is known.
     """
     name, path = str(place), Path(place).expanduser()
     known = name in NETWORKS or name in TOKENIZERS
@@ -57,17 +68,8 @@ def locate(place: str | Path, **hub: Any) -> Located:
         return Located(path)
     if match["revision"] is not None:
         hub |= {"revision": match["revision"]}
-    if known and (cached := cached_file(match["repository"], match["file"], hub)) is not None:
-        local = cached  # the Hub is not asked for a newer version of published weights
-    else:
-        local = download(match["repository"], match["file"], **hub)
-    return Located(local, next(iter(TOKENIZERS)) if name in NETWORKS else None)
-
-
-def cached_file(repository: str, file: str, hub: dict[str, Any]) -> Path | None:
-    """Returns the local path of a file that is in the cache; `hub` has the options of downloads."""
-    path = try_to_load_from_cache(repository, file, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
-    return Path(path) if isinstance(path, str) else None
+    path = download(match["repository"], match["file"], **hub)
+    return Located(path, next(iter(TOKENIZERS)) if name in NETWORKS else None)
 
 
 def is_local(name: str, file: str | None) -> bool:
@@ -80,12 +82,13 @@ def download(repository: str, file: str | None, **hub: Any) -> Path:
     """Returns the local path of a file of a repository, or of the folder with its export if `file` is None.
 
     Raises:
-        InputError: if it cannot be downloaded.
+        InputError: if it cannot be downloaded, or is not the file that is known.
     """
     try:
         if file is None:
             return Path(snapshot_download(repository, allow_patterns=EXPORT_FILES, **hub))
-        return Path(hf_hub_download(repository, file, **hub))
+        cached = try_to_load_from_cache(repository, file, hub.get("cache_dir"), hub.get("revision"))
+        path = Path(hf_hub_download(repository, file, **hub))
     except RepositoryNotFoundError as error:
         raise InputError(
             f"{repository} does not exist as a local path or as a repository that you may read: check the name, or log "
@@ -101,3 +104,18 @@ def download(repository: str, file: str | None, **hub: Any) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         name = repository if file is None else f"{repository}:{file}"
         raise InputError(f"{name} cannot be downloaded ({' '.join(str(error).split())[:300]})") from error
+    if not isinstance(cached, str):
+        check_content(path, SHA256.get(f"{repository}:{file}@{hub.get('revision')}"))
+    return path
+
+
+def check_content(path: Path, expected: str | None) -> None:
+    """Removes a downloaded file, and raises InputError, if its SHA-256 is known and not the expected one."""
+    if expected is None or (found := sha256_of(path)) == expected:
+        return
+    path.resolve().unlink()  # the content, to which `path` is a link
+    path.unlink(missing_ok=True)
+    raise InputError(
+        f"the downloaded {path.name} has the SHA-256 {found} instead of {expected}, and was removed: run the command "
+        f"again; if that fails, download the file by hand and pass its path"
+    )

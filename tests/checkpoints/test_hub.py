@@ -16,15 +16,15 @@ from published_states import published
 from lightning_mvar import ScaleSchedule, Tokenizer
 from lightning_mvar.checkpoints import load_official_tokenizer, load_tokenizer, load_trained, open_trained, save_folder
 from lightning_mvar.checkpoints.folders import read_config
-from lightning_mvar.checkpoints.hub import locate
+from lightning_mvar.checkpoints.hub import NETWORKS, SHA256, locate
 from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord, TokenizerRecord, load_recorded_tokenizer
 from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.fingerprint import fingerprint
+from lightning_mvar.io.fingerprint import fingerprint, sha256_of
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.training.network import absolute
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT = NETWORKS["var-d16"].partition("@")[2]
 
 
 class Hub:
@@ -96,8 +96,11 @@ def published_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def var(server: Hub, published_files: Path) -> Hub:
-    """A Hub that serves the published files."""
+def var(server: Hub, published_files: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A Hub that serves the published files, small ones with their own hashes."""
+    for place in SHA256:
+        file = published_files / place.partition(":")[2].partition("@")[0]
+        monkeypatch.setitem(SHA256, place, sha256_of(file) if file.exists() else "")
     (server.root / "FoundationVision").mkdir(parents=True)
     (server.root / "FoundationVision/var").symlink_to(published_files)
     return server
@@ -127,6 +130,16 @@ def test_files_are_downloaded_once_and_then_need_no_network(var: Hub, monkeypatc
     assert len(var.requests) == fetched
     with pytest.raises(InputError, match=r"in the cache, and the Hub .*: download .*/resolve/v2/a\.pth on"):
         load_trained("FoundationVision/var:a.pth@v2")
+
+
+def test_a_file_of_another_content_is_removed(var: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as change:
+        change.setitem(SHA256, NETWORKS["var-d16"], "0" * 64)
+        with pytest.raises(InputError, match=r"var_d16\.pth has the SHA-256 \w+ instead of 0+, and was removed"):
+            locate("var-d16")
+    assert not list((var.root.parent / "cache").glob("models--*/blobs/*"))
+    assert locate("var-d16").path.is_file()
+    assert len(var.requests) == 2
 
 
 def test_a_pushed_pipeline_is_loaded_from_its_repository(server: Hub, tokenizer: Tokenizer) -> None:
