@@ -14,8 +14,14 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 from huggingface_hub.utils import RepositoryNotFoundError
 
 from lightning_mvar.errors import InputError
@@ -84,11 +90,12 @@ def download(repository: str, file: str | None, **hub: Any) -> Path:
     Raises:
         InputError: if it cannot be downloaded, or is not the file that is known.
     """
+    name = repository if file is None else f"{repository}:{file}"
     try:
-        if file is None:
-            return Path(snapshot_download(repository, allow_patterns=EXPORT_FILES, **hub))
-        cached = try_to_load_from_cache(repository, file, hub.get("cache_dir"), hub.get("revision"))
-        path = Path(hf_hub_download(repository, file, **hub))
+        return download_export(repository, hub) if file is None else download_file(repository, file, hub)
+    except RemoteEntryNotFoundError as error:
+        missing = file or "config.json, which `export` and `push_to_hub` write"
+        raise InputError(f"{repository} has no {missing}; {name_weights(repository, hub)}") from error
     except RepositoryNotFoundError as error:
         raise InputError(
             f"{repository} does not exist as a local path or as a repository that you may read: check the name, or log "
@@ -102,11 +109,28 @@ def download(repository: str, file: str | None, **hub: Any) -> Path:
             f"https://huggingface.co/{repository}/{what} on another machine and pass its path"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        name = repository if file is None else f"{repository}:{file}"
         raise InputError(f"{name} cannot be downloaded ({' '.join(str(error).split())[:300]})") from error
+
+
+def download_export(repository: str, hub: dict[str, Any]) -> Path:
+    """Returns the local folder of an exported pipeline; `hub` has the options of downloads."""
+    hf_hub_download(repository, "config.json", **hub)  # fails if it is missing; the next line does not
+    return Path(snapshot_download(repository, allow_patterns=EXPORT_FILES, **hub))
+
+
+def download_file(repository: str, file: str, hub: dict[str, Any]) -> Path:
+    """Returns the local path of a file, whose SHA-256 is checked when it arrives, if it is known."""
+    cached = try_to_load_from_cache(repository, file, hub.get("cache_dir"), hub.get("revision"))
+    path = Path(hf_hub_download(repository, file, **hub))
     if not isinstance(cached, str):
         check_content(path, SHA256.get(f"{repository}:{file}@{hub.get('revision')}"))
     return path
+
+
+def name_weights(repository: str, hub: dict[str, Any]) -> str:
+    """Says which published weights a repository has."""
+    files = HfApi(token=hub.get("token")).list_repo_files(repository, revision=hub.get("revision"))
+    return f"it has {', '.join(f'{repository}:{file}' for file in files if file.endswith(PUBLISHED)) or 'no weights'}"
 
 
 def check_content(path: Path, expected: str | None) -> None:

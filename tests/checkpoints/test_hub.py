@@ -158,7 +158,8 @@ def test_published_weights_are_exported_by_name(var: Hub, tmp_path: Path) -> Non
     ("place", "message"),
     [
         ("nobody/nothing", "nobody/nothing does not exist as a local path or as a repository that you may read"),
-        ("FoundationVision/var:var_d99.pth", r"FoundationVision/var:var_d99\.pth cannot be downloaded \(.*404"),
+        ("FoundationVision/var:var_d99.pth", r"FoundationVision/var has no var_d99\.pth; it has .*:var_d16\.pth"),
+        ("FoundationVision/var", r"var has no config\.json, which `export` .*it has .*var:vae_ch160v4096z32\.pth"),
         ("FoundationVision/var:var_d16.pth", "add --tokenizer vae-ch160v4096z32, or its file"),
         ("var-d17", "var-d17 does not exist; it must be .*var-d16, var-d20"),
     ],
