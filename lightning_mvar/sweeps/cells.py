@@ -107,7 +107,7 @@ class Cell:
         return [shlex.split(command) for command in self.commands]
 
     def identity(self) -> CellRecord:
-        """Returns the content of cell.json; two cells are the same if and only if these are equal."""
+        """Returns the content of cell.json."""
         return CellRecord(self.name, self.axes, self.seed, self.commands, config_hashes(self.commands))
 
     @classmethod
@@ -117,11 +117,12 @@ class Cell:
         return cls(folder, definition.axes, definition.seed, definition.commands)
 
     def check(self) -> None:
-        """Raises InputError if the cell has already been started with another definition."""
+        """Raises InputError if the cell was started with another definition. Commands may follow the former ones."""
         path = self.folder / "cell.json"
         if not path.is_file() or not (attempts(self.folder) or is_locked(self.lock)):
             return
         before, now = asdict(read_record(path, CellRecord)), asdict(self.identity())
+        now["commands"] = now["commands"][: len(before["commands"])]
         if changed := [key for key in now if before[key] != now[key]]:
             reason = {"configs": "a YAML file that it names has changed"}.get(changed[0], "its commands have changed")
             raise InputError(
@@ -141,7 +142,7 @@ class Cell:
             return "waiting"
         code = history[-1].code
         if code == 0:
-            return "finished"
+            return "finished" if commands_done(history) == len(self.commands) else "waiting"
         return "interrupted" if code is None or code in INTERRUPTED_CODES else "crashed"
 
 
@@ -179,6 +180,10 @@ def attempts(folder: Path) -> list[Attempt]:
     return [Attempt(**entry) for entry in entries.values()]
 
 
+def commands_done(history: list[Attempt]) -> int:
+    return max((attempt.commands for attempt in history), default=0)
+
+
 def run_cell(folder: Path, stop: Stop, share: Share = WHOLE_MACHINE) -> int:
     """Makes one attempt at a cell: runs its commands in order until one exits with a code other than 0.
 
@@ -199,11 +204,11 @@ def run_cell(folder: Path, stop: Stop, share: Share = WHOLE_MACHINE) -> int:
         if lock is None:
             return 128 + stop.signal
         before = attempts(folder)
-        if before and before[-1].code == 0:
+        done = commands_done(before)
+        if done == len(cell.commands) and before[-1].code == 0:
             return 0
         context = ProcessContext(cell.log, lock, share)
         number, begin, code = len(before) + 1, time.monotonic(), 0
-        done = max((attempt.commands for attempt in before), default=0)
         append_attempt(folder, {"attempt": number, "begin": timestamp()})
         commands = zip(cell.commands, cell.argument_lists(), strict=True)
         for index, (command, args) in islice(enumerate(commands), done, None):
@@ -246,7 +251,7 @@ def last_line(path: Path) -> str:
 
 def progress(cell: Cell) -> str:
     """Returns the command that a running cell is at and its last steps or images in the log: `fit 250/560`."""
-    done = max((attempt.commands for attempt in attempts(cell.folder)), default=0)
+    done = commands_done(attempts(cell.folder))
     if done == len(cell.commands):
         return ""
     bars = BAR.findall(tail(cell.log).rpartition("[attempt ")[2])

@@ -36,7 +36,7 @@ def test_a_cell_runs_its_commands_until_one_fails_and_does_not_run_again_once_fi
     assert "[attempt 1] lightning-mvar --version\nlightning-mvar 0" in log
     assert "there is no command 'no-such-command'" in log
     assert "never" not in log
-    make_cell(tmp_path, GOOD, "--help")
+    cell = make_cell(tmp_path, GOOD, "--help")
     for _ in range(2):
         assert run_cell(cell.folder, Stop()) == 0
         assert cell.state() == "finished"
@@ -80,7 +80,7 @@ def test_cell_json_holds_the_definition_of_the_cell(tmp_path: Path, monkeypatch:
 def test_the_state_is_that_of_the_last_attempt(tmp_path: Path, code: int | None, state: str) -> None:
     cell = make_cell(tmp_path, GOOD)
     for number, ended in ((1, 0 if code else 1), (2, code)):
-        append_attempt(cell.folder, {"attempt": number, "begin": "2026-01-01T00:00:00+00:00"})
+        append_attempt(cell.folder, {"attempt": number, "begin": "2026-01-01T00:00:00+00:00", "commands": 1})
         if ended is not None:
             append_attempt(
                 cell.folder, {"attempt": number, "end": "2026-01-01T00:00:01+00:00", "seconds": 1.0, "code": ended}
@@ -100,6 +100,20 @@ def test_a_started_cell_must_keep_its_definition(tmp_path: Path, monkeypatch: py
         changed.check()
     Path("a.yaml").write_text("steps: 2")
     with pytest.raises(InputError, match=r"cell mvar-seed3 .*a YAML file that it names has changed"):
+        cell.check()
+
+
+def test_commands_may_follow_those_of_a_finished_cell(tmp_path: Path) -> None:
+    cell = make_cell(tmp_path, GOOD)
+    assert run_cell(cell.folder, Stop()) == 0
+    longer = Cell(cell.folder, cell.axes, cell.seed, (GOOD, GOOD))
+    longer.check()
+    longer.record()
+    assert longer.state() == "waiting"
+    assert run_cell(cell.folder, Stop()) == 0
+    assert longer.state() == "finished"
+    assert longer.log.read_text().count(f"lightning-mvar {GOOD}") == 2
+    with pytest.raises(InputError, match="commands have changed"):
         cell.check()
 
 
