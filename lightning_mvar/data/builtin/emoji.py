@@ -1,8 +1,8 @@
 """The embedded emoji: OpenMoji's colour pictures (openmoji.org, CC BY-SA 4.0), drawn at 64 x 64 pixels on white.
 
-Classes are the groups of Unicode's emoji-test.txt 17.0, with hands apart from people. A picture belongs to the class of
-its first code point, listed in `emoji_classes.tsv`. OpenMoji's own symbols, which have no code point there, are left
-out, and so are pictures with two skin tones, which would be a tenth of the set.
+Classes are the subgroups of Unicode's emoji-test.txt 17.0, small ones merged; `emoji_classes.tsv` lists one emoji of each
+family. OpenMoji's own symbols, which are not in Unicode, are left out. A picture in six skin tones is there once, in a tone
+by turns, or people would be half of the set; pictures with two skin tones are left out.
 """
 
 from __future__ import annotations
@@ -28,27 +28,23 @@ from lightning_mvar.io.npz import NpzArray
 
 RESOLUTION = 64
 OPENMOJI = "17.0"  # release of the drawings: another has other pictures, and would have another split
-REVISION = 1  # of the set, in the name of its cached file; raise it with any change below
+REVISION = 2  # of the set, in the name of its cached file; raise it with any change below
 GRID_SIDE = 72  # side of OpenMoji's drawings in their own units, whose lines are two units wide
 TEST_PERIOD = 10  # every tenth family of a class is a test family
 MAX_LIKENESS = 3.0  # root mean square difference of the thumbnails of two pictures that look alike, of 255
 THUMBNAIL_SIDE = 8
 
 SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
-LETTERS = frozenset(range(0x1F1E6, 0x1F200))  # regional indicators, two of which make a flag
 # Joiners, colour selectors, skin tones, hair, gender and direction, which vary a picture.
 MODIFIERS = SKIN_TONES | {0x200D, 0xFE0F, 0x2640, 0x2642, 0x27A1, *range(0x1F9B0, 0x1F9B4)}
 ADULTS = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1}  # man and woman: person
 
 
 @cache
-def emoji_classes() -> dict[int, str]:
-    """Returns the class by first code point, classes in label order."""
+def emoji_classes() -> dict[tuple[int, ...], str]:
+    """Returns the class by family, classes in label order."""
     rows = (files("lightning_mvar.data") / "emoji_classes.tsv").read_text(encoding="utf-8").splitlines()
-    return {ord(emoji): name for name, emojis in (row.split("\t") for row in rows) for emoji in emojis}
-
-
-CLASS_NAMES = tuple(dict.fromkeys(emoji_classes().values()))
+    return {family(map(ord, text)): name for name, texts in (row.split("\t") for row in rows) for text in texts.split()}
 
 
 @cache
@@ -75,7 +71,7 @@ def load_both_splits() -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np
     path = cache_folder() / f"emoji64-{REVISION}.npz"
     if not path.is_file():
         images, codes = draw_pictures(find_drawings())
-        labels = np.array([CLASS_NAMES.index(emoji_classes()[code]) for code, *_ in codes])
+        labels = np.array([CLASS_NAMES.index(emoji_classes()[family(picture)]) for picture in codes])
         is_test = choose_test(join_families([family(picture) for picture in codes], images), labels)
         with atomic_path(path) as temporary:
             np.savez_compressed(temporary, images=images, labels=labels, is_test=is_test)
@@ -90,9 +86,9 @@ def cache_folder() -> Path:
 def draw_pictures(folder: Path) -> tuple[NDArray[np.uint8], list[tuple[int, ...]]]:
     """Draws the SVG files of a folder that belong to the set: images (n, 64, 64, 3) and the code points of each."""
     codes_of: dict[bytes, tuple[int, ...]] = {}  # by the pixels, for equal pictures
-    for path in sorted(folder.glob("*.svg")):
-        if is_included(codes := code_points(path)):
-            codes_of.setdefault(draw(path).tobytes(), codes)
+    path_of = {code_points(path): path for path in folder.glob("*.svg")}
+    for codes in choose_tones(filter(is_included, path_of)):
+        codes_of.setdefault(draw(path_of[codes]).tobytes(), codes)
     pixels = np.frombuffer(bytearray().join(codes_of), np.uint8)  # a bytearray, for a writable array
     return pixels.reshape(-1, RESOLUTION, RESOLUTION, 3), list(codes_of.values())
 
@@ -119,13 +115,24 @@ def code_points(path: Path) -> tuple[int, ...]:
 
 
 def is_included(codes: tuple[int, ...]) -> bool:
-    single_letter = len(codes) == 1 and codes[0] in LETTERS
-    return codes[0] in emoji_classes() and not single_letter and len(SKIN_TONES.intersection(codes)) < 2
+    return family(codes) in emoji_classes() and len(SKIN_TONES.intersection(codes)) < 2
+
+
+def choose_tones(pictures: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Keeps one of the pictures that differ in their skin tone alone, another tone by turns."""
+    tones: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for codes in sorted(pictures):
+        tones.setdefault(tuple(code for code in codes if code not in SKIN_TONES), []).append(codes)
+    return [variants[turn % len(variants)] for turn, variants in enumerate(tones.values())]
 
 
 def family(codes: Iterable[int]) -> tuple[int, ...]:
-    """Returns what the variants of a picture share: its code points without modifiers, men and women as persons."""
-    return tuple(ADULTS.get(code, code) for code in codes if code not in MODIFIERS)
+    """Returns what the variants of a picture share: its code points without modifiers, men and women as persons.
+
+    A modifier that comes first is a picture of its own, such as an arrow.
+    """
+    base = (code for place, code in enumerate(codes) if place == 0 or code not in MODIFIERS)
+    return tuple(ADULTS.get(code, code) for code in base)
 
 
 def draw(path: Path) -> NDArray[np.uint8]:
@@ -167,4 +174,5 @@ def choose_test(families: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArr
     return np.isin(families, np.concatenate(chosen))
 
 
+CLASS_NAMES = tuple(dict.fromkeys(emoji_classes().values()))
 EMOJI64 = EmbeddedSet("emoji64", CLASS_NAMES, 0, load_emoji, RESOLUTION)

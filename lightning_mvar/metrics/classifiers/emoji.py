@@ -1,4 +1,4 @@
-"""A classifier of emoji by their group."""
+"""A classifier of emoji by their class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_SHIFT = 4  # of an augmented picture, in pixels
 
 
 class Emoji64Classifier(EmbeddedClassifier):
-    """Classifies emoji by group; augmented by shifts over white. See `EmbeddedClassifier`."""
+    """Classifies emoji by class; augmented by shifts over white. See `EmbeddedClassifier`."""
 
     embedded = EMOJI64
 
