@@ -1,8 +1,8 @@
 """The embedded emoji: OpenMoji's colour pictures (openmoji.org, CC BY-SA 4.0), drawn at 64 x 64 pixels on white.
 
-Classes are the subgroups of Unicode's emoji-test.txt 17.0, small ones merged; `emoji_classes.tsv` lists one emoji of each
-family. OpenMoji's own symbols, which are not in Unicode, are left out. A picture in six skin tones is there once, in a tone
-by turns, or people would be half of the set; pictures with two skin tones are left out.
+Classes are the subgroups of Unicode's emoji-test.txt 17.0, small ones merged; `emoji_classes.tsv` lists one emoji of
+each family. OpenMoji's own symbols, which are not in Unicode, are left out. Of the six skin tones of a picture, one is
+kept, by turns: with all of them, people would be half of the set. Pictures with two skin tones are left out.
 """
 
 from __future__ import annotations
