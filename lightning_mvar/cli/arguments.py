@@ -40,7 +40,7 @@ class CommandParser(ArgumentParser):
             if (element := repeated_type(getattr(action, "_typehint", None))) is not None:
                 action.nargs, action.metavar, action._typehint = "+", None, element  # type: ignore[attr-defined]
             if hasattr(action, "extra_help"):
-                action.extra_help = partial(list_own_classes, action.extra_help())
+                action.extra_help = partial(list_own_classes, action.extra_help)
         return added
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -74,9 +74,9 @@ def check_values(value: Any, name: str = "") -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
-def list_own_classes(extra_help: str) -> str:
+def list_own_classes(extra_help: Callable[[], str]) -> str:
     """Removes other classes from the help of an option: torch alone has hundreds of modules."""
-    classes = [name for name in extra_help.removeprefix(SUBCLASSES).split(", ") if MODULES.fullmatch(name)]
+    classes = [name for name in extra_help().removeprefix(SUBCLASSES).split(", ") if MODULES.fullmatch(name)]
     return SUBCLASSES + ", ".join(classes) if classes else ""
 
 

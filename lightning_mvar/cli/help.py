@@ -9,7 +9,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from lightning_mvar.cli.signatures import Option, Signature, command_signatures, signature
@@ -111,6 +111,7 @@ def usage() -> str:
     )
 
 
+@cache
 def signatures_of(name: str) -> dict[str, Signature]:
     """Returns the signature of a command by "", or those of its subcommands by their names."""
     if name not in TRAINING:
