@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from lightning_mvar.checkpoints import TrainedModel, load_trained, save_folder
 from lightning_mvar.checkpoints.card import Card, is_edited, model_card, require_owner
-from lightning_mvar.checkpoints.hub import locate
 from lightning_mvar.data.images.decoding import to_rgb, to_tensor
 from lightning_mvar.devices import Precision, choose_device
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.hub import locate
 from lightning_mvar.sampling.generate import decode_images, kept_tokens_mask
 from lightning_mvar.sampling.sampler import Sampler, drawn_pixels, label_tensor
 from lightning_mvar.sampling.settings import SamplingSettings

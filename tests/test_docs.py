@@ -19,12 +19,12 @@ from test_layering import LAYERS
 from torch.nn import functional as F
 
 from lightning_mvar import cli
-from lightning_mvar.checkpoints.hub import NETWORKS, SHA256, TOKENIZERS
 from lightning_mvar.cli import signatures
 from lightning_mvar.data.images.crops import DecodedImages
 from lightning_mvar.data.images.files import FolderImages
 from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
 from lightning_mvar.io import known_files
+from lightning_mvar.io.hub import NETWORKS, SHA256, TOKENIZERS
 from lightning_mvar.io.known_files import ADM_REFERENCES, DINOV2_VITL14, INCEPTION, VGG16, KnownFile
 from lightning_mvar.metrics import evaluator
 from lightning_mvar.metrics.scores import Scores

@@ -227,7 +227,7 @@ def test_a_repository_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest
         request.update(options, repo_id=repo_id)
         return str(folder)
 
-    monkeypatch.setattr("lightning_mvar.checkpoints.hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     pipe = MVARPipeline.from_pretrained("somebody/digits", revision="v1", device="cpu")
     assert pipe.shape == (8, 8)
     assert (request["repo_id"], request["revision"]) == ("somebody/digits", "v1")

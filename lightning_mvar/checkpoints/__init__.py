@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_mvar.checkpoints.folders import CONFIG, load_tokenizer, open_folder, save_folder
-from lightning_mvar.checkpoints.hub import NETWORKS, PUBLISHED, locate
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.checkpoints.published_files import (
     load_official,
@@ -17,6 +16,7 @@ from lightning_mvar.checkpoints.state_dicts import load_official_tokenizer
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, open_checkpoint, resolve_last
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.hub import A_NETWORK, PUBLISHED, locate
 
 __all__ = [
     "StoredModel",
@@ -45,7 +45,7 @@ def open_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
     Args:
         path: checkpoint file, folder of a sharded checkpoint (only its weights are read), folder of `export`, or file
             of published VAR or M-VAR weights (.pth, .pt, .bin or .safetensors). A link `last.ckpt` stands for the
-            newest complete checkpoint beside it, wherever it points. Or a name on the Hub, see `checkpoints.hub`.
+            newest complete checkpoint beside it, wherever it points. Or a name on the Hub, see `io.hub`.
         tokenizer: the tokenizer, see `load_tokenizer`, if it has moved or a published network has none of its own.
         weights: for a training checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
 
@@ -57,10 +57,7 @@ def open_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
         return open_official(path, tokenizer or default_tokenizer)
     path = resolve_last(path)
     if not path.exists():
-        raise InputError(
-            f"{path} does not exist; it must be a checkpoint file, a folder that `export` wrote, published weights, or "
-            f"one of {', '.join(NETWORKS)}"
-        )
+        raise InputError(f"{path} does not exist; it must be {A_NETWORK}")
     if path.is_dir() and ((path / CONFIG).exists() or not (path / PLAIN_PART).is_file()):
         return open_folder(path, tokenizer)
     return open_checkpoint(path, tokenizer, weights)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from lightning_mvar.checkpoints.hub import TOKENIZERS, locate
 from lightning_mvar.checkpoints.pair import check_pair
 from lightning_mvar.checkpoints.state_dicts import load_official_tokenizer
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.hub import A_TOKENIZER, locate
 from lightning_mvar.io.json_files import FormatVersion, read_json, write_json
 from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 from lightning_mvar.models.config import MVARConfig
@@ -121,7 +121,7 @@ def load_tokenizer(place: str | Path, schedule: ScaleSchedule | None = None) -> 
 
     Args:
         place: folder that `train-tokenizer` or `export` wrote, published file, or name on the Hub, see
-            `checkpoints.hub`.
+            `io.hub`.
         schedule: scale schedule of a published file, which does not contain it; default: that of 256 x 256 images
             (`export --tokenizer FILE --resolution` writes a folder with another).
 
@@ -130,10 +130,7 @@ def load_tokenizer(place: str | Path, schedule: ScaleSchedule | None = None) -> 
     """
     folder = locate(place).path
     if not folder.exists():
-        raise InputError(
-            f"{folder} does not exist; it must be a folder that `train-tokenizer` or `export` wrote, a published file, "
-            f"or {' or '.join(TOKENIZERS)}"
-        )
+        raise InputError(f"{folder} does not exist; it must be {A_TOKENIZER}")
     if folder.is_file():
         return load_official_tokenizer(folder, schedule or ScaleSchedule.for_resolution(256))
     config = read_config(folder, "tokenizer", "train one with `lightning-mvar train-tokenizer`")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.checkpoints.folders import load_tokenizer, require_folder
-from lightning_mvar.checkpoints.hub import TOKENIZERS
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
 from lightning_mvar.checkpoints.published import (
     M_VAR,
@@ -24,6 +23,7 @@ from lightning_mvar.checkpoints.published import (
 from lightning_mvar.checkpoints.state_dicts import load_official_tokenizer, read_published_state
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.hub import TOKENIZERS
 from lightning_mvar.io.tensors import load_strictly, save_torch
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR

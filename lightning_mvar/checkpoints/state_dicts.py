@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from lightning_mvar.checkpoints.hub import locate
 from lightning_mvar.checkpoints.published import tokenizer_from_published
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.hub import locate
 from lightning_mvar.io.tensors import StateDict, read_any
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer

@@ -97,13 +97,16 @@ def run(argv: list[str]) -> int:
             return code
         argv = with_first_option(argv)
         from lightning_mvar.cli.checks import check_options  # here, because --version and --help need no YAML
+        from lightning_mvar.cli.inputs import check_inputs
 
         check_options(*argv)
+        check_inputs(*argv)
         argv = ["--help" if argument == FULL_HELP else argument for argument in argv]
         command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")
-        from lightning_mvar.devices import set_tf32  # here, because it imports torch
+        if "torch" in sys.modules:  # `configs`, for one, does without
+            from lightning_mvar.devices import set_tf32
 
-        set_tf32(False)
+            set_tf32(False)
         command.main(argv)
     except InputError as error:
         return fail(strip_worker_traceback(str(error)))

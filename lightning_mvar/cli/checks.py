@@ -80,16 +80,25 @@ def check_file(command: str, path: Path, options: Mapping[str, Option] | None) -
     """Checks a file of --config, and if its options are given, their names and values."""
     if not path.exists():
         raise InputError(f"--config {path} does not exist; `lightning-mvar configs` lists those of the package")
-    if not path.is_file():
-        return  # a pipe can be read only once
-    try:
-        root = compose(path.read_text())
-    except (OSError, UnicodeDecodeError, RecursionError):
-        return  # jsonargparse says why
-    except YAML_ERRORS as error:
-        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
+    root = read_config_file(path)
     if options is not None:
         check_section(command, root, str(path), "", options)
+
+
+def read_config_file(path: Path) -> yaml.Node | None:
+    """Returns the content of a file of --config; None if it cannot be read here.
+
+    Raises:
+        InputError: if it is no YAML.
+    """
+    if not path.is_file():
+        return None  # a pipe can be read only once
+    try:
+        return compose(path.read_text())
+    except (OSError, UnicodeDecodeError, RecursionError):
+        return None  # jsonargparse says why
+    except YAML_ERRORS as error:
+        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
 
 
 def check_section(command: str, node: yaml.Node | None, file: str, prefix: str, options: Mapping[str, Option]) -> None:
@@ -112,7 +121,7 @@ def check_section(command: str, node: yaml.Node | None, file: str, prefix: str, 
 
 def check_required(command: str, options: Sequence[Option], words: tuple[str, ...]) -> None:
     """Raises InputError if a required option is missing, unless something else is asked for, or it may be a section."""
-    if any(word.startswith(("--print_", FULL_HELP)) or ".help" in word for word in words):
+    if asks_for_text(words):
         return
     given = {word[2:].partition("=")[0].rstrip("+") for word in words if word.startswith("--")}
     names = [option.name for option in options if option.required and not option.positional]
@@ -128,6 +137,11 @@ def check_required(command: str, options: Sequence[Option], words: tuple[str, ..
     if wanted:
         listed = f"`lightning-mvar {command} --help` lists the options"
         raise InputError(f"{command} needs {', '.join(wanted)}{taken}; {listed}")
+
+
+def asks_for_text(words: Sequence[str]) -> bool:
+    """Returns whether a command line asks for help or a configuration, and not for a run."""
+    return any(word.startswith(("--print_", FULL_HELP)) or ".help" in word for word in words)
 
 
 def plain_words(words: Sequence[str], options: Sequence[Option]) -> list[str]:

@@ -122,7 +122,7 @@ def demo() -> None:
     resumes. Works in any folder; configs/experiment has the settings, here or else in the package.
     """
     begin = time.monotonic()
-    with lock_folder(ROOT, "demo"):
+    with lock_folder(ROOT, "demo", "working directory"):
         for number, stage in enumerate(STAGES):
             if stage.finished():
                 print(f"[{stage.name}] finished before, skipped")

@@ -13,7 +13,7 @@ from lightning_mvar.checkpoints import StoredModel, TrainedModel, load_tokenizer
 from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.cli.tables import Record, print_table, write_records
-from lightning_mvar.data.classes import Classes
+from lightning_mvar.data.classes import Classes, select_classes
 from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.devices import set_tf32
@@ -25,7 +25,7 @@ from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count, warn
 from lightning_mvar.metrics.intervals import Uncertainty
 from lightning_mvar.metrics.reference import Reference, open_reference
 from lightning_mvar.metrics.summary import num_features, prepare, try_extractor
-from lightning_mvar.sampling.draw import draw_set, select_classes
+from lightning_mvar.sampling.draw import draw_set
 from lightning_mvar.sampling.readers import Samples, open_samples
 from lightning_mvar.sampling.sampler import Drawing
 from lightning_mvar.sampling.settings import SamplingSettings

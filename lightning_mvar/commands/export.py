@@ -16,9 +16,9 @@ from lightning_mvar.checkpoints import (
 )
 from lightning_mvar.checkpoints.card import model_card
 from lightning_mvar.checkpoints.folders import CONFIG, read_config
-from lightning_mvar.checkpoints.hub import locate
 from lightning_mvar.cli.arguments import call, refuse_overwriting
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.hub import locate
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.scales import ScaleSchedule, format_shape
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib.resources import files
 from numbers import Integral
@@ -135,9 +136,12 @@ class Classes:
         return names
 
     def suggest(self, query: str) -> str:
-        """Returns a hint for an unknown class: similar names, or the valid range."""
+        """Returns a hint for an unknown class: names that contain it or differ by a few letters, or the valid range."""
         part = normalized(query)
         similar = [i for i, names in enumerate(self.aliases) if any(part in normalized(name) for name in names)]
+        if not similar:
+            nearest = get_close_matches(part, self.labels, cutoff=0.75)
+            similar = [*dict.fromkeys(label for name in nearest for label in self.labels[name])]
         numbers = f"use numbers 0 to {self.count - 1} or {UNCONDITIONAL!r}"
         if similar and part:
             return f"perhaps {self.describe(similar)}? Or {numbers}"
@@ -151,6 +155,16 @@ class Classes:
         chosen = [*labels]
         shown = [f"{label} ({', '.join(self.aliases[label])})" for label in chosen[:MAX_SUGGESTIONS]]
         return "; ".join(shown) + ("; ..." if len(chosen) > MAX_SUGGESTIONS else "")
+
+
+def select_classes(classes: str | None, names: Classes) -> list[dict[int, float]]:
+    """Returns comma-separated classes and mixes of classes as weights by label; all classes if `classes` is None."""
+    if classes is None:
+        return [{label: 1.0} for label in range(names.count)]
+    try:
+        return [names.weights(name) for name in names.split(classes)]
+    except InputError as error:
+        raise InputError(f"--classes: {error}") from error
 
 
 def normalized(name: str) -> str:

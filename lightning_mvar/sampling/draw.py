@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import TrainedModel, open_trained
-from lightning_mvar.data.classes import Classes
+from lightning_mvar.data.classes import Classes, select_classes
 from lightning_mvar.data.tokens.manifest import sampling_settings
 from lightning_mvar.devices import (
     Precision,
@@ -349,16 +349,6 @@ def check_token_options(folder: Path, settings: SamplingSettings, reject: nn.Mod
         raise InputError("--smooth mixes codes, so its images have no tokens: drop --smooth or --tokens")
     if reject is not None:
         raise InputError("--reject selects images, but --tokens keeps all that are drawn: drop --reject or --tokens")
-
-
-def select_classes(classes: str | None, names: Classes) -> list[dict[int, float]]:
-    """Returns comma-separated classes and mixes of classes as weights by label; all classes if `classes` is None."""
-    if classes is None:
-        return [{label: 1.0} for label in range(names.count)]
-    try:
-        return [names.weights(name) for name in names.split(classes)]
-    except InputError as error:
-        raise InputError(f"--classes: {error}") from error
 
 
 def recorded_classes(chosen: list[dict[int, float]]) -> str:

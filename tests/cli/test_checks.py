@@ -136,5 +136,5 @@ def test_what_the_parser_takes_is_not_refused(value: str) -> None:
     ],
 )
 def test_mistakes_in_a_class_are_named(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["reconstruct", "--tokenizer", "T", "--images", "I", "--extractor", *options.split()]) == 1
+    assert run(["reconstruct", "--tokenizer", ".", "--images", ".", "--extractor", *options.split()]) == 1
     assert capsys.readouterr().err.startswith(f"lightning-mvar: error: {message}")

@@ -259,7 +259,7 @@ def test_the_module_is_the_console_script() -> None:
         check=False,
     )
     assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("lightning-mvar: error: nowhere does not exist")
+    assert result.stderr.strip().splitlines()[-1].startswith("lightning-mvar: error: --ckpt_path nowhere does")
 
 
 @pytest.mark.parametrize(

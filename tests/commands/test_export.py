@@ -111,7 +111,7 @@ def test_files_that_are_not_what_they_claim(workdir: Path, files: Path, capfd: p
         ("--official", "nowhere.pth"): "nowhere.pth does not exist",
         ("--official", "other.pth", "--tokenizer", vae): "vocab_size is 64 there, 65 in the network",
         ("--official", network, "--tokenizer", "nowhere"): "nowhere does not exist",
-        ("--official", network, "--ckpt_path", "x"): "give --ckpt_path or --official, not both",
+        ("--official", network, "--ckpt_path", "."): "give --ckpt_path or --official, not both",
         (): "give --ckpt_path CKPT, --official FILE, or",
         (
             "--official",
@@ -121,7 +121,7 @@ def test_files_that_are_not_what_they_claim(workdir: Path, files: Path, capfd: p
             "--resolution",
             "512",
         ): "its side lengths are (1, 2, 3, 4), not (1, 2,",
-        ("--ckpt_path", "nowhere", "--resolution", "512"): "--side_lengths are for published weights",
+        ("--ckpt_path", ".", "--resolution", "512"): "--side_lengths are for published weights",
         ("--official", "."): ". is a folder, not a weights file",
         ("--tokenizer", "nowhere.pth"): "nowhere.pth does not exist",
         ("--official", "keys.pth"): "keys.pth is not a state dict of a published network",

@@ -16,7 +16,7 @@ from lightning_mvar.checkpoints.training import newest_first
 
 
 def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(plain_run_folder: Path) -> None:
-    both = start([*FIT, "--ckpt_path", "x.ckpt"], plain_run_folder)
+    both = start([*FIT, "--ckpt_path", "."], plain_run_folder)
     assert both.wait() == [1]
     assert "give --resume or --ckpt_path, not both" in both.printed()
     without = start([*FIT, "--trainer.callbacks", "null"], plain_run_folder)

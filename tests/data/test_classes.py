@@ -34,6 +34,8 @@ def test_an_ambiguous_name_lists_its_classes() -> None:
 def test_an_unknown_name_gets_suggestions() -> None:
     with pytest.raises(InputError, match=r"no class 'retriever'; perhaps 205 \(flat-coated retriever, .*207 \(golden"):
         Classes([], 1000).label("retriever")
+    with pytest.raises(InputError, match=r"no class 'goldn retriver'; perhaps 207 \(golden retriever"):
+        Classes([], 1000).label("goldn retriver")
     with pytest.raises(
         InputError, match=r"no class 1000; use .* 0 to 999 or 'unconditional', or names \(tench, .*\.\.\.\)$"
     ):

@@ -16,11 +16,11 @@ from published_states import published
 from lightning_mvar import ScaleSchedule, Tokenizer
 from lightning_mvar.checkpoints import load_official_tokenizer, load_tokenizer, load_trained, open_trained, save_folder
 from lightning_mvar.checkpoints.folders import read_config
-from lightning_mvar.checkpoints.hub import NETWORKS, SHA256, locate
 from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord, TokenizerRecord, load_recorded_tokenizer
 from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import fingerprint, sha256_of
+from lightning_mvar.io.hub import NETWORKS, SHA256, locate
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.training.network import absolute
 

@@ -14,18 +14,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-)
-from huggingface_hub.utils import RepositoryNotFoundError
+import huggingface_hub
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.fingerprint import sha256_of
 
 PUBLISHED = (".pth", ".pt", ".bin", ".safetensors")  # suffixes of published files; training checkpoints end with .ckpt
 EXPORT_FILES = ["config.json", "*.safetensors"]
@@ -44,7 +35,10 @@ SHA256 = {  # of files by place; that of var_d36.pth is not known
         "var_d30.pth": "7b11551dd4d794c7d6ed10b3d2822d42efe609a86128171b646e543dd2633b56",
     }.items()
 }
+KNOWN = NETWORKS | TOKENIZERS
 ON_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(:(?P<file>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
+A_NETWORK = f"a checkpoint file, a folder that `export` wrote, published weights, or one of {', '.join(NETWORKS)}"
+A_TOKENIZER = f"a folder that `train-tokenizer` or `export` wrote, a published file, or {' or '.join(TOKENIZERS)}"
 
 
 class Located(NamedTuple):
@@ -57,9 +51,6 @@ class Located(NamedTuple):
 def locate(place: str | Path, **hub: Any) -> Located:
     """Returns the local path of a network or tokenizer, which is downloaded first if its place is a name on the Hub.
 
-    What exists as a local path, or looks like one (its first folder exists, it begins with a dot, or it has the suffix
-    of a file and no colon), is never looked up on the Hub.
-
     Args:
         place: path, known name, or repository, see the top of this file.
         hub: options of `huggingface_hub.snapshot_download` and `hf_hub_download`: revision, token, cache_dir.
@@ -67,15 +58,26 @@ def locate(place: str | Path, **hub: Any) -> Located:
     Raises:
         InputError: if it cannot be downloaded, or is not the file that is known.
     """
-    name, path = str(place), Path(place).expanduser()
-    known = name in NETWORKS or name in TOKENIZERS
-    match = ON_HUB.fullmatch((NETWORKS | TOKENIZERS).get(name, name))
-    if match is None or path.exists() or (not known and is_local(name, match["file"])):
-        return Located(path)
+    match = name_on_hub(place)
+    if match is None:
+        return Located(Path(place).expanduser())
     if match["revision"] is not None:
         hub |= {"revision": match["revision"]}
     path = download(match["repository"], match["file"], **hub)
-    return Located(path, next(iter(TOKENIZERS)) if name in NETWORKS else None)
+    return Located(path, next(iter(TOKENIZERS)) if str(place) in NETWORKS else None)
+
+
+def name_on_hub(place: str | Path) -> re.Match[str] | None:
+    """Returns the parts of a name that is looked up on the Hub; None for a path.
+
+    What exists as a local path, or looks like one (its first folder exists, it begins with a dot, or it has the suffix
+    of a file and no colon), is never looked up.
+    """
+    name = str(place)
+    match = ON_HUB.fullmatch(KNOWN.get(name, name))
+    if match is None or Path(place).expanduser().exists() or (name not in KNOWN and is_local(name, match["file"])):
+        return None
+    return match
 
 
 def is_local(name: str, file: str | None) -> bool:
@@ -90,38 +92,40 @@ def download(repository: str, file: str | None, **hub: Any) -> Path:
     Raises:
         InputError: if it cannot be downloaded, or is not the file that is known.
     """
+    from huggingface_hub import errors  # here, because it takes half a second
+
     name = repository if file is None else f"{repository}:{file}"
     try:
         return download_export(repository, hub) if file is None else download_file(repository, file, hub)
-    except RemoteEntryNotFoundError as error:
+    except errors.RemoteEntryNotFoundError as error:
         missing = file or "config.json, which `export` and `push_to_hub` write"
         raise InputError(f"{repository} has no {missing}; {name_weights(repository, hub)}") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise InputError(
             f"{repository} does not exist as a local path or as a repository that you may read: check the name, or log "
             f"in with `hf auth login`"
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         revision = hub.get("revision") or "main"
         what = f"tree/{revision}" if file is None else f"resolve/{revision}/{file}"
         raise InputError(
             f"{repository} does not exist as a local path or in the cache, and the Hub cannot be reached: download "
             f"https://huggingface.co/{repository}/{what} on another machine and pass its path"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise InputError(f"{name} cannot be downloaded ({' '.join(str(error).split())[:300]})") from error
 
 
 def download_export(repository: str, hub: dict[str, Any]) -> Path:
     """Returns the local folder of an exported pipeline; `hub` has the options of downloads."""
-    hf_hub_download(repository, "config.json", **hub)  # fails if it is missing; the next line does not
-    return Path(snapshot_download(repository, allow_patterns=EXPORT_FILES, **hub))
+    huggingface_hub.hf_hub_download(repository, "config.json", **hub)  # fails if it is missing; the next line does not
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=EXPORT_FILES, **hub))
 
 
 def download_file(repository: str, file: str, hub: dict[str, Any]) -> Path:
     """Returns the local path of a file, whose SHA-256 is checked when it arrives, if it is known."""
-    cached = try_to_load_from_cache(repository, file, hub.get("cache_dir"), hub.get("revision"))
-    path = Path(hf_hub_download(repository, file, **hub))
+    cached = huggingface_hub.try_to_load_from_cache(repository, file, hub.get("cache_dir"), hub.get("revision"))
+    path = Path(huggingface_hub.hf_hub_download(repository, file, **hub))
     if not isinstance(cached, str):
         check_content(path, SHA256.get(f"{repository}:{file}@{hub.get('revision')}"))
     return path
@@ -129,12 +133,14 @@ def download_file(repository: str, file: str, hub: dict[str, Any]) -> Path:
 
 def name_weights(repository: str, hub: dict[str, Any]) -> str:
     """Says which published weights a repository has."""
-    files = HfApi(token=hub.get("token")).list_repo_files(repository, revision=hub.get("revision"))
+    files = huggingface_hub.HfApi(token=hub.get("token")).list_repo_files(repository, revision=hub.get("revision"))
     return f"it has {', '.join(f'{repository}:{file}' for file in files if file.endswith(PUBLISHED)) or 'no weights'}"
 
 
 def check_content(path: Path, expected: str | None) -> None:
     """Removes a downloaded file, and raises InputError, if its SHA-256 is known and not the expected one."""
+    from lightning_mvar.io.fingerprint import sha256_of  # here, because it imports torch
+
     if expected is None or (found := sha256_of(path)) == expected:
         return
     path.resolve().unlink()  # the content, to which `path` is a link
