@@ -102,12 +102,7 @@ def run(argv: list[str]) -> int:
         check_options(*argv)
         check_inputs(*argv)
         argv = ["--help" if argument == FULL_HELP else argument for argument in argv]
-        command = importlib.import_module(f"lightning_mvar.commands.{COMMANDS[argv[0]][0]}")
-        if "torch" in sys.modules:  # `configs`, for one, does without
-            from lightning_mvar.devices import set_tf32
-
-            set_tf32(False)
-        command.main(argv)
+        run_command(argv)
     except InputError as error:
         return fail(strip_worker_traceback(str(error)))
     except OSError as error:
@@ -132,6 +127,20 @@ def run(argv: list[str]) -> int:
             return report_interruption()
         return int(stop.code or 0)
     return 0
+
+
+def run_command(argv: list[str]) -> None:
+    """Imports the module of a command and runs it: `main` in training, or the function of the module's name."""
+    name = COMMANDS[argv[0]][0]
+    module = importlib.import_module(f"lightning_mvar.commands.{name}")
+    from lightning_mvar.cli.arguments import call  # here, because they import torch
+    from lightning_mvar.devices import set_tf32
+
+    set_tf32(False)
+    if argv[0] in TRAINING:
+        module.main(argv)
+    else:
+        call(vars(module)[name], argv)
 
 
 def answer(argv: list[str]) -> int | None:

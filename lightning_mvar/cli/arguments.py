@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 from jsonargparse import ArgumentParser, Namespace, auto_cli, capture_parser
 from PIL import Image
 
+from lightning_mvar.cli.help import POSITIONAL
 from lightning_mvar.errors import InputError
 
 DESCRIPTIONS = ("config.json", "manifest.json")  # of exported networks, and of token shards
@@ -83,16 +84,12 @@ def list_own_classes(extra_help: Callable[[], str]) -> str:
 def call(
     function: Callable[..., None] | dict[str, Callable[..., None]],
     argv: list[str],
-    positional: bool = False,
-    description: str | None = None,
 ) -> None:
     """Calls a function with the options in `argv`, whose first word is the name of the command.
 
     Args:
         function: function whose arguments are the options, or functions by subcommand name.
         argv: command line.
-        positional: whether required arguments are positional instead of options.
-        description: description of the command, if it has subcommands.
 
     Raises:
         argparse.ArgumentError: if the options do not match the function's signature.
@@ -103,9 +100,8 @@ def call(
             function,  # type: ignore[arg-type]  # its dict has other kinds of values, too
             args=argv[1:],
             prog=f"lightning-mvar {argv[0]}",
-            as_positional=positional,
+            as_positional=argv[0] in POSITIONAL,
             exit_on_error=False,
-            description=description,
             parser_class=CommandParser,
         )
     except ValueError as error:

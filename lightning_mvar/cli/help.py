@@ -15,7 +15,7 @@ from typing import Any
 from lightning_mvar.cli.signatures import Option, Signature, command_signatures, signature
 from lightning_mvar.errors import InputError, require_package
 
-COMMANDS = {  # command: (module with `main(argv)`, help)
+COMMANDS = {  # command: (module and its function, help)
     "new": ("new", "write the configuration of all commands for your own pictures"),
     "fit": ("fit", "train a network on token shards"),
     "validate": ("fit", "teacher-forced loss of a checkpoint on the validation shards"),
@@ -40,6 +40,7 @@ COMMANDS = {  # command: (module with `main(argv)`, help)
     "configs": ("configs", "list the configuration files that come with the package, or copy them"),
     "demo": ("demo", "run everything on the embedded digits, from train-tokenizer to evaluate"),
 }
+POSITIONAL = {"doctor", "merge", "new", "report", "sweep"}  # commands whose required arguments are plain words
 
 FULL_HELP = "--help_all"  # jsonargparse's help: whole texts, and the classes that an option accepts
 OF_ANY_PARSER = {"help", "help_all", "config", "print_config", "print_completion"}  # added by jsonargparse
@@ -115,7 +116,8 @@ def usage() -> str:
 def signatures_of(name: str) -> dict[str, Signature]:
     """Returns the signature of a command by "", or those of its subcommands by their names."""
     if name not in TRAINING:
-        return command_signatures(f"lightning_mvar.commands.{COMMANDS[name][0]}")
+        module = COMMANDS[name][0]
+        return command_signatures(f"lightning_mvar.commands.{module}", module, name in POSITIONAL)
     model, data, trainer = (signature(*source) for source in TRAINING[name])
     run = [Option(option, kind, False, "", text, name) for option, (kind, text) in OF_TRAINING.items()]
     of_trainer = [replace(option, text=TRAINER_TEXTS.get(option.name, "")) for option in trainer.options]

@@ -1,8 +1,8 @@
 """Options of the commands, read from their source: help, suggestions and completion without importing torch.
 
 Importing a command's module takes seconds, reading its source milliseconds. The options are the signature of the
-function that its `main` passes to `call`, or those of the classes that LightningCLI builds, followed through `**kwargs`
-as jsonargparse does. That remains the parser: it alone checks values.
+command's function, or those of the classes that LightningCLI builds, followed through `**kwargs` as jsonargparse does.
+That remains the parser: it alone checks values.
 """
 
 from __future__ import annotations
@@ -94,20 +94,21 @@ def find(module: str, name: str) -> tuple[str, ast.stmt] | None:
     return None
 
 
-def command_signatures(module: str) -> dict[str, Signature]:
+def command_signatures(module: str, name: str, positional: bool) -> dict[str, Signature]:
     """Returns the signature of a command by "", or those of its subcommands by their names.
 
     Args:
-        module: module whose `main` passes a function, or a dictionary of functions, to `call`.
+        module: module of the command.
+        name: function in it, or dictionary of functions by subcommand.
+        positional: whether required arguments are given without their names.
     """
-    calls = [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.Call)]
-    call = next(node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "call")
-    target = call.args[0]
-    if isinstance(target, ast.Dict):
-        names = [ast.literal_eval(key) for key in target.keys if key is not None]
-        return {name: signature(module, ast.unparse(f)) for name, f in zip(names, target.values, strict=True)}
-    read = signature(module, ast.unparse(target))
-    if any(keyword.arg == "positional" for keyword in call.keywords):
+    found = find(module, name)
+    if found is not None and isinstance(found[1], ast.Assign) and isinstance(found[1].value, ast.Dict):
+        functions = found[1].value
+        names = [ast.literal_eval(key) for key in functions.keys if key is not None]
+        return {name: signature(module, ast.unparse(f)) for name, f in zip(names, functions.values, strict=True)}
+    read = signature(module, name)
+    if positional:
         read = read._replace(options=[replace(o, positional=o.required and not o.by_keyword) for o in read.options])
     return {"": read}
 

@@ -17,7 +17,6 @@ from lightning_mvar.bench.networks import (
 from lightning_mvar.bench.reading import measure_data, measure_reading
 from lightning_mvar.bench.subjects import Setting
 from lightning_mvar.bench.tokenizing import measure_tokenizing
-from lightning_mvar.cli.arguments import call
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.devices import Precision, choose_device, set_tf32
@@ -142,7 +141,3 @@ def check_options(
         raise InputError("--shards works only with `bench data` without --versus")
     if (images is not None) != (what == "tokenize"):
         raise InputError("`bench tokenize` needs --images; no other measurement takes it")
-
-
-def main(argv: list[str]) -> None:
-    call(bench, argv)

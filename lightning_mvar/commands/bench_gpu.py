@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_mvar.bench.suite import describe, markdown, run_suite, suite
-from lightning_mvar.cli.arguments import call
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
 
@@ -41,7 +40,3 @@ def bench_gpu(
     failed = sum("error" in record for record in records)
     if failed:
         raise InputError(f"{failed} of {len(records)} benchmarks failed; see `error` in {Path(out) / 'gpu.json'}")
-
-
-def main(argv: list[str]) -> None:
-    call(bench_gpu, argv)

@@ -8,7 +8,6 @@ import textwrap
 from itertools import takewhile
 from pathlib import Path
 
-from lightning_mvar.cli.arguments import call
 from lightning_mvar.cli.help import MAX_WIDTH
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import PACKAGED
@@ -42,7 +41,3 @@ def title(path: Path) -> str:
     """Returns the first sentence of a file's header."""
     header = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
     return re.split(r"\.(?: |$)", " ".join(line.lstrip("# ") for line in header))[0]
-
-
-def main(argv: list[str]) -> None:
-    call(configs, argv)

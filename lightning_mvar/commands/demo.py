@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_mvar.cli.arguments import call
 from lightning_mvar.io.configs import find_config, with_included
 from lightning_mvar.io.json_files import write_json
 from lightning_mvar.io.locks import lock_folder
@@ -167,7 +166,3 @@ def last_scalars(logs: Path, prefix: str) -> list[tuple[str, float]]:
     events = EventAccumulator(str(logs))
     events.Reload()
     return [(tag, events.Scalars(tag)[-1].value) for tag in events.Tags()["scalars"] if tag.startswith(prefix)]
-
-
-def main(argv: list[str]) -> None:
-    call(demo, argv)

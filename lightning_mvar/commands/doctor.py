@@ -14,7 +14,7 @@ from lightning_mvar.analysis.doctor.differences import Difference, Result, compa
 from lightning_mvar.analysis.doctor.estimates import MAX_SAMPLES, Estimate, ScoredSet, estimate_all
 from lightning_mvar.analysis.doctor.published import published_result
 from lightning_mvar.analysis.doctor.traces import add_traces
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.tables import Record, format_value, print_rows, write_records
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError
@@ -210,7 +210,3 @@ def print_report(report: list[Record]) -> None:
         print_rows([["what explains it", f"of {scores[0]['change']:+.4g}", "measured on"], *rows])
     for note in notes:
         print(f"- {note['text']}")
-
-
-def main(argv: list[str]) -> None:
-    call(doctor, argv, positional=True)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.data.images.decoding import read_image
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError
@@ -112,7 +112,3 @@ def box_mask(box: str, shape: Shape) -> Image.Image:
     mask = Image.new("L", (width, height), 0)
     ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
     return mask
-
-
-def main(argv: list[str]) -> None:
-    call(edit, argv)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_mvar.checkpoints import StoredModel, TrainedModel, load_tokenizer, load_trained, open_trained
 from lightning_mvar.checkpoints.training import WhichWeights
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.classes import Classes, select_classes
 from lightning_mvar.data.images.examples import OnCorrupt
@@ -238,7 +238,3 @@ def reject_sampling_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if value != defaults[name].default:
             raise InputError(f"--{name} applies only to sampling: add the --ckpt_path to sample from, or drop --{name}")
-
-
-def main(argv: list[str]) -> None:
-    call(evaluate, argv)

@@ -16,7 +16,7 @@ from lightning_mvar.checkpoints import (
 )
 from lightning_mvar.checkpoints.card import model_card
 from lightning_mvar.checkpoints.folders import CONFIG, read_config
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.hub import locate
 from lightning_mvar.io.locks import lock_folder
@@ -117,7 +117,3 @@ def export_tokenizer(out: str, tokenizer: str | None, schedule: ScaleSchedule | 
     with lock_folder(Path(out), "export"):
         save_folder(out, converted)
     print(f"tokenizer for images of {format_shape(converted.config.shape)} in {out}")
-
-
-def main(argv: list[str]) -> None:
-    call(export, argv)

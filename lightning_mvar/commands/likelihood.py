@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.progress import check_reading, read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.classes import Classes
@@ -113,7 +113,3 @@ def folder_labels(model: TrainedModel, folders: list[str], classes: str | None) 
         return torch.tensor([names.label(folder) for folder in folders])
     except InputError as error:
         raise InputError(f"{error}: rename the folder of images, or set one class for all with --classes") from error
-
-
-def main(argv: list[str]) -> None:
-    call(likelihood, argv)

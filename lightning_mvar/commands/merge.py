@@ -10,7 +10,7 @@ from lightning_mvar.checkpoints.merge import Term
 from lightning_mvar.checkpoints.merge import merge as merge_networks
 from lightning_mvar.checkpoints.power_ema import Profile, check_sigma_rel, reconstruct
 from lightning_mvar.checkpoints.training import open_snapshots, resolve_last
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.tables import print_rows
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.locks import lock_folder
@@ -121,7 +121,3 @@ def resolve_coefficients(
     if len(coefficients) != count:
         raise InputError(f"--coefficients has {len(coefficients)} numbers for {count} networks; give one per network")
     return [*coefficients, *([1 - sum(coefficients)] if has_base else [])]
-
-
-def main(argv: list[str]) -> None:
-    call(merge, argv, positional=True)

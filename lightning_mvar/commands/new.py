@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from lightning_mvar.cli.arguments import call
 from lightning_mvar.data.images.sources import find_embedded_set, open_encoded, refuse_split
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import is_remote
@@ -84,7 +83,3 @@ def describe_plan(plan: Plan) -> list[str]:
         f"network: depth {recipe.depth}, width {recipe.width}, {plan.num_parameters / 1e6:.1f}M parameters, "
         f"{recipe.steps:,} steps of {plan.batch_size} images",
     ]
-
-
-def main(argv: list[str]) -> None:
-    call(new, argv, positional=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.progress import check_reading, read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.images.examples import OnCorrupt
@@ -164,7 +164,3 @@ class Comparison:
 def spread(count: int, wanted: int) -> set[int]:
     """Returns up to `wanted` numbers below `count` at equal distances: sources are ordered by class."""
     return set(torch.linspace(0, count - 1, min(count, wanted)).round().int().tolist())
-
-
-def main(argv: list[str]) -> None:
-    call(reconstruct, argv)

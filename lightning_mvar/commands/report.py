@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from tensorboard.plugins.hparams import api_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_mvar.cli.arguments import call
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path, path_component
 from lightning_mvar.io.hparams import columns_summary, end_summary, row_summary
@@ -162,7 +161,3 @@ def write_hparams(sweep: Sweep, folder: Path) -> None:
 def hyperparameters(cell: CellResult) -> dict[str, float | int | str]:
     axes = {axis: float(value) if is_number(value) else value for axis, value in cell.axes.items()}
     return {**axes, "seed": cell.seed}
-
-
-def main(argv: list[str]) -> None:
-    call(report, argv, positional=True)

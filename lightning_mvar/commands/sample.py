@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.draw import draw_set
 from lightning_mvar.sampling.grids import formation_strip, image_grid, save_animation, save_image, with_row_names
@@ -102,7 +102,3 @@ def write_figures(drawn: Drawing, out: str, grid: str | None, strip: str | None,
         frames = [image_grid(step, shown.shape[1]) for step in drawn.stream_images(numbers)]
         save_animation([with_row_names(frame, names[:STRIP_ROWS]) for frame in frames], animation)
         print(f"animation in {animation}")
-
-
-def main(argv: list[str]) -> None:
-    call(sample, argv)

@@ -10,7 +10,6 @@ from threading import Event
 from types import FrameType
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
-from lightning_mvar.cli.arguments import call
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError, Interrupted, require_package
 from lightning_mvar.pipeline import MVARPipeline
@@ -81,7 +80,3 @@ def listen(host: str, port: int) -> socket.socket:
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number, "the page has ended", "start it again with the same command")
-
-
-def main(argv: list[str]) -> None:
-    call(serve, argv)

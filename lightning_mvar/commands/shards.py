@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.cli.arguments import call
 from lightning_mvar.cli.tables import format_value, print_rows, print_table, write_records
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
@@ -31,10 +30,6 @@ from lightning_mvar.io.fetch import is_remote
 from lightning_mvar.sampling.grids import captioned_pair, image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-DESCRIPTION = (
-    "Inspect a folder of token shards. `lightning-mvar shards verify DIR` checks every file, `info DIR` prints its "
-    "contents, `decode DIR --tokenizer DIR --out PNG` draws some samples; each has --help."
-)
 MAX_OTHER_FILES = 10_000  # in the folder of the source, such as class folders and files of other types
 WILDCARDS = frozenset("*?[")
 MAX_LISTED = 5  # classes at each end of the histogram, and skipped images
@@ -247,5 +242,4 @@ def require_folder(folder: str) -> Path:
     return Path(folder)
 
 
-def main(argv: list[str]) -> None:
-    call({"verify": verify, "info": info, "decode": decode}, argv, description=DESCRIPTION)
+shards = {"verify": verify, "info": info, "decode": decode}

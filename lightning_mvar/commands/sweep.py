@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from lightning_mvar.cli import COMMANDS
-from lightning_mvar.cli.arguments import call, check
+from lightning_mvar.cli.arguments import check
 from lightning_mvar.cli.configs import packaged_unless_here
 from lightning_mvar.cli.training import parse_command
 from lightning_mvar.commands.evaluate import evaluate
@@ -208,7 +208,3 @@ def handle_stop_signals() -> Iterator[Stop]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def main(argv: list[str]) -> None:
-    call(sweep, argv, positional=True)

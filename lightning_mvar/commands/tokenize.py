@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.data.images.examples import ImageSource, Views, batch_loader, batched
 from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import IMAGE_CACHE, find_embedded_set, open_images, refuse_split, split_off
@@ -279,7 +279,3 @@ def too_many_failures(count: int, allowed: int, message: str) -> InputError:
     if not allowed:
         return InputError(f"{message}: repair it, or skip up to N such images with --max_failures N")
     return InputError(f"{count} images cannot be decoded, more than --max_failures {allowed}; the last is {message}")
-
-
-def main(argv: list[str]) -> None:
-    call(tokenize, argv)

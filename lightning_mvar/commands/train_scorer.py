@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.cli.arguments import call, refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.tables import print_rows
 from lightning_mvar.data.images.names import visible
 from lightning_mvar.data.tokens.manifest import Manifest
@@ -193,7 +193,3 @@ def open_stream(tokenizer: Tokenizer, location: str, batch_size: int, seed: int 
             f"--batch_size, or give more"
         )
     return TokenStream(source, manifest, batch_size, seed, BLOCK_SIZE, rank=0, world_size=1)
-
-
-def main(argv: list[str]) -> None:
-    call(train_scorer, argv)

@@ -21,10 +21,10 @@ from lightning_mvar.errors import InputError
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(_: list[str]) -> None:
+    def interrupt(ckpt_path: str) -> None:
         raise KeyboardInterrupt
 
-    def lightning_interrupt(_: list[str]) -> None:
+    def lightning_interrupt(ckpt_path: str) -> None:
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -33,7 +33,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     from lightning_mvar.commands import sample
 
     for stop in (interrupt, lightning_interrupt):
-        monkeypatch.setattr(sample, "main", stop)
+        monkeypatch.setattr(sample, "sample", stop)
         assert run(["sample", "model"]) == 130
         assert "interrupted" in capsys.readouterr().err
 
@@ -52,19 +52,12 @@ def test_ctrl_c_during_the_imports_ends_with_130(
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_mvar.commands import sample
 
-    def fail(_: list[str]) -> None:
+    def fail(ckpt_path: str) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(sample, "main", fail)
+    monkeypatch.setattr(sample, "sample", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run(["sample", "model"])
-
-
-def test_every_command_has_a_module_with_main() -> None:
-    import importlib
-
-    for module, _ in cli.COMMANDS.values():
-        assert callable(importlib.import_module(f"lightning_mvar.commands.{module}").main)
 
 
 def count(flag: bool = False, number: int = 1, classifier: nn.Module | None = None) -> None:

@@ -2,12 +2,11 @@
 
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 from jsonargparse import capture_parser
 
-from lightning_mvar.cli import run
+from lightning_mvar.cli import run, run_command
 from lightning_mvar.cli.help import COMMANDS, OF_ANY_PARSER, completion, signatures_of, with_first_option
 
 SCREEN = 60  # lines
@@ -15,7 +14,7 @@ SCREEN = 60  # lines
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("validate", "test")])
 def test_the_options_are_those_of_the_parser(name: str) -> None:
-    parser = capture_parser(lambda: import_module(f"lightning_mvar.commands.{COMMANDS[name][0]}").main([name]))
+    parser = capture_parser(lambda: run_command([name]))
     parsers = parser._subcommands_action._name_parser_map if parser._subcommands_action else {"": parser}
     signatures = signatures_of(name)
     assert signatures.keys() == parsers.keys()
