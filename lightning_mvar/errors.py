@@ -11,6 +11,26 @@ class InputError(ValueError):
     """
 
 
+def require_in(interval: str, prefix: str = "", /, **values: float | None) -> None:
+    """Raises InputError unless numbers lie in an interval, such as "[0, 1)"; None is no number and passes.
+
+    Args:
+        interval: bounds, with a bracket if they belong to it; "inf" for no upper bound.
+        prefix: of their names in the message, such as "--".
+        values: numbers by name.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    allowed = f"in {interval}"
+    if high == float("inf"):
+        allowed = "positive" if interval == "(0, inf)" else f"at least {low:g}"
+    for name, value in values.items():
+        if value is not None and not (
+            (low <= value if interval[0] == "[" else low < value)
+            and (value <= high if interval[-1] == "]" else value < high)
+        ):
+            raise InputError(f"{prefix}{name} must be {allowed}, got {value}")
+
+
 def require_package(package: str, extra: str, purpose: str) -> None:
     """Raises InputError, which begins with the purpose, unless a package of an optional extra is installed."""
     if find_spec(package) is None:

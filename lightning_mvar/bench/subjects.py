@@ -20,7 +20,7 @@ from lightning_mvar.bench.measure import Run
 from lightning_mvar.bench.parts import Part
 from lightning_mvar.cli.tables import Record
 from lightning_mvar.devices import DTYPES, Precision
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.models.base import State
 from lightning_mvar.models.config import BASELINES, MIXERS, SIZES, MVARConfig
 from lightning_mvar.models.costs import META, count_flops, forward_flops
@@ -63,10 +63,8 @@ class Setting:
                 f"bench: mixer {self.mixer!r} is unknown; choose one of {', '.join(BASELINES)}, or replace "
                 f"{unknown[0]!r} by mixers joined with +: {', '.join(MIXERS)}"
             )
-        if self.batch_size < 1 or self.depth < 0:
-            raise InputError(
-                f"bench: batch_size {self.batch_size} must be at least 1 and depth {self.depth} not negative"
-            )
+        require_in("[1, inf)", "bench: ", batch_size=self.batch_size)
+        require_in("[0, inf)", "bench: ", depth=self.depth)
         ScaleSchedule.for_resolution(self.resolution)
         self.sampling.check(self.network)
 

@@ -30,7 +30,7 @@ from lightning_mvar.checkpoints.training import (
     remove_leftovers,
 )
 from lightning_mvar.devices import in_process_group
-from lightning_mvar.errors import DivergedError, InputError, Interrupted
+from lightning_mvar.errors import DivergedError, InputError, Interrupted, require_in
 from lightning_mvar.training.base import ScheduledModule
 from lightning_mvar.training.collectives import DelayedMax
 from lightning_mvar.training.lightning_internals import (
@@ -245,8 +245,7 @@ class Checkpoint(AtomicCheckpoint):
     ) -> None:
         if (every_n_train_steps is None) == (train_time_interval is None):
             raise InputError("a Checkpoint needs either every_n_train_steps or train_time_interval")
-        if keep < 1:
-            raise InputError(f"a Checkpoint keeps at least 1, got keep {keep}")
+        require_in("[1, inf)", "Checkpoint's ", keep=keep)
         super().__init__(
             dirpath=dirpath,
             filename="{step:08d}",

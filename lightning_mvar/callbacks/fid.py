@@ -15,7 +15,7 @@ from lightning_mvar.callbacks.interruption import raise_if_interrupted
 from lightning_mvar.checkpoints import WhichWeights
 from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.devices import without_autocast
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.scores import Scores
@@ -79,9 +79,7 @@ class FIDCallback(L.Callback):
                 f"the FID callback needs num_samples > {fewest} (for neighbours {neighbours}) and batch_size >= 1, got "
                 f"{num_samples} and {batch_size}"
             )
-        for name, period in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            if period is not None and period < 1:
-                raise InputError(f"{name} of the FID callback must be at least 1, got {period}")
+        require_in("[1, inf)", "FIDCallback's ", every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
         self.extractor, self.reference_name, self.cache = extractor, reference, Path(cache).expanduser()
         self.crop: CropProtocol = crop
         self.margin = margin

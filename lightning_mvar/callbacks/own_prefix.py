@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.devices import without_autocast
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.models.mvar import MVAR, MVARState
 from lightning_mvar.sampling.generate import max_batch_size
 from lightning_mvar.sampling.philox import TOKENS, image_keys, uniform
@@ -54,9 +54,7 @@ class OwnPrefixCallback(L.Callback):
     """
 
     def __init__(self, images: int = 256, own_scales: int = 1, seed: int = 0, keep_sharded: bool = False) -> None:
-        for name, value in (("images", images), ("own_scales", own_scales)):
-            if value < 1:
-                raise InputError(f"{name} {value} of the own-prefix callback is too small; use at least 1")
+        require_in("[1, inf)", "OwnPrefixCallback's ", images=images, own_scales=own_scales)
         self.images, self.own_scales, self.keep_sharded = images, own_scales, keep_sharded
         self.seed = SamplingSettings(seed=seed).seed
         self.sums: Tensor | None = None  # (3, k - 1) float64 of this rank's images

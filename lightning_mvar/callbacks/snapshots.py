@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 
 from lightning_mvar.callbacks.checkpoint import AtomicCheckpoint
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.training.mvar import LitMVAR
 
 
@@ -18,8 +18,7 @@ class SnapshotCheckpoint(AtomicCheckpoint):
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int) -> None:
-        if every_n_train_steps < 1:
-            raise InputError(f"a SnapshotCheckpoint's every_n_train_steps {every_n_train_steps} must be at least 1")
+        require_in("[1, inf)", "SnapshotCheckpoint's ", every_n_train_steps=every_n_train_steps)
         super().__init__(
             dirpath=dirpath,
             filename="{step:08d}",

@@ -6,7 +6,7 @@ import time
 
 import lightning as L
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import require_in
 from lightning_mvar.models.costs import forward_flops
 from lightning_mvar.training.base import ScheduledModule
 from lightning_mvar.training.mvar import LitMVAR
@@ -24,8 +24,7 @@ class ThroughputCallback(L.Callback):
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
-        if peak_flops is not None and peak_flops <= 0:
-            raise InputError(f"peak_flops of the throughput callback must be positive, got {peak_flops}")
+        require_in("(0, inf)", "ThroughputCallback's ", peak_flops=peak_flops)
         self.peak_flops, self.flops_per_image = peak_flops, 0
         self.start: float | None = None
         self.batches = 0  # since start

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from lightning_mvar.data.images.examples import ImageBatch, ImageSource, image_loader
-from lightning_mvar.errors import InputError
 
 
 def read_images(source: ImageSource, batch_size: int, num_workers: int, progress: str) -> Iterator[ImageBatch]:
@@ -19,8 +18,3 @@ def read_images(source: ImageSource, batch_size: int, num_workers: int, progress
             if len(batch.images):
                 yield batch
             bar.update(len(batch.images) + len(batch.errors))
-
-
-def check_reading(batch_size: int, num_workers: int) -> None:
-    if batch_size < 1 or num_workers < 0:
-        raise InputError("--batch_size must be at least 1, --num_workers at least 0")

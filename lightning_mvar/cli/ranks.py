@@ -14,7 +14,7 @@ from lightning.fabric.strategies import DDPStrategy
 
 from lightning_mvar.cli.rendezvous import limit_start
 from lightning_mvar.devices import choose_device
-from lightning_mvar.errors import InputError, Interrupted, one_line
+from lightning_mvar.errors import InputError, Interrupted, one_line, require_in
 from lightning_mvar.training.lightning_internals import started_processes
 from lightning_mvar.training.lost_ranks import first_sentence, is_loss_of_rank
 
@@ -37,8 +37,7 @@ def launch_ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
     Raises:
         InputError: if the devices are unavailable, or another rank has ended.
     """
-    if devices < 1 or num_nodes < 1:
-        raise InputError(f"--devices and --num_nodes must be at least 1, got {devices} and {num_nodes}")
+    require_in("[1, inf)", "--", devices=devices, num_nodes=num_nodes)
     torch_device, several = choose_device(device), devices * num_nodes > 1
     one_gpu = torch_device.type != "cpu" and torch_device.index is not None
     if several and one_gpu:

@@ -32,7 +32,7 @@ from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.cli.rendezvous import fail_together
 from lightning_mvar.cli.starting import RunFolders, StartOptions
 from lightning_mvar.devices import set_tf32
-from lightning_mvar.errors import RESUME_REMEDY, InputError, one_line
+from lightning_mvar.errors import RESUME_REMEDY, InputError, one_line, require_in
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.lightning_internals import restore_choice_of_rank_zero
 from lightning_mvar.training.mvar import LitMVAR
@@ -96,8 +96,7 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.written, self.config = parse(parser, args)
-        if not 0 <= (seed := self.config.seed_everything) <= MAX_SEED:
-            raise InputError(f"--seed_everything must be in [0, {MAX_SEED}], got {seed}")
+        require_in(f"[0, {MAX_SEED}]", "--", seed_everything=self.config.seed_everything)
         check_trainer_options(self.config.trainer)
 
     def before_instantiate_classes(self) -> None:
@@ -199,9 +198,7 @@ class TrainingCLI(LightningCLI):
 def check_trainer_options(trainer: Namespace) -> None:
     """Raises InputError for options of the trainer that Lightning accepts, though they make no sense."""
     for name, least in LEAST.items():
-        value = trainer[name]
-        if isinstance(value, int | float) and value < least:
-            raise InputError(f"--trainer.{name} {value} is too small; use at least {least}")
+        require_in(f"[{least}, inf)", "--trainer.", **{name: trainer[name]})
     if trainer.val_check_interval == 0:
         raise InputError(
             "--trainer.val_check_interval must be positive; to disable validation, use --trainer.limit_val_batches 0"

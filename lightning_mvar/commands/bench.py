@@ -20,7 +20,7 @@ from lightning_mvar.bench.tokenizing import measure_tokenizing
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.devices import Precision, choose_device, set_tf32
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
 
 Measurement = Literal["sample", "step", "train", "tokenize", "data", "memory", "op", "launches"]
@@ -129,10 +129,10 @@ def check_options(
     shards: str | None,
 ) -> None:
     """Raises InputError if options are out of range or do not go together."""
-    if repeats < 1 or num_workers < 0:
-        raise InputError(f"--repeats {repeats} must be at least 1 and --num_workers {num_workers} at least 0")
-    if world_size < 1 or (world_size > 1 and what != "data"):
-        raise InputError(f"--world_size {world_size} must be at least 1, and works only with `bench data`")
+    require_in("[1, inf)", "--", repeats=repeats, world_size=world_size)
+    require_in("[0, inf)", "--", num_workers=num_workers)
+    if world_size > 1 and what != "data":
+        raise InputError("--world_size works only with `bench data`")
     if compile and what != "train":
         raise InputError("--compile works only with `bench train`")
     if profile and what != "sample":

@@ -17,7 +17,7 @@ from lightning_mvar.analysis.doctor.traces import add_traces
 from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.tables import Record, format_value, print_rows, write_records
 from lightning_mvar.devices import choose_device
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.json_files import read_json
 from lightning_mvar.metrics.accuracy import classifier_for
@@ -62,8 +62,7 @@ def doctor(
     """
     if len(results) != (2 if published is None else 1):
         raise InputError("name two results of `evaluate --json`, or one and --published NAME, such as var-d16")
-    if max_images < 2:
-        raise InputError(f"--max_images {max_images} is too small; use at least 2")
+    require_in("[2, inf)", "--", max_images=max_images)
     refuse_overwriting({"--json": json}, {f"result {i}": split_number(name)[0] for i, name in enumerate(results, 1)})
     pair = read_result(results[0]), read_result(results[1]) if published is None else published_result(published)
     target = choose_device(device)

@@ -13,7 +13,7 @@ from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.data.images.decoding import read_image
 from lightning_mvar.devices import Precision
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.pipeline import MVARPipeline, fitted
@@ -21,7 +21,7 @@ from lightning_mvar.sampling.grids import image_grid, save_image, with_row_names
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.scales import Shape, format_shape
 
-MAX_COUNT = 1000  # images per class
+MAX_COUNT = 1000  # images per class, all drawn at once
 REDRAWN_COLOR = (255, 0, 255)  # marks the redrawn part in --picture
 
 
@@ -65,8 +65,7 @@ def edit(
     if (box is None) == (mask is None):
         raise InputError("give either --box LEFT,TOP,RIGHT,BOTTOM or --mask FILE to choose the part to redraw")
     SamplingSettings(**sampling)  # raises for values out of range before weights are read
-    if not 1 <= count <= MAX_COUNT:
-        raise InputError(f"--count must be from 1 to {MAX_COUNT}, as all images are drawn at once; got {count}")
+    require_in(f"[1, {MAX_COUNT}]", "--", count=count)
     if Path(out).is_file() or Path(out).suffix:
         raise InputError(f"--out {out} must be a folder")
     original = read_image(image)

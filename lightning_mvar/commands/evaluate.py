@@ -17,7 +17,7 @@ from lightning_mvar.data.classes import Classes, select_classes
 from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.devices import set_tf32
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
 from lightning_mvar.metrics.evaluation import Evaluation, describe
@@ -105,7 +105,9 @@ def evaluate(
         num_nodes: machines; start the same command on each, with torchrun or Slurm.
         sampling: with --ckpt_path, how to draw the samples.
     """
-    check_options(statistics, num_workers)
+    if statistics is not None and not statistics.endswith(".npz"):
+        raise InputError(f"--statistics {statistics} must be NAME.npz")
+    require_in("[0, inf)", "--", num_workers=num_workers)
     outputs = {"--statistics": statistics, "--json": json}
     inputs = {"--reference": reference, "--floor": floor, "--reconstructions": reconstructions}
     inputs |= {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer}
@@ -218,14 +220,6 @@ def require_count(images: Samples, count: int, name: str) -> None:
         raise InputError(
             f"{name} holds {len(images)} images, but the set has {count}, numbered 0 to {count - 1}: remove the others"
         )
-
-
-def check_options(statistics: str | None, num_workers: int) -> None:
-    """Raises InputError for invalid options, before hours of sampling."""
-    if statistics is not None and not statistics.endswith(".npz"):
-        raise InputError(f"--statistics {statistics} must be NAME.npz")
-    if num_workers < 0:
-        raise InputError(f"--num_workers must not be negative, got {num_workers}")
 
 
 def reject_sampling_options(options: dict[str, Any]) -> None:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
 from lightning_mvar.cli.arguments import refuse_overwriting
-from lightning_mvar.cli.progress import check_reading, read_images
+from lightning_mvar.cli.progress import read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.sampling.generate import teacher_inputs
 
 
@@ -54,7 +54,8 @@ def likelihood(
         on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a message.
         device: auto, cpu, cuda or cuda:N.
     """
-    check_reading(batch_size, num_workers)
+    require_in("[1, inf)", "--", batch_size=batch_size)
+    require_in("[0, inf)", "--", num_workers=num_workers)
     refuse_overwriting(
         {"--json": json, "--each": each}, {"--ckpt_path": ckpt_path, "--images": images, "--tokenizer": tokenizer}
     )

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.cli.arguments import refuse_overwriting
-from lightning_mvar.cli.progress import check_reading, read_images
+from lightning_mvar.cli.progress import read_images
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.perturbation import PerturbedScores
 from lightning_mvar.metrics.reconstruction import ReconstructionScores
@@ -65,7 +65,8 @@ def reconstruct(
         cache: folder that caches trained classifiers.
         device: auto, cpu, cuda or cuda:N.
     """
-    check_reading(batch_size, num_workers)
+    require_in("[1, inf)", "--", batch_size=batch_size)
+    require_in("[0, inf)", "--", num_workers=num_workers)
     refuse_overwriting({"--picture": picture, "--json": json}, {"--tokenizer": tokenizer, "--images": images})
     target = choose_device(device)
     model = load_tokenizer(tokenizer).to(target)

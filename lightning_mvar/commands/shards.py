@@ -25,7 +25,7 @@ from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.statistics import TokenStatistics, stratified_ids
 from lightning_mvar.data.tokens.verify import find_problems, plural
 from lightning_mvar.devices import choose_device
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fetch import is_remote
 from lightning_mvar.sampling.grids import captioned_pair, image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -127,10 +127,8 @@ def decode(
         seed: seed that chooses the samples.
         device: auto, cpu, cuda or cuda:N.
     """
-    if n < 1:
-        raise InputError(f"--n must be at least 1, got {n}")
-    if seed < 0:
-        raise InputError(f"--seed must be at least 0, got {seed}")
+    require_in("[1, inf)", "--", n=n)
+    require_in("[0, inf)", "--", seed=seed)
     path, torch_device = require_folder(folder), choose_device(device)
     manifest = load_valid_manifest(path)
     if not manifest.num_samples:

@@ -19,7 +19,7 @@ from lightning_mvar.cli.arguments import check
 from lightning_mvar.cli.configs import packaged_unless_here
 from lightning_mvar.cli.training import parse_command
 from lightning_mvar.commands.evaluate import evaluate
-from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.errors import InputError, Interrupted, require_in
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.json_files import checked
 from lightning_mvar.io.locks import lock_folder
@@ -95,8 +95,7 @@ def sweep(
 def choose_launcher(
     name: str, jobs: int, folder: Path, submitit: dict[str, Any] | None, ray: dict[str, float] | None
 ) -> Launcher:
-    if jobs < 1:
-        raise InputError(f"--jobs must be at least 1, got {jobs}")
+    require_in("[1, inf)", "--", jobs=jobs)
     for other, options in (("submitit", submitit), ("ray", ray)):
         if options is not None and name != other:
             raise InputError(f"--{other} is for --launcher {other}, not {name}")

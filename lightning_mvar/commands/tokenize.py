@@ -26,7 +26,7 @@ from lightning_mvar.data.tokens.manifest import Manifest, read_record, record_pa
 from lightning_mvar.data.tokens.verify import plural
 from lightning_mvar.data.tokens.writing import ShardFolder
 from lightning_mvar.devices import Precision
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fetch import RETRIES
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -93,11 +93,8 @@ def tokenize(
         devices: processes per machine, each with its own GPU if `device` is cuda.
         num_nodes: number of machines; start the same command on each, by torchrun or Slurm.
     """
-    if min(views, shard_size, batch_size) < 1 or min(num_workers, max_failures, retries) < 0:
-        raise InputError(
-            "--views, --shard_size and --batch_size must be at least 1; --num_workers, --max_failures and --retries "
-            "must be at least 0"
-        )
+    require_in("[1, inf)", "--", views=views, shard_size=shard_size, batch_size=batch_size)
+    require_in("[0, inf)", "--", num_workers=num_workers, max_failures=max_failures, retries=retries)
     refuse_overwriting({"--out": out}, {"--tokenizer": tokenizer, "--labels": labels, "--class_names": class_names})
     if flips and views == 1:
         raise InputError("--flips applies to random crops: set --views to 2 or more")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.data.tokens.sources import open_shards
 from lightning_mvar.data.tokens.stream import PairedStream, TokenStream
 from lightning_mvar.devices import choose_device
-from lightning_mvar.errors import InputError, Interrupted
+from lightning_mvar.errors import InputError, Interrupted, require_in
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.scorer import CONFIG, FILES, FORMAT, Scorer, ScorerConfig, save_scorer
@@ -64,8 +63,13 @@ def train_scorer(
         seed: seed of the initial weights, the dropout and the order of the data.
         device: auto, cpu, cuda or cuda:N.
     """
-    check_numbers(steps, batch_size, lr, seed)
-    check_held_out(val, own_val)
+    require_in("[1, inf)", "--", steps=steps)
+    require_in("(0, inf)", "--", lr=lr)
+    require_in(f"[0, {MAX_SEED}]", "--", seed=seed)
+    if batch_size < 2 or batch_size % 2:
+        raise InputError(f"--batch_size {batch_size} must be even and at least 2, as half of the images are real")
+    if (val is None) != (own_val is None):
+        raise InputError("--own_val needs --val" if val is None else "--val needs --own_val")
     inputs = {"--tokenizer": tokenizer, "--real": real, "--own": own, "--val": val, "--own_val": own_val}
     refuse_overwriting({"--out": out}, inputs)
     if (folder := Path(out).expanduser()).is_file():
@@ -89,24 +93,6 @@ def train_scorer(
     if held_out is not None:
         shares = separation(scorer, quantizer, *held_out).tolist()
         print_rows([["scale", *codes.config.schedule.names], ["told apart", *(f"{share:.3f}" for share in shares)]])
-
-
-def check_numbers(steps: int, batch_size: int, lr: float, seed: int) -> None:
-    """Raises InputError for a number that is out of range."""
-    if steps < 1:
-        raise InputError(f"--steps {steps} is too few; use at least 1")
-    if batch_size < 2 or batch_size % 2:
-        raise InputError(f"--batch_size {batch_size} must be even and at least 2, as half of the images are real")
-    if not 0 < lr < math.inf:
-        raise InputError(f"--lr {lr} must be positive and finite")
-    if not 0 <= seed <= MAX_SEED:
-        raise InputError(f"--seed {seed} must be from 0 to {MAX_SEED}")
-
-
-def check_held_out(val: str | None, own_val: str | None) -> None:
-    """Raises InputError if only one of the held-out folders is given."""
-    if (val is None) != (own_val is None):
-        raise InputError("--own_val needs --val" if val is None else "--val needs --own_val")
 
 
 def refuse_other_files(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_mvar.devices import is_first_rank
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.metrics.accuracy import reconstruction_accuracy, sample_accuracy
 from lightning_mvar.metrics.class_distances import ClassLabels, class_distances
 from lightning_mvar.metrics.evaluator import FULL_NAMES, Evaluator
@@ -49,8 +49,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         name = self.real.name
-        if self.worst_classes < 0:
-            raise InputError(f"--worst_classes must not be negative, got {self.worst_classes}")
+        require_in("[0, inf)", "--", worst_classes=self.worst_classes)
         if self.worst_classes and self.real.kind != "images":
             raise InputError(
                 f"--worst_classes needs a reference with classes, such as a folder of class folders: {name}"

@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.metrics.frechet import Statistics, frechet_distance, statistics_of
 
 GROUPS = 20
@@ -49,8 +49,7 @@ class Uncertainty:
     extrapolate: bool = False
 
     def __post_init__(self) -> None:
-        if self.interval is not None and not 0 < self.interval < 1:
-            raise InputError(f"--interval {self.interval} must be between 0 and 1, such as 0.95")
+        require_in("(0, 1)", "--", interval=self.interval)
 
     @property
     def needs_features(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.models.attention import (
     Attention,
     BlockCausalAttention,
@@ -104,12 +104,8 @@ class MVARConfig:
         mixers = tuple(part if isinstance(part, str) else tuple(part) for part in self.mixers)
         object.__setattr__(self, "mixers", mixers)
         for name, (minimum, maximum) in RANGES.items():
-            if getattr(self, name) < minimum:
-                raise InputError(f"network.{name} must be at least {minimum}, got {getattr(self, name)}")
-            if getattr(self, name) > maximum:
-                raise InputError(f"network.{name} must be at most {maximum}, got {getattr(self, name)}")
-        if not 0 <= self.drop_path < 1:
-            raise InputError(f"network.drop_path must be in [0, 1), got {self.drop_path}")
+            require_in(f"[{minimum}, {maximum}]", "network.", **{name: getattr(self, name)})
+        require_in("[0, 1)", "network.", drop_path=self.drop_path)
         if not math.isfinite(self.adaln_gate_init):
             raise InputError(f"network.adaln_gate_init must be finite, got {self.adaln_gate_init}")
         if self.width % self.heads:

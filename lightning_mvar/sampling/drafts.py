@@ -46,9 +46,7 @@ class Drafts:
     scales: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "count", integer("drafts", self.count, MAX_DRAFTS))
-        if self.count < 1:
-            raise InputError("drafts 0 is too few; use at least 1")
+        object.__setattr__(self, "count", integer("drafts", self.count, MAX_DRAFTS, 1))
         if self.count > 1 and self.scorer is None:
             raise InputError(f"drafts {self.count} needs a draft_scorer, which `lightning-mvar train-scorer` writes")
         if self.scales is not None:

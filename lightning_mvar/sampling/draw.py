@@ -28,7 +28,7 @@ from lightning_mvar.devices import (
     rank_and_world_size,
     wait_for_ranks,
 )
-from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
+from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError, require_in
 from lightning_mvar.io.files import path_component
 from lightning_mvar.io.fingerprint import fingerprint, fingerprint_of
 from lightning_mvar.io.locks import lock_folder
@@ -139,8 +139,7 @@ def draw_set(
     Raises:
         InputError: if an argument is out of range, or `out` or `tokens` holds other files or another set.
     """
-    if per_class < 1 or batch_size < 1:
-        raise InputError("--per_class and --batch_size must be at least 1")
+    require_in("[1, inf)", "--", per_class=per_class, batch_size=batch_size)
     check_count(per_class, 1, keep)  # before the network is read, which says how many classes there are
     if keep is not None and reject is None:
         raise InputError(
@@ -237,8 +236,7 @@ def write_set(
 
 def check_count(per_class: int, classes: int, keep: float | None) -> None:
     """Raises InputError if a set would have too many images, or too many candidates that rejection draws."""
-    if keep is not None and not 0 < keep <= 1:
-        raise InputError(f"--keep is the share of the images that is kept and must be in (0, 1], got {keep}")
+    require_in("(0, 1]", "--", keep=keep)
     if per_class * classes > MAX_IMAGES:
         raise InputError(f"--per_class {per_class}: a set has at most {MAX_IMAGES:,} images; draw several sets")
     if keep is not None and per_class * classes > MAX_IMAGES * keep:

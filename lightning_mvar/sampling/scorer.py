@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.json_files import FormatVersion, read_json, write_json
 from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 from lightning_mvar.models.config import MVARConfig
@@ -58,8 +58,7 @@ class ScorerConfig:
     def __post_init__(self) -> None:
         if self.width < GROUPS or self.width % GROUPS:
             raise InputError(f"width {self.width} must be a positive multiple of {GROUPS}")
-        if min(self.code_dim, self.num_classes) < 1:
-            raise InputError(f"code_dim {self.code_dim} and num_classes {self.num_classes} must be at least 1")
+        require_in("[1, inf)", code_dim=self.code_dim, num_classes=self.num_classes)
 
     @property
     def schedule(self) -> ScaleSchedule:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import require_in
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
 
@@ -45,18 +45,11 @@ class CodebookConfig:
     scale_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise InputError(f"codebook.decay must be in [0, 1), got {self.decay}")
-        if not 0 <= self.scale_dropout <= 1:
-            raise InputError(f"codebook.scale_dropout must be in [0, 1], got {self.scale_dropout}")
-        for name in ("smoothing", "temperature"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"codebook.{name} must be positive, got {getattr(self, name)}")
-        if self.entropy_weight < 0 or self.entropy_queries < 1:
-            raise InputError(
-                f"codebook.entropy_weight must be at least 0, got {self.entropy_weight}, and codebook.entropy_queries "
-                f"at least 1, got {self.entropy_queries}"
-            )
+        require_in("[0, 1)", "codebook.", decay=self.decay)
+        require_in("[0, 1]", "codebook.", scale_dropout=self.scale_dropout)
+        require_in("(0, inf)", "codebook.", smoothing=self.smoothing, temperature=self.temperature)
+        require_in("[0, inf)", "codebook.", entropy_weight=self.entropy_weight)
+        require_in("[1, inf)", "codebook.", entropy_queries=self.entropy_queries)
 
 
 class CodebookAverage(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.scales import Shape, format_shape
 from lightning_mvar.tokenizer.autoencoder import GroupNorm
 
@@ -46,11 +46,9 @@ class AdversaryConfig:
     levels: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("weight", 0), ("start_step", 0), ("channels", 1), ("levels", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"adversary.{name} must be at least {least}, got {getattr(self, name)}")
-        if self.lr_factor <= 0:
-            raise InputError(f"adversary.lr_factor must be positive, got {self.lr_factor}")
+        require_in("[0, inf)", "adversary.", weight=self.weight, start_step=self.start_step)
+        require_in("[1, inf)", "adversary.", channels=self.channels, levels=self.levels)
+        require_in("(0, inf)", "adversary.", lr_factor=self.lr_factor)
 
 
 def min_image_side(config: AdversaryConfig) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mvar.devices import device_of
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.scales import ScaleSchedule, Shape, format_shape
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
@@ -63,10 +63,7 @@ class TokenizerConfig:
                 f"tokenizer.vocab_size {self.vocab_size} does not fit the uint16 tokens of shards; use at most 65536"
             )
         for name, limit in LIMITS.items():
-            if not 1 <= (value := getattr(self, name)) <= limit:
-                raise InputError(
-                    f"tokenizer.{name} must be at {'least 1' if value < 1 else f'most {limit}'}, got {value}"
-                )
+            require_in(f"[1, {limit}]", "tokenizer.", **{name: getattr(self, name)})
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(f"tokenizer.multipliers must be positive, got {self.multipliers}")
         if len(self.multipliers) > MAX_LEVELS or max(self.multipliers) > MAX_MULTIPLIER:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_mvar.errors import DivergedError, InputError
+from lightning_mvar.errors import DivergedError, InputError, require_in
 from lightning_mvar.training.lightning_internals import correct_logged_step, loggers_see_this_step, training_loader
 from lightning_mvar.training.optim import OptimizerConfig, apply_schedule, build_optimizer, skip_step_unless
 from lightning_mvar.training.run_state import check_tensors
@@ -76,8 +76,7 @@ class ScheduledModule(L.LightningModule):
 
     def __init__(self, optimizer: OptimizerConfig, max_skipped_steps: int) -> None:
         super().__init__()
-        if max_skipped_steps < 1:
-            raise InputError(f"model.max_skipped_steps must be at least 1, got {max_skipped_steps}")
+        require_in("[1, inf)", "model.", max_skipped_steps=max_skipped_steps)
         self.optimizer_config, self.max_skipped_steps = optimizer, max_skipped_steps
         self.seed = torch.initial_seed()
         self.skipped_steps, self.skipped_in_a_row = 0, 0

@@ -17,7 +17,7 @@ from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.data.tokens.shards import read_samples
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.data.tokens.stream import PairedStream, TokenBatch, TokenLoader, TokenStream
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fetch import RETRIES
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.scales import Shape, shape_of
@@ -55,11 +55,9 @@ class BatchedDataModule(L.LightningDataModule):
         retries: int = RETRIES,
     ) -> None:
         super().__init__()
-        optional = {
-            name: n for name, n in (("batch_size", batch_size), ("max_batch_size", max_batch_size)) if n is not None
-        }
-        require_at_least(1, global_batch_size=global_batch_size, **optional)
-        require_at_least(0, num_workers=num_workers, retries=retries)
+        sizes = {"global_batch_size": global_batch_size, "batch_size": batch_size, "max_batch_size": max_batch_size}
+        require_in("[1, inf)", "data.", **sizes)
+        require_in("[0, inf)", "data.", num_workers=num_workers, retries=retries)
         self.global_batch_size, self.given_batch_size, self.max_batch_size = (
             global_batch_size,
             batch_size,
@@ -109,13 +107,6 @@ class BatchedDataModule(L.LightningDataModule):
         )
 
 
-def require_at_least(least: int, **values: int) -> None:
-    """Raises InputError if an option is less than `least`."""
-    for name, value in values.items():
-        if value < least:
-            raise InputError(f"data.{name} is too small, got {value}; use at least {least}")
-
-
 class TokenDataModule(BatchedDataModule):
     """Datamodule that streams tokens from shards of `lightning-mvar tokenize` or `sample --tokens`.
 
@@ -143,7 +134,7 @@ class TokenDataModule(BatchedDataModule):
         **batching: Any,
     ) -> None:
         super().__init__(**batching)
-        require_at_least(1, block_size=block_size)
+        require_in("[1, inf)", "data.", block_size=block_size)
         sources = {"train": train, "val": val, "test": test or val} | ({} if own is None else {"own": own})
         self.shards = {name: open_shards(source, cache_dir, self.retries) for name, source in sources.items()}
         self.block_size = block_size

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_mvar.checkpoints import WhichWeights
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.devices import exact_float32
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import require_in
 from lightning_mvar.models.config import NetworkOptions
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, teacher_inputs
@@ -88,8 +88,7 @@ class LitMVAR(NetworkModule):
             weights_kind=weights_kind,
             freeze=freeze,
         )
-        if not 0 <= label_drop <= 1:
-            raise InputError(f"model.label_drop must be in [0, 1], got {label_drop}")
+        require_in("[0, 1]", "model.", label_drop=label_drop)
         self.objective, self.label_drop = objective, label_drop
         self.sampling = SamplingSettings()  # of `predict_step`
         self.predicted = 0  # images that this rank has drawn since `predict` began

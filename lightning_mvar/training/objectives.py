@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_mvar.data.tokens.stream import TokenBatch
 from lightning_mvar.devices import exact_float32, without_autocast
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.philox import TOKENS, uniform
@@ -133,8 +133,7 @@ class TeacherForced(Objective):
         weights = loss_weights or [1.0]
         if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
             raise InputError(f"objective.loss_weights must be at least 0 and not all 0, got {loss_weights}")
-        if not 0 <= label_smoothing < 1:
-            raise InputError(f"objective.label_smoothing must be in [0, 1), got {label_smoothing}")
+        require_in("[0, 1)", "objective.", label_smoothing=label_smoothing)
         self.loss_weights, self.label_smoothing = loss_weights, label_smoothing
 
     def check(self, network: MVARConfig) -> None:
@@ -186,12 +185,9 @@ class SelfCorrecting(TeacherForced):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(loss_weights, label_smoothing)
-        if not 0 <= max_share <= 1:
-            raise InputError(f"objective.max_share must be in [0, 1], got {max_share}")
-        if neighbours < 1:
-            raise InputError(f"objective.neighbours must be at least 1, got {neighbours}")
-        if temperature is not None and temperature <= 0:
-            raise InputError(f"objective.temperature must be positive, got {temperature}")
+        require_in("[0, 1]", "objective.", max_share=max_share)
+        require_in("[1, inf)", "objective.", neighbours=neighbours)
+        require_in("(0, inf)", "objective.", temperature=temperature)
         self.max_share, self.replacement = max_share, replacement
         self.num_neighbours, self.temperature = neighbours, temperature
         self.neighbours: Neighbours | None = None  # of the codes in `codebook`, once its device is known
@@ -263,7 +259,7 @@ class DirectDiscriminative(Objective):
     def __init__(
         self, reference: str | None = None, alpha: float = 1.0, beta: float = 0.02, per_token: bool = False
     ) -> None:
-        require_positive(alpha=alpha, beta=beta)
+        require_in("(0, inf)", "objective.", alpha=alpha, beta=beta)
         self.reference, self.alpha, self.beta, self.per_token = reference, alpha, beta, per_token
 
     def __call__(self, learner: Learner, batch: TokenBatch, labels: Tensor, batch_idx: int) -> Scores:
@@ -306,7 +302,7 @@ class ConditionContrastive(Objective):
     def __init__(
         self, reference: str | None = None, beta: float = 0.02, weight: float = 50.0, per_token: bool = False
     ) -> None:
-        require_positive(beta=beta, weight=weight)
+        require_in("(0, inf)", "objective.", beta=beta, weight=weight)
         self.reference, self.beta, self.weight, self.per_token = reference, beta, weight, per_token
 
     def __call__(self, learner: Learner, batch: TokenBatch, labels: Tensor, batch_idx: int) -> Scores:
@@ -337,10 +333,3 @@ def log_ratios(learner: Learner, tokens: Tensor, labels: Tensor, per_token: bool
     losses, correct = learner.network.score(labels, inputs, tokens)
     gained = reference - losses  # (b, l) log ratio per token
     return losses, correct, gained.mean(dim=1) if per_token else gained.sum(dim=1)
-
-
-def require_positive(**values: float) -> None:
-    """Raises InputError unless all options of an objective are positive and finite."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"objective.{name} must be positive, got {value}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.models.parameters import is_block_matrix
 from lightning_mvar.training.muon import MuonAdamW
 
@@ -49,17 +49,12 @@ class OptimizerConfig:
     momentum: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.base_lr <= 0:
-            raise InputError(f"optimizer.base_lr must be positive, got {self.base_lr}")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "final_weight_decay"):
-            if (getattr(self, name) or 0) < 0:
-                raise InputError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("warmup", "plateau", "initial_lr_ratio", "final_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"optimizer.{name} must be in [0, 1], got {getattr(self, name)}")
+        of = "optimizer."
+        require_in("(0, inf)", of, base_lr=self.base_lr)
+        require_in("[0, 1)", of, beta1=self.beta1, beta2=self.beta2, momentum=self.momentum)
+        require_in("[0, inf)", of, weight_decay=self.weight_decay, final_weight_decay=self.final_weight_decay)
+        require_in("[0, 1]", of, warmup=self.warmup, plateau=self.plateau)
+        require_in("[0, 1]", of, initial_lr_ratio=self.initial_lr_ratio, final_lr_ratio=self.final_lr_ratio)
 
     def learning_rate(self, step: int, total_steps: int, global_batch: int) -> float:
         """Returns the rate: linear warm-up, plateau, then linear to `final_lr_ratio` of the peak at the last step."""

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lightning_mvar.checkpoints.sharded import ShardReader
 from lightning_mvar.checkpoints.training import read_plain_part
 from lightning_mvar.devices import exact_float32
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.tensors import is_finite, tensors_in
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
@@ -76,8 +76,7 @@ class FSDP2Strategy(DataParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        if data_parallel_replicate < 1:
-            raise InputError(f"data_parallel_replicate {data_parallel_replicate} is too small; use at least 1")
+        require_in("[1, inf)", data_parallel_replicate=data_parallel_replicate)
         self.param_dtype, self.replicas = param_dtype, data_parallel_replicate
 
     @property

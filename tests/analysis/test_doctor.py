@@ -372,7 +372,7 @@ def test_the_command_scores_again_and_reports(pair: tuple[np.ndarray, np.ndarray
         ("a.json two.json", "two.json holds 2 results; name one of them, such as two.json#0"),
         ("a.json two.json#2", "two.json holds 2 results; the last is two.json#1"),
         ("a.json list.json", "list.json"),
-        ("a.json a.json --max_images 1", "--max_images 1 is too small"),
+        ("a.json a.json --max_images 1", "--max_images must be at least 2, got 1"),
         ("a.json two.json#1 --json two.json", "two.json"),
     ],
 )

@@ -87,5 +87,5 @@ def test_a_rank_whose_process_group_is_gone_publishes_nothing(tmp_path: Path) ->
 def test_invalid_settings_are_refused() -> None:
     with pytest.raises(InputError, match="either every_n_train_steps or train_time_interval"):
         Checkpoint("folder")
-    with pytest.raises(InputError, match="keeps at least 1"):
+    with pytest.raises(InputError, match="Checkpoint's keep must be at least 1"):
         Checkpoint("folder", every_n_train_steps=1, keep=0)

@@ -152,7 +152,7 @@ def expanded(state: State) -> State:
         (NETWORK | {"head.bias": torch.zeros(64).to_sparse()}, "tensors without data, or of an unusual layout"),
         (NETWORK | {"head.bias": torch.zeros(64, device="meta")}, "tensors without data, or of an unusual layout"),
         (NETWORK | {"lvl_1L": NETWORK["lvl_1L"].to(torch.complex64)}, "is not a complete VAR or M-VAR network"),
-        ({"model": NETWORK | {"blocks.999999999.x": torch.zeros(1)}}, "network.depth must be at most 1024"),
+        ({"model": NETWORK | {"blocks.999999999.x": torch.zeros(1)}}, r"network.depth must be in \[1, 1024\]"),
     ],
 )
 def test_weights_are_plain_and_bounded(content: dict[str, Any], message: str, tmp_path: Path) -> None:

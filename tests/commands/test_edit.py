@@ -79,11 +79,11 @@ def test_redrawing_all_is_sampling_and_keeping_all_is_reconstruction(workdir: Pa
         (["--classes", "cat", "--box", "0,0,8,8"], "no class 'cat'"),
         (
             ["--classes", "3", "--box", "0,0,8,8", "--count", "0"],
-            "--count must be from 1 to 1000, as all images are drawn at once; got 0",
+            "--count must be in [1, 1000], got 0",
         ),
         (["--classes", "3", "--box", "0,0,8,8", "--out", "a.png"], "--out a.png must be a folder"),
         (["--classes", "3", "--box", "0,0,8,8", "--top_p", "1.5"], "top_p must be a number from 0 to 1"),
-        (["--classes", "3", "--box", "0,0,8,8", "--count", str(2**63)], "--count must be from 1 to 1000"),
+        (["--classes", "3", "--box", "0,0,8,8", "--count", str(2**63)], "--count must be in [1, 1000]"),
     ],
 )
 def test_errors_are_reported_without_traceback(

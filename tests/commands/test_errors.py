@@ -148,7 +148,7 @@ def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.Captur
 
 def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fsdp2 = ["--trainer.strategy", "lightning_mvar.training.strategies.FSDP2Strategy"]
-    for replicas, problem in ((2, "2 must divide the number of ranks, 1"), (0, "0 is too small; use at least 1")):
+    for replicas, problem in ((2, "2 must divide the number of ranks, 1"), (0, "must be at least 1, got 0")):
         hybrid = [*fsdp2, "--trainer.strategy.data_parallel_replicate", str(replicas)]
         assert f"data_parallel_replicate {problem}" in error_of(capfd, "fit", "--config", "fit.yaml", *hybrid)
     half = [*fsdp2, "--trainer.strategy.param_dtype", "bfloat16"]

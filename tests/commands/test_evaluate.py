@@ -345,12 +345,12 @@ def test_mistakes_are_reported_in_one_line(
     reconstructions = ["--reference", "known.npz", "--reconstructions", "tok"]
     assert "known.npz has only statistics" in error_of("good.npz", *REFERENCE, *reconstructions)
     assert "--statistics own must be NAME.npz" in error_of("good.npz", *REFERENCE, "--statistics", "own")
-    assert "--worst_classes must not be negative" in error_of("good.npz", *REFERENCE, "--worst_classes", "-1")
+    assert "--worst_classes must be at least 0" in error_of("good.npz", *REFERENCE, "--worst_classes", "-1")
     np.savez("ids.npz", pixels, [0, 1, 2, 3, 0, 1])
     assert "of the 3 classes of images: arr_1 has classes from 0 to 3" in error_of(
         "ids.npz", *REFERENCE, "--worst_classes", "1"
     )
-    assert "--num_workers must not be negative" in error_of("good.npz", *REFERENCE, "--num_workers", "-1")
+    assert "--num_workers must be at least 0" in error_of("good.npz", *REFERENCE, "--num_workers", "-1")
     assert "--guidance applies only to sampling: add the --ckpt_path" in error_of(
         "good.npz", *REFERENCE, "--guidance", "2"
     )

@@ -75,7 +75,7 @@ def test_a_data_workers_failure_is_reported_in_one_line(
 def test_mistakes_are_reported_in_one_line(server: ShardServer, capfd: pytest.CaptureFixture[str]) -> None:
     for options, message in [
         (["--data.train", "nfs://host/shards"], "nfs:// is not supported"),
-        (["--data.train", "pipe:cat shards/{}", "--data.retries", "-1"], "data.retries is too small, got -1"),
+        (["--data.train", "pipe:cat shards/{}", "--data.retries", "-1"], "data.retries must be at least 0, got -1"),
         (["--data.train", "pipe:cat nowhere/{}", "--data.retries", "0"], "manifest.json cannot be read (the command"),
         (["--data.val", "pipe:sed s/48/49/ shards/{}"], "do not fit the model: vocab_size is 49 in the shards"),
     ]:

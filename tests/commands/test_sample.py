@@ -284,7 +284,7 @@ def test_rejection_keeps_the_images_with_the_highest_confidence(workdir: Path) -
     [
         (
             ["--reject", "conftest.Brightness", "--keep", "0"],
-            "--keep is the share of the images that is kept and must be in (0, 1], got 0",
+            "--keep must be in (0, 1], got 0",
         ),
         (
             ["--reject", "conftest.Brightness", "--classes", "unconditional"],
@@ -304,7 +304,7 @@ def test_rejection_keeps_the_images_with_the_highest_confidence(workdir: Path) -
         (["--per_class", str(2**63), "--ckpt_path", "."], "a set has at most 10,000,000 images"),
         (["--animation", "a.mp4"], "--animation a.mp4 must end in .gif or .webp"),
         (["--classes", "3,3x"], "--classes: there is no class '3x'"),
-        (["--devices", "0"], "--devices and --num_nodes must be at least 1"),
+        (["--devices", "0"], "--devices must be at least 1"),
         (["--devices", "2", "--device", "cuda:1"], "cuda:1"),
     ],
 )

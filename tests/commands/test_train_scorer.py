@@ -93,10 +93,10 @@ def test_the_same_seed_trains_the_same_scorer(workdir: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "0"], "--steps 0 is too few"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--batch_size", "5"], "--batch_size 5 must be even"),
-        (["--lr", "0"], "--lr 0.0 must be positive"),
-        (["--seed", "-1"], "--seed -1 must be from 0"),
+        (["--lr", "0"], "--lr must be positive, got 0.0"),
+        (["--seed", "-1"], "--seed must be in [0,"),
         (["--batch_size", "16"], "own has 6 samples, fewer than the 8 of each step: lower --batch_size"),
         (["--val", "real"], "--val needs --own_val"),
         (["--own_val", "own"], "--own_val needs --val"),

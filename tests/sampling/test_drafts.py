@@ -179,7 +179,7 @@ def test_a_new_scorer_in_the_same_folder_is_read_again(tokenizer: Tokenizer, tmp
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"drafts": 0}, "drafts 0 is too few; use at least 1"),
+        ({"drafts": 0}, "drafts must be an integer from 1 to 4,096, got 0"),
         ({"drafts": 2.5}, r"drafts must be an integer from 0 to 4,096, got 2\.5"),
         ({"drafts": 2}, "drafts 2 needs a draft_scorer, which `lightning-mvar train-scorer` writes"),
         ({"draft_scales": "12"}, "draft_scales must be a list of scales, got '12'"),

@@ -93,9 +93,9 @@ def test_images_per_device_can_be_given_instead() -> None:
     [
         (5, {"global_batch_size": 768}, "data.global_batch_size 768 cannot be divided over 5 devices"),
         (2, {"global_batch_size": 1}, "data.global_batch_size 1 cannot be divided over 2 devices"),
-        (1, {"global_batch_size": 0}, "data.global_batch_size is too small, got 0; use at least 1"),
-        (1, {"batch_size": 0}, "data.batch_size is too small"),
-        (1, {"max_batch_size": 0}, "data.max_batch_size is too small"),
+        (1, {"global_batch_size": 0}, "data.global_batch_size must be at least 1, got 0"),
+        (1, {"batch_size": 0}, "data.batch_size must be at least 1"),
+        (1, {"max_batch_size": 0}, "data.max_batch_size must be at least 1"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(devices: int, options: dict[str, int], message: str) -> None:

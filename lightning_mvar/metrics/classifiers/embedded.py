@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_mvar.data.builtin.base import EmbeddedSet
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import require_in
 from lightning_mvar.metrics.classifiers.trained import TrainedClassifier
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ class EmbeddedClassifier(TrainedClassifier):
     embedded: EmbeddedSet
 
     def __init__(self, weights: str, epochs: int = 25) -> None:
-        if epochs < 1:
-            raise InputError(f"{type(self).__name__} needs epochs of at least 1, got {epochs}")
-        if epochs > MAX_EPOCHS:
-            raise InputError(f"{type(self).__name__} takes at most {MAX_EPOCHS} epochs, got {epochs}")
+        require_in(f"[1, {MAX_EPOCHS}]", f"{type(self).__name__}'s ", epochs=epochs)
         embedded = self.embedded
         path = Path(weights).expanduser()
         super().__init__(embedded.name, path, embedded.resolution, len(embedded.class_names), epochs)
