@@ -26,7 +26,7 @@ from lightning_mvar.checkpoints.training import (
     read_record,
     resolve_last,
 )
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.json_files import checked
 from lightning_mvar.models.config import OF_TOKENS, MVARConfig, NetworkOptions
 from lightning_mvar.models.mvar import MVAR, Block
@@ -39,14 +39,7 @@ from lightning_mvar.training.freezing import freeze_parameters
 from lightning_mvar.training.lightning_internals import attached_trainer
 from lightning_mvar.training.optim import OptimizerConfig
 from lightning_mvar.training.references import Reference, require_same_reference
-from lightning_mvar.training.resuming import (
-    adapt_to_devices,
-    require_same_average,
-    require_same_frozen,
-    require_same_network,
-    require_same_optimizer,
-    require_same_power_ema,
-)
+from lightning_mvar.training.resuming import adapt_to_devices, require_same, require_same_network
 from lightning_mvar.training.strategies import FSDP2Strategy, build_network
 from lightning_mvar.training.weights import InitialWeights, Start, check_tokenizer
 
@@ -83,8 +76,7 @@ class NetworkModule(ScheduledModule):
         freeze: tuple[str, ...],
     ) -> None:
         super().__init__(optimizer, max_skipped_steps)
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise InputError(f"model.ema_decay must be in [0, 1), got {ema_decay}")
+        require_in("[0, 1)", "model.", ema_decay=ema_decay)
         self.power_ema = power_ema or []
         for sigma_rel in self.power_ema:
             check_sigma_rel(sigma_rel, "model.power_ema")
@@ -241,7 +233,7 @@ class NetworkModule(ScheduledModule):
         options = {"ema_decay": record.run.ema_decay, "power_ema": record.run.power_ema} | options
         network = NetworkOptions(**vars(record.network))
         module = cls(network=network, tokenizer=tokenizer or record.tokenizer.path, **options)
-        require_same_power_ema(record.run.power_ema, module.power_ema)
+        require_same("power_ema", record.run.power_ema, module.power_ema)
         module.known_class_names = record.class_names
 
         def load(prefix: str) -> MVAR:
@@ -296,10 +288,11 @@ class NetworkModule(ScheduledModule):
         if isinstance(network, NetworkOptions):  # what tokenizer and shards say is known with the trainer
             network = network.complete(self.start.config, **{name: getattr(record.network, name) for name in OF_TOKENS})
         require_same_network(record, network, self.tokenizer_fingerprint)
-        require_same_average(record.run.ema, self.ema_decay is not None)
-        require_same_power_ema(record.run.power_ema, self.power_ema)
-        require_same_optimizer(record.run.muon, self.optimizer_config.muon)
-        require_same_frozen(record.run.freeze, [*self.freeze_patterns])
+        require_same("an average of the weights (ema_decay)", record.run.ema, self.ema_decay is not None)
+        require_same("power_ema", record.run.power_ema, self.power_ema)
+        require_same("optimizer.muon", record.run.muon, self.optimizer_config.muon)
+        if record.run.freeze is not None:
+            require_same("freeze", record.run.freeze, [*self.freeze_patterns])
         return record
 
 

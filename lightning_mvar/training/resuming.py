@@ -12,51 +12,20 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 
 
+def require_same(name: str, saved: Any, current: Any) -> None:
+    """Raises InputError if a setting differs between a checkpoint and the run that continues it."""
+    if saved != current:
+        raise InputError(
+            f"--ckpt_path is of another configuration: {name} is {saved} in the checkpoint and {current} in this run; "
+            f"set it as before, or start a new run from the checkpoint with --model.weights"
+        )
+
+
 def require_same_network(record: NetworkRecord, network: MVARConfig, tokenizer: str) -> None:
     """Raises InputError unless a checkpoint has this network and a tokenizer of this fingerprint; names the field."""
     saved = asdict(record.network) | {"tokenizer": record.tokenizer.fingerprint}
-    current = asdict(network) | {"tokenizer": tokenizer}
-    for name in current:
-        if current[name] != saved.get(name):
-            raise InputError(
-                f"--ckpt_path is of another configuration: {name} is {saved.get(name)} in the checkpoint and "
-                f"{current[name]} in this run"
-            )
-
-
-def require_same_average(saved: bool, current: bool) -> None:
-    """Raises InputError unless checkpoint and run both keep a weight average, or neither does."""
-    if saved != current:
-        kept = {True: "kept", False: "not kept"}
-        raise InputError(
-            f"--ckpt_path has another ema_decay: an average of the weights is {kept[saved]} in the checkpoint "
-            f"and {kept[current]} in this run"
-        )
-
-
-def require_same_optimizer(saved: bool, current: bool) -> None:
-    """Raises InputError unless checkpoint and run both train with Muon, or neither does."""
-    if saved != current:
-        names = {True: "Muon and AdamW", False: "AdamW alone"}
-        raise InputError(
-            f"--ckpt_path holds the state of {names[saved]}, but this run trains with {names[current]}: set "
-            f"--model.optimizer.muon {str(saved).lower()}"
-        )
-
-
-def require_same_frozen(saved: list[str] | None, current: list[str]) -> None:
-    """Raises InputError if checkpoint and run freeze by other patterns; `saved` is None if it has no record of any."""
-    if saved is not None and saved != current:
-        raise InputError(
-            f"--ckpt_path is of a run with model.freeze {saved}, but this run has {current}: set it as before, or "
-            f"start a new run from the checkpoint with --model.weights"
-        )
-
-
-def require_same_power_ema(saved: list[float], current: list[float]) -> None:
-    """Raises InputError unless checkpoint and run keep the same power-function averages."""
-    if saved != current:
-        raise InputError(f"--ckpt_path has another power_ema: {saved} in the checkpoint and {current} in this run")
+    for name, current in (asdict(network) | {"tokenizer": tokenizer}).items():
+        require_same(name, saved[name], current)
 
 
 def adapt_to_devices(run: RunRecord, world_size: int, batch_of_all_ranks: int, fit_loop: dict[str, Any]) -> None:

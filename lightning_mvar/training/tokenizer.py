@@ -15,7 +15,7 @@ from lightning_mvar.checkpoints import load_tokenizer
 from lightning_mvar.checkpoints.training import EMA_PREFIX, read_plain_part, read_tensors, resolve_last
 from lightning_mvar.data.images.examples import ImageBatch
 from lightning_mvar.data.tokens.statistics import perplexity
-from lightning_mvar.errors import InputError
+from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.json_files import checked, shown
 from lightning_mvar.tokenizer.autoencoder import ResidualBlock
 from lightning_mvar.tokenizer.codebook import CodebookAverage, CodebookConfig, assignment_sums, draw_residuals
@@ -26,7 +26,7 @@ from lightning_mvar.training.base import ScheduledModule, update_ema, warm_up_de
 from lightning_mvar.training.batches import image_batch
 from lightning_mvar.training.collectives import broadcast_from_rank_zero, mean_over_ranks, sum_over_ranks
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
-from lightning_mvar.training.resuming import require_same_average, require_same_optimizer
+from lightning_mvar.training.resuming import require_same
 from lightning_mvar.training.strategies import FSDP2Strategy, assign_values, full_tensor
 from lightning_mvar.training.tokenizer_loss import TokenizerLoss
 
@@ -83,8 +83,7 @@ class LitTokenizer(ScheduledModule):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer, max_skipped_steps)
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise InputError(f"model.ema_decay must be in [0, 1), got {ema_decay}")
+        require_in("[0, 1)", "model.", ema_decay=ema_decay)
         if codebook.scale_dropout and tokenizer.schedule.num_scales == 1:
             raise InputError("codebook.scale_dropout needs a schedule of more than one scale")
         self.tokenizer = Tokenizer(tokenizer) if weights is None else load_pretrained(weights, tokenizer)
@@ -347,16 +346,12 @@ class LitTokenizer(ScheduledModule):
         require_current(record, "--ckpt_path")
         settings = {name: value for name, value in record.items() if name != "train_usage"}
         settings = checked(settings, dict[str, Any], "--ckpt_path")
-        require_same_average(checked(settings["ema"], bool, "--ckpt_path: ema"), self.ema is not None)
         config = asdict(checked(settings.get("config"), TokenizerConfig, "--ckpt_path"))
         defaults = {"codebook.learning": CodebookConfig().learning, "muon": OptimizerConfig().muon}
         saved_settings = defaults | settings | {"config": config}
-        require_same_optimizer(checked(saved_settings["muon"], bool, "--ckpt_path: muon"), self.optimizer_config.muon)
+        names = {"config": "tokenizer", "ema": "an average of the weights (ema_decay)", "muon": "optimizer.muon"}
         for name, current in self.checkpoint_identity().items():
-            saved = saved_settings.get(name)
-            if saved != current:
-                what = "tokenizer" if name == "config" else name
-                raise InputError(f"--ckpt_path has another {what}: {saved} in the checkpoint, {current} in this run")
+            require_same(names.get(name, name), saved_settings.get(name), current)
 
 
 def require_current(record: Any, source: str | Path) -> None:

@@ -113,7 +113,9 @@ def test_a_run_resumes_with_the_same_frozen_parameters_only(
 
     fit(("*_embed*",), None)
     saved = tmp_path / "run/step=00000001.ckpt"
-    with pytest.raises(InputError, match=r"model.freeze \['\*_embed\*'\], but this run has \[\]: set it as before"):
+    with pytest.raises(
+        InputError, match=r"freeze is \['\*_embed\*'\] in the checkpoint and \[\] in this run; set it as before"
+    ):
         fit((), saved)
     content = torch.load(saved, weights_only=True)
     del content[NETWORK_KEY]["run"]["freeze"]  # as in older versions

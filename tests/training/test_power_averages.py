@@ -123,7 +123,7 @@ def test_averages_resume_to_the_bit_and_load_with_the_module(
     for state in (resumed, loaded):
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    with pytest.raises(InputError, match=r"another power_ema: \[0.05, 0.1\] in the checkpoint and \[\] in this run"):
+    with pytest.raises(InputError, match=r"power_ema is \[0.05, 0.1\] in the checkpoint and \[\] in this run"):
         fit(middle, "other", [])
 
 
