@@ -78,7 +78,7 @@ class SamplingSettings:
             "draft_scales": choice.scales,
         }
         if not isinstance(self.smooth, bool):
-            raise InputError(f"smooth must be True or False, got {self.smooth!r}")
+            raise InputError(f"smooth must be True or False, got {self.smooth!r:.80}")
         if self.smooth and choice.count > 1:
             raise InputError("smooth mixes codes, so there are no drafts to choose among: drop smooth or drafts")
         for name, value in normalized.items():

@@ -34,5 +34,5 @@ def per_scale(name: str, value: Any, high: float, low: float = 0) -> float | tup
 def checked(name: str, value: Any, kind: type, article: str, low: float, high: float) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
         limits = f"from {low:g} to {high:,}" if high < math.inf else f"of at least {low:g}"
-        raise InputError(f"{name} must be {article} {limits}, got {value}")
+        raise InputError(f"{name} must be {article} {limits}, got {value!s:.80}")
     return value

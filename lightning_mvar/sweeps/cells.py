@@ -158,10 +158,13 @@ def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
 
 
 def read_record(path: Path, kind: type[T]) -> T:
+    """Reads a JSON file in a cell's folder."""
+    if not path.exists():
+        raise InputError(f"{path} is missing: start the sweep again, or remove {path.parent}")
     try:
         return read_json(path, kind)
     except InputError as error:
-        raise InputError(f"{error}: remove its folder to run that cell from scratch") from error
+        raise InputError(f"{path} is damaged ({error}): remove its folder to run that cell from scratch") from error
 
 
 def attempts(folder: Path) -> list[Attempt]:

@@ -13,23 +13,22 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, TypeVar
+from typing import Any
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.files import open_regular, read_regular
+from lightning_mvar.io.files import open_regular
 from lightning_mvar.io.hparams import read_row
-from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, shown
+from lightning_mvar.io.json_files import checked, shown
 from lightning_mvar.models.costs import Costs
-from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, CellRecord, attempts
+from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, CellRecord, attempts, read_record
 from lightning_mvar.sweeps.measures import COSTS, LOSSES, RATES, SCALE_LOSS, SCORES, TRAINING_RATE, TRAINING_SCORES
 from lightning_mvar.sweeps.plan import SweepFile, score_files
 from lightning_mvar.sweeps.sweep_file import read_sweep
 
-T = TypeVar("T")
 Scalar = bool | int | float | str | None
 Axes = dict[str, str]  # axis -> name of the value
 Curve = list[tuple[int, float]]  # images trained on, value
@@ -148,7 +147,7 @@ def is_number(text: str) -> bool:
 
 def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     """Reads a cell's folder; its results only if it has finished."""
-    definition = read_json(folder / "cell.json", CellRecord)
+    definition = read_record(folder / "cell.json", CellRecord)
     status, tries, seconds = summarize_attempts(folder)
     cell = CellResult(
         definition.name, definition.axes, definition.seed, status, list(definition.commands), tries, seconds
@@ -171,7 +170,7 @@ def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     curves, rate, tokenizer = read_logs(folder / "logs")
     last = {tag: curve[-1][1] for tag, curve in curves.items()}
     costs_file = folder / "costs.json"
-    costs = parse_numbers(costs_file, read_json(costs_file, dict[str, Scalar]), Costs._fields)
+    costs = parse_numbers(costs_file, read_record(costs_file, dict[str, Scalar]), Costs._fields)
     return replace(cell, measures=last | rate | costs | measures, curves=curves, tokenizer=tokenizer)
 
 
@@ -237,7 +236,7 @@ def curve_points(events: EventAccumulator, tag: str) -> Curve:
 
 def read_scores(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Reads the scores and sampling costs that `evaluate` wrote, and their conditions."""
-    records = read_json(path, list[dict[str, Scalar]])
+    records = read_record(path, list[dict[str, Scalar]])
     if len(records) != 1:
         raise InputError(f"{path} is damaged: it must be a list of one record")
     (record,) = records
@@ -255,20 +254,5 @@ def parse_numbers(path: Path, record: dict[str, Scalar], keys: Iterable[str]) ->
         return numbers
     except KeyError as error:
         raise InputError(f"{path} is damaged (KeyError: {error})") from error
-    except InputError as error:
-        raise InputError(f"{path} is damaged ({error})") from error
-
-
-def read_json(path: Path, kind: type[T]) -> T:
-    """Reads a JSON file of a cell.
-
-    Raises:
-        InputError: if the file is missing or its content does not fit `kind`.
-    """
-    if not path.exists():
-        raise InputError(f"{path} is missing: start the sweep again, or remove {path.parent}")
-    data = read_regular(path, MAX_JSON_BYTES)
-    try:
-        return parse_json(data, kind, path.name)
     except InputError as error:
         raise InputError(f"{path} is damaged ({error})") from error

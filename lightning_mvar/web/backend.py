@@ -14,12 +14,11 @@ from lightning_mvar.data.images.decoding import FORMATS, TooManyPixelsError, Unu
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline, fitted, size_of
 from lightning_mvar.sampling.grids import picture_grid
+from lightning_mvar.sampling.settings import SamplingSettings
+from lightning_mvar.sampling.values import integer
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100
-MAX_IMAGES, MAX_GUIDANCE, MAX_TOP_K = 8, 100, 1_000_000
-MAX_SEED = 2**53 - 1  # the largest integer that a browser's numbers hold exactly
+MAX_IMAGES = 8
 MAX_PIXELS = 50_000_000  # of an image file
-MAX_SHOWN = 40  # characters of a wrong value in a message
 MIN_CANVAS_SIDE = 512  # pixels of the longer side; smaller images are enlarged to leave room to paint
 INSIDE, OUTSIDE = "the painted area", "everything else"  # regions to redraw
 
@@ -138,36 +137,18 @@ def sampling_arguments(
     name = str(class_name).strip() if isinstance(class_name, str | int) else ""
     if not name:
         raise InputError(f"choose a class, or {UNCONDITIONAL!r}")
-    for field, value in (("smooth", smooth), ("guidance by scale", by_scale)):
-        if not isinstance(value, bool):
-            raise InputError(f"{field} must be true or false, not {shown(value)}")
-    curve = [check_number(f"guidance of scale {k}", value, 0, MAX_GUIDANCE) for k, value in enumerate(strengths)]
-    return {
-        "classes": [name] * check_integer("images", count, 1, MAX_IMAGES),
-        "guidance": curve if by_scale else check_number("guidance", guidance, 0, MAX_GUIDANCE),
-        "top_k": check_integer("top-k", top_k, 0, MAX_TOP_K),
-        "top_p": check_number("top-p", top_p, 0, 1),
-        "temperature": check_number("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE),
-        "seed": check_integer("seed", seed, 0, MAX_SEED),
+    if not isinstance(by_scale, bool):
+        raise InputError(f"guidance by scale must be True or False, got {by_scale!s:.80}")
+    settings = {
+        "guidance": [*strengths] if by_scale else guidance,
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": temperature,
+        "seed": seed,
         "smooth": smooth,
     }
-
-
-def check_number(name: str, value: Any, low: float, high: float, kind: str = "number") -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InputError(f"{name} must be a {kind} from {low} to {high}, not {shown(value)}")
-    return value
-
-
-def check_integer(name: str, value: Any, low: int, high: int) -> int:
-    if check_number(name, value, low, high, "whole number") != int(value):
-        raise InputError(f"{name} must be a whole number, not {value}")
-    return int(value)
-
-
-def shown(value: Any) -> str:
-    """Formats a wrong value for a message."""
-    return "empty" if value is None else str(value)[:MAX_SHOWN]
+    SamplingSettings(**settings)  # refuses what cannot be drawn with
+    return {"classes": [name] * integer("images", count, MAX_IMAGES, 1), **settings}
 
 
 def class_menu(classes: Classes) -> list[tuple[str, str]]:

@@ -110,27 +110,26 @@ def test_an_image_lies_on_white_as_in_tokenize(backend: PageBackend) -> None:
         (0, None, "choose a class"),
         (0, " ", "choose a class"),
         (0, ["3"], "choose a class"),
-        (1, 10**9, "images must be a whole number from 1 to 8, not 1000000000"),
-        (1, {"count": 1}, "images must be a whole number from 1 to 8"),
-        (2, "x" * 10**6, f"guidance must be a number from 0 to 100, not {'x' * 40}$"),
-        (1, 0, "images must be a whole number from 1 to 8, not 0"),
-        (1, 9, "images must be a whole number from 1 to 8, not 9"),
-        (1, 1.5, "images must be a whole number, not 1.5"),
-        (2, "abc", "guidance must be a number from 0 to 100, not abc"),
-        (2, -5, "guidance must be a number from 0 to 100, not -5"),
+        (1, 10**9, "images must be an integer from 1 to 8, got 1000000000"),
+        (1, {"count": 1}, "images must be an integer from 1 to 8"),
+        (2, "x" * 10**6, f"guidance must be a number from 0 to 1,000, got {'x' * 80}$"),
+        (1, 0, "images must be an integer from 1 to 8, got 0"),
+        (1, 9, "images must be an integer from 1 to 8, got 9"),
+        (1, 1.5, "images must be an integer from 1 to 8, got 1.5"),
+        (2, "abc", "guidance must be a number from 0 to 1,000, got abc"),
+        (2, -5, "guidance must be a number from 0 to 1,000, got -5"),
         (2, 1e9, "guidance must be a number"),
         (2, float("nan"), "guidance must be a number"),
-        (2, None, "guidance must be a number from 0 to 100, not empty"),
-        (3, -1, "top-k must be a whole number"),
-        (4, -0.1, "top-p must be a number from 0 to 1, not -0.1"),
-        (4, True, "top-p must be a number"),
-        (5, 0, "temperature must be a number from 0.01 to 100, not 0"),
-        (6, float("inf"), "seed must be a whole number"),
-        (6, 2**70, "seed must be a whole number from 0 to"),
-        (7, "false", "smooth must be true or false, not false"),
-        (7, None, "smooth must be true or false, not empty"),
-        (8, 1, "guidance by scale must be true or false, not 1"),
-        (10, -1, "guidance of scale 1 must be a number from 0 to 100, not -1"),
+        (2, None, "guidance must be a number from 0 to 1,000, got None"),
+        (3, -1, "top_k must be an integer"),
+        (4, -0.1, "top_p must be a number from 0 to 1, got -0.1"),
+        (4, True, "top_p must be a number"),
+        (5, 0, "temperature must be a number from 0.001 to 1,000, got 0"),
+        (6, float("inf"), "seed must be an integer"),
+        (6, 2**70, "seed must be an integer from 0 to"),
+        (7, "false", "smooth must be True or False, got 'false'"),
+        (7, None, "smooth must be True or False, got None"),
+        (8, 1, "guidance by scale must be True or False, got 1"),
     ],
 )
 def test_invalid_field_values_are_rejected(index: int, value: Any, message: str) -> None:
@@ -138,6 +137,11 @@ def test_invalid_field_values_are_rejected(index: int, value: Any, message: str)
     fields[index] = value
     with pytest.raises(InputError, match=message):
         sampling_arguments(*fields)
+
+
+def test_an_invalid_strength_of_a_scale_is_rejected() -> None:
+    with pytest.raises(InputError, match="guidance of scale 1 must be a number from 0 to 1,000, got -1"):
+        sampling_arguments(*FIELDS[:8], True, 0.5, -1)
 
 
 @pytest.mark.parametrize("name", ["eleven", "../x", "-1", "10"])

@@ -90,7 +90,7 @@ def test_images_arrive_scale_by_scale(pipe: CountingPipeline, client: Client) ->
 
 
 def test_invalid_input_is_reported_without_traceback(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(AppError, match="guidance must be a number from 0 to 100, not abc"):
+    with pytest.raises(AppError, match="guidance must be a number from 0 to 1,000, got abc"):
         client.predict(*FIELDS[:2], "abc", *FIELDS[3:], api_name="/draw")
     with pytest.raises(
         AppError, match="there is no class '&lt;b&gt;'; use numbers"
