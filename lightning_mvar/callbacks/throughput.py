@@ -50,12 +50,10 @@ class ThroughputCallback(L.Callback):
         end = time.perf_counter()
         if self.start is not None:
             images = self.batches * pl_module.batch_of_all_ranks
-            self.log_rates(trainer, pl_module, images / (end - self.start))
+            rate = images / (end - self.start)
+            pl_module.log("perf/images_per_s", rate)
+            if isinstance(pl_module, LitMVAR):
+                pl_module.log("perf/tokens_per_s", rate * pl_module.network_config.schedule.num_tokens)
+                if self.peak_flops is not None:
+                    pl_module.log("perf/mfu", rate * self.flops_per_image / (self.peak_flops * trainer.world_size))
         self.restart_clock(end)
-
-    def log_rates(self, trainer: L.Trainer, pl_module: L.LightningModule, rate: float) -> None:
-        pl_module.log("perf/images_per_s", rate)
-        if isinstance(pl_module, LitMVAR):
-            pl_module.log("perf/tokens_per_s", rate * pl_module.network_config.schedule.num_tokens)
-            if self.peak_flops is not None:
-                pl_module.log("perf/mfu", rate * self.flops_per_image / (self.peak_flops * trainer.world_size))

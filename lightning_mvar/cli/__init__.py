@@ -104,7 +104,9 @@ def run(argv: list[str]) -> int:
         argv = ["--help" if argument == FULL_HELP else argument for argument in argv]
         run_command(argv)
     except InputError as error:
-        return fail(strip_worker_traceback(str(error)))
+        # A DataLoader worker puts a traceback before the message.
+        worker = r"^Caught \w+ in DataLoader worker.*\n[\w.]+Error: "
+        return fail(re.sub(worker, "", str(error), flags=re.DOTALL).strip())
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return fail(f"the path {str(error.filename)[:40]}... is too long for a file system")
@@ -208,11 +210,6 @@ def loaded_classes() -> set[str]:
     """Returns the names of the classes that options may name without their modules."""
     modules = [module for name, module in sys.modules.items() if name.startswith(("lightning_mvar.", "lightning."))]
     return {name for module in modules for name, value in vars(module).items() if isinstance(value, type)}
-
-
-def strip_worker_traceback(message: str) -> str:
-    """Removes the traceback that a DataLoader worker puts before the message of its exception."""
-    return re.sub(r"^Caught \w+ in DataLoader worker.*\n[\w.]+Error: ", "", message, flags=re.DOTALL).strip()
 
 
 def fail(message: str) -> int:

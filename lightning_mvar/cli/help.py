@@ -171,7 +171,7 @@ def describe(parser: argparse.ArgumentParser, name: str, found: Signature) -> ar
 def add_option(group: argparse._ArgumentGroup, option: Option, width: int) -> None:
     """Adds an option whose description has at most `width` characters."""
     default = f" [{option.default}]" if option.default not in ("", "false") else ""
-    text = first_clause(option.text)
+    text = re.split(r"(?<=[\w)`])[;:.](?: |$)", option.text)[0]  # a colon or full stop ends a word
     if option.choices and option.choices[0] not in metavar(option):
         text = f"{text}: {', '.join(option.choices)}"
     text = textwrap.shorten(text, max(width - len(default) - 1, 8), placeholder=" ...") + default
@@ -197,11 +197,6 @@ def metavar(option: Option) -> str:
     types = set(re.findall(r"\w+", option.kind)) - {"None", "Optional", "tuple", "bool"}
     word = types.pop() if types in ({"int"}, {"float"}) else re.split(r"[._]", option.name)[-1]
     return word.upper() + (" ..." if option.kind.startswith("tuple[") else "")
-
-
-def first_clause(text: str) -> str:
-    """Returns a description up to the first semicolon, or colon or full stop that ends a word."""
-    return re.split(r"(?<=[\w)`])[;:.](?: |$)", text)[0]
 
 
 def print_help(name: str, *words: str) -> None:

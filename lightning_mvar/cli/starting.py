@@ -50,12 +50,13 @@ class RunFolders:
     def owned(self, command: str) -> Iterator[None]:
         """Creates the folders and keeps other commands out; rank 0 does so for all ranks."""
         option = "--trainer.default_root_dir"
-        others = [folder for folder in self.checkpoints(AtomicCheckpoint) if not is_inside(folder, self.root)]
+        root, folders = self.root.resolve(), self.checkpoints(AtomicCheckpoint)
+        others = [folder for folder in folders if not folder.resolve().is_relative_to(root)]
         with ExitStack() as stack:
             if self.writes:
                 for folder in [self.root, *dict.fromkeys(others)]:
                     stack.enter_context(lock_folder(folder, command, option))
-                for folder in [*self.logs(), *self.checkpoints(AtomicCheckpoint)]:
+                for folder in [*self.logs(), *folders]:
                     create_folder(folder, f"choose another {option}")
             yield
 
@@ -132,7 +133,3 @@ class RunFolders:
             else f"--resume: no intact checkpoint in {folders[0]}, starting from scratch"
         )
         return None if newest is None else str(newest)
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())

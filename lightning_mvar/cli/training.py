@@ -7,7 +7,7 @@ import traceback
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -139,7 +139,8 @@ class TrainingCLI(LightningCLI):
                 if ckpt_path is None and not self.training and getattr(self.model, "weights", None) is None:
                     raise InputError(f"{self.command} needs --ckpt_path: without it the network is untrained")
             run = getattr(self.trainer, "fit" if self.training else self.command)
-            with stop_trainer_ranks_on_error(self.trainer):
+            trainer = self.trainer
+            with stop_ranks_on_error(trainer.strategy, RESUME_REMEDY, lambda: f" after step {trainer.global_step}"):
                 run(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)
                 self.finish()
 
@@ -244,11 +245,6 @@ def replace_default_progress_bar(trainer: L.Trainer, chosen: Sequence[Callback])
     if bar is not None and bar not in chosen:
         steps = StepProgressBar(refresh_rate=1 if sys.stdout.isatty() else 10)
         trainer.callbacks[trainer.callbacks.index(bar)] = steps  # type: ignore[attr-defined]
-
-
-def stop_trainer_ranks_on_error(trainer: L.Trainer) -> AbstractContextManager[None]:
-    """Returns a context to run the trainer in; see `stop_ranks_on_error`."""
-    return stop_ranks_on_error(trainer.strategy, RESUME_REMEDY, lambda: f" after step {trainer.global_step}")
 
 
 def run_cli(cli: type[CLI], argv: list[str]) -> CLI:

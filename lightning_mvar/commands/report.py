@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tensorboard.plugins.hparams import api_pb2
 from torch.utils.tensorboard import SummaryWriter
@@ -30,9 +29,6 @@ from lightning_mvar.sweeps.tables import (
     write_csv,
 )
 from lightning_mvar.sweeps.variants import Variant, choose_baseline, compare, compared_measures, variants_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 HPARAMS_STATUS = {FINISHED: api_pb2.STATUS_SUCCESS, CRASHED: api_pb2.STATUS_FAILURE}
 CAPTIONS = {
@@ -65,7 +61,8 @@ def report(folder: str, baseline: str | None = None, out: str | None = None) -> 
     text = render_markdown(sweep, variants, baseline_variant, list(figures))
     with lock_folder(target, "report"):
         for name, figure in figures.items():
-            write_figure(figure, target / f"{name}.png")
+            with atomic_path(target / f"{name}.png") as path:
+                figure.savefig(path)
         write_csv(target / "variants.csv", variant_records(variants))
         write_csv(target / "cells.csv", cell_records(sweep.cells))
         write_hparams(sweep, target / "hparams")
@@ -134,11 +131,6 @@ def refuse_links(folder: Path) -> None:
     """Raises InputError if a sweep from elsewhere links its report to other files, which would be overwritten."""
     if link := next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None):
         raise InputError(f"{link} is a link: remove it, or name another folder with --out")
-
-
-def write_figure(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
 
 
 def write_hparams(sweep: Sweep, folder: Path) -> None:

@@ -89,7 +89,10 @@ def sweep(
             raise Interrupted(stop.signal, f"interrupted by {name}; {count_states(cells)}", remedy)
         seconds = time.monotonic() - begin
         print(f"{count_states(cells)}, {len(finished_before)} earlier; {seconds:.0f} s, in {folder}", flush=True)
-        raise_if_unfinished(cells)
+        if unfinished := [cell for cell in cells if cell.state() != "finished"]:
+            names = "; ".join(f"{cell.name} {cell.state()}, see {cell.log}" for cell in unfinished)
+            counts = f"{len(unfinished)} of {len(cells)}"
+            raise InputError(f"{counts} cells have not finished: {names}; run the same command again to retry")
 
 
 def choose_launcher(
@@ -182,15 +185,6 @@ def count_states(cells: list[Cell]) -> str:
     states = [cell.state() for cell in cells]
     others = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "finished"]
     return ", ".join([f"{states.count('finished')} of {len(cells)} cells finished", *others])
-
-
-def raise_if_unfinished(cells: list[Cell]) -> None:
-    unfinished = [(cell, state) for cell in cells if (state := cell.state()) != "finished"]
-    if unfinished:
-        names = "; ".join(f"{cell.name} {state}, see {cell.log}" for cell, state in unfinished)
-        raise InputError(
-            f"{len(unfinished)} of {len(cells)} cells have not finished: {names}; run the same command again to retry"
-        )
 
 
 @contextmanager

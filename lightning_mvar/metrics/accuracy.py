@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -32,7 +33,10 @@ CLASSIFIERS: dict[str, type[EmbeddedClassifier]] = {
 
 def classifier_for(reference: Reference, folder: str) -> EmbeddedClassifier | None:
     """Returns the classifier of an embedded reference, cached in `folder`; None for any other reference."""
-    return None if reference.embedded is None else CLASSIFIERS[reference.embedded[0].name].cached_in(folder)
+    if reference.embedded is None:
+        return None
+    name = reference.embedded[0].name
+    return CLASSIFIERS[name](str(Path(folder) / f"{name}_classifier.safetensors"))
 
 
 def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extractor: nn.Module) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Evaluation:
             evaluator.extractor,
             summary,
             len(images),
-            keep_features=self.uncertainty.needs_features,
+            keep_features=self.uncertainty.extrapolate or self.uncertainty.interval is not None,
             keep_spatial=self.uncertainty.interval is not None,
         )
         feed_shard(SourceImages(images, evaluator.num_workers), scores, "features of the samples")

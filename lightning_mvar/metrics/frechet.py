@@ -37,7 +37,8 @@ class Statistics:
     @cached_property
     def root(self) -> Tensor:
         """Returns the square root (f, f) of the covariance; computed once, as a reference is compared repeatedly."""
-        return matrix_sqrt(self.sigma)
+        values, vectors = torch.linalg.eigh(self.sigma)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # rounding makes some eigenvalues negative
 
 
 class FeatureSums(Metric):
@@ -112,9 +113,3 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         )
     cross = torch.linalg.matrix_norm(a.root @ b.root, ord="nuc")
     return float((a.mu - b.mu).square().sum() + a.sigma.trace() + b.sigma.trace() - 2 * cross)
-
-
-def matrix_sqrt(sigma: Tensor) -> Tensor:
-    """Returns the square root of a positive semi-definite matrix; clamps eigenvalues that rounding made negative."""
-    values, vectors = torch.linalg.eigh(sigma)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

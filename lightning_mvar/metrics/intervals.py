@@ -51,11 +51,6 @@ class Uncertainty:
     def __post_init__(self) -> None:
         require_in("(0, 1)", "--", interval=self.interval)
 
-    @property
-    def needs_features(self) -> bool:
-        """Returns whether the features of the samples are needed, beyond their statistics."""
-        return self.extrapolate or self.interval is not None
-
     def check_count(self, count: int, num_features: int) -> None:
         """Raises InputError if there are too few samples."""
         if self.interval is not None and count < 2 * GROUPS:

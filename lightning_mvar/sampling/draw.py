@@ -320,13 +320,11 @@ def open_set(target: Path, metadata: dict[str, Any], drawing: Drawing) -> Sample
     classes = drawing.sampler.classes
     if drawing.mixes is None:
         return PngFolder(target, metadata, [classes.folder(label) for label in drawing.labels.tolist()])
-    folders = [mix_folder(classes, weights) for weights in drawing.mixes]
+    folders = [
+        classes.folder(*weights) if len(weights) == 1 else path_component(classes.describe_weights(weights))
+        for weights in drawing.mixes
+    ]
     return PngFolder(target, metadata, [folder for folder in folders for _ in range(drawing.per_class)])
-
-
-def mix_folder(classes: Classes, weights: dict[int, float]) -> str:
-    """Returns the folder name for images of a mix of classes, given as weights by label, or of a single class."""
-    return classes.folder(*weights) if len(weights) == 1 else path_component(classes.describe_weights(weights))
 
 
 def check_target(target: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_mvar.errors import require_package
 from lightning_mvar.sweeps.measures import SCALE_LOSS, TITLES
-from lightning_mvar.sweeps.results import Axes, Sweep, is_number
+from lightning_mvar.sweeps.results import Sweep, is_number
 from lightning_mvar.sweeps.variants import Variant, comparable, compared_measures, distance_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ COST_LABELS = {"flops_per_sampled_image": "FLOPs per sampled image", "parameters
 def all_figures(sweep: Sweep, variants: list[Variant], baseline: Variant) -> dict[str, Figure]:
     """Returns the figures that the sweep has data for, by name."""
     measures = compared_measures(variants, sweep.plan.compare)
-    figures = {f"axis_{axis}": against_axis(variants, axis, measures) for axis in numeric_axes(sweep)}
+    values = {axis: {cell.axes[axis] for cell in sweep.finished} for axis in sweep.axes}
+    numeric = [axis for axis, names in values.items() if len(names) > 1 and all(map(is_number, names))]
+    figures = {f"axis_{axis}": against_axis(variants, axis, measures) for axis in numeric}
     if sweep.plan.fit is None:
         return figures
     training = {"loss_compute": loss_against_compute(variants)}
@@ -50,12 +52,6 @@ def all_figures(sweep: Sweep, variants: list[Variant], baseline: Variant) -> dic
     if comparable_variants(variants, baseline):
         training["scale_losses"] = scale_losses(variants, baseline)
     return training | figures
-
-
-def numeric_axes(sweep: Sweep) -> list[str]:
-    """Returns the numeric axes with finished cells at two values or more."""
-    finished = {axis: {cell.axes[axis] for cell in sweep.finished} for axis in sweep.axes}
-    return [axis for axis, values in finished.items() if len(values) > 1 and all(map(is_number, values))]
 
 
 def loss_against_compute(variants: list[Variant]) -> Figure:
@@ -159,12 +155,9 @@ def lines_along_axis(variants: list[Variant], axis: str) -> dict[str, list[Varia
     lines: dict[str, list[Variant]] = {}
     for variant in variants:
         if variant.cells:
-            lines.setdefault(label_without_axis(variant.axes, axis), []).append(variant)
+            others = [f"{name} {v}" if is_number(v) else v for name, v in variant.axes.items() if name != axis]
+            lines.setdefault(", ".join(others), []).append(variant)
     return {n: sorted(line, key=lambda v: v.number(axis)) for n, line in lines.items() if len(line) > 1}
-
-
-def label_without_axis(axes: Axes, axis: str) -> str:
-    return ", ".join(f"{name} {value}" if is_number(value) else value for name, value in axes.items() if name != axis)
 
 
 def styled(variants: list[Variant]) -> Iterator[tuple[Variant, Style]]:

@@ -123,20 +123,17 @@ def read_axes(path: Path, axes: object) -> dict[str, tuple[Choice, ...]]:
         if not isinstance(values, list | dict) or not values:
             raise InputError(f"{path}: axis {key} needs a list of values, or a map from names to arguments")
         if isinstance(values, dict):
-            choices[axis] = named_choices(path, key, values)
+            named = {str(name): (f"{key}.{name}", text or "") for name, text in values.items()}
+            choices[axis] = tuple(
+                Choice(name, as_label(name), split_arguments(path, *text, RESERVED_FIT_OPTIONS))
+                for name, text in named.items()
+            )
         else:
             choices[axis] = value_choices(path, key, axis, values)
         names = [choice.name for choice in choices[axis]]
         if duplicates := [name for name, count in Counter(names).items() if count > 1]:
             raise InputError(f"{path}: axis {key} has two values named {duplicates[0]}")
     return choices
-
-
-def named_choices(path: Path, key: str, values: dict[Any, Any]) -> tuple[Choice, ...]:
-    return tuple(
-        Choice(str(name), as_label(str(name)), split_arguments(path, f"{key}.{name}", text or "", RESERVED_FIT_OPTIONS))
-        for name, text in values.items()
-    )
 
 
 def value_choices(path: Path, key: str, axis: str, values: list[Any]) -> tuple[Choice, ...]:

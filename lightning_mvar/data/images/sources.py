@@ -105,7 +105,9 @@ def open_encoded(
     """Opens the image files of a folder or of archives, or of one split of them."""
     name, (source, split) = source, split_off(source)
     paths = resolve_files(source, Path(cache_dir), retries)
-    columns = labels if paths and labels is not None and is_choice_of_columns(labels) else ""
+    columns = ""
+    if paths and labels is not None and COLUMNS.fullmatch(labels) and not Path(labels).exists():
+        columns = labels
     label_file = None if labels is None or columns else read_labels(Path(labels), class_names)
     images: EncodedImages
     if paths and paths[0].suffix == ".tar":
@@ -140,10 +142,6 @@ def refuse_split(source: str) -> None:
     root, split = split_off(source)
     if split is not None:
         raise InputError(f"--images {source} is one split already: pass {root}")
-
-
-def is_choice_of_columns(labels: str) -> bool:
-    return COLUMNS.fullmatch(labels) is not None and not Path(labels).exists()
 
 
 def resolve_files(source: str, cache_dir: Path, retries: int) -> list[Path]:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_mvar.data.builtin.base import EmbeddedSet
 from lightning_mvar.errors import require_in
 from lightning_mvar.metrics.classifiers.trained import TrainedClassifier
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 MAX_EPOCHS = 10_000
 
@@ -38,11 +33,6 @@ class EmbeddedClassifier(TrainedClassifier):
         embedded = self.embedded
         path = Path(weights).expanduser()
         super().__init__(embedded.name, path, embedded.resolution, len(embedded.class_names), epochs)
-
-    @classmethod
-    def cached_in(cls, folder: str) -> Self:
-        """Returns the classifier that commands share through the cache folder."""
-        return cls(str(Path(folder) / f"{cls.embedded.name}_classifier.safetensors"))
 
     def training_images(self) -> tuple[Tensor, Tensor]:
         """Returns images with margin (n, 3, H, W) float32 in [-1, 1], and labels."""
