@@ -20,7 +20,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NoReturn
 
 from lightning_mvar import __version__
@@ -193,8 +192,10 @@ def is_needed(record: logging.LogRecord) -> bool:
 
 def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> str:
     """Returns the parser's message as one line that also names the configuration files."""
+    from lightning_mvar.io.configs import config_words  # here, because --version and --help need no YAML
+
     reason = one_line(error)
-    configs = [value for option, value in pairwise(argv) if option in ("-c", "--config")]
+    configs = [name for *_, name in config_words(argv)]
     source = f" (config: {', '.join(configs)})" if configs else ""
     if unknown := UNKNOWN_CLASS.search(reason):
         option, name = unknown.groups()

@@ -22,7 +22,7 @@ from lightning_mvar.cli.help import (
 )
 from lightning_mvar.cli.signatures import Option
 from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.configs import YAML_ERRORS, compose, find_config
+from lightning_mvar.io.configs import YAML_ERRORS, compose, config_words, find_config
 
 # What begins like a number, or like a list of them; jsonargparse refuses the rest.
 NUMBER = re.compile(r"[\[(]?\s*[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)
@@ -70,10 +70,8 @@ def check_options(name: str, *words: str) -> None:
 
 def config_files(words: Sequence[str]) -> list[Path]:
     """Returns the files that --config names, of this folder or the package; a value may also be YAML itself."""
-    values = [value for option, value in pairwise(words) if option in ("-c", "--config")]
-    values += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    paths = [v for v in map(os.path.expanduser, values) if os.path.exists(v) or not re.search(r"[{:]", v)]
-    return [Path(find_config(path)) for path in paths]
+    paths = [os.path.expanduser(name) for *_, name in config_words(words)]
+    return [Path(find_config(path)) for path in paths if os.path.exists(path) or not re.search(r"[{:]", path)]
 
 
 def check_file(command: str, path: Path, options: Mapping[str, Option] | None) -> None:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mvar.cli.arguments import check_values
 from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.configs import YAML_ERRORS, compose, find_config
+from lightning_mvar.io.configs import YAML_ERRORS, compose, config_words, find_config
 from lightning_mvar.io.json_files import shown
 
 MODE = "omegaconf+"  # in which jsonargparse accepts an interpolation for an option of any type
@@ -168,13 +168,11 @@ def find_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
     Returns:
         The command line, and its configuration files in order.
     """
-    found, files = [], []
-    for option, word in zip(["", *argv], argv, strict=False):
-        prefix = "--config=" if word.startswith("--config=") else ""
-        if prefix or option in ("-c", "--config"):
-            word = prefix + packaged_unless_here(word.removeprefix(prefix))
-            files.append(Path(os.path.expanduser(word.removeprefix(prefix))))
-        found.append(word)
+    found, files = [*argv], []
+    for number, prefix, name in config_words(argv):
+        path = packaged_unless_here(name)
+        found[number] = prefix + path
+        files.append(Path(os.path.expanduser(path)))
     return found, files
 
 

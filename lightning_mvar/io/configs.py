@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -24,6 +26,16 @@ def find_config(name: str) -> str:
     """
     packaged = PACKAGED / name.removeprefix("configs/")
     return str(packaged) if not Path(name).exists() and packaged.is_file() else name
+
+
+def config_words(words: Sequence[str]) -> list[tuple[int, str, str]]:
+    """Returns what --config names in a command line: the number of its word, how the word begins, and the name."""
+    found = []
+    for i, (before, word) in enumerate(pairwise(["", *words])):
+        prefix = "--config=" if word.startswith("--config=") else ""
+        if prefix or before in ("-c", "--config"):
+            found.append((i, prefix, word.removeprefix(prefix)))
+    return found
 
 
 def with_included(path: Path) -> list[Path]:
