@@ -102,11 +102,7 @@ def bits_record(model: TrainedModel, bits: Tensor) -> Record:
 
 
 def folder_labels(model: TrainedModel, folders: list[str], classes: str | None) -> Tensor:
-    """Returns the network's label of each class folder.
-
-    Raises:
-        InputError: if the network has no such class.
-    """
+    """Returns the network's label of each class folder; raises InputError if the network has no such class."""
     names = Classes(model.class_names, model.network.config.num_classes)
     if classes is not None:
         return torch.full((max(len(folders), 1),), names.label(classes))

@@ -54,11 +54,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a listening socket.
-
-    Raises:
-        InputError: if the address is unusable, or in use.
-    """
+    """Opens a listening socket; raises InputError if the address is unusable, or in use."""
     if not 0 < port < 2**16:
         raise InputError(f"--port {port} must be a number from 1 to {2**16 - 1}")
     if not host:

@@ -46,11 +46,7 @@ class Mismatch(Exception):
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Writes a value of plain types as a JSON file, atomically.
-
-    Raises:
-        InputError: if the file cannot be written.
-    """
+    """Writes a value of plain types as a JSON file, atomically; raises InputError if the file cannot be written."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent) + "\n")
 

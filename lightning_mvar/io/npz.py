@@ -86,21 +86,13 @@ def decode(content: bytes | memoryview, header: Header) -> NDArray[Any]:
 
 
 def array_names(path: Path) -> list[str]:
-    """Returns the names of the arrays in an npz file.
-
-    Raises:
-        InputError: if it is missing or damaged.
-    """
+    """Returns the names of the arrays in an npz file; raises InputError if it is missing or damaged."""
     with open_npz(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def read_text(path: Path, name: str) -> str:
-    """Returns a string that is stored as an array.
-
-    Raises:
-        InputError: if it is missing, damaged, or longer than 1 MB.
-    """
+    """Returns a string that is stored as an array; raises InputError if it is missing, damaged, or longer than 1 MB."""
     array = NpzArray(path, name)
     if array.dtype.kind != "U" or array.shape or array.dtype.itemsize > MAX_TEXT_BYTES:
         raise InputError(f"{path}: {name} must be a short string, got {array.dtype} {array.shape}")

@@ -217,11 +217,7 @@ def is_plain(value: Any) -> bool:
 
 
 def num_features(extractor: nn.Module) -> int:
-    """Returns the number of features of an extractor.
-
-    Raises:
-        InputError: if it is not an extractor.
-    """
+    """Returns the number of features of an extractor; raises InputError if it is not an extractor."""
     features = getattr(extractor, "num_features", None)
     if not isinstance(features, int):
         raise InputError(f"{type(extractor).__name__} is not a feature extractor: it has no int attribute num_features")

@@ -194,11 +194,7 @@ def kept_tokens_mask(schedule: ScaleSchedule, mask: Tensor) -> Tensor:
 
 
 def keys_from(generator: Randomness, count: int) -> Tensor:
-    """Returns the key (b, 2) int64 of each image.
-
-    Raises:
-        InputError: if there is not one generator or key per image.
-    """
+    """Returns the key (b, 2) int64 of each image; raises InputError if there is not one generator or key per image."""
     if isinstance(generator, Tensor):
         if generator.shape != (count, 2) or generator.dtype != torch.int64:
             raise InputError(f"keys of {count} images must be ({count}, 2) int64, got {tuple(generator.shape)}")

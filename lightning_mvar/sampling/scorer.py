@@ -149,11 +149,7 @@ def save_scorer(scorer: Scorer, folder: Path) -> None:
 
 
 def read_config(folder: str | Path) -> ScorerConfig:
-    """Reads the configuration of the scorer in a folder.
-
-    Raises:
-        InputError: if there is none, or it is damaged.
-    """
+    """Reads the configuration of the scorer in a folder; raises InputError if there is none, or it is damaged."""
     path = Path(folder).expanduser() / CONFIG
     if not path.exists():
         raise InputError(f"{path.parent} has no {CONFIG}: not a scorer; train one with `lightning-mvar train-scorer`")

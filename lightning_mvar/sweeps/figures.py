@@ -173,11 +173,7 @@ def style_cycle() -> Iterator[Style]:
 
 
 def make_panels(count: int) -> tuple[Figure, list[Plot]]:
-    """Returns a figure with `count` plots side by side.
-
-    Raises:
-        InputError: if matplotlib is not installed.
-    """
+    """Returns a figure with `count` plots side by side; raises InputError if matplotlib is not installed."""
     require_package("matplotlib", "report", "a report")
     from matplotlib.figure import Figure
 

@@ -38,11 +38,7 @@ MAX_CELLS = 10_000
 
 
 def read_sweep(path: Path) -> SweepFile:
-    """Reads and checks a sweep file.
-
-    Raises:
-        InputError: if the file cannot be read or its content is invalid.
-    """
+    """Reads and checks a sweep file; raises InputError if the file cannot be read or its content is invalid."""
     content = read_mapping(path)
     known = [field.name for field in fields(SweepFile) if field.name not in ("path", "listed_cells")] + ["cells"]
     if unknown := [key for key in content if key not in known]:

@@ -151,11 +151,7 @@ class DataParallelStrategy(ModelParallelStrategy):
     replicas: int = 1
 
     def setup_environment(self) -> None:
-        """Creates the process group and the mesh.
-
-        Raises:
-            InputError: if the replicas do not divide the ranks.
-        """
+        """Creates the process group and the mesh; raises InputError if the replicas do not divide the ranks."""
         ranks = self.num_nodes * self.num_processes
         if ranks % self.replicas:
             raise InputError(f"data_parallel_replicate {self.replicas} must divide the number of ranks, {ranks}")

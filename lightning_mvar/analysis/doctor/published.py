@@ -29,11 +29,7 @@ def read_table() -> PublishedTable:
 
 
 def published_result(name: str) -> Result:
-    """Returns a row of the table together with its protocol.
-
-    Raises:
-        InputError: if there is no row of this name.
-    """
+    """Returns a row of the table together with its protocol; raises InputError if there is no row of this name."""
     table = read_table()
     if name not in table.rows:
         raise InputError(f"there are no published scores of {name!r}; the table has {', '.join(table.rows)}")

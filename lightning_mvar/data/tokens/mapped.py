@@ -129,11 +129,7 @@ class SampleReader:
         self.files.close()
 
     def read(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Returns tokens (n, l) and labels (n,).
-
-        Raises:
-            InputError: if a shard is unavailable or damaged.
-        """
+        """Returns tokens (n, l) and labels (n,); raises InputError if a shard is unavailable or damaged."""
         tokens = np.empty((len(ids), self.spec.num_tokens or 0), np.uint16)
         labels = np.empty(len(ids), np.int64)
         shard_of = np.searchsorted(self.offsets, ids, side="right") - 1
