@@ -124,11 +124,6 @@ def remove_unfinished(path: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def modified_ns(path: Path) -> int:
-    """Returns the time of the last modification in nanoseconds; 0 if there is no such file or folder."""
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
 def host_name() -> str:
     """Returns the name of this machine or container, as part of a file name."""
     return re.sub(r"[^\w-]", "_", socket.gethostname())[:40]

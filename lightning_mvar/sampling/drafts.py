@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import modified_ns
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.sampling.philox import DRAFTS, uniform
@@ -66,7 +65,8 @@ class Drafts:
         """
         if self.count == 1 or self.scorer is None:
             return None
-        written = modified_ns(Path(self.scorer).expanduser() / CONFIG)
+        config = Path(self.scorer).expanduser() / CONFIG
+        written = config.stat().st_mtime_ns if config.exists() else 0
         return cached_scorer(self.scorer, quantizer, quantizer.codebook.weight.device, written)
 
     def check(self, network: MVARConfig) -> None:

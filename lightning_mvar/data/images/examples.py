@@ -136,19 +136,11 @@ def split_key(key: str, views: int) -> tuple[str | None, int]:
     return (image, int(view)) if is_view else (None, 0)
 
 
-def image_loader(
-    images: Examples, batch_size: int, num_workers: int, indices: Sequence[int] | None = None
-) -> DataLoader[ImageBatch]:
-    """Returns a loader of all images in order, or of those at `indices`."""
-    indices = range(len(images)) if indices is None else indices
-    return batch_loader(images, batched(indices, batch_size), num_workers)
-
-
 def decoded_batches(
-    images: Examples, batch_size: int, num_workers: int, indices: Sequence[int] | None = None
+    images: Examples, batch_size: int, num_workers: int, indices: Sequence[int]
 ) -> Iterator[ImageBatch]:
-    """Yields the batches of `image_loader` without those that have no image; logs each image that is skipped once."""
-    for batch in image_loader(images, batch_size, num_workers, indices):
+    """Yields the images at `indices` in batches, none of them empty; logs each image that is skipped once."""
+    for batch in batch_loader(images, batched(indices, batch_size), num_workers):
         for message in batch.errors:
             log_once(logging.WARNING, f"skipped: {message}")
         if len(batch.images):
