@@ -134,10 +134,12 @@ def run_command(argv: list[str]) -> None:
     """Imports the module of a command and runs it: `main` in training, or the function of the module's name."""
     name = COMMANDS[argv[0]][0]
     module = importlib.import_module(f"lightning_mvar.commands.{name}")
-    from lightning_mvar.cli.arguments import call  # here, because they import torch
-    from lightning_mvar.devices import set_tf32
+    from lightning_mvar.cli.arguments import call  # here, because --version and --help need no jsonargparse
 
-    set_tf32(False)
+    if "torch" in sys.modules:  # `configs`, for one, does without
+        from lightning_mvar.devices import set_tf32
+
+        set_tf32(False)
     if argv[0] in TRAINING:
         module.main(argv)
     else:
