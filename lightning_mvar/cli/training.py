@@ -41,6 +41,7 @@ from lightning_mvar.training.strategies import FSDP2Strategy
 
 CLI = TypeVar("CLI", bound="TrainingCLI")
 
+PARSERS: dict[tuple[object, ...], LightningArgumentParser] = {}  # by what they are built from
 MAX_SEED = 2**32 - 1
 LEAST = {  # least values of the trainer's options that Lightning does not check
     "accumulate_grad_batches": 1,
@@ -86,8 +87,16 @@ class TrainingCLI(LightningCLI):
     def training(self) -> bool:
         return self.command not in ("validate", "test")
 
+    def setup_parser(self, *arguments: Any) -> None:
+        """Builds each parser once per process: a sweep parses the command lines of all its variants."""
+        key = (self.module, self.data, self.command)
+        if key not in PARSERS:
+            super().setup_parser(*arguments)
+            PARSERS[key] = self.parser
+        self.parser = PARSERS[key]
+        self.parser.set_defaults({"trainer.default_root_dir": run_folder(self.command, self.files)})
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"trainer.default_root_dir": run_folder(self.command, self.files)})
         parser.add_argument("--tf32", type=bool, default=False, help=TF32_HELP)
         what = "resume" if self.training else "score"
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=f"checkpoint to {what} from")
