@@ -65,9 +65,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 LONGEST_FILES = [  # tens of seconds each
-    *("test_resume.py", "test_sweep.py", "test_notebooks.py", "test_tokenizer_strategies.py", "test_strategies.py"),
-    *("test_starting.py", "test_launchers.py", "test_export.py", "test_serve.py", "test_bench.py"),
-    *("test_python_users.py", "test_lit_tokenizer.py", "test_checkpoint.py", "test_fuzz.py", "test_costs.py"),
+    *("test_resume.py", "test_sweep.py", "test_tokenizer_strategies.py", "test_strategies.py", "test_notebooks.py"),
+    *("test_sample.py", "test_starting.py", "test_evaluate.py", "test_training_configs.py", "test_configs.py"),
+    *("test_costs.py", "test_launchers.py", "test_tokenize.py", "test_serve.py", "test_lit_tokenizer.py"),
+    *("test_errors.py", "test_background.py", "test_bench.py", "test_mamba2_kernels.py", "test_page.py"),
+    *("test_export.py", "test_python_users.py", "test_checkpoint.py", "test_fuzz.py"),
 ]
 
 

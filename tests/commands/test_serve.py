@@ -40,21 +40,6 @@ def wait_for_page(url: str, seconds: float = 60) -> str:
             time.sleep(0.1)
 
 
-def test_ctrl_c_stops_the_page(workdir: Path) -> None:
-    port = processes.free_port()
-    server = processes.start(["serve", "--port", str(port), "--ckpt_path", "export", "--device", "cpu"], workdir)
-    try:
-        assert "10 classes, 8 x 8 pixels, 4 scales" in wait_for_page(f"http://127.0.0.1:{port}")
-        while "press Ctrl-C to stop" not in server.printed() and server.ranks[0].is_alive():
-            time.sleep(0.05)
-        server.send(signal.SIGINT)
-        assert server.wait(30) == [130]
-    finally:
-        server.send(signal.SIGKILL)
-    assert "Traceback" not in server.printed()
-    assert "warning" not in server.printed()
-
-
 def use_own_temporary_folder(rank: int) -> None:
     """Makes the server write its temporary files below its working folder."""
     os.mkdir("tmp")
@@ -68,17 +53,18 @@ def test_a_signal_stops_a_page_that_draws_and_removes_its_files(workdir: Path, n
     server = processes.start(arguments, workdir, prepare=use_own_temporary_folder)
     url = f"http://127.0.0.1:{port}/gradio_api"
     try:
-        wait_for_page(f"http://127.0.0.1:{port}")
+        assert "10 classes, 8 x 8 pixels, 4 scales" in wait_for_page(f"http://127.0.0.1:{port}")
+        while "press Ctrl-C to stop" not in server.printed() and server.ranks[0].is_alive():
+            time.sleep(0.05)
+        assert "warning" not in server.printed()
         assert httpx.post(f"{url}/upload", files={"files": ("a.png", b"x" * 1000)}).status_code == 200
         assert list((workdir / "tmp").rglob("a.png"))
         body = {"data": ["3", 8, 1.5, 0, 1, 0, False]}
         events = [httpx.post(f"{url}/call/draw", json=body).json()["event_id"] for _ in range(10)]
         with httpx.stream("GET", f"{url}/heartbeat/a") as beat, httpx.stream("GET", f"{url}/call/draw/{events[-1]}"):
             next(beat.iter_text())
-            start = time.monotonic()
             server.send(number)
             assert server.wait(60) == [code], server.printed()
-            assert time.monotonic() - start < 15  # about 1 s; 22 s before streams were closed
     finally:
         server.send(signal.SIGKILL)
     assert not list((workdir / "tmp").glob("lightning_mvar_serve_*"))
