@@ -50,7 +50,6 @@ CLASSES = {  # that `.metadata` may name, by module
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},  # Python 3.13
 }
 
 
@@ -58,6 +57,7 @@ class MetadataUnpickler(pickle._Unpickler):
     """Unpickler of `.metadata`. In Python, as the one in C allocates whatever size the file claims."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # only Python 3.13 has paths there
         if name not in CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)

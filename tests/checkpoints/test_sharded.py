@@ -140,6 +140,14 @@ def test_entries_that_are_no_tensors_are_plain_data(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+def test_metadata_written_by_python_3_13_reads_on_any_python(checkpoint: Path) -> None:
+    metadata = metadata_of(checkpoint)
+    data = pickle.dumps(metadata, protocol=2).replace(b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath")
+    assert b"pathlib._local" in data
+    change(checkpoint, ".metadata", data)
+    assert metadata_of(checkpoint) == metadata
+
+
 def test_the_metadata_cannot_change_a_class(checkpoint: Path) -> None:
     forged = (
         b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x07\x00\x00\x00versionX\x01\x00\x00\x00xs\x86b."
