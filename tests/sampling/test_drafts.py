@@ -180,7 +180,7 @@ def test_a_new_scorer_in_the_same_folder_is_read_again(tokenizer: Tokenizer, tmp
     ("values", "message"),
     [
         ({"drafts": 0}, "drafts must be an integer from 1 to 4,096, got 0"),
-        ({"drafts": 2.5}, r"drafts must be an integer from 0 to 4,096, got 2\.5"),
+        ({"drafts": 2.5}, r"drafts must be an integer from 1 to 4,096, got 2\.5"),
         ({"drafts": 2}, "drafts 2 needs a draft_scorer, which `lightning-mvar train-scorer` writes"),
         ({"draft_scales": "12"}, "draft_scales must be a list of scales, got '12'"),
         ({"draft_scales": [1, -1]}, "each of draft_scales must be an integer of at least 0, got -1"),
