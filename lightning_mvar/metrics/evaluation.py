@@ -14,9 +14,10 @@ from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.metrics.accuracy import reconstruction_accuracy, sample_accuracy
 from lightning_mvar.metrics.class_distances import ClassLabels, class_distances
 from lightning_mvar.metrics.evaluator import FULL_NAMES, Evaluator
+from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.intervals import METHOD, Uncertainty
-from lightning_mvar.metrics.reference import Reference
+from lightning_mvar.metrics.reference import Reference, measure
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, extractor_metadata, feed_shard
 from lightning_mvar.sampling.draw import METADATA_KEYS
@@ -95,8 +96,8 @@ class Evaluation:
         if self.reconstructor is not None:
             originals = self.real.images(images.shape, evaluator.tokenizer, evaluator.num_workers)
             reconstructed = Reconstructions(originals, self.reconstructor)
-            distance = evaluator.distance(reconstructed, summary, "features of the reconstructions")
-            record["reconstruction_frechet_distance"] = distance
+            measured = measure(evaluator.extractor, reconstructed, "features of the reconstructions").statistics
+            record["reconstruction_frechet_distance"] = frechet_distance(summary.statistics, measured)
         if self.real.embedded is not None and is_first_rank():
             record |= sample_accuracy(images, *self.real.embedded, evaluator.extractor)
             if reconstructed is not None:

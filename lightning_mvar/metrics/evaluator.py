@@ -12,10 +12,9 @@ from tqdm import tqdm
 from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import frechet_distance
-from lightning_mvar.metrics.image_sets import ImageSet
 from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
 from lightning_mvar.metrics.reference import Reference
-from lightning_mvar.metrics.summary import Features, Summary, feed_shard, num_features
+from lightning_mvar.metrics.summary import Summary, num_features
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
@@ -62,12 +61,6 @@ class Evaluator:
             scores = " and there is no precision or recall" if count <= DENSITY_NEIGHBOURS else ""
             warn(f"{reference.name} has {count} images for {features} features: its covariance is singular{scores}")
         return summary
-
-    def distance(self, images: ImageSet, real: Summary, progress: str) -> float:
-        """Returns the Frechet distance of images to the reference; `progress` is the title of the progress bar."""
-        features = Features(self.extractor, len(images), 0)
-        feed_shard(images, features, progress)
-        return frechet_distance(real.statistics, features.statistics.compute())
 
     def floor_scores(self, distance: float, real: Summary, floor: Reference) -> dict[str, Any]:
         """Returns the distance of other real images to the reference, and the samples' distance divided by it.

@@ -252,7 +252,7 @@ class ScaleMamba(Mixer):
         return outputs[0] + outputs[1], None
 
 
-def draw_dt_bias(dt_bias: Tensor, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
-    """Draws dt log-uniformly in [dt_min, dt_max] and stores its inverse softplus in place."""
-    dt = torch.empty_like(dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+def draw_dt_bias(dt_bias: Tensor) -> None:
+    """Draws dt log-uniformly in [0.001, 0.1] and stores its inverse softplus in place."""
+    dt = torch.empty_like(dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))

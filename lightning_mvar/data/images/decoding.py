@@ -69,14 +69,14 @@ class TooManyPixelsError(UnusableFileError):
     """An image is too large to be decoded."""
 
 
-def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     """Reads an image file as `decode_image` does.
 
     Raises:
         InputError: if the file does not exist, is not a regular file, or cannot be decoded.
     """
     try:
-        return decode_image(read_file(path), max_pixels)
+        return decode_image(read_file(path))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (UnusableFileError, OSError) as error:
