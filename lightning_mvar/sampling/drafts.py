@@ -8,7 +8,6 @@ distribution of the real images. The paper takes the candidate of the highest sc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,37 +20,22 @@ from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.sampling.philox import DRAFTS, uniform
 from lightning_mvar.sampling.scorer import CONFIG, Scorer, load_scorer, read_config
-from lightning_mvar.sampling.values import integer
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
-
-MAX_DRAFTS = 4096
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """How many candidates of a scale are drawn, and what chooses among them.
+    """How many candidates of a scale are drawn, and what chooses among them; `SamplingSettings` checks the values.
 
     Args:
         count: candidates per scale; with 1, nothing is chosen.
         scorer: folder that `train-scorer` wrote, trained on samples of the same network.
         scales: indices of the scales, counted from 0, of which there are several candidates; None for all.
-
-    Raises:
-        InputError: if a value is out of range or of another type, or there is nothing to choose with.
     """
 
     count: int = 1
     scorer: str | None = None
     scales: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "count", integer("drafts", self.count, MAX_DRAFTS, 1))
-        if self.count > 1 and self.scorer is None:
-            raise InputError(f"drafts {self.count} needs a draft_scorer, which `lightning-mvar train-scorer` writes")
-        if self.scales is not None:
-            if not isinstance(self.scales, Sequence) or isinstance(self.scales, str):
-                raise InputError(f"draft_scales must be a list of scales, got {self.scales!r}")
-            object.__setattr__(self, "scales", tuple(integer("each of draft_scales", k) for k in self.scales))
 
     def include(self, scale: int) -> bool:
         """Returns whether a scale has several candidates."""

@@ -26,17 +26,16 @@ from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.sampling.philox import CORRUPTION, uniform
-from lightning_mvar.sampling.values import integer, number, per_scale
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
-
-MAX_GUIDANCE = 1000  # logits stay finite in float32
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How strongly each scale is guided, and by what. The guide is the unconditional class by default.
+
+    `SamplingSettings` checks the values.
 
     Args:
         strength: guidance scale at the finest scale, growing linearly from 0 at the coarsest; or a list with one per
@@ -47,9 +46,6 @@ class Guidance:
         corrupt: instead of the unconditional class, the guide is the same class after a prefix in which this share of
             the tokens is replaced by random ones (VPG).
         beta: also move the logits of each scale away from those of the scale before by this factor (SSG).
-
-    Raises:
-        InputError: if a value is out of range or of another type.
     """
 
     strength: float | tuple[float, ...]
@@ -57,18 +53,6 @@ class Guidance:
     network: str | None = None
     corrupt: float = 0.0
     beta: float = 0.0
-
-    def __post_init__(self) -> None:
-        normalized = {
-            "strength": per_scale("guidance", self.strength, MAX_GUIDANCE),
-            "off_from": None if self.off_from is None else integer("guidance_off_from", self.off_from),
-            "corrupt": number("guidance_corrupt", self.corrupt, 1),
-            "beta": number("guidance_beta", self.beta, MAX_GUIDANCE),
-        }
-        for name, value in normalized.items():
-            object.__setattr__(self, name, value)
-        if self.network is not None and self.corrupt:
-            raise InputError("there is one guide: give guidance_network or guidance_corrupt, not both")
 
     @property
     def needed_network(self) -> str | None:

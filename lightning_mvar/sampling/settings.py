@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -17,6 +17,8 @@ from lightning_mvar.sampling.values import integer, number, per_scale
 
 MAX_SEED = 2**63 - 1
 PROTOCOL = ("guidance", "top_k", "top_p", "smooth", "seed")  # the settings of published scores
+MAX_GUIDANCE = 1000  # logits stay finite in float32
+MAX_DRAFTS = 4096
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # logits divided by it stay finite in float32
 
 
@@ -64,22 +66,29 @@ class SamplingSettings:
     draft_scales: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        guide, choice = self.guide, self.choice
         normalized = {
-            "guidance": guide.strength,
+            "guidance": per_scale("guidance", self.guidance, MAX_GUIDANCE),
             "top_k": integer("top_k", self.top_k),
             "top_p": number("top_p", self.top_p, 1),
             "seed": integer("seed", self.seed, MAX_SEED),
             "temperature": per_scale("temperature", self.temperature, MAX_TEMPERATURE, MIN_TEMPERATURE),
-            "guidance_off_from": guide.off_from,
-            "guidance_corrupt": guide.corrupt,
-            "guidance_beta": guide.beta,
-            "drafts": choice.count,
-            "draft_scales": choice.scales,
+            "guidance_corrupt": number("guidance_corrupt", self.guidance_corrupt, 1),
+            "guidance_beta": number("guidance_beta", self.guidance_beta, MAX_GUIDANCE),
+            "drafts": integer("drafts", self.drafts, MAX_DRAFTS, 1),
         }
+        if self.guidance_off_from is not None:
+            normalized["guidance_off_from"] = integer("guidance_off_from", self.guidance_off_from)
+        if self.draft_scales is not None:
+            if not isinstance(self.draft_scales, Sequence) or isinstance(self.draft_scales, str):
+                raise InputError(f"draft_scales must be a list of scales, got {self.draft_scales!r}")
+            normalized["draft_scales"] = tuple(integer("each of draft_scales", k) for k in self.draft_scales)
+        if self.guidance_network is not None and self.guidance_corrupt:
+            raise InputError("there is one guide: give guidance_network or guidance_corrupt, not both")
+        if self.drafts > 1 and self.draft_scorer is None:
+            raise InputError(f"drafts {self.drafts} needs a draft_scorer, which `lightning-mvar train-scorer` writes")
         if not isinstance(self.smooth, bool):
             raise InputError(f"smooth must be True or False, got {self.smooth!r:.80}")
-        if self.smooth and choice.count > 1:
+        if self.smooth and self.drafts > 1:
             raise InputError("smooth mixes codes, so there are no drafts to choose among: drop smooth or drafts")
         for name, value in normalized.items():
             object.__setattr__(self, name, value)

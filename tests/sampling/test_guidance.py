@@ -111,7 +111,7 @@ def test_every_mixer_goes_on_without_its_guide(variant: dict[str, Any], tokenize
     """The state of the images alone then continues: as strengths of 0 would, which run the guide to the end."""
     network, strengths = tiny_network(**variant), [0.0, 2.0, 0.0, 0.0]
     dropped = drawn_tokens(network, tokenizer, guidance=strengths)
-    assert Guidance(strengths).num_guided_scales(network.config) == 2
+    assert Guidance(tuple(strengths)).num_guided_scales(network.config) == 2
     assert torch.equal(dropped, drawn_tokens(network, tokenizer, guidance=[0.0, 2.0, 0.0, 1e-30]))
 
 
