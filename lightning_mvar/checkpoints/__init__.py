@@ -6,12 +6,7 @@ from pathlib import Path
 
 from lightning_mvar.checkpoints.folders import CONFIG, load_tokenizer, open_folder, save_folder
 from lightning_mvar.checkpoints.pair import TrainedModel, check_pair
-from lightning_mvar.checkpoints.published_files import (
-    load_official,
-    load_official_mvar,
-    open_official,
-    save_official,
-)
+from lightning_mvar.checkpoints.published_files import load_official, load_official_mvar, open_official, save_official
 from lightning_mvar.checkpoints.state_dicts import load_official_tokenizer
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, open_checkpoint, resolve_last

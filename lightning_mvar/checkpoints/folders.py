@@ -74,10 +74,7 @@ def check_class_names(network: MVARConfig | None, names: list[str]) -> None:
 
 
 def save_folder(
-    folder: str | Path,
-    tokenizer: Tokenizer,
-    network: MVAR | None = None,
-    class_names: list[str] | None = None,
+    folder: str | Path, tokenizer: Tokenizer, network: MVAR | None = None, class_names: list[str] | None = None
 ) -> None:
     """Writes a tokenizer, or a network with its tokenizer, as one self-contained folder.
 

@@ -81,10 +81,7 @@ def list_own_classes(extra_help: Callable[[], str]) -> str:
     return SUBCLASSES + ", ".join(classes) if classes else ""
 
 
-def call(
-    function: Callable[..., None] | dict[str, Callable[..., None]],
-    argv: list[str],
-) -> None:
+def call(function: Callable[..., None] | dict[str, Callable[..., None]], argv: list[str]) -> None:
     """Calls a function with the options in `argv`, whose first word is the name of the command.
 
     Args:

@@ -19,12 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mvar.callbacks import InterruptionCallback, StepProgressBar
 from lightning_mvar.callbacks.overview import OverviewCallback
-from lightning_mvar.checkpoints.training import (
-    NETWORK_KEY,
-    check_intact,
-    read_plain_part,
-    resolve_last,
-)
+from lightning_mvar.checkpoints.training import NETWORK_KEY, check_intact, read_plain_part, resolve_last
 from lightning_mvar.cli.arguments import find_input_error
 from lightning_mvar.cli.configs import MODE, find_configs, parse, run_folder
 from lightning_mvar.cli.help import START_HELP, TF32_HELP

@@ -109,12 +109,7 @@ class Comparison:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        extractor: nn.Module | None,
-        device: torch.device,
-        perturb: bool,
-        shown: set[int],
+        self, tokenizer: Tokenizer, extractor: nn.Module | None, device: torch.device, perturb: bool, shown: set[int]
     ) -> None:
         self.tokenizer, self.extractor, self.shown, self.count = tokenizer, extractor, shown, 0
         self.used_codes = torch.zeros(tokenizer.config.vocab_size, dtype=torch.bool, device=device)

@@ -156,13 +156,7 @@ def attend_previous(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], s
 
 
 def attend_ranges(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[int, ...],
-    starts: list[int],
-    ends: list[int],
-    softmax_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], starts: list[int], ends: list[int], softmax_scale: float
 ) -> Tensor:
     """Splits the queries by `lengths`; part i attends to keys starts[i]:ends[i]."""
     kernel = KERNELS.get("packed attention")

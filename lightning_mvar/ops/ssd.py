@@ -69,13 +69,7 @@ def ssd_recurrent(
 
 
 def ssd_chunked(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    state: Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None, chunk_size: int = CHUNK_SIZE
 ) -> tuple[Tensor, Tensor]:
     """Computes the recurrence as matrix products over chunks (paper, section 6): linear in l, any l, with autograd.
 

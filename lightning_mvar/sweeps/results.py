@@ -160,10 +160,7 @@ def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     names = [name for name in draws[0] if all(name in scores for scores in draws)]
     measures = {name: fmean(scores[name] for scores in draws) for name in names}
     cell = replace(
-        cell,
-        measures=measures,
-        draws=dict(zip(plan.sampling_seeds, draws, strict=False)),
-        conditions=scored[0][1],
+        cell, measures=measures, draws=dict(zip(plan.sampling_seeds, draws, strict=False)), conditions=scored[0][1]
     )
     if plan.fit is None:
         return cell

@@ -159,10 +159,7 @@ def frozen_network(weights: InitialWeights, strategy: Strategy) -> MVAR:
 
 
 def check_tokenizer(
-    stored: StoredModel,
-    tokenizer: Tokenizer,
-    path: str,
-    remedy: str = "pass the right one with --model.tokenizer",
+    stored: StoredModel, tokenizer: Tokenizer, path: str, remedy: str = "pass the right one with --model.tokenizer"
 ) -> None:
     """Checks that a tokenizer is the one that a network was trained with, maybe with another schedule.
 

@@ -102,12 +102,7 @@ def setting(name: str) -> Callable[[Result], Any]:
     return lambda result: result.get(name, DEFAULTS[name] if "guidance" in result else None)
 
 
-FEATURE_FACTORS = {
-    "extractor",
-    "extractor weights",
-    "extractor arguments",
-    "resize",
-}  # if they differ, so do units
+FEATURE_FACTORS = {"extractor", "extractor weights", "extractor arguments", "resize"}  # if they differ, so do units
 INCOMPARABLE = "the features are others, so distances have other units and do not compare"
 FACTORS = (  # those first that usually move scores most
     Factor("extractor", INCOMPARABLE),

@@ -96,11 +96,7 @@ def open_images(
 
 
 def open_encoded(
-    source: str,
-    labels: str | None,
-    class_names: list[str] | None,
-    cache_dir: str = IMAGE_CACHE,
-    retries: int = RETRIES,
+    source: str, labels: str | None, class_names: list[str] | None, cache_dir: str = IMAGE_CACHE, retries: int = RETRIES
 ) -> EncodedImages:
     """Opens the image files of a folder or of archives, or of one split of them."""
     name, (source, split) = source, split_off(source)
