@@ -84,7 +84,17 @@ def bench(
         cache_dir: folder that caches remote shards of `data`.
         json: file to write the table to, as JSON.
     """
-    check_options(what, versus, compile, repeats, num_workers, world_size, profile, images, shards)
+    require_in("[1, inf)", "--", repeats=repeats, world_size=world_size)
+    require_in("[0, inf)", "--", num_workers=num_workers)
+    for option, given, allowed in (("world_size", world_size > 1, "data"), ("compile", compile, "train")):
+        if given and what != allowed:
+            raise InputError(f"--{option} works only with `bench {allowed}`")
+    if profile and what != "sample":
+        raise InputError("--profile works only with `bench sample`")
+    if shards is not None and (what != "data" or versus is not None):
+        raise InputError("--shards works only with `bench data` without --versus")
+    if (images is not None) != (what == "tokenize"):
+        raise InputError("`bench tokenize` needs --images; no other measurement takes it")
     first = Setting(
         size, mixer, resolution, batch_size, precision, depth, compile, graphs, guidance_off_from=guidance_off_from
     )
@@ -115,29 +125,3 @@ def bench(
             print_table(profile_sampling(setting, torch_device))
     if json is not None:
         write_records(records, json)
-
-
-def check_options(
-    what: Measurement,
-    versus: str | None,
-    compile: bool,
-    repeats: int,
-    num_workers: int,
-    world_size: int,
-    profile: bool,
-    images: str | None,
-    shards: str | None,
-) -> None:
-    """Raises InputError if options are out of range or do not go together."""
-    require_in("[1, inf)", "--", repeats=repeats, world_size=world_size)
-    require_in("[0, inf)", "--", num_workers=num_workers)
-    if world_size > 1 and what != "data":
-        raise InputError("--world_size works only with `bench data`")
-    if compile and what != "train":
-        raise InputError("--compile works only with `bench train`")
-    if profile and what != "sample":
-        raise InputError("--profile works only with `bench sample`")
-    if shards is not None and (what != "data" or versus is not None):
-        raise InputError("--shards works only with `bench data` without --versus")
-    if (images is not None) != (what == "tokenize"):
-        raise InputError("`bench tokenize` needs --images; no other measurement takes it")
