@@ -34,7 +34,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     for stop in (interrupt, lightning_interrupt):
         monkeypatch.setattr(sample, "sample", stop)
-        assert run(["sample", "model"]) == 130
+        assert run(["sample", "var-d16"]) == 130
         assert "interrupted" in capsys.readouterr().err
 
 
@@ -45,7 +45,7 @@ def test_ctrl_c_during_the_imports_ends_with_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.importlib, "import_module", interrupt)
-    assert run(["sample", "model"]) == 130
+    assert run(["sample", "var-d16"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -57,7 +57,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sample, "sample", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        run(["sample", "model"])
+        run(["sample", "var-d16"])
 
 
 def count(flag: bool = False, number: int = 1, classifier: nn.Module | None = None) -> None:
@@ -117,7 +117,7 @@ def test_a_path_that_cannot_be_accessed_is_reported(
         raise OSError(code, os.strerror(code), "/private/file")
 
     monkeypatch.setattr(sample, "main", fail)
-    assert run(["sample", "model"]) == 1
+    assert run(["sample", "var-d16"]) == 1
     expected = f"lightning-mvar: error: cannot access /private/file ({os.strerror(code)})\n"
     assert capsys.readouterr().err == expected
 
