@@ -23,8 +23,8 @@ demo: .venv/installed
 	$(BIN)/lightning-mvar demo
 
 EMOJI := outputs/emoji64
-EMOJI_CLASSES := happy face,unhappy face,heart,open hand,person,person role,mammal,fruit,drink,vehicle,sky,flag
-EMOJI_DRAWING := --guidance 2 --temperature '[1,1,0.6,0.2,0.05]'
+EMOJI_CLASSES := happy face,unhappy face,costume face,heart,person,person role,fruit,ship and plane,time,flag
+EMOJI_DRAWING := --guidance 1 --temperature '[1,1,0.6,0.2,0.05]'
 gallery: demo
 	$(BIN)/lightning-mvar train-tokenizer --config configs/experiment/digits_tokenizer.yaml \
 	  --config configs/data/emoji64_tokenizer.yaml --resume
@@ -32,8 +32,8 @@ gallery: demo
 	$(BIN)/lightning-mvar tokenize --images emoji64:test --tokenizer $(EMOJI)/tokenizer --out $(EMOJI)/shards/val
 	$(BIN)/lightning-mvar fit --config configs/experiment/digits.yaml --config configs/data/emoji64.yaml --resume
 	$(BIN)/lightning-mvar sample $(EMOJI)/mvar/checkpoints/last.ckpt --classes '$(EMOJI_CLASSES)' \
-	  --per_class 4 $(EMOJI_DRAWING) \
-	  --out $(EMOJI)/samples.npz --grid docs/emoji_grid.png --strip docs/emoji_strip.png
+	  --per_class 6 $(EMOJI_DRAWING) --out $(EMOJI)/samples.npz \
+	  --grid docs/emoji_grid.png --strip docs/emoji_strip.png
 	cp outputs/demo/grid.png docs/demo_grid.png
 	cp outputs/demo/strip.png docs/demo_strip.png
 
