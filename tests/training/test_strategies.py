@@ -179,17 +179,14 @@ def test_two_sharded_replicas_train_as_one_process_does_and_resume_as_one(run_fo
                 torch.testing.assert_close(tensor, weights[key], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("where", ["metadata", "optimizer"])
-def test_resuming_runs_no_code_of_a_sharded_checkpoint(where: str, plain_run_folder: Path) -> None:
-    one_rank = ["--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--trainer.max_steps"]
-    first = start([*FIT, *one_rank, "1"], plain_run_folder)
-    assert first.wait() == [0], first.printed()
-    checkpoint, owned = plain_run_folder / "run/checkpoints/step=00000001.ckpt", plain_run_folder / "owned"
+def write_malicious_checkpoint(sharded: Path, path: Path, where: str, owned: Path) -> None:
+    """Seals a copy of a sharded checkpoint with code in its metadata, or in a file that the optimizer's state is in."""
+    checkpoint = Path(shutil.copytree(sharded, path.with_name("copy")))
     metadata = ShardReader(checkpoint).metadata
     if where == "metadata":
         metadata.planner_data = Malicious(owned)
     else:
-        hostile = plain_run_folder / "hostile"
+        hostile = path.with_name("hostile")
         dcp.save({"code": Malicious(owned)}, checkpoint_id=hostile, no_dist=True)
         (entry,) = ShardReader(hostile).metadata.storage_data.values()
         (hostile / "__0_0.distcp").rename(checkpoint / "__1_0.distcp")
@@ -198,14 +195,23 @@ def test_resuming_runs_no_code_of_a_sharded_checkpoint(where: str, plain_run_fol
                 metadata.storage_data[index] = replace(entry, relative_path="__1_0.distcp")
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     seal = {file.name: size_and_crc(file) for file in checkpoint.iterdir() if file.name != SEAL}
-    publish(checkpoint, checkpoint.with_name("step=00000002.ckpt"), seal)
-    resumed = start([*FIT, *one_rank, "3", "--resume"], plain_run_folder)
-    assert resumed.wait() == [1], resumed.printed()
-    assert (
-        ".metadata is damaged" in resumed.printed() if where == "metadata" else "betas is damaged" in resumed.printed()
-    )
-    assert "Traceback" not in resumed.printed()
-    assert not owned.exists()
+    publish(checkpoint, path, seal)
+
+
+def test_resuming_runs_no_code_of_a_sharded_checkpoint(plain_run_folder: Path) -> None:
+    command = [*FIT, "--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--trainer.max_steps"]
+    first, owned = start([*command, "1"], plain_run_folder), plain_run_folder / "owned"
+    assert first.wait() == [0], first.printed()
+    for where, damaged in (("metadata", ".metadata is damaged"), ("optimizer", "betas is damaged")):
+        folder = plain_run_folder / where / "checkpoints"
+        folder.mkdir(parents=True)
+        sharded = plain_run_folder / "run/checkpoints/step=00000001.ckpt"
+        write_malicious_checkpoint(sharded, folder / "step=00000002.ckpt", where, owned)
+        resumed = start([*command, "3", "--resume", "--trainer.default_root_dir", where], plain_run_folder)
+        assert resumed.wait() == [1], resumed.printed()
+        assert damaged in resumed.printed()
+        assert "Traceback" not in resumed.printed()
+        assert not owned.exists()
 
 
 def test_each_part_of_a_network_is_initialised_and_finished_before_the_next() -> None:
