@@ -26,9 +26,9 @@ Record = dict[str, Any]  # one result of `evaluate`
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 MARK = "<!-- Written by lightning-mvar. Its next export replaces this file, unless you remove this line. -->"
-FAMILIES: dict[Any, tuple[str, str]] = {  # by mixers: name and paper
-    M_VAR: ("M-VAR", "https://arxiv.org/abs/2411.10433"),
-    VAR: ("VAR", "https://arxiv.org/abs/2404.02905"),
+FAMILIES: dict[Any, tuple[str, list[str], str]] = {  # by mixers: name, tags and paper
+    M_VAR: ("M-VAR", ["mvar"], "https://arxiv.org/abs/2411.10433"),
+    VAR: ("VAR", ["var"], "https://arxiv.org/abs/2404.02905"),
 }
 TASK = "unconditional-image-generation"  # the Hub has no task for images of given classes
 QUOTED = re.compile(r"(['\"])((?:\\.|(?!\1).)*)\1")  # a string as `repr` writes it
@@ -90,10 +90,10 @@ def model_card(
         require_owner(repository)
     records = [record for path in scores for record in read_scores(Path(path).expanduser(), model.network)]
     image = None if picture is None else existing_picture(Path(picture).expanduser())
-    family, paper = FAMILIES.get(model.network.config.mixers, ("Image generator", None))
+    family, tags, paper = FAMILIES.get(model.network.config.mixers, ("Image generator", [], None))
     title = repository or f"{family} with {parameter_count(model.network)} parameters"
     card: Card = Card.from_template(
-        metadata(title, license, datasets, records),
+        metadata(title, tags, license, datasets, records),
         template_path=str(TEMPLATE),
         mark=MARK,
         title=title,
@@ -179,7 +179,9 @@ def parameter_count(module: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:,.1f}M"
 
 
-def metadata(title: str, license: str | None, datasets: tuple[str, ...], records: list[Record]) -> ModelCardData:
+def metadata(
+    title: str, tags: list[str], license: str | None, datasets: tuple[str, ...], records: list[Record]
+) -> ModelCardData:
     """Returns what the Hub indexes: the head of the card."""
     results = [
         EvalResult(
@@ -197,7 +199,7 @@ def metadata(title: str, license: str | None, datasets: tuple[str, ...], records
     return ModelCardData(
         library_name="lightning_mvar",
         pipeline_tag=TASK,
-        tags=["image-generation", "class-conditional", "var", "mvar"],
+        tags=["image-generation", "class-conditional", *tags],
         license=license,
         datasets=list(datasets) or None,
         model_name=title if results else None,

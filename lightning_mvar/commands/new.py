@@ -72,7 +72,7 @@ def describe(pictures: Pictures) -> list[str]:
 def describe_plan(plan: Plan) -> list[str]:
     """Returns lines about what will be trained."""
     recipe, side = plan.recipe, plan.resolution
-    margin = "nothing is cut off" if plan.margin == 1.0 else "random crops, which leave out a ninth"
+    margin = "nothing is cut off" if plan.margin == 1.0 else "random square crops of 8/9 of the shorter side"
     is_slow = side > recipe.machine.max_resolution
     slow = [f"{side} pixels are meant for GPUs: on a CPU, each step takes several times as long as one of 64"] * is_slow
     return [

@@ -86,6 +86,7 @@ def test_the_text_describes_network_and_tokenizer(family: str, tokenizer: Tokeni
     count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     card = ModelCard(model_card(TrainedModel(network, tokenizer, NAMES)).content)
     title = {"mvar": "M-VAR", "var": "VAR"}[family]
+    assert card.data.tags == ["image-generation", "class-conditional", family]
     assert card.text.startswith(f"{MARK}\n\n# {title} with {count:.1f}M parameters\n")
     for part in ("8 x 8 pixels, 10 classes: zero, 1,", "30 per image, in maps of side 1, 2, 3, 4", "48 codes"):
         assert part in card.text

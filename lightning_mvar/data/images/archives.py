@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lightning_mvar.data.images.class_words import LABEL_FIELDS, NUMBER, KeysAndLabels, Numbers, labels_from_words
 from lightning_mvar.data.images.decoding import SUFFIXES, check_bytes
-from lightning_mvar.data.images.files import EncodedImages, folder_class
+from lightning_mvar.data.images.files import EncodedImages, folder_class, keys_of_classes, keys_of_one_class
 from lightning_mvar.data.images.labels import Labels
 from lightning_mvar.data.images.names import Skipped, is_clutter, is_image, refuse_splits
 from lightning_mvar.data.images.tars import Member, list_members
@@ -35,7 +35,7 @@ class TarImages(EncodedImages):
         paths: the archives.
         labels: labels from a file, used instead of those of the archives; or the columns of WebDataset shards to take,
             as LABEL or IMAGE,LABEL, if there are several: LABEL is `cls` or a field of the `.json`, IMAGE a suffix.
-        class_names: class names in label order, if the archives have class numbers.
+        class_names: class names in label order: of class numbers, or those that folders or archives must be among.
 
     Raises:
         InputError: if an archive is missing, damaged or compressed, or an image has no class.
@@ -60,7 +60,7 @@ class TarImages(EncodedImages):
             named = keys_from_words(images, words, class_names, self.paths)
         else:
             reject_samples_without_class(images, members, self.paths)
-            named = keys_from_paths(images, self.paths)
+            named = keys_from_paths(images, self.paths, class_names)
             self.is_flat = len(named.class_names) == 1
         self.count_others(images, members, skipped)
         super().__init__(*named, np.array([(m.archive, m.offset, m.size) for m in images], np.int64), skipped)
@@ -217,13 +217,13 @@ def reject_samples_without_class(images: list[Member], members: list[Member], pa
         )
 
 
-def keys_from_paths(images: list[Member], paths: Sequence[Path]) -> KeysAndLabels:
+def keys_from_paths(images: list[Member], paths: Sequence[Path], class_names: Sequence[str] | None) -> KeysAndLabels:
     """Takes the class of an image from its inner archive, its folder or its archive.
 
     Images that are all in one place are of one class, as in a folder; it is named after the archive.
 
     Raises:
-        InputError: if the folders are splits rather than classes.
+        InputError: if the folders may be splits rather than classes, or are none of `class_names`.
     """
     folders = [os.path.dirname(image.path) for image in images]
     root = os.path.commonpath(folders) if any(folders) else ""
@@ -238,9 +238,8 @@ def keys_from_paths(images: list[Member], paths: Sequence[Path]) -> KeysAndLabel
             keys.append(f"{paths[image.archive].stem}/{image.name}")
     names = sorted({key.split("/")[0] for key in keys})
     if len(names) == 1 and len(paths) == 1 and not images[0].inner:
-        name = folder_class(paths[0].with_suffix(""))
-        return KeysAndLabels([name], [f"{name}/{image.name}" for image in images], [0] * len(images))
-    remedy = "pack each by itself; if they are classes, pass a label file with --labels"
-    refuse_splits(names, str(paths[0]), remedy)
-    numbers = {name: label for label, name in enumerate(names)}
-    return KeysAndLabels(names, keys, [numbers[key.split("/")[0]] for key in keys])
+        default = folder_class(paths[0].with_suffix(""))
+        return keys_of_one_class(paths[0], default, [image.name for image in images], class_names)
+    if class_names is None:
+        refuse_splits(names, str(paths[0]), "pack each by itself; if they are classes, `tokenize` takes --class_names")
+    return keys_of_classes(paths[0], names, keys, class_names)

@@ -193,13 +193,7 @@ def classes_from_folders(
     """
     flat = [name for name in names if "/" not in name]
     if len(flat) == len(names):
-        classes = list(class_names or [folder_class(root)])
-        if len(classes) != 1:
-            raise InputError(
-                f"the images in {root} are not in class folders, so they are of one class: --class_names has "
-                f"{len(classes)}; pass their classes with --labels"
-            )
-        return KeysAndLabels(classes, [f"{classes[0]}/{name}" for name in names], [0] * len(names))
+        return keys_of_one_class(root, folder_class(root), names, class_names)
     if flat:
         nested = next(name for name in names if "/" in name)
         raise InputError(
@@ -211,11 +205,39 @@ def classes_from_folders(
         remedy = f"choose one, such as {root}/{split}; if they are classes, `tokenize` takes their --class_names"
         refuse_splits(folders, str(root), remedy)
         refuse_single_parent(folders, names, str(root))
+    return keys_of_classes(root, folders, names, class_names)
+
+
+def keys_of_one_class(
+    root: Path, default: str, names: Sequence[str], class_names: Sequence[str] | None
+) -> KeysAndLabels:
+    """Gives the images of a folder or archive one class, that of `class_names`, or else the default.
+
+    Raises:
+        InputError: if there are several class names.
+    """
+    classes = list(class_names or [default])
+    if len(classes) != 1:
+        raise InputError(
+            f"the images in {root} are not in class folders, so they are of one class: --class_names has "
+            f"{len(classes)}; pass their classes with --labels"
+        )
+    return KeysAndLabels(classes, [f"{classes[0]}/{name}" for name in names], [0] * len(names))
+
+
+def keys_of_classes(
+    root: Path, folders: Sequence[str], keys: Sequence[str], class_names: Sequence[str] | None
+) -> KeysAndLabels:
+    """Numbers the classes of keys CLASS/NAME in the order of `class_names`, or else of `folders`.
+
+    Raises:
+        InputError: if a folder is none of the class names.
+    """
     labels = {name: label for label, name in enumerate(class_names or folders)}
     unknown = [name for name in folders if name not in labels]
     if unknown:
         raise InputError(f"{root}/{unknown[0]} is not one of the classes of --class_names: add it there, or remove it")
-    return KeysAndLabels(list(labels), list(names), [labels[name.split("/")[0]] for name in names])
+    return KeysAndLabels(list(labels), list(keys), [labels[key.split("/")[0]] for key in keys])
 
 
 def folder_class(root: Path) -> str:

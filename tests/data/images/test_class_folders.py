@@ -59,20 +59,27 @@ def test_splits_are_not_classes(names: tuple[str, ...], below: str, tmp_path: Pa
             open_encoded(write_tar(tmp_path / "a.tar", [(name, b"x") for name in paths]), None, None)
 
 
-def test_class_names_confirm_folders_as_classes_in_their_order(tmp_path: Path) -> None:
-    root = write(tmp_path / "set", "train/0.png", "test/0.png")
-    images = open_encoded(str(root), None, ["train", "dev", "test"])
+def folder_and_tar(root: Path, *names: str) -> list[str]:
+    """Writes the same files as a folder and as a tar, and returns their paths."""
+    return [str(write(root, *names)), write_tar(root.with_suffix(".tar"), [(name, name.encode()) for name in names])]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_class_names_confirm_folders_as_classes_in_their_order(packed: bool, tmp_path: Path) -> None:
+    source = folder_and_tar(tmp_path / "set", "train/0.png", "test/0.png")[packed]
+    images = open_encoded(source, None, ["train", "dev", "test"])
     assert images.class_names == ["train", "dev", "test"]
     assert [(images.key(i), int(images.labels[i])) for i in range(2)] == [("test/0.png", 2), ("train/0.png", 0)]
-    with pytest.raises(InputError, match="set/test is not one of the classes of --class_names"):
-        open_encoded(str(root), None, ["train", "dev"])
+    with pytest.raises(InputError, match=f"{source}/test is not one of the classes of --class_names"):
+        open_encoded(source, None, ["train", "dev"])
 
 
-def test_class_names_name_the_class_of_a_folder_without_class_folders(tmp_path: Path) -> None:
-    root = write(tmp_path / "val_images", "0.png")
-    assert open_encoded(str(root), None, ["flowers"]).class_names == ["flowers"]
-    with pytest.raises(InputError, match="of one class: --class_names has 2; pass their classes with --labels"):
-        open_encoded(str(root), None, ["flowers", "trees"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_class_names_name_the_class_of_images_without_class_folders(packed: bool, tmp_path: Path) -> None:
+    source = folder_and_tar(tmp_path / "val_images", "0.png")[packed]
+    assert open_encoded(source, None, ["flowers"]).class_names == ["flowers"]
+    with pytest.raises(InputError, match=f"in {source} .* of one class: --class_names has 2; pass their classes with"):
+        open_encoded(source, None, ["flowers", "trees"])
 
 
 @pytest.mark.parametrize("inside", ["", "train/"])
