@@ -39,8 +39,12 @@ PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 BUG_EXIT_CODE = 70  # of any exception that is not an InputError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of writes outside `atomic_path`: never a bug
 # Messages of jsonargparse, which lists all types of an option.
-UNKNOWN_CLASS = re.compile(r'key "([\w.]+)":.*Expected a dot import path string: (\w+)')
-REFUSED_BY_CLASS = re.compile(r"key \"([\w.]+)\":.*Problem with given class_path '([\w.]+)': (.*?)(?= - Expected|$)")
+UNKNOWN_CLASS = re.compile(
+    r"key \"([\w.]+)\":.*(?:Expected a dot import path string: |: module '[\w.]+' has no attribute ')(\w+)"
+)
+REFUSED_BY_CLASS = re.compile(
+    r"key \"([\w.]+)\":.*Problem with given class_path '([\w.]+)': (.*?)(?= - Expected| - Not a valid subclass|$)"
+)
 UNNEEDED = (
     *("Tip: For seamless cloud", "TPU available: False", "Restoring states from"),  # of Lightning
     *("thrown while requesting", "Retrying in"),  # of huggingface_hub, whose last failure is reported

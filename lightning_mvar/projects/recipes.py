@@ -1,8 +1,8 @@
 """Sizes of tokenizer and network, and lengths of their training, for a number of pictures and a machine.
 
-Networks learn few pictures by heart, so sizes grow with their number; on a CPU, time is the limit. The row for up
-to 5,000 pictures on a CPU has been run; those for a GPU follow the published sizes (VAR, arXiv 2404.02905) and are
-untested.
+Networks learn few pictures by heart, so sizes grow with their number; on a CPU, time is the limit. The rows for up
+to 500 and 5,000 pictures on a CPU have been run; those for a GPU follow the published sizes (VAR, arXiv 2404.02905) and
+are untested.
 """
 
 from __future__ import annotations

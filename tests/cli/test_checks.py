@@ -132,6 +132,7 @@ def test_what_the_parser_takes_is_not_refused(value: str) -> None:
     ("options", "message"),
     [
         ("InceptionV4", "--extractor InceptionV4: there is no such class; did you mean InceptionV3?"),
+        ("lightning_mvar.metrics.InceptionV4", "--extractor InceptionV4: there is no such class; did you mean Incepti"),
         ("InceptionV3 --extractor.wieghts W", "--extractor InceptionV3: Option 'wieghts' is not accepted; `lightning-"),
     ],
 )
