@@ -24,23 +24,28 @@ READ = {  # what the value of an option must be
     "reconstructions": A_TOKENIZER,
     "images": A_SOURCE,
 }
-OF_NETWORK = {"ckpt_path": "a checkpoint of `fit`", "model.tokenizer": A_TOKENIZER, "model.weights": A_NETWORK}
+A_TRAINED_NETWORK = {"ckpt_path": "a checkpoint of `fit`", "model.tokenizer": A_TOKENIZER}
+SHARDS = "a folder that `tokenize` wrote"
 READ_BY = {  # likewise, of one command
-    **dict.fromkeys(("fit", "validate", "test"), OF_NETWORK),
+    "fit": A_TRAINED_NETWORK | {"data.train": SHARDS, "data.val": SHARDS},
+    "validate": A_TRAINED_NETWORK,
+    "test": A_TRAINED_NETWORK,
     "train-tokenizer": {"ckpt_path": "a checkpoint of `train-tokenizer`", "data.train": A_SOURCE, "data.val": A_SOURCE},
 }
 NO_PATH = re.compile(r"^(-.*|null|Null|NULL|~|)$|[:*?{\[]")  # other options, no value, addresses, splits and patterns
+RANKS = ("LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID")  # set by Lightning, torchrun and Slurm for one of several ranks
 
 
 def check_inputs(name: str, *words: str) -> None:
     """Checks the paths that a command line and its configuration files name, and --classes.
 
-    What it cannot tell is left to the command: names on the Hub, patterns, and the classes of a training checkpoint.
+    What it cannot tell is left to the command: names on the Hub, patterns, and the classes of a training checkpoint. So
+    are the mistakes of several ranks, which report them together.
 
     Raises:
         InputError: if a network, a tokenizer or images do not exist, or a network has no such class.
     """
-    if asks_for_text(words):
+    if asks_for_text(words) or any(name in os.environ for name in RANKS):
         return
     values = dict(options_given(words))
     for option, wanted in (READ | READ_BY.get(name, {})).items():

@@ -8,7 +8,7 @@ import pytest
 from lightning_mvar.cli.inputs import check_inputs
 from lightning_mvar.errors import InputError
 
-TRAIN = "--data.train t --data.val t --model.tokenizer"
+TRAIN = "--data.train export --data.val export --model.tokenizer"
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("fit --ckpt_path step=9.ckpt", "--ckpt_path step=9.ckpt does not exist; it must be a checkpoint of `fit`"),
         (f"fit {TRAIN} nowhere", "--model.tokenizer nowhere does not exist; it must be a folder"),
+        (
+            f"fit {TRAIN} export --data.train shards",
+            "--data.train shards does not exist; it must be a folder that `t",
+        ),
         ("train-tokenizer --config train.yaml", "--data.train pictures does not exist"),
     ],
 )
@@ -63,6 +67,11 @@ def test_what_is_missing_is_named(line: str, message: str) -> None:
 )
 def test_what_may_exist_is_left_to_the_command(line: str) -> None:
     check_inputs(*line.split())
+
+
+def test_ranks_are_left_to_report_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_inputs("sample", "--ckpt_path", "nowhere.ckpt")
 
 
 def test_a_description_that_is_no_export_is_left_to_the_command() -> None:

@@ -67,7 +67,7 @@ def test_the_tiny_run_itself_works(here: Path) -> None:
         (["--model.network.heads", "5"], "not a multiple of network.heads"),
         (["--model.network.mixers", "[mamba3]"], "'mamba3'"),
         (["--model.tokenizer", "nowhere"], "nowhere does not exist"),
-        (["--data.train", "nowhere"], "no token shards in nowhere"),
+        (["--data.train", "nowhere"], "--data.train nowhere does not exist; it must be a folder that `tokenize` wrote"),
         (["--data.batch_size", "100"], "lower --data.batch_size"),
         (["--data.batch_size", "many"], "batch_size"),
         (["--model.network.widht", "32"], "widht"),
