@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import scalars
 from processes import start
 from training_runs import FIT, act_in_step, train
 
 from lightning_mvar.checkpoints.training import newest_first
+from lightning_mvar.cli import run
+
+Refusal = Callable[[list[str]], str]
 
 
-def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(plain_run_folder: Path) -> None:
-    both = start([*FIT, "--ckpt_path", "."], plain_run_folder)
-    assert both.wait() == [1]
-    assert "give --resume or --ckpt_path, not both" in both.printed()
-    without = start([*FIT, "--trainer.callbacks", "null"], plain_run_folder)
-    assert without.wait() == [1]
-    assert "--resume needs a lightning_mvar.callbacks.Checkpoint" in without.printed()
+@pytest.fixture
+def refusal(plain_run_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refusal:
+    """Returns a function that runs a command, which must end as a user's mistake, and returns its stderr."""
+    monkeypatch.chdir(plain_run_folder)
+
+    def refuse(command: list[str]) -> str:
+        capfd.readouterr()
+        assert run(command) == 1
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        return error
+
+    return refuse
 
 
-def test_a_new_run_never_touches_the_checkpoints_of_an_earlier_one(plain_run_folder: Path) -> None:
+def test_resume_needs_a_checkpoint_callback_and_excludes_ckpt_path(refusal: Refusal) -> None:
+    assert "give --resume or --ckpt_path, not both" in refusal([*FIT, "--ckpt_path", "."])
+    assert "--resume needs a lightning_mvar.callbacks.Checkpoint" in refusal([*FIT, "--trainer.callbacks", "null"])
+
+
+def test_a_new_run_never_touches_the_checkpoints_of_an_earlier_one(plain_run_folder: Path, refusal: Refusal) -> None:
     for root in ("run", "other"):
         train(plain_run_folder, root, ["--trainer.max_steps", "4"])
     before = read_files(plain_run_folder / "run")
     for options in ([], ["--ckpt_path", "other/checkpoints/last.ckpt"]):
-        new = start([*FIT[:-1], *options, "--trainer.default_root_dir", "run"], plain_run_folder)
-        assert new.wait() == [1], new.printed()
-        assert "run/checkpoints holds the checkpoints of an earlier run: continue it with --resume" in new.printed()
-        assert "Traceback" not in new.printed()
+        error = refusal([*FIT[:-1], *options, "--trainer.default_root_dir", "run"])
+        assert "run/checkpoints holds the checkpoints of an earlier run: continue it with --resume" in error
         assert read_files(plain_run_folder / "run") == before
     # It may resume from its own checkpoint.
     again = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "run"]
@@ -44,7 +58,9 @@ def read_files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_overwrite_removes_that_run_alone_and_is_not_repeated_by_its_config(plain_run_folder: Path) -> None:
+def test_overwrite_removes_that_run_alone_and_is_not_repeated_by_its_config(
+    plain_run_folder: Path, refusal: Refusal
+) -> None:
     train(plain_run_folder, "run", ["--trainer.max_steps", "6"])
     kept = [plain_run_folder / "run" / name for name in ("checkpoints/mine.ckpt", "logs/notes.txt", "samples.npz")]
     for path in kept:
@@ -61,9 +77,7 @@ def test_overwrite_removes_that_run_alone_and_is_not_repeated_by_its_config(plai
         (["--resume"], "give --resume or --overwrite, not both"),
         (["--ckpt_path", "run/checkpoints/last.ckpt"], "--overwrite would remove --ckpt_path run/checkpoints/step="),
     ):
-        refused = start([*new, *options], plain_run_folder)
-        assert refused.wait() == [1]
-        assert message in refused.printed()
+        assert message in refusal([*new, *options])
     assert newest_first(plain_run_folder / "run/checkpoints") == checkpoints
 
 
@@ -74,7 +88,7 @@ def save_of_another_width(path: Path, other: Path) -> None:
     torch.save(content, other)
 
 
-def test_overwrite_keeps_the_earlier_run_until_the_new_one_starts(plain_run_folder: Path) -> None:
+def test_overwrite_keeps_the_earlier_run_until_the_new_one_starts(plain_run_folder: Path, refusal: Refusal) -> None:
     train(plain_run_folder, "run", ["--trainer.max_steps", "3"])
     before = read_files(plain_run_folder / "run/checkpoints")
     (plain_run_folder / "torn.ckpt").write_bytes(b"PK")
@@ -86,9 +100,7 @@ def test_overwrite_keeps_the_earlier_run_until_the_new_one_starts(plain_run_fold
         (["--data.train", "shrads"], "shrads"),
         (["--model.tokenizer", "nowhere"], "nowhere"),
     ):
-        failed = start([*command, *options], plain_run_folder)
-        assert failed.wait() == [1], failed.printed()
-        assert message in failed.printed()
+        assert message in refusal([*command, *options])
         assert read_files(plain_run_folder / "run/checkpoints") == before
         assert list((plain_run_folder / "run/logs").glob("events.*")), options
 
@@ -96,7 +108,7 @@ def test_overwrite_keeps_the_earlier_run_until_the_new_one_starts(plain_run_fold
 def break_a_constructor(rank: int) -> None:
     import lightning_mvar.training.datamodules as module
 
-    module.require_at_least = lambda: None
+    module.require_in = lambda: None
 
 
 def test_a_bug_in_a_constructor_keeps_its_traceback(plain_run_folder: Path) -> None:
@@ -105,10 +117,8 @@ def test_a_bug_in_a_constructor_keeps_its_traceback(plain_run_folder: Path) -> N
     assert "TypeError: break_a_constructor" in broken.printed()
 
 
-def test_verify_needs_a_checkpoint_which_rank_0_alone_reads(plain_run_folder: Path) -> None:
-    without = start([*FIT[:-1], "--verify"], plain_run_folder)
-    assert without.wait() == [1]
-    assert "`--verify` needs --resume or --ckpt_path" in without.printed()
+def test_verify_needs_a_checkpoint_which_rank_0_alone_reads(plain_run_folder: Path, refusal: Refusal) -> None:
+    assert "`--verify` needs --resume or --ckpt_path" in refusal([*FIT[:-1], "--verify"])
     train(plain_run_folder, "run", ["--trainer.max_steps", "3"])
     options = ["--data.batch_size", "8", "--trainer.strategy", "ddp", "--trainer.max_steps", "4", "--verify"]
     command = [*FIT[:-1], *options, "--ckpt_path", "run/checkpoints/last.ckpt"]
@@ -123,12 +133,12 @@ def report_verification(rank: int) -> None:
     module.check_intact = lambda *arguments, **options: print("verified")
 
 
-def test_a_run_from_an_older_checkpoint_does_not_remove_the_later_ones(plain_run_folder: Path) -> None:
+def test_a_run_from_an_older_checkpoint_does_not_remove_the_later_ones(
+    plain_run_folder: Path, refusal: Refusal
+) -> None:
     train(plain_run_folder, "run", ["--trainer.max_steps", "6"])
     again = [*FIT[:-1], "--ckpt_path", "run/checkpoints/step=00000003.ckpt", "--trainer.default_root_dir"]
-    refused = start([*again, "run"], plain_run_folder)
-    assert refused.wait() == [1]
-    assert "would remove later checkpoints, up to run/checkpoints/step=00000006.ckpt" in refused.printed()
+    assert "would remove later checkpoints, up to run/checkpoints/step=00000006.ckpt" in refusal([*again, "run"])
     elsewhere = start([*again, "other", "--trainer.max_steps", "4"], plain_run_folder)
     assert elsewhere.wait() == [0], elsewhere.printed()
 
