@@ -2,7 +2,7 @@
 # hadolint, not built yet.
 #   docker build -t lightning-mvar .
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" lightning-mvar sample --ckpt_path var-d16 --out samples.npz
-FROM python:3.12-slim
+FROM python:3.11-slim
 
 # Triton compiles this package's kernels with a C compiler.
 # hadolint ignore=DL3008
