@@ -75,6 +75,19 @@ class ResumableLoader(ABC):
         self.resumed = True
 
 
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """Returns the options of a DataLoader's workers. On Linux they are forked, which Python 3.14 no longer does itself.
+
+    A forked worker starts at once and shares the images in memory; others import torch and get a copy of everything.
+    """
+    context = "fork" if num_workers and sys.platform == "linux" else None
+    return {
+        "num_workers": num_workers,
+        "multiprocessing_context": context,
+        "worker_init_fn": ignore_signals_in_worker,
+    }
+
+
 def ignore_signals_in_worker(worker_id: int) -> None:
     """Leaves signals to the main process: a cluster signals all processes of a job, and a dead worker ends the run."""
     for number in (signal.SIGINT, signal.SIGUSR1):

@@ -12,7 +12,7 @@ from lightning_mvar.data.images.examples import Crop, Example, ImageBatch, Image
 from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
 from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
-from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_worker
+from lightning_mvar.data.resumable import ResumableLoader, worker_options
 from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.data.tokens.shards import read_samples
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
@@ -307,10 +307,9 @@ class ImageDataModule(BatchedDataModule):
         return DataLoader[Example](  # type: ignore[return-value]
             self.images("val"),  # type: ignore[arg-type]
             batch_size=self.batch_size,
-            num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=self.pin_memory,
-            worker_init_fn=ignore_signals_in_worker,
+            **worker_options(self.num_workers),
         )
 
 

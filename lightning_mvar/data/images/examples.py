@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from lightning_mvar.data.images.names import log_once
-from lightning_mvar.data.resumable import ignore_signals_in_worker
+from lightning_mvar.data.resumable import worker_options
 from lightning_mvar.scales import Shape
 
 OnCorrupt = Literal["raise", "skip"]
@@ -158,10 +158,9 @@ def batch_loader(
     return DataLoader[Example](  # type: ignore[return-value]  # collated to ImageBatch
         images,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_signals_in_worker,
+        **worker_options(num_workers),
         generator=torch.Generator(),  # own generator: loading must not advance the global one
     )
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lightning_mvar.data.resumable import ResumableLoader, ignore_signals_in_worker
+from lightning_mvar.data.resumable import ResumableLoader, worker_options
 from lightning_mvar.data.tokens.manifest import Manifest
 from lightning_mvar.data.tokens.mapped import Layout, SampleReader
 from lightning_mvar.data.tokens.order import EpochOrder
@@ -174,8 +174,7 @@ class TokenLoader(ResumableLoader):
             self.source,
             batch_size=None,
             collate_fn=identity,
-            num_workers=self.num_workers,
-            worker_init_fn=ignore_signals_in_worker,
+            **worker_options(self.num_workers),
         )
         return (self.to_batch(rows) for rows in loader)
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mvar.data.images.examples import Example, ImageBatch
 from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
-from lightning_mvar.data.resumable import ignore_signals_in_worker
+from lightning_mvar.data.resumable import worker_options
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.stream import TokenBatch, TokenLoader, TokenStream
 from lightning_mvar.errors import InputError
@@ -196,7 +196,7 @@ def test_fewer_images_than_a_global_batch_are_rejected() -> None:
 
 
 def run_loader_and_signal_its_worker() -> None:
-    loader = DataLoader(list(range(9)), None, num_workers=1, worker_init_fn=ignore_signals_in_worker)
+    loader = DataLoader(list(range(9)), None, collate_fn=lambda row: row, **worker_options(1))  # lambda: needs fork
     batches = iter(loader)
     next(batches)
     (worker,) = multiprocessing.active_children()
@@ -207,7 +207,7 @@ def run_loader_and_signal_its_worker() -> None:
     sys.held = batches  # keeps the worker alive until exit, as the traceback of an exception would
 
 
-def test_a_worker_ignores_foreign_signals_and_exits_with_its_process() -> None:
+def test_a_worker_is_forked_ignores_foreign_signals_and_exits_with_its_process() -> None:
     process = CONTEXT.Process(target=run_loader_and_signal_its_worker)
     process.start()
     process.join(60)
