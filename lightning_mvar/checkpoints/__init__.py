@@ -11,7 +11,7 @@ from lightning_mvar.checkpoints.state_dicts import load_official_tokenizer
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.checkpoints.training import PLAIN_PART, WhichWeights, open_checkpoint, resolve_last
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.hub import A_NETWORK, PUBLISHED, locate
+from lightning_mvar.io.hub import NETWORK_KINDS, PUBLISHED, locate
 
 __all__ = [
     "StoredModel",
@@ -52,7 +52,7 @@ def open_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
         return open_official(path, tokenizer or default_tokenizer)
     path = resolve_last(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist; it must be {A_NETWORK}")
+        raise InputError(f"{path} does not exist; it must be {NETWORK_KINDS}")
     if path.is_dir() and ((path / CONFIG).exists() or not (path / PLAIN_PART).is_file()):
         return open_folder(path, tokenizer)
     return open_checkpoint(path, tokenizer, weights)

@@ -18,7 +18,7 @@ from lightning_mvar.checkpoints.pair import check_pair
 from lightning_mvar.checkpoints.state_dicts import load_official_tokenizer
 from lightning_mvar.checkpoints.stored import StoredModel
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.hub import A_TOKENIZER, locate
+from lightning_mvar.io.hub import TOKENIZER_KINDS, locate
 from lightning_mvar.io.json_files import FormatVersion, read_json, write_json
 from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 from lightning_mvar.models.config import MVARConfig
@@ -127,7 +127,7 @@ def load_tokenizer(place: str | Path, schedule: ScaleSchedule | None = None) -> 
     """
     folder = locate(place).path
     if not folder.exists():
-        raise InputError(f"{folder} does not exist; it must be {A_TOKENIZER}")
+        raise InputError(f"{folder} does not exist; it must be {TOKENIZER_KINDS}")
     if folder.is_file():
         return load_official_tokenizer(folder, schedule or ScaleSchedule.for_resolution(256))
     config = read_config(folder, "tokenizer", "train one with `lightning-mvar train-tokenizer`")

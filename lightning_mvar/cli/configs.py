@@ -140,7 +140,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Namespace, Names
             written = parser.parse_args(args)
     except UnicodeDecodeError as error:
         raise InputError(f"a file of --config is not text: {error.reason} at byte {error.start}") from error
-    config = parser.parse_object(resolve(written), defaults=False)  # which `written` has
+    config = parser.parse_object(resolve(written), defaults=False)  # `written` already has the defaults
     try:
         parser.validate(config, skip_unset=False)  # a null where the option's type has none
     except TypeError as error:

@@ -5,76 +5,124 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
-from lightning_mvar.cli.checks import asks_for_text, config_files, read_config_file
+from lightning_mvar.cli.checks import NULLS, asks_for_text, config_files, read_config_file
 from lightning_mvar.data.classes import Classes, imagenet_classes, select_classes
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.hub import A_NETWORK, A_TOKENIZER, NETWORKS, name_on_hub
+from lightning_mvar.io.hub import NETWORK_KINDS, NETWORKS, TOKENIZER_KINDS, name_on_hub
 from lightning_mvar.io.json_files import checked
 
-A_SOURCE = "a folder, .tar or .parquet files, or a built-in set such as digits:train"
-READ = {  # what the value of an option must be
-    "ckpt_path": A_NETWORK,
-    "tokenizer": A_TOKENIZER,
-    "reconstructions": A_TOKENIZER,
-    "images": A_SOURCE,
-}
-A_TRAINED_NETWORK = {"ckpt_path": "a checkpoint of `fit`", "model.tokenizer": A_TOKENIZER}
+SOURCE_KINDS = "a folder, .tar or .parquet files, or a built-in set such as digits:train"
 SHARDS = "a folder that `tokenize` wrote"
-READ_BY = {  # likewise, of one command
-    "fit": A_TRAINED_NETWORK | {"data.train": SHARDS, "data.val": SHARDS},
-    "validate": A_TRAINED_NETWORK,
-    "test": A_TRAINED_NETWORK,
-    "train-tokenizer": {"ckpt_path": "a checkpoint of `train-tokenizer`", "data.train": A_SOURCE, "data.val": A_SOURCE},
+RUN_INPUTS = {
+    "ckpt_path": "a checkpoint of `fit`",
+    "model.tokenizer": TOKENIZER_KINDS,
+    "model.weights": NETWORK_KINDS,
 }
-NO_PATH = re.compile(r"^(-.*|null|Null|NULL|~|)$|[:*?{\[]")  # other options, no value, addresses, splits and patterns
+EXPECTED = {  # what the value of an option must be
+    "ckpt_path": NETWORK_KINDS,
+    "tokenizer": TOKENIZER_KINDS,
+    "reconstructions": TOKENIZER_KINDS,
+    "images": SOURCE_KINDS,
+}
+EXPECTED_BY_COMMAND = {
+    "fit": RUN_INPUTS | {"data.train": SHARDS, "data.val": SHARDS},
+    "validate": RUN_INPUTS,
+    "test": RUN_INPUTS,
+    "train-tokenizer": {
+        "ckpt_path": "a checkpoint of `train-tokenizer`",
+        "data.train": SOURCE_KINDS,
+        "data.val": SOURCE_KINDS,
+    },
+}
+# Other options, no value, addresses, splits and patterns.
+NOT_A_PATH = re.compile(rf"^(-.*|{'|'.join(NULLS)}|)$|[:*?{{\[]")
 RANKS = ("LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID")  # set by Lightning, torchrun and Slurm for one of several ranks
+
+
+class Given(NamedTuple):
+    """The value of an option, and where a configuration file says so: `FILE, line 3: `, empty for the command line."""
+
+    value: str
+    source: str
+
+
+NOTHING = Given("", "")
 
 
 def check_inputs(name: str, *words: str) -> None:
     """Checks the paths that a command line and its configuration files name, and --classes.
 
-    What it cannot tell is left to the command: names on the Hub, patterns, and the classes of a training checkpoint. So
-    are the mistakes of several ranks, which report them together.
+    Leaves names on the Hub, patterns and the classes of training checkpoints to the command, and the initial weights of
+    a run that continues from a checkpoint, which needs them no longer. Several ranks report their mistakes together.
 
     Raises:
         InputError: if a network, a tokenizer or images do not exist, or a network has no such class.
     """
     if asks_for_text(words) or any(name in os.environ for name in RANKS):
         return
-    values = dict(options_given(words))
-    for option, wanted in (READ | READ_BY.get(name, {})).items():
-        value = values.get(option, "")
-        if is_missing(value) and (wanted not in (A_NETWORK, A_TOKENIZER) or name_on_hub(value) is None):
-            raise InputError(f"--{option} {value:.200} does not exist; it must be {wanted}")
-    chosen, model = values.get("classes"), values.get("ckpt_path")
-    if chosen and model and (classes := classes_of(model)) is not None:
-        select_classes(chosen, classes)
+    given = options_given(words)
+    if continues(given):
+        given.pop("model.weights", None)
+    for option, kinds in (EXPECTED | EXPECTED_BY_COMMAND.get(name, {})).items():
+        value, source = given.get(option, NOTHING)
+        if is_missing(value) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(value) is None):
+            raise InputError(f"{source}--{option} {value:.200} does not exist; it must be {kinds}")
+    check_classes(given.get("classes", NOTHING), given.get("ckpt_path", NOTHING).value)
 
 
-def options_given(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields names and values of options in their order, those of configuration files included."""
+def check_classes(chosen: Given, network: str) -> None:
+    """Raises InputError if a network whose classes are known has no such class."""
+    if chosen.value in ("", *NULLS) or (classes := classes_of(network)) is None:
+        return
+    try:
+        select_classes(chosen.value, classes)
+    except InputError as error:
+        raise InputError(f"{chosen.source}{error}") from error
+
+
+def continues(given: Mapping[str, Given]) -> bool:
+    """Returns whether a run continues from a checkpoint."""
+    resume = given.get("resume")  # a flag on the command line, true or false in a file
+    return given.get("ckpt_path", NOTHING).value not in ("", *NULLS) or (resume is not None and resume.value != "false")
+
+
+def options_given(words: Sequence[str]) -> dict[str, Given]:
+    """Returns the last value of each option, those of configuration files included.
+
+    The value of a section, such as `--model '{weights: null}'`, replaces those of its options.
+    """
+    options: dict[str, Given] = {}
+    for option, value in all_options(words):
+        options = {name: earlier for name, earlier in options.items() if not name.startswith(f"{option}.")}
+        options[option] = value
+    return options
+
+
+def all_options(words: Sequence[str]) -> Iterator[tuple[str, Given]]:
+    """Yields the options of a command line in their order, those of configuration files included."""
     for word, following in pairwise([*words, ""]):
         option, equals, value = word.partition("=")
         value = value if equals else following
         if option in ("-c", "--config"):
             for file in config_files(["--config", value]):
-                yield from plain_values(read_config_file(file))
+                yield from plain_values(read_config_file(file), str(file))
         elif option.startswith("--"):
-            yield option[2:], value
+            yield option[2:], Given(value, "")
 
 
-def plain_values(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the dotted names and values of a file's plain values."""
+def plain_values(node: yaml.Node | None, file: str, prefix: str = "") -> Iterator[tuple[str, Given]]:
+    """Yields the plain values of a file by their dotted names."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if isinstance(value, yaml.ScalarNode):
-            yield f"{prefix}{key.value}", value.value
-        yield from plain_values(value, f"{prefix}{key.value}.")
+            yield f"{prefix}{key.value}", Given(value.value, f"{file}, line {key.start_mark.line + 1}: ")
+        yield from plain_values(value, file, f"{prefix}{key.value}.")
 
 
 def is_missing(place: str) -> bool:
@@ -83,7 +131,7 @@ def is_missing(place: str) -> bool:
     Raises:
         OSError: if it cannot be examined.
     """
-    if NO_PATH.search(place):
+    if NOT_A_PATH.search(place):
         return False
     try:
         os.lstat(os.path.expanduser(place))

@@ -36,7 +36,7 @@ from lightning_mvar.training.strategies import FSDP2Strategy
 
 CLI = TypeVar("CLI", bound="TrainingCLI")
 
-PARSERS: dict[tuple[object, ...], LightningArgumentParser] = {}  # by what they are built from
+PARSERS: dict[tuple[object, ...], LightningArgumentParser] = {}  # by module, datamodule and command
 MAX_SEED = 2**32 - 1
 LEAST = {  # least values of the trainer's options that Lightning does not check
     "accumulate_grad_batches": 1,

@@ -37,8 +37,8 @@ SHA256 = {  # of files by place; that of var_d36.pth is not known
 }
 KNOWN = NETWORKS | TOKENIZERS
 ON_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(:(?P<file>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
-A_NETWORK = f"a checkpoint file, a folder that `export` wrote, published weights, or one of {', '.join(NETWORKS)}"
-A_TOKENIZER = f"a folder that `train-tokenizer` or `export` wrote, a published file, or {' or '.join(TOKENIZERS)}"
+NETWORK_KINDS = f"a checkpoint file, a folder that `export` wrote, published weights, or one of {', '.join(NETWORKS)}"
+TOKENIZER_KINDS = f"a folder that `train-tokenizer` or `export` wrote, a published file, or {' or '.join(TOKENIZERS)}"
 
 
 class Located(NamedTuple):

@@ -20,6 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("last.ckpt").symlink_to("step=8.ckpt")
     Path("sample.yaml").write_text("ckpt_path: outputs/last.ckpt\nclasses: cat")
     Path("train.yaml").write_text("data: {train: pictures, val: 'pictures:val'}")
+    Path("tune.yaml").write_text("resume: false\nckpt_path: null\nclasses: null\nmodel:\n  weights: gone")
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample --ckpt_path nowhere.ckpt", "--ckpt_path nowhere.ckpt does not exist; it must be a checkpoint file, "),
         ("sample --ckpt_path var-d17", "--ckpt_path var-d17 does not exist; .*, or one of var-d16, "),
         ("sample --ckpt_path export --tokenizer=export/t", "--tokenizer export/t does not exist; it must be a folder"),
-        ("sample --config sample.yaml", "--ckpt_path outputs/last.ckpt does not exist"),
-        ("sample --config sample.yaml --ckpt_path export --classes do", r"--classes: .* 'do'; perhaps 1 \(dog\)\?"),
+        ("sample --config sample.yaml", "^sample.yaml, line 1: --ckpt_path outputs/last.ckpt does not exist"),
+        ("sample --config sample.yaml --ckpt_path export --classes do", r"^--classes: .* 'do'; perhaps 1 \(dog\)\?"),
         ("sample --ckpt_path export --classes dgo", "--classes: there is no class 'dgo'; use numbers 0 to 1"),
         ("sample --ckpt_path var-d16 --classes goldn_retriever", r"--classes: .* perhaps 207 \(golden"),
         (
@@ -43,6 +44,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "--data.train shards does not exist; it must be a folder that `t",
         ),
         ("train-tokenizer --config train.yaml", "--data.train pictures does not exist"),
+        ("fit -c tune.yaml", "^tune.yaml, line 5: --model.weights gone does not exist"),
+        ("fit -c tune.yaml --model {} --model.weights lost", "^--model.weights lost does not exist"),
     ],
 )
 def test_what_is_missing_is_named(line: str, message: str) -> None:
@@ -63,6 +66,11 @@ def test_what_is_missing_is_named(line: str, message: str) -> None:
         "tokenize --images digits:train --tokenizer --out",
         "train-tokenizer --config train.yaml --data.train digits:train --data.val photos-*.tar",
         "fit --model.tokenizer ${data.train}",
+        "fit -c tune.yaml --resume",
+        "validate -c tune.yaml --ckpt_path last.ckpt",
+        "fit -c tune.yaml --model {weights:null}",
+        "sample -c tune.yaml --ckpt_path export",
+        "sample --ckpt_path export --classes null",
     ],
 )
 def test_what_may_exist_is_left_to_the_command(line: str) -> None:
