@@ -113,11 +113,11 @@ def test_a_path_that_cannot_be_accessed_is_reported(
 ) -> None:
     from lightning_mvar.commands import sample
 
-    def fail(_: list[str]) -> None:
+    def fail(ckpt_path: str) -> None:
         raise OSError(code, os.strerror(code), "/private/file")
 
-    monkeypatch.setattr(sample, "main", fail)
-    assert run(["sample", "var-d16"]) == 1
+    monkeypatch.setattr(sample, "sample", fail)
+    assert run(["sample", "."]) == 1
     expected = f"lightning-mvar: error: cannot access /private/file ({os.strerror(code)})\n"
     assert capsys.readouterr().err == expected
 
