@@ -70,8 +70,8 @@ def locate(place: str | Path, **hub: Any) -> Located:
 def name_on_hub(place: str | Path) -> re.Match[str] | None:
     """Returns the parts of a name that is looked up on the Hub; None for a path.
 
-    What exists as a local path, or looks like one (its first folder exists, it begins with a dot, or it has the suffix
-    of a file and no colon), is never looked up.
+    What exists as a local path, or looks like one (its first folder exists or is `outputs`, it begins with a dot, or it
+    has the suffix of a file and no colon), is never looked up.
     """
     name = str(place)
     match = ON_HUB.fullmatch(KNOWN.get(name, name))
@@ -83,7 +83,7 @@ def name_on_hub(place: str | Path) -> re.Match[str] | None:
 def is_local(name: str, file: str | None) -> bool:
     """Returns whether a name that could be one on the Hub is a path; `file` is what follows its colon, if anything."""
     like_file = file is None and name.endswith((*PUBLISHED, ".ckpt"))
-    return name.startswith(".") or like_file or Path(Path(name).parts[0]).exists()
+    return name.startswith((".", "outputs/")) or like_file or Path(Path(name).parts[0]).exists()
 
 
 def download(repository: str, file: str | None, **hub: Any) -> Path:

@@ -37,6 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "tokenize --images no/images --tokenizer export",
             "--images no/images does not exist; it must be a folder",
         ),
+        ("sample --ckpt_path outputs/export", "--ckpt_path outputs/export does not exist; it must be a checkpoint"),
         ("fit --ckpt_path step=9.ckpt", "--ckpt_path step=9.ckpt does not exist; it must be a checkpoint of `fit`"),
         (f"fit {TRAIN} nowhere", "--model.tokenizer nowhere does not exist; it must be a folder"),
         (

@@ -172,9 +172,10 @@ def test_names_of_nothing_are_refused_in_one_line(var: Hub, place: str, message:
 
 def test_local_paths_are_never_looked_up(var: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs").mkdir()
+    (tmp_path / "runs").mkdir()
     for place in (
         "outputs/missing",
+        "runs/missing",
         str(tmp_path / "a/b"),
         "../x",
         "./missing/x",
