@@ -130,6 +130,8 @@ def write_attempts(cell: Path, codes: list[int | None]) -> None:
     lines: list[dict[str, Any]] = []
     for number, code in enumerate(codes, start=1):
         lines.append({"attempt": number, "begin": f"2026-11-22T10:0{number}:00"})
+        if code == 0:
+            lines.append({"attempt": number, "commands": len(json.loads((cell / "cell.json").read_text())["commands"])})
         if code is not None:
             lines.append({"attempt": number, "end": f"2026-11-22T10:0{number + 1}:00", "seconds": 60.0, "code": code})
     (cell / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -118,12 +118,15 @@ def download(repository: str, file: str | None, **hub: Any) -> Path:
 
 def download_export(repository: str, hub: dict[str, Any]) -> Path:
     """Returns the local folder of an exported pipeline; `hub` has the options of downloads."""
-    huggingface_hub.hf_hub_download(repository, "config.json", **hub)  # fails if it is missing; the next line does not
-    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=EXPORT_FILES, **hub))
+    config = Path(huggingface_hub.hf_hub_download(repository, "config.json", **hub))  # fails if it is missing
+    commit = config.parent.name  # all files of one commit, even if another is pushed meanwhile
+    return Path(
+        huggingface_hub.snapshot_download(repository, allow_patterns=EXPORT_FILES, **hub | {"revision": commit})
+    )
 
 
 def download_file(repository: str, file: str, hub: dict[str, Any]) -> Path:
-    """Returns the local path of a file, whose SHA-256 is checked when it arrives, if it is known."""
+    """Returns the local path of a file, whose SHA-256 is checked when it arrives, if known and not interrupted."""
     cached = huggingface_hub.try_to_load_from_cache(repository, file, hub.get("cache_dir"), hub.get("revision"))
     path = Path(huggingface_hub.hf_hub_download(repository, file, **hub))
     if not isinstance(cached, str):
@@ -133,8 +136,16 @@ def download_file(repository: str, file: str, hub: dict[str, Any]) -> Path:
 
 def name_weights(repository: str, hub: dict[str, Any]) -> str:
     """Says which published weights a repository has."""
-    files = huggingface_hub.HfApi(token=hub.get("token")).list_repo_files(repository, revision=hub.get("revision"))
-    return f"it has {', '.join(f'{repository}:{file}' for file in files if file.endswith(PUBLISHED)) or 'no weights'}"
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = huggingface_hub.HfApi(token=hub.get("token"))
+        files = api.list_repo_files(repository, revision=hub.get("revision"))
+    except (HfHubHTTPError, OSError):
+        return "its files cannot be listed"
+    end = f"@{hub['revision']}" if hub.get("revision") else ""
+    weights = [f"{repository}:{file}{end}" for file in files if file.endswith(PUBLISHED)]
+    return f"it has {', '.join(weights) or 'no weights'}"
 
 
 def check_content(path: Path, expected: str | None) -> None:

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from hashlib import sha256
@@ -121,8 +121,8 @@ class Cell:
         path = self.folder / "cell.json"
         if not path.is_file() or not (attempts(self.folder) or is_locked(self.lock)):
             return
-        before, now = asdict(read_record(path, CellRecord)), asdict(self.identity())
-        now["commands"] = now["commands"][: len(before["commands"])]
+        before = asdict(read_record(path, CellRecord))
+        now = asdict(replace(self, commands=self.commands[: len(before["commands"])]).identity())
         if changed := [key for key in now if before[key] != now[key]]:
             reason = {"configs": "a YAML file that it names has changed"}.get(changed[0], "its commands have changed")
             raise InputError(
@@ -184,6 +184,7 @@ def attempts(folder: Path) -> list[Attempt]:
 
 
 def commands_done(history: list[Attempt]) -> int:
+    """Returns how many of a cell's commands have succeeded, counted from its first."""
     return max((attempt.commands for attempt in history), default=0)
 
 

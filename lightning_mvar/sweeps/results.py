@@ -24,7 +24,7 @@ from lightning_mvar.io.files import open_regular
 from lightning_mvar.io.hparams import read_row
 from lightning_mvar.io.json_files import checked, shown
 from lightning_mvar.models.costs import Costs
-from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, CellRecord, attempts, read_record
+from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, CellRecord, attempts, commands_done, read_record
 from lightning_mvar.sweeps.measures import COSTS, LOSSES, RATES, SCALE_LOSS, SCORES, TRAINING_RATE, TRAINING_SCORES
 from lightning_mvar.sweeps.plan import SweepFile, score_files
 from lightning_mvar.sweeps.sweep_file import read_sweep
@@ -148,7 +148,7 @@ def is_number(text: str) -> bool:
 def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     """Reads a cell's folder; its results only if it has finished."""
     definition = read_record(folder / "cell.json", CellRecord)
-    status, tries, seconds = summarize_attempts(folder)
+    status, tries, seconds = summarize_attempts(folder, len(definition.commands))
     cell = CellResult(
         definition.name, definition.axes, definition.seed, status, list(definition.commands), tries, seconds
     )
@@ -171,12 +171,14 @@ def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     return replace(cell, measures=last | rate | costs | measures, curves=curves, tokenizer=tokenizer)
 
 
-def summarize_attempts(folder: Path) -> tuple[str, int, float]:
-    """Returns the status, the number of attempts started, and the total seconds of those that ended."""
+def summarize_attempts(folder: Path, commands: int) -> tuple[str, int, float]:
+    """Returns the status of a cell of so many commands, the number of attempts, and the seconds of those that ended."""
     history = attempts(folder)
     if not history:
         return WAITING, 0, 0.0
     code = history[-1].code
+    if code == 0 and commands_done(history) < commands:
+        return WAITING, len(history), sum(attempt.seconds or 0.0 for attempt in history)
     status = {None: KILLED, 0: FINISHED}.get(code, INTERRUPTED if code in INTERRUPTED_CODES else CRASHED)
     return status, len(history), sum(attempt.seconds or 0.0 for attempt in history)
 

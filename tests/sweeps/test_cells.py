@@ -17,6 +17,7 @@ from lightning_mvar.io.configs import PACKAGED
 from lightning_mvar.io.locks import FileLock, is_locked
 from lightning_mvar.sweeps.cells import Cell, append_attempt, attempts, last_line, progress, run_cell
 from lightning_mvar.sweeps.processes import FORKSERVER, ProcessContext, Share, Stop, run_until_stopped
+from lightning_mvar.sweeps.results import summarize_attempts
 
 GOOD, BAD = "--version", "no-such-command"
 
@@ -104,12 +105,16 @@ def test_a_started_cell_must_keep_its_definition(tmp_path: Path, monkeypatch: py
 
 
 def test_commands_may_follow_those_of_a_finished_cell(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("steps: 1")
     cell = make_cell(tmp_path, GOOD)
     assert run_cell(cell.folder, Stop()) == 0
+    Cell(cell.folder, cell.axes, cell.seed, (GOOD, f"fit --config {config}")).check()
     longer = Cell(cell.folder, cell.axes, cell.seed, (GOOD, GOOD))
     longer.check()
     longer.record()
     assert longer.state() == "waiting"
+    assert summarize_attempts(cell.folder, 2)[:2] == ("not begun", 1)
     assert run_cell(cell.folder, Stop()) == 0
     assert longer.state() == "finished"
     assert longer.log.read_text().count(f"lightning-mvar {GOOD}") == 2

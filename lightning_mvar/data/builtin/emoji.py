@@ -28,7 +28,7 @@ from lightning_mvar.io.npz import NpzArray
 
 RESOLUTION = 64
 OPENMOJI = "17.0"  # release of the drawings: another has other pictures, and would have another split
-REVISION = 2  # of the set, in the name of its cached file; raise it with any change below
+REVISION = 3  # of the set, in the name of its cached file; raise it with any change below
 GRID_SIDE = 72  # side of OpenMoji's drawings in their own units, whose lines are two units wide
 TEST_PERIOD = 10  # every tenth family of a class is a test family
 MAX_LIKENESS = 3.0  # root mean square difference of the thumbnails of two pictures that look alike, of 255
@@ -167,10 +167,11 @@ def join_families(families: list[tuple[int, ...]], images: NDArray[np.uint8]) ->
 
 
 def choose_test(families: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Returns which pictures (n,) are test pictures: those of every tenth family of each class."""
+    """Returns which pictures (n,) are test pictures: those of every tenth family of each class, or of its last one."""
     names, firsts = np.unique(families, return_index=True)
     classes = labels[firsts]  # of a family that spans several classes, that of its first picture
-    chosen = [names[classes == label][TEST_PERIOD - 1 :: TEST_PERIOD] for label in range(len(CLASS_NAMES))]
+    members = [names[classes == label] for label in range(len(CLASS_NAMES))]
+    chosen = [own[min(TEST_PERIOD, len(own)) - 1 :: TEST_PERIOD] for own in members if len(own)]
     return np.isin(families, np.concatenate(chosen))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_mvar.devices import device_of
+from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import wait_for_lock
 from lightning_mvar.io.tensors import load_strictly, read_weights, save_weights
 
@@ -93,7 +94,7 @@ class TrainedClassifier(nn.Module):
         try:
             with wait_for_lock(self.path.with_name(f".{self.path.name}.lock"), CACHE_REMEDY):
                 if self.path.is_file():  # another process may have trained it meanwhile
-                    load_strictly(self, read_weights(self.path), self.path)
+                    self.load()
                 else:
                     self.train_on_real_images()
                     save_weights(self, self.path)
@@ -101,6 +102,12 @@ class TrainedClassifier(nn.Module):
             self.has_weights = False
             raise
         self.eval().requires_grad_(False).to(device)
+
+    def load(self) -> None:
+        try:
+            load_strictly(self, read_weights(self.path), self.path)
+        except InputError as error:
+            raise InputError(f"{error}; a classifier is trained if the file does not exist") from error
 
     @torch.inference_mode(False)
     @torch.enable_grad()
