@@ -56,18 +56,23 @@ def test_a_signal_stops_a_page_that_draws_and_removes_its_files(workdir: Path, n
         assert "10 classes, 8 x 8 pixels, 4 scales" in wait_for_page(f"http://127.0.0.1:{port}")
         while "press Ctrl-C to stop" not in server.printed() and server.ranks[0].is_alive():
             time.sleep(0.05)
-        assert "warning" not in server.printed()
         assert httpx.post(f"{url}/upload", files={"files": ("a.png", b"x" * 1000)}).status_code == 200
         assert list((workdir / "tmp").rglob("a.png"))
-        body = {"data": ["3", 8, 1.5, 0, 1, 0, False]}
+        body = {"data": ["3", 8, 1.5, 0, 1, 1, 0, False, False, *[1] * 4]}
         events = [httpx.post(f"{url}/call/draw", json=body).json()["event_id"] for _ in range(10)]
-        with httpx.stream("GET", f"{url}/heartbeat/a") as beat, httpx.stream("GET", f"{url}/call/draw/{events[-1]}"):
+        with (
+            httpx.stream("GET", f"{url}/heartbeat/a") as beat,
+            httpx.stream("GET", f"{url}/call/draw/{events[0]}", timeout=60) as drawing,
+            httpx.stream("GET", f"{url}/call/draw/{events[-1]}"),
+        ):
             next(beat.iter_text())
+            assert "event: generating" in drawing.iter_lines()
             server.send(number)
-            assert server.wait(60) == [code], server.printed()
+            assert server.wait(15) == [code], server.printed()
     finally:
         server.send(signal.SIGKILL)
     assert not list((workdir / "tmp").glob("lightning_mvar_serve_*"))
+    assert "warning" not in server.printed()
     assert "Traceback" not in server.printed()
 
 
