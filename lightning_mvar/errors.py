@@ -1,6 +1,7 @@
 """Exceptions for mistakes that the user can fix, and for interruptions."""
 
 from importlib.util import find_spec
+from math import inf
 
 
 class InputError(ValueError):
@@ -11,24 +12,27 @@ class InputError(ValueError):
     """
 
 
-def require_in(interval: str, prefix: str = "", /, **values: float | None) -> None:
-    """Raises InputError unless numbers lie in an interval, such as "[0, 1)"; None is no number and passes.
+def require_in(interval: str, prefix: str = "", hint: str = "", /, **values: float | None) -> None:
+    """Raises InputError unless numbers lie in an interval, such as "[0, 1)"; None passes.
 
     Args:
-        interval: bounds, with a bracket if they belong to it; "inf" for no upper bound.
+        interval: integer bounds, with a bracket if they belong to it; "inf" for no upper bound.
         prefix: of their names in the message, such as "--".
+        hint: ends the sentence that says what is allowed, such as ", such as 0.95".
         values: numbers by name.
     """
-    low, high = map(float, interval[1:-1].split(","))
+    lower, upper = interval[1:-1].split(", ")
+    low, high = int(lower), inf if upper == "inf" else int(upper)  # exact: seeds have more bits than a float
     allowed = f"in {interval}"
-    if high == float("inf"):
-        allowed = "positive" if interval == "(0, inf)" else f"at least {low:g}"
+    if high == inf:
+        allowed = "positive" if interval == "(0, inf)" else f"at least {low}"
     for name, value in values.items():
         if value is not None and not (
             (low <= value if interval[0] == "[" else low < value)
             and (value <= high if interval[-1] == "]" else value < high)
         ):
-            raise InputError(f"{prefix}{name} must be {allowed}, got {value}")
+            finite = "finite and " if value == high == inf else ""
+            raise InputError(f"{prefix}{name} must be {finite}{allowed}{hint}, got {value}")
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:

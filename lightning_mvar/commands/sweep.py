@@ -89,8 +89,8 @@ def sweep(
             raise Interrupted(stop.signal, f"interrupted by {name}; {count_states(cells)}", remedy)
         seconds = time.monotonic() - begin
         print(f"{count_states(cells)}, {len(finished_before)} earlier; {seconds:.0f} s, in {folder}", flush=True)
-        if unfinished := [cell for cell in cells if cell.state() != "finished"]:
-            names = "; ".join(f"{cell.name} {cell.state()}, see {cell.log}" for cell in unfinished)
+        if unfinished := [(cell, state) for cell in cells if (state := cell.state()) != "finished"]:
+            names = "; ".join(f"{cell.name} {state}, see {cell.log}" for cell, state in unfinished)
             counts = f"{len(unfinished)} of {len(cells)}"
             raise InputError(f"{counts} cells have not finished: {names}; run the same command again to retry")
 

@@ -49,7 +49,7 @@ class Uncertainty:
     extrapolate: bool = False
 
     def __post_init__(self) -> None:
-        require_in("(0, 1)", "--", interval=self.interval)
+        require_in("(0, 1)", "--", ", such as 0.95", interval=self.interval)
 
     def check_count(self, count: int, num_features: int) -> None:
         """Raises InputError if there are too few samples."""

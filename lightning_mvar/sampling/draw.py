@@ -236,7 +236,7 @@ def write_set(
 
 def check_count(per_class: int, classes: int, keep: float | None) -> None:
     """Raises InputError if a set would have too many images, or too many candidates that rejection draws."""
-    require_in("(0, 1]", "--", keep=keep)
+    require_in("(0, 1]", "--", ", the share of the images that is kept", keep=keep)
     if per_class * classes > MAX_IMAGES:
         raise InputError(f"--per_class {per_class}: a set has at most {MAX_IMAGES:,} images; draw several sets")
     if keep is not None and per_class * classes > MAX_IMAGES * keep:

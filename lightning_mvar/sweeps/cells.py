@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import find_config, with_included
 from lightning_mvar.io.files import read_regular
-from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, read_json, shown, write_json
+from lightning_mvar.io.json_files import MAX_JSON_BYTES, checked, parse_json, shown, write_json
 from lightning_mvar.io.locks import FileLock, is_locked, poll_lock
 from lightning_mvar.sweeps.processes import WHOLE_MACHINE, ProcessContext, Share, Stop, run_until_stopped
 
@@ -157,14 +157,15 @@ def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
     return {word: sha256(b"".join(content)).hexdigest() for word, content in contents.items()}
 
 
-def read_record(path: Path, kind: type[T]) -> T:
-    """Reads a JSON file in a cell's folder."""
+def read_record(path: Path, kind: type[T], remedy: str = "remove its folder to run that cell from scratch") -> T:
+    """Reads a JSON file in the folder of a cell or sweep; `remedy` says what to do if its content does not fit."""
     if not path.exists():
         raise InputError(f"{path} is missing: start the sweep again, or remove {path.parent}")
+    data = read_regular(path, MAX_JSON_BYTES)
     try:
-        return read_json(path, kind)
+        return parse_json(data, kind, path.name)
     except InputError as error:
-        raise InputError(f"{path} is damaged ({error}): remove its folder to run that cell from scratch") from error
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def attempts(folder: Path) -> list[Attempt]:

@@ -30,7 +30,7 @@ def prepare(commands: list[tuple[int | None, tuple[str, ...]]], out: Path, stop:
         InputError: if a command fails, after that command has printed its own message.
     """
     record = out / "prepare.json"
-    before = read_record(record, list[dict[str, Any]]) if record.exists() else []
+    before = read_record(record, list[dict[str, Any]], "remove it to prepare from scratch") if record.exists() else []
     done: list[dict[str, Any]] = []
     for seed, args in commands:
         command = shlex.join(args)

@@ -29,6 +29,7 @@ from lightning_mvar.sweeps.measures import COSTS, LOSSES, RATES, SCALE_LOSS, SCO
 from lightning_mvar.sweeps.plan import SweepFile, score_files
 from lightning_mvar.sweeps.sweep_file import read_sweep
 
+REWRITE = "run the command of cell.json that writes it again, after `lightning-mvar`"
 Scalar = bool | int | float | str | None
 Axes = dict[str, str]  # axis -> name of the value
 Curve = list[tuple[int, float]]  # images trained on, value
@@ -167,7 +168,7 @@ def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     curves, rate, tokenizer = read_logs(folder / "logs")
     last = {tag: curve[-1][1] for tag, curve in curves.items()}
     costs_file = folder / "costs.json"
-    costs = parse_numbers(costs_file, read_record(costs_file, dict[str, Scalar]), Costs._fields)
+    costs = parse_numbers(costs_file, read_record(costs_file, dict[str, Scalar], REWRITE), Costs._fields)
     return replace(cell, measures=last | rate | costs | measures, curves=curves, tokenizer=tokenizer)
 
 
@@ -235,9 +236,9 @@ def curve_points(events: EventAccumulator, tag: str) -> Curve:
 
 def read_scores(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Reads the scores and sampling costs that `evaluate` wrote, and their conditions."""
-    records = read_record(path, list[dict[str, Scalar]])
+    records = read_record(path, list[dict[str, Scalar]], REWRITE)
     if len(records) != 1:
-        raise InputError(f"{path} is damaged: it must be a list of one record")
+        raise InputError(f"{path} is damaged: it must be a list of one record; {REWRITE}")
     (record,) = records
     scores = parse_numbers(path, record, [key for key in (*SCORES, *RATES, *COSTS) if key in record])
     return scores, {key: record[key] for key in CONDITIONS if key in record}
@@ -252,6 +253,6 @@ def parse_numbers(path: Path, record: dict[str, Scalar], keys: Iterable[str]) ->
                 raise InputError(f"{key} is {number}, beyond float32")
         return numbers
     except KeyError as error:
-        raise InputError(f"{path} is damaged (KeyError: {error})") from error
+        raise InputError(f"{path} is damaged (KeyError: {error}): {REWRITE}") from error
     except InputError as error:
-        raise InputError(f"{path} is damaged ({error})") from error
+        raise InputError(f"{path} is damaged ({error}): {REWRITE}") from error

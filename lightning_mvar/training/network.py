@@ -288,9 +288,9 @@ class NetworkModule(ScheduledModule):
         if isinstance(network, NetworkOptions):  # what tokenizer and shards say is known with the trainer
             network = network.complete(self.start.config, **{name: getattr(record.network, name) for name in OF_TOKENS})
         require_same_network(record, network, self.tokenizer_fingerprint)
-        require_same("an average of the weights (ema_decay)", record.run.ema, self.ema_decay is not None)
+        require_same("keeping an average of the weights (ema_decay)", record.run.ema, self.ema_decay is not None)
         require_same("power_ema", record.run.power_ema, self.power_ema)
-        require_same("optimizer.muon", record.run.muon, self.optimizer_config.muon)
+        require_same("--model.optimizer.muon", record.run.muon, self.optimizer_config.muon)
         if record.run.freeze is not None:
             require_same("freeze", record.run.freeze, [*self.freeze_patterns])
         return record

@@ -11,21 +11,25 @@ from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 
+AS_BEFORE = "set it as before, or start a new run from the checkpoint with --model.weights"
 
-def require_same(name: str, saved: Any, current: Any) -> None:
+
+def require_same(name: str, saved: Any, current: Any, remedy: str = AS_BEFORE) -> None:
     """Raises InputError if a setting differs between a checkpoint and the run that continues it."""
     if saved != current:
         raise InputError(
             f"--ckpt_path is of another configuration: {name} is {saved} in the checkpoint and {current} in this run; "
-            f"set it as before, or start a new run from the checkpoint with --model.weights"
+            f"{remedy}"
         )
 
 
 def require_same_network(record: NetworkRecord, network: MVARConfig, tokenizer: str) -> None:
     """Raises InputError unless a checkpoint has this network and a tokenizer of this fingerprint; names the field."""
-    saved = asdict(record.network) | {"tokenizer": record.tokenizer.fingerprint}
-    for name, current in (asdict(network) | {"tokenizer": tokenizer}).items():
+    saved = asdict(record.network)
+    for name, current in asdict(network).items():
         require_same(name, saved[name], current)
+    remedy = f"set --model.tokenizer to the one of the checkpoint, which was {record.tokenizer.path}"
+    require_same("tokenizer", record.tokenizer.fingerprint, tokenizer, remedy)
 
 
 def adapt_to_devices(run: RunRecord, world_size: int, batch_of_all_ranks: int, fit_loop: dict[str, Any]) -> None:

@@ -349,7 +349,11 @@ class LitTokenizer(ScheduledModule):
         config = asdict(checked(settings.get("config"), TokenizerConfig, "--ckpt_path"))
         defaults = {"codebook.learning": CodebookConfig().learning, "muon": OptimizerConfig().muon}
         saved_settings = defaults | settings | {"config": config}
-        names = {"config": "tokenizer", "ema": "an average of the weights (ema_decay)", "muon": "optimizer.muon"}
+        names = {
+            "config": "tokenizer",
+            "ema": "keeping an average of the weights (ema_decay)",
+            "muon": "--model.optimizer.muon",
+        }
         for name, current in self.checkpoint_identity().items():
             require_same(names.get(name, name), saved_settings.get(name), current)
 

@@ -15,9 +15,10 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline, fitted, size_of
 from lightning_mvar.sampling.grids import picture_grid
 from lightning_mvar.sampling.settings import SamplingSettings
-from lightning_mvar.sampling.values import integer
+from lightning_mvar.sampling.values import integer, number
 
 MAX_IMAGES = 8
+MAX_SEED = 2**53 - 1  # a browser rounds larger integers, and would draw with another seed than the one entered
 MAX_PIXELS = 50_000_000  # of an image file
 MIN_CANVAS_SIDE = 512  # pixels of the longer side; smaller images are enlarged to leave room to paint
 INSIDE, OUTSIDE = "the painted area", "everything else"  # regions to redraw
@@ -139,16 +140,26 @@ def sampling_arguments(
         raise InputError(f"choose a class, or {UNCONDITIONAL!r}")
     if not isinstance(by_scale, bool):
         raise InputError(f"guidance by scale must be True or False, got {by_scale!s:.80}")
+    numbers = {"images": count, "top-k": top_k, "top-p": top_p, "temperature": temperature, "seed": seed}
+    guided = {f"guidance of scale {k}": g for k, g in enumerate(strengths)} if by_scale else {"guidance": guidance}
+    for field, value in (numbers | guided).items():
+        if value is None:
+            raise InputError(f"{field} is empty: enter a number")
     settings = {
         "guidance": [*strengths] if by_scale else guidance,
-        "top_k": top_k,
-        "top_p": top_p,
+        "top_k": integer("top-k", whole(top_k)),
+        "top_p": number("top-p", top_p, 1),
         "temperature": temperature,
-        "seed": seed,
+        "seed": integer("seed", whole(seed), MAX_SEED),
         "smooth": smooth,
     }
     SamplingSettings(**settings)  # refuses what cannot be drawn with
-    return {"classes": [name] * integer("images", count, MAX_IMAGES, 1), **settings}
+    return {"classes": [name] * integer("images", whole(count), MAX_IMAGES, 1), **settings}
+
+
+def whole(value: Any) -> Any:
+    """Returns a float without a fraction as an int, because a client may send 5.0 for 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def class_menu(classes: Classes) -> list[tuple[str, str]]:

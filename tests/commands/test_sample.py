@@ -284,7 +284,7 @@ def test_rejection_keeps_the_images_with_the_highest_confidence(workdir: Path) -
     [
         (
             ["--reject", "conftest.Brightness", "--keep", "0"],
-            "--keep must be in (0, 1], got 0",
+            "--keep must be in (0, 1], the share of the images that is kept, got 0",
         ),
         (
             ["--reject", "conftest.Brightness", "--classes", "unconditional"],

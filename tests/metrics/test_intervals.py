@@ -84,7 +84,7 @@ def test_the_extrapolated_distance_is_without_the_bias_of_few_samples() -> None:
 
 
 def test_too_few_samples_and_impossible_levels_are_refused() -> None:
-    with pytest.raises(InputError, match=r"--interval must be in \(0, 1\), got 95\.0"):
+    with pytest.raises(InputError, match=r"--interval must be in \(0, 1\), such as 0\.95, got 95\.0"):
         Uncertainty(95.0)
     with pytest.raises(InputError, match="--interval needs at least 40 samples, got 39"):
         Uncertainty(0.95).check_count(39, 4)

@@ -429,5 +429,8 @@ def test_a_checkpoint_from_before_an_option_existed_had_its_default(tokenizer_fo
     module.check_checkpoint(record | {"network": older})
     with pytest.raises(InputError, match="qk_norm is True in the checkpoint and False in this run"):
         make_module(tokenizer_folder, qk_norm=False).check_checkpoint(record | {"network": older})
+    other = asdict(TokenizerRecord("/tokenizers/other", "0123456789abcdef"))
+    with pytest.raises(InputError, match=r"tokenizer is 01234567.* in .*set --model.tokenizer .*/tokenizers/other$"):
+        module.check_checkpoint(record | {"tokenizer": other})
     with pytest.raises(InputError, match=r"--ckpt_path.*newer_option"):
         module.check_checkpoint(record | {"network": older | {"newer_option": 1}})

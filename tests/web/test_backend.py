@@ -18,7 +18,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.web.backend import INSIDE, OUTSIDE, PageBackend, class_menu, sampling_arguments
 
-FIELDS = ("3", 2, 2.0, 20, 0.9, 0.8, 7, False, False, 0.5, 1.0, 0.0, 0.0)
+FIELDS = ("3", 2, 2.0, 20, 0.9, 0.8, 7.0, False, False, 0.5, 1.0, 0.0, 0.0)
 SETTINGS: dict[str, Any] = {"guidance": 2.0, "top_k": 20, "top_p": 0.9, "temperature": 0.8, "seed": 7}
 
 
@@ -120,13 +120,14 @@ def test_an_image_lies_on_white_as_in_tokenize(backend: PageBackend) -> None:
         (2, -5, "guidance must be a number from 0 to 1,000, got -5"),
         (2, 1e9, "guidance must be a number"),
         (2, float("nan"), "guidance must be a number"),
-        (2, None, "guidance must be a number from 0 to 1,000, got None"),
-        (3, -1, "top_k must be an integer"),
-        (4, -0.1, "top_p must be a number from 0 to 1, got -0.1"),
-        (4, True, "top_p must be a number"),
+        (2, None, "guidance is empty: enter a number"),
+        (3, None, "top-k is empty: enter a number"),
+        (3, -1, "top-k must be an integer"),
+        (4, -0.1, "top-p must be a number from 0 to 1, got -0.1"),
+        (4, True, "top-p must be a number"),
         (5, 0, "temperature must be a number from 0.001 to 1,000, got 0"),
         (6, float("inf"), "seed must be an integer"),
-        (6, 2**70, "seed must be an integer from 0 to"),
+        (6, 2**53, "seed must be an integer from 0 to 9,007,199,254,740,991"),
         (7, "false", "smooth must be True or False, got 'false'"),
         (7, None, "smooth must be True or False, got None"),
         (8, 1, "guidance by scale must be True or False, got 1"),
