@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -67,10 +67,11 @@ def check_inputs(name: str, *words: str) -> None:
     """
     if asks_for_text(words) or any(name in os.environ for name in RANKS):
         return
-    given = options_given(words)
+    expected = EXPECTED | EXPECTED_BY_COMMAND.get(name, {})
+    given = options_given(words, {*expected, "classes", "resume"})
     if continues(given):
         given.pop("model.weights", None)
-    for option, kinds in (EXPECTED | EXPECTED_BY_COMMAND.get(name, {})).items():
+    for option, kinds in expected.items():
         value, source = given.get(option, NOTHING)
         if is_missing(value) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(value) is None):
             raise InputError(f"{source}--{option} {value:.200} does not exist; it must be {kinds}")
@@ -93,15 +94,16 @@ def continues(given: Mapping[str, Given]) -> bool:
     return given.get("ckpt_path", NOTHING).value not in ("", *NULLS) or (resume is not None and resume.value != "false")
 
 
-def options_given(words: Sequence[str]) -> dict[str, Given]:
-    """Returns the last value of each option, those of configuration files included.
+def options_given(words: Sequence[str], names: Collection[str]) -> dict[str, Given]:
+    """Returns the last values of the named options, those of configuration files included.
 
     The value of a section, such as `--model '{weights: null}'`, replaces those of its options.
     """
     options: dict[str, Given] = {}
     for option, value in all_options(words):
         options = {name: earlier for name, earlier in options.items() if not name.startswith(f"{option}.")}
-        options[option] = value
+        if option in names:
+            options[option] = value
     return options
 
 
