@@ -120,10 +120,14 @@ EVERYTHING = {
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    """The run stops in the second epoch; covers sample order, random shifts of the digits and revived codes."""
+    """The run stops in the second epoch; covers sample order, random shifts of the digits and revived codes.
+
+    Codes learn by gradient; running means are resumed in test_tokenizer_strategies.py.
+    """
+    by_gradient = CodebookConfig(entropy_weight=0.1, entropy_queries=100, scale_dropout=0.3)
 
     def run(root: Path, stop: int | None, resume: str | None) -> dict[str, torch.Tensor]:
-        module = make_module(revive_every=3, **EVERYTHING)
+        module = make_module(revive_every=3, **EVERYTHING | {"codebook": by_gradient})
         checkpoint = Checkpoint(str(root / "checkpoints"), every_n_train_steps=3)
         trainer = L.Trainer(
             accelerator="cpu",
