@@ -311,6 +311,9 @@ def test_one_rank_that_raises_ends_all(plain_run_folder: Path, devices: int, str
     newest = newest_first(plain_run_folder / "run/checkpoints")[0]
     assert newest.name == f"step={saved:08d}.ckpt"
     assert (plain_run_folder / "run/checkpoints/last.ckpt").resolve() == newest
+    if strategy == "ddp":  # what rank 0 saved alone, in the middle of a step, is whole
+        resumed = train(plain_run_folder, "run", options, devices)
+        assert f"resuming from {newest}" in resumed.printed()
 
 
 def fail_as_on_gpus(rank: int) -> None:
