@@ -73,6 +73,12 @@ LONGEST_FILES = [  # tens of seconds each
 ]
 
 
+def pytest_runtest_teardown() -> None:
+    """Removes what Lightning leaves in the environment of a process that starts ranks, which looks like a rank then."""
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts the longest files first, so that no process of xdist works long after the others have ended."""
     place = {name: number for number, name in enumerate(LONGEST_FILES)}

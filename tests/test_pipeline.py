@@ -223,14 +223,19 @@ def test_push_to_hub_uploads_the_export_files_with_a_model_card(
 def test_a_repository_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request: dict[str, object] = {}
 
+    def download_file(repo_id: str, file: str, revision: str) -> str:
+        assert (repo_id, file, revision) == ("somebody/digits", "config.json", "v1")
+        return str(folder / file)
+
     def download(repo_id: str, **options: object) -> str:
         request.update(options, repo_id=repo_id)
         return str(folder)
 
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download_file)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     pipe = MVARPipeline.from_pretrained("somebody/digits", revision="v1", device="cpu")
     assert pipe.shape == (8, 8)
-    assert (request["repo_id"], request["revision"]) == ("somebody/digits", "v1")
+    assert (request["repo_id"], request["revision"]) == ("somebody/digits", folder.name)  # the commit
     assert request["allow_patterns"] == ["config.json", "*.safetensors"]
 
 

@@ -104,7 +104,7 @@ def test_missing_gradio_is_reported_with_the_install_command(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert run(["serve", "--ckpt_path", "export"]) == 1
+    assert run(["serve", "--ckpt_path", "."]) == 1
     assert "the page needs gradio: pip install 'gradio" in capfd.readouterr().err
 
 

@@ -76,7 +76,7 @@ def test_our_configs_read_back(config: Any) -> None:
         ('{"parts": [], "rate": 1' + "0" * 400 + "}", "rate is 1000"),
         ('{"parts": [], "extra": {"a": [1e999]}}', "extra.a[0] is inf"),
         ('{"parts": [], "extra": 1' + "0" * 5000 + "}", "Exceeds the limit"),
-        ("[" * 100_000, "is not valid JSON (maximum recursion depth"),
+        ("[" * 100_000, "is not valid JSON ("),
         ('{"parts": [], "extra": ' + "[" * 900 + "]" * 900 + "}", "is nested too deeply"),
         ("{}", "parts is missing; it must be [an object, ...]"),
         ("null", "the content is None; it must be an object"),
