@@ -178,9 +178,9 @@ def summarize_attempts(folder: Path, commands: int) -> tuple[str, int, float]:
     if not history:
         return WAITING, 0, 0.0
     code = history[-1].code
-    if code == 0 and commands_done(history) < commands:
-        return WAITING, len(history), sum(attempt.seconds or 0.0 for attempt in history)
     status = {None: KILLED, 0: FINISHED}.get(code, INTERRUPTED if code in INTERRUPTED_CODES else CRASHED)
+    if status == FINISHED and commands_done(history) < commands:  # some were appended since
+        status = WAITING
     return status, len(history), sum(attempt.seconds or 0.0 for attempt in history)
 
 
