@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +15,15 @@ import yaml
 from lightning_mvar.cli.checks import NULLS, asks_for_text, config_files, read_config_file
 from lightning_mvar.data.classes import Classes, imagenet_classes, select_classes
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.configs import find_config
 from lightning_mvar.io.hub import NETWORK_KINDS, NETWORKS, TOKENIZER_KINDS, name_on_hub
 from lightning_mvar.io.json_files import checked
 
 SOURCE_KINDS = "a folder, .tar or .parquet files, or a built-in set such as digits:train"
 SHARDS = "a folder that `tokenize` wrote"
+OWN_SHARDS = "a folder that `sample --tokens` wrote"
+REFERENCE_KINDS = f"{SOURCE_KINDS}, token shards, an .npz, or imagenet256 (64, 128, 512), which is downloaded"
+IMAGE = "an image file"
 RUN_INPUTS = {
     "ckpt_path": "a checkpoint of `fit`",
     "model.tokenizer": TOKENIZER_KINDS,
@@ -30,6 +34,8 @@ EXPECTED = {  # what the value of an option must be
     "tokenizer": TOKENIZER_KINDS,
     "reconstructions": TOKENIZER_KINDS,
     "images": SOURCE_KINDS,
+    "draft_scorer": "a folder that `train-scorer` wrote",
+    "guidance_network": NETWORK_KINDS,
 }
 EXPECTED_BY_COMMAND = {
     "fit": RUN_INPUTS | {"data.train": SHARDS, "data.val": SHARDS},
@@ -40,9 +46,16 @@ EXPECTED_BY_COMMAND = {
         "data.train": SOURCE_KINDS,
         "data.val": SOURCE_KINDS,
     },
+    "train-scorer": {"real": SHARDS, "own": OWN_SHARDS, "val": SHARDS, "own_val": OWN_SHARDS},
+    "evaluate": {"samples": "images that `sample` wrote", "reference": REFERENCE_KINDS, "floor": REFERENCE_KINDS},
+    "export": {"official": NETWORK_KINDS},
+    "merge": {"base": NETWORK_KINDS},
+    "edit": {"image": IMAGE, "mask": IMAGE},
+    "shards": {"folder": "a folder that `tokenize` or `sample --tokens` wrote"},
 }
-# Other options, no value, addresses, splits and patterns.
-NOT_A_PATH = re.compile(rf"^(-.*|{'|'.join(NULLS)}|)$|[:*?{{\[]")
+FIRST_WORDS = {"merge": NETWORK_KINDS, "report": "the folder of a sweep", "sweep": "a sweep file"}
+# Other options, no value, addresses, splits, patterns, and ADM's references.
+NOT_A_PATH = re.compile(rf"^(-.*|{'|'.join(NULLS)}|imagenet\d+|)$|[:*?{{\[]")
 RANKS = ("LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID")  # set by Lightning, torchrun and Slurm for one of several ranks
 
 
@@ -59,8 +72,8 @@ NOTHING = Given("", "")
 def check_inputs(name: str, *words: str) -> None:
     """Checks the paths that a command line and its configuration files name, and --classes.
 
-    Leaves names on the Hub, patterns and the classes of training checkpoints to the command, and the initial weights of
-    a run that continues from a checkpoint, which needs them no longer. Several ranks report their mistakes together.
+    Leaves names on the Hub, patterns and the classes of training checkpoints to the command, and what a checkpoint
+    makes needless: the initial weights of a run, and existing samples. Several ranks report their mistakes together.
 
     Raises:
         InputError: if a network, a tokenizer or images do not exist, or a network has no such class.
@@ -70,12 +83,21 @@ def check_inputs(name: str, *words: str) -> None:
     expected = EXPECTED | EXPECTED_BY_COMMAND.get(name, {})
     given = options_given(words, {*expected, "classes", "resume"})
     if continues(given):
-        given.pop("model.weights", None)
+        for unneeded in ("model.weights", "samples"):  # `evaluate` draws the samples from a checkpoint
+            given.pop(unneeded, None)
+    if name in FIRST_WORDS:
+        for word in takewhile(lambda word: not word.startswith("-"), words):
+            require("", find_config(word), FIRST_WORDS[name])
     for option, kinds in expected.items():
         value, source = given.get(option, NOTHING)
-        if is_missing(value) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(value) is None):
-            raise InputError(f"{source}--{option} {value:.200} does not exist; it must be {kinds}")
+        require(f"{source}--{option} ", value, kinds)
     check_classes(given.get("classes", NOTHING), given.get("ckpt_path", NOTHING).value)
+
+
+def require(label: str, place: str, kinds: str) -> None:
+    """Raises InputError if a place does not exist, and is no name on the Hub where one is expected."""
+    if is_missing(place) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(place) is None):
+        raise InputError(f"{label}{place:.200} does not exist; it must be {kinds}")
 
 
 def check_classes(chosen: Given, network: str) -> None:

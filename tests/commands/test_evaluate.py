@@ -298,7 +298,7 @@ def test_mistakes_are_reported_in_one_line(
         return captured.err.strip().splitlines()[-1]
 
     pixels = np.zeros((6, 8, 8, 3), np.uint8)
-    assert "nowhere.npz does not exist; write it with" in error_of("nowhere.npz", *REFERENCE)
+    assert "--samples nowhere.npz does not exist; it must be images that" in error_of("nowhere.npz", *REFERENCE)
     Path("text.npz").write_text("hello")
     assert "text.npz is damaged or not an npz" in error_of("text.npz", *REFERENCE)
     np.savez("other.npz", images=pixels)

@@ -187,7 +187,7 @@ def test_it_prints_the_main_table_and_can_write_elsewhere(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nowhere"], "nowhere is not the folder of a sweep: it has no sweep.yaml"),
+        (["nowhere"], "nowhere does not exist; it must be the folder of a sweep"),
         (
             ["{done}", "--baseline", "vra"],
             "--baseline vra is not a variant with finished cells; choose one of mvar-depth2",
