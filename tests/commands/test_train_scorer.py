@@ -103,7 +103,7 @@ def test_the_same_seed_trains_the_same_scorer(workdir: Path) -> None:
         (["--own", "real"], "real holds tokens of images, not samples: draw some with `lightning-mvar sample --tokens"),
         (["--real", "own"], "own holds samples, not tokens of images"),
         (["--out", "own"], "would replace"),
-        (["--val", "model", "--own_val", "own", "--out", "model"], "would replace what --val model reads"),
+        (["--val", "images", "--own_val", "own", "--out", "images"], "would replace what --val images reads"),
     ],
 )
 def test_mistakes_are_named(options: list[str], message: str, workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
