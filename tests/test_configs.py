@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 
 from lightning_mvar import MVAR, MVARConfig, ScaleSchedule, Tokenizer, TokenizerConfig
 from lightning_mvar.cli import run
+from lightning_mvar.cli.checks import check_options
 from lightning_mvar.cli.training import TrainingCLI, parse_command
 from lightning_mvar.commands.sweep import plan_cells
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
@@ -55,6 +56,7 @@ def test_every_cell_of_a_sweep_parses(config: str, monkeypatch: pytest.MonkeyPat
     plan = read_sweep(Path(config))
     assert len(plan_cells(plan, Path("out"))) == len(plan.variants()) * len(plan.seeds)
     for _, (command, *options) in plan.preparation():
+        check_options(command, *options)
         if command == "train-tokenizer":
             parse(command, options)
 

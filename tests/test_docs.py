@@ -1,4 +1,4 @@
-"""The documentation: its examples run, and the files, tests and functions that it names exist."""
+"""The documentation: its examples run, its commands parse, and files, tests and functions that it names exist."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import ast
 import importlib
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from zipfile import ZipFile
@@ -20,6 +22,9 @@ from torch.nn import functional as F
 
 from lightning_mvar import cli
 from lightning_mvar.cli import signatures
+from lightning_mvar.cli.checks import check_options
+from lightning_mvar.cli.help import with_first_option
+from lightning_mvar.commands.sweep import plan_cells
 from lightning_mvar.data.images.crops import DecodedImages
 from lightning_mvar.data.images.files import FolderImages
 from lightning_mvar.data.images.loader import ImageLoader, ShuffledImages
@@ -30,6 +35,7 @@ from lightning_mvar.metrics import evaluator
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Features
 from lightning_mvar.models import config
+from lightning_mvar.sweeps.sweep_file import read_sweep
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "docs/architecture.md"
@@ -37,6 +43,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(
@@ -44,6 +51,8 @@ NAMED_FILE = re.compile(
 )
 NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 DOTTED_NAME = re.compile(r"`([a-z_]+(?:\.\w+)+)`")
+COMMAND = re.compile(r"^(?:#?  +|srun )[^`\n]*?lightning-mvar (.+)$", re.MULTILINE)  # in blocks and configs' headers
+OF_A_PROJECT = re.compile(r"--config [\w-]+\.yaml")  # file of a folder that `new` writes
 
 
 @pytest.fixture(autouse=True)
@@ -218,3 +227,32 @@ def test_links_and_named_files_exist(page: Path) -> None:
     missing = [link for link in links if not (page.parent / link).exists()]
     missing += [name for name in NAMED_FILE.findall(text) if not (ROOT / name).exists()]
     assert missing == []
+
+
+def commands_of(file: Path) -> list[str]:
+    """Returns the commands in the blocks of a page or the header of a config, with optional parts included."""
+    text = re.sub(r"\\\n#?", " ", file.read_text())
+    lines = [line for line in COMMAND.findall(text) if "..." not in line and not OF_A_PROJECT.search(line)]
+    return [re.sub(r"\[(--[^]]+)\]", r"\1", re.sub(r"\$\w+", "1", line)) for line in lines]
+
+
+def test_the_commands_of_the_documentation_are_found() -> None:
+    assert sum(len(commands_of(file)) for file in PAGES + CONFIGS) > 200
+
+
+@pytest.mark.parametrize("file", PAGES + CONFIGS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_options_and_networks_of_commands_exist(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for line in commands_of(file):
+        words = with_first_option(shlex.split(line, comments=True))
+        check_options(*words)
+        models = [value for option, value in pairwise(words) if option == "--ckpt_path"]
+        assert all(model in NETWORKS or "/" in model for model in models), line
+
+
+def test_the_example_sweeps_plan_their_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    examples = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/sweeps.md").read_text(), re.MULTILINE | re.DOTALL)
+    for text, cells in zip(examples, (15, 18), strict=True):
+        (tmp_path / "example.yaml").write_text(text)
+        assert len(plan_cells(read_sweep(tmp_path / "example.yaml"), tmp_path)) == cells

@@ -79,7 +79,12 @@ STAGES = [
         )
         for split, source in (("train", "digits:train --views 9"), ("val", "digits:test"))
     ],
-    Stage("fit", f"fit --config {CONFIGS}/digits.yaml --resume", ROOT / "mvar", LAST_CHECKPOINT),
+    Stage(
+        "fit",
+        f"fit --config {CONFIGS}/digits.yaml --trainer.default_root_dir {ROOT}/mvar --resume",
+        ROOT / "mvar",
+        LAST_CHECKPOINT,
+    ),
     Stage(
         "export",
         f"export --ckpt_path {ROOT}/mvar/{LAST_CHECKPOINT} --out {ROOT}/export",
