@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -11,6 +12,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_mvar.errors import InputError
 
@@ -82,6 +84,12 @@ def in_process_group() -> bool:
 def is_first_rank() -> bool:
     """Returns whether this process is rank 0, or the only one."""
     return rank_and_world_size()[0] == 0
+
+
+def warn(message: str) -> None:
+    """Prints a warning on rank 0."""
+    if is_first_rank():
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def rank_and_world_size() -> tuple[int, int]:

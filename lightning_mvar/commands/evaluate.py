@@ -16,12 +16,12 @@ from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.classes import Classes, select_classes
 from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
-from lightning_mvar.devices import set_tf32
+from lightning_mvar.devices import set_tf32, warn
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
 from lightning_mvar.metrics.evaluation import Evaluation, describe
-from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count, warn
+from lightning_mvar.metrics.evaluator import Evaluator, check_sample_count
 from lightning_mvar.metrics.intervals import Uncertainty
 from lightning_mvar.metrics.reference import Reference, open_reference
 from lightning_mvar.metrics.summary import num_features, prepare, try_extractor

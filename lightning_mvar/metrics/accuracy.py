@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.builtin.digits import DIGITS
+from lightning_mvar.devices import device_of, warn
 from lightning_mvar.metrics.classifiers.digits import DigitsClassifier, svm_accuracy
 from lightning_mvar.metrics.classifiers.embedded import EmbeddedClassifier
 from lightning_mvar.metrics.classifiers.emoji import Emoji64Classifier
 from lightning_mvar.metrics.classifiers.photos import Photos64Classifier, PhotosClassifier
-from lightning_mvar.metrics.evaluator import warn
 from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.reference import Reference
 from lightning_mvar.sampling.readers import Samples
@@ -74,14 +74,17 @@ def digits_svm_accuracy(samples: tuple[Tensor, Tensor] | None, split: Split) -> 
 def reconstruction_accuracy(
     decoded: Reconstructions, embedded: EmbeddedSet, split: Split, extractor: nn.Module
 ) -> dict[str, Any]:
-    """Returns classifier accuracies on a tokenizer's reconstructions of the reference."""
+    """Returns classifier accuracies on a tokenizer's reconstructions of the reference.
+
+    No classifier is tested on reconstructions of the images that it was trained on.
+    """
     pixels = torch.cat([batch.cpu() for batch in decoded.batches(0, len(decoded))])
     labels, record = real_images(embedded, split)[1], dict[str, Any]()
-    if embedded is DIGITS:
+    if embedded is DIGITS and TRAINING_SPLIT[split] != split:
         record["svm_accuracy_on_reconstructions"] = svm_accuracy(
             *real_images(DIGITS, TRAINING_SPLIT[split]), pixels, labels
         )
-    if is_classifier_of(extractor, embedded):
+    if is_classifier_of(extractor, embedded) and split == "test":
         record["classifier_accuracy_on_reconstructions"] = accuracy(extractor, pixels, labels)
     return record
 
@@ -111,7 +114,7 @@ def is_classifier_of(extractor: nn.Module, embedded: EmbeddedSet) -> TypeGuard[E
 
 
 def accuracy(classifier: EmbeddedClassifier, pixels: Tensor, labels: Tensor) -> float:
-    return float((classifier.cpu().classify(pixels) == labels).float().mean())
+    return float((classifier.classify(pixels.to(device_of(classifier))).cpu() == labels).float().mean())
 
 
 def real_images(embedded: EmbeddedSet, split: Split) -> tuple[Tensor, Tensor]:

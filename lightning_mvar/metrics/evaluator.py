@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
-from lightning_mvar.devices import is_first_rank
+from lightning_mvar.devices import warn
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import frechet_distance
 from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
@@ -76,12 +74,6 @@ class Evaluator:
             )
             return {"floor_frechet_distance": floor_distance}
         return {"floor_frechet_distance": floor_distance, "frechet_distance_over_floor": distance / floor_distance}
-
-
-def warn(message: str) -> None:
-    """Prints a warning on rank 0."""
-    if is_first_rank():
-        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def check_sample_count(count: int, extractor: nn.Module) -> None:

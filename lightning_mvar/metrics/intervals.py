@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torch.nn.functional import one_hot
 
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.metrics.frechet import Statistics, frechet_distance, statistics_of
@@ -30,7 +29,6 @@ METHOD = f"jackknife over samples, {GROUPS} groups"
 EXTRAPOLATION_POINTS = 15  # numbers of samples, as in arXiv 1911.07023
 MIN_SAMPLES_PER_FEATURE = 4  # with fewer, the bias is not yet inversely proportional to the number of samples
 SEED = 0
-BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -108,49 +106,6 @@ def t_quantile(probability: float, degrees: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
     return z + sum(term / degrees**power for power, term in enumerate(terms, 1))
-
-
-def kernel_replicates(real: Tensor, generated: Tensor, groups: Tensor) -> list[float]:
-    """Returns the kernel distance (see `kernel_distance`) of all images without each group of the generated ones.
-
-    Sums of the kernel over pairs of groups suffice, so each pair of images is compared once.
-
-    Args:
-        real: features (n, f).
-        generated: features (m, f), on the same device.
-        groups: group (m,) of each generated image.
-    """
-    groups = groups.to(generated.device)
-    sizes = groups.bincount(minlength=GROUPS).tolist()
-    members, everyone = one_hot(groups, GROUPS).double(), groups.new_ones(len(real), 1).double()
-    within = members.T @ kernel_sums(generated, generated, members)  # (GROUPS, GROUPS)
-    itself = members.T @ self_kernels(generated)  # (GROUPS,), pairs of an image with itself
-    across = members.T @ kernel_sums(generated, real, everyone)[:, 0]
-    among_real = kernel_sums(real, real, everyone).sum() - self_kernels(real).sum()
-    n, values = len(real), []
-    for group, size in enumerate(sizes):
-        m = len(generated) - size
-        pairs = within.sum() - 2 * within[group].sum() + within[group, group] - (itself.sum() - itself[group])
-        crossed = across.sum() - across[group]
-        values.append(float(pairs / (m * (m - 1)) + among_real / (n * (n - 1)) - 2 * crossed / (m * n)))
-    return values
-
-
-def kernel_sums(rows: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
-    """Returns the weighted sums (n, w) of the kernel of each row (n, f) with the columns (m, f), weights (m, w)."""
-    columns = columns.double()
-    blocks = (kernel(block.double() @ columns.T, rows.shape[1]) @ weights for block in rows.split(BLOCK_ROWS))
-    return torch.cat([*blocks])
-
-
-def self_kernels(features: Tensor) -> Tensor:
-    """Returns the kernel (n,) of each feature vector (n, f) with itself."""
-    return kernel(features.double().square().sum(dim=1), features.shape[1])
-
-
-def kernel(products: Tensor, num_features: int) -> Tensor:
-    """Returns the polynomial kernel of feature vectors with these inner products."""
-    return (products / num_features + 1) ** 3
 
 
 def extrapolated_distance(real: Statistics, features: Tensor) -> float:

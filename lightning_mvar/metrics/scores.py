@@ -16,9 +16,8 @@ from lightning_mvar.metrics.intervals import (
     assign_groups,
     extrapolated_distance,
     jackknife_interval,
-    kernel_replicates,
 )
-from lightning_mvar.metrics.kernel_distance import SUBSETS, kernel_distance
+from lightning_mvar.metrics.kernel_distance import SUBSETS, kernel_distance, kernel_replicates
 from lightning_mvar.metrics.mind import monge_distance
 from lightning_mvar.metrics.precision_recall import enough_neighbours, precision_recall, precision_recall_without
 from lightning_mvar.metrics.summary import Features, Summary, num_features

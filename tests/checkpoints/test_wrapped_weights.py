@@ -28,6 +28,7 @@ BESIDE = {
     "losses": [np.float32(1), np.int64(2), np.arange(3)],
     "args": Namespace(folder=Path("x"), device=torch.device("cpu"), lr=[np.bool_(True)]),
 }
+ZEROS = {key: torch.zeros_like(tensor) for key, tensor in NETWORK.items()}
 
 
 def prefixed(prefix: str) -> State:
@@ -43,7 +44,8 @@ def compiled_blocks(state: State) -> State:
     [
         {"model": NETWORK},
         {"state_dict": NETWORK, "epoch": 3},
-        {"ema": NETWORK, "model": {key: torch.zeros_like(tensor) for key, tensor in NETWORK.items()}},
+        {"model": ZEROS, "ema": NETWORK},
+        {"ema": ZEROS, "var_wo_ddp": NETWORK},
         {"ema": {"module": NETWORK, "decay": 0.9}},
         {"trainer": {"var_wo_ddp": NETWORK, "vae_local": TOKENIZER, "config": None}, **BESIDE},
         NETWORK | BESIDE,

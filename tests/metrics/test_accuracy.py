@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
+import pytest
+from torch import Tensor
+
+from lightning_mvar.data.builtin.base import Split
 from lightning_mvar.data.builtin.digits import DIGITS
-from lightning_mvar.metrics.accuracy import accuracy, digits_svm_accuracy, sample_accuracy
+from lightning_mvar.metrics.accuracy import (
+    accuracy,
+    digits_svm_accuracy,
+    real_images,
+    reconstruction_accuracy,
+    sample_accuracy,
+)
 from lightning_mvar.metrics.classifiers.digits import DigitsClassifier, svm_accuracy
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> DigitsClassifier:
+    return DigitsClassifier(str(tmp_path_factory.mktemp("cache") / "weights.safetensors"), epochs=1)
 
 
 def test_svm_trained_on_samples_is_tested_on_the_references_split() -> None:
@@ -39,10 +54,32 @@ class Unlabeled:
         return None
 
 
-def test_no_classifier_is_tested_on_its_training_images(tmp_path: Path) -> None:
-    classifier = DigitsClassifier(str(tmp_path / "weights.safetensors"), epochs=1)
+def test_no_classifier_is_tested_on_its_training_images(classifier: DigitsClassifier) -> None:
     assert sample_accuracy(Unlabeled(), DIGITS, "train", classifier) == {}
     assert "classifier_accuracy_on_reference" not in sample_accuracy(Unlabeled(), DIGITS, "validation", classifier)
     images, labels = DIGITS.load("test")
     record = sample_accuracy(Unlabeled(), DIGITS, "test", classifier)
     assert record["classifier_accuracy_on_reference"] == accuracy(classifier, (images + 1) / 2, labels)
+
+
+class Unchanged:
+    """Reconstructions that equal their originals."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, begin: int, end: int) -> Iterator[Tensor]:
+        yield self.images[begin:end]
+
+
+def test_no_classifier_is_tested_on_reconstructions_of_its_training_images(classifier: DigitsClassifier) -> None:
+    def record(split: Split) -> dict[str, float]:
+        return reconstruction_accuracy(Unchanged(real_images(DIGITS, split)[0]), DIGITS, split, classifier)
+
+    assert record("train") == record("subtrain") == {}
+    assert [*record("validation")] == ["svm_accuracy_on_reconstructions"]
+    originals = sample_accuracy(Unlabeled(), DIGITS, "test", classifier)
+    assert record("test") == {name.replace("reference", "reconstructions"): value for name, value in originals.items()}

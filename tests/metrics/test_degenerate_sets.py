@@ -10,9 +10,10 @@ import torch
 from conftest import Pixels
 
 from lightning_mvar.data.builtin.digits import DIGITS
+from lightning_mvar.devices import warn
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.accuracy import samples_and_labels
-from lightning_mvar.metrics.evaluator import Evaluator, warn
+from lightning_mvar.metrics.evaluator import Evaluator
 from lightning_mvar.metrics.frechet import FeatureStatistics
 from lightning_mvar.metrics.image_sets import SourceImages
 from lightning_mvar.metrics.reference import open_reference

@@ -11,7 +11,6 @@ from lightning_mvar.metrics.intervals import (
     assign_groups,
     extrapolated_distance,
     jackknife_interval,
-    kernel_replicates,
     t_quantile,
 )
 
@@ -62,18 +61,6 @@ def test_intervals_of_the_frechet_distance_cover_its_mean() -> None:
         intervals.append(jackknife_interval(distances[-1], replicates, 0.95))
     covered = [low <= np.mean(distances) <= high for low, high in intervals]
     assert 0.88 <= np.mean(covered) <= 0.99
-
-
-def test_kernel_distances_without_a_group_are_those_of_the_other_images() -> None:
-    generator = torch.Generator().manual_seed(0)
-    real, generated = torch.randn(70, 5, generator=generator), torch.randn(90, 5, generator=generator) + 0.3
-    groups = assign_groups(90)
-    for group, value in enumerate(kernel_replicates(real, generated, groups)):
-        kept = generated[groups != group].double()
-        kernels = [(a @ b.T / 5 + 1) ** 3 for a, b in ((kept, kept), (real.double(), real.double()))]
-        within = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in kernels)
-        expected = within - 2 * ((kept @ real.double().T / 5 + 1) ** 3).mean()
-        assert value == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_the_extrapolated_distance_is_without_the_bias_of_few_samples() -> None:

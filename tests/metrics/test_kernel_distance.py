@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.metrics.kernel_distance import kernel_distance
+from lightning_mvar.metrics.intervals import assign_groups
+from lightning_mvar.metrics.kernel_distance import kernel_distance, kernel_replicates
 
 
 @pytest.fixture
@@ -44,3 +45,15 @@ def test_the_expected_distance_of_a_set_to_itself_is_0_whatever_the_subsets(sets
 def test_a_single_feature_is_refused(sets: tuple) -> None:
     with pytest.raises(InputError, match="at least 2 features in each set, got 90 real and 1 generated"):
         kernel_distance(sets[0], sets[1][:1])
+
+
+def test_kernel_distances_without_a_group_are_those_of_the_other_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, generated = torch.randn(70, 5, generator=generator), torch.randn(90, 5, generator=generator) + 0.3
+    groups = assign_groups(90)
+    for group, value in enumerate(kernel_replicates(real, generated, groups)):
+        kept = generated[groups != group].double()
+        kernels = [(a @ b.T / 5 + 1) ** 3 for a, b in ((kept, kept), (real.double(), real.double()))]
+        within = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in kernels)
+        expected = within - 2 * ((kept @ real.double().T / 5 + 1) ** 3).mean()
+        assert value == pytest.approx(float(expected), abs=1e-12)

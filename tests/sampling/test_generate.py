@@ -140,32 +140,17 @@ def test_the_states_of_a_batch_beside_a_training_run_are_bounded() -> None:
 
 
 def test_smooth_sampling_mixes_codes(network: MVAR, tokenizer: Tokenizer) -> None:
-    settings = {"generator": image_keys(0, range(4))}
-    smooth = generate(network, tokenizer, LABELS, smooth=True, **settings)
+    keys = image_keys(0, range(4))
+    smooth, plain = (generate(network, tokenizer, LABELS, smooth=smooth, generator=keys) for smooth in (True, False))
     assert smooth.shape == (4, 3, 8, 8)
-    assert smooth.isfinite().all()
+    assert (smooth - plain).abs().max() > 0.01
+    drawer = ScaleDrawer(network, tokenizer.quantizer, SamplingSettings(smooth=True))
+    _, codes = drawer.choose(torch.zeros(4, 1, 48), 0, slice(0, 1), Batch(LABELS, keys, None), torch.zeros(4, 1))
+    assert torch.cdist(codes[:, 0], tokenizer.quantizer.codebook.weight).amin(dim=1).max() > 0.01
 
 
-def test_top_k_and_top_p_agree_with_a_plain_loop() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 5, 20, generator=generator) * 2
-    for top_k, top_p in ((0, 1.0), (7, 1.0), (0, 0.6), (7, 0.5), (1, 0.9), (20, 1e-6)):
-        kept, tokens = truncate(logits, top_k, top_p)
-        dense = torch.zeros_like(logits).scatter(-1, tokens, kept)
-        for b in range(2):
-            for n in range(5):
-                order = logits[b, n].argsort(descending=True)[: top_k or 20].tolist()
-                mass = logits[b, n, order].softmax(dim=0).tolist()
-                expected, preceding = set(), 0.0
-                for token, probability in zip(order, mass, strict=True):
-                    if preceding < top_p:
-                        expected.add(token)
-                    preceding += probability
-                assert set(dense[b, n].nonzero().flatten().tolist()) == (expected or {order[0]})
-
-
-@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.96])
-@pytest.mark.parametrize("top_k", [0, 5, 20])
+@pytest.mark.parametrize("top_p", [0.0, 1e-6, 0.3, 0.96, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 7, 20])
 def test_top_k_and_top_p_keep_what_var_keeps(top_k: int, top_p: float) -> None:
     """The masking of VAR's `sample_with_top_k_top_p_`, where 0 turns either off."""
     logits = torch.randn(3, 7, 20, generator=torch.Generator().manual_seed(0)) * 2
