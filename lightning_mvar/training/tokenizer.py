@@ -284,7 +284,8 @@ class LitTokenizer(ScheduledModule):
             checkpoint_path: the checkpoint.
             map_location: device to move the module to.
             options: other arguments of the constructor, for training on: a checkpoint has none but the tokenizer, and
-                the decay of its average, if it keeps one. An adversary starts with a new discriminator.
+                the decay of its average, if it keeps one. An adversary starts with a new discriminator, an average that
+                the checkpoint lacks with the current weights.
 
         Raises:
             InputError: if the checkpoint is missing or not one of `train-tokenizer`.
@@ -299,7 +300,13 @@ class LitTokenizer(ScheduledModule):
         module = cls(checked(record["config"], TokenizerConfig, str(path)), **options)
         module.tokenizer.load_state_dict(read_tensors(path, "tokenizer."))
         if module.ema is not None:
-            module.ema.load_state_dict(read_tensors(path, EMA_PREFIX))
+            module.ema.load_state_dict(read_tensors(path, EMA_PREFIX if record["ema"] else "tokenizer."))
+        if module.code_average is not None:
+            if record.get("codebook.learning") == "ema":
+                module.code_average.load_state_dict(read_tensors(path, "code_average."))
+            else:  # the codes were learned by gradient so far
+                codes = module.tokenizer.quantizer.codebook.weight
+                module.code_average = CodebookAverage(codes, module.codebook)
         return module.to(map_location) if map_location is not None else module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -376,6 +376,26 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
         LitTokenizer(TokenizerConfig(ScaleSchedule((4,)), 24, 4), codebook=CodebookConfig(scale_dropout=0.5))
 
 
+def test_a_loaded_module_keeps_its_averages_or_starts_them_with_its_weights(tmp_path: Path) -> None:
+    def save(module: LitTokenizer) -> dict[str, torch.Tensor]:
+        checkpoint = {"state_dict": {name: torch.rand_like(tensor) for name, tensor in module.state_dict().items()}}
+        module.on_save_checkpoint(checkpoint)
+        save_torch(checkpoint, tmp_path / "a.ckpt")
+        return checkpoint["state_dict"]
+
+    averages = {"codebook": CodebookConfig(learning="ema"), "ema_decay": 0.5}
+    saved, loaded = save(make_module(**averages)), LitTokenizer.load_from_checkpoint(tmp_path / "a.ckpt", **averages)
+    assert loaded.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+
+    saved, loaded = save(make_module()), LitTokenizer.load_from_checkpoint(tmp_path / "a.ckpt", **averages)
+    assert loaded.averaged is not loaded.tokenizer
+    for part in (loaded.tokenizer, loaded.averaged):
+        assert all(torch.equal(tensor, saved[f"tokenizer.{name}"]) for name, tensor in part.state_dict().items())
+    assert loaded.code_average is not None
+    assert torch.equal(loaded.code_average.sums, saved["tokenizer.quantizer.codebook.weight"])
+
+
 def test_counts_of_codes_are_summed_on_the_device_also_before_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """They come from a checkpoint on the CPU, whose tensors NCCL does not sum."""
     devices, module = [], make_module()
