@@ -26,13 +26,14 @@ from lightning_mvar.training.base import ScheduledModule, update_ema, warm_up_de
 from lightning_mvar.training.batches import image_batch
 from lightning_mvar.training.collectives import broadcast_from_rank_zero, mean_over_ranks, sum_over_ranks
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
-from lightning_mvar.training.resuming import require_same
+from lightning_mvar.training.resuming import AS_BEFORE, require_same
 from lightning_mvar.training.strategies import FSDP2Strategy, assign_values, full_tensor
 from lightning_mvar.training.tokenizer_loss import TokenizerLoss
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_KEY = "lightning_mvar_tokenizer"
+NEW_RUN = "start a new run from its finished tokenizer with --model.weights FOLDER"
 
 
 class LitTokenizer(ScheduledModule):
@@ -362,7 +363,9 @@ class LitTokenizer(ScheduledModule):
             "muon": "--model.optimizer.muon",
         }
         for name, current in self.checkpoint_identity().items():
-            require_same(names.get(name, name), saved_settings.get(name), current)
+            condition = "; if only the schedule differs," if name == "config" else ", or"
+            remedy = f"{AS_BEFORE}{condition} {NEW_RUN}"
+            require_same(names.get(name, name), saved_settings.get(name), current, remedy)
 
 
 def require_current(record: Any, source: str | Path) -> None:
@@ -372,7 +375,7 @@ def require_current(record: Any, source: str | Path) -> None:
     if "ema" not in record:
         raise InputError(
             f"{source} is of an earlier version of lightning_mvar, which cannot be resumed: train with --overwrite, or "
-            f"start from its finished tokenizer with --model.weights FOLDER"
+            f"{NEW_RUN}"
         )
 
 

@@ -360,8 +360,11 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
             "discriminator is None in the checkpoint and .'channels': 64, 'levels': 2",
         ),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=rf"{message}.* as before, or start a new .* --model.weights FOLDER$"):
             make_module(**options).check_checkpoint(record)
+    wider = record | {"config": record["config"] | {"channels": 16}}
+    with pytest.raises(InputError, match="set it as before; if only the schedule differs, start a new run from its"):
+        make_module().check_checkpoint(wider)
     # A checkpoint from before an option existed had its default; options of a later version are refused.
     older = {name: value for name, value in record.items() if name not in ("codebook.learning", "muon")}
     older["config"] = {name: value for name, value in record["config"].items() if name != "norm_groups"}
