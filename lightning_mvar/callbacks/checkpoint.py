@@ -245,12 +245,13 @@ class Checkpoint(AtomicCheckpoint):
     ) -> None:
         if (every_n_train_steps is None) == (train_time_interval is None):
             raise InputError("a Checkpoint needs either every_n_train_steps or train_time_interval")
-        require_in("[1, inf)", "Checkpoint's ", keep=keep)
+        require_in("[1, inf)", "Checkpoint's ", every_n_train_steps=every_n_train_steps)
+        require_in("[2, inf)", "Checkpoint's ", keep=keep)
         super().__init__(
             dirpath=dirpath,
             filename="{step:08d}",
             save_top_k=-1,
-            every_n_train_steps=every_n_train_steps or 1,
+            every_n_train_steps=1 if every_n_train_steps is None else every_n_train_steps,
             enable_version_counter=False,
         )
         # Not by Lightning, which makes the ranks agree on the time in every step, and the host wait for the device.
@@ -392,3 +393,9 @@ class BestCheckpoint(AtomicCheckpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor in trainer.callback_metrics:
             super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not (self.best_k_models or trainer.fast_dev_run):
+            rank_zero_warn(
+                f"no validation logged {self.monitor}: BestCheckpoint has kept no weights; name a metric that is logged"
+            )
