@@ -84,6 +84,9 @@ class LitTokenizer(ScheduledModule):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer, max_skipped_steps)
+        weights_of_terms = {"l1_weight": l1_weight, "commitment": commitment, "perceptual_weight": perceptual_weight}
+        require_in("[0, inf)", "model.", revive_every=revive_every, **weights_of_terms)
+        require_in("[0, 1]", "model.", revive_until=revive_until)
         require_in("[0, 1)", "model.", ema_decay=ema_decay)
         if codebook.scale_dropout and tokenizer.schedule.num_scales == 1:
             raise InputError("codebook.scale_dropout needs a schedule of more than one scale")

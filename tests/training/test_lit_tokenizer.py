@@ -348,6 +348,21 @@ def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
         LitTokenizer(other, weights=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("l1_weight", -1.0),
+        ("commitment", float("nan")),
+        ("perceptual_weight", -0.5),
+        ("revive_every", -3),
+        ("revive_until", 1.5),
+    ],
+)
+def test_impossible_settings_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"model.{name} must be "):
+        make_module(**{name: value})
+
+
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
     record = make_module().checkpoint_identity()
     make_module().check_checkpoint(record)
