@@ -14,7 +14,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint import CheckpointException
 
@@ -51,7 +50,7 @@ UNFINISHED_VALIDATION = {
 class DirectFileIO(TorchCheckpointIO):
     """Writes directly to the file; Lightning's own CheckpointIO goes through memory and the temporary folder first."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:  # given a path, torch does not report that the disk is full
             torch.save(checkpoint, file)
