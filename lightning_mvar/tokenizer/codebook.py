@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_mvar.devices import without_autocast
 from lightning_mvar.errors import require_in
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
@@ -136,7 +137,7 @@ def entropy_loss(
         mean_over_ranks: averages a tensor over all ranks, without gradient; called twice.
     """
     f_hats = [torch.zeros_like(features), *(step.f_hat.detach() for step in steps[:-1])]
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features):
         distances = []  # (n, v) squared, of each scale
         for scale, f_hat in enumerate(f_hats):
             queries = quantizer.downsample(features.float() - f_hat.float(), scale).flatten(0, 1)  # (b n, c)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mvar.devices import exact_float32
+from lightning_mvar.devices import exact_float32, without_autocast
 from lightning_mvar.scales import ScaleSchedule, Shape
 
 PHI_RATIO = 0.5
@@ -96,7 +96,7 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, queries: Tensor) -> Tensor:
         """Returns the nearest code in L2, (b, n, c) -> (b, n) int64; in float32, as rounding changes the choice."""
-        with torch.autocast(queries.device.type, enabled=False), exact_float32():
+        with without_autocast(queries), exact_float32():
             flat, codes = queries.flatten(0, 1).float(), self.codebook.weight.float()
             distances = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
             return distances.argmin(dim=1).view(queries.shape[:2])
