@@ -193,16 +193,16 @@ def source_metadata(model: TrainedModel, settings: SamplingSettings, precision: 
 
 def warn_of_other_drafts(choice: Drafts, metadata: dict[str, Any]) -> None:
     """Warns if the scorer was trained on samples of another network or of other settings than those of a set."""
-    if choice.count == 1 or choice.scorer is None:
+    if choice.needed_scorer is None:
         return
-    drawn = sampling_settings(read_config(choice.scorer).drawn) or {}
+    drawn = sampling_settings(read_config(choice.needed_scorer).drawn) or {}
     names = ("network", "guidance", "top_k", "top_p", "temperature")  # those at their default may be missing
     pairs = [(name, drawn.get(name, "default"), str(metadata.get(name, "default"))) for name in names]
     if differences := [f"{name} {theirs} instead of {ours}" for name, theirs, ours in pairs if ours != theirs]:
         log.warning(
             "the scorer in %s was trained on samples with %s, so its choices may be worse: train one on samples of "
             "this network with these settings",
-            choice.scorer,
+            choice.needed_scorer,
             ", ".join(differences),
         )
 
