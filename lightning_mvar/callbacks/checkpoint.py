@@ -63,6 +63,9 @@ class AtomicCheckpoint(CheckpointHooks):
     writer: BackgroundWriter | None = None
     validation_unfinished = False
 
+    def __init__(self, dirpath: str, save_top_k: int = -1, **options: Any) -> None:
+        super().__init__(dirpath, "{step:08d}", save_top_k=save_top_k, enable_version_counter=False, **options)
+
     @property
     def folder(self) -> Path:
         return Path(str(self.dirpath)).resolve()
@@ -246,13 +249,7 @@ class Checkpoint(AtomicCheckpoint):
             raise InputError("a Checkpoint needs either every_n_train_steps or train_time_interval")
         require_in("[1, inf)", "Checkpoint's ", every_n_train_steps=every_n_train_steps)
         require_in("[2, inf)", "Checkpoint's ", keep=keep)
-        super().__init__(
-            dirpath=dirpath,
-            filename="{step:08d}",
-            save_top_k=-1,
-            every_n_train_steps=1 if every_n_train_steps is None else every_n_train_steps,
-            enable_version_counter=False,
-        )
+        super().__init__(dirpath, every_n_train_steps=1 if every_n_train_steps is None else every_n_train_steps)
         # Not by Lightning, which makes the ranks agree on the time in every step, and the host wait for the device.
         self.time_interval, self.last_due = train_time_interval, time.monotonic()
         self.due_on_any_rank: Callable[[int], int] = int
@@ -375,15 +372,13 @@ class BestCheckpoint(AtomicCheckpoint):
         if mode not in ("min", "max") or keep < 1:
             raise InputError(f"a BestCheckpoint needs mode min or max and keep >= 1, got {mode!r} and {keep}")
         super().__init__(
-            dirpath=dirpath,
-            filename="{step:08d}",
+            dirpath,
+            keep,
             monitor=monitor,
             mode=mode,
-            save_top_k=keep,
             save_weights_only=True,
             every_n_epochs=1,
             save_on_train_epoch_end=False,
-            enable_version_counter=False,
         )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

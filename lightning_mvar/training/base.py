@@ -145,8 +145,12 @@ class ScheduledModule(L.LightningModule):
             check_tensors(checkpoint, self, optimizers, f"--ckpt_path {self.trainer.ckpt_path}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # float16 only; fused kernels bypass it
-        return build_optimizer(self, self.optimizer_config, scaler is None, self.undecayed)
+        return build_optimizer(self, self.optimizer_config, self.fused, self.undecayed)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the optimizer is fused; not under float16 loss scaling, which fused kernels bypass."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is None
 
     @property
     def total_steps(self) -> int:

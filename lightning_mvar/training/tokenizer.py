@@ -127,8 +127,7 @@ class LitTokenizer(ScheduledModule):
             strategy.shard(self.discriminator)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # float16 only; fused kernels bypass it
-        optimizer = build_optimizer(self.tokenizer, self.optimizer_config, fused=scaler is None)
+        optimizer = build_optimizer(self.tokenizer, self.optimizer_config, self.fused)
         if self.discriminator is not None:
             parameters = [*self.discriminator.parameters()]
             group = {"params": parameters, "decays": False, "weight_decay": 0.0, "lr_factor": self.adversary.lr_factor}
