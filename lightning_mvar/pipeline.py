@@ -198,6 +198,7 @@ class MVARPipeline(ModelHubMixin):
         path: str | Path,
         *,
         tokenizer: str | Path | None = None,
+        revision: str | None = None,
         device: str = "auto",
         precision: Precision = "float32",
         **hub: Any,
@@ -207,14 +208,15 @@ class MVARPipeline(ModelHubMixin):
         Args:
             path: path, `var-d16` or another known name, OWNER/REPOSITORY of a pipeline, or OWNER/REPOSITORY:FILE.
             tokenizer: folder, published file or name of the tokenizer, if it has moved or the network has none.
+            revision: branch, tag or commit of the repository at `path`; for that of a tokenizer, name it NAME@REVISION.
             device: auto, cpu, cuda or cuda:N.
             precision: precision of network and decoder.
-            hub: options of huggingface_hub's downloads: revision, token, cache_dir.
+            hub: other options of huggingface_hub's downloads: token, cache_dir.
 
         Raises:
             InputError: if what is there cannot be read.
         """
-        network, default = locate(path, **hub)
+        network, default = locate(path, revision=revision, **hub)
         chosen = default if tokenizer is None else tokenizer
         located = None if chosen is None else locate(chosen, **hub).path
         return cls(load_trained(network, located), device, precision)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 
@@ -106,11 +107,11 @@ def shape_of(size: int | Sequence[int]) -> Shape:
     """Returns the height and width of a size given as one side or as [height, width].
 
     Raises:
-        InputError: if `size` is neither one number nor two.
+        InputError: if `size` is neither one whole number nor two.
     """
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    if len(sides) != 2:
-        raise InputError(f"a size is one side or [height, width]; got {size}")
+    if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+        raise InputError(f"a size is one side or [height, width] in whole numbers; got {size!r:.200}")
     return int(sides[0]), int(sides[1])
 
 

@@ -17,6 +17,7 @@ from lightning_mvar import Tokenizer, generate
 from lightning_mvar.checkpoints import TrainedModel, save_folder
 from lightning_mvar.checkpoints.card import MARK
 from lightning_mvar.errors import InputError
+from lightning_mvar.io.hub import Located
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.sampling.grids import to_uint8
 from lightning_mvar.sampling.philox import image_keys
@@ -237,6 +238,18 @@ def test_a_repository_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest
     assert pipe.shape == (8, 8)
     assert (request["repo_id"], request["revision"]) == ("somebody/digits", folder.name)  # the commit
     assert request["allow_patterns"] == ["config.json", "*.safetensors"]
+
+
+def test_a_revision_is_that_of_the_network_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, dict[str, object]] = {}
+
+    def locate(place: str, **hub: object) -> Located:
+        asked[place] = hub
+        return Located(folder)
+
+    monkeypatch.setattr("lightning_mvar.pipeline.locate", locate)
+    MVARPipeline.from_pretrained("a/network", tokenizer="b/codes", revision="v1", device="cpu", token="secret")
+    assert asked == {"a/network": {"revision": "v1", "token": "secret"}, "b/codes": {"token": "secret"}}
 
 
 @pytest.mark.parametrize("config", ["{", "null", '{"format_version": 2, "device": "cuda"}'])

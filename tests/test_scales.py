@@ -44,8 +44,8 @@ def test_sides_that_do_not_grow_are_refused(sides: tuple[int, ...]) -> None:
         ScaleSchedule(sides)
 
 
-@pytest.mark.parametrize("size", [(), (1,), (1, 2, 3)])
-def test_a_size_is_one_number_or_two(size: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("size", [(), (1,), (1, 2, 3), 2.7, "a", (2, None)])
+def test_a_size_is_one_whole_number_or_two(size: object) -> None:
     with pytest.raises(InputError, match="a size is one side"):
         ScaleSchedule((1, size))
 

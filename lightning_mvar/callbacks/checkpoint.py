@@ -14,7 +14,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint import CheckpointException
 
@@ -51,7 +50,7 @@ UNFINISHED_VALIDATION = {
 class DirectFileIO(TorchCheckpointIO):
     """Writes directly to the file; Lightning's own CheckpointIO goes through memory and the temporary folder first."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:  # given a path, torch does not report that the disk is full
             torch.save(checkpoint, file)
@@ -63,6 +62,9 @@ class AtomicCheckpoint(CheckpointHooks):
     links_last = False  # whether `last.ckpt` points to the newest checkpoint
     writer: BackgroundWriter | None = None
     validation_unfinished = False
+
+    def __init__(self, dirpath: str, save_top_k: int = -1, **options: Any) -> None:
+        super().__init__(dirpath, "{step:08d}", save_top_k=save_top_k, enable_version_counter=False, **options)
 
     @property
     def folder(self) -> Path:
@@ -245,14 +247,9 @@ class Checkpoint(AtomicCheckpoint):
     ) -> None:
         if (every_n_train_steps is None) == (train_time_interval is None):
             raise InputError("a Checkpoint needs either every_n_train_steps or train_time_interval")
-        require_in("[1, inf)", "Checkpoint's ", keep=keep)
-        super().__init__(
-            dirpath=dirpath,
-            filename="{step:08d}",
-            save_top_k=-1,
-            every_n_train_steps=every_n_train_steps or 1,
-            enable_version_counter=False,
-        )
+        require_in("[1, inf)", "Checkpoint's ", every_n_train_steps=every_n_train_steps)
+        require_in("[2, inf)", "Checkpoint's ", keep=keep)
+        super().__init__(dirpath, every_n_train_steps=1 if every_n_train_steps is None else every_n_train_steps)
         # Not by Lightning, which makes the ranks agree on the time in every step, and the host wait for the device.
         self.time_interval, self.last_due = train_time_interval, time.monotonic()
         self.due_on_any_rank: Callable[[int], int] = int
@@ -375,15 +372,13 @@ class BestCheckpoint(AtomicCheckpoint):
         if mode not in ("min", "max") or keep < 1:
             raise InputError(f"a BestCheckpoint needs mode min or max and keep >= 1, got {mode!r} and {keep}")
         super().__init__(
-            dirpath=dirpath,
-            filename="{step:08d}",
+            dirpath,
+            keep,
             monitor=monitor,
             mode=mode,
-            save_top_k=keep,
             save_weights_only=True,
             every_n_epochs=1,
             save_on_train_epoch_end=False,
-            enable_version_counter=False,
         )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -392,3 +387,9 @@ class BestCheckpoint(AtomicCheckpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor in trainer.callback_metrics:
             super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not (self.best_k_models or trainer.fast_dev_run):
+            rank_zero_warn(
+                f"no validation logged {self.monitor}: BestCheckpoint has kept no weights; name a metric that is logged"
+            )

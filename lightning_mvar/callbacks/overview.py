@@ -11,9 +11,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from torch.utils.tensorboard.summary import custom_scalars, text
 
-from lightning_mvar.callbacks.loggers import log_configuration
+from lightning_mvar.callbacks.loggers import log_configuration, write_text
 from lightning_mvar.callbacks.tensorboard import BEFORE_TRAINING, survive_write_errors, writers
-from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.hparams import columns_summary, row_summary
 from lightning_mvar.io.json_files import write_json
 from lightning_mvar.models.config import MVARConfig
@@ -114,8 +113,7 @@ class OverviewCallback(SaveConfigCallback):
         log_configuration(trainer, self.yaml, values)
         log_dirs = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
         for folder in log_dirs or [trainer.default_root_dir]:
-            with atomic_path(Path(folder) / self.config_filename) as path:
-                path.write_text(self.yaml)
+            write_text(Path(folder) / self.config_filename, self.yaml)
         summaries = [
             text("config", f"```yaml\n{self.yaml}\n```"),
             custom_scalars(chart_layout(CHARTS[kind])),

@@ -18,8 +18,8 @@ class StepProgressBar(TQDMProgressBar):
     run did before as if they had taken no time.
     """
 
-    def __init__(self, refresh_rate: int = 1, process_position: int = 0) -> None:
-        super().__init__(refresh_rate, process_position, leave=False)  # one bar serves the whole run
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate, leave=False)  # one bar serves the whole run
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -22,7 +22,7 @@ class ReconstructionScoresCallback(L.Callback):
 
     def __init__(self, extractor: nn.Module | None = None) -> None:
         self.extractor = extractor
-        self.scores: ReconstructionScores | None = None
+        self.scores: ReconstructionScores | None = None  # of the current validation
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prepares the extractor, which may have to be trained, before the tokenizer is."""
@@ -30,6 +30,8 @@ class ReconstructionScoresCallback(L.Callback):
             prepare(self.extractor, pl_module.device)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         if self.extractor is not None:
             prepare(self.extractor, pl_module.device)
         self.scores = ReconstructionScores(self.extractor, pl_module.device)
@@ -43,12 +45,12 @@ class ReconstructionScoresCallback(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if isinstance(outputs, Tensor):
-            assert self.scores is not None
+        if self.scores is not None and isinstance(outputs, Tensor):
             self.scores.update(batch.images / 2 + 0.5, outputs / 2 + 0.5)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.scores is not None
+        if self.scores is None:
+            return
         scores = {f"val/{name}": value for name, value in self.scores.compute().items()}
         if self.extractor is not None:
             scores[f"val/frechet_{type(self.extractor).__name__}"] = scores["val/rfid"]

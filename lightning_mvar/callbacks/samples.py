@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_mvar.callbacks.loggers import log_codes, log_image
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageBatch
+from lightning_mvar.errors import require_in
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, max_batch_size
 from lightning_mvar.sampling.grids import formation_strip, image_grid, with_row_names
@@ -39,6 +40,7 @@ class SamplesCallback(L.Callback):
         sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
         keep_sharded: bool = False,
     ) -> None:
+        require_in("[1, inf)", "SamplesCallback's ", classes=classes, per_class=per_class)
         self.classes, self.per_class, self.keep_sharded, self.sampling = classes, per_class, keep_sharded, sampling
         self.guide: MVAR | None = None  # a weaker network, if `sampling` names one
 
@@ -101,6 +103,7 @@ class ReconstructionsCallback(L.Callback):
     """
 
     def __init__(self, images: int = 16) -> None:
+        require_in("[1, inf)", "ReconstructionsCallback's ", images=images)
         self.images = images
 
     @torch.no_grad()

@@ -19,14 +19,7 @@ class SnapshotCheckpoint(AtomicCheckpoint):
 
     def __init__(self, dirpath: str, every_n_train_steps: int) -> None:
         require_in("[1, inf)", "SnapshotCheckpoint's ", every_n_train_steps=every_n_train_steps)
-        super().__init__(
-            dirpath=dirpath,
-            filename="{step:08d}",
-            save_top_k=-1,
-            save_weights_only=True,
-            every_n_train_steps=every_n_train_steps,
-            enable_version_counter=False,
-        )
+        super().__init__(dirpath, save_weights_only=True, every_n_train_steps=every_n_train_steps)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not (isinstance(pl_module, LitMVAR) and pl_module.power_ema):

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.training.lightning_internals import setup_with_timeout
+from lightning_mvar.training.lightning_internals import has_process_group, setup_with_timeout
 from lightning_mvar.training.lost_ranks import first_sentence, is_loss_of_rank
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def fail_together(strategy: Any) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if hasattr(strategy, "_timeout") and strategy.cluster_environment.creates_processes_externally:
+        if has_process_group(strategy) and strategy.cluster_environment.creates_processes_externally:
             with suppress(InputError, dist.DistError):  # another run has the address, or no rank listens any more
                 rank = strategy.global_rank
                 StartBarrier(strategy, ABORT_TIMEOUT_S).abort(f"rank {rank} on {socket.gethostname()}: {error}")
@@ -140,7 +140,7 @@ def limit_start(strategy: Any) -> None:
 
     A rank that is killed before the process group exists has no connection whose loss the others could notice.
     """
-    if not hasattr(strategy, "_timeout"):  # a single device
+    if not has_process_group(strategy):  # a single device
         return
     seconds = start_timeout()
     setup_environment = strategy.setup_environment

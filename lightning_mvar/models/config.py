@@ -120,9 +120,10 @@ class MVARConfig:
     def check_mixers(self) -> None:
         if (count := max(len(self.mixers_of(i)) for i in range(self.depth))) > MAX_MIXERS:
             raise InputError(f"network.mixers has {count} mixers in a block; at most {MAX_MIXERS}")
-        names = {name for i in range(self.depth) for name in self.mixers_of(i)}
-        if unknown := sorted(names - set(MIXERS)):
+        given = {name for part in self.mixers for name in ((part,) if isinstance(part, str) else part)}
+        if unknown := sorted(given - set(MIXERS)):  # also of blocks beyond the depth
             raise InputError(f"network.mixers has an unknown mixer {unknown[0]!r}; choose from {', '.join(MIXERS)}")
+        names = {name for i in range(self.depth) for name in self.mixers_of(i)}
         if names & MULTI_HEAD_RECURRENCES and self.expand * self.width % self.head_dim:
             raise InputError(
                 f"network.width {self.width} times expand {self.expand} is not a multiple of head_dim {self.head_dim}"
@@ -186,6 +187,8 @@ class MVARConfig:
     @classmethod
     def for_size(cls, name: str, **overrides: object) -> MVARConfig:
         """Returns a published size, d12 to d36: depth D, width 64 D, D heads, drop path 0.1 D / 24."""
+        if name not in SIZES:
+            raise InputError(f"there is no size {name}; choose from {', '.join(SIZES)}")
         depth = SIZES[name]
         published = {"depth": depth, "width": 64 * depth, "heads": depth, "drop_path": 0.1 * depth / 24}
         return cls(**(published | overrides))  # type: ignore[arg-type]

@@ -22,6 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_mvar.devices import without_autocast
+
 CHUNK_SIZE = 16
 MIN_LOG_DECAY = -5.0  # at most e^80 over a chunk, which fits float32; at this decay a token keeps < 1 % of the state
 
@@ -51,7 +53,7 @@ def linear_attention(
         state = v.new_zeros(*v.shape[:2], v.shape[-1], k.shape[-1])
     outputs = []
     pieces = zip(*(t.split(CHUNK_SIZE, dim=2) for t in (q, k, v, log_decay)), strict=True)
-    with torch.autocast("cpu" if v.is_meta else v.device.type, enabled=False):
+    with without_autocast(v):
         for queries, keys, values, decay in pieces:
             decay = decay.cumsum(2)  # (b, h, q, n) from the chunk's start to each token
             end = decay[:, :, -1:]

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lightning_mvar.devices import without_autocast
+
 CHUNK_SIZE = 64
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # x, dt, B, C of consecutive tokens
 
@@ -53,11 +55,6 @@ def selective_scan(
     return y.to(x.dtype), states[:, -1]
 
 
-def autocast_disabled(device: torch.device) -> torch.autocast:
-    """Disables autocast, which also reaches into custom operators; the meta device has no autocast of its own."""
-    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
-
-
 def selective_scan_recurrent(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +72,7 @@ def selective_scan_recurrent(
 def scan_forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Returns y (b, l, c) and the states (b, chunks + 1, c, n) at the start of each chunk and after the last."""
     outputs, starts = [], [state]
-    with autocast_disabled(x.device):
+    with without_autocast(x):  # which also reaches into custom operators
         for chunk in chunks(x, dt, B, C):
             states = states_after(chunk, A, starts[-1])
             outputs.append(torch.einsum("bqcn,bqn->bqc", states, chunk[3]))
@@ -91,7 +88,7 @@ def scan_backward(
     chunk_gradients: list[tuple[Tensor, ...]] = []
     dA, dstate = torch.zeros_like(A), dfinal
     pieces = zip(chunks(x, dt, B, C), dy.split(CHUNK_SIZE, dim=1), starts[:, :-1].unbind(1), strict=True)
-    with autocast_disabled(x.device):
+    with without_autocast(x):
         for chunk, dy_chunk, start in reversed(list(pieces)):
             *gradients, dA_chunk, dstate = chunk_backward(chunk, A, start, dy_chunk, dstate)
             chunk_gradients.append(tuple(gradients))

@@ -1,4 +1,4 @@
-"""What drawing an image costs, counted for sampling settings."""
+"""Costs of drawing an image with given sampling settings."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def sampling_costs(settings: SamplingSettings, network: MVARConfig, guide: MVARC
 
 def draft_flops(choice: Drafts, schedule: ScaleSchedule) -> int:
     """Counts FLOPs of scoring all candidates of an image."""
-    if choice.count == 1 or choice.scorer is None:
+    if choice.needed_scorer is None:
         return 0
     with META:
-        scorer = Scorer(config := read_config(choice.scorer))
+        scorer = Scorer(config := read_config(choice.needed_scorer))
         f_hat, label = torch.zeros(1, config.code_dim, *schedule.shapes[-1]), torch.zeros(1, dtype=torch.int64)
     candidates = choice.count * sum(map(choice.include, range(schedule.num_scales)))
     return candidates * count_flops(lambda: scorer(f_hat, label, 0))

@@ -37,6 +37,11 @@ class Drafts:
     scorer: str | None = None
     scales: tuple[int, ...] | None = None
 
+    @property
+    def needed_scorer(self) -> str | None:
+        """Returns the scorer that chooses; None if none is named or nothing is chosen."""
+        return self.scorer if self.count > 1 else None
+
     def include(self, scale: int) -> bool:
         """Returns whether a scale has several candidates."""
         return self.count > 1 and (self.scales is None or scale in self.scales)
@@ -47,15 +52,15 @@ class Drafts:
         Raises:
             InputError: if there is none in its folder, or it is damaged or of another quantizer.
         """
-        if self.count == 1 or self.scorer is None:
+        if self.needed_scorer is None:
             return None
-        config = Path(self.scorer).expanduser() / CONFIG
+        config = Path(self.needed_scorer).expanduser() / CONFIG
         written = config.stat().st_mtime_ns if config.exists() else 0
-        return cached_scorer(self.scorer, quantizer, quantizer.codebook.weight.device, written)
+        return cached_scorer(self.needed_scorer, quantizer, quantizer.codebook.weight.device, written)
 
     def check(self, network: MVARConfig) -> None:
         """Raises InputError unless the scorer and the scales suit a network."""
-        if self.count == 1 or self.scorer is None:
+        if self.needed_scorer is None:
             return
         if network.prediction == "token":
             raise InputError("drafts are of whole scales, but this network predicts single tokens: set drafts to 1")
@@ -64,7 +69,7 @@ class Drafts:
             raise InputError(
                 f"draft_scales has scale {too_fine[0]}, but the network draws {scales}, counted from 0: drop it"
             )
-        read_config(self.scorer).check(network, self.scorer)
+        read_config(self.needed_scorer).check(network, self.needed_scorer)
 
     def uniforms(self, keys: Tensor, first: Tensor, span: slice) -> Tensor:
         """Returns the random numbers (b, n, m) of all m candidates at the positions `span`.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import TrainedModel, open_trained
 from lightning_mvar.data.classes import Classes, select_classes
+from lightning_mvar.data.images.names import is_image
 from lightning_mvar.data.tokens.manifest import sampling_settings
 from lightning_mvar.devices import (
     Precision,
@@ -192,16 +193,16 @@ def source_metadata(model: TrainedModel, settings: SamplingSettings, precision: 
 
 def warn_of_other_drafts(choice: Drafts, metadata: dict[str, Any]) -> None:
     """Warns if the scorer was trained on samples of another network or of other settings than those of a set."""
-    if choice.count == 1 or choice.scorer is None:
+    if choice.needed_scorer is None:
         return
-    drawn = sampling_settings(read_config(choice.scorer).drawn) or {}
+    drawn = sampling_settings(read_config(choice.needed_scorer).drawn) or {}
     names = ("network", "guidance", "top_k", "top_p", "temperature")  # those at their default may be missing
     pairs = [(name, drawn.get(name, "default"), str(metadata.get(name, "default"))) for name in names]
     if differences := [f"{name} {theirs} instead of {ours}" for name, theirs, ours in pairs if ours != theirs]:
         log.warning(
             "the scorer in %s was trained on samples with %s, so its choices may be worse: train one on samples of "
             "this network with these settings",
-            choice.scorer,
+            choice.needed_scorer,
             ", ".join(differences),
         )
 
@@ -247,7 +248,7 @@ def own_target(target: Path) -> AbstractContextManager[Any]:
     """Keeps other commands from drawing the same set; rank 0 does so for all ranks, and nobody for a complete file."""
     if not is_first_rank() or target.is_file():
         return nullcontext()
-    return lock_folder(partial_folder(target) if target.suffix else target, "sample")
+    return lock_folder(partial_folder(target) if target.suffix == ".npz" else target, "sample")
 
 
 def fill(
@@ -329,11 +330,11 @@ def open_set(target: Path, metadata: dict[str, Any], drawing: Drawing) -> Sample
 
 def check_target(target: Path) -> None:
     """Raises InputError if images cannot be written to --out, before anything is computed."""
-    if target.suffix not in ("", ".npz"):
+    if is_image(target.name):
         raise InputError(f"--out {target} must be NAME.npz or a folder for PNG files")
     if target.suffix == ".npz" and target.is_dir():
         raise InputError(f"--out {target} is a folder; name a file, or a folder without the suffix .npz")
-    if target.suffix == "" and target.is_file():
+    if target.suffix != ".npz" and target.is_file():
         raise InputError(f"--out {target} is a file; name a folder, or NAME.npz")
 
 

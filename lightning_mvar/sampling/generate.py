@@ -140,9 +140,10 @@ def draw_scales(
         InputError: if the tokenizer or the scorer of drafts does not fit the model, or an argument is out of range.
     """
     check_arguments(model, tokenizer, labels, settings)
+    keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
     if known is not None:
         check_known(known, len(labels), model.config)
-    keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
+        known = KnownTokens(*(part.to(device, non_blocking=True) for part in known))
     dtype = torch.float32 if labels.is_floating_point() else torch.int64
     batch = Batch(labels.to(device, dtype, non_blocking=True), keys.to(device, non_blocking=True), known)
     guide = load_guide(settings.guide, model.config, tokenizer) if guide is None else guide
@@ -237,8 +238,16 @@ def check_weights(weights: Tensor, num_classes: int, settings: SamplingSettings)
 
 
 def check_known(known: KnownTokens, images: int, network: MVARConfig) -> None:
-    """Raises InputError unless the known tokens have the shape of the images."""
+    """Raises InputError unless the known tokens are some of the network's, in the shape of the images."""
     expected = (images, network.schedule.num_tokens)
     if known.tokens.shape != expected or known.keep.shape != expected:
         shapes = f"{tuple(known.tokens.shape)} and {tuple(known.keep.shape)}"
         raise InputError(f"known tokens and their keep mask must both be {expected}, got {shapes}")
+    if (known.tokens.dtype, known.keep.dtype) != (torch.int64, torch.bool):
+        types = f"{known.tokens.dtype} and {known.keep.dtype}"
+        raise InputError(f"known tokens must be int64, and their keep mask bool, got {types}")
+    lowest, highest = known.tokens.aminmax()  # the host waits, if the tokens are on a GPU
+    if lowest < 0 or highest >= network.vocab_size:
+        raise InputError(
+            f"known tokens must be in [0, {network.vocab_size - 1}], also those not to keep, got {lowest} to {highest}"
+        )

@@ -74,8 +74,8 @@ class Guidance:
 
         It needs the scales before those that it guides, and none after them.
         """
-        needed = max((k + 1 for k, strength in enumerate(self.strengths(network)) if strength > 0), default=0)
-        return needed if self.off_from is None else min(needed, self.off_from)
+        guided = [k for k, strength in enumerate(self.strengths(network)[: self.off_from]) if strength > 0]
+        return guided[-1] + 1 if guided else 0
 
     def check(self, network: MVARConfig) -> None:
         """Raises InputError unless these settings suit a network."""

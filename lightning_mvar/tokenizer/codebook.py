@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_mvar.devices import without_autocast
 from lightning_mvar.errors import require_in
-from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
+from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer, squared_distances
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def entropy_loss(
         mean_over_ranks: averages a tensor over all ranks, without gradient; called twice.
     """
     f_hats = [torch.zeros_like(features), *(step.f_hat.detach() for step in steps[:-1])]
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features):
         distances = []  # (n, v) squared, of each scale
         for scale, f_hat in enumerate(f_hats):
             queries = quantizer.downsample(features.float() - f_hat.float(), scale).flatten(0, 1)  # (b n, c)
@@ -154,8 +155,3 @@ def entropy_loss(
         assignment = assignment + (mean_over_ranks(own) - own)  # mean of all ranks, with the gradient of this one's
         mean_entropy = -(assignment * assignment.clamp(min=1e-12).log()).sum(dim=1)
         return (query_entropy - mean_entropy).mean() / math.log(len(codes))
-
-
-def squared_distances(queries: Tensor, codes: Tensor) -> Tensor:
-    """Returns the squared distances (n, v) of queries (n, c) to codes (v, c)."""
-    return queries.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * queries @ codes.T

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mvar.devices import exact_float32
+from lightning_mvar.devices import exact_float32, without_autocast
 from lightning_mvar.scales import ScaleSchedule, Shape
 
 PHI_RATIO = 0.5
@@ -96,10 +96,9 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, queries: Tensor) -> Tensor:
         """Returns the nearest code in L2, (b, n, c) -> (b, n) int64; in float32, as rounding changes the choice."""
-        with torch.autocast(queries.device.type, enabled=False), exact_float32():
+        with without_autocast(queries), exact_float32():
             flat, codes = queries.flatten(0, 1).float(), self.codebook.weight.float()
-            distances = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
-            return distances.argmin(dim=1).view(queries.shape[:2])
+            return squared_distances(flat, codes).argmin(dim=1).view(queries.shape[:2])
 
     def pyramid(self, features: Tensor) -> Iterator[PyramidStep]:
         """Quantizes `features` (b, c, s, t) scale by scale, each scale the residual of the previous ones."""
@@ -158,3 +157,8 @@ class ResidualQuantizer(nn.Module):
         inputs = [self.downsample(f_hat, k + 1) for k, f_hat in enumerate(self.f_hats(tokens)) if k < last]
         empty = self.codebook.weight.new_zeros(len(tokens), 0, self.codebook.embedding_dim)
         return torch.cat([empty, *inputs], dim=1)
+
+
+def squared_distances(queries: Tensor, codes: Tensor) -> Tensor:
+    """Returns the squared distances (n, v) of queries (n, c) to codes (v, c)."""
+    return queries.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * queries @ codes.T

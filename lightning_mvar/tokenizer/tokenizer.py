@@ -26,8 +26,14 @@ from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 DECODER_MAP_BYTES = {"cpu": 2**25, "cuda": 5 * 2**26}
 
 # Largest values, which keep a forged config from allocating or looping without limit.
-LIMITS = {"vocab_size": 2**16, "code_dim": 2**14, "channels": 2**14, "blocks": 2**6, "num_phi": 2**10}
-LIMITS["norm_groups"] = LIMITS["channels"]
+LIMITS = {
+    "vocab_size": 2**16,
+    "code_dim": 2**14,
+    "channels": 2**14,
+    "blocks": 2**6,
+    "num_phi": 2**10,
+    "norm_groups": 2**14,
+}
 MAX_LEVELS, MAX_MULTIPLIER, MAX_SIDE = 12, 2**8, 2**14  # levels, multiplier of channels, pixels per side of an image
 
 

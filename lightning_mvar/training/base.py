@@ -145,22 +145,28 @@ class ScheduledModule(L.LightningModule):
             check_tensors(checkpoint, self, optimizers, f"--ckpt_path {self.trainer.ckpt_path}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # float16 only; fused kernels bypass it
-        return build_optimizer(self, self.optimizer_config, scaler is None, self.undecayed)
+        return build_optimizer(self, self.optimizer_config, self.fused, self.undecayed)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the optimizer is fused; not under float16 loss scaling, which fused kernels bypass."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is None
 
     @property
     def total_steps(self) -> int:
-        """Number of optimizer steps of the run, from max_steps or max_epochs.
+        """Number of optimizer steps of the run, from max_steps and max_epochs, whichever ends it first.
 
         `trainer.estimated_stepping_batches` is unusable: reading it drops the loader's restored position.
         """
-        trainer = self.trainer
+        trainer, limits = self.trainer, []
+        max_epochs, batches = trainer.max_epochs or -1, trainer.num_training_batches
         if trainer.max_steps > 0:
-            return trainer.max_steps
-        if trainer.max_epochs is None or trainer.max_epochs < 1:
+            limits.append(trainer.max_steps)
+        if max_epochs > 0 and batches != math.inf:  # infinite if the loader has no length
+            limits.append(max_epochs * -(-int(batches) // trainer.accumulate_grad_batches))
+        if not limits:
             raise InputError("the learning-rate schedule needs an end: set --trainer.max_steps or --trainer.max_epochs")
-        steps_per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-        return trainer.max_epochs * steps_per_epoch
+        return min(limits)
 
     @property
     def batch_of_all_ranks(self) -> int:

@@ -60,6 +60,11 @@ def silence_sigterm_broadcast(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+def has_process_group(strategy: Any) -> bool:
+    """Returns whether a strategy connects ranks in a process group, as those of several devices do."""
+    return hasattr(strategy, "_timeout")
+
+
 def collective_timeout(trainer: L.Trainer) -> timedelta | None:
     """Returns how long the strategy's collectives wait for other ranks, for groups that are to wait as long."""
     return getattr(trainer.strategy, "_timeout", None)
@@ -145,7 +150,6 @@ class DataParallelStrategy(ModelParallelStrategy):
     """ModelParallelStrategy with data parallelism alone; its defaults are one replica per node and tensor parallelism.
 
     The device mesh has the dimensions (replicate, shard): consecutive ranks share the weights of one replica.
-
     """
 
     replicas: int = 1

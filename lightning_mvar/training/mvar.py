@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mvar.checkpoints import WhichWeights
 from lightning_mvar.data.tokens.stream import TokenBatch
-from lightning_mvar.devices import exact_float32
+from lightning_mvar.devices import exact_float32, without_autocast
 from lightning_mvar.errors import require_in
 from lightning_mvar.models.config import NetworkOptions
 from lightning_mvar.models.mvar import MVAR
@@ -187,7 +187,7 @@ class LitMVAR(NetworkModule):
 
     def teacher_inputs(self, tokens: Tensor) -> Tensor:
         """Returns the network's inputs for tokens (b, l), computed in float32 as in sampling."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), exact_float32():
+        with torch.no_grad(), without_autocast(tokens), exact_float32():
             return teacher_inputs(self.network_config, self.tokenizer, tokens)
 
     def drop_labels(self, batch: TokenBatch, batch_idx: int) -> Tensor:

@@ -40,7 +40,7 @@ from lightning_mvar.training.lightning_internals import attached_trainer
 from lightning_mvar.training.optim import OptimizerConfig
 from lightning_mvar.training.references import Reference, require_same_reference
 from lightning_mvar.training.resuming import adapt_to_devices, require_same, require_same_network
-from lightning_mvar.training.strategies import FSDP2Strategy, build_network
+from lightning_mvar.training.strategies import build_network, shard_function
 from lightning_mvar.training.weights import InitialWeights, Start, check_tokenizer
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class NetworkModule(ScheduledModule):
             return
         strategy = None if (trainer := attached_trainer(self)) is None else trainer.strategy
         device = self.device if strategy is None else strategy.root_device
-        shard = strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda part: None
+        shard = shard_function(strategy)
         config, stored = self.network_config, self.start.stored
         load = None if stored is None else InitialWeights(stored, config, self.class_names).load
 

@@ -18,7 +18,8 @@ from lightning_mvar.io.fingerprint import fingerprint_of
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
-from lightning_mvar.training.weights import InitialWeights, check_tokenizer, frozen_network
+from lightning_mvar.training.strategies import build_network, shard_function
+from lightning_mvar.training.weights import InitialWeights, check_tokenizer
 
 
 class Reference:
@@ -63,7 +64,9 @@ class Reference:
 
     def build(self) -> None:
         """Builds it block by block, sharded as it is built if the strategy shards."""
-        self.network = frozen_network(self.weights, self.strategy)
+        shard = shard_function(self.strategy)
+        network = build_network(self.weights.config, self.strategy.root_device, 0, shard, self.weights.load)
+        self.network = network.requires_grad_(False).eval()
 
     def check_samples(self, own: Manifest, location: object) -> None:
         """Checks that this network drew the tokens of `data.own`; warns if it did with guidance or truncation.

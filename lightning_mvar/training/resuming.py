@@ -10,11 +10,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
+from lightning_mvar.training.weights import ADAPTABLE
 
-AS_BEFORE = "set it as before, or start a new run from the checkpoint with --model.weights"
+AS_BEFORE = "set it as before"
+NEW_RUN = "start a new run from the checkpoint with --model.weights"
 
 
-def require_same(name: str, saved: Any, current: Any, remedy: str = AS_BEFORE) -> None:
+def require_same(name: str, saved: Any, current: Any, remedy: str = f"{AS_BEFORE}, or {NEW_RUN}") -> None:
     """Raises InputError if a setting differs between a checkpoint and the run that continues it."""
     if saved != current:
         raise InputError(
@@ -27,7 +29,7 @@ def require_same_network(record: NetworkRecord, network: MVARConfig, tokenizer: 
     """Raises InputError unless a checkpoint has this network and a tokenizer of this fingerprint; names the field."""
     saved = asdict(record.network)
     for name, current in asdict(network).items():
-        require_same(name, saved[name], current)
+        require_same(name, saved[name], current, f"{AS_BEFORE}, or {NEW_RUN}" if name in ADAPTABLE else AS_BEFORE)
     remedy = f"set --model.tokenizer to the one of the checkpoint, which was {record.tokenizer.path}"
     require_same("tokenizer", record.tokenizer.fingerprint, tokenizer, remedy)
 

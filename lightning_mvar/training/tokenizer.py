@@ -26,13 +26,14 @@ from lightning_mvar.training.base import ScheduledModule, update_ema, warm_up_de
 from lightning_mvar.training.batches import image_batch
 from lightning_mvar.training.collectives import broadcast_from_rank_zero, mean_over_ranks, sum_over_ranks
 from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
-from lightning_mvar.training.resuming import require_same
+from lightning_mvar.training.resuming import AS_BEFORE, require_same
 from lightning_mvar.training.strategies import FSDP2Strategy, assign_values, full_tensor
 from lightning_mvar.training.tokenizer_loss import TokenizerLoss
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_KEY = "lightning_mvar_tokenizer"
+NEW_RUN = "start a new run from its finished tokenizer with --model.weights FOLDER"
 
 
 class LitTokenizer(ScheduledModule):
@@ -83,6 +84,9 @@ class LitTokenizer(ScheduledModule):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer, max_skipped_steps)
+        weights_of_terms = {"l1_weight": l1_weight, "commitment": commitment, "perceptual_weight": perceptual_weight}
+        require_in("[0, inf)", "model.", revive_every=revive_every, **weights_of_terms)
+        require_in("[0, 1]", "model.", revive_until=revive_until)
         require_in("[0, 1)", "model.", ema_decay=ema_decay)
         if codebook.scale_dropout and tokenizer.schedule.num_scales == 1:
             raise InputError("codebook.scale_dropout needs a schedule of more than one scale")
@@ -123,8 +127,7 @@ class LitTokenizer(ScheduledModule):
             strategy.shard(self.discriminator)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # float16 only; fused kernels bypass it
-        optimizer = build_optimizer(self.tokenizer, self.optimizer_config, fused=scaler is None)
+        optimizer = build_optimizer(self.tokenizer, self.optimizer_config, self.fused)
         if self.discriminator is not None:
             parameters = [*self.discriminator.parameters()]
             group = {"params": parameters, "decays": False, "weight_decay": 0.0, "lr_factor": self.adversary.lr_factor}
@@ -284,7 +287,8 @@ class LitTokenizer(ScheduledModule):
             checkpoint_path: the checkpoint.
             map_location: device to move the module to.
             options: other arguments of the constructor, for training on: a checkpoint has none but the tokenizer, and
-                the decay of its average, if it keeps one. An adversary starts with a new discriminator.
+                the decay of its average, if it keeps one. An adversary starts with a new discriminator, an average that
+                the checkpoint lacks with the current weights.
 
         Raises:
             InputError: if the checkpoint is missing or not one of `train-tokenizer`.
@@ -299,7 +303,13 @@ class LitTokenizer(ScheduledModule):
         module = cls(checked(record["config"], TokenizerConfig, str(path)), **options)
         module.tokenizer.load_state_dict(read_tensors(path, "tokenizer."))
         if module.ema is not None:
-            module.ema.load_state_dict(read_tensors(path, EMA_PREFIX))
+            module.ema.load_state_dict(read_tensors(path, EMA_PREFIX if record["ema"] else "tokenizer."))
+        if module.code_average is not None:
+            if record.get("codebook.learning") == "ema":
+                module.code_average.load_state_dict(read_tensors(path, "code_average."))
+            else:  # the codes were learned by gradient so far
+                codes = module.tokenizer.quantizer.codebook.weight
+                module.code_average = CodebookAverage(codes, module.codebook)
         return module.to(map_location) if map_location is not None else module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -355,7 +365,9 @@ class LitTokenizer(ScheduledModule):
             "muon": "--model.optimizer.muon",
         }
         for name, current in self.checkpoint_identity().items():
-            require_same(names.get(name, name), saved_settings.get(name), current)
+            condition = "; if only the schedule differs," if name == "config" else ", or"
+            remedy = f"{AS_BEFORE}{condition} {NEW_RUN}"
+            require_same(names.get(name, name), saved_settings.get(name), current, remedy)
 
 
 def require_current(record: Any, source: str | Path) -> None:
@@ -365,7 +377,7 @@ def require_current(record: Any, source: str | Path) -> None:
     if "ema" not in record:
         raise InputError(
             f"{source} is of an earlier version of lightning_mvar, which cannot be resumed: train with --overwrite, or "
-            f"start from its finished tokenizer with --model.weights FOLDER"
+            f"{NEW_RUN}"
         )
 
 

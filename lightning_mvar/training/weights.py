@@ -18,10 +18,8 @@ from lightning_mvar.data.classes import Classes, normalized
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.tensors import check_finite
 from lightning_mvar.models.config import MVARConfig
-from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.scales import ScaleSchedule, Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
-from lightning_mvar.training.strategies import FSDP2Strategy, build_network
 
 # Fields of a network that may differ from its weights' own; the others decide what the weights mean.
 ADAPTABLE = ("schedule", "num_classes", "drop_path", "adaln_gate_init")
@@ -146,16 +144,6 @@ class InitialWeights:
             raise InputError(f"{source} has {name} as {value.dtype} {tuple(value.shape)}, not float32 {tuple(shape)}")
         check_finite({name: value}, source)
         return value.float()
-
-
-def frozen_network(weights: InitialWeights, strategy: Strategy) -> MVAR:
-    """Builds a network of trained weights that is not trained, in eval mode, block by block under any strategy.
-
-    A module that holds it in its registry saves it in checkpoints; to run it needs what the trained network needs.
-    """
-    shard = strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda part: None
-    network = build_network(weights.config, strategy.root_device, 0, shard, weights.load)
-    return network.requires_grad_(False).eval()
 
 
 def check_tokenizer(

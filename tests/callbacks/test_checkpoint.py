@@ -12,7 +12,7 @@ import torch.distributed as dist
 from conftest import scalars
 from processes import start
 
-from lightning_mvar.callbacks import Checkpoint
+from lightning_mvar.callbacks import BestCheckpoint, Checkpoint
 from lightning_mvar.errors import InputError
 
 
@@ -87,5 +87,18 @@ def test_a_rank_whose_process_group_is_gone_publishes_nothing(tmp_path: Path) ->
 def test_invalid_settings_are_refused() -> None:
     with pytest.raises(InputError, match="either every_n_train_steps or train_time_interval"):
         Checkpoint("folder")
-    with pytest.raises(InputError, match="Checkpoint's keep must be at least 1"):
-        Checkpoint("folder", every_n_train_steps=1, keep=0)
+    with pytest.raises(InputError, match="Checkpoint's keep must be at least 2, got 1"):
+        Checkpoint("folder", every_n_train_steps=1, keep=1)
+    with pytest.raises(InputError, match="Checkpoint's every_n_train_steps must be at least 1, got 0"):
+        Checkpoint("folder", every_n_train_steps=0)
+
+
+def test_a_metric_that_no_validation_logged_is_named(recwarn: pytest.WarningsRecorder) -> None:
+    best = BestCheckpoint("best", monitor="val/fdi")
+    best.on_train_end(mock.Mock(fast_dev_run=True), mock.Mock())
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="no validation logged val/fdi: BestCheckpoint has kept no weights; name a"):
+        best.on_train_end(mock.Mock(fast_dev_run=False), mock.Mock())
+    best.best_k_models["a.ckpt"] = torch.tensor(1.0)
+    best.on_train_end(mock.Mock(fast_dev_run=False), mock.Mock())
+    assert not recwarn.list

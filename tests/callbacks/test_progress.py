@@ -19,7 +19,13 @@ from lightning_mvar.training.tokenizer import LitTokenizer
 def test_the_bar_counts_the_steps_of_the_run(resumed_at: int, tokenizer: Tokenizer) -> None:
     bar = StepProgressBar(refresh_rate=2)
     trainer = SimpleNamespace(
-        max_steps=10, global_step=resumed_at, current_epoch=0, progress_bar_metrics={}, loggers=[]
+        max_steps=10,
+        max_epochs=-1,
+        num_training_batches=20,
+        global_step=resumed_at,
+        current_epoch=0,
+        progress_bar_metrics={},
+        loggers=[],
     )
     module = LitTokenizer(tokenizer.config)
     module.trainer = trainer

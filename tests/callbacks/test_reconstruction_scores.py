@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -61,3 +62,11 @@ def test_a_batch_without_any_readable_image_is_left_out(tmp_path: Path) -> None:
     assert len(readable) == 14
     assert scores["val/psnr"] == pytest.approx(float(expected), rel=1e-4)
     assert "val/rfid" not in scores
+
+
+def test_the_sanity_check_is_not_scored() -> None:
+    callback, trainer, module = ReconstructionScoresCallback(), mock.Mock(sanity_checking=True), mock.Mock()
+    callback.on_validation_epoch_start(trainer, module)
+    callback.on_validation_batch_end(trainer, module, torch.zeros(1, 3, 16, 16), mock.Mock(), 0)
+    callback.on_validation_epoch_end(trainer, module)
+    module.log_dict.assert_not_called()

@@ -19,6 +19,7 @@ from lightning_mvar import Tokenizer, TokenizerConfig
 from lightning_mvar.callbacks import ReconstructionsCallback, SamplesCallback, samples
 from lightning_mvar.callbacks.tensorboard import add_counts
 from lightning_mvar.checkpoints import save_folder
+from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.generate import generate
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -123,3 +124,11 @@ def test_a_histogram_of_counts_equals_one_of_the_codes(vocab_size: int, tmp_path
     assert len(logged.bucket) == min(vocab_size, 64)
     edges = np.concatenate([[0], logged.bucket_limit])
     np.testing.assert_array_equal(logged.bucket, np.histogram(codes, edges)[0])
+
+
+def test_callbacks_that_would_show_nothing_are_refused() -> None:
+    for make in (lambda: SamplesCallback(classes=0), lambda: SamplesCallback(per_class=0)):
+        with pytest.raises(InputError, match=r"SamplesCallback's .* must be at least 1, got 0"):
+            make()
+    with pytest.raises(InputError, match="ReconstructionsCallback's images must be at least 1, got -1"):
+        ReconstructionsCallback(images=-1)

@@ -217,7 +217,7 @@ def test_fit_refuses_to_resume_another_configuration(here: Path, capfd: pytest.C
     [
         (["--ckpt_path", "nowhere", "--out", "a.npz"], "nowhere does not exist"),
         (["--ckpt_path", "export", "--out", "a.jpg"], "a.jpg must be NAME.npz or a folder"),
-        (["--ckpt_path", "export", "--out", "fit.yaml"], "fit.yaml must be NAME.npz"),
+        (["--ckpt_path", "export", "--out", "fit.yaml"], "fit.yaml is a file; name a folder, or NAME.npz"),
         (["--ckpt_path", "export", "--out", "a.npz", "--classes", "3,eleven"], "no class 'eleven'"),
         (["--ckpt_path", "export", "--out", "a.npz", "--classes", "10"], "no class '10'; use numbers 0 to 9"),
         (["--ckpt_path", "export", "--out", "a.npz", "--per_class", "0"], "--per_class"),

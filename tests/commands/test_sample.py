@@ -146,7 +146,7 @@ def test_if_one_process_fails_the_other_ends_too(workdir: Path) -> None:
 
 
 def test_a_set_is_not_continued_with_other_settings(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for name in ("set", "set.npz"):
+    for name in ("guidance1.5", "set.npz"):
         assert run([*SAMPLE, "--out", name]) == 0
         assert run([*SAMPLE, "--out", name]) == 0
         assert run([*SAMPLE, "--out", name, "--seed", "1"]) == 1
@@ -162,9 +162,9 @@ def test_a_set_is_not_continued_with_other_settings(workdir: Path, capfd: pytest
     Path("folder.npz").mkdir()
     assert run([*SAMPLE, "--out", "folder.npz"]) == 1
     assert "--out folder.npz is a folder" in capfd.readouterr().err
-    Path("set/sampling.json").write_text("{")
-    assert run([*SAMPLE, "--out", "set"]) == 1
-    assert "set/sampling.json is damaged" in capfd.readouterr().err
+    Path("guidance1.5/sampling.json").write_text("{")
+    assert run([*SAMPLE, "--out", "guidance1.5"]) == 1
+    assert "guidance1.5/sampling.json is damaged" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--grid", "--strip"])

@@ -328,6 +328,7 @@ def test_drop_path_rises_linearly_over_the_blocks() -> None:
         ({"heads": 3}, "not a multiple of network.heads"),
         ({"mixers": ("attention",)}, "unknown mixer 'attention'; choose from scale_attention"),
         ({"mixers": (("mamba2",), ("mamba3",))}, "unknown mixer 'mamba3'; choose from scale_attention"),
+        ({"depth": 1, "mixers": (("mamba2",), ("mamba3",))}, "unknown mixer 'mamba3'; choose from scale_attention"),
         ({"mixers": "mamba2"}, "must be a list of names or a list of such lists, got 'mamba2'"),
         ({"mixers": ("mamba2", ("mamba1",))}, "must be a list of names or a list of such lists"),
         (
@@ -350,6 +351,11 @@ def test_drop_path_rises_linearly_over_the_blocks() -> None:
 def test_invalid_configurations_are_rejected(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny_network(**overrides)
+
+
+def test_an_unknown_size_is_refused() -> None:
+    with pytest.raises(InputError, match="there is no size d13; choose from d12, d16, d20"):
+        MVARConfig.for_size("d13")
 
 
 def test_kernels_are_looked_for_when_a_network_comes_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,8 +288,20 @@ def test_drawn_tokens_are_conditioned_on_kept_tokens(network: MVAR, tokenizer: T
     assert torch.equal(tokens[keep], given[keep])
     argmax = network(LABELS, teacher_inputs(network.config, tokenizer, tokens)).argmax(dim=-1)
     assert torch.equal(tokens[~keep], argmax[~keep])
-    with pytest.raises(InputError, match=r"must both be \(4, 30\), got \(4, 30\) and \(1, 30\)"):
-        generate(network, tokenizer, LABELS, known=KnownTokens(given, keep[:1]))
+
+
+def test_known_tokens_that_do_not_fit_are_refused(tokenizer: Tokenizer) -> None:
+    given = random_tokens(4)
+    keep = torch.zeros_like(given, dtype=torch.bool)
+    for known, message in (
+        (KnownTokens(given, keep[:1]), r"must both be \(4, 30\), got \(4, 30\) and \(1, 30\)"),
+        (KnownTokens(given, keep.float()), "must be int64, and their keep mask bool, got torch.int64 and torch.float"),
+        (KnownTokens(given.int(), keep), "must be int64, and their keep mask bool, got torch.int32 and torch.bool"),
+        (KnownTokens(torch.where(given == given.max(), 48, 3), keep), r"must be in \[0, 47\], .* got 3 to 48"),
+        (KnownTokens(torch.where(given == given.max(), -1, 3), keep), r"must be in \[0, 47\], .* got -1 to 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generate(tiny_network(), tokenizer, LABELS, known=known)
 
 
 def test_a_token_is_kept_if_more_than_half_of_its_cell_is() -> None:

@@ -58,6 +58,19 @@ def network(request: pytest.FixtureRequest) -> MVAR:
     return tiny_network(**KINDS[request.param])
 
 
+def test_the_guide_runs_up_to_the_last_scale_that_it_guides() -> None:
+    config = tiny_network().config
+    for strength, off_from, expected in (
+        (1.5, None, 4),
+        (1.5, 2, 2),
+        (1.5, 1, 0),  # a number begins with 0
+        (1.5, 0, 0),
+        ((0.0, 2.0, 0.0, 1.0), 3, 2),
+        ((0.0, 2.0, 0.0, 1.0), None, 4),
+    ):
+        assert Guidance(strength, off_from).num_guided_scales(config) == expected
+
+
 def strengths_of(guidance: float, network: MVAR) -> Tensor:
     """Returns the strengths (l, 1) of a number: as in VAR's code for scales, constant for single tokens."""
     growing = guidance * SCHEDULE.scale_ids[:, None] / LAST
@@ -121,7 +134,8 @@ def test_tokens_that_pass_through_the_network(off_from: int, network: MVAR, toke
     handle = network.blocks[0].register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0].shape[:2].numel()))
     drawn_tokens(network, tokenizer, guidance_off_from=off_from)
     handle.remove()
-    assert sum(passed) == len(LABELS) * (SCHEDULE.num_tokens + sum(SCHEDULE.lengths[:off_from]))
+    guided = off_from if strengths_of(1.5, network)[: sum(SCHEDULE.lengths[:off_from])].any() else 0
+    assert sum(passed) == len(LABELS) * (SCHEDULE.num_tokens + sum(SCHEDULE.lengths[:guided]))
 
 
 @torch.no_grad()

@@ -15,9 +15,8 @@ from lightning_mvar.tokenizer.codebook import (
     CodebookConfig,
     assignment_sums,
     entropy_loss,
-    squared_distances,
 )
-from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
+from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer, squared_distances
 
 
 def make_quantizer(vocab_size: int = 12, code_dim: int = 4) -> ResidualQuantizer:

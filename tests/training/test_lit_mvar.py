@@ -427,8 +427,10 @@ def test_a_checkpoint_from_before_an_option_existed_had_its_default(tokenizer_fo
     record = asdict(NetworkRecord(module.network_config, tokenizer, [], state))
     older = {name: value for name, value in record["network"].items() if name not in ("qk_norm", "scan_order")}
     module.check_checkpoint(record | {"network": older})
-    with pytest.raises(InputError, match="qk_norm is True in the checkpoint and False in this run"):
+    with pytest.raises(InputError, match=r"qk_norm is True in .* and False in this run; set it as before$"):
         make_module(tokenizer_folder, qk_norm=False).check_checkpoint(record | {"network": older})
+    with pytest.raises(InputError, match=r"drop_path is 0.0 in .* set it as before, or start a new run .*weights$"):
+        make_module(tokenizer_folder, drop_path=0.5).check_checkpoint(record | {"network": older})
     other = asdict(TokenizerRecord("/tokenizers/other", "0123456789abcdef"))
     with pytest.raises(InputError, match=r"tokenizer is 01234567.* in .*set --model.tokenizer .*/tokenizers/other$"):
         module.check_checkpoint(record | {"tokenizer": other})

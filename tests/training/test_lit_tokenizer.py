@@ -348,6 +348,21 @@ def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
         LitTokenizer(other, weights=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("l1_weight", -1.0),
+        ("commitment", float("nan")),
+        ("perceptual_weight", -0.5),
+        ("revive_every", -3),
+        ("revive_until", 1.5),
+    ],
+)
+def test_impossible_settings_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"model.{name} must be "):
+        make_module(**{name: value})
+
+
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
     record = make_module().checkpoint_identity()
     make_module().check_checkpoint(record)
@@ -360,8 +375,11 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
             "discriminator is None in the checkpoint and .'channels': 64, 'levels': 2",
         ),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=rf"{message}.* as before, or start a new .* --model.weights FOLDER$"):
             make_module(**options).check_checkpoint(record)
+    wider = record | {"config": record["config"] | {"channels": 16}}
+    with pytest.raises(InputError, match="set it as before; if only the schedule differs, start a new run from its"):
+        make_module().check_checkpoint(wider)
     # A checkpoint from before an option existed had its default; options of a later version are refused.
     older = {name: value for name, value in record.items() if name not in ("codebook.learning", "muon")}
     older["config"] = {name: value for name, value in record["config"].items() if name != "norm_groups"}
@@ -374,6 +392,26 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
         make_module().check_checkpoint(before)
     with pytest.raises(InputError, match="scale_dropout needs a schedule of more than one scale"):
         LitTokenizer(TokenizerConfig(ScaleSchedule((4,)), 24, 4), codebook=CodebookConfig(scale_dropout=0.5))
+
+
+def test_a_loaded_module_keeps_its_averages_or_starts_them_with_its_weights(tmp_path: Path) -> None:
+    def save(module: LitTokenizer) -> dict[str, torch.Tensor]:
+        checkpoint = {"state_dict": {name: torch.rand_like(tensor) for name, tensor in module.state_dict().items()}}
+        module.on_save_checkpoint(checkpoint)
+        save_torch(checkpoint, tmp_path / "a.ckpt")
+        return checkpoint["state_dict"]
+
+    averages = {"codebook": CodebookConfig(learning="ema"), "ema_decay": 0.5}
+    saved, loaded = save(make_module(**averages)), LitTokenizer.load_from_checkpoint(tmp_path / "a.ckpt", **averages)
+    assert loaded.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+
+    saved, loaded = save(make_module()), LitTokenizer.load_from_checkpoint(tmp_path / "a.ckpt", **averages)
+    assert loaded.averaged is not loaded.tokenizer
+    for part in (loaded.tokenizer, loaded.averaged):
+        assert all(torch.equal(tensor, saved[f"tokenizer.{name}"]) for name, tensor in part.state_dict().items())
+    assert loaded.code_average is not None
+    assert torch.equal(loaded.code_average.sums, saved["tokenizer.quantizer.codebook.weight"])
 
 
 def test_counts_of_codes_are_summed_on_the_device_also_before_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 import math
 from itertools import pairwise
 
+import lightning as L
 import pytest
 import torch
 from conftest import tiny_network
@@ -8,6 +9,7 @@ from torch import nn
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.parameters import UNDECAYED
+from lightning_mvar.training.base import ScheduledModule
 from lightning_mvar.training.optim import (
     OptimizerConfig,
     apply_schedule,
@@ -54,6 +56,19 @@ def test_warm_up_stable_decay(step: int, total: int, expected: float) -> None:
     assert config.learning_rate(step, total, BATCH) == pytest.approx(expected, abs=1e-12)
     constant = OptimizerConfig(base_lr=1e-4, plateau=1.0)
     assert constant.learning_rate(max(step, 20), 1000, BATCH) == pytest.approx(PEAK)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "max_epochs", "batches", "expected"),
+    [(50, -1, 9, 50), (-1, 4, 9, 20), (50, 4, 9, 20), (15, 4, 9, 15), (50, 4, math.inf, 50)],
+)
+def test_the_schedule_ends_with_the_run(max_steps: int, max_epochs: int, batches: float, expected: int) -> None:
+    module = ScheduledModule(OptimizerConfig(), 1)
+    module.trainer = L.Trainer(
+        accelerator="cpu", logger=False, max_steps=max_steps, max_epochs=max_epochs, accumulate_grad_batches=2
+    )
+    module.trainer.fit_loop.max_batches = batches
+    assert module.total_steps == expected
 
 
 def test_the_learning_rate_falls_monotonically_after_warm_up() -> None:

@@ -44,8 +44,9 @@ from lightning_mvar.models.mvar import Block
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
 from lightning_mvar.training.optim import OptimizerConfig
+from lightning_mvar.training.references import Reference
 from lightning_mvar.training.strategies import FSDP2Strategy, build_network, full_tensor
-from lightning_mvar.training.weights import InitialWeights, frozen_network
+from lightning_mvar.training.weights import InitialWeights
 
 CLASSES = [str(label) for label in range(10)]
 
@@ -313,27 +314,28 @@ def test_a_run_that_is_continued_from_python_needs_no_weights(
     assert torch.equal(resumed["network.pos_embed"], trained.pos_embed)
 
 
-def test_a_frozen_network_is_sharded_block_by_block(trained: MVAR, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_reference_is_sharded_block_by_block(trained: MVAR, tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_folder(tmp_path / "export", tokenizer, trained, CLASSES)
     dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
     try:
         strategy = FSDP2Strategy()
         strategy._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
         strategy.parallel_devices, strategy.cluster_environment = [torch.device("cpu")], None
-        initial_weights = InitialWeights(open_trained(tmp_path / "export"), trained.config, CLASSES)
+        of_run = trained.config, CLASSES, tokenizer, "tokenizer", strategy
+        reference = Reference(str(tmp_path / "export"), "ema", *of_run)
         whole: list[bool] = []
-        load = initial_weights.load
+        load = reference.weights.load
 
         def watch(part: torch.nn.Module, prefix: str) -> None:
             load(part, prefix)
             whole.append(isinstance(part, Block) or all(isinstance(p, DTensor) for p in part.blocks.parameters()))
 
-        initial_weights.load = watch  # type: ignore[method-assign]
-        network = frozen_network(initial_weights, strategy)
+        reference.weights.load = watch  # type: ignore[method-assign]
+        reference.build()
     finally:
         dist.destroy_process_group()
     assert whole == [True] * 3
-    assert not network.training
-    assert not any(parameter.requires_grad for parameter in network.parameters())
-    for name, value in network.state_dict().items():
+    assert not reference.network.training
+    assert not any(parameter.requires_grad for parameter in reference.network.parameters())
+    for name, value in reference.network.state_dict().items():
         assert torch.equal(full_tensor(value), trained.state_dict()[name]), name

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mvar.devices import exact_float32
+from lightning_mvar.devices import exact_float32, without_autocast
 from lightning_mvar.io.known_files import DINOV2_VITL14
 from lightning_mvar.metrics.extractors.preprocessing import preprocess
 
@@ -100,7 +100,7 @@ class DINOv2Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (b, 3, H, W) in [0, 1] to features (b, d), in float32 even under autocast."""
-        with torch.autocast(images.device.type, enabled=False), exact_float32():
+        with without_autocast(images), exact_float32():
             pixels = preprocess(images, (SIDE, SIDE), MEAN, STD)
             patches = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)  # (b, 256, d)
             x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.position_embedding()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_mvar.devices import exact_float32
+from lightning_mvar.devices import exact_float32, without_autocast
 from lightning_mvar.io.known_files import INCEPTION
 
 SIDE = 299
@@ -165,7 +165,7 @@ class InceptionNetwork(nn.Module):
 
     def features_and_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns pool features and sFID features (b, 2023): 7 channels of "mixed_6/conv", 17 x 17, row by row."""
-        with torch.autocast(images.device.type, enabled=False), exact_float32():
+        with without_autocast(images), exact_float32():
             x = resize_like_tensorflow((images.float() * 255).round(), (SIDE, SIDE))
             x = (x - 128) / 128
             for name in self.sequence:
@@ -176,7 +176,7 @@ class InceptionNetwork(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Maps pool features (b, 2048) to logits (b, 1008), without bias, as in the published inception score."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return features.float() @ self.fc.weight.T
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_mvar.devices import exact_float32
+from lightning_mvar.devices import exact_float32, without_autocast
 from lightning_mvar.errors import InputError, one_line, require_package
 from lightning_mvar.metrics.extractors.preprocessing import preprocess
 
@@ -48,5 +48,5 @@ class Timm(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (b, 3, H, W) in [0, 1] to features (b, num_features), in float32 even under autocast."""
-        with torch.autocast(images.device.type, enabled=False), exact_float32():
+        with without_autocast(images), exact_float32():
             return self.network(preprocess(images, self.shape, self.mean, self.std, self.mode))
