@@ -122,15 +122,10 @@ def read_results(folder: str | Path) -> Sweep:
     if not file.is_file():
         raise InputError(f"{folder} is not the folder of a sweep: it has no sweep.yaml")
     plan = read_sweep(file)
+    plan.check_folder(folder)
     variants = plan.variants()
     order = [variant.axes for variant in variants]
     cells = [read_cell(path, plan) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
-    for cell in cells:
-        if cell.axes not in order:
-            raise InputError(
-                f"{folder}/cells/{cell.name}/cell.json has axes {cell.axes} that {file} does not have: add them to "
-                f"the sweep file and start the sweep again, or move that folder away"
-            )
     started = [cell.name for cell in cells]
     planned = [(plan.cell(variant, seed, folder), seed) for variant, seed in product(variants, plan.seeds)]
     cells += [CellResult(cell.name, cell.axes, seed, WAITING) for cell, seed in planned if cell.name not in started]
