@@ -245,8 +245,11 @@ def timestamp() -> str:
 
 
 def append_attempt(folder: Path, entry: dict[str, Any]) -> None:
-    with (folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    """Appends a line to attempts.jsonl, in place of one that a killed process left half-written."""
+    with (folder / "attempts.jsonl").open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(entry).encode() + b"\n")
 
 
 def last_line(path: Path) -> str:

@@ -89,6 +89,14 @@ def test_the_state_is_that_of_the_last_attempt(tmp_path: Path, code: int | None,
     assert cell.state() == state
 
 
+def test_an_attempt_replaces_a_half_written_line(tmp_path: Path) -> None:
+    for number in (1, 2):
+        append_attempt(tmp_path, {"attempt": number, "begin": "2026-01-01T00:00:00+00:00"})
+        with (tmp_path / "attempts.jsonl").open("a") as file:
+            file.write('{"attempt": 3, "beg')
+    assert [attempt.attempt for attempt in attempts(tmp_path)] == [1, 2]
+
+
 def test_a_started_cell_must_keep_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("steps: 1")
