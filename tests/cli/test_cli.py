@@ -35,7 +35,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     for stop in (interrupt, lightning_interrupt):
         monkeypatch.setattr(sample, "sample", stop)
         assert run(["sample", "var-d16"]) == 130
-        assert "interrupted" in capsys.readouterr().err
+        assert "interrupted: run the same command again; " in capsys.readouterr().err
 
 
 def test_ctrl_c_during_the_imports_ends_with_130(
