@@ -226,5 +226,6 @@ def fail(message: str) -> int:
 
 
 def report_interruption() -> int:
-    print("lightning-mvar: interrupted; finished work is kept (fit continues with --resume)", file=sys.stderr)
+    remedy = "run the same command again; train-tokenizer and fit continue with --resume"
+    print(f"lightning-mvar: interrupted: {remedy}", file=sys.stderr)
     return 130

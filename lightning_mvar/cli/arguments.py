@@ -18,7 +18,7 @@ from lightning_mvar.cli.help import POSITIONAL
 from lightning_mvar.errors import InputError
 
 DESCRIPTIONS = ("config.json", "manifest.json")  # of exported networks, and of token shards
-WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".distcp")  # suffixes
+READ_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".distcp", ".tar", ".parquet", ".arrow")
 MAY_BE_EMPTY = re.compile(r"\.(init_args|dict_kwargs|host|allowed_hosts)\b")  # options of classes; hosts
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
@@ -144,11 +144,11 @@ def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping
 
 
 def is_part(path: Path, folder: Path) -> bool:
-    """Returns whether an existing file is one that is read from a folder: a description, weights or an image."""
+    """Returns whether an existing file is one that is read from a folder: a description, weights, data or image."""
     if folder not in path.parents or not path.is_file():
         return False
     is_image = path.suffix.lower() in Image.registered_extensions() and not (folder / "config.json").exists()
-    return path.name in DESCRIPTIONS or path.suffix in WEIGHTS or is_image
+    return path.name in DESCRIPTIONS or path.suffix in READ_SUFFIXES or is_image
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:

@@ -17,6 +17,7 @@ from lightning_mvar.bench.networks import (
 from lightning_mvar.bench.reading import measure_data, measure_reading
 from lightning_mvar.bench.subjects import Setting
 from lightning_mvar.bench.tokenizing import measure_tokenizing
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.tables import Record, print_table, write_records
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.devices import Precision, choose_device, set_tf32
@@ -86,6 +87,7 @@ def bench(
     """
     require_in("[1, inf)", "--", repeats=repeats, world_size=world_size)
     require_in("[0, inf)", "--", num_workers=num_workers)
+    refuse_overwriting({"--json": json}, {"--shards": shards, "--images": images})
     for option, given, allowed in (("world_size", world_size > 1, "data"), ("compile", compile, "train")):
         if given and what != allowed:
             raise InputError(f"--{option} works only with `bench {allowed}`")

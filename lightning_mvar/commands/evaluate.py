@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mvar.checkpoints import StoredModel, TrainedModel, load_tokenizer, load_trained, open_trained
+from lightning_mvar.checkpoints import StoredModel, TrainedModel, load_tokenizer, open_trained
 from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.tables import Record, print_table, write_records
@@ -126,7 +126,7 @@ def evaluate(
     decoder = load_tokenizer(tokenizer) if decodes and tokenizer is not None else None
     stored = None if ckpt_path is None else open_trained(ckpt_path, tokenizer, weights)
     if stored is None:
-        reject_sampling_options(sampling | {"weights": weights})
+        reject_sampling_options(sampling | {"weights": weights, "per_class": per_class})
         given = open_samples(samples)
         count = len(given)
         if real.embedded is not None:
@@ -226,7 +226,7 @@ def reject_sampling_options(options: dict[str, Any]) -> None:
     """Raises InputError for sampling options without a checkpoint to sample from."""
     defaults = {
         name: parameter
-        for function in (draw_set, SamplingSettings, load_trained)
+        for function in (draw_set, SamplingSettings, evaluate)
         for name, parameter in signature(function).parameters.items()
     }
     for name, value in options.items():

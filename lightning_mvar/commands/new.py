@@ -26,7 +26,7 @@ def new(folder: str, *, images: str, resolution: int | None = None) -> None:
     The pictures stay where they are.
 
     Args:
-        folder: the folder to write, which must not exist or be empty.
+        folder: new or empty folder to write.
         images: a folder of pictures or of class folders, or archives as `tokenize` takes them.
         resolution: side of the images to train on, 32, 64, 128 or 256, by default the largest that the pictures have;
             at most 64 on a CPU.

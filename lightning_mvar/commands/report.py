@@ -13,7 +13,7 @@ from lightning_mvar.io.hparams import columns_summary, end_summary, row_summary
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sweeps.figures import all_figures
 from lightning_mvar.sweeps.measures import TITLES
-from lightning_mvar.sweeps.results import CRASHED, FINISHED, CellResult, Sweep, is_number, read_results
+from lightning_mvar.sweeps.results import CellResult, Sweep, is_number, read_results
 from lightning_mvar.sweeps.tables import (
     cell_records,
     comparability_notes,
@@ -30,7 +30,7 @@ from lightning_mvar.sweeps.tables import (
 )
 from lightning_mvar.sweeps.variants import Variant, choose_baseline, compare, compared_measures, variants_of
 
-HPARAMS_STATUS = {FINISHED: api_pb2.STATUS_SUCCESS, CRASHED: api_pb2.STATUS_FAILURE}
+HPARAMS_STATUS = {"finished": api_pb2.STATUS_SUCCESS, "crashed": api_pb2.STATUS_FAILURE}
 CAPTIONS = {
     "loss_compute": "Validation loss against the FLOPs spent on training so far: mean and seeds (thin lines).",
     "distance_cost": "Frechet distance against FLOPs per sampled image and against parameters: mean and seeds.",
@@ -95,7 +95,7 @@ def render_markdown(sweep: Sweep, variants: list[Variant], baseline: Variant, fi
         "## Figures",
         *[f"![{caption(name)}]({name}.png)\n\n{caption(name)}" for name in figures],
         "## Cells that have not finished",
-        str(unfinished_table(sweep)) if sweep.unfinished else "None.",
+        *(["A running cell counts as interrupted.", str(unfinished_table(sweep))] if sweep.unfinished else ["None."]),
         "## The sweep file",
         f"```yaml\n{sweep.text.rstrip()}\n```",
     ]

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
+from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.tables import format_value, print_rows, print_table, write_records
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
@@ -73,6 +74,7 @@ def info(folder: str, json: str | None = None) -> None:
         folder: folder of token shards; may be given without its name: `shards info DIR`.
         json: write everything, with every class, to this file.
     """
+    refuse_overwriting({"--json": json}, {"--folder": folder})
     path = require_folder(folder)
     manifest = load_valid_manifest(path)
     statistics = TokenStatistics(manifest)
@@ -129,6 +131,7 @@ def decode(
     """
     require_in("[1, inf)", "--", n=n)
     require_in("[0, inf)", "--", seed=seed)
+    refuse_overwriting({"--out": out}, {"--folder": folder, "--tokenizer": tokenizer, "--images": images})
     path, torch_device = require_folder(folder), choose_device(device)
     manifest = load_valid_manifest(path)
     if not manifest.num_samples:

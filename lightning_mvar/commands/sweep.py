@@ -73,6 +73,7 @@ def sweep(
         return
     launch = choose_launcher(launcher, jobs, folder, submitit, ray)
     with lock_folder(folder, "sweep") as lock, handle_stop_signals() as stop:
+        plan.check_folder(folder)
         for cell in cells:
             cell.check()
         for cell in cells:

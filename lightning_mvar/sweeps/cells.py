@@ -135,15 +135,7 @@ class Cell:
         write_json(self.folder / "cell.json", asdict(self.identity()))
 
     def state(self) -> State:
-        if is_locked(self.lock):
-            return "running"
-        history = attempts(self.folder)
-        if not history:
-            return "waiting"
-        code = history[-1].code
-        if code == 0:
-            return "finished" if commands_done(history) == len(self.commands) else "waiting"
-        return "interrupted" if code is None or code in INTERRUPTED_CODES else "crashed"
+        return "running" if is_locked(self.lock) else state_after(attempts(self.folder), len(self.commands))
 
 
 def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
@@ -182,6 +174,16 @@ def attempts(folder: Path) -> list[Attempt]:
         except InputError as error:
             raise InputError(f"{path} is damaged at {shown(line)}: {error}; remove that line, or the folder") from error
     return [Attempt(**entry) for entry in entries.values()]
+
+
+def state_after(history: list[Attempt], num_commands: int) -> State:
+    """Returns the state of a cell with so many commands after its attempts, unless it is running."""
+    if not history:
+        return "waiting"
+    code = history[-1].code
+    if code == 0:
+        return "finished" if commands_done(history) == num_commands else "waiting"
+    return "interrupted" if code is None or code in INTERRUPTED_CODES else "crashed"
 
 
 def commands_done(history: list[Attempt]) -> int:
@@ -245,8 +247,11 @@ def timestamp() -> str:
 
 
 def append_attempt(folder: Path, entry: dict[str, Any]) -> None:
-    with (folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    """Appends a line to attempts.jsonl, in place of one that a killed process left half-written."""
+    with (folder / "attempts.jsonl").open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(entry).encode() + b"\n")
 
 
 def last_line(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import find_config
 from lightning_mvar.io.json_files import shown
-from lightning_mvar.sweeps.cells import Cell
+from lightning_mvar.sweeps.cells import Cell, CellRecord, read_record
 from lightning_mvar.sweeps.templates import fill, placeholders
 
 BudgetDimension = Literal["width", "depth"]
@@ -180,6 +180,17 @@ class SweepFile:
             files = [arg for choice in choices for arg in choice.args if arg.endswith(CONFIG_SUFFIXES)]
             if missing := [file for file in files if not Path(find_config(file)).is_file()]:
                 raise InputError(f"{self.path}: axis {axis} names {missing[0]}, which is not a file in {Path.cwd()}")
+
+    def check_folder(self, folder: Path) -> None:
+        """Raises InputError if a sweep's folder has a cell with values that this file does not have on its axes."""
+        known = [variant.axes for variant in self.variants()]
+        for file in sorted((folder / "cells").glob("*/cell.json")):
+            axes = read_record(file, CellRecord).axes
+            if axes not in known:
+                raise InputError(
+                    f"{file} has axes {axes} that {self.path} does not have: add them to the sweep file, start the "
+                    f"sweep with another --out, or move {file.parent} away"
+                )
 
     def grid(self) -> Iterator[dict[str, str]]:
         for values in product(*self.axes.values()):

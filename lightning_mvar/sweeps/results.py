@@ -24,7 +24,7 @@ from lightning_mvar.io.files import open_regular
 from lightning_mvar.io.hparams import read_row
 from lightning_mvar.io.json_files import checked, shown
 from lightning_mvar.models.costs import Costs
-from lightning_mvar.sweeps.cells import INTERRUPTED_CODES, CellRecord, attempts, commands_done, read_record
+from lightning_mvar.sweeps.cells import CellRecord, State, attempts, read_record, state_after
 from lightning_mvar.sweeps.measures import COSTS, LOSSES, RATES, SCALE_LOSS, SCORES, TRAINING_RATE, TRAINING_SCORES
 from lightning_mvar.sweeps.plan import SweepFile, score_files
 from lightning_mvar.sweeps.sweep_file import read_sweep
@@ -41,9 +41,6 @@ MAX_NUMBER = 3.4e38  # of float32
 # Evaluation conditions: scores are comparable only if all of these agree.
 CONDITIONS = ("reference", "extractor", "extractor_weights", "num_samples")
 
-FINISHED, CRASHED, INTERRUPTED = "finished", "crashed", "interrupted"
-KILLED, WAITING = "killed or still running", "not begun"
-
 
 @dataclass(frozen=True)
 class CellResult:
@@ -53,7 +50,7 @@ class CellResult:
         name: name of the cell's folder.
         axes: value on each axis; these identify the variant.
         seed: seed of training and sampling.
-        status: FINISHED, CRASHED, INTERRUPTED, KILLED or WAITING, after the last attempt.
+        status: state after the last attempt; "interrupted" also for a cell that is running.
         commands: command lines, each runnable by hand after `lightning-mvar`.
         tries: number of attempts started.
         seconds: total duration of the attempts that have ended.
@@ -69,7 +66,7 @@ class CellResult:
     name: str
     axes: Axes
     seed: int
-    status: str
+    status: State
     commands: list[str] = field(default_factory=list)
     tries: int = 0
     seconds: float = 0.0
@@ -81,7 +78,7 @@ class CellResult:
 
     @property
     def finished(self) -> bool:
-        return self.status == FINISHED
+        return self.status == "finished"
 
     @property
     def variant(self) -> str:
@@ -122,18 +119,13 @@ def read_results(folder: str | Path) -> Sweep:
     if not file.is_file():
         raise InputError(f"{folder} is not the folder of a sweep: it has no sweep.yaml")
     plan = read_sweep(file)
+    plan.check_folder(folder)
     variants = plan.variants()
     order = [variant.axes for variant in variants]
     cells = [read_cell(path, plan) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
-    for cell in cells:
-        if cell.axes not in order:
-            raise InputError(
-                f"{folder}/cells/{cell.name}/cell.json has axes {cell.axes} that {file} does not have: add them to "
-                f"the sweep file and start the sweep again, or move that folder away"
-            )
     started = [cell.name for cell in cells]
     planned = [(plan.cell(variant, seed, folder), seed) for variant, seed in product(variants, plan.seeds)]
-    cells += [CellResult(cell.name, cell.axes, seed, WAITING) for cell, seed in planned if cell.name not in started]
+    cells += [CellResult(cell.name, cell.axes, seed, "waiting") for cell, seed in planned if cell.name not in started]
     cells.sort(key=lambda cell: (order.index(cell.axes), cell.seed))
     return Sweep(folder, plan, file.read_text(), cells)
 
@@ -149,11 +141,17 @@ def is_number(text: str) -> bool:
 def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     """Reads a cell's folder; its results only if it has finished."""
     definition = read_record(folder / "cell.json", CellRecord)
-    status, tries, seconds = summarize_attempts(folder, len(definition.commands))
+    history = attempts(folder)
     cell = CellResult(
-        definition.name, definition.axes, definition.seed, status, list(definition.commands), tries, seconds
+        definition.name,
+        definition.axes,
+        definition.seed,
+        state_after(history, len(definition.commands)),
+        list(definition.commands),
+        tries=len(history),
+        seconds=sum(attempt.seconds or 0.0 for attempt in history),
     )
-    if status != FINISHED:
+    if not cell.finished:
         return cell
     files = [folder / score_files(seed)[1] for seed in plan.sampling_seeds or (None,)]
     scored = [read_scores(file) for file in files if plan.sampling_seeds or file.exists()] or [({}, {})]
@@ -170,18 +168,6 @@ def read_cell(folder: Path, plan: SweepFile) -> CellResult:
     costs_file = folder / "costs.json"
     costs = parse_numbers(costs_file, read_record(costs_file, dict[str, Scalar], REWRITE), Costs._fields)
     return replace(cell, measures=last | rate | costs | measures, curves=curves, tokenizer=tokenizer)
-
-
-def summarize_attempts(folder: Path, commands: int) -> tuple[str, int, float]:
-    """Returns the status of a cell of so many commands, the number of attempts, and the seconds of those that ended."""
-    history = attempts(folder)
-    if not history:
-        return WAITING, 0, 0.0
-    code = history[-1].code
-    status = {None: KILLED, 0: FINISHED}.get(code, INTERRUPTED if code in INTERRUPTED_CODES else CRASHED)
-    if status == FINISHED and commands_done(history) < commands:  # some were appended since
-        status = WAITING
-    return status, len(history), sum(attempt.seconds or 0.0 for attempt in history)
 
 
 def read_logs(logs: Path) -> tuple[dict[str, Curve], dict[str, float], str]:

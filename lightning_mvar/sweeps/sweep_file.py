@@ -119,7 +119,7 @@ def read_axes(path: Path, axes: object) -> dict[str, tuple[Choice, ...]]:
         if not isinstance(values, list | dict) or not values:
             raise InputError(f"{path}: axis {key} needs a list of values, or a map from names to arguments")
         if isinstance(values, dict):
-            named = {str(name): (f"{key}.{name}", text or "") for name, text in values.items()}
+            named = {str(name): (f"{key}.{name}", "" if text is None else text) for name, text in values.items()}
             choices[axis] = tuple(
                 Choice(name, as_label(name), split_arguments(path, *text, RESERVED_FIT_OPTIONS))
                 for name, text in named.items()

@@ -35,7 +35,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     for stop in (interrupt, lightning_interrupt):
         monkeypatch.setattr(sample, "sample", stop)
         assert run(["sample", "var-d16"]) == 130
-        assert "interrupted" in capsys.readouterr().err
+        assert "interrupted: run the same command again; " in capsys.readouterr().err
 
 
 def test_ctrl_c_during_the_imports_ends_with_130(
@@ -159,6 +159,7 @@ def test_an_empty_option_is_refused(options: list[str]) -> None:
         ({"--out": "model"}, "--out model would replace what --ckpt_path model reads"),
         ({"--out": "link"}, "--out link would replace what --ckpt_path model reads"),
         ({"--json": "model/config.json"}, "--json model/config.json would replace what --ckpt_path model reads"),
+        ({"--json": "shards/000000.tar"}, "--json shards/000000.tar would replace what --reference shards reads"),
         ({"--picture": "images/a/1.png"}, "--picture images/a/1.png would replace what --images images reads"),
         ({"--out": "q.npz", "--grid": "x/../q.npz"}, "--grid and --out both name x/../q.npz"),
     ],
@@ -167,11 +168,12 @@ def test_no_output_replaces_an_input_or_another_output(
     outputs: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("model/config.json", "model/grid.png", "model/scores.json", "images/a/1.png", "images/scores.json"):
+    existing = ["model/config.json", "model/grid.png", "model/scores.json"]
+    for name in (*existing, "images/a/1.png", "images/scores.json", "shards/000000.tar"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
     Path("link").symlink_to("model")
-    inputs = {"--ckpt_path": "model", "--images": "images", "--tokenizer": None}
+    inputs = {"--ckpt_path": "model", "--images": "images", "--reference": "shards", "--tokenizer": None}
     with pytest.raises(InputError, match=re.escape(message)):
         refuse_overwriting(outputs, inputs)
     again = {"--json": "model/scores.json", "--grid": "model/grid.png", "--each": "images/scores.json", "--out": None}

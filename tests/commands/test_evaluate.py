@@ -349,9 +349,9 @@ def test_mistakes_are_reported_in_one_line(
         "ids.npz", *REFERENCE, "--worst_classes", "1"
     )
     assert "--num_workers must be at least 0" in error_of("good.npz", *REFERENCE, "--num_workers", "-1")
-    assert "--guidance applies only to sampling: add the --ckpt_path" in error_of(
-        "good.npz", *REFERENCE, "--guidance", "2"
-    )
+    for name, value in (("guidance", "2"), ("per_class", "3"), ("weights", "raw")):
+        refused = error_of("good.npz", *REFERENCE, f"--{name}", value)
+        assert f"--{name} applies only to sampling: add the --ckpt_path" in refused
     assert "no class 'cat'" in error_of("new.npz", *REFERENCE, "--ckpt_path", "model", "--classes", "cat")
     assert "good.npz holds images that were sampled with other settings" in error_of(
         "good.npz", *REFERENCE, "--ckpt_path", "model"

@@ -119,6 +119,10 @@ def test_another_seed_adds_cells_and_another_command_is_refused(
         Path("other.yaml").write_text(SWEEP.replace("18", "19"))
         assert run(["sweep", "other.yaml", "--out", "out"]) == 1
         assert "cell mvar-seed0 has been run before, and its commands have changed" in capfd.readouterr().err
+        Path("fewer.yaml").write_text(SWEEP.replace("[mvar.yaml, var.yaml]", "[mvar.yaml]"))
+        assert run(["sweep", "fewer.yaml", "--out", "out"]) == 1
+        refused = "var-seed0/cell.json has axes {'mixer': 'var'} that fewer.yaml does not have: add them to the sweep"
+        assert refused in capfd.readouterr().err
         assert (uninterrupted / "sweep.yaml").read_text() == SWEEP
         Path("more.yaml").write_text(SWEEP.replace("[0, 1]", "[0, 1, 2]"))
         assert run(["sweep", "more.yaml", "--out", "out", "--dry_run", "true"]) == 0

@@ -17,7 +17,6 @@ from lightning_mvar.io.configs import PACKAGED
 from lightning_mvar.io.locks import FileLock, is_locked
 from lightning_mvar.sweeps.cells import Cell, append_attempt, attempts, last_line, progress, run_cell
 from lightning_mvar.sweeps.processes import FORKSERVER, ProcessContext, Share, Stop, run_until_stopped
-from lightning_mvar.sweeps.results import summarize_attempts
 
 GOOD, BAD = "--version", "no-such-command"
 
@@ -89,6 +88,14 @@ def test_the_state_is_that_of_the_last_attempt(tmp_path: Path, code: int | None,
     assert cell.state() == state
 
 
+def test_an_attempt_replaces_a_half_written_line(tmp_path: Path) -> None:
+    for number in (1, 2):
+        append_attempt(tmp_path, {"attempt": number, "begin": "2026-01-01T00:00:00+00:00"})
+        with (tmp_path / "attempts.jsonl").open("a") as file:
+            file.write('{"attempt": 3, "beg')
+    assert [attempt.attempt for attempt in attempts(tmp_path)] == [1, 2]
+
+
 def test_a_started_cell_must_keep_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("steps: 1")
@@ -114,7 +121,6 @@ def test_commands_may_follow_those_of_a_finished_cell(tmp_path: Path) -> None:
     longer.check()
     longer.record()
     assert longer.state() == "waiting"
-    assert summarize_attempts(cell.folder, 2)[:2] == ("not begun", 1)
     assert run_cell(cell.folder, Stop()) == 0
     assert longer.state() == "finished"
     assert longer.log.read_text().count(f"lightning-mvar {GOOD}") == 2
