@@ -26,15 +26,24 @@ FEW = ["--steps", "2", "--batch_size", "4", "--width", "8", "--device", "cpu"]
 DRAW = ["sample", "--ckpt_path", "model", "--per_class", "2", "--device", "cpu"]
 
 
-@pytest.fixture
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """Tokens of images in `real`, and own samples of the network `model` in `own`."""
-    save_folder(tmp_path / "model", tokenizer, tiny_network(num_classes=3), ["dark", "light", "mixed"])
-    write_images(tmp_path / "images", per_class=3)
+    folder = tmp_path_factory.mktemp("inputs")
+    save_folder(folder / "model", tokenizer, tiny_network(num_classes=3), ["dark", "light", "mixed"])
+    write_images(folder / "images", per_class=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run(["tokenize", "--images", "images", "--tokenizer", "model", "--out", "real", "--device", "cpu"]) == 0
+        assert run([*DRAW, "--tokens", "own"]) == 0
+    return folder
+
+
+@pytest.fixture
+def workdir(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `inputs` as the current folder."""
     monkeypatch.chdir(tmp_path)
-    assert run(["tokenize", "--images", "images", "--tokenizer", "model", "--out", "real", "--device", "cpu"]) == 0
-    assert run([*DRAW, "--tokens", "own"]) == 0
-    return tmp_path
+    return Path(shutil.copytree(inputs, tmp_path, dirs_exist_ok=True))
 
 
 def drawn(*options: str) -> np.ndarray:
