@@ -389,7 +389,7 @@ class BestCheckpoint(AtomicCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not (self.best_k_models or trainer.fast_dev_run):
+        if not (self.best_k_models or trainer.fast_dev_run):  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"no validation logged {self.monitor}: BestCheckpoint has kept no weights; name a metric that is logged"
             )

@@ -129,7 +129,8 @@ LIKE: dict[type, Callable[[Any], bool]] = {  # type of an example: check
     str: lambda value: isinstance(value, str),
     Tensor: is_scalar,
     type(None): lambda value: value is None or is_number(value) or is_scalar(value),
-} | dict.fromkeys((dict, list, tuple), lambda value: False)
+    **dict.fromkeys((dict, list, tuple), lambda value: False),
+}
 
 
 def check_tensors(
