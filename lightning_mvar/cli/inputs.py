@@ -53,7 +53,7 @@ EXPECTED_BY_COMMAND = {
     "edit": {"image": IMAGE, "mask": IMAGE},
     "shards": {"folder": "a folder that `tokenize` or `sample --tokens` wrote"},
 }
-FIRST_WORDS = {"merge": NETWORK_KINDS, "report": "the folder of a sweep", "sweep": "a sweep file"}
+EXPECTED_WORDS = {"merge": NETWORK_KINDS, "report": "the folder of a sweep", "sweep": "a sweep file"}
 # Other options, no value, addresses, splits, patterns, and ADM's references.
 NOT_A_PATH = re.compile(rf"^(-.*|{'|'.join(NULLS)}|imagenet\d+|)$|[:*?{{\[]")
 RANKS = ("LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID")  # set by Lightning, torchrun and Slurm for one of several ranks
@@ -85,16 +85,16 @@ def check_inputs(name: str, *words: str) -> None:
     if continues(given):
         for unneeded in ("model.weights", "samples"):  # `evaluate` draws the samples from a checkpoint
             given.pop(unneeded, None)
-    if name in FIRST_WORDS:
+    if name in EXPECTED_WORDS:
         for word in takewhile(lambda word: not word.startswith("-"), words):
-            require("", find_config(word), FIRST_WORDS[name])
+            require_existing("", find_config(word), EXPECTED_WORDS[name])
     for option, kinds in expected.items():
         value, source = given.get(option, NOTHING)
-        require(f"{source}--{option} ", value, kinds)
+        require_existing(f"{source}--{option} ", value, kinds)
     check_classes(given.get("classes", NOTHING), given.get("ckpt_path", NOTHING).value)
 
 
-def require(label: str, place: str, kinds: str) -> None:
+def require_existing(label: str, place: str, kinds: str) -> None:
     """Raises InputError if a place does not exist, and is no name on the Hub where one is expected."""
     if is_missing(place) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(place) is None):
         raise InputError(f"{label}{place:.200} does not exist; it must be {kinds}")

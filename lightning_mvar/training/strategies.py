@@ -158,12 +158,12 @@ class FSDP2Strategy(DataParallelStrategy):
             register_fsdp_forward_method(module, "redraw")
 
 
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="weights sharded block by block (PyTorch FSDP2)")
+
+
 def shard_function(strategy: Strategy | None) -> Callable[[nn.Module], None]:
     """Returns the function that shards a part of a network; without FSDP2, it does nothing."""
     return strategy.shard if isinstance(strategy, FSDP2Strategy) else lambda part: None
-
-
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="weights sharded block by block (PyTorch FSDP2)")
 
 
 def build_network(

@@ -71,13 +71,12 @@ def test_drawing_a_scale_again_begins_with_the_state_before_it(tmp_path: Path) -
     assert mvar["state_bytes_per_image"] == state_bytes(Setting("d12", depth=1, narrow=True).network, torch.float32)
 
 
-@pytest.mark.usefixtures("narrow")
 def test_memory_of_all_resolutions(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     assert run(["bench", "memory", "--size", "d12", "--depth", "1", "--versus", "mixer=var", "--json", str(file)]) == 0
     state_bytes = {(r["mixer"], r["resolution"]): r["state_bytes_per_image"] for r in json.loads(file.read_text())}
     assert len({state_bytes["mvar", side] for side in (256, 512, 1024)}) == 1
-    assert state_bytes["var", 1024] == 2 * 4 * 9451 * 64
+    assert state_bytes["var", 1024] == 2 * 4 * 9451 * 768
 
 
 @pytest.mark.usefixtures("narrow")
