@@ -47,7 +47,7 @@ def decompression_bomb(image: Image.Image) -> bytes:
 
 UNUSUAL: dict[str, Callable[[Image.Image], bytes]] = {  # decodable files by name
     "cmyk.jpg": lambda image: encoded(image.convert("CMYK"), "JPEG"),
-    "grey.jpg": lambda image: encoded(image.convert("L"), "JPEG"),
+    "gray.jpg": lambda image: encoded(image.convert("L"), "JPEG"),
     "palette.png": lambda image: encoded(image.convert("P"), "PNG"),
     "sixteen_bit.png": sixteen_bit,
     "half_transparent.png": half_transparent,

@@ -62,7 +62,7 @@ def reconstruct(snapshots: list[Profile], wanted: Profile) -> tuple[list[float],
     norm = inner_product(wanted, wanted) * wanted.step
     ones = np.ones((len(snapshots), 1))
     system = np.block([[overlaps, ones], [ones.T, np.zeros((1, 1))]])  # the last unknown is the multiplier of the sum
-    # Equations of neighbouring snapshots are nearly dependent; the solution of least norm amplifies rounding least.
+    # Equations of neighboring snapshots are nearly dependent; the solution of least norm amplifies rounding least.
     coefficients = np.linalg.lstsq(system, np.append(targets, 1.0), rcond=1e-12)[0][:-1]
     difference = coefficients @ overlaps @ coefficients - 2 * coefficients @ targets + norm
     return coefficients.tolist(), float((max(difference, 0.0) / norm) ** 0.5)

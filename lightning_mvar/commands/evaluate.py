@@ -78,7 +78,7 @@ def evaluate(
             --extractor.images in about a minute; or the class path of an nn.Module with num_features, images in [0, 1]
             -> features. The default is a small classifier: of digits or photos, or trained on the reference's own
             images, for scores that compare on the same data only.
-        crop: resizing of real images in files before their centre is cropped. var: shorter side to --margin times the
+        crop: resizing of real images in files before their center is cropped. var: shorter side to --margin times the
             side of the samples, Lanczos. adm: box averaging, then bicubic, as ADM's references. torchvision-bilinear,
             torchvision-bicubic: Resize and CenterCrop. Scores against references of different protocols do not
             compare.

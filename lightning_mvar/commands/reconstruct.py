@@ -47,12 +47,12 @@ def reconstruct(
 
     Args:
         tokenizer: folder that `train-tokenizer` or `export` wrote, published file, or vae-ch160v4096z32.
-        images: image source, as for `lightning-mvar tokenize`; their centre is cropped.
+        images: image source, as for `lightning-mvar tokenize`; their center is cropped.
         extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE); Timm or Transformers,
             with --extractor.model; ImageClassifier, trained on --extractor.images; or the class path of an nn.Module
             with num_features, images in [0, 1] -> features. The default for digits and photos is a small classifier.
             Without an extractor there is no Frechet distance.
-        crop: how images in files are resized before their centre is cropped; see `evaluate`.
+        crop: how images in files are resized before their center is cropped; see `evaluate`.
         margin: with --crop var, ratio of the resized shorter side to the crop; 1 cuts nothing off square images.
         perturb: also report the perturbed Frechet distance, with InceptionV3 pFID: between originals and images decoded
             after 50, 70 or 90 % of the tokens were drawn anew among the 1/64, 1/32 or 1/16 of the codes nearest to

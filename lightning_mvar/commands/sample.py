@@ -38,7 +38,7 @@ def sample(
     """Draws images with a trained network. Run the same command again after an interruption to draw the missing ones.
 
     Image i of a seed has a random stream of its own, for any batch size and number of devices. Other batch sizes round
-    differently: in float32, a few images then differ by a grey level (docs/devices.md has figures).
+    differently: in float32, a few images then differ by a gray level (docs/devices.md has figures).
 
     Args:
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.

@@ -1,4 +1,4 @@
-"""`shards`: verifies, summarises and decodes a folder of token shards."""
+"""`shards`: verifies, summarizes and decodes a folder of token shards."""
 
 from __future__ import annotations
 

@@ -76,10 +76,10 @@ def tokenize(
         class_names: `imagenet`, or a file with one name per line, in label order: of classes that are numbers, or those
             that the class folders must be among.
         split: hold out a tenth of the images, chosen by class and name, for validation: IMAGES:train goes to OUT/train,
-            and IMAGES:val, a centre crop each, to OUT/val.
+            and IMAGES:val, a center crop each, to OUT/val.
         margin: images are resized to cover this many times the tokenizer's input, then cropped; 1 cuts nothing off
             square images.
-        views: samples per image: 1 is the centre crop, more are random crops.
+        views: samples per image: 1 is the center crop, more are random crops.
         flips: mirror half of the random crops.
         seed: seed of the random crops.
         shard_size: samples per shard.

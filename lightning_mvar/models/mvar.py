@@ -136,7 +136,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialises in place: small writes to the residual stream, the first two gates nearly closed."""
+        """Initializes in place: small writes to the residual stream, the first two gates nearly closed."""
         d, output_scale = self.config.width, 1 / math.sqrt(2 * self.config.depth)
         init_part(self, weight_std(d))
         self.mlp[2].weight.mul_(output_scale)  # type: ignore[operator]
@@ -297,14 +297,14 @@ class MVAR(nn.Module):
             return F.linear(x, *float_parameters(self.head))  # (b, l, v)
 
     def init_weights(self) -> None:
-        """Initialises every parameter in place (VAR, appendix; M-VAR keeps it)."""
+        """Initializes every parameter in place (VAR, appendix; M-VAR keeps it)."""
         for block in self.blocks:
             block.init_weights()  # type: ignore[operator]
         self.init_outer_weights()
 
     @torch.no_grad()
     def init_outer_weights(self) -> None:
-        """Initialises in place everything outside the blocks: embeddings, input projection, head."""
+        """Initializes in place everything outside the blocks: embeddings, input projection, head."""
         std = weight_std(self.config.width)
         for name, module in self.named_children():
             if name != "blocks":
@@ -331,7 +331,7 @@ def weight_std(width: int) -> float:
 
 
 def init_part(part: nn.Module, std: float) -> None:
-    """Draws weights from a normal truncated at +-2, sets biases to 0, and lets mixers initialise the rest."""
+    """Draws weights from a normal truncated at +-2, sets biases to 0, and lets mixers initialize the rest."""
     for module in part.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.trunc_normal_(module.weight, std=std)

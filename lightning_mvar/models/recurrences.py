@@ -28,7 +28,7 @@ from lightning_mvar.models.base import Mixer, State
 from lightning_mvar.ops.conv import convolve
 from lightning_mvar.ops.linear_attention import MIN_LOG_DECAY, linear_attention
 from lightning_mvar.ops.mamba2 import Mamba2Parameters, mamba2
-from lightning_mvar.ops.neighbours import reading_order
+from lightning_mvar.ops.neighbors import reading_order
 from lightning_mvar.ops.selective_scan import selective_scan
 from lightning_mvar.scales import Shape, lengths_of
 

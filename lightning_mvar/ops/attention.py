@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mvar.ops.kernels import KERNELS
-from lightning_mvar.ops.neighbours import neighbourhood, window_mask
+from lightning_mvar.ops.neighbors import neighborhood, window_mask
 from lightning_mvar.scales import Shape, lengths_of
 
 
@@ -102,7 +102,7 @@ def attend_window(
     """
     if q.is_cuda:
         return attend_masked(q, k, v, shapes, window, softmax_scale)
-    positions, inside = neighbourhood(shapes, window, q.device)
+    positions, inside = neighborhood(shapes, window, q.device)
     keys, values = (t[:, :, positions] for t in (k, v))  # (b, h, l, w, p)
     mask = inside[:, None]  # (l, 1, w)
     return F.scaled_dot_product_attention(q[..., None, :], keys, values, mask, scale=softmax_scale)[..., 0, :]

@@ -183,8 +183,8 @@ def kept_tokens_mask(schedule: ScaleSchedule, mask: Tensor) -> Tensor:
     A token is kept if more than half of its cell is. The token of a 1 x 1 scale, which sets the layout of the complete
     image, is kept if any pixel is.
 
-    The masks of VAR's zero-shot editing are the same for a centred box of half the side. They differ in cells that an
-    edge of the mask crosses: VAR interpolates the mask, reduced to the last scale, at the centre of each cell. And VAR
+    The masks of VAR's zero-shot editing are the same for a centered box of half the side. They differ in cells that an
+    edge of the mask crosses: VAR interpolates the mask, reduced to the last scale, at the center of each cell. And VAR
     keeps the token of the 1 x 1 scale even if no pixel is kept.
     """
     kept = []

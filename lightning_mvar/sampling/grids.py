@@ -67,7 +67,7 @@ def with_row_names(grid: Tensor, names: Sequence[str]) -> Tensor:
 def captioned_pair(original: Tensor | None, reconstruction: Tensor, *captions: str) -> Tensor:
     """Stacks an original above its reconstruction, both (3, H, W), under captions: a figure (3, H', W').
 
-    An unavailable original is grey. Each caption is one line, cut to the width; small images are magnified, so that
+    An unavailable original is gray. Each caption is one line, cut to the width; small images are magnified, so that
     the captions are legible.
     """
     original = torch.full_like(reconstruction, 0.5) if original is None else original

@@ -97,7 +97,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles the side: nearest neighbour, then a 3 x 3 convolution."""
+    """Doubles the side: nearest neighbor, then a 3 x 3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=3, padding=1)

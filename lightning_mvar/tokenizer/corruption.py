@@ -3,7 +3,7 @@
 Infinity flips bits of each scale's code and quantizes the residual of the image's features again, so later scales learn
 to repair the error. Here tokens are code indices, and no features are needed.
 
-Shapes: b images, l tokens of all scales, n tokens of a scale, v vocabulary, c code dim, m neighbours.
+Shapes: b images, l tokens of all scales, n tokens of a scale, v vocabulary, c code dim, m neighbors.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def corrupt(quantizer: ResidualQuantizer, tokens: Tensor, replace: Callable[[Ten
     return Corrupted(torch.cat(inputs, dim=1), torch.cat(targets, dim=1))
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """The nearest other codes of each code, nearest first."""
 
     codes: Tensor  # (v, m) int64
     cumulative: Tensor  # (v, m) float32 cumulative probabilities
 
     @classmethod
-    def of(cls, codebook: Tensor, count: int, temperature: float | None = None) -> Neighbours:
+    def of(cls, codebook: Tensor, count: int, temperature: float | None = None) -> Neighbors:
         """Finds the `count` nearest codes in L2 of each code in a codebook (v, c), count < v.
 
         Args:
@@ -74,6 +74,6 @@ class Neighbours(NamedTuple):
         return cls(codes, logits.softmax(dim=1).cumsum(dim=1).float())
 
     def draw(self, tokens: Tensor, uniforms: Tensor) -> Tensor:
-        """Draws a neighbour of each token (b, n), one for each number (b, n) in [0, 1)."""
+        """Draws a neighbor of each token (b, n), one for each number (b, n) in [0, 1)."""
         choice = torch.searchsorted(self.cumulative[tokens], uniforms[..., None].contiguous(), right=True)
         return self.codes[tokens].gather(-1, choice.clamp(max=self.codes.shape[1] - 1))[..., 0]

@@ -6,7 +6,7 @@
 | f, f_BChw                   | features     | (b, c, s, t) encoder output; s x t is the last token map      |
 | f_hat                       | f_hat        | (b, c, s, t) sum of the contributions of the scales so far    |
 | f_rest                      | residual     | features - f_hat                                              |
-| phi_k, quant_resi           | phi          | convolutions after upsampling, shared by neighbouring scales  |
+| phi_k, quant_resi           | phi          | convolutions after upsampling, shared by neighboring scales  |
 | r_k, idx_Bl                 | tokens       | (b, l) indices into the codebook, all scales packed           |
 
 Tokenizing, teacher forcing, decoding and sampling all use `accumulate`, the residual step "upsample the code map, phi,

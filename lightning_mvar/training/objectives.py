@@ -28,7 +28,7 @@ from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.philox import TOKENS, uniform
 from lightning_mvar.scales import ScaleSchedule
-from lightning_mvar.tokenizer.corruption import Neighbours, corrupt
+from lightning_mvar.tokenizer.corruption import Neighbors, corrupt
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.references import Reference
 
@@ -166,10 +166,10 @@ class SelfCorrecting(TeacherForced):
 
     Args:
         max_share: largest share of tokens to replace; each image draws its own, uniform in [0, max_share].
-        replacement: `neighbours` draws among the codes nearest to the token's own; `own` draws from the network's
+        replacement: `neighbors` draws among the codes nearest to the token's own; `own` draws from the network's
             prediction given the true coarser scales, at the cost of a forward pass.
-        neighbours: number of nearest codes to draw from.
-        temperature: draw neighbours with probabilities proportional to exp(-d / temperature), d their squared distance
+        neighbors: number of nearest codes to draw from.
+        temperature: draw neighbors with probabilities proportional to exp(-d / temperature), d their squared distance
             relative to that of the nearest different code, averaged over all codes; null draws them evenly.
         loss_weights: see `TeacherForced`.
         label_smoothing: see `TeacherForced`.
@@ -178,28 +178,28 @@ class SelfCorrecting(TeacherForced):
     def __init__(
         self,
         max_share: float = 0.3,
-        replacement: Literal["neighbours", "own"] = "neighbours",
-        neighbours: int = 16,
+        replacement: Literal["neighbors", "own"] = "neighbors",
+        neighbors: int = 16,
         temperature: float | None = None,
         loss_weights: list[float] | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(loss_weights, label_smoothing)
         require_in("[0, 1]", "objective.", max_share=max_share)
-        require_in("[1, inf)", "objective.", neighbours=neighbours)
+        require_in("[1, inf)", "objective.", neighbors=neighbors)
         require_in("(0, inf)", "objective.", temperature=temperature)
         self.max_share, self.replacement = max_share, replacement
-        self.num_neighbours, self.temperature = neighbours, temperature
-        self.neighbours: Neighbours | None = None  # of the codes in `codebook`, once its device is known
+        self.num_neighbors, self.temperature = neighbors, temperature
+        self.neighbors: Neighbors | None = None  # of the codes in `codebook`, once its device is known
         self.codebook: Tensor | None = None
 
     def check(self, network: MVARConfig) -> None:
         super().check(network)
         if network.prediction != "scale":
             raise InputError("the objective SelfCorrecting needs a network that predicts scales, not single tokens")
-        if self.replacement == "neighbours" and self.num_neighbours >= network.vocab_size:
+        if self.replacement == "neighbors" and self.num_neighbors >= network.vocab_size:
             raise InputError(
-                f"objective.neighbours is {self.num_neighbours}, but a code has only {network.vocab_size - 1} others"
+                f"objective.neighbors is {self.num_neighbors}, but a code has only {network.vocab_size - 1} others"
             )
 
     def __call__(self, learner: Learner, batch: TokenBatch, labels: Tensor, batch_idx: int) -> Scores:
@@ -208,7 +208,7 @@ class SelfCorrecting(TeacherForced):
         draws = uniform(keys, rows, batch.tokens.shape[1], TOKENS)  # (b, 3, l)
         with torch.no_grad():
             replaced = draws[:, CHOICE] < self.max_share * draws[:, SHARE, :1]  # (b, l)
-            draw = self.draw_own if self.replacement == "own" else self.draw_neighbours
+            draw = self.draw_own if self.replacement == "own" else self.draw_neighbors
             others = draw(learner, batch, labels, draws[:, REPLACEMENT])
 
             def replace(targets: Tensor, span: slice) -> Tensor:
@@ -221,12 +221,12 @@ class SelfCorrecting(TeacherForced):
         schedule = learner.network_config.schedule
         return Scores(self.mean(losses, schedule), losses, correct, {"repaired": repaired})
 
-    def draw_neighbours(self, learner: Learner, batch: TokenBatch, labels: Tensor, uniforms: Tensor) -> Replacement:
+    def draw_neighbors(self, learner: Learner, batch: TokenBatch, labels: Tensor, uniforms: Tensor) -> Replacement:
         codebook = learner.tokenizer.quantizer.codebook.weight
-        table = self.neighbours
+        table = self.neighbors
         if table is None or self.codebook is not codebook or table.codes.device != codebook.device:
-            table = Neighbours.of(codebook, self.num_neighbours, self.temperature)
-            self.neighbours, self.codebook = table, codebook
+            table = Neighbors.of(codebook, self.num_neighbors, self.temperature)
+            self.neighbors, self.codebook = table, codebook
         return lambda targets, span: table.draw(targets, uniforms[:, span])
 
     def draw_own(self, learner: Learner, batch: TokenBatch, labels: Tensor, uniforms: Tensor) -> Replacement:

@@ -70,7 +70,7 @@ def change_width(folder: Path) -> None:
 
 def add_a_field(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["network"]["colour"] = "red"
+    config["network"]["color"] = "red"
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -82,7 +82,7 @@ def add_a_field(folder: Path) -> None:
         (truncate_weights, r"network\.safetensors is damaged"),
         (delete_weights, r"network\.safetensors does not exist"),
         (change_width, r"does not fit MVAR: start_embed is \(1, 1, 64\), not \(1, 1, 128\);.* and \d+ more"),
-        (add_a_field, r"config\.json: network\.colour is not a field of this version"),
+        (add_a_field, r"config\.json: network\.color is not a field of this version"),
     ],
 )
 def test_damaged_folders_are_named(tokenizer: Tokenizer, tmp_path: Path, damage, message: str) -> None:

@@ -160,8 +160,8 @@ def test_the_distance_of_a_set_to_itself_is_0_and_the_floor_distance_is_reported
 def test_the_classes_drawn_worst_are_reported(workspace: Path) -> None:
     """All samples look like the class `light`, whatever their label."""
     pixels = np.random.default_rng(1).integers(80, 170, (18, 8, 8, 3), dtype=np.uint8)
-    np.savez("labelled.npz", pixels, np.arange(18) % 3)
-    record = evaluate_scores("labelled.npz", "--worst_classes", "2")
+    np.savez("labeled.npz", pixels, np.arange(18) % 3)
+    record = evaluate_scores("labeled.npz", "--worst_classes", "2")
     distances = {name: value for name, value in record.items() if name.startswith("frechet_distance_of_")}
     assert distances.keys() == {"frechet_distance_of_dark", "frechet_distance_of_mixed"}
     assert [*distances.values()] == sorted(distances.values(), reverse=True)

@@ -340,7 +340,7 @@ def test_the_last_frame_of_an_animation_is_the_grid(workdir: Path, suffix: str) 
         animation.seek(3)
         last, expected = np.asarray(animation.convert("RGB")).astype(int), np.asarray(grid).astype(int)
     assert last.shape == expected.shape
-    assert np.abs(last - expected).mean() < (8 if suffix == ".gif" else 1)  # GIF has 256 colours
+    assert np.abs(last - expected).mean() < (8 if suffix == ".gif" else 1)  # GIF has 256 colors
 
 
 def test_rows_of_the_grid_have_class_names(workdir: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_folder_has_one_sweep_at_a_time(run_folder: Path, capfd: pytest.Captur
         ("18", "18", ["--jobs", "0"], "--jobs must be at least 1"),
         ("18", "18", ["--ray.gpu", "1"], "--ray is for --launcher ray, not local"),
         ("18", "18", ["--launcher", "slurm"], "launcher"),
-        ("18", "18", ["--launcher", "submitit", "--submitit.colour", "red"], "--submitit: "),
+        ("18", "18", ["--launcher", "submitit", "--submitit.color", "red"], "--submitit: "),
     ],
 )
 def test_mistakes_are_reported_before_anything_runs(

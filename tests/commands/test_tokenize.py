@@ -89,7 +89,7 @@ def command(source: str, out: str, *options: str) -> list[str]:
 
 
 def test_tokens_equal_those_of_a_plain_loop(workdir: Path, files: dict[str, bytes], tokenizer: Tokenizer) -> None:
-    """The loop resizes each file, crops the centre and encodes it."""
+    """The loop resizes each file, crops the center and encodes it."""
     actual = samples(Path("complete"))
     readable = [key for key in files if not key.endswith(tuple(f"_{name}" for name in BROKEN))]
     assert actual.keys() == set(readable)

@@ -91,7 +91,7 @@ def test_our_configs_read_back(config: Any) -> None:
         (whole(parts=[{"name": "a", "size": 1.0}]), "parts[0].size is 1.0; it must be an integer"),
         (whole(parts=[{"name": "a", "size": 2**63}]), "it must be an integer of 64 bits"),
         (whole(parts=[{"name": "a", "size": -1}]), "part.size must be at least 0, got -1"),
-        (whole(parts=[{"name": "a", "colour\n": 1}]), "parts[0].'colour\\n' is not a field of this version; it knows"),
+        (whole(parts=[{"name": "a", "color\n": 1}]), "parts[0].'color\\n' is not a field of this version; it knows"),
         (whole(mode="slow"), "mode is 'slow'; it must be one of 'fast', 'exact'"),
         (whole(flag=1), "flag is 1; it must be true or false"),
         (whole(note=[]), "note is []; it must be a string"),

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import accumulate
 
 import pytest
@@ -10,7 +11,7 @@ from lightning_mvar import MVAR, MVARConfig, ScaleSchedule
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.attention import Attention
 from lightning_mvar.models.base import Mixer
-from lightning_mvar.models.config import INTRA_SCALE_MIXERS, SIZES
+from lightning_mvar.models.config import INTRA_SCALE_MIXERS, SIZES, NetworkOptions
 from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.scales import Shape
 
@@ -351,6 +352,15 @@ def test_drop_path_rises_linearly_over_the_blocks() -> None:
 def test_invalid_configurations_are_rejected(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny_network(**overrides)
+
+
+def test_network_options_are_the_fields_of_the_config_all_unset() -> None:
+    options, config = fields(NetworkOptions), fields(MVARConfig)
+    assert [option.name for option in options] == [field.name for field in config]
+    for option, field in zip(options, config, strict=True):
+        assert option.default is None, option.name
+        assert option.type == f"{field.type} | None"
+    assert NetworkOptions().complete() == MVARConfig()
 
 
 def test_an_unknown_size_is_refused() -> None:

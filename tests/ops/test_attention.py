@@ -139,7 +139,7 @@ def test_previous_scale_attention_is_a_two_block_mask(qkv: Tensor) -> None:
 @pytest.mark.parametrize("schedule", [SCHEDULE, OBLONG])
 @pytest.mark.parametrize("window", [1, 3, 5])
 @pytest.mark.parametrize("attend", [attend_window, attend_masked])
-def test_window_attention_is_a_mask_of_neighbours_on_the_map(  # type: ignore[no-untyped-def]
+def test_window_attention_is_a_mask_of_neighbors_on_the_map(  # type: ignore[no-untyped-def]
     attend, qkv: Tensor, window: int, schedule: ScaleSchedule
 ) -> None:
     positions = [

@@ -324,7 +324,7 @@ def test_a_token_is_kept_if_more_than_half_of_its_cell_is() -> None:
 
 @pytest.mark.parametrize("inpainting", [True, False])
 @pytest.mark.parametrize("resolution", [256, 512, 1024])
-def test_a_centred_box_keeps_the_tokens_that_var_keeps(resolution: int, inpainting: bool) -> None:
+def test_a_centered_box_keeps_the_tokens_that_var_keeps(resolution: int, inpainting: bool) -> None:
     """VAR's get_edit_mask and replace_embedding (demo_zero_shot_edit.ipynb) for the box from 1/4 to 3/4 of the side.
 
     At sides 6, 10 and 18 the edges of the box halve cells.

@@ -249,7 +249,7 @@ def test_beta_moves_the_logits_of_a_scale_away_from_those_before(strength: float
 
 
 def enlarged(values: Tensor, shape: tuple[int, int], larger: tuple[int, int]) -> Tensor:
-    """Interpolates (b, n, v) bilinearly between the centres of its cells, in plain loops."""
+    """Interpolates (b, n, v) bilinearly between the centers of its cells, in plain loops."""
     grid, result = values.unflatten(1, shape), []
     for row in range(larger[0]):
         for column in range(larger[1]):
@@ -263,7 +263,7 @@ def enlarged(values: Tensor, shape: tuple[int, int], larger: tuple[int, int]) ->
     return torch.stack(result, dim=1)
 
 
-def test_maps_are_enlarged_between_the_centres_of_cells_also_if_oblong() -> None:
+def test_maps_are_enlarged_between_the_centers_of_cells_also_if_oblong() -> None:
     logits, before = torch.randn(2, 15, 4), torch.randn(2, 6, 4)
     expected = logits + 0.5 * (logits - enlarged(before, (2, 3), (3, 5)))
     torch.testing.assert_close(sharpen(logits, before, (3, 5), (2, 3), 0.5), expected)

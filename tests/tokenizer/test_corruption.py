@@ -1,4 +1,4 @@
-"""Corrupted pyramids against a loop over single images, and neighbours against a sorted list of distances."""
+"""Corrupted pyramids against a loop over single images, and neighbors against a sorted list of distances."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from conftest import SCHEDULE, random_tokens
 from torch import Tensor
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.tokenizer.corruption import Neighbours, corrupt
+from lightning_mvar.tokenizer.corruption import Neighbors, corrupt
 
 TOKENS = random_tokens(6)
 OTHERS = random_tokens(6, seed=1)
@@ -62,27 +62,27 @@ def test_targets_repair_errors_that_the_true_tokens_leave(tokenizer: Tokenizer) 
     assert (quantizer.decode(repaired) - f).square().mean() < 0.8 * (quantizer.decode(kept) - f).square().mean()
 
 
-def test_neighbours_are_the_nearest_codes_and_are_drawn_by_their_distance() -> None:
+def test_neighbors_are_the_nearest_codes_and_are_drawn_by_their_distance() -> None:
     codebook = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     squared = torch.cdist(codebook, codebook).square()
     nearest = [sorted(set(range(20)) - {i}, key=lambda j: float(squared[i, j]))[:3] for i in range(20)]
-    assert Neighbours.of(codebook, 3).codes.tolist() == nearest
+    assert Neighbors.of(codebook, 3).codes.tolist() == nearest
     unit = sum(float(squared[i, codes[0]]) for i, codes in enumerate(nearest)) / 20
     tokens, uniforms = torch.full((1, 40_000), 7), torch.rand(1, 40_000, generator=torch.Generator().manual_seed(0))
     for temperature in (None, 0.5):
-        drawn = Neighbours.of(codebook, 3, temperature).draw(tokens, uniforms)
+        drawn = Neighbors.of(codebook, 3, temperature).draw(tokens, uniforms)
         weights = torch.ones(3) if temperature is None else (-squared[7, nearest[7]] / (temperature * unit)).exp()
         frequencies = torch.bincount(drawn[0], minlength=20)[nearest[7]] / 40_000
         torch.testing.assert_close(frequencies, weights / weights.sum(), atol=0.01, rtol=0)
 
 
-def test_equal_codes_are_the_likeliest_neighbours_of_each_other() -> None:
+def test_equal_codes_are_the_likeliest_neighbors_of_each_other() -> None:
     """Each code occurs twice; the nearest different one is at distance 1 or, for the last two, 3."""
     twins = torch.tensor([0.0, 1.0, 4.0]).repeat_interleave(2)[:, None]
-    table = Neighbours.of(twins.repeat(6, 1), 35, temperature=0.5)  # more than 25 rows
+    table = Neighbors.of(twins.repeat(6, 1), 35, temperature=0.5)  # more than 25 rows
     unit = (1 + 1 + 9) / 3
     squared = (twins.repeat(6, 1) - twins[0]).square()[table.codes[0], 0].double()
     expected = (-squared / (0.5 * unit)).softmax(dim=0).cumsum(dim=0)
     torch.testing.assert_close(table.cumulative[0], expected.float())
-    equal = Neighbours.of(torch.ones(5, 2), 3, temperature=0.5)
+    equal = Neighbors.of(torch.ones(5, 2), 3, temperature=0.5)
     torch.testing.assert_close(equal.cumulative, (torch.arange(1, 4) / 3).expand(5, 3))

@@ -404,7 +404,7 @@ def test_validation_reads_nothing_from_the_device(tokenizer_folder: Path, shards
 @pytest.mark.cuda
 def test_no_step_waits_for_the_gpu(tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
     class Watch(Callback):
-        """Makes synchronising with the GPU an error from the second step on."""
+        """Makes synchronizing with the GPU an error from the second step on."""
 
         def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
             torch.cuda.set_sync_debug_mode("error" if trainer.global_step else "default")

@@ -141,10 +141,10 @@ def test_self_correction_that_replaces_nothing_is_teacher_forcing(runs: Runs) ->
     assert same_weights(runs.fit(SelfCorrecting(max_share=0), 3), runs.fit(TeacherForced(), 3))
 
 
-@pytest.mark.parametrize("replacement", ["neighbours", "own"])
+@pytest.mark.parametrize("replacement", ["neighbors", "own"])
 def test_self_correction_scores_the_targets_of_a_corrupted_pyramid(replacement: str, runs: Runs) -> None:
     """The objective's loss, computed again image by image from its random numbers."""
-    module = runs.fit(SelfCorrecting(0.8, replacement, neighbours=4))
+    module = runs.fit(SelfCorrecting(0.8, replacement, neighbors=4))
     module.network.eval()
     batch, quantizer = first_batch(module), module.tokenizer.quantizer
     keys = module.image_keys(batch, 5, "self-correction")
@@ -176,13 +176,13 @@ def test_self_correction_scores_the_targets_of_a_corrupted_pyramid(replacement: 
     assert 0 < float(scores.scalars["repaired"]) < 1
 
 
-def test_an_objective_finds_neighbours_anew_with_another_tokenizer(runs: Runs) -> None:
+def test_an_objective_finds_neighbors_anew_with_another_tokenizer(runs: Runs) -> None:
     """On another codebook on the same device, it draws what a new objective draws."""
-    module, reused, draws = runs.fit(TeacherForced()), SelfCorrecting(neighbours=4), []
+    module, reused, draws = runs.fit(TeacherForced()), SelfCorrecting(neighbors=4), []
     batch, uniforms = first_batch(module), torch.rand(8, SCHEDULE.num_tokens)
     for _ in range(2):
-        for objective in (reused, SelfCorrecting(neighbours=4)):
-            draw = objective.draw_neighbours(module, batch, batch.labels, uniforms)
+        for objective in (reused, SelfCorrecting(neighbors=4)):
+            draw = objective.draw_neighbors(module, batch, batch.labels, uniforms)
             draws.append(draw(batch.tokens, slice(None)))
         module.hidden_tokenizer[0] = Tokenizer(module.tokenizer.config)
     assert torch.equal(draws[0], draws[1])
@@ -211,7 +211,7 @@ def test_an_image_has_the_same_random_numbers_on_any_number_of_ranks(
         assert torch.equal(module.drop_labels(part, 4), labels[rows])
 
 
-@pytest.mark.parametrize("replacement", ["neighbours", "own"])
+@pytest.mark.parametrize("replacement", ["neighbors", "own"])
 def test_a_resumed_self_correcting_run_equals_an_uninterrupted_one(replacement: str, runs: Runs) -> None:
     checkpoint = ModelCheckpoint(dirpath=runs.root / "run", every_n_train_steps=4, save_top_k=-1)
     objective = SelfCorrecting(replacement=replacement)
@@ -220,7 +220,7 @@ def test_a_resumed_self_correcting_run_equals_an_uninterrupted_one(replacement: 
     assert same_weights(runs.fit(objective, 8, str(saved)), expected)
 
 
-@pytest.mark.parametrize("replacement", ["neighbours", "own"])
+@pytest.mark.parametrize("replacement", ["neighbors", "own"])
 def test_a_self_correcting_step_waits_for_nothing_but_the_norm_of_the_step_before(replacement: str, runs: Runs) -> None:
     watch = Watch()
     runs.fit(SelfCorrecting(replacement=replacement), 4, callbacks=[watch], log_every_n_steps=50)
@@ -426,7 +426,7 @@ def test_redrawn_tokens_follow_the_predictions(network: MVAR, tokenizer: Tokeniz
         (lambda: TeacherForced([0.0]), "loss_weights must be at least 0 and not all 0"),
         (lambda: TeacherForced(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
         (lambda: SelfCorrecting(max_share=1.5), r"max_share must be in \[0, 1\], got 1.5"),
-        (lambda: SelfCorrecting(neighbours=0), "neighbours must be at least 1, got 0"),
+        (lambda: SelfCorrecting(neighbors=0), "neighbors must be at least 1, got 0"),
         (lambda: SelfCorrecting(temperature=0.0), "temperature must be positive, got 0.0"),
         (lambda: DirectDiscriminative(alpha=0.0), r"objective\.alpha must be positive, got 0.0"),
         (lambda: ConditionContrastive(beta=-1.0), r"objective\.beta must be positive, got -1.0"),
@@ -441,7 +441,7 @@ def test_wrong_options_are_refused(build, message: str) -> None:  # type: ignore
     ("objective", "network", "message"),
     [
         (TeacherForced([1.0, 1.0]), {}, "loss_weights has 2 weights for 4 scales; give one per scale"),
-        (SelfCorrecting(neighbours=48), {}, "neighbours is 48, but a code has only 47 others"),
+        (SelfCorrecting(neighbors=48), {}, "neighbors is 48, but a code has only 47 others"),
         (
             SelfCorrecting(),
             {"prediction": "token", "mixers": ("block_causal_attention",)},

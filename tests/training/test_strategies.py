@@ -214,7 +214,7 @@ def test_resuming_runs_no_code_of_a_sharded_checkpoint(plain_run_folder: Path) -
         assert not owned.exists()
 
 
-def test_each_part_of_a_network_is_initialised_and_finished_before_the_next() -> None:
+def test_each_part_of_a_network_is_initialized_and_finished_before_the_next() -> None:
     config, cpu = MVARConfig(depth=3, width=32, heads=2, head_dim=32), torch.device("cpu")
     finished: list[nn.Module] = []
 

@@ -27,10 +27,10 @@ def backend(tokenizer: Tokenizer) -> PageBackend:
     return PageBackend(MVARPipeline(TrainedModel(tiny_network(), tokenizer, []), device="cpu"))
 
 
-def left_half(size: tuple[int, int], colour: Any, mode: str) -> Image.Image:
+def left_half(size: tuple[int, int], color: Any, mode: str) -> Image.Image:
     """Returns an empty image with its left half filled."""
     image = Image.new(mode, size)
-    image.paste(colour, (0, 0, size[0] // 2, size[1]))
+    image.paste(color, (0, 0, size[0] // 2, size[1]))
     return image
 
 
@@ -97,11 +97,11 @@ def test_a_canvas_without_image_or_paint_is_rejected(backend: PageBackend) -> No
 
 
 def test_an_image_lies_on_white_as_in_tokenize(backend: PageBackend) -> None:
-    """Colours under transparent pixels stay hidden, and 16-bit grey keeps its shades."""
-    hidden, grey = Image.new("RGBA", (8, 8), (255, 0, 0, 0)), Image.new("I;16", (8, 8), 128 * 257)
+    """Colors under transparent pixels stay hidden, and 16-bit gray keeps its shades."""
+    hidden, gray = Image.new("RGBA", (8, 8), (255, 0, 0, 0)), Image.new("I;16", (8, 8), 128 * 257)
     paint = [png(Image.new("RGBA", (8, 8), "red"))]
     assert backend.image_and_mask(png(hidden), paint)[0].getextrema() == ((255, 255),) * 3
-    assert backend.image_and_mask(png(grey), paint)[0].getextrema() == ((128, 128),) * 3
+    assert backend.image_and_mask(png(gray), paint)[0].getextrema() == ((128, 128),) * 3
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def fine_share(pixels: Pixels, offset: int = 0) -> float:
 
 
 def sharpness_of(pixels: Pixels) -> float:
-    """Returns the share of fine coefficients that are not zero, over both grids: resizing may favour one of them."""
+    """Returns the share of fine coefficients that are not zero, over both grids: resizing may favor one of them."""
     return (fine_share(pixels) + fine_share(pixels, BLOCK // 2)) / 2
 
 

@@ -17,7 +17,7 @@ RESOLUTION = 32
 
 @dataclass(frozen=True)
 class EmbeddedSet:
-    """Labelled square RGB images in fixed splits, each image with a margin for random crops.
+    """Labeled square RGB images in fixed splits, each image with a margin for random crops.
 
     Args:
         name: name before the colon of a source, such as `digits` in `digits:train`.

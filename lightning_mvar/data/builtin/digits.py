@@ -23,7 +23,7 @@ MARGIN = 1  # maximum shift of a random crop, in pixels of 32; shifts of 2 make 
 def load_digits(split: Split) -> tuple[Tensor, Tensor]:
     """Returns images (n, 3, 32, 32) float32 in [-1, 1], bright ink on dark, and labels (n,) int64.
 
-    The scans are 8 x 8 with 17 grey levels, enlarged bicubically. The splits are fixed and stratified by class: 1,347
+    The scans are 8 x 8 with 17 gray levels, enlarged bicubically. The splits are fixed and stratified by class: 1,347
     train and 450 test; the training digits again are 1,010 subtrain, to train on, and 337 validation, to choose
     settings on.
 
@@ -36,8 +36,8 @@ def load_digits(split: Split) -> tuple[Tensor, Tensor]:
 
     scans = load_scans()
     chosen = np.sort(split_indices(scans.target)[split])
-    grey = torch.tensor(scans.images[chosen] / 16.0, dtype=torch.float32)[:, None]  # (n, 1, 8, 8) in [0, 1]
-    large = F.interpolate(grey, size=(RESOLUTION, RESOLUTION), mode="bicubic").clamp(0, 1)
+    gray = torch.tensor(scans.images[chosen] / 16.0, dtype=torch.float32)[:, None]  # (n, 1, 8, 8) in [0, 1]
+    large = F.interpolate(gray, size=(RESOLUTION, RESOLUTION), mode="bicubic").clamp(0, 1)
     return large.expand(-1, 3, -1, -1) * 2 - 1, torch.tensor(scans.target[chosen], dtype=torch.int64)
 
 

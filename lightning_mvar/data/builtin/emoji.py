@@ -1,4 +1,4 @@
-"""The embedded emoji: OpenMoji's colour pictures (openmoji.org, CC BY-SA 4.0), drawn at 64 x 64 pixels on white.
+"""The embedded emoji: OpenMoji's color pictures (openmoji.org, CC BY-SA 4.0), drawn at 64 x 64 pixels on white.
 
 Classes are the subgroups of Unicode's emoji-test.txt 17.0, small ones merged; `emoji_classes.tsv` lists one emoji of
 each family. OpenMoji's own symbols, which are not in Unicode, are left out. Of the six skin tones of a picture, one is
@@ -35,7 +35,7 @@ MAX_LIKENESS = 3.0  # root mean square difference of the thumbnails of two pictu
 THUMBNAIL_SIDE = 8
 
 SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
-# Joiners, colour selectors, skin tones, hair, gender and direction, which vary a picture.
+# Joiners, color selectors, skin tones, hair, gender and direction, which vary a picture.
 MODIFIERS = SKIN_TONES | {0x200D, 0xFE0F, 0x2640, 0x2642, 0x27A1, *range(0x1F9B0, 0x1F9B4)}
 ADULTS = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1}  # man and woman: person
 
@@ -139,9 +139,9 @@ def draw(path: Path) -> NDArray[np.uint8]:
     """Draws a picture (64, 64, 3) on white: one pixel per unit, or smaller if it would reach over the edge."""
     image = render(path, GRID_SIDE)
     edge = (GRID_SIDE - RESOLUTION) // 2
-    centre = image[edge:-edge, edge:-edge]
-    white = (image == 255).sum() - (centre == 255).sum() == image.size - centre.size
-    return centre if white else render(path, RESOLUTION)
+    center = image[edge:-edge, edge:-edge]
+    white = (image == 255).sum() - (center == 255).sum() == image.size - center.size
+    return center if white else render(path, RESOLUTION)
 
 
 def render(path: Path, side: int) -> NDArray[np.uint8]:

@@ -37,7 +37,7 @@ MAX_SHORTER_SIDE = 432  # in pixels; at this scale a patch shows a stone or two,
 MARGIN = 4  # maximum shift of a random crop in pixels, within the patch's band
 STRIDE = 8
 PATCHES_PER_CLASS = {"train": 200, "test": 45}
-MIN_CONTRAST = 0.04  # standard deviation of grey in [0, 1]; patches below it count as empty
+MIN_CONTRAST = 0.04  # standard deviation of gray in [0, 1]; patches below it count as empty
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def select_patches(photo: NDArray[np.uint8], split: Split, layout: BandLayout = 
     side = layout.side
     positions = patch_positions(photo, split, layout)
     patches = np.stack([photo[top : top + side, left : left + side] for top, left in positions])
-    grey = patches[:, MARGIN:-MARGIN, MARGIN:-MARGIN].mean(axis=3) / 255
-    textured = patches[grey.std(axis=(1, 2)) >= MIN_CONTRAST]
+    gray = patches[:, MARGIN:-MARGIN, MARGIN:-MARGIN].mean(axis=3) / 255
+    textured = patches[gray.std(axis=(1, 2)) >= MIN_CONTRAST]
     return textured[np.linspace(0, len(textured) - 1, PATCHES_PER_CLASS[split]).round().astype(int)]
 
 

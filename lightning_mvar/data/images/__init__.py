@@ -1,1 +1,1 @@
-"""Labelled images: sources, decoding, crops, batches."""
+"""Labeled images: sources, decoding, crops, batches."""

@@ -14,7 +14,7 @@ from lightning_mvar.data.builtin.base import EmbeddedSet, Split
 from lightning_mvar.data.images.decoding import UnusableFileError, decode_image, to_tensor
 from lightning_mvar.data.images.examples import Example, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages
-from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, NOT_CROPPED, Resizing, centre_offset, resize_to_cover
+from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, NOT_CROPPED, Resizing, center_offset, resize_to_cover
 from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.scales import Shape
 
@@ -125,13 +125,13 @@ class DecodedImages:
         return self.encoded.key(index)
 
     def resize_and_crop(self, image: Image.Image, generator: Generator | None) -> Image.Image:
-        """Resizes an image and crops it at a random place drawn from `generator`, or at the centre if None."""
+        """Resizes an image and crops it at a random place drawn from `generator`, or at the center if None."""
         image = limit_longer_side(image, MAX_ASPECT_RATIO * min(image.size))
         crop = self.shape[::-1]  # (width, height), as in Pillow
         image = resize_to_cover(image, crop, self.resizing)
         slack = (image.width - crop[0], image.height - crop[1])
         if generator is None:
-            left, top = (centre_offset(side, self.resizing.protocol) for side in slack)
+            left, top = (center_offset(side, self.resizing.protocol) for side in slack)
         else:
             left, top = (int(torch.randint(side + 1, (), generator=generator)) for side in slack)
         return image.crop((left, top, left + crop[0], top + crop[1]))

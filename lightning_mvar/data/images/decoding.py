@@ -190,7 +190,7 @@ def scale_transparent_value(file: Image.Image) -> None:
 def essential_png(data: bytes) -> bytes:
     """Returns a PNG without the chunks that affect neither pixels nor orientation.
 
-    Pillow would refuse sound pixels for a large text or colour profile, or for a wrong checksum of one.
+    Pillow would refuse sound pixels for a large text or color profile, or for a wrong checksum of one.
     """
     kept, begin = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while begin + 12 <= len(data):
@@ -214,7 +214,7 @@ def is_sound_record(chunk: bytes) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts an image of any mode to 8-bit RGB, and composites it on white if it is transparent.
 
-    16-bit and 32-bit grey is scaled to 8 bits; of floats, white is the first of 1, 255, 65535 that no value exceeds,
+    16-bit and 32-bit gray is scaled to 8 bits; of floats, white is the first of 1, 255, 65535 that no value exceeds,
     else the largest value.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
@@ -243,8 +243,8 @@ def strip_to_rgb(image: Image.Image, white: float | None) -> Image.Image:
     """Converts an image to RGB on white; `white` is its `white_value`."""
     if white is not None:
         values = np.asarray(image)
-        grey = np.nan_to_num(values.astype(np.float32), posinf=white, neginf=0) * np.float32(255 / white)
-        pixels = grey.round().clip(0, 255).astype(np.uint8)
+        gray = np.nan_to_num(values.astype(np.float32), posinf=white, neginf=0) * np.float32(255 / white)
+        pixels = gray.round().clip(0, 255).astype(np.uint8)
         if isinstance(transparent := image.info.get("transparency"), int):
             pixels[values == transparent] = 255
         return Image.fromarray(pixels).convert("RGB")

@@ -1,4 +1,4 @@
-"""Labelled images of one size, by index, and batches of them."""
+"""Labeled images of one size, by index, and batches of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ImageBatch(NamedTuple):
 
 
 class Examples(Protocol):
-    """Labelled images by index."""
+    """Labeled images by index."""
 
     def __len__(self) -> int: ...
 
@@ -51,7 +51,7 @@ class Examples(Protocol):
 
 
 class ImageSource(Examples, Protocol):
-    """Labelled images of one size, cropped at the centre or at random."""
+    """Labeled images of one size, cropped at the center or at random."""
 
     class_names: list[str]
     labels: NDArray[np.int64]  # of each image, without reading it

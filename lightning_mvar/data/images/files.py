@@ -1,4 +1,4 @@
-"""Labelled image files by index, not yet decoded; `FolderImages` reads folders, sibling modules read archives."""
+"""Labeled image files by index, not yet decoded; `FolderImages` reads folders, sibling modules read archives."""
 
 from __future__ import annotations
 

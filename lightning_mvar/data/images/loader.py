@@ -19,7 +19,7 @@ class ShuffledImages(Dataset[Example]):
         images: the source.
         batch_size: images per rank.
         seed: seed of order and crops.
-        crop: centre crops, or random crops that differ in each epoch.
+        crop: center crops, or random crops that differ in each epoch.
         rank, world_size: select this process's part of each global batch.
 
     Raises:

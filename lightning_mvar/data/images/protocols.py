@@ -6,7 +6,7 @@
 | adm | halved by box averaging while both sides stay at least twice the crop, then bicubic | ADM's `center_crop_arr` |
 | torchvision-bilinear, torchvision-bicubic | shorter side to the crop | `Resize` and `CenterCrop` on PIL images |
 
-Each then crops the centre. Pillow's filters are antialiased. For an oblong crop, "shorter side" is the side that
+Each then crops the center. Pillow's filters are antialiased. For an oblong crop, "shorter side" is the side that
 limits the scale: the resized image just covers the crop.
 """
 
@@ -98,6 +98,6 @@ def scaled_size(size: Size, scale: float, least: Size) -> Size:
     return width, height
 
 
-def centre_offset(slack: int, protocol: CropProtocol) -> int:
-    """Returns the offset of a centred crop, given how many pixels the image is longer than the crop."""
+def center_offset(slack: int, protocol: CropProtocol) -> int:
+    """Returns the offset of a centered crop, given how many pixels the image is longer than the crop."""
     return round(slack / 2) if protocol.startswith("torchvision") else slack // 2

@@ -89,7 +89,7 @@ class Manifest:
         shard_size: samples per shard, fewer in the last one; skipped images count.
         order: hash of the order in which the images went into the shards.
         listing: hash of the images' names and labels, or of the source of samples.
-        views: samples per image: random crops, or the centre crop if 1.
+        views: samples per image: random crops, or the center crop if 1.
         seed: seed of the random crops.
         flips: whether half of the random crops are mirrored.
         margin: ratio of the resized shorter side of images to their crops.

@@ -119,9 +119,9 @@ def load_rows(pointer, offsets, inside):
 @triton.jit
 def normalize(value, inside, width, eps):
     """Returns rows of LayerNorm without affine, and the inverse of their standard deviations (rows, 1)."""
-    centred = tl.where(inside, value - (tl.sum(value, 1) / width)[:, None], 0.0)
-    inverse = (1 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps))[:, None]
-    return centred * inverse, inverse
+    centered = tl.where(inside, value - (tl.sum(value, 1) / width)[:, None], 0.0)
+    inverse = (1 / tl.sqrt(tl.sum(centered * centered, 1) / width + eps))[:, None]
+    return centered * inverse, inverse
 
 
 @triton.jit

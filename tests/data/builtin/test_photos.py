@@ -80,12 +80,12 @@ def test_images_are_parts_of_their_photo(photos: EmbeddedSet, gravel: NDArray[np
     ],
 )
 def test_train_and_test_share_no_pixel_even_before_resizing(size: tuple[int, int], layout: BandLayout) -> None:
-    """Each pixel of the photo has a unique colour, which reveals its column; margins are included."""
+    """Each pixel of the photo has a unique color, which reveals its column; margins are included."""
     height, width = size
-    colours = (
+    colors = (
         np.arange(height * width) * 0x9E3779 % 2**24
-    )  # an odd factor: all colours differ, those of neighbours strongly
-    photo = np.stack([colours >> shift & 255 for shift in (0, 8, 16)], axis=1).astype(np.uint8)
+    )  # an odd factor: all colors differ, those of neighbors strongly
+    photo = np.stack([colors >> shift & 255 for shift in (0, 8, 16)], axis=1).astype(np.uint8)
     columns = {}
     for split in ("train", "test"):
         pixels = select_patches(photo.reshape(height, width, 3), split, layout).reshape(-1, 3).astype(int)
@@ -108,8 +108,8 @@ def test_random_crops_move_by_up_to_four_pixels_of_the_photo(gravel: NDArray[np.
     )
     top, left = locate_patch(example.image, gravel)
     positions = [locate_patch(photos.random_crop(index, generator).image, gravel) for _ in range(150)]
-    for axis, centre in enumerate((top, left)):
-        assert {position[axis] - centre for position in positions} == set(range(-4, 5))
+    for axis, center in enumerate((top, left)):
+        assert {position[axis] - center for position in positions} == set(range(-4, 5))
 
 
 def test_photo_patches_are_deterministic() -> None:

@@ -27,7 +27,7 @@ def test_a_folder_gives_classes_in_order_and_square_crops(image_folder: Path) ->
     assert batch.images.max() <= 1
 
 
-def test_the_crop_is_the_centre_of_the_resized_image(image_folder: Path) -> None:
+def test_the_crop_is_the_center_of_the_resized_image(image_folder: Path) -> None:
     with Image.open(image_folder / "b/1.png") as original:
         resized = original.resize((36, 18), Image.Resampling.LANCZOS)  # the shorter side to 1.125 x 16
     expected = torch.from_numpy(np.asarray(resized, dtype=np.float32)[1:17, 10:26]).permute(2, 0, 1) / 127.5 - 1
@@ -37,7 +37,7 @@ def test_the_crop_is_the_centre_of_the_resized_image(image_folder: Path) -> None
 
 
 def test_oblong_crops_keep_as_much_of_the_image_as_possible(image_folder: Path) -> None:
-    """A 40 x 20 image is resized to just cover 1.125 times the crop, then random_crop at its centre."""
+    """A 40 x 20 image is resized to just cover 1.125 times the crop, then random_crop at its center."""
     with Image.open(image_folder / "b/1.png") as original:
         for shape, resized, box in (
             ((16, 24), (36, 18), (6, 1, 30, 17)),  # height is the limit
@@ -189,9 +189,9 @@ def test_a_corrupt_image_is_named_and_raised_or_skipped(image_folder: Path, name
 def test_random_crops_of_digits_are_shifts_by_a_pixel() -> None:
     """Compares the interior with the nine rolled copies of the digit."""
     generator, digits = torch.Generator().manual_seed(0), open_images("digits:test", 32)
-    centred = digits[5].image
+    centered = digits[5].image
     inner = slice(1, -1)
-    candidates = [centred.roll((dy, dx), dims=(1, 2))[:, inner, inner] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    candidates = [centered.roll((dy, dx), dims=(1, 2))[:, inner, inner] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     crops = [digits.random_crop(5, generator).image for _ in range(60)]
     assert all(image.shape == (3, 32, 32) for image in crops)
     shifts = [

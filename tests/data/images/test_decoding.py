@@ -19,20 +19,20 @@ def mean_error(image: Image.Image, expected: np.ndarray) -> float:
 
 
 def test_unusual_formats_decode_to_their_appearance(original: Image.Image) -> None:
-    colour = np.asarray(original).astype(float)
-    grey = np.repeat(np.asarray(original.convert("L")).astype(float)[..., None], 3, axis=2)
-    on_white = colour.copy()
+    color = np.asarray(original).astype(float)
+    gray = np.repeat(np.asarray(original.convert("L")).astype(float)[..., None], 3, axis=2)
+    on_white = color.copy()
     on_white[:, original.width // 2 :] = 255
     expected = {
-        "cmyk.jpg": (colour, 12),
-        "grey.jpg": (grey, 6),
+        "cmyk.jpg": (color, 12),
+        "gray.jpg": (gray, 6),
         "palette.png": (np.asarray(original.convert("P").convert("RGB")).astype(float), 0),
-        "sixteen_bit.png": (grey, 0),
+        "sixteen_bit.png": (gray, 0),
         "half_transparent.png": (on_white, 0),
-        "rotated.jpg": (colour, 6),
-        "tiny.png": (colour[:1, :1], 0),
-        "modern.webp": (colour, 12),
-        "actually_png.jpg": (colour, 0),
+        "rotated.jpg": (color, 6),
+        "tiny.png": (color[:1, :1], 0),
+        "modern.webp": (color, 12),
+        "actually_png.jpg": (color, 0),
     }
     for name, (pixels, tolerance) in expected.items():
         image = decode_image(UNUSUAL[name](original))

@@ -179,10 +179,10 @@ def test_label_files_work_for_flat_folders(validation: tuple[Path, dict[str, int
     assert folder.listing == packed.listing
     assert all(folder.read(i) == packed.read(i) for i in range(len(folder)))
     assert folder.display_path(0) == str(tmp_path / "val" / folder.key(0).split("/")[1])
-    unlabelled = open_encoded(str(tmp_path / "val"), None, None)  # commands without labels hold out the same images
+    unlabeled = open_encoded(str(tmp_path / "val"), None, None)  # commands without labels hold out the same images
     names = [folder.key(i).split("/")[1] for i in range(len(folder))]
     assert folder.held_out.tolist() == packed.held_out.tolist() == [is_held_out(name) for name in names]
-    assert sum(unlabelled.held_out) == sum(folder.held_out) > 0
+    assert sum(unlabeled.held_out) == sum(folder.held_out) > 0
 
 
 def broken_sources(root: Path, files: dict[str, bytes]) -> dict[str, tuple[str, str | None, list[str] | None]]:
@@ -197,7 +197,7 @@ def broken_sources(root: Path, files: dict[str, bytes]) -> dict[str, tuple[str, 
         add_file(archive, "b.jpg", b"x")
     with tarfile.open(root / "none.tar", "w") as archive:
         add_file(archive, "b.txt", b"x")
-    with tarfile.open(root / "unlabelled.tar", "w") as archive:
+    with tarfile.open(root / "unlabeled.tar", "w") as archive:
         add_file(archive, "a.jpg", b"x")
         add_file(archive, "a.cls", b"1")
         add_file(archive, "b.jpg", b"x")
@@ -213,7 +213,7 @@ def broken_sources(root: Path, files: dict[str, bytes]) -> dict[str, tuple[str, 
         "packed.tar is not a tar": (str(root / "packed.tar"), None, None),
         "pics.zip is neither .* file: unpack it, and pass the folder": (str(root / "pics.zip"), None, None),
         "no images in": (str(root / "none.tar"), None, None),
-        "unlabelled.tar: b.jpg has no class": (str(root / "unlabelled.tar"), None, None),
+        "unlabeled.tar: b.jpg has no class": (str(root / "unlabeled.tar"), None, None),
         "half.parquet is damaged": (str(root / "half.parquet"), None, None),
         "has 2 labels for the 1 images": (str(root / "flat.tar"), str(root / "short.txt"), None),
         "has no label for": (str(root / "intact.tar"), str(root / "labels.txt"), None),
@@ -221,13 +221,13 @@ def broken_sources(root: Path, files: dict[str, bytes]) -> dict[str, tuple[str, 
         "nowhere.txt does not exist": (str(root / "flat.tar"), str(root / "nowhere.txt"), None),
         "nowhere.tar does not exist": (str(root / "nowhere.tar"), None, None),
         "short.txt is neither": (str(root / "short.txt"), None, None),
-        "have the class 1; --class_names has 1": (str(root / "labelled.tar"), None, ["only"]),
+        "have the class 1; --class_names has 1": (str(root / "labeled.tar"), None, ["only"]),
     }
 
 
 def test_broken_sources_are_refused_with_one_line(files: dict[str, bytes], tmp_path: Path) -> None:
     sources = broken_sources(tmp_path, files)
-    with tarfile.open(tmp_path / "labelled.tar", "w") as archive:
+    with tarfile.open(tmp_path / "labeled.tar", "w") as archive:
         add_file(archive, "a.jpg", b"x")
         add_file(archive, "a.cls", b"1")
     for message, (source, labels, class_names) in sources.items():

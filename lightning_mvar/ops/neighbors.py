@@ -1,4 +1,4 @@
-"""Token positions on the map of a scale: neighbourhoods, and the orders in which a scan can read them.
+"""Token positions on the map of a scale: neighborhoods, and the orders in which a scan can read them.
 
 Shapes: l tokens of all scales together; `shapes` gives (height, width) of each scale, packed in raster order.
 """
@@ -40,7 +40,7 @@ def reading_order(shapes: tuple[Shape, ...], order: str, device: torch.device) -
 
 
 @cache
-def neighbourhood(shapes: tuple[Shape, ...], window: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def neighborhood(shapes: tuple[Shape, ...], window: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns the tokens in the window x window square around each token, on the map of its own scale.
 
     Args:
