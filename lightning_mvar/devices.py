@@ -18,19 +18,19 @@ from lightning_mvar.errors import InputError
 
 T = TypeVar("T")
 
-# In `float32`, products on a GPU are float32 as on a CPU; `tf32` rounds their factors to 10 bits of mantissa.
+# With `float32`, a GPU multiplies matrices in float32, as a CPU does; `tf32` rounds the factors to 10 bits of mantissa.
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXACT_LOCK = Lock()
-# Settings before each `exact_float32` in progress; the last block to end restores the first of them.
+# Settings before each active `exact_float32`; the last block to end restores the first of them.
 BEFORE_EXACT: list[tuple[str, bool]] = []
 
 
 def set_tf32(allowed: bool) -> None:
-    """Sets whether this process computes products of float32 on GPUs in TF32: matrix products and convolutions.
+    """Sets whether this process uses TF32 for matrix products and convolutions of float32 tensors on GPUs.
 
-    Every command begins without TF32. PyTorch's own default is none of the two: TF32 in convolutions alone.
+    Every command starts without TF32. PyTorch's own default lies in between: TF32 in convolutions only.
     """
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
@@ -38,9 +38,9 @@ def set_tf32(allowed: bool) -> None:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Computes products of float32 without TF32, whatever `set_tf32` allows: for tokens and scores.
+    """Disables TF32 whatever `set_tf32` allows: for tokens and scores.
 
-    The setting is that of the process: other threads are affected until the last such block ends.
+    The setting is process-wide, so it also affects other threads until the last such block ends.
     """
     with EXACT_LOCK:
         BEFORE_EXACT.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
@@ -56,7 +56,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device of `name`: `auto` (CUDA if available), or a torch device such as `cpu` or `cuda:1`.
+    """Returns the device called `name`: `auto` (CUDA if available), or a torch device such as `cpu` or `cuda:1`.
 
     Raises:
         InputError: if the device is not available.
@@ -93,7 +93,7 @@ def warn(message: str) -> None:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Returns the number of this process among all ranks, and how many there are."""
+    """Returns the rank of this process and the world size."""
     return (dist.get_rank(), dist.get_world_size()) if in_process_group() else (0, 1)
 
 
@@ -106,7 +106,7 @@ def object_from_rank_zero(value: T) -> T:
 
 
 def objects_from_ranks(value: T) -> list[T]:
-    """Returns the picklable values of all ranks, in their order, on every rank."""
+    """Returns the picklable values of all ranks, in order of rank, on every rank."""
     if not in_process_group():
         return [value]
     values = [value] * dist.get_world_size()

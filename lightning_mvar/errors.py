@@ -5,7 +5,7 @@ from math import inf
 
 
 class InputError(ValueError):
-    """A user's mistake: a wrong path, value or file, or a combination that does not fit.
+    """A user's mistake: a wrong path, value or file, or an incompatible combination.
 
     The message is one line that names the file or value and the remedy. The command line prints it without a
     traceback and exits with 1; any other exception is a bug in this package and keeps its traceback.
@@ -17,8 +17,8 @@ def require_in(interval: str, prefix: str = "", hint: str = "", /, **values: flo
 
     Args:
         interval: integer bounds, with a bracket if they belong to it; "inf" for no upper bound.
-        prefix: of their names in the message, such as "--".
-        hint: ends the sentence that says what is allowed, such as ", such as 0.95".
+        prefix: precedes the names in the message, such as "--".
+        hint: follows the interval in the message, such as ", such as 0.95".
         values: numbers by name.
     """
     lower, upper = interval[1:-1].split(", ")
@@ -36,14 +36,14 @@ def require_in(interval: str, prefix: str = "", hint: str = "", /, **values: flo
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:
-    """Raises InputError, which begins with the purpose, unless a package of an optional extra is installed."""
+    """Raises InputError unless a package of an optional extra is installed; `purpose` says what needs it."""
     if find_spec(package) is None:
         raise InputError(f"{purpose} needs {package}: {install(extra)}")
 
 
 def install(extra: str) -> str:
-    """Returns the command that installs an optional extra, from a clone or a wheel: by the packages that it needs."""
-    from importlib.metadata import PackageNotFoundError, requires  # takes as long as all else of `--version`
+    """Returns the pip command that installs the packages of an optional extra, for a clone as for a wheel."""
+    from importlib.metadata import PackageNotFoundError, requires  # importing it would double the time of `--version`
 
     try:
         requirements = [text.partition(";") for text in requires("lightning-mvar") or []]
@@ -58,7 +58,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# Raised by modules that are called with images but are made for something else.
+# What a foreign module may raise if it is called with images but expects something else.
 FOREIGN_MODULE_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 

@@ -57,7 +57,7 @@ class MVARPipeline(ModelHubMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where network and tokenizer are."""
+        """The device of network and tokenizer."""
         return self.sampler.device
 
     def __repr__(self) -> str:
@@ -88,17 +88,17 @@ class MVARPipeline(ModelHubMixin):
         """Draws images.
 
         Args:
-            classes: as of `steps`.
-            num_images: images of each entry of `classes`, one after the other.
-            generator: draws the seed, so that each call has another one; instead of the setting `seed`.
-            progress: whether to show a progress bar over the scales, if drawing takes longer than a second.
+            classes: see `steps`.
+            num_images: consecutive images per entry of `classes`.
+            generator: draws a new seed in each call; an alternative to the setting `seed`.
+            progress: whether to show a progress bar over the scales if drawing takes longer than a second.
             settings: the other arguments of `steps`.
         """
         if generator is not None:
             if "seed" in settings:
                 raise InputError("give seed or generator, not both")
             settings["seed"] = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        repeated = [entry for entry in entries(classes) for _ in range(num_images)]
+        repeated = [entry for entry in list_entries(classes) for _ in range(num_images)]
         scales = self.network.config.schedule.num_scales
         for step in tqdm(
             self.steps(repeated, **settings), "scales", scales, disable=not progress, leave=False, delay=1
@@ -128,8 +128,8 @@ class MVARPipeline(ModelHubMixin):
         Args:
             classes: name, number or "unconditional", one per image; a single value draws one image. Numbers may be an
                 array or tensor of integers. "3:0.7+8:0.3" mixes the embeddings of classes.
-            image: image to keep a part of, of any size; resized and cropped to the center. See `kept_tokens_mask`.
-            mask: white where to draw, black where to keep; its size is that of `image` or of the drawn images.
+            image: image to edit, of any size; resized and center-cropped. See `kept_tokens_mask`.
+            mask: white where to draw, black where to keep, in the size of `image` or of the drawn images.
             sampling: `SamplingSettings` by name: guidance, top_k, top_p, smooth, seed and others.
 
         Raises:
@@ -142,19 +142,19 @@ class MVARPipeline(ModelHubMixin):
         return self.sampler.steps(labels, SamplingSettings(**sampling), range(len(labels)), known)
 
     def labels_of(self, classes: ClassChoice) -> Tensor:
-        """Returns the labels (b,) int64 of names and numbers, or weights (b, num_classes + 1) if some mix classes."""
-        return label_tensor([self.classes.weights(entry) for entry in entries(classes)], self.classes.count)
+        """Returns labels (b,) int64, or weights (b, num_classes + 1) if some entries mix classes."""
+        return label_tensor([self.classes.weights(entry) for entry in list_entries(classes)], self.classes.count)
 
     @torch.no_grad()
     def known_tokens(self, image: Image.Image, mask: Image.Image | None, count: int) -> KnownTokens:
-        """Returns the tokens of an image, repeated for `count` images, and which to keep; without a mask, all."""
+        """Returns the tokens of an image, repeated `count` times, and which of them to keep; all without a mask."""
         tokens = self.tokenizer.encode(to_tensor(fitted(to_rgb(image), self.shape))[None].to(self.device))
         keep = torch.ones_like(tokens[0], dtype=torch.bool)
         if mask is not None:
             if mask.size not in (image.size, self.shape[::-1]):
                 raise InputError(
-                    f"the mask is {size_of(mask)}: resize it to the size of the image, {size_of(image)}, or of the "
-                    f"drawn images, {format_shape(self.shape)}"
+                    f"the mask is {format_size(mask)}: resize it to the size of the image, {format_size(image)}, or of "
+                    f"the drawn images, {format_shape(self.shape)}"
                 )
             black = torch.from_numpy(np.array(fitted(to_rgb(mask).convert("L"), self.shape))) < 128
             keep = kept_tokens_mask(self.network.config.schedule, black).to(self.device)
@@ -170,10 +170,10 @@ class MVARPipeline(ModelHubMixin):
         save_folder(save_directory, self.tokenizer, self.network, self.class_names)
         card = save_directory / "README.md"
         if not is_edited(card):
-            card.unlink(missing_ok=True)  # the mixin would keep that of the network before
+            card.unlink(missing_ok=True)  # otherwise the mixin would keep the previous network's card
 
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **hub: Any) -> str:
-        """Uploads the pipeline with its model card, which replaces that on the Hub.
+        """Uploads the pipeline with its model card, which replaces the one on the Hub.
 
         Args:
             repo_id: OWNER/NAME on the Hub.
@@ -208,13 +208,13 @@ class MVARPipeline(ModelHubMixin):
         Args:
             path: path, `var-d16` or another known name, OWNER/REPOSITORY of a pipeline, or OWNER/REPOSITORY:FILE.
             tokenizer: folder, published file or name of the tokenizer, if it has moved or the network has none.
-            revision: branch, tag or commit of the repository at `path`; for that of a tokenizer, name it NAME@REVISION.
+            revision: branch, tag or commit of the repository at `path`; a tokenizer's is written NAME@REVISION.
             device: auto, cpu, cuda or cuda:N.
             precision: precision of network and decoder.
             hub: other options of huggingface_hub's downloads: token, cache_dir.
 
         Raises:
-            InputError: if what is there cannot be read.
+            InputError: if network or tokenizer cannot be read.
         """
         network, default = locate(path, revision=revision, **hub)
         chosen = default if tokenizer is None else tokenizer
@@ -222,8 +222,8 @@ class MVARPipeline(ModelHubMixin):
         return cls(load_trained(network, located), device, precision)
 
 
-def entries(classes: ClassChoice) -> list[Any]:
-    """Returns the names and numbers of `classes`, a single one as a list of it."""
+def list_entries(classes: ClassChoice) -> list[Any]:
+    """Lists names and numbers; a single one becomes a list of one."""
     listed: Any = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else classes
     if isinstance(listed, str) or not isinstance(listed, Iterable):
         return [listed]
@@ -235,6 +235,6 @@ def fitted(image: Image.Image, shape: Shape) -> Image.Image:
     return ImageOps.fit(image, shape[::-1], Image.Resampling.LANCZOS)
 
 
-def size_of(image: Image.Image) -> str:
+def format_size(image: Image.Image) -> str:
     """Formats the size of an image for a message."""
     return format_shape((image.height, image.width))

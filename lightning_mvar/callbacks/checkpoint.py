@@ -292,7 +292,7 @@ class Checkpoint(AtomicCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.finish(trainer)
-        if not self.needs_none(trainer):
+        if not self.skips_saving(trainer):
             self.save_now(trainer, single_rank=False)
         if self.writer is not None:
             self.writer.close()
@@ -324,7 +324,7 @@ class Checkpoint(AtomicCheckpoint):
         useless = isinstance(exception, DivergedError | KeyboardInterrupt) or module.in_optimizer_step
         # A run resumed from the last step would not repeat the validation that was interrupted.
         outside = trainer.global_step in (0, trainer.max_steps)
-        if useless or outside or self.needs_none(trainer):
+        if useless or outside or self.skips_saving(trainer):
             return False
         unsharded = trainer.strategy.lightning_restore_optimizer  # False if each rank has a shard
         if not (all_ranks or (unsharded and trainer.is_global_zero)):

@@ -35,17 +35,17 @@ def load_trained(path: str | Path, tokenizer: str | Path | None = None, weights:
 
 
 def open_trained(path: str | Path, tokenizer: str | Path | None = None, weights: WhichWeights = "ema") -> StoredModel:
-    """Opens a training checkpoint, an exported folder or a published file; its tensors are read when they are used.
+    """Opens a training checkpoint, an exported folder or a published file; tensors are read on use.
 
     Args:
         path: checkpoint file, folder of a sharded checkpoint (only its weights are read), folder of `export`, or file
             of published VAR or M-VAR weights (.pth, .pt, .bin or .safetensors). A link `last.ckpt` stands for the
-            newest complete checkpoint beside it, wherever it points. Or a name on the Hub, see `io.hub`.
-        tokenizer: the tokenizer, see `load_tokenizer`, if it has moved or a published network has none of its own.
+            newest complete checkpoint next to it, wherever it points. Or a name on the Hub, see `io.hub`.
+        tokenizer: the tokenizer, see `load_tokenizer`, if it has moved or the published file does not contain it.
         weights: for a training checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
 
     Raises:
-        InputError: if a file is missing or has another format, or the tokenizer does not fit the network.
+        InputError: if a file is missing or in another format, or the tokenizer does not fit the network.
     """
     path, default_tokenizer = locate(path)
     if path.suffix in PUBLISHED and path.is_file():

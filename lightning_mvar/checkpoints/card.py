@@ -30,26 +30,26 @@ FAMILIES: dict[Any, tuple[str, list[str], str]] = {  # by mixers: name, tags and
     M_VAR: ("M-VAR", ["mvar"], "https://arxiv.org/abs/2411.10433"),
     VAR: ("VAR", ["var"], "https://arxiv.org/abs/2404.02905"),
 }
-TASK = "unconditional-image-generation"  # the Hub has no task for images of given classes
+TASK = "unconditional-image-generation"  # the Hub has no task for class-conditional images
 QUOTED = re.compile(r"(['\"])((?:\\.|(?!\1).)*)\1")  # a string as `repr` writes it
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 SCORE = re.compile(  # names of scores, without the bounds of their intervals
     r"(?!.*_(low|high)$).*(frechet_distance|mind|kernel_distance|score|precision|recall|density|coverage|accuracy).*"
 )
 INDEXED = ("frechet_distance", "inception_score", "precision", "recall")  # scores that the Hub compares
-PROTOCOL = (  # fields of a result that its scores depend on most
+PROTOCOL = (  # fields of a result that affect its scores most
     *("num_samples", "per_class", "guidance", "guidance_off_from", "top_k", "top_p", "drafts", "seed", "dtype"),
     *("extractor", "comparable_with", "crop", "interval"),
 )
 
 
 class Card(ModelCard):
-    """A model card, with the picture that it shows."""
+    """A model card and the picture that it shows."""
 
     picture: Path | None = None
 
     def save(self, filepath: str | Path) -> None:
-        """Writes the card, and its picture beside it, but keeps a card that somebody has edited.
+        """Writes the card, with its picture next to it, but keeps a card that somebody has edited.
 
         Raises:
             InputError: if a file cannot be written.
@@ -79,12 +79,12 @@ def model_card(
         model: network, tokenizer and class names.
         repository: for the model card, OWNER/NAME on the Hub to which the folder will be uploaded.
         license: for the model card, the license of the weights, as the Hub calls it: mit, cc-by-nc-4.0.
-        datasets: for the model card, what the network was trained on, by names on the Hub if there are any.
+        datasets: for the model card, the training data, by their names on the Hub if they have any.
         scores: for the model card, JSON files that `evaluate` wrote for this network.
         picture: for the model card, a picture such as `sample --grid` draws; it is copied into the folder.
 
     Raises:
-        InputError: if a file cannot be read, or has scores of another network, or the repository has no owner.
+        InputError: if a file cannot be read or has the scores of another network, or the repository has no owner.
     """
     if repository is not None:
         require_owner(repository)
@@ -117,16 +117,16 @@ def model_card(
 
 
 def require_owner(repository: str) -> None:
-    """Raises InputError for the name of a repository without its owner, by which nobody could load it."""
+    """Raises InputError if the name of a repository lacks its owner: nobody could load it by that name."""
     if "/" not in repository:
         raise InputError(f"repository {repository} has no owner: use OWNER/{repository}")
 
 
 def read_scores(path: Path, network: nn.Module) -> list[Record]:
-    """Reads results of `evaluate`; absolute paths lose their folders, which are not for the public.
+    """Reads results of `evaluate`; private folders are removed from absolute paths.
 
     Raises:
-        InputError: if they are of another network, or no such results.
+        InputError: if the file does not hold results, or those of another network.
     """
     records: list[Record] = read_json(path, list[dict[str, Any]])
     ours = fingerprint(network)
@@ -142,7 +142,7 @@ def read_scores(path: Path, network: nn.Module) -> list[Record]:
 
 
 def public(record: Record) -> Record:
-    """Returns a result with only the last parts of its absolute paths and URLs, also in the extractor's arguments."""
+    """Reduces absolute paths and URLs in a result to their last parts, also in the extractor's arguments."""
     places: Record = {name: last_part(record[name]) for name in ("samples", "reference") if name in record}
     if "extractor_class" in record:
         arguments = QUOTED.sub(
@@ -153,14 +153,14 @@ def public(record: Record) -> Record:
 
 
 def last_part(place: str) -> str:
-    """Returns the last part of an absolute path or a URL; others, such as digits:test, as they are."""
+    """Returns the last part of an absolute path or a URL; other places, such as digits:test, are unchanged."""
     if "://" in place:
         return Path(urlsplit(place).path).name
     return Path(place).name if place.startswith(("/", "~")) else place
 
 
 def is_edited(path: Path) -> bool:
-    """Returns whether there is a card that somebody has edited, or that this program did not write."""
+    """Returns whether a card exists that somebody has edited or that this program did not write."""
     return path.exists() and MARK not in path.read_text()
 
 
@@ -171,7 +171,7 @@ def existing_picture(path: Path) -> Path:
 
 
 def picture_name(path: Path) -> str:
-    """Returns the name in the folder of the model."""
+    """Returns the name of the picture in the model's folder."""
     return f"samples{path.suffix.lower()}"
 
 
@@ -182,7 +182,7 @@ def parameter_count(module: nn.Module) -> str:
 def metadata(
     title: str, tags: list[str], license: str | None, datasets: tuple[str, ...], records: list[Record]
 ) -> ModelCardData:
-    """Returns what the Hub indexes: the head of the card."""
+    """Returns the metadata at the top of the card, which the Hub indexes."""
     results = [
         EvalResult(
             task_type=TASK,
@@ -208,7 +208,7 @@ def metadata(
 
 
 def protocol_of(record: Record) -> Record:
-    """Returns the settings that the scores of a result depend on most, as far as they are set."""
+    """Returns the settings that affect the scores of a result most, if they are set."""
     return {name: record[name] for name in PROTOCOL if record.get(name) is not None}
 
 
@@ -217,12 +217,12 @@ def score_names(record: Record) -> list[str]:
 
 
 def metric_name(name: str, record: Record) -> str:
-    """Returns the name of a score; a Frechet distance is an FID only in the features of InceptionV3."""
+    """Returns the name of a score; a Frechet distance is an FID only with features of InceptionV3."""
     return "fid" if (name, record["extractor"]) == ("frechet_distance", "InceptionV3") else name
 
 
 def shown_scores(record: Record) -> dict[str, str]:
-    """Returns the scores as text, each with the bounds of its interval if there is one."""
+    """Formats the scores, each with the bounds of its interval if it has one."""
     shown = {}
     for name in score_names(record):
         bounds = [f"{record[bound]:.4g}" for bound in (f"{name}_low", f"{name}_high") if bound in record]

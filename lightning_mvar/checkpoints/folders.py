@@ -1,8 +1,8 @@
 """Self-contained folders of a tokenizer, or of a network with its tokenizer: `config.json` and safetensors.
 
 A folder holds `config.json`, `tokenizer.safetensors` and, with a network, `network.safetensors`. `config.json` is
-written last, so a folder that has one is complete. Modules are built on the meta device and the loaded tensors are
-assigned to them, so memory holds the weights once (and, temporarily, the mapped pages of the file).
+written last, so a folder that has one is complete. Modules are built on the meta device and loaded tensors are assigned
+to them, so memory holds the weights once (and, temporarily, the mapped pages of the file).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MergedNetwork:
     """One network of a linear combination.
 
     Args:
-        path: where it was, as given to `merge`.
+        path: its path, as given to `merge`.
         part: for a checkpoint, the module whose weights were used: network, ema or power_averages.N.
         coefficient: factor on its weights.
     """
@@ -54,7 +54,7 @@ class FolderConfig:
         tokenizer: architecture of the tokenizer.
         network: architecture of the network, if the folder has one.
         class_names: names of the network's classes in label order; empty if they have none.
-        merged: networks whose linear combination this one is, if `merge` wrote it.
+        merged: the networks that `merge` combined, if it wrote the folder.
     """
 
     format_version: int
@@ -68,9 +68,9 @@ class FolderConfig:
 
 
 def check_class_names(network: MVARConfig | None, names: list[str]) -> None:
-    """Raises InputError unless the network's classes have no names, or each has one."""
+    """Raises InputError unless there are no class names or one per class of the network."""
     if names and len(names) != (count := 0 if network is None else network.num_classes):
-        raise InputError(f"class_names has {len(names)} names for {count} classes; give one name per class, or none")
+        raise InputError(f"class_names has {len(names)} names for {count} classes; give one name per class or none")
 
 
 def save_folder(
@@ -79,7 +79,7 @@ def save_folder(
     """Writes a tokenizer, or a network with its tokenizer, as one self-contained folder.
 
     Raises:
-        InputError: if the folder cannot be written, or there is not one class name per class.
+        InputError: if the folder cannot be written, or the number of class names is wrong.
     """
     config = FolderConfig(
         FORMAT.number, tokenizer.config, None if network is None else network.config, class_names or []
@@ -91,7 +91,7 @@ def save_folder(
 def write_folder(
     folder: Path, config: FolderConfig, tokenizer: Tokenizer, save_network: Callable[[Path], None] | None
 ) -> None:
-    """Writes a folder; `save_network` writes the network's weights to the path that it is given."""
+    """Writes a folder; `save_network` writes the network's weights to a given path."""
     require_folder(folder)
     try:
         (folder / CONFIG).unlink(missing_ok=True)
@@ -117,10 +117,9 @@ def load_tokenizer(place: str | Path, schedule: ScaleSchedule | None = None) -> 
     """Loads a tokenizer in eval mode.
 
     Args:
-        place: folder that `train-tokenizer` or `export` wrote, published file, or name on the Hub, see
-            `io.hub`.
-        schedule: scale schedule of a published file, which does not contain it; default: that of 256 x 256 images
-            (`export --tokenizer FILE --resolution` writes a folder with another).
+        place: folder that `train-tokenizer` or `export` wrote, published file, or name on the Hub, see `io.hub`.
+        schedule: scale schedule to use with a published file, which contains none; default: the one for 256 x 256
+            images (`export --tokenizer FILE --resolution` writes a folder with another).
 
     Raises:
         InputError: if there is no tokenizer.
@@ -141,7 +140,7 @@ def open_folder(folder: Path, tokenizer: str | Path | None = None) -> StoredMode
 
     Args:
         folder: a folder that `export` wrote.
-        tokenizer: another tokenizer to use with the network, see `load_tokenizer`.
+        tokenizer: tokenizer to use instead of the folder's own, see `load_tokenizer`.
 
     Raises:
         InputError: if a file is missing or damaged, or the tokenizer does not fit the network.
@@ -156,14 +155,14 @@ def open_folder(folder: Path, tokenizer: str | Path | None = None) -> StoredMode
 
 
 def load_fitting_tokenizer(place: str | Path, network: MVARConfig) -> Tokenizer:
-    """Loads a tokenizer; raises InputError if the network does not predict its tokens."""
+    """Loads a tokenizer; raises InputError if it does not fit the network."""
     tokenizer = load_tokenizer(place, network.schedule)
     check_pair(network, tokenizer.config, f"the tokenizer in {place}")
     return tokenizer
 
 
 def read_config(folder: Path, part: str, remedy: str) -> FolderConfig:
-    """Reads the description of a folder of which `part` is needed; `remedy` says how to write one."""
+    """Reads the configuration of a folder; `part` is what the caller needs, `remedy` how to write such a folder."""
     path = folder / CONFIG
     if not path.exists():
         raise InputError(f"{folder} has no {CONFIG}: not a finished {part} folder; {remedy}")

@@ -17,25 +17,25 @@ from lightning_mvar.io.files import remove_unfinished
 from lightning_mvar.io.tensors import StateDict, check_finite, check_kinds, check_state_dict, is_finite, save_lazily
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-TRAINING_ONLY = ("drop_path", "adaln_gate_init")  # fields of a network that do not change what its weights compute
+TRAINING_ONLY = ("drop_path", "adaln_gate_init")  # config fields without effect on what the weights compute
 
 
 class Term(NamedTuple):
-    """One network of a linear combination, and the factor on its weights."""
+    """One network of a linear combination and the factor on its weights."""
 
     coefficient: float
     model: StoredModel
 
 
 def merge(terms: list[Term], out: Path) -> None:
-    """Writes the network with the weights sum_i coefficient_i * weights_i, and its tokenizer, as `export` writes them.
+    """Writes a network with the weights sum_i coefficient_i * weights_i, and its tokenizer, in the format of `export`.
 
-    Sums are in float64 and rounded once. Memory holds the tokenizer and about six copies of one tensor, beside the
-    mapped pages of the networks' files. `config.json` names the networks and coefficients.
+    Sums are computed in float64 and rounded once. Memory holds the tokenizer and about six copies of one tensor, plus
+    the mapped pages of the networks' files. `config.json` names the networks and coefficients.
 
     Raises:
-        InputError: if a network cannot be read, or has another architecture, other classes or another tokenizer than
-            the first; if the combination is not finite; or if `out` holds anything but this same combination.
+        InputError: if a network cannot be read, or differs from the first in architecture, classes or tokenizer; if the
+            combination is not finite; or if `out` holds anything but this same combination.
     """
     merged = [MergedNetwork(model.source, model.part, coefficient) for coefficient, model in terms]
     if (out / CONFIG).exists() and read_config(out, "network", "").merged != merged:
@@ -55,7 +55,7 @@ def merge(terms: list[Term], out: Path) -> None:
 
 
 def combine(terms: list[Term], shapes: StateDict, name: str) -> Tensor:
-    """Returns one tensor of the linear combination, after checking those of the networks."""
+    """Returns one tensor of the linear combination, after checking that tensor in all networks."""
     total = torch.zeros(shapes[name].shape, dtype=torch.float64)
     for coefficient, model in terms:
         weights, expected = {name: model.weights[name]}, {name: shapes[name]}
@@ -71,18 +71,18 @@ def combine(terms: list[Term], shapes: StateDict, name: str) -> Tensor:
 
 
 def check_architecture(first: StoredModel, other: StoredModel) -> None:
-    """Raises InputError, naming the first field that differs, unless the same network fits both sets of weights."""
+    """Raises InputError that names the first differing field unless both networks compute the same function."""
     ours, theirs = asdict(first.config), asdict(other.config)
     for field in ours:
         if field not in TRAINING_ONLY and ours[field] != theirs[field]:
             raise InputError(
-                f"{other.source} is another network than {first.source}: {field} is {theirs[field]} there, "
-                f"{ours[field]} in the first"
+                f"{other.source} differs from {first.source}: {field} is {theirs[field]} there, {ours[field]} in the "
+                f"first"
             )
 
 
 def common_class_names(models: list[StoredModel]) -> list[str]:
-    """Returns the class names of those networks whose classes have names; raises InputError if they differ."""
+    """Returns the class names, from the networks that have any; raises InputError if they differ."""
     named = [model for model in models if model.class_names]
     for model in named:
         for label, (ours, theirs) in enumerate(zip(named[0].class_names, model.class_names, strict=True)):
@@ -95,7 +95,7 @@ def common_class_names(models: list[StoredModel]) -> list[str]:
 
 
 def common_tokenizer(models: list[StoredModel]) -> Tokenizer:
-    """Loads the tokenizer of the first network; raises InputError if another network has another one."""
+    """Loads the tokenizer of the first network; raises InputError if another network has a different one."""
     tokenizer = models[0].load_tokenizer()
     ours = tokenizer.fingerprint()
     for model in models[1:]:

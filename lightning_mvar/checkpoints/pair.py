@@ -19,9 +19,9 @@ class TrainedModel(NamedTuple):
 
 
 def check_pair(network: MVARConfig, tokenizer: TokenizerConfig, name: str) -> None:
-    """Raises InputError unless the network predicts tokens of the tokenizer, which messages call `name`.
+    """Raises InputError unless the network predicts tokens of the tokenizer; messages call the tokenizer `name`.
 
-    Fields that are None, as in unresolved `NetworkOptions`, fit any tokenizer.
+    Fields that are None, as in incomplete `NetworkOptions`, fit any tokenizer.
     """
     for field in ("schedule", "vocab_size", "code_dim"):
         ours, theirs = getattr(network, field), getattr(tokenizer, field)

@@ -1,7 +1,7 @@
-"""Conversion of the published VAR, M-VAR and tokenizer weights to ours and back.
+"""Conversion of published VAR, M-VAR and tokenizer weights to our format and back.
 
-The configuration is read off keys and shapes alone. Both directions use one table of names per
-part, and error messages use the published names.
+The configuration is inferred from keys and shapes. Both directions use the same table of names per part, and error
+messages use the published names.
 
 | published key                    | meaning                                                                       |
 |----------------------------------|-------------------------------------------------------------------------------|
@@ -31,9 +31,9 @@ Names = list[tuple[str, str]]
 
 VAR, M_VAR = ("block_causal_attention",), ("scale_attention", "mamba2")  # the mixers of the published networks
 BUFFERS = ("zero_k_bias", "patch_nums", "lvl_1L", "attn_bias_for_masking", "ema_vocab_hit_SV")  # not learned
-HEAD_DIM = 64  # of every published network; without QK-norm, the weights do not reveal the number of heads
+HEAD_DIM = 64  # in every published network; without QK-norm, the weights do not reveal the number of heads
 
-# Exceptions that reading a configuration raises if tensors are missing or have other dimensions.
+# Raised while inferring a configuration if tensors are missing or have unexpected dimensions.
 SHAPE_ERRORS = (InputError, LookupError, ValueError, TypeError, RuntimeError, ZeroDivisionError)
 
 # (published, ours): key prefixes; * matches a number; the first match applies.
@@ -78,7 +78,7 @@ TOKENIZER_NAMES: Names = [
 
 
 def rename(key: str, names: Names) -> str:
-    """Replaces the prefix of a key by the first (old, new) pair that matches, if any."""
+    """Replaces the prefix of a key according to the first (old, new) pair that matches, if any."""
     for old, new in names:
         if match := re.match(re.escape(old).replace(r"\*", r"(\d+)"), key):
             for number in match.groups():
@@ -96,14 +96,14 @@ def describe_error(error: Exception) -> str:
 
 
 def without_buffers(state: Mapping[str, Tensor]) -> StateDict:
-    """Returns `state` without the buffers, which are not learned."""
+    """Drops the buffers, which are not learned."""
     return {key: tensor for key, tensor in state.items() if key.rsplit(".", 1)[-1] not in BUFFERS}
 
 
 def network_from_published(
     state: Mapping[str, Tensor], source: object, schedule: ScaleSchedule | None = None
 ) -> tuple[MVARConfig, StateDict]:
-    """Returns architecture and weights of a network of ours, from a published state dict.
+    """Converts a published state dict to the architecture and weights of a network.
 
     Args:
         state: the state dict.
@@ -111,7 +111,7 @@ def network_from_published(
         schedule: scale schedule of weights without `lvl_1L`.
 
     Raises:
-        InputError: if keys and shapes are not those of a published network, or the schedule is unknown or another one.
+        InputError: if keys and shapes are not those of a published network, or the schedule is unknown or differs.
     """
     if not {"pos_1LC", "word_embed.weight", "head.weight"} <= state.keys():
         hint = "; it looks like a tokenizer" if "quantize.embedding.weight" in state else ""
@@ -142,7 +142,7 @@ def network_from_published(
 
 
 def network_config(state: Mapping[str, Tensor]) -> MVARConfig:
-    """Reads the configuration off the keys and shapes of a published state dict."""
+    """Infers the configuration from the keys and shapes of a published state dict."""
     width, code_dim = state["word_embed.weight"].shape
     if state["lvl_1L"].is_complex():
         raise InputError("lvl_1L holds complex numbers")
@@ -176,7 +176,7 @@ def network_config(state: Mapping[str, Tensor]) -> MVARConfig:
 
 
 def count(keys: Iterable[str], pattern: str) -> int:
-    """Returns 1 + the largest number at the * in keys that start with `pattern`; 0 if no key does."""
+    """Returns 1 + the largest number in place of * in keys that start with `pattern`; 0 if no key does."""
     match = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)")).match
     return 1 + max((int(hit[1]) for hit in map(match, keys) if hit), default=-1)
 
@@ -209,7 +209,7 @@ def network_to_published(network: MVAR) -> StateDict:
 
 
 def tokenizer_from_published(state: Mapping[str, Tensor], schedule: ScaleSchedule, source: object) -> Tokenizer:
-    """Builds a tokenizer in eval mode from a published state dict, which does not contain the schedule.
+    """Builds a tokenizer in eval mode from a published state dict, which lacks the schedule.
 
     Raises:
         InputError: if keys and shapes are not those of a published tokenizer.
@@ -228,7 +228,7 @@ def tokenizer_from_published(state: Mapping[str, Tensor], schedule: ScaleSchedul
 
 
 def tokenizer_config(state: Mapping[str, Tensor], schedule: ScaleSchedule) -> TokenizerConfig:
-    """Reads the configuration, except the schedule, off the keys and shapes of a published state dict."""
+    """Infers the configuration, except the schedule, from the keys and shapes of a published state dict."""
     vocab_size, code_dim = state["quantize.embedding.weight"].shape
     channels = len(state["encoder.conv_in.weight"])
     levels = range(count(state, "encoder.down.*."))
@@ -257,13 +257,13 @@ def tokenizer_to_published(tokenizer: Tokenizer) -> StateDict:
     """
     config = tokenizer.config
     refuse_unsupported(unsupported_tokenizer(config))
-    # A training statistic that our tokenizer does not store.
+    # Our tokenizer does not store this training statistic.
     usage = torch.zeros(config.schedule.num_scales, config.vocab_size)
     return tokenizer_weights(tokenizer) | {"quantize.ema_vocab_hit_SV": usage}
 
 
 def unsupported_network(config: MVARConfig) -> list[str]:
-    """Returns why the published code does not support a network, one reason per field; empty if it does."""
+    """Returns the reasons why the published code does not support a network, one per field; empty if it does."""
     reasons = []
     if config.mixers not in (VAR, M_VAR):
         allowed = f"{', '.join(M_VAR)} (M-VAR) or {', '.join(VAR)} (VAR)"
@@ -278,7 +278,7 @@ def unsupported_network(config: MVARConfig) -> list[str]:
 
 
 def unsupported_tokenizer(config: TokenizerConfig) -> list[str]:
-    """Returns why the published code does not support a tokenizer; see `unsupported_network`."""
+    """Returns the reasons why the published code does not support a tokenizer; see `unsupported_network`."""
     reasons = other_fields(config, ("multipliers", "blocks", "num_phi", "norm_groups"))
     if config.channels % config.norm_groups:
         reasons.append(f"channels are {config.channels}, must be a multiple of {config.norm_groups}")
@@ -286,7 +286,7 @@ def unsupported_tokenizer(config: TokenizerConfig) -> list[str]:
 
 
 def other_fields(config: MVARConfig | TokenizerConfig, fixed: tuple[str, ...]) -> list[str]:
-    """Names the `fixed` fields that do not have the published values, which are the defaults."""
+    """Describes the `fixed` fields that differ from the published values, which are the defaults."""
     pairs = [(name, getattr(config, name), getattr(type(config)(), name)) for name in fixed]
     return [f"{name} is {ours}, must be {theirs}" for name, ours, theirs in pairs if ours != theirs]
 

@@ -1,4 +1,4 @@
-"""Published VAR and M-VAR networks with their tokenizers: loaded, and written in the published format."""
+"""Loads published VAR and M-VAR networks with their tokenizers, and writes networks in the published format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 
 def save_official(folder: str | Path, model: TrainedModel) -> list[Path]:
-    """Writes network and tokenizer in the published format; returns the two files, which have the published names.
+    """Writes network and tokenizer in the published format and returns the two files, named as the published ones.
 
     Raises:
         InputError: if the published code does not support such a network or tokenizer.
@@ -54,11 +54,11 @@ def save_official(folder: str | Path, model: TrainedModel) -> list[Path]:
 
 
 def load_official_mvar(source: str | Path | Mapping[str, Tensor], schedule: ScaleSchedule | None = None) -> MVAR:
-    """Loads a published VAR or M-VAR network in eval mode; its configuration is read off keys and shapes.
+    """Loads a published VAR or M-VAR network in eval mode; its configuration is inferred from keys and shapes.
 
     Args:
         source: a .pth or .safetensors file, a name such as `var-d16`, or a state dict with the published keys.
-        schedule: scale schedule of weights that do not contain it, that is, lack the buffer `lvl_1L`.
+        schedule: scale schedule of weights that lack the buffer `lvl_1L`.
 
     Raises:
         InputError: if the file cannot be read, or its keys or shapes are not those of a published network.
@@ -84,11 +84,11 @@ def open_official(
 
     Args:
         network: a .pth or .safetensors file, possibly a checkpoint of the published trainer, which holds both parts.
-        tokenizer: a published file, a folder of ours, or a name on the Hub; default: the tokenizer in `network`.
-        schedule: scale schedule of weights that do not contain it.
+        tokenizer: a published file, an exported folder, or a name on the Hub; default: the tokenizer in `network`.
+        schedule: scale schedule of weights that lack it.
 
     Raises:
-        InputError: if a file cannot be read or has another format, or the tokenizer does not fit the network.
+        InputError: if a file cannot be read or is in another format, or the tokenizer does not fit the network.
     """
     state, name = read_published_state(network, "network")
     config, weights = network_from_published(state, name, schedule)
@@ -97,7 +97,7 @@ def open_official(
 
 
 def load_its_tokenizer(network: str | Path, tokenizer: str | Path | None, config: MVARConfig) -> Tokenizer:
-    """Loads the tokenizer of a published network, and checks that it fits; arguments as of `open_official`."""
+    """Loads the tokenizer of a published network and checks that it fits; arguments as in `open_official`."""
     if tokenizer is None:
         try:
             loaded = load_official_tokenizer(network, config.schedule)

@@ -1,4 +1,4 @@
-"""Writes sharded checkpoints and hashes their files while they are written, so that nothing is read back."""
+"""Writes sharded checkpoints and hashes their files during the write, so that nothing is read back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_mvar.checkpoints.training import PLAIN_PART, Checksums
 
 
 class HashedStream:
-    """A file opened for writing that counts and hashes the bytes; everything else is passed on to the file."""
+    """Wraps a file opened for writing; counts and hashes the bytes."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.size, self.crc = file, 0, 0
@@ -32,7 +32,7 @@ class HashedStream:
 
 
 class HashingFileSystem(FileSystem):
-    """Local files; `checksums` holds the size and CRC-32 of those written."""
+    """Local file system; `checksums` holds the size and CRC-32 of the files written."""
 
     def __init__(self) -> None:
         self.checksums: Checksums = {}
@@ -52,15 +52,15 @@ class HashingFileSystem(FileSystem):
 def save_sharded(
     checkpoint: dict[str, Any], folder: Path, is_global_zero: bool, group: ProcessGroup | None = None
 ) -> Checksums:
-    """Writes this rank's shard of a checkpoint, and on rank 0 all that is not a tensor; all ranks must call this.
+    """Writes this rank's shard of a checkpoint, and on rank 0 everything but tensors; all ranks must call this.
 
-    The layout is that of Lightning, which reads it. Returns the checksums of the files that this rank has written.
+    The layout is Lightning's. Returns the checksums of the files that this rank has written.
 
     Args:
         checkpoint: content of the checkpoint; weights and moments are removed from it.
         folder: the checkpoint.
         is_global_zero: whether this is rank 0.
-        group: all ranks, in a group whose collectives nobody else uses now; the default group if None.
+        group: process group of all ranks that is not in use by another thread; the default group if None.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"state_dict": checkpoint.pop("state_dict")}

@@ -1,8 +1,8 @@
 """Sharded checkpoints (`torch.distributed.checkpoint`, DCP), read without running code from their files.
 
 A sharded checkpoint is a folder with one file of tensors per rank and `.metadata`, a pickle that says where each tensor
-is. DCP reads the pickle as it is, and likewise the entries that are no tensors: whoever wrote the folder could run any
-code. Here the pickle may name the classes of such a description only, and entries hold plain data.
+is stored. DCP unpickles it and all entries that are not tensors without restrictions, so the author of a folder could
+run any code. Here the pickle may only name the classes that metadata needs, and entries hold plain data.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from lightning_mvar.io.files import open_regular, read_regular
 from lightning_mvar.io.tensors import DAMAGE, StateDict, first_line, read_plain
 
 METADATA = ".metadata"
-MAX_METADATA_BYTES = 2**28  # a large network's on 1,000 ranks has about 100 MB
-CLASSES = {  # that `.metadata` may name, by module
+MAX_METADATA_BYTES = 2**28  # a large network on 1,000 ranks has about 100 MB
+CLASSES = {  # classes that `.metadata` may name, by module
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
@@ -54,10 +54,10 @@ CLASSES = {  # that `.metadata` may name, by module
 
 
 class MetadataUnpickler(pickle._Unpickler):
-    """Unpickler of `.metadata`. In Python, as the one in C allocates whatever size the file claims."""
+    """Unpickler of `.metadata`, in Python because the C version allocates whatever size the file claims."""
 
     def find_class(self, module: str, name: str) -> Any:
-        module = "pathlib" if module == "pathlib._local" else module  # only Python 3.13 has paths there
+        module = "pathlib" if module == "pathlib._local" else module  # as written by Python 3.13
         if name not in CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
@@ -77,20 +77,20 @@ class MetadataUnpickler(pickle._Unpickler):
 
 
 class PlainLoadPlanner(dcp.DefaultLoadPlanner):
-    """DCP's planner, except that entries that are no tensors hold plain data."""
+    """DCP's planner, but entries other than tensors must be plain data."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
         torch.save(read_plain(value, read_item.storage_index.fqn), plain)
         plain.seek(0)
-        super().load_bytes(read_item, plain)  # unpickles what was written here
+        super().load_bytes(read_item, plain)  # unpickles only what was written two lines above
 
 
 class ShardReader(dcp.FileSystemReader):
-    """DCP's reader of a folder, which trusts neither its metadata nor its shards.
+    """DCP's folder reader, but it trusts neither metadata nor shards.
 
     Raises:
-        InputError: if the metadata is missing or damaged, or does not fit the files of the folder.
+        InputError: if the metadata is missing or damaged, or does not match the files of the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,7 +121,7 @@ class ShardReader(dcp.FileSystemReader):
         return done
 
     def load(self, state: dict[str, Any], no_dist: bool = False) -> None:
-        """Loads the entries of `state` in place; all ranks must call this, unless `no_dist`.
+        """Loads the entries of `state` in place; all ranks must call this unless `no_dist` is set.
 
         Raises:
             InputError: if an entry is missing or damaged.
@@ -138,7 +138,7 @@ class ShardReader(dcp.FileSystemReader):
 
 
 def part_of(value: Any, item: ReadItem) -> Tensor:
-    """Returns the part of a stored tensor that a request asks for."""
+    """Returns the requested part of a stored tensor."""
     if not isinstance(value, Tensor):
         raise InputError(f"{item.storage_index.fqn} is no tensor")
     for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
@@ -150,7 +150,7 @@ def read_metadata(folder: Path) -> Metadata:
     """Reads the description of a sharded checkpoint and checks it against the files of the folder.
 
     Raises:
-        InputError: if it is missing or damaged, names other classes than DCP's, or data that the files do not hold.
+        InputError: if it is missing or damaged, names classes other than DCP's, or data that the files do not hold.
     """
     path = folder / METADATA
     data = read_regular(path, MAX_METADATA_BYTES)
@@ -165,9 +165,12 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def find_problem(metadata: Any, sizes: dict[str, int]) -> str | None:
-    """Returns why the files, with these sizes, cannot hold what is described; no field has its type for certain."""
+    """Returns why files of these sizes cannot hold what the metadata describes; None if they can.
+
+    Unpickling ensures no types, so each field is checked.
+    """
     if not fits(metadata, Metadata, state_dict_metadata=dict, storage_data=dict):
-        return "it is no metadata"
+        return "it is not metadata"
     needed = 0
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str):
@@ -175,9 +178,9 @@ def find_problem(metadata: Any, sizes: dict[str, int]) -> str | None:
         if isinstance(entry, BytesStorageMetadata):
             continue
         if not fits(entry, TensorStorageMetadata, size=torch.Size, properties=TensorProperties):
-            return f"it has a {type(entry).__name__} for {name}, not a tensor's size and properties"
+            return f"it describes {name} by a {type(entry).__name__}, not by a tensor's size and properties"
         if min(entry.size, default=0) < 0 or not fits(entry.properties, TensorProperties, dtype=torch.dtype):
-            return f"it has a negative size or no dtype of {name}"
+            return f"it has a negative size or no dtype for {name}"
         needed += math.prod(entry.size) * entry.properties.dtype.itemsize
     if needed > sum(sizes.values()):
         return f"it claims {needed} bytes of tensors, more than the files hold"
@@ -186,21 +189,21 @@ def find_problem(metadata: Any, sizes: dict[str, int]) -> str | None:
             info, _StorageInfo, relative_path=str, offset=int, length=int
         )
         if not known or getattr(info, "transform_descriptors", None):
-            return "it has data of an unknown form"
+            return "it describes data of an unknown form"
         if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes.get(info.relative_path, -1):
             return f"it places {index.fqn} outside the files of the folder"
     return None
 
 
 def fits(value: Any, kind: type, **fields: type) -> bool:
-    """Returns whether an unpickled object is of a class and has these fields, which unpickling does not ensure."""
+    """Returns whether an unpickled object is an instance of a class and has fields of these types."""
     return isinstance(value, kind) and all(isinstance(getattr(value, name, None), fields[name]) for name in fields)
 
 
 class ShardedTensors(Mapping[str, Tensor]):
     """The tensors of a sharded checkpoint whose names start with `prefix`, named without it.
 
-    An access reads one tensor and joins the shards of all ranks on the CPU of this process; see also `read_all`.
+    Each access reads one tensor and joins the shards of all ranks on the CPU of this process; see also `read_all`.
 
     Raises:
         InputError: if the checkpoint cannot be read.
@@ -218,7 +221,7 @@ class ShardedTensors(Mapping[str, Tensor]):
         return self.read([name])[name]
 
     def read(self, names: Iterable[str]) -> StateDict:
-        """Reads several tensors at once, which takes less time than one after the other."""
+        """Reads several tensors at once, which is faster than one after the other."""
         entries = {name: self.entries[name] for name in names}
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
         self.reader.load({self.prefix + name: tensor for name, tensor in tensors.items()}, no_dist=True)
@@ -232,5 +235,5 @@ class ShardedTensors(Mapping[str, Tensor]):
 
 
 def read_all(tensors: Mapping[str, Tensor]) -> StateDict:
-    """Reads all tensors of a mapping that reads them on use."""
+    """Reads all tensors of a mapping that reads on use."""
     return tensors.read(tensors) if isinstance(tensors, ShardedTensors) else dict(tensors)

@@ -1,4 +1,4 @@
-"""State dicts of published networks and tokenizers, also inside the checkpoints of trainers."""
+"""State dicts of published networks and tokenizers, on their own or inside the checkpoints of trainers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_mvar.io.tensors import StateDict, read_any
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-PARTS = {  # a key of each part, and what the published trainers call the part
+PARTS = {  # a key that identifies each part, and the names of the part in published trainers
     "network": ("word_embed.weight", {"mvar_wo_ddp", "var_wo_ddp"}),
     "tokenizer": ("quantize.embedding.weight", {"vae_local"}),
 }
@@ -24,7 +24,7 @@ WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_check
 
 
 def load_official_tokenizer(source: str | Path | Mapping[str, Tensor], schedule: ScaleSchedule) -> Tokenizer:
-    """Loads a published tokenizer in eval mode; its configuration, except the schedule, is read off keys and shapes.
+    """Loads a published tokenizer in eval mode; its configuration, except the schedule, follows from keys and shapes.
 
     Args:
         source: a .pth or .safetensors file, its name on the Hub, or a state dict with the published keys.
@@ -40,12 +40,12 @@ def load_official_tokenizer(source: str | Path | Mapping[str, Tensor], schedule:
 def read_published_state(source: str | Path | Mapping[str, Tensor], part: str) -> tuple[StateDict, str]:
     """Returns a flat state dict and a name for messages, from a file or a dictionary in memory.
 
-    Weights may lie anywhere in nested dictionaries, as trainers save them: `trainer`, `model`, `state_dict`, `ema`.
-    Those under the part's own name go first, then averaged ones. Names that wrapped or compiled modules add are
-    removed, and a prefix like `model.`. What lies beside the weights is not read.
+    Weights may be anywhere in nested dictionaries, as trainers save them: `trainer`, `model`, `state_dict`, `ema`.
+    Weights under the part's own name take precedence, then averaged ones. Prefixes of wrapped or compiled modules are
+    removed, as is a prefix such as `model.`. Other contents are ignored.
 
     Raises:
-        InputError: if the file cannot be read or holds no tensors by name.
+        InputError: if the file cannot be read or holds no named tensors.
     """
     name, content = f"the {part} state dict", cast(Any, source)
     if isinstance(source, str | Path):
@@ -62,7 +62,7 @@ def read_published_state(source: str | Path | Mapping[str, Tensor], part: str) -
 
 
 def state_dicts(content: Any) -> Iterator[tuple[tuple[Any, ...], StateDict]]:
-    """Yields the tensors by name of each nested dictionary that has any, outermost first, with the path to it."""
+    """Yields the path and the named tensors of each nested dictionary that has any, outermost first."""
     pending: list[tuple[tuple[Any, ...], Any]] = [((), content)]
     seen: set[int] = set()  # dictionaries of a file may refer to each other
     for path, values in pending:

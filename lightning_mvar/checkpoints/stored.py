@@ -1,4 +1,4 @@
-"""Networks on disk, whose weights are read on use."""
+"""Networks on disk whose weights are read on use."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class StoredModel:
     """A network on disk and its tokenizer.
 
     Args:
-        source: names the file in messages.
+        source: name of the file in messages.
         config: architecture of the network.
-        weights: tensors by name, read on use from a mapped file, or anew at each access from a sharded checkpoint.
-            Neither their names nor their shapes are checked yet.
+        weights: tensors by name, read on use from a mapped file, or at each access from a sharded checkpoint. Names and
+            shapes have not been checked yet.
         class_names: names of the classes in label order; empty if they have none.
-        load_tokenizer: loads the tokenizer, and checks that it fits the network.
-        part: for a checkpoint, the module that the weights are of: network or ema.
-        tokenizer_fingerprint: fingerprint of the tokenizer; None if it is known only once the tokenizer is loaded.
-        tokenizer_folder: folder, published file or name of the tokenizer; None if published weights do not say it.
+        load_tokenizer: loads the tokenizer and checks that it fits the network.
+        part: for a checkpoint, the module to which the weights belong: network or ema.
+        tokenizer_fingerprint: fingerprint of the tokenizer; None if unknown before the tokenizer is loaded.
+        tokenizer_folder: folder, published file or name of the tokenizer; None if published weights do not name it.
     """
 
     source: str
@@ -46,19 +46,19 @@ class StoredModel:
         """Loads network and tokenizer, in eval mode on the CPU.
 
         Raises:
-            InputError: if weights are missing, damaged or of another shape, or the tokenizer does not fit.
+            InputError: if weights are missing, damaged or have another shape, or the tokenizer does not fit.
         """
         return TrainedModel(self.load_network(), self.load_tokenizer(), self.class_names)
 
     def load_network(self) -> MVAR:
-        """Loads the network alone; raises InputError if weights are missing, damaged or of another shape."""
+        """Loads only the network; raises InputError if weights are missing, damaged or have another shape."""
         mapped = not isinstance(self.weights, ShardedTensors)
         return load_strictly(self.meta_network(), read_all(self.weights), self.source, copy=mapped)
 
     def meta_network(self) -> MVAR:
         """Builds the network on the meta device; raises InputError if the weights have fewer blocks."""
         blocks = {name.split(".")[1] for name in self.weights if name.startswith("blocks.")}
-        if self.config.depth > max(len(blocks), 1):  # fail before building that many blocks
+        if self.config.depth > max(len(blocks), 1):  # fails before too many blocks are built
             raise InputError(
                 f"{self.source} does not fit MVAR: its weights have {len(blocks)} blocks, not {self.config.depth}"
             )

@@ -1,8 +1,9 @@
-"""Training checkpoints that survive a crash: written atomically, checked before they are used.
+"""Training checkpoints that survive a crash: written atomically, checked before use.
 
 A checkpoint is a file of `torch.save`, a zip archive that contains a checksum per entry, or a folder with one shard
-per rank (`torch.distributed.checkpoint`) and a seal: a file with the sizes and checksums of the others. Its name has
-its step, by which the newest is known: clocks differ. `last.ckpt` links to the newest.
+per rank (`torch.distributed.checkpoint`) and a seal: a file with the sizes and checksums of the others. Its name
+contains its step, which determines the newest checkpoint; file times would depend on the machines' clocks. `last.ckpt`
+links to the newest.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-NETWORK_KEY = "lightning_mvar"  # checkpoint entry that describes the network and where its tokenizer is
-NETWORK_PREFIX, EMA_PREFIX, POWER_PREFIX = "network.", "ema.", "power_averages."  # of the keys of the weights
+NETWORK_KEY = "lightning_mvar"  # checkpoint entry that describes the network and locates its tokenizer
+NETWORK_PREFIX, EMA_PREFIX, POWER_PREFIX = "network.", "ema.", "power_averages."  # of the weights' keys
 SEAL = "seal.json"
 PLAIN_PART = "meta.pt"  # file of a sharded checkpoint for everything but tensors; Lightning chose the name
 SUFFIX, LAST = ".ckpt", "last.ckpt"
@@ -60,8 +61,8 @@ def publish(temporary: Path, path: Path, seal: Checksums | None = None, link: bo
         temporary: file or folder of the checkpoint.
         path: its final path.
         seal: checksums of a folder's files.
-        link: make `last.ckpt` point to it. That comes first: a process killed between the two leaves a link to
-            nothing, which is noticed, and never a link to older weights.
+        link: whether to point `last.ckpt` to it. The link is made before the rename: a process killed in between leaves
+            a dangling link, which is noticed, but never a link to older weights.
     """
     if temporary.is_dir():
         (temporary / SEAL).write_text(json.dumps(seal))
@@ -77,7 +78,7 @@ def publish(temporary: Path, path: Path, seal: Checksums | None = None, link: bo
 
 
 def link_last(path: Path) -> None:
-    """Points the `last.ckpt` beside a checkpoint to it, atomically."""
+    """Atomically points the `last.ckpt` next to a checkpoint to it."""
     link = path.with_name(LAST)
     temporary = hidden_path(link, "link")
     temporary.unlink(missing_ok=True)
@@ -86,16 +87,16 @@ def link_last(path: Path) -> None:
 
 
 def mend_last(folder: Path) -> None:
-    """Points `last.ckpt` to the newest complete checkpoint of a folder, if it is a link to anything else."""
+    """Points the link `last.ckpt` in a folder to its newest complete checkpoint, unless it does already."""
     link, newest = folder / LAST, newest_intact(folder)
     if newest is not None and link.is_symlink() and os.readlink(link) != newest.name:
         link_last(newest)
 
 
 def resolve_last(path: Path) -> Path:
-    """Returns the newest complete checkpoint in place of a link `last.ckpt`, and any other path as it is.
+    """Returns the newest complete checkpoint for a link `last.ckpt`, and any other path as it is.
 
-    The link alone says less: a run killed at the wrong moment leaves it behind.
+    The link itself may be out of date if a run was killed at the wrong moment.
     """
     return (path.name == LAST and path.is_symlink() and newest_intact(path.parent)) or path
 
@@ -116,7 +117,7 @@ def hidden_path(path: Path, state: str) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the checkpoints that killed runs left half written or half removed."""
+    """Removes checkpoints that killed runs left half written or half removed."""
     for path in folder.glob(f".*{SUFFIX}.*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -140,7 +141,7 @@ def newest_intact(folder: Path, verify_checksums: bool = False) -> Path | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Lists the checkpoints of a folder by their steps, the highest first."""
+    """Lists the checkpoints of a folder by step, highest first."""
     paths = [path for path in folder.glob(f"step=*{SUFFIX}") if step_of(path) >= 0 and not path.is_symlink()]
     return sorted(paths, key=step_of, reverse=True)
 
@@ -152,11 +153,11 @@ def step_of(path: Path) -> int:
 
 
 def check_intact(path: Path, verify_checksums: bool = False) -> None:
-    """Checks that a checkpoint is complete, by sizes and by the index at the end of a file.
+    """Checks that a checkpoint is complete: the sizes of a folder's files, or the index at the end of a file.
 
     Args:
         path: file or folder.
-        verify_checksums: also read it completely and verify its checksums.
+        verify_checksums: whether to also read it completely and verify its checksums.
 
     Raises:
         InputError: if it is missing, truncated or altered; the message names the file.
@@ -182,7 +183,7 @@ def check_folder(folder: Path, verify_checksums: bool) -> None:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     for name, (size, crc) in expected.items():
         if sizes.get(name) != size:
-            raise InputError(f"{folder / name} is damaged: it has {sizes.get(name, 0)} bytes, {size} were written")
+            raise InputError(f"{folder / name} is damaged: it has {sizes.get(name, 0)} bytes, but {size} were written")
         if verify_checksums and size_and_crc(folder / name) != (size, crc):
             raise InputError(f"{folder / name} is damaged: its CRC-32 is not that of the seal")
 
@@ -197,7 +198,7 @@ def read_plain_part(path: Path) -> dict[str, Any]:
 
 
 def open_tensors(path: Path, prefix: str) -> Mapping[str, Tensor]:
-    """Finds the weights of a checkpoint whose names start with `prefix`, named without it; each is read on use.
+    """Opens the weights of a checkpoint whose names start with `prefix`, named without it; each is read on use.
 
     Raises:
         InputError: if the checkpoint cannot be read.
@@ -215,13 +216,13 @@ def open_tensors(path: Path, prefix: str) -> Mapping[str, Tensor]:
 
 
 def read_tensors(path: Path, prefix: str) -> StateDict:
-    """Reads all that `open_tensors` finds."""
+    """Reads all tensors that `open_tensors` opens."""
     return read_all(open_tensors(path, prefix))
 
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that a network was trained with: its path, or name on the Hub, and its fingerprint."""
+    """The tokenizer with which a network was trained: its path or name on the Hub, and its fingerprint."""
 
     path: str
     fingerprint: str
@@ -229,7 +230,7 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class ReferenceRecord:
-    """The frozen network that an objective compares the trained one with: its path and a fingerprint of its weights."""
+    """The frozen network to which an objective compares the trained one: its path and a fingerprint of its weights."""
 
     path: str
     fingerprint: str
@@ -241,14 +242,14 @@ class RunRecord:
 
     Args:
         ema: whether the weights are averaged.
-        skipped_steps: number of steps skipped so far, and length of the current run of skipped steps.
+        skipped_steps: number of skipped steps so far, and how many of them directly precede the checkpoint.
         world_size: number of ranks.
-        batch_of_all_ranks: images per batch, all ranks together; None if the data were not a `TokenDataModule`.
+        batch_of_all_ranks: images per batch over all ranks; None if the data were not a `TokenDataModule`.
         ema_decay: decay of the average; None without one, and in checkpoints of older versions.
         reference: the objective's frozen network; None if it has none.
         power_ema: relative widths of the power-function averages.
         muon: whether Muon trains the matrices of the blocks.
-        freeze: patterns of names of parameters that are not trained; None in checkpoints of older versions.
+        freeze: name patterns of the parameters that are not trained; None in checkpoints of older versions.
     """
 
     ema: bool
@@ -264,7 +265,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class NetworkRecord:
-    """The `NETWORK_KEY` entry of a training checkpoint, which holds it as plain types.
+    """The `NETWORK_KEY` entry of a training checkpoint, stored as plain types.
 
     Args:
         network: architecture of the network.
@@ -283,7 +284,7 @@ class NetworkRecord:
 
 
 def open_checkpoint(path: Path, tokenizer: str | Path | None, weights: WhichWeights) -> StoredModel:
-    """Opens the network of a training checkpoint and the tokenizer it was trained with; see `open_trained`."""
+    """Opens the network of a training checkpoint and its tokenizer; see `open_trained`."""
     record = read_record(path, read_plain_part(path))
     return open_part(path, record, EMA_PREFIX if weights == "ema" and record.run.ema else NETWORK_PREFIX, tokenizer)
 
@@ -292,18 +293,18 @@ def open_snapshots(path: Path, tokenizer: str | Path | None) -> list[tuple[Profi
     """Opens the power-function averages of a training checkpoint.
 
     Raises:
-        InputError: if the checkpoint is missing or damaged, or its run keeps no such average.
+        InputError: if the checkpoint is missing or damaged, or its run keeps no such averages.
     """
     if path.is_dir() and not (path / PLAIN_PART).is_file():
         raise InputError(
-            f"{path} is no snapshot: name checkpoints of a run with model.power_ema, as in the folder `snapshots` that "
-            f"configs/callbacks/snapshots.yaml keeps"
+            f"{path} is not a snapshot: name checkpoints of a run with model.power_ema, such as those in the folder "
+            f"`snapshots` that configs/callbacks/snapshots.yaml keeps"
         )
     checkpoint = read_plain_part(path)
     record, step = read_record(path, checkpoint), checkpoint.get("global_step")
     if not record.run.power_ema:
         raise InputError(
-            f"{path} has no power-function averages: set model.power_ema, [0.05, 0.10] for example, in `fit`"
+            f"{path} has no power-function averages: set model.power_ema in `fit`, for example to [0.05, 0.10]"
         )
     if type(step) is not int or step < 1:
         raise InputError(f"{path} is damaged, or from before the first step: its global_step is {step!r}")
@@ -319,7 +320,7 @@ def read_record(path: Path, checkpoint: dict[str, Any]) -> NetworkRecord:
 
 
 def open_part(path: Path, record: NetworkRecord, prefix: str, tokenizer: str | Path | None) -> StoredModel:
-    """Opens the network of a checkpoint whose weights have names that start with `prefix`."""
+    """Opens the network of a checkpoint whose weights' names start with `prefix`."""
     return StoredModel(
         str(path),
         record.network,
@@ -333,7 +334,7 @@ def open_part(path: Path, record: NetworkRecord, prefix: str, tokenizer: str | P
 
 
 def load_recorded_tokenizer(checkpoint: Path, moved: str | Path | None, record: NetworkRecord) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint, from `moved` if given; raises InputError if it is another one."""
+    """Loads the tokenizer of a checkpoint, from `moved` if given; raises InputError if it is a different one."""
     place, expected = moved or record.tokenizer.path, record.tokenizer.fingerprint
     tokenizer = load_tokenizer(place, record.network.schedule)
     if (fingerprint := tokenizer.fingerprint()) != expected:

@@ -23,7 +23,7 @@ from lightning_mvar.errors import InputError, Interrupted, require_in
 from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.json_files import checked
 from lightning_mvar.io.locks import lock_folder
-from lightning_mvar.models.config import OF_TOKENS, MVARConfig
+from lightning_mvar.models.config import TOKEN_FIELDS, MVARConfig
 from lightning_mvar.models.costs import match_budget
 from lightning_mvar.sweeps.cells import Cell
 from lightning_mvar.sweeps.launchers import Launcher, local_launcher, ray_launcher, submitit_launcher
@@ -144,7 +144,7 @@ def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[st
         if plan.budget is None:
             return ()
         options = namespace.model.network.as_dict()
-        if missing := [name for name in OF_TOKENS if options[name] is None]:
+        if missing := [name for name in TOKEN_FIELDS if options[name] is None]:
             raise InputError(
                 f"a budget needs network.{missing[0]}, which only the tokenizer or the shards would say: add "
                 f"--model.network.{missing[0]} to `fit`"

@@ -1,4 +1,4 @@
-"""Class names and labels: those of the training images, or ImageNet's 1,000."""
+"""Class names and labels, from the training images or ImageNet's 1,000 classes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import path_component
 
 UNCONDITIONAL = "unconditional"
-MAX_DIGITS = 18  # of a class number
+MAX_DIGITS = 18  # in a class number
 WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # of a class in a mix
 MAX_SUGGESTIONS = 8  # maximum number of names in a message
 
 
 @cache
 def imagenet_classes() -> dict[str, list[str]]:
-    """Returns the names of each class by WordNet id, in label order, the usual name first (ILSVRC 2012)."""
+    """Returns the names of each class by WordNet id, in label order and with the usual name first (ILSVRC 2012)."""
     text = (files("lightning_mvar.data") / "imagenet_classes.tsv").read_text()
     rows = [line.split("\t") for line in text.splitlines()]
     return {synset: names.split(", ") for synset, names in rows}
@@ -31,8 +31,8 @@ def imagenet_classes() -> dict[str, list[str]]:
 class Classes:
     """Names and labels of a network's classes.
 
-    A network of 1,000 classes gets ImageNet's names if its classes have no names (published checkpoints) or are WordNet
-    ids (ImageNet's folders).
+    A network with 1,000 classes gets ImageNet's names if its classes have no names (published checkpoints) or are named
+    by WordNet ids (ImageNet's folders).
 
     Args:
         names: names of the classes, in label order; empty if unknown.
@@ -57,9 +57,9 @@ class Classes:
         return UNCONDITIONAL if label == self.count else self.aliases[label][0]
 
     def folder(self, label: int) -> str:
-        """Returns the folder name for images of a label in [0, count]: the class name, or the WordNet id for ImageNet.
+        """Returns the folder name for images with a label in [0, count]: the class name, or ImageNet's WordNet id.
 
-        Names may come from untrusted files: each becomes one path component, and no two classes share a folder.
+        Names may come from untrusted files: each becomes a single path component, and no two classes share a folder.
         """
         return self.folders[label]
 
@@ -74,9 +74,9 @@ class Classes:
         return [*used.values()][1:] + [UNCONDITIONAL]
 
     def label(self, query: str | int) -> int:
-        """Returns the label of a name, ignoring case, or of a number; `count` for "unconditional".
+        """Returns the label for a name, ignoring case, or for a number; `count` for "unconditional".
 
-        A string is looked up as a name first: if classes are named 1 to 10, "1" is the class of that name, whereas the
+        A string is first looked up as a name: if classes are named 1 to 10, "1" is the class of that name, whereas the
         integer 1 is label 1. Integers may be numpy's.
 
         Raises:
@@ -99,9 +99,9 @@ class Classes:
         raise InputError(f"there is no class {shown:.100}; {self.suggest(str(query))}")
 
     def weights(self, query: str | int) -> dict[int, float]:
-        """Returns the weight of each label in a mix of classes, NAME:WEIGHT+NAME:WEIGHT; of a single class, 1.
+        """Parses a mix of classes, NAME:WEIGHT+NAME:WEIGHT, to weights by label; a single class has weight 1.
 
-        Weights are divided by their sum.
+        Weights are normalized to sum 1.
 
         Raises:
             InputError: if no class matches, or a weight is not a positive number.
@@ -113,19 +113,19 @@ class Classes:
             name, _, number = part.rpartition(":")
             weight = float(number) if WEIGHT.fullmatch(number.strip()) else 0.0
             if not 0 < weight < math.inf:
-                raise InputError(f"{query:.100} is no mix of classes such as 3:0.5+8:0.5: {part:.100} has no weight")
+                raise InputError(f"{query:.100} is not a mix of classes such as 3:0.5+8:0.5: {part:.100} has no weight")
             weights[self.label(name)] += weight
         total = sum(weights.values())
         return {label: weight / total for label, weight in weights.items()}
 
     def describe_weights(self, weights: Mapping[int, float]) -> str:
-        """Returns the name of a class, or the mix as `weights` reads it."""
+        """Returns the name of a single class, or a mix in the format that `weights` parses."""
         if len(weights) == 1:
             return self.name(*weights)
         return "+".join(f"{self.name(label)}:{weight:g}" for label, weight in weights.items())
 
     def split(self, text: str) -> list[str]:
-        """Splits comma-separated names or numbers; a name may contain commas: the longest reading counts."""
+        """Splits comma-separated names or numbers; since names may contain commas, the longest match wins."""
         parts, names, begin = text.split(","), list[str](), 0
         longest = 1 + max(name.count(",") for name in self.labels)
         while begin < len(parts):
@@ -136,7 +136,7 @@ class Classes:
         return names
 
     def suggest(self, query: str) -> str:
-        """Returns a hint for an unknown class: names that contain it or differ by a few letters, or the valid range."""
+        """Returns a hint for an unknown class: names that contain it or are spelled similarly, or the valid range."""
         part = normalized(query)
         similar = [i for i, names in enumerate(self.aliases) if any(part in normalized(name) for name in names)]
         if not similar:
@@ -158,7 +158,7 @@ class Classes:
 
 
 def select_classes(classes: str | None, names: Classes) -> list[dict[int, float]]:
-    """Returns comma-separated classes and mixes of classes as weights by label; all classes if `classes` is None."""
+    """Parses comma-separated classes and mixes of classes to weights by label; None selects all classes."""
     if classes is None:
         return [{label: 1.0} for label in range(names.count)]
     try:
@@ -168,5 +168,5 @@ def select_classes(classes: str | None, names: Classes) -> list[dict[int, float]
 
 
 def normalized(name: str) -> str:
-    """Returns a name as it is compared: without case, and with blanks only between words and after commas."""
+    """Normalizes a name for comparison: lower case, with blanks only between words and after commas."""
     return ", ".join(part.strip() for part in name.lower().split(",")).replace("_", " ")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class BatchSource(Protocol):
-    """A source of one rank's batches: its length in batches, and the position to start from."""
+    """A source of one rank's batches: its length in batches and the position to start from."""
 
     epoch: int
     first_batch: int
@@ -26,24 +26,24 @@ class ResumableLoader(ABC):
     """A sized loader whose position in the epoch is checkpointed.
 
     Every pass is a new epoch, except the first one after `load_state_dict`, which resumes at the saved position. The
-    state {epoch, samples} is the position of the next batch. It is the same on every rank, and counts samples so that a
+    state {epoch, samples} is the position of the next batch. It is the same on all ranks and counts samples, so that a
     run with another global batch size can resume from it.
 
     Args:
         source: source of the batches.
-        num_workers: processes that read ahead.
+        num_workers: number of processes that read ahead.
         pin_memory: whether to pin batches for the copy to a GPU.
     """
 
     def __init__(self, source: BatchSource, num_workers: int, pin_memory: bool) -> None:
         self.source, self.num_workers, self.pin_memory = source, num_workers, pin_memory
         self.epoch, self.position, self.resumed = -1, 0, False
-        # Number of batches trained on, counted from batch `start` of the epoch. A batch that was yielded but
-        # interrupted does not count: it must come again after resuming.
+        # Number of batches trained on, counted from batch `start` of the epoch. A batch that was yielded but whose step
+        # was interrupted does not count: it must be repeated after resuming.
         self.batches_trained: Callable[[], int] = lambda: self.position
         self.start = 0
-        self.batches_per_epoch = lambda: len(self)  # may be limited to less than all
-        self.repeats_epoch = False  # whether every epoch has the batches of the first, to overfit them
+        self.batches_per_epoch = lambda: len(self)  # the trainer may limit it
+        self.repeats_epoch = False  # whether every epoch repeats the batches of the first, to overfit them
 
     def __len__(self) -> int:
         return len(self.source)
@@ -70,15 +70,15 @@ class ResumableLoader(ABC):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["samples"] // self.source.global_batch
-        if self.position >= len(self):  # the batches are larger now, and the rest does not fill one
+        if self.position >= len(self):  # batches are larger now, and the rest of the epoch does not fill one
             self.epoch, self.position = self.epoch + 1, 0
         self.resumed = True
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
-    """Returns the options of a DataLoader's workers. On Linux they are forked, which Python 3.14 no longer does itself.
+    """Returns the options of a DataLoader's workers. On Linux they are forked, no longer the default in Python 3.14.
 
-    A forked worker starts at once and shares the images in memory; others import torch and get a copy of everything.
+    A forked worker starts at once and shares memory with its parent; others import torch and copy all images.
     """
     context = "fork" if num_workers and sys.platform == "linux" else None
     return {
@@ -89,7 +89,7 @@ def worker_options(num_workers: int) -> dict[str, Any]:
 
 
 def ignore_signals_in_worker(worker_id: int) -> None:
-    """Leaves signals to the main process: a cluster signals all processes of a job, and a dead worker ends the run."""
+    """Leaves signals to the main process: clusters signal all processes of a job, and a dead worker ends the run."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -98,7 +98,7 @@ def ignore_signals_in_worker(worker_id: int) -> None:
 
 
 def exit_on_sigterm_from_main() -> None:
-    """Exits on a SIGTERM from the main process, which at exit terminates the remaining workers and waits for them."""
+    """Exits on SIGTERM from the main process, which terminates the remaining workers at exit and waits for them."""
     main = multiprocessing.parent_process()
     while main and signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
         pass

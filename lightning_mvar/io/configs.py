@@ -1,4 +1,4 @@
-"""Configuration files: those that come with the package, and those that one includes."""
+"""Configuration files: those of the package, and files that other files include."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lightning_mvar.io.json_files import ESCAPED
 
 PACKAGED = Path(__file__).parents[1] / "configs"  # in a clone, a link to its top-level folder
 INCLUDED = re.compile(r"^[^#\n]*?[:-] +(\S+\.ya?ml) *$", re.MULTILINE)  # a value that is the path of another YAML file
-MAX_NODES = 100_000  # values of a YAML file, with its aliases written out
-# What yaml raises for text that is no YAML, and for values such as 2023-02-30, !!int "abc", !!bool x, !!timestamp x.
+MAX_NODES = 100_000  # values in a YAML file after expanding its aliases
+# Raised by yaml for invalid YAML, and for values such as 2023-02-30, !!int "abc", !!bool x, !!timestamp x.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def find_config(name: str) -> str:
-    """Returns the path of a configuration file: `name` or, if there is no such file, the package's file of that name.
+    """Returns the path of a configuration file: `name` or, if it does not exist, the package's file of that name.
 
     Args:
-        name: path of a file. The package's files are `configs/size/d16.yaml`, or `size/d16.yaml` for short.
+        name: path of a file, or the name of a package file such as `configs/size/d16.yaml`, `size/d16.yaml` for short.
     """
     packaged = PACKAGED / name.removeprefix("configs/")
     return str(packaged) if not Path(name).exists() and packaged.is_file() else name
 
 
 def config_words(words: Sequence[str]) -> list[tuple[int, str, str]]:
-    """Returns what --config names in a command line: the number of its word, how the word begins, and the name."""
+    """Finds the values of --config in a command line; returns the index of the word, its prefix and the value."""
     found = []
     for i, (before, word) in enumerate(pairwise(["", *words])):
         prefix = "--config=" if word.startswith("--config=") else ""
@@ -39,7 +39,7 @@ def config_words(words: Sequence[str]) -> list[tuple[int, str, str]]:
 
 
 def with_included(path: Path) -> list[Path]:
-    """Returns a YAML file and the existing ones that its values name, relative to it, at any depth; each once."""
+    """Returns a YAML file and, recursively, the existing YAML files that its values name relative to it, each once."""
     files, seen, stack = [], set(), [path]
     while stack:
         file = stack.pop()
@@ -56,8 +56,8 @@ def compose(text: str) -> yaml.Node | None:
     """Returns the root node of a YAML text.
 
     Raises:
-        yaml.YAMLError: if the text is no YAML, holds characters that no path can, or has more than MAX_NODES values
-            with its aliases written out.
+        yaml.YAMLError: if the text is not valid YAML, contains characters that are illegal in paths, or has more than
+            MAX_NODES values after expanding its aliases.
         RecursionError: if it is nested too deeply, or an alias refers to itself.
     """
     root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -67,7 +67,7 @@ def compose(text: str) -> yaml.Node | None:
 
 
 def written_size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Returns the number of values in a node with its aliases written out; `sizes` holds those of nodes seen before."""
+    """Counts the values in a node after expanding its aliases; `sizes` caches the counts of nodes by id."""
     if isinstance(node, yaml.ScalarNode):
         if ESCAPED.search(node.value):
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a character that no path can hold")

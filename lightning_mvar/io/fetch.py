@@ -3,9 +3,9 @@
     https://host/path                         also http://, s3://, gs:// and hf://
     pipe:rclone cat remote:bucket/file.tar    a command that prints the file
 
-Credentials and options are those of each scheme's library: its own files and environment variables, and
-FSSPEC_S3_ENDPOINT_URL and the like, see the documentation of fsspec. Processes on one machine share a cache: one of
-them downloads a file while the others wait for it.
+Each scheme's library finds its own credentials and options, in its files and environment variables; variables such as
+FSSPEC_S3_ENDPOINT_URL work as documented by fsspec. Processes on one machine share a cache: one of them downloads a
+file while the others wait for it.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from lightning_mvar.io.fingerprint import sha256_of
 from lightning_mvar.io.locks import FileLock, poll_lock
 
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # between attempts; the wait doubles each time
-STALL_S = 120.0  # without a byte
+STALL_S = 120.0  # time without data after which a download fails
 MIN_BYTES_PER_S = 10_000
-RESERVE_BYTES = 2**28  # of the disk, which downloads leave free
+RESERVE_BYTES = 2**28  # disk space that downloads leave free
 CHUNK_BYTES = 2**18
-HTTP_OPTIONS = {"encoded": True}  # as given: a signature must not be quoted again
-S3_OPTIONS = {"max_concurrency": 1}  # several ranges at once are reported only when all of them have arrived
-SCHEMES = ("https", "http", "s3", "gs", "hf")  # whose libraries report each part of a download, which bounds its size
+HTTP_OPTIONS = {"encoded": True}  # use the URL as given: quoting a signature again would break it
+S3_OPTIONS = {"max_concurrency": 1}  # concurrent ranges would be reported only once all of them have arrived
+SCHEMES = ("https", "http", "s3", "gs", "hf")  # their libraries report progress, which lets us limit the size
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RETRIES = 5  # further attempts after a failed download, by default
+RETRIES = 5  # default number of further attempts after a failed download
 RETRY_REMEDY = (
     "check the address and the network, and run the command again (data.retries or --retries sets the number of "
     "retries)"
@@ -56,7 +56,7 @@ FOLDER_REMEDY = "set data.cache_dir or --cache_dir to another folder (TORCH_HOME
 
 
 class FetchError(Exception):
-    """A single attempt to read a remote file failed."""
+    """An attempt to read a remote file failed."""
 
 
 def is_remote(address: str) -> bool:
@@ -87,7 +87,7 @@ def check_scheme(address: str) -> None:
 
 
 def fetch_files(addresses: Sequence[str], cache_dir: Path, retries: int) -> list[Path]:
-    """Downloads files into the cache, once for all processes of a machine, and returns their local paths.
+    """Downloads files into the cache, once for all processes on a machine, and returns their local paths.
 
     Contents are not checked, and a cached file is never refreshed.
 
@@ -120,14 +120,14 @@ def fetch_once(
     sha256: str | None = None,
     remedy: str = RETRY_REMEDY,
 ) -> None:
-    """Downloads a file to `path` unless it exists; other processes of this machine wait meanwhile.
+    """Downloads a file to `path` unless it exists; meanwhile, other processes on this machine wait.
 
     Args:
         address: URL or command.
         path: local file.
         retries: further attempts after a failure, with growing waits in between.
-        size, sha256: bytes and hash of the file, if known; see `download_to`.
-        remedy: ends the message if all attempts fail.
+        size, sha256: size in bytes and hash of the file, if known; see `download_to`.
+        remedy: end of the error message if all attempts fail.
 
     Raises:
         InputError: if the file is unavailable.
@@ -149,7 +149,7 @@ def download_to(address: str, path: Path, size: int | None = None, sha256: str |
         sha256: SHA-256 as hex digits; by default, the content is not checked.
 
     Raises:
-        FetchError: if the file cannot be read, or has another size or content.
+        FetchError: if the file cannot be read, or its size or hash is wrong.
         InputError: if it does not fit on the disk.
     """
     remove_unfinished(path)
@@ -164,14 +164,14 @@ def download_to(address: str, path: Path, size: int | None = None, sha256: str |
 
 
 def remote_file_name(address: str) -> str:
-    """Returns the file name that ends a URL's path or a command's last word with a suffix; "" if neither has one."""
+    """Returns the file name at the end of a URL's path, or of the last such word of a command; "" if there is none."""
     words = address.split() if address.startswith("pipe:") else [urlsplit(address).path]
     names = [name for word in words if "." in (name := word.strip("'\"").rpartition("/")[2])]
     return names[-1] if names else ""
 
 
 def retry(address: str, attempt: Callable[[], T], retries: int, remedy: str = RETRY_REMEDY) -> T:
-    """Calls `attempt`, and again up to `retries` times after a FetchError, and returns its result.
+    """Calls `attempt` and returns its result; after a FetchError, tries again up to `retries` times.
 
     Raises:
         InputError: if all attempts fail.
@@ -195,7 +195,7 @@ def wait_for_lock(path: Path, remedy: str = FOLDER_REMEDY) -> Iterator[None]:
     """Waits until the lock on `path` is free and holds it inside the block.
 
     Raises:
-        InputError: if the file cannot be created; `remedy` ends the message.
+        InputError: if the file cannot be created; the message ends with `remedy`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,7 @@ def wait_for_lock(path: Path, remedy: str = FOLDER_REMEDY) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int:
-    """Returns how much may be written beside `path`: what the disk has free, except for a reserve."""
+    """Returns how many bytes may be written next to `path`: the free disk space less a reserve."""
     return max(0, shutil.disk_usage(path.parent).free - RESERVE_BYTES)
 
 
@@ -218,13 +218,13 @@ def require_space(path: Path, size: int) -> None:
     """Raises InputError if a file of `size` bytes does not fit on the disk."""
     if size > (free := free_bytes(path)):
         raise InputError(
-            f"{path} needs {size} bytes, and {free} are free (beside a reserve of {RESERVE_BYTES}): make space, or "
-            f"{FOLDER_REMEDY}"
+            f"{path} needs {size} bytes, but only {free} are free (with a reserve of {RESERVE_BYTES}): free disk "
+            f"space, or {FOLDER_REMEDY}"
         )
 
 
 class Progress(Callback):
-    """Counts the bytes of a download, and ends it if they are too many or come too slowly.
+    """Counts the bytes of a download, and aborts it if it is too large or too slow.
 
     Args:
         address: names the file in messages.
@@ -237,25 +237,25 @@ class Progress(Callback):
         self.window_begin, self.window_size = monotonic(), 0
 
     def set_size(self, size: int) -> None:
-        """Takes the size that a server states before it sends anything.
+        """Checks the size that a server announces before it sends data.
 
         Raises:
-            InputError: if it is more than `max_bytes`.
+            InputError: if it exceeds `max_bytes`.
         """
         if size is not None and size > self.max_bytes:
             raise self.too_long()
 
     def too_long(self) -> InputError:
         return InputError(
-            f"{self.address} sends more than the {self.max_bytes} bytes that are expected, or fit on the disk"
+            f"{self.address} sends more than the {self.max_bytes} bytes that are expected or fit on the disk"
         )
 
     def relative_update(self, inc: int = 1) -> None:
         """Counts `inc` bytes.
 
         Raises:
-            InputError: if there are more than `max_bytes`.
-            FetchError: if less than `MIN_BYTES_PER_S` arrive on average over `STALL_S`, or nobody waits any longer.
+            InputError: if the total exceeds `max_bytes`.
+            FetchError: if fewer than `MIN_BYTES_PER_S` arrive on average over `STALL_S`, or the download was abandoned.
         """
         self.value += inc
         if self.value > self.max_bytes:
@@ -272,8 +272,8 @@ def download(address: str, path: Path, max_bytes: int) -> None:
     """Writes the content of `address` to a local file.
 
     Raises:
-        FetchError: if it cannot be read, or nothing arrives for `STALL_S` seconds, or too little, see `Progress`.
-        InputError: if its library is not installed, or it has more than `max_bytes`.
+        FetchError: if it cannot be read, or stalls for `STALL_S` seconds, or is too slow, see `Progress`.
+        InputError: if the library for its scheme is not installed, or it exceeds `max_bytes`.
     """
     progress = Progress(address, max_bytes)
     if address.startswith("pipe:"):
@@ -283,7 +283,7 @@ def download(address: str, path: Path, max_bytes: int) -> None:
 
 
 def copy_url(address: str, path: Path, progress: Progress) -> None:
-    """Downloads in a second thread, which is left behind if it stalls: not every library has a time limit."""
+    """Downloads in a second thread, which is abandoned if it stalls: not every library has a timeout."""
     check_scheme(address)
     scheme = urlsplit(address).scheme
     options: dict[str, Any] = dict(S3_OPTIONS) if scheme == "s3" else {}
@@ -319,19 +319,19 @@ def resolve_url(address: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def http_client() -> dict[str, Any]:
-    """Returns options of aiohttp: proxies from the environment, no limit on the time of a download, bytes as stored."""
-    from aiohttp import ClientTimeout  # takes long to import
+    """Returns options for aiohttp: proxies from the environment, no limit on the total time, no decompression."""
+    from aiohttp import ClientTimeout  # slow to import
 
     return {
         "trust_env": True,
         "timeout": ClientTimeout(None, sock_connect=STALL_S, sock_read=2 * STALL_S),
         "headers": {"Accept-Encoding": "identity"},
-        "auto_decompress": False,  # a server may label an archive that is compressed itself
+        "auto_decompress": False,  # a server may declare an archive's own compression as a content encoding
     }
 
 
 def as_fetch_error(error: BaseException) -> BaseException:
-    """Turns an error of a library, or of the network, into a FetchError; leaves others, such as a full disk."""
+    """Turns an error of a library or of the network into a FetchError; others, such as a full disk, stay unchanged."""
     if isinstance(error, FileNotFoundError):
         return FetchError("there is no such file")
     from_library = type(error).__module__.partition(".")[0] not in ("builtins", __package__.partition(".")[0])
@@ -341,7 +341,7 @@ def as_fetch_error(error: BaseException) -> BaseException:
 
 
 def run_command(command: str, path: Path, progress: Progress) -> None:
-    """Writes what a shell command prints to a file; see `download`."""
+    """Writes the output of a shell command to a file; see `download`."""
     process = Popen(command, stdout=PIPE, shell=True)
     assert process.stdout is not None
     readable = poll()

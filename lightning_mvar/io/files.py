@@ -22,8 +22,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`, which is renamed to `path` if the block ends without an exception.
 
     A process killed inside the block leaves a `.NAME.HOST.RANDOM.tmp` file, never a partial file under the final name.
-    The temporary name keeps the suffix, for writers that choose a format by it. It has no process id: containers that
-    share a file system have equal ones.
+    The temporary name keeps the suffix for writers that choose a format by it. It does not contain the process id,
+    which containers that share a file system may have in common.
 
     Raises:
         InputError: if the file cannot be written.
@@ -47,11 +47,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def open_regular(path: str | Path) -> BinaryIO:
     """Opens a regular file, or a symlink to one, for reading bytes.
 
-    Every reader of a file that may come from elsewhere opens it here: a FIFO would block until somebody writes to it,
-    and a device may never end.
+    All files that may come from elsewhere are opened with it: a FIFO would block until somebody writes to it, and a
+    device may never end.
 
     Raises:
-        InputError: if the file is missing, unreadable or of another kind.
+        InputError: if the file is missing, unreadable or not a regular file.
     """
     try:
         file = open_if_regular(path)
@@ -65,7 +65,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def open_if_regular(path: str | Path) -> BinaryIO | None:
-    """Opens a file as `open_regular` does; returns None if it is of another kind.
+    """Opens a file as `open_regular` does; returns None if it is not a regular file.
 
     Raises:
         OSError: if the file is missing or unreadable.
@@ -81,10 +81,10 @@ def open_if_regular(path: str | Path) -> BinaryIO | None:
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """Reads a whole regular file.
+    """Reads a regular file completely.
 
     Raises:
-        InputError: if it is missing, unreadable, of another kind or larger than `max_bytes`.
+        InputError: if it is missing, unreadable, not a regular file or larger than `max_bytes`.
     """
     with open_regular(path) as file:
         try:
@@ -100,8 +100,8 @@ def create_folder(folder: Path, remedy: str) -> None:
     """Creates a folder with its parents, unless it exists.
 
     Raises:
-        InputError: names the obstacle and ends with `remedy`; also for names that are not UTF-8, which messages, JSON
-            and YAML cannot hold.
+        InputError: if that fails, or the name is not UTF-8, which messages, JSON and YAML require; the message ends
+            with `remedy`.
     """
     try:
         str(folder).encode()
@@ -116,9 +116,9 @@ def create_folder(folder: Path, remedy: str) -> None:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Removes the temporary files that killed writers of `path` on this host left.
+    """Removes temporary files left by writers of `path` that were killed on this host.
 
-    Call it while no other process of this host writes `path`. Those of other hosts stay: their writers may be alive.
+    Call it while no other process on this host writes `path`. Files of other hosts stay: their writers may be alive.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.stem)}.{host_name()}.*.tmp{glob.escape(path.suffix)}"):
         leftover.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Hashes that identify a module's weights, or the content of a file."""
+"""Hashes that identify the weights of a module or the content of a file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CHUNK_BYTES = 2**20
 
 
 def fingerprint(module: nn.Module, description: str = "") -> str:
-    """Returns 16 hex digits that hash `description` and all weights (as float32), equal on all machines and devices."""
+    """Hashes `description` and all weights as float32; returns 16 hex digits, the same on all machines and devices."""
     return fingerprint_of(module.state_dict(), description)
 
 
 def fingerprint_of(weights: Mapping[str, Tensor], description: str = "") -> str:
-    """Returns the fingerprint of weights by name, which are read one at a time; see `fingerprint`."""
+    """Returns the fingerprint of named weights, reading one at a time; see `fingerprint`."""
     digest = hashlib.sha256(description.encode())
     for name in sorted(weights):
         digest.update(name.encode())

@@ -21,7 +21,7 @@ TYPES = {
 
 
 def columns_summary(values: Mapping[str, Any], metrics: Collection[str], first: Collection[str]) -> Summary:
-    """Returns the table's columns, including those empty in this run: TensorBoard uses one run's columns for all.
+    """Returns the table's columns, even those empty in this run: TensorBoard uses the columns of one run for all.
 
     Args:
         values: hyperparameters by name: numbers, strings, booleans or None.
@@ -39,7 +39,7 @@ def columns_summary(values: Mapping[str, Any], metrics: Collection[str], first: 
 
 
 def row_summary(values: Mapping[str, Any]) -> Summary:
-    """Returns a run's hyperparameters, without those that are None.
+    """Returns a run's hyperparameters, except those that are None.
 
     Without a trial name, runs with equal hyperparameters still get separate rows.
     """

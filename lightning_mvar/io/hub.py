@@ -1,11 +1,11 @@
-"""Networks and tokenizers by name: those published for VAR, and any on the Hugging Face Hub.
+"""Networks and tokenizers by name: VAR's published weights, and any on the Hugging Face Hub.
 
     var-d16                                 a known name, see `NETWORKS` and `TOKENIZERS`
     OWNER/REPOSITORY:FILE[@REVISION]        a file of published weights
     OWNER/REPOSITORY[@REVISION]             a folder that `export` or `push_to_hub` wrote
 
-Files are downloaded once, into the cache of huggingface_hub, by its rules: HF_HOME moves it, HF_HUB_OFFLINE=1 forbids
-the network, HF_ENDPOINT names another server. No code of a repository is run.
+Files are downloaded once, into the cache of huggingface_hub, with its usual variables: HF_HOME moves the cache,
+HF_HUB_OFFLINE=1 forbids network access, HF_ENDPOINT selects another server. No code of a repository is run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOKENIZERS = {"vae-ch160v4096z32": VAR.format("vae_ch160v4096z32.pth")}
 NETWORKS = {f"var-d{depth}": VAR.format(f"var_d{depth}.pth") for depth in (16, 20, 24, 30)} | {
     "var-d36-512": VAR.format("var_d36.pth")
 }
-SHA256 = {  # of files by place; that of var_d36.pth is not known
+SHA256 = {  # by place; unknown for var_d36.pth
     VAR.format(file): digest
     for file, digest in {
         "vae_ch160v4096z32.pth": "7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
@@ -42,21 +42,21 @@ TOKENIZER_KINDS = f"a folder that `train-tokenizer` or `export` wrote, a publish
 
 
 class Located(NamedTuple):
-    """A local path, and the tokenizer that belongs to the network there if its file does not contain one."""
+    """A local path, and the name of the tokenizer of a known network, whose file does not contain it."""
 
     path: Path
     tokenizer: str | None = None
 
 
 def locate(place: str | Path, **hub: Any) -> Located:
-    """Returns the local path of a network or tokenizer, which is downloaded first if its place is a name on the Hub.
+    """Returns the local path of a network or tokenizer; downloads it first if `place` is a name on the Hub.
 
     Args:
         place: path, known name, or repository, see the top of this file.
         hub: options of `huggingface_hub.snapshot_download` and `hf_hub_download`: revision, token, cache_dir.
 
     Raises:
-        InputError: if it cannot be downloaded, or is not the file that is known.
+        InputError: if it cannot be downloaded, or a known file has the wrong hash.
     """
     match = name_on_hub(place)
     if match is None:
@@ -68,10 +68,10 @@ def locate(place: str | Path, **hub: Any) -> Located:
 
 
 def name_on_hub(place: str | Path) -> re.Match[str] | None:
-    """Returns the parts of a name that is looked up on the Hub; None for a path.
+    """Returns the parts of a name to look up on the Hub; None for a path.
 
-    What exists as a local path, or looks like one (its first folder exists or is `outputs`, it begins with a dot, or it
-    has the suffix of a file and no colon), is never looked up.
+    A name is never looked up if it exists as a local path or looks like one: its first folder exists or is `outputs`,
+    it begins with a dot, or it has the suffix of a weights file and no colon.
     """
     name = str(place)
     match = ON_HUB.fullmatch(KNOWN.get(name, name))
@@ -81,7 +81,7 @@ def name_on_hub(place: str | Path) -> re.Match[str] | None:
 
 
 def is_local(name: str, file: str | None) -> bool:
-    """Returns whether a name that could be one on the Hub is a path; `file` is what follows its colon, if anything."""
+    """Returns whether a name that could be on the Hub looks like a path; `file` is the part after its colon, if any."""
     like_file = file is None and name.endswith((*PUBLISHED, ".ckpt"))
     return name.startswith((".", "outputs/")) or like_file or Path(Path(name).parts[0]).exists()
 
@@ -90,9 +90,9 @@ def download(repository: str, file: str | None, **hub: Any) -> Path:
     """Returns the local path of a file of a repository, or of the folder with its export if `file` is None.
 
     Raises:
-        InputError: if it cannot be downloaded, or is not the file that is known.
+        InputError: if it cannot be downloaded, or a known file has the wrong hash.
     """
-    from huggingface_hub import errors  # here, because it takes half a second
+    from huggingface_hub import errors  # imported here because it takes half a second
 
     name = repository if file is None else f"{repository}:{file}"
     try:
@@ -117,7 +117,7 @@ def download(repository: str, file: str | None, **hub: Any) -> Path:
 
 
 def download_export(repository: str, hub: dict[str, Any]) -> Path:
-    """Returns the local folder of an exported pipeline; `hub` has the options of downloads."""
+    """Returns the local folder of an exported pipeline; `hub` holds download options."""
     config = Path(huggingface_hub.hf_hub_download(repository, "config.json", **hub))  # fails if it is missing
     commit = config.parent.name  # all files of one commit, even if another is pushed meanwhile
     return Path(
@@ -126,7 +126,7 @@ def download_export(repository: str, hub: dict[str, Any]) -> Path:
 
 
 def download_file(repository: str, file: str, hub: dict[str, Any]) -> Path:
-    """Returns the local path of a file, whose SHA-256 is checked when it arrives, if known and not interrupted."""
+    """Returns the local path of a file; after a download, checks its SHA-256 if that is known."""
     cached = huggingface_hub.try_to_load_from_cache(repository, file, hub.get("cache_dir"), hub.get("revision"))
     path = Path(huggingface_hub.hf_hub_download(repository, file, **hub))
     if not isinstance(cached, str):
@@ -135,7 +135,7 @@ def download_file(repository: str, file: str, hub: dict[str, Any]) -> Path:
 
 
 def name_weights(repository: str, hub: dict[str, Any]) -> str:
-    """Says which published weights a repository has."""
+    """Lists the published weights of a repository for an error message."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -149,12 +149,12 @@ def name_weights(repository: str, hub: dict[str, Any]) -> str:
 
 
 def check_content(path: Path, expected: str | None) -> None:
-    """Removes a downloaded file, and raises InputError, if its SHA-256 is known and not the expected one."""
-    from lightning_mvar.io.fingerprint import sha256_of  # here, because it imports torch
+    """Removes a downloaded file and raises InputError if its SHA-256 is not the expected one; None expects nothing."""
+    from lightning_mvar.io.fingerprint import sha256_of  # imported here because it imports torch
 
     if expected is None or (found := sha256_of(path)) == expected:
         return
-    path.resolve().unlink()  # the content, to which `path` is a link
+    path.resolve().unlink()  # `path` is a link to the content
     path.unlink(missing_ok=True)
     raise InputError(
         f"the downloaded {path.name} has the SHA-256 {found} instead of {expected}, and was removed: run the command "

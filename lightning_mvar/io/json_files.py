@@ -1,7 +1,7 @@
-"""JSON files: written atomically, and checked against the types of a dataclass before anything uses them.
+"""JSON files: written atomically, and checked against the types of a dataclass when they are read.
 
-A reader of its own, because each library lacks a part: msgspec takes no union of tuples and ignores unknown fields,
-pydantic needs its settings inside each dataclass, and neither names the value.
+We use our own reader because each library lacks something: msgspec supports no unions of tuples and ignores unknown
+fields, pydantic needs its settings in each dataclass, and neither names the offending value.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lightning_mvar.io.files import atomic_path, read_regular
 
 T = TypeVar("T")
 
-MAX_JSON_BYTES = 2**24  # of a file; as Python objects, JSON takes up to 20 times as much memory
-SHOWN = 80  # characters of a value in a message
-ESCAPED = re.compile("[\0\ud800-\udfff]")  # characters that no path and no UTF-8 file can hold
+MAX_JSON_BYTES = 2**24  # per file; parsed JSON takes up to 20 times as much memory
+SHOWN = 80  # characters of a value that a message shows
+ESCAPED = re.compile("[\0\ud800-\udfff]")  # characters that are illegal in paths or UTF-8 files
 SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # type: (name in messages, check)
     NoneType: ("null", lambda value: value is None),
     bool: ("true or false", lambda value: isinstance(value, bool)),
@@ -35,7 +35,7 @@ SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # type: (name in mess
 
 
 class FormatVersion(NamedTuple):
-    """The format_version that this release reads, and what to do about data of another one."""
+    """The format_version that this release reads, and the remedy for other versions."""
 
     number: int
     remedy: str
@@ -46,7 +46,7 @@ class Mismatch(Exception):
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Writes a value of plain types as a JSON file, atomically; raises InputError if the file cannot be written."""
+    """Writes a value of plain types to a JSON file atomically; raises InputError if the file cannot be written."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent) + "\n")
 
@@ -55,24 +55,24 @@ def read_json(path: Path, kind: type[T], max_bytes: int = MAX_JSON_BYTES, versio
     """Reads a JSON file as an instance of `kind`; see `parse_json`.
 
     Raises:
-        InputError: if the file is missing, no regular file or larger than `max_bytes`, or its content does not fit.
+        InputError: if the file is missing, not a regular file or larger than `max_bytes`, or its content does not fit.
     """
     return parse_json(read_regular(path, max_bytes), kind, str(path), version)
 
 
 def parse_json(data: str | bytes, kind: type[T], source: str, version: FormatVersion | None = None) -> T:
-    """Parses JSON as an instance of `kind`, strictly: nothing is converted, except lists to tuples and ints to floats.
+    """Parses JSON as an instance of `kind`, strictly: only lists are converted to tuples and ints to floats.
 
     Args:
         data: the JSON text, in UTF-8.
         kind: a dataclass, whose fields without a default are required; or bool, int, float, str, None, Any, Literal,
             a list, tuple or dict of them, or a union. Integers have 64 bits and numbers are finite.
         source: names the data in messages.
-        version: version that the data must have, which is checked before its other fields.
+        version: version that the data must have; it is checked before the other fields.
 
     Raises:
-        InputError: if the data is no JSON, repeats a field, or does not fit `kind`; one line that names source, field
-            and value. Errors of `__post_init__` likewise.
+        InputError: if the data is not valid JSON, repeats a field, does not fit `kind` or is refused by a
+            `__post_init__`; one line that names source, field and value.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
@@ -92,7 +92,7 @@ def check_version(value: Any, version: FormatVersion, source: str) -> None:
 
 
 def checked(value: Any, kind: type[T], source: str) -> T:
-    """Returns a value that was read from a file, as plain Python types, as an instance of `kind`; see `parse_json`.
+    """Converts a value of plain Python types that was read from a file to an instance of `kind`; see `parse_json`.
 
     Raises:
         InputError: if it does not fit.
@@ -120,7 +120,7 @@ def refuse_constant(name: str) -> None:
 
 
 def convert(value: Any, kind: Any, path: str) -> Any:
-    """Returns a JSON value as an instance of `kind`; `path` names it in messages."""
+    """Converts a JSON value to an instance of `kind`; `path` names it in messages."""
     origin, parameters = get_origin(kind), get_args(kind)
     if kind is Any:
         convert_any(value, path)
@@ -144,7 +144,7 @@ def convert(value: Any, kind: Any, path: str) -> Any:
 
 
 def convert_any(value: Any, path: str) -> None:
-    """Raises Mismatch if a value of any type holds a number that is not finite or a forbidden character."""
+    """Raises Mismatch if a value of any type contains a number that is not finite or a forbidden character."""
     if isinstance(value, dict):
         convert(value, dict[str, Any], path)
     elif isinstance(value, list | tuple):
@@ -155,7 +155,7 @@ def convert_any(value: Any, path: str) -> None:
 
 def convert_union(value: Any, kind: Any, path: str) -> Any:
     members = [member for member in get_args(kind) if member is not NoneType or value is None]
-    if len(members) == 1:  # the message then names the part of the value that does not fit
+    if len(members) == 1:  # a direct call names the part of the value that does not fit
         return convert(value, members[0], path)
     for member in members:
         try:
@@ -185,7 +185,7 @@ def type_hints(kind: type) -> dict[str, Any]:
 
 
 def element_kinds(kind: Any, count: int) -> list[Any]:
-    """Returns the type of each of `count` elements of a list or tuple type, or of each that the type has."""
+    """Returns the type of each of `count` elements of a list, or of the elements that a tuple type has."""
     parameters = list(get_args(kind))
     if get_origin(kind) is list or parameters[1:] == [...]:
         return parameters[:1] * count
@@ -213,7 +213,7 @@ def field_path(path: str, name: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Returns the beginning of a value on one line."""
+    """Formats the beginning of a value on one line."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = SHOWN
     return " ".join(brief.repr(value).split())

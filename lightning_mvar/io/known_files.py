@@ -1,7 +1,7 @@
-"""Published files that are downloaded the first time they are needed: weights of extractors, ADM's references.
+"""Published files that are downloaded when they are first needed: weights of extractors, ADM's references.
 
-They are kept where torch.hub keeps such files, `$TORCH_HOME/hub/checkpoints` (by default in `~/.cache/torch`), which is
-where torchvision, torch-fidelity and pytorch-fid look for the same weights. Without network, or if HF_HUB_OFFLINE is
+They are kept in the folder of torch.hub, `$TORCH_HOME/hub/checkpoints` (by default in `~/.cache/torch`), where
+torchvision, torch-fidelity and pytorch-fid look for the same weights. Without network access, or if HF_HUB_OFFLINE is
 set, put a file there by hand.
 """
 
@@ -21,7 +21,7 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import fetch_once, remote_file_name
 from lightning_mvar.io.tensors import load_strictly, read_torch
 
-RETRIES = 2  # further attempts after a failed download; without network, the message follows within seconds
+RETRIES = 2  # few further attempts, so that the error appears within seconds if there is no network
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 
 
@@ -31,8 +31,8 @@ class KnownFile:
 
     Args:
         url: its address.
-        size: bytes; None if not known for certain, then the content is not checked.
-        sha256: SHA-256 as hex digits; None likewise.
+        size: size in bytes; None if unknown, then it is not checked.
+        sha256: SHA-256 as hex digits; None if unknown, then it is not checked.
     """
 
     url: str
@@ -40,7 +40,7 @@ class KnownFile:
     sha256: str | None = None
 
     def path(self, given: str | None = None) -> Path:
-        """Returns the local path `given` by the user, or that of the downloaded file, which all processes share.
+        """Returns the path `given` by the user, or that of the downloaded file, which all processes share.
 
         Raises:
             InputError: if `given` does not exist, or the file is neither present nor available.
@@ -58,15 +58,15 @@ class KnownFile:
         return path
 
     def load_into(self, module: nn.Module, given: str | None = None, replaced: Mapping[str, Tensor] = {}) -> None:
-        """Loads the file, see `path`, into a module on the meta device, strictly, in eval mode without gradients.
+        """Loads the file, see `path`, into a module strictly; sets eval mode and disables gradients.
 
         Args:
             module: built on the meta device, so that memory holds its weights once.
             given: path of the user's file.
-            replaced: tensors by name, instead of those of the file, which may lack them.
+            replaced: named tensors that replace those of the file, which may lack them.
 
         Raises:
-            InputError: if the file is unavailable or holds anything else.
+            InputError: if the file is unavailable or has other content.
         """
         path = self.path(given)
         load_strictly(module, read_torch(path) | {**replaced}, path).requires_grad_(False)

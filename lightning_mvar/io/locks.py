@@ -18,8 +18,8 @@ from lightning_mvar.io.files import create_folder
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"  # file in a folder that a command owns; holds the name of that command
-LOCK_TIMEOUT_S, POLL_S = 8.0, 0.1  # loader workers of a killed process hold its lock for about 5 s more
+LOCK = ".lock"  # file in a folder that a command has locked; holds the name of that command
+LOCK_TIMEOUT_S, POLL_S = 8.0, 0.1  # loader workers of a killed process hold its lock for about 5 more seconds
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems mounted without locks
 
 
@@ -33,9 +33,9 @@ class FileLock:
     def try_acquire(cls, path: Path) -> FileLock | None:
         """Returns the lock on `path`, or None if it is already held or the file was removed meanwhile.
 
-        A file system without locks gives a warning, and a lock that keeps nobody out.
+        On a file system without locks, it warns and returns a lock without effect.
         """
-        # A link in a foreign folder could name any file, which `lock_folder` would overwrite.
+        # O_NOFOLLOW: a link in a foreign folder could point to any file, which `lock_folder` would overwrite.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,7 +46,7 @@ class FileLock:
                     return None
                 raise
             log.warning("the file system of %s does not support locks: do not start a second command there", path)
-        if os.fstat(descriptor).st_nlink == 0:  # a removed lock would keep nobody out
+        if os.fstat(descriptor).st_nlink == 0:  # a lock on a removed file has no effect
             os.close(descriptor)
             return None
         return cls(descriptor)
@@ -66,13 +66,13 @@ def rebuild_lock(duplicate: Any) -> FileLock:
 
 @contextmanager
 def lock_folder(folder: Path, command: str, option: str = "--out") -> Iterator[FileLock]:
-    """Creates a folder and keeps other commands out of it until the block or the process ends.
+    """Creates a folder and locks it against other commands until the block or the process ends.
 
     With several ranks, only rank 0 calls this.
 
     Args:
         folder: folder that the command owns.
-        command: name of the command, for the message that another one shows.
+        command: name of the command, for the error message of other commands.
         option: option that names the folder, for messages.
 
     Raises:
@@ -96,7 +96,7 @@ def lock_folder(folder: Path, command: str, option: str = "--out") -> Iterator[F
 
 
 def try_lock(folder: Path, remedy: str) -> FileLock | None:
-    """Creates the folder if it is missing; its last owner may remove it at any time."""
+    """Tries to lock a folder, which is created if it is missing; its previous owner may remove it at any time."""
     create_folder(folder, remedy)
     try:
         return FileLock.try_acquire(folder / LOCK)
@@ -105,7 +105,7 @@ def try_lock(folder: Path, remedy: str) -> FileLock | None:
 
 
 def poll_lock(attempt: Callable[[], FileLock | None], stop: Callable[[], bool] = lambda: False) -> FileLock | None:
-    """Calls `attempt` until it returns a lock, and returns that; or returns None once `stop` returns True."""
+    """Calls `attempt` until it returns a lock, which is returned, or until `stop` returns True; then returns None."""
     while (lock := attempt()) is None and not stop():
         time.sleep(POLL_S)
     return lock

@@ -1,6 +1,6 @@
-"""Arrays in npy and npz files, read without executing code, and npz files written row by row.
+"""Reads arrays in npy and npz files without executing code, and writes npz files row by row.
 
-Headers are untrusted: the size that a header claims is compared with the size of the file before anything is allocated.
+Headers are untrusted: the size that a header claims is compared with the size of the file before memory is allocated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_header(stream: IO[bytes], size: int) -> Header:
         size: size of the file in bytes.
 
     Raises:
-        ValueError: if the header is damaged, claims another size than the file has, or an array of anything but
+        ValueError: if the header is damaged, does not match the size of the file, or describes an array of anything but
             numbers and strings.
     """
     head = BytesIO(stream.read(MAX_HEADER_BYTES))
@@ -92,7 +92,7 @@ def array_names(path: Path) -> list[str]:
 
 
 def read_text(path: Path, name: str) -> str:
-    """Returns a string that is stored as an array; raises InputError if it is missing, damaged, or longer than 1 MB."""
+    """Reads a string that is stored as an array; raises InputError if it is missing, damaged, or larger than 1 MB."""
     array = NpzArray(path, name)
     if array.dtype.kind != "U" or array.shape or array.dtype.itemsize > MAX_TEXT_BYTES:
         raise InputError(f"{path}: {name} must be a short string, got {array.dtype} {array.shape}")
@@ -118,16 +118,16 @@ def open_npz(path: Path) -> Iterator[ZipFile]:
 
 
 class NpzArray:
-    """An array in an npz file, read whole or row by row; rows are fastest in ascending order.
+    """An array in an npz file, read completely or row by row; reading rows in ascending order is fastest.
 
-    Its shape is known before any of it is read: check it, then read.
+    Shape and dtype are known before any data is read, so they can be checked first.
 
     Args:
         path: the file.
         name: name of the array.
 
     Raises:
-        InputError: if the file is missing or damaged, has no such array, or one that claims another size than it has.
+        InputError: if the file is missing or damaged, or has no such array or one whose size does not match its header.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -144,7 +144,7 @@ class NpzArray:
         self.owner_pid = 0  # process id: forked loader workers must not share a file position
 
     def read(self) -> NDArray[Any]:
-        """Returns the whole array, in C order and native byte order."""
+        """Returns the complete array in C order and native byte order."""
         with open_npz(self.path) as archive, archive.open(self.member) as stream:
             stream.seek(self.header.end)
             array = decode(stream.read(self.header.num_bytes), self.header)
@@ -154,7 +154,7 @@ class NpzArray:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> NDArray[Any]:
-        """Returns a row of an array, which must be in C order."""
+        """Returns a row; the array must be in C order."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         size = self.header.num_bytes // len(self)
@@ -171,7 +171,7 @@ class NpzArray:
 
 
 def require_plausible_size(member: ZipInfo, archive_bytes: int) -> None:
-    """Raises ValueError if a member of a zip archive claims more than its compressed content can hold."""
+    """Raises ValueError if a member of a zip archive claims to be larger than its compressed content can be."""
     if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
         raise ValueError(f"{member.filename} must be stored or deflated, as numpy writes it")
     inflation = 1 if member.compress_type == ZIP_STORED else MAX_INFLATION
@@ -182,9 +182,9 @@ def require_plausible_size(member: ZipInfo, archive_bytes: int) -> None:
 def write_npz(
     path: Path, name: str, rows: Iterable[NDArray[Any]], shape: tuple[int, ...], extras: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Writes an array of `shape` row by row, without holding it in memory, and the small arrays `extras`.
+    """Writes an array of `shape` row by row, so that memory holds one row, and the small arrays `extras`.
 
-    Each row is uint8 of `shape[1:]`. The bytes of the file depend on the content alone.
+    Each row is uint8 of `shape[1:]`. The bytes of the file depend only on the content.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with atomic_path(path) as temporary, ZipFile(temporary, "w") as archive:

@@ -23,7 +23,7 @@ from lightning_mvar.io.files import atomic_path, open_regular
 StateDict = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
-# Raised by the readers for truncated files and files of another format.
+# Raised by the readers for truncated files and other formats.
 DAMAGE = (
     OSError,
     RuntimeError,
@@ -39,7 +39,7 @@ DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-# What trainers leave beside the weights in a checkpoint; see `Ignored`.
+# Objects that trainers store next to the weights in a checkpoint; see `Ignored`.
 IGNORED = [
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     "numpy.dtype",
@@ -60,11 +60,11 @@ def save_weights(module: nn.Module, path: Path) -> None:
 def save_lazily(shapes: Mapping[str, Tensor], read: Callable[[str], Tensor], path: Path) -> None:
     """Writes a .safetensors file of float32 tensors while they are computed, so that memory holds one at a time.
 
-    The file equals that of `save_weights`.
+    The file is identical to that of `save_weights`.
 
     Args:
         shapes: tensors on the meta device, by name.
-        read: returns the values of the tensor with a name, float32 on the CPU; called once per name.
+        read: returns the tensor with a name, float32 on the CPU; called once per name.
         path: file to write, atomically.
     """
     header: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def write(path: Path, writer: Callable[[Path], None]) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # by the umask; safetensors makes files that only their owner reads
+        mode = temporary.stat().st_mode  # follows the umask; safetensors creates files that only the owner can read
         try:
             writer(temporary)
             temporary.chmod(mode)
@@ -109,18 +109,18 @@ def read_weights(path: Path) -> StateDict:
     """Reads a flat state dict from .safetensors.
 
     Raises:
-        InputError: if the file is missing, damaged or of another format.
+        InputError: if the file is missing, damaged or in another format.
     """
     require_weights(path)
     try:
         return load_file(path)
     except (SafetensorError, *DAMAGE) as error:
-        hint = ": it is one of torch.save, name it .pth" if zipfile.is_zipfile(path) else ""
+        hint = ": it was written by torch.save; rename it to .pth" if zipfile.is_zipfile(path) else ""
         raise InputError(f"{path} is damaged or not a safetensors file ({first_line(error)}){hint}") from error
 
 
 def read_any(path: Path) -> dict[str, Any]:
-    """Reads a .safetensors file or one of `torch.save`, as its content says; all tensors are stored completely.
+    """Reads a .safetensors file or one of `torch.save`, recognized by content, and checks that all data is stored.
 
     Raises:
         InputError: if it cannot be read; see `read_weights` and `read_torch`.
@@ -128,7 +128,7 @@ def read_any(path: Path) -> dict[str, Any]:
     require_weights(path)
     with open_regular(path) as file:
         begin = file.read(9)
-    safe = begin[8:] == b"{" or path.suffix == ".safetensors"  # torch takes the suffix at its word
+    safe = begin[8:] == b"{" or path.suffix == ".safetensors"  # torch trusts the suffix, too
     content = read_weights(path) if safe else read_torch(path)
     check_storage(tensors_in(content), path)
     return content
@@ -138,7 +138,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     """Reads a file of `torch.save` without executing code from it; tensors are memory-mapped and read on use.
 
     Raises:
-        InputError: if the file is missing, damaged, of another format, or holds more than plain weights.
+        InputError: if the file is missing, damaged, in another format, or not a dictionary of plain data.
     """
     require_weights(path)
     content = read_plain(path, str(path))
@@ -148,14 +148,14 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 
 def read_plain(file: Path | IO[bytes], source: str) -> Any:
-    """Reads what `torch.save` wrote, plain data and tensors on the CPU; nothing is decompressed.
+    """Reads plain data and tensors that `torch.save` wrote; tensors are on the CPU, compressed files are refused.
 
     Args:
         file: a path, whose tensors are memory-mapped and read on use, or a stream.
         source: names the file in messages.
 
     Raises:
-        InputError: if the file is damaged, of another format, or holds other objects or code.
+        InputError: if the file is damaged, in another format, or holds other objects or code.
     """
     try:
         is_zip = zipfile.is_zipfile(file)
@@ -163,13 +163,13 @@ def read_plain(file: Path | IO[bytes], source: str) -> Any:
             refuse_compression(file)
         mapped = is_zip and isinstance(file, Path)
         with torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # said again in the error, if there is one
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # repeated in the error, if there is one
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:  # torch's own message suggests weights_only=False
         raise InputError(
             f"{source} is damaged or not a file of plain weights (it holds other objects or code)"
         ) from error
-    except (MemoryError, *DAMAGE) as error:  # torch allocates, but does not fill, what a string claims: up to 4 GB
+    except (MemoryError, *DAMAGE) as error:  # torch allocates the claimed size of a string, up to 4 GB
         reason = str(error) if isinstance(error, InputError) else type(error).__name__
         raise InputError(f"{source} is damaged or not a file of plain weights ({reason})") from error
     check_layout(tensors_in(content), source)
@@ -177,7 +177,7 @@ def read_plain(file: Path | IO[bytes], source: str) -> Any:
 
 
 class Ignored:
-    """Placeholder for objects beside the weights (numpy scalars, paths), which are discarded."""
+    """Placeholder for objects stored next to the weights (numpy scalars, paths), which are discarded."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -187,7 +187,7 @@ class Ignored:
 
 
 def refuse_compression(file: Path | IO[bytes]) -> None:
-    """Raises InputError if a zip archive is compressed, as none of `torch.save` is: a small file could fill memory."""
+    """Raises InputError if a zip archive is compressed, which `torch.save` never does: it could fill the memory."""
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise InputError("it is compressed")
@@ -206,7 +206,7 @@ def holds_ignored_objects(content: Any) -> bool:
 
 
 def parts_of(content: Any) -> list[Any]:
-    """Returns all that nested dictionaries and lists hold, which may refer to each other."""
+    """Returns the leaves of nested dictionaries and lists, which may refer to each other."""
     parts, pending, seen = [], [content], set()
     while pending:
         part = pending.pop()
@@ -219,26 +219,26 @@ def parts_of(content: Any) -> list[Any]:
 
 
 def check_layout(tensors: list[Tensor], source: str) -> None:
-    """Raises InputError unless the tensors are plain ones on the CPU."""
+    """Raises InputError unless all are plain, strided tensors on the CPU."""
     kinds = {(type(t) in (Tensor, nn.Parameter), t.device.type, t.layout) for t in tensors}
     if kinds - {(True, "cpu", torch.strided)}:
-        raise InputError(f"{source} holds tensors without data, or of an unusual layout: save it as plain weights")
+        raise InputError(f"{source} holds tensors without data or with an unusual layout: save it as plain weights")
 
 
 def check_storage(tensors: list[Tensor], source: object) -> None:
-    """Raises InputError if tensors claim more bytes than are stored, for weights whose own shapes say what is built.
+    """Raises InputError if tensors claim many more bytes than are stored: their shapes determine what is allocated.
 
-    Tied weights are stored once.
+    The limit is twice the stored bytes, because tied weights are stored once.
     """
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     if (needed := sum(t.numel() * t.element_size() for t in tensors)) > 2 * sum(stored.values()):
         raise InputError(
-            f"{source} is damaged: its tensors have {needed} bytes, of which it holds {sum(stored.values())}"
+            f"{source} is damaged: its tensors claim {needed} bytes, but it holds only {sum(stored.values())}"
         )
 
 
 def require_weights(path: Path) -> None:
-    """Raises InputError, with the remedy, if the path is no file or obviously none of weights."""
+    """Raises InputError with a remedy if the path is not a file, or the file obviously does not hold weights."""
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a weights file")
     if not path.exists():
@@ -263,12 +263,12 @@ def first_line(error: BaseException) -> str:
 def load_strictly(module: Module, weights: Mapping[str, Tensor], source: object, copy: bool = True) -> Module:
     """Loads `weights` into `module` on the CPU, with exactly matching keys and shapes, and sets eval mode.
 
-    Build `module` on the meta device, so that memory holds its weights once. Those of a memory-mapped file must be
-    copied, because they would change, or crash the process, if the file is written to.
+    Build `module` on the meta device, so that memory holds its weights once. Weights of a memory-mapped file must be
+    copied, because a write to the file would change them or crash the process.
 
     Raises:
-        InputError: naming the first keys that are missing, unexpected, of another shape or of another kind of number,
-            or a tensor that is not finite.
+        InputError: naming the first keys that are missing, unexpected or have another shape or kind of number, or the
+            first tensor that is not finite.
     """
     expected = module.state_dict()
     check_state_dict(expected, weights, f"{source} does not fit {type(module).__name__}")
@@ -294,7 +294,7 @@ def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Returns whether all values are finite; without a mask of them, and several times as fast as `torch.isfinite`."""
+    """Returns whether all values are finite; needs no mask and is several times as fast as `torch.isfinite`."""
     return not tensor.numel() or all(bound.isfinite() for bound in tensor.aminmax())
 
 

@@ -39,7 +39,7 @@ RANGES = {
     "head_dim": (1, 2**16),
     "window": (1, 2**12),
 }
-OF_TOKENS = ("schedule", "vocab_size", "code_dim", "num_classes")  # fields that tokenizer and token shards say
+TOKEN_FIELDS = ("schedule", "vocab_size", "code_dim", "num_classes")  # determined by tokenizer and token shards
 MAX_MIXERS = 16  # per block
 SIZES = {"d12": 12, "d16": 16, "d20": 20, "d24": 24, "d30": 30, "d32": 32, "d36": 36}  # name: depth
 
@@ -56,7 +56,7 @@ class MVARConfig:
         vocab_size: v, size of the tokenizer's codebook.
         code_dim: c, channels per code.
         num_classes: number of classes; the label `num_classes` means unconditional.
-        mixers: token mixers of each block, in the order in which they are applied; an unknown name lists all. Given a
+        mixers: token mixers of each block, in order of application; the error for an unknown name lists all. Given a
             list of lists, blocks cycle through it: [[scale_attention, mamba2], [scale_attention]] has Mamba in every
             second block.
         parallel: all mixers of a block read the block's input, instead of each reading the output of the previous one.
@@ -121,7 +121,7 @@ class MVARConfig:
         if (count := max(len(self.mixers_of(i)) for i in range(self.depth))) > MAX_MIXERS:
             raise InputError(f"network.mixers has {count} mixers in a block; at most {MAX_MIXERS}")
         given = {name for part in self.mixers for name in ((part,) if isinstance(part, str) else part)}
-        if unknown := sorted(given - set(MIXERS)):  # also of blocks beyond the depth
+        if unknown := sorted(given - set(MIXERS)):  # even in blocks beyond the depth
             raise InputError(f"network.mixers has an unknown mixer {unknown[0]!r}; choose from {', '.join(MIXERS)}")
         names = {name for i in range(self.depth) for name in self.mixers_of(i)}
         if names & MULTI_HEAD_RECURRENCES and self.expand * self.width % self.head_dim:
@@ -196,15 +196,15 @@ class MVARConfig:
 
 @dataclass(frozen=True)
 class NetworkOptions(MVARConfig):
-    """Network to train, described without repeating what its weights, its tokenizer and its token shards say.
+    """Options of the network to train. Those that tokenizer, token shards or initial weights determine may be left out.
 
-    Any other option that is not given has the value of the weights to start from, or else the default of `MVARConfig`.
+    Any other option that is not given has the value of the initial weights or, without any, the default of MVARConfig.
 
     Args:
         schedule: scales of an image; the tokenizer's if not given.
         vocab_size: v; the tokenizer's if not given.
         code_dim: c; the tokenizer's if not given.
-        num_classes: number of classes; that of the token shards if not given.
+        num_classes: number of classes; the token shards' if not given.
     """
 
     schedule: ScaleSchedule | None = None  # type: ignore[assignment]
@@ -229,18 +229,18 @@ class NetworkOptions(MVARConfig):
     scan_order: Literal["raster", "column", "alternating", "both"] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """Refuses wrong options before weights, tokenizer and shards are read."""
+        """Rejects invalid options before weights, tokenizer and shards are read."""
         self.complete()
 
     def complete(self, base: MVARConfig | None = None, **known: Any) -> MVARConfig:
-        """Returns the whole configuration.
+        """Returns the complete configuration.
 
         Args:
-            base: has the values of options that are neither given nor known; the default configuration if None.
-            known: what tokenizer and shards say; options that were given win over it.
+            base: supplies the options that are neither given nor known; the default configuration if None.
+            known: values determined by tokenizer and shards; options that were given take precedence.
 
         Raises:
-            InputError: if the options do not make a network.
+            InputError: if the result is not a valid configuration.
         """
         return MVARConfig(**((vars(base) if base else {}) | known | self.given()))
 

@@ -81,15 +81,16 @@ def state_bytes(config: MVARConfig, dtype: torch.dtype) -> int:
 def training_bytes(config: MVARConfig, batch_size: int, activation_checkpointing: bool = False, shards: int = 1) -> int:
     """Estimates the peak memory of a training step in bf16-mixed on a GPU, without the CUDA context and fragmentation.
 
-    Counts weights, gradients and AdamW's moments in float32, the weights that autocast has cast, the operands that
-    blocks keep for the backward pass, and the logits. Blocks are measured in PyTorch operations; with the kernels for
-    GPUs, torch's allocator counts 2 % less (M-VAR) or 5 % more (VAR).
+    Counts weights, gradients and AdamW's moments in float32, autocast's copies of the weights, the operands that blocks
+    keep for the backward pass, and the logits. Blocks are measured in PyTorch operations; with the GPU kernels, torch's
+    allocator counts 2 % less (M-VAR) or 5 % more (VAR).
 
     Args:
         config: the network.
         batch_size: images per device and batch.
         activation_checkpointing: blocks keep only their inputs (`full`).
-        shards: number of devices that share weights, gradients and moments; each gathers two blocks at a time.
+        shards: number of devices over which weights, gradients and moments are sharded; each gathers two blocks at a
+            time.
     """
     parameters, length = count_parameters(config), config.schedule.num_tokens
     states = 16 * parameters // shards + 2 * parameters + (3 * 4 * parameters // config.depth if shards > 1 else 0)
@@ -108,7 +109,7 @@ def training_bytes(config: MVARConfig, batch_size: int, activation_checkpointing
 def kept_bytes(config: MVARConfig, number: int) -> tuple[int, int]:
     """Counts bytes per image that a block keeps for its backward pass, without and with its `cheap` operands.
 
-    They grow linearly with the number of tokens, so two short schedules suffice.
+    Both grow linearly with the number of tokens, so two short schedules suffice.
     """
     short, longer = (ScaleSchedule(side_lengths) for side_lengths in ((1, 2), (1, 2, 4)))
     added, apart = config.schedule.num_tokens - short.num_tokens, longer.num_tokens - short.num_tokens
@@ -118,7 +119,7 @@ def kept_bytes(config: MVARConfig, number: int) -> tuple[int, int]:
 
 
 def block_operands(config: MVARConfig, number: int) -> tuple[int, int]:
-    """Measures `kept_bytes` on tensors without values."""
+    """Measures `kept_bytes` on fake tensors, which have no values."""
     with FakeTensorMode():
         block = Block(config, number)
         tables = (1, 3 * (len(block.mixers) + 1)) if config.shared_adaln else ()
@@ -132,7 +133,7 @@ def block_operands(config: MVARConfig, number: int) -> tuple[int, int]:
                 block(x, cond, config.step_shapes)
             return sum(operands.sizes.values())
 
-        return kept(2, True) - kept(1, True), kept(2, False) - kept(1, False)  # the difference leaves weights out
+        return kept(2, True) - kept(1, True), kept(2, False) - kept(1, False)  # weights cancel in the difference
 
 
 class Operands(Recipes):
@@ -207,7 +208,7 @@ def sampling_states(network: MVAR) -> Iterator[MVARState]:
 
 
 def extrapolate_steps(costs: list[int], config: MVARConfig) -> list[int]:
-    """Extends costs of the first steps to all: each single-token step attends to one token more than the previous."""
+    """Extends the costs of the first steps to all: each single-token step attends to one more token than the last."""
     increment = costs[-1] - costs[-2] if len(costs) > 1 else 0
     return costs + [costs[-1] + increment * (i + 1) for i in range(len(config.step_lengths) - len(costs))]
 

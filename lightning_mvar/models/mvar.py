@@ -48,7 +48,7 @@ class AdaLN(NamedTuple):
 class BlockState:
     """State of a block from step to step while an image is sampled."""
 
-    adaln: list[AdaLN]  # of its mixers, then of its MLP; constant
+    adaln: list[AdaLN]  # one per mixer, then the MLP's; constant
     mixers: tuple[State, ...]
 
     def first(self, count: int) -> BlockState:
@@ -96,14 +96,17 @@ class Block(nn.Module):
         state: BlockState | None = None,
         drop_path: Tensor | None = None,
     ) -> tuple[Tensor, BlockState]:
-        """Runs tokens x (b, l, d) of steps with these token maps, continuing from `state`.
+        """Runs the block on the tokens of one or more consecutive steps, continuing from `state`.
 
         Args:
             x: (b, l, d).
-            cond: (b, d), or (b, 1, 3 m, d) with shared AdaLN; used only to begin an image, that is without a `state`.
-            shapes: height and width of each step's token map, l tokens together.
-            state: as returned for the step before.
-            drop_path: (b, 1, m, 1) factors of the gates in this pass, see `draw_drop_path`; None for none.
+            cond: (b, d), or (b, 1, 3 m, d) with shared AdaLN; read only without a `state`, at the start of an image.
+            shapes: height and width of each step's token map, l tokens in total.
+            state: as returned by the previous call; None at the start of an image.
+            drop_path: (b, 1, m, 1) gate factors from `draw_drop_path`; None to keep all branches.
+
+        Returns:
+            (b, l, d), and the next state.
         """
         state = state or BlockState(self.adaln_parameters(cond, drop_path), (None,) * len(self.mixers))
         adaln, carried, entered, dtype = state.adaln, [], x, product_dtype(x)
@@ -111,8 +114,8 @@ class Block(nn.Module):
         for i, (mixer, before) in enumerate(zip(self.mixers, state.mixers, strict=True)):
             y, after = mixer(normed, shapes, before)  # (b, l, d)
             carried.append(after)
-            gate, (_, gain, shift) = adaln[i].gate, adaln[i + 1]  # its own output, the next branch's input
-            if self.config.parallel and i + 1 < len(self.mixers):  # the next mixer also reads what entered
+            gate, (_, gain, shift) = adaln[i].gate, adaln[i + 1]  # this branch's output, the next branch's input
+            if self.config.parallel and i + 1 < len(self.mixers):  # the next mixer also reads the block's input
                 x = add_gated(x, gate, y)  # (b, l, d)
                 normed = cheap(modulate, entered, gain, shift, dtype)  # (b, l, d)
             else:
@@ -174,7 +177,7 @@ class MVAR(nn.Module):
             look_for_kernels()
 
     def _apply(self, *arguments: Any, **options: Any) -> MVAR:
-        """Moves or casts the network, as all of PyTorch's methods for that do; looks for kernels if it is on a GPU."""
+        """Moves or casts the network, for `to`, `half` and the like; looks for kernels once it is on a GPU."""
         super()._apply(*arguments, **options)
         if self.start_embed.is_cuda:
             look_for_kernels()
@@ -185,7 +188,7 @@ class MVAR(nn.Module):
 
         Args:
             labels: (b,) int64 in [0, num_classes]; `num_classes` is unconditional.
-            scale_inputs: (b, l - n, c) what `teacher_inputs` gives for the images' tokens; the first step has n.
+            scale_inputs: (b, l - n, c) from `teacher_inputs`; the n tokens of the first step have none.
 
         Returns:
             (b, l, v) float32; logits of step k depend only on tokens of steps before k.
@@ -201,7 +204,7 @@ class MVAR(nn.Module):
         return score_in_parts(self.logits, x, cond, tokens, self.config.vocab_size, label_smoothing)  # (b, l), (b, l)
 
     def redraw(self, labels: Tensor, scale_inputs: Tensor, uniforms: Tensor) -> Tensor:
-        """Draws each token (b, l) given the images' own scales before it; see `draw_in_parts`."""
+        """Draws each token (b, l) conditioned on the image's own earlier scales; see `draw_in_parts`."""
         x, cond = self.hidden(labels, scale_inputs)  # (b, l, d), (b, d)
         return draw_in_parts(self.logits, x, cond, uniforms, self.config.vocab_size)  # (b, l)
 
@@ -211,18 +214,18 @@ class MVAR(nn.Module):
         x = torch.cat([self.start(cond), self.project(scale_inputs)], dim=1)  # (b, l, d)
         x = x + self.positions(0, self.config.schedule.num_tokens)  # (b, l, d)
         block_cond = self.block_cond(cond)  # (b, d) or (b, 1, 3 m, d)
-        # CPUs have the memory, and would take 3 to 8 % longer.
+        # Not on a CPU, where memory suffices and a step would take 3 to 8 % longer.
         with recomputation(Recipes() if x.is_cuda and torch.is_grad_enabled() else None):
             for block, drop_path in zip(self.blocks, self.draw_drop_path(x), strict=True):
                 x, _ = block(x, block_cond, self.config.step_shapes, drop_path=drop_path)  # (b, l, d)
         return x, cond
 
     def draw_drop_path(self, x: Tensor) -> Sequence[Tensor | None]:
-        """Draws drop path (stochastic depth) for all blocks; outside them, so that one compiled graph serves any rate.
+        """Draws drop path (stochastic depth) for all blocks, outside them so that one compiled graph serves any rate.
 
         Returns:
-            Per block (b, 1, m, 1) float32, by which to multiply the gates of a sample's branches: 1 / (1 - rate) if a
-            branch is kept, else 0. None for each block in eval mode or without drop path.
+            One tensor of gate factors (b, 1, m, 1) float32 per block: 1 / (1 - rate) for a branch that is kept, else 0.
+            None for each block in eval mode or without drop path.
         """
         if not self.training or self.config.drop_path == 0:
             return [None] * self.config.depth
@@ -239,7 +242,7 @@ class MVAR(nn.Module):
         """Returns the state before the first step.
 
         Args:
-            labels: (b,) int64 in [0, num_classes]; or (b, num_classes + 1) float weights, which mix class embeddings.
+            labels: (b,) int64 in [0, num_classes], or (b, num_classes + 1) float weights that mix class embeddings.
         """
         if not labels.is_floating_point():
             return MVARState(0, self.class_embed(labels), [None] * self.config.depth)
@@ -248,11 +251,11 @@ class MVAR(nn.Module):
         return MVARState(0, cond, [None] * self.config.depth)
 
     def step(self, scale_inputs: Tensor | None, state: MVARState) -> tuple[Tensor, MVARState]:
-        """Runs one step, continuing where `state` ends; all steps together equal `forward`.
+        """Runs one step, continuing from `state`; all steps together equal `forward`.
 
         Args:
-            scale_inputs: (b, n, c) input of the step's n tokens, those of a scale or a single one; None for the first.
-            state: as returned by `init_state` or the step before.
+            scale_inputs: (b, n, c) inputs of the step's n tokens, a scale or a single token; None in the first step.
+            state: as returned by `init_state` or by the previous step.
 
         Returns:
             (b, n, v) float32 logits of the step, and the state for the next.
@@ -290,7 +293,7 @@ class MVAR(nn.Module):
         return self.shared_adaln(F.silu(cond))[:, None].unflatten(-1, (-1, cond.shape[-1]))
 
     def logits(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Computes (b, l, d) -> (b, l, v), in float32 even under autocast: small differences decide the sampling."""
+        """Computes (b, l, d) -> (b, l, v), in float32 even under autocast: small differences decide what is sampled."""
         with without_autocast(x):
             gain, shift = F.linear(F.silu(cond.float()), *float_parameters(self.head_adaln))[:, None].chunk(2, dim=-1)
             x = modulate(x.float(), 1 + gain, shift)  # (b, l, d)

@@ -1,4 +1,4 @@
-"""Parameters that need special care: those kept in float32, those without weight decay, the matrices of the blocks."""
+"""Parameters with special treatment: kept in float32, excluded from weight decay, or matrices of the blocks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
-# Ends of parameter names. Decays over all tokens and temperatures get exponentiated.
+# Suffixes of parameter names. Decays and temperatures get exponentiated, which amplifies rounding.
 KEEP_FLOAT32 = ("A_log", "dt_bias", "decay_log", "qk_scale_log")
 UNDECAYED = ("start_embed", "pos_embed", "scale_embed.weight", "adaln_table", *KEEP_FLOAT32)
 
 
 def lower_precision(network: Network, dtype: torch.dtype) -> Network:
-    """Casts a network's weights in place, to sample with less memory and time; `KEEP_FLOAT32` and the head stay."""
+    """Casts a network's weights in place for faster sampling in less memory, except `KEEP_FLOAT32` and the head."""
     kept = {
         name: parameter.data
         for name, parameter in network.named_parameters()
@@ -28,9 +28,10 @@ def lower_precision(network: Network, dtype: torch.dtype) -> Network:
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Returns whether a parameter is the matrix of a linear layer in a block, or a kernel of a tokenizer's convolution.
+    """Returns whether a parameter is the matrix of a linear layer in a block, or a convolution kernel of a tokenizer.
 
-    AdaLN's matrices are none: their input is a class embedding. Nor are kernels that read or write pixels or codes.
+    AdaLN's matrices do not count, because their input is a class embedding, nor do kernels that read or write pixels or
+    codes.
     """
     if parameter.ndim == 4:
         return ".levels." in name or ".middle." in name

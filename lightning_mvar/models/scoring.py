@@ -1,4 +1,4 @@
-"""Cross entropy of given tokens, and tokens drawn, without all logits in memory at once."""
+"""Scoring and drawing of tokens without the logits of the complete batch in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def score_in_parts(
     vocab_size: int,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Scores a few images at a time; logits are computed again in the backward pass, where keeping them costs most.
+    """Scores a few images at a time; the backward pass recomputes the logits, which take the most memory.
 
     Args:
         logits: the network's head, (b, l, d) and (b, d) -> (b, l, v).
@@ -31,7 +31,7 @@ def score_in_parts(
         label_smoothing: share of each target that is spread evenly over the vocabulary.
 
     Returns:
-        Cross entropy in nats, and whether the most likely token is the right one: (b, l) float32 each.
+        Cross entropy in nats, and 1 if the most likely token is the right one, else 0: (b, l) float32 each.
     """
 
     def score(x: Tensor, cond: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

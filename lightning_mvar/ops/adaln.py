@@ -39,7 +39,7 @@ def layer_norm(x: Tensor) -> Tensor:
 
 def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """Computes x + gate * y; x and y (b, l, d), gate (b, 1, d); returns (b, l, d)."""
-    kernel = KERNELS.get("add gated") if x.is_cuda and torch.is_grad_enabled() else None  # it is for the backward pass
+    kernel = KERNELS.get("add gated") if x.is_cuda and torch.is_grad_enabled() else None  # fuses only the backward pass
     result: Tensor = torch.addcmul(x, gate, y) if kernel is None else kernel(x, gate, y)
     return result
 

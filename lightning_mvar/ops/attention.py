@@ -55,10 +55,10 @@ def attend_packed(
     key_lengths: tuple[int, ...],
     softmax_scale: float,
 ) -> Tensor:
-    """Attends by one call of the variable-length kernel: part i of q attends to part i of k and v.
+    """Attends in one call of the variable-length kernel: part i of q attends to part i of k and v.
 
     Args:
-        kernel: `torch.nn.attention.varlen.varlen_attn` or the like.
+        kernel: `torch.nn.attention.varlen.varlen_attn`, or a function with its signature.
         q: (b, h, l, p) with l = sum(lengths).
         k, v: (b, h, m, p) with m = sum(key_lengths).
         lengths, key_lengths: tokens of each part.
@@ -111,7 +111,7 @@ def attend_window(
 def attend_masked(
     q: Tensor, k: Tensor, v: Tensor, shapes: tuple[Shape, ...], window: int, softmax_scale: float
 ) -> Tensor:
-    """Computes `attend_window` by one masked call per scale. Arguments and results as there."""
+    """Computes `attend_window` by one masked call per scale; same arguments and result."""
     lengths = lengths_of(shapes)
     masks = [window_mask(shape, window, q.device) for shape in shapes]
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), masks, strict=True)
@@ -173,8 +173,8 @@ def attend_ranges(
 def key_ranges(t: Tensor, starts: list[int], ends: list[int]) -> list[Tensor]:
     """Returns tokens starts[i]:ends[i] of t (b, h, l, p) for each i.
 
-    In training they are copied together from the pieces between these bounds: the gradient of a slice would be a tensor
-    of all tokens, filled with zeros, and there are as many as scales.
+    In training, each range is concatenated from the pieces between the bounds: the gradient of a slice would be a
+    zero-filled tensor of all tokens, one per scale.
     """
     if not (t.requires_grad and torch.is_grad_enabled()):
         return [t[:, :, start:end] for start, end in zip(starts, ends, strict=True)]
@@ -185,7 +185,7 @@ def key_ranges(t: Tensor, starts: list[int], ends: list[int]) -> list[Tensor]:
 
 
 class KeyRanges(torch.autograd.Function):
-    """Copies tokens start:end of t (b, h, l, p), for each (start, end), one range after the other."""
+    """Concatenates the token ranges start:end of t (b, h, l, p)."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, ranges: list[tuple[int, int]]) -> Tensor:

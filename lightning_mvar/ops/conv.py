@@ -38,7 +38,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None) -> t
 
     Args:
         x, weight, bias: as in `causal_conv`, x without earlier inputs.
-        state: (b, w - 1, c) as returned for the tokens before; None before the first.
+        state: (b, w - 1, c) as returned by the previous call; None before the first.
 
     Returns:
         (b, l, c) in the dtype of `x`, and the last w - 1 inputs (b, w - 1, c).

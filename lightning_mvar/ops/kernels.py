@@ -1,7 +1,7 @@
 """Optional kernels, which need a certain GPU, package or compiler.
 
-They are detected when a network comes to a GPU and only read afterwards: torch.compile cannot trace an import, and what
-runs on a CPU must not initialize CUDA.
+They are detected when a network is moved to a GPU and only looked up afterwards: torch.compile cannot trace an import,
+and code that runs on a CPU must not initialize CUDA.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 Kernels = dict[str, Callable[..., Any]]  # by purpose
 
-KERNELS: Kernels = {}  # those of this machine, see `look_for_kernels`
+KERNELS: Kernels = {}  # available on this machine, see `look_for_kernels`
 
 
 def triton_kernels(device: str = "cuda") -> Kernels:
@@ -60,7 +60,7 @@ def with_scale(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-SOURCES = [  # what is slower without the kernels, how to load them, what helps
+SOURCES = [  # what is slower without the kernels, how to load them, remedy if they are missing
     ("Mamba-2, QK-norm and AdaLN", triton_kernels, "install a C compiler and the Triton that this torch requires"),
     ("attention inside scales", packed_attention, "install torch 2.10 or newer"),
 ]
@@ -68,13 +68,13 @@ SOURCES = [  # what is slower without the kernels, how to load them, what helps
 
 @cache
 def look_for_kernels() -> None:
-    """Fills `KERNELS` with the kernels that run on this machine; warns once of those that do not, and why."""
+    """Fills `KERNELS` with the kernels that run on this machine; warns once about those that do not, and why."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return
     for purpose, load, remedy in SOURCES:
         try:
             KERNELS.update(load())
-        except Exception as error:  # broken packages and compilers raise anything, and torch operations need neither
+        except Exception as error:  # broken packages and compilers raise anything; PyTorch operations still work
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("%s: using PyTorch operations, which are slower (%s); to mend it, %s", purpose, reason, remedy)
     log.info("GPU kernels in use: %s", ", ".join(KERNELS) or "none")

@@ -33,8 +33,8 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Computes the recurrence as matrix products over chunks of tokens: linear in l, any l, with autograd.
 
-    Inside a chunk, the decay from token s to t is split into two factors: from the chunk's start to t, and from there
-    back to s. The second one grows, hence the short chunks and the bound on the decay (paper, section 4.3).
+    Inside a chunk, the decay from token s to t is split into two factors: from the chunk's start to t, and the inverse
+    of that to s. The second one grows, hence the short chunks and the bound on the decay (paper, section 4.3).
 
     Args:
         q: (b, l, h, n) queries, any floating dtype.

@@ -41,7 +41,7 @@ def mamba2(projected: Tensor, parameters: Mamba2Parameters, state: State | None,
     Args:
         projected: (b, l, inner + c + h) output of the input projection: z, xBC and dt side by side.
         parameters: weights; any floating dtype.
-        state: as returned for the tokens before; None before the first.
+        state: as returned by the previous call; None before the first.
         eps: added to the mean square of the norm.
 
     Returns:
@@ -57,7 +57,7 @@ def mamba2(projected: Tensor, parameters: Mamba2Parameters, state: State | None,
 def mamba2_reference(
     projected: Tensor, parameters: Mamba2Parameters, state: State | None, eps: float
 ) -> tuple[Tensor, State]:
-    """Mixes projected tokens by PyTorch operations. Arguments and results as in `mamba2`."""
+    """Mixes projected tokens with PyTorch operations; same arguments and results as `mamba2`."""
     weights = parameters
     inner, heads = len(weights.norm_weight), len(weights.A_log)
     conv_state, scan_state = state if state is not None else (None, None)

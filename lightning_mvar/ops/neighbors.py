@@ -1,4 +1,4 @@
-"""Token positions on the map of a scale: neighborhoods, and the orders in which a scan can read them.
+"""Positions of tokens on the map of their scale: neighborhoods, and the orders in which a scan can read them.
 
 Shapes: l tokens of all scales together; `shapes` gives (height, width) of each scale, packed in raster order.
 """
@@ -49,8 +49,8 @@ def neighborhood(shapes: tuple[Shape, ...], window: int, device: torch.device) -
         device: device of the results.
 
     Returns:
-        (l, window ** 2) int64 packed positions, and (l, window ** 2) bool, False outside the map; such a position is
-        clamped to the map.
+        (l, window ** 2) int64 packed positions, clamped to the map, and (l, window ** 2) bool, False for positions
+        outside the map.
     """
     reach = torch.arange(window) - window // 2
     rows, columns = (t.flatten() for t in torch.meshgrid(reach, reach, indexing="ij"))

@@ -43,7 +43,7 @@ def normalized_qkv(
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """Returns vectors x (..., p) at length 1, in float32."""
+    """Scales vectors x (..., p) to length 1, in float32."""
     return F.normalize(cheap(torch.Tensor.float, x), dim=-1)
 
 

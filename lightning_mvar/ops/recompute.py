@@ -1,9 +1,9 @@
-"""Intermediate results that the backward pass computes again instead of keeping them in memory.
+"""Intermediate results that the backward pass recomputes instead of keeping them in memory.
 
-Autograd keeps the operands of each operation until its backward pass. Operands that a cheap function makes from others,
-which are kept anyway, waste memory: within `recomputation`, results of `cheap` are replaced by their function and its
-arguments. The autograd graph is the same. With PyTorch operations, so is each
-bit of the gradients; a Triton kernel may sum in another order than the one whose result it stands for.
+Autograd keeps the operands of each operation until its backward pass. Keeping an operand is a waste if a cheap function
+can compute it from tensors that are kept anyway: within `recomputation`, autograd saves the function and arguments of
+`cheap` instead of its result. The autograd graph is the same. With PyTorch operations, the gradients are the same bit
+for bit; a Triton kernel may sum in another order than the operation whose result it recomputes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 
 
 class View(NamedTuple):
-    """A view of a tensor that is computed again."""
+    """A view of a tensor that is recomputed."""
 
     recipe: Recipe
     size: tuple[int, ...]
@@ -40,7 +40,7 @@ class View(NamedTuple):
 
 
 class Recipes:
-    """Recipes of the results of `cheap`, by their storage; the reference keeps its address from being used again."""
+    """Recipes of the results of `cheap` by storage; a weak reference keeps the storage's address from being reused."""
 
     def __init__(self) -> None:
         self.by_storage: dict[int, tuple[StorageWeakRef, Recipe]] = {}
@@ -72,7 +72,7 @@ active: Recipes | None = None
 
 @contextmanager
 def recomputation(recipes: Recipes | None) -> Iterator[None]:
-    """Within, operands of the backward pass that `cheap` makes are computed again; None keeps them, as outside."""
+    """Recomputes results of `cheap` in the backward pass of what runs within; `recipes` None keeps them instead."""
     global active
     before, active = active, recipes
     try:
@@ -83,7 +83,7 @@ def recomputation(recipes: Recipes | None) -> Iterator[None]:
 
 
 def cheap(function: Function, *arguments: Any) -> Tensor:
-    """Returns function(*arguments), and marks it as cheaper to compute again than to keep; see `recomputation`.
+    """Returns function(*arguments), marked as cheaper to recompute than to keep; see `recomputation`.
 
     Args:
         function: deterministic; draws no random numbers and does not depend on autocast. Its result must not be changed
@@ -96,6 +96,6 @@ def cheap(function: Function, *arguments: Any) -> Tensor:
 
 
 def mark_cheap(result: Tensor, function: Function, *arguments: Any) -> None:
-    """Marks the result of another operation as `cheap`, because function(*arguments) computes it too, bit for bit."""
-    if not torch.compiler.is_compiling() and active is not None:  # compilers make this choice by themselves
+    """Marks the result of another operation as `cheap`, to be recomputed as function(*arguments)."""
+    if not torch.compiler.is_compiling() and active is not None:  # torch.compile makes this choice by itself
         active.add(result, function, arguments)

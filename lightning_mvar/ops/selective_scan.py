@@ -58,7 +58,7 @@ def selective_scan(
 def selective_scan_recurrent(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes the recurrence token by token (reference). Arguments and results as in `selective_scan`."""
+    """Computes the recurrence token by token (reference); same arguments and results as `selective_scan`."""
     state = x.new_zeros(len(x), *A.shape, dtype=torch.float32) if state is None else state
     outputs = []
     for t in range(x.shape[1]):

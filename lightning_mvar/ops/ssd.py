@@ -36,7 +36,7 @@ MIN_LOG_DECAY = -80.0  # smaller decays are negligible, and denormals are slow
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Computes the recurrence by PyTorch operations, in the form that suits the device of `x`.
+    """Computes the recurrence with PyTorch operations, in the form that suits the device of `x`.
 
     Args:
         x: (b, l, h, p) input, any floating dtype.
@@ -56,7 +56,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | 
 def ssd_recurrent(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes the recurrence token by token (slow reference). Arguments and results as in `ssd`."""
+    """Computes the recurrence token by token (slow reference); same arguments and results as `ssd`."""
     b, l, h, p = x.shape
     state = x.new_zeros(b, h, p, B.shape[-1], dtype=torch.float32) if state is None else state
     outputs = []
@@ -85,7 +85,7 @@ def ssd_chunked(
 def ssd_batched(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes the recurrence with all chunks as one batch: few operations whatever the length, as GPUs need.
+    """Computes the recurrence with all chunks in one batch: few operations whatever the length, as suits GPUs.
 
     Arguments and results as in `ssd`. The backward pass recomputes the forward pass.
     """
@@ -96,7 +96,7 @@ def ssd_batched(
 
 
 def scan_all_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes `ssd_batched`; k chunks, of which the last is padded by tokens with a step size of 0."""
+    """Computes `ssd_batched` over k chunks; the last one is padded with tokens of step size 0."""
     length, dtype, heads = x.shape[1], x.dtype, x.shape[2:]
     count = -(-length // CHUNK_SIZE)
     size = min(length, CHUNK_SIZE)

@@ -1,1 +1,1 @@
-"""Samplers, and sets of sampled images: drawn, written and read."""
+"""Sampling of images; drawing, writing and reading of sets of samples."""

@@ -18,7 +18,7 @@ class SamplingCosts(NamedTuple):
     """Costs of drawing an image, without the decoder.
 
     Args:
-        token_steps_per_image: tokens that pass through the network, and through its guide.
+        token_steps_per_image: tokens processed by the network and its guide.
         flops_per_sampled_image: FLOPs of both, and of the scorer of drafts; see `models.costs` for what is counted.
     """
 

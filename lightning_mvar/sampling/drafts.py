@@ -1,9 +1,9 @@
-"""Choosing among drafts: several candidates of a scale, of which a scorer prefers one (LSRS, arXiv 2512.03796).
+"""Choice among drafts, several candidates for the tokens of a scale, by a scorer (LSRS, arXiv 2512.03796).
 
-The tokens of a scale are drawn independently of each other, so they may not go together. The score of a candidate
-estimates log p_real / p_drawn, up to a constant. So each is chosen with a probability proportional to exp(score), which
-is sampling importance resampling: with a perfect scorer, the more candidates there are, the nearer the choice is to the
-distribution of the real images. The paper takes the candidate of the highest score, which goes beyond it.
+The tokens of a scale are drawn independently of each other, so they may not fit together. The score of a candidate
+estimates log p_real / p_drawn, up to a constant. A candidate is chosen with a probability proportional to exp(score),
+which is sampling importance resampling: with a perfect scorer and many candidates, the choice follows the distribution
+of the real images. The paper takes the candidate with the highest score, which overshoots that distribution.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
 @dataclass(frozen=True)
 class Drafts:
-    """How many candidates of a scale are drawn, and what chooses among them; `SamplingSettings` checks the values.
+    """Number of candidates per scale, and the scorer that chooses among them; `SamplingSettings` checks the values.
 
     Args:
-        count: candidates per scale; with 1, nothing is chosen.
+        count: candidates per scale; 1 for no choice.
         scorer: folder that `train-scorer` wrote, trained on samples of the same network.
-        scales: indices of the scales, counted from 0, of which there are several candidates; None for all.
+        scales: indices of the scales that have several candidates, counted from 0; None for all.
     """
 
     count: int = 1
@@ -39,7 +39,7 @@ class Drafts:
 
     @property
     def needed_scorer(self) -> str | None:
-        """Returns the scorer that chooses; None if none is named or nothing is chosen."""
+        """Folder of the scorer; None if none is given or there is nothing to choose."""
         return self.scorer if self.count > 1 else None
 
     def include(self, scale: int) -> bool:
@@ -47,10 +47,10 @@ class Drafts:
         return self.count > 1 and (self.scales is None or scale in self.scales)
 
     def load_scorer(self, quantizer: ResidualQuantizer) -> Scorer | None:
-        """Returns the scorer on a quantizer's device, of which the last ones stay in memory; None if nothing is chosen.
+        """Returns the scorer on the quantizer's device, from a small cache; None if there is nothing to choose.
 
         Raises:
-            InputError: if there is none in its folder, or it is damaged or of another quantizer.
+            InputError: if its folder holds no scorer, or it is damaged or was trained with another quantizer.
         """
         if self.needed_scorer is None:
             return None
@@ -63,7 +63,7 @@ class Drafts:
         if self.needed_scorer is None:
             return
         if network.prediction == "token":
-            raise InputError("drafts are of whole scales, but this network predicts single tokens: set drafts to 1")
+            raise InputError("drafts are complete scales, but this network predicts single tokens: set drafts to 1")
         scales = network.schedule.num_scales
         if too_fine := [k for k in self.scales or () if k >= scales]:
             raise InputError(
@@ -72,12 +72,12 @@ class Drafts:
         read_config(self.needed_scorer).check(network, self.needed_scorer)
 
     def uniforms(self, keys: Tensor, first: Tensor, span: slice) -> Tensor:
-        """Returns the random numbers (b, n, m) of all m candidates at the positions `span`.
+        """Returns random numbers (b, n, m) for all m candidates at the positions `span`.
 
         Args:
             keys: (b, 2) int64 key of each image.
-            first: (b, n) numbers of the first candidate, which alone would be drawn.
-            span: positions of the n tokens among all.
+            first: (b, n) numbers of the first candidate, those that drawing without drafts would use.
+            span: positions of the n tokens in the packed sequence.
         """
         numbers = torch.arange(1, self.count, device=keys.device)[:, None]
         others = uniform(keys, numbers, span.stop, DRAFTS)[..., span]  # (b, m - 1, n)
@@ -86,14 +86,14 @@ class Drafts:
 
 @lru_cache(maxsize=4)
 def cached_scorer(folder: str, quantizer: ResidualQuantizer, device: torch.device, written: int) -> Scorer:
-    """Loads a scorer of a quantizer; `written` is the time of its folder, so that a new one is read again."""
+    """Loads a scorer of a quantizer; `written` is the modification time of its config, so a new scorer is read anew."""
     scorer = load_scorer(folder)
     scorer.config.check_quantizer(fingerprint(quantizer), folder)
     return scorer.to(device)
 
 
 def choose_by_score(scores: Tensor, keys: Tensor, scale: int) -> Tensor:
-    """Draws one of the m candidates of each image by the softmax of their scores.
+    """Draws one of the m candidates of each image from the softmax of their scores.
 
     Args:
         scores: (b, m).

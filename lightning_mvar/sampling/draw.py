@@ -36,7 +36,7 @@ from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.sampling.drafts import Drafts
 from lightning_mvar.sampling.generate import check_arguments
 from lightning_mvar.sampling.progress import DrawingBar
-from lightning_mvar.sampling.sampler import Batch, Drawing, Sampler, label_tensor
+from lightning_mvar.sampling.sampler import Drawing, NumberedImages, Sampler, label_tensor
 from lightning_mvar.sampling.scorer import read_config
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.token_sets import TokenSet
@@ -46,7 +46,7 @@ from lightning_mvar.scales import format_shape
 log = logging.getLogger(__name__)
 
 MAX_IMAGES = 10_000_000
-# Keys of the metadata of a set, by which it says how it was drawn.
+# Keys of a set's metadata that say how it was drawn.
 METADATA_KEYS = frozenset(
     [field.name for field in fields(SamplingSettings)]
     + ["per_class", "dtype", "classes", "network", "network_tokenizer", "reject", "reject_weights", "keep"]
@@ -70,8 +70,8 @@ class Rejection:
         name = type(self.classifier).__name__
         return {"reject": name, "reject_weights": fingerprint(self.classifier), "keep": self.keep}
 
-    def batches(self, drawing: Drawing, numbers: list[int], batch_size: int) -> Iterator[Batch]:
-        """Draws this rank's share of the classes that contain any of `numbers`, each class completely."""
+    def batches(self, drawing: Drawing, numbers: list[int], batch_size: int) -> Iterator[NumberedImages]:
+        """Draws this rank's share of the classes that contain any of `numbers`; a class is always drawn completely."""
         rank, world_size = rank_and_world_size()
         size = drawing.per_class
         groups = sorted({number // size for number in numbers})
@@ -86,7 +86,8 @@ class Rejection:
         for numbers in torch.arange(group * candidates, (group + 1) * candidates).split(batch_size):
             images = drawing.draw(torch.full_like(numbers, label), numbers.tolist())
             confidences = self.probabilities(images)[:, label].tolist()
-            best += zip(confidences, numbers.tolist(), map(np.copy, images), strict=True)  # views would keep the batch
+            # Copies, because views would keep the complete batch in memory.
+            best += zip(confidences, numbers.tolist(), map(np.copy, images), strict=True)
             best = sorted(best, key=lambda image: (-image[0], image[1]))[: drawing.per_class]
         return np.stack([pixels for _, _, pixels in sorted(best, key=lambda image: image[1])])
 
@@ -94,7 +95,7 @@ class Rejection:
     def probabilities(self, pixels: PixelArray) -> Tensor:
         """Returns the class probabilities (b, classes) of images (b, H, W, 3) uint8.
 
-        They are the softmax of the classifier's output or, for a feature extractor, of its `logits` of that output.
+        They are the softmax of the classifier's output; a feature extractor's output first passes its method `logits`.
         """
         images = torch.from_numpy(pixels).to(device_of(self.classifier)).movedim(-1, 1).float() / 255
         logits = getattr(self.classifier, "logits", nn.Identity())
@@ -116,32 +117,33 @@ def draw_set(
     graphs: bool = True,
     **sampling: Any,
 ) -> Drawing:
-    """Draws the missing images of a set, each rank its share; all ranks return once the set is complete.
+    """Draws the missing images of a set, each rank a share; all ranks return once the set is complete.
 
     Args:
         device: device of this rank.
         load: reads network and tokenizer; called after the options have been checked.
         out: NAME.npz (arr_0 uint8 N x H x W x 3, arr_1 int64 labels), or a folder for CLASS/NUMBER.png; None for tokens
-            alone.
+            only.
         tokens: folder for the tokens, as token shards; the images of `out` are then decoded from them.
         classes: comma-separated class names (which may contain commas), WordNet ids or numbers, or "unconditional"; all
-            classes if not given. 3:0.7+8:0.3 mixes the embeddings of classes; arr_1 then has the one of most weight.
+            classes if not given. 3:0.7+8:0.3 mixes the embeddings of classes; arr_1 then has the class with the largest
+            weight.
         per_class: images per class.
         reject: classifier, images in [0, 1] -> logits of the network's classes (or a feature extractor with
-            `logits`): draw more images than requested, and keep those it is surest of.
+            `logits`): draws more images than requested and keeps those it is most confident in.
         keep: with --reject, the share of the images that is kept, default 0.5. One process draws all images of a
             class, so an interruption loses the classes in progress.
         batch_size: images per batch on each device.
         precision: precision of network and decoder. bfloat16 is faster on GPUs and on CPUs with AMX, tf32 on GPUs; they
             may choose differently between tokens of nearly equal probability, so images differ and may depend on the
             batch size.
-        graphs: on CUDA, launch each scale as one CUDA graph; `false` launches every kernel by itself.
+        graphs: on CUDA, launch each scale as one CUDA graph; `false` launches each kernel separately.
 
     Raises:
         InputError: if an argument is out of range, or `out` or `tokens` holds other files or another set.
     """
     require_in("[1, inf)", "--", per_class=per_class, batch_size=batch_size)
-    check_count(per_class, 1, keep)  # before the network is read, which says how many classes there are
+    check_count(per_class, 1, keep)  # a first check, before reading the network for its number of classes
     if keep is not None and reject is None:
         raise InputError(
             "--keep is the share of the images that --reject CLASSIFIER keeps: add --reject, or drop --keep"
@@ -180,10 +182,10 @@ def source_metadata(model: TrainedModel, settings: SamplingSettings, precision: 
     """Returns the fingerprints of the networks and the precision as metadata.
 
     Raises:
-        InputError: if one that the settings name cannot be read, or has another tokenizer.
+        InputError: if the scorer or the guiding network cannot be read, or the scorer has another tokenizer.
     """
     metadata = {"network": fingerprint(model.network), "network_tokenizer": model.tokenizer.fingerprint()}
-    metadata |= {"dtype": precision}  # the key "precision" is that of a score
+    metadata |= {"dtype": precision}  # the key "precision" belongs to a score
     if (scorer := settings.choice.load_scorer(model.tokenizer.quantizer)) is not None:
         metadata |= {"draft_scorer": fingerprint(scorer)}
     if (guide := settings.guide.needed_network) is not None:
@@ -192,11 +194,11 @@ def source_metadata(model: TrainedModel, settings: SamplingSettings, precision: 
 
 
 def warn_of_other_drafts(choice: Drafts, metadata: dict[str, Any]) -> None:
-    """Warns if the scorer was trained on samples of another network or of other settings than those of a set."""
+    """Warns if the scorer was trained on samples of another network, or drawn with other settings."""
     if choice.needed_scorer is None:
         return
     drawn = sampling_settings(read_config(choice.needed_scorer).drawn) or {}
-    names = ("network", "guidance", "top_k", "top_p", "temperature")  # those at their default may be missing
+    names = ("network", "guidance", "top_k", "top_p", "temperature")  # default values may be missing
     pairs = [(name, drawn.get(name, "default"), str(metadata.get(name, "default"))) for name in names]
     if differences := [f"{name} {theirs} instead of {ours}" for name, theirs, ours in pairs if ours != theirs]:
         log.warning(
@@ -215,7 +217,7 @@ def write_set(
     tokens: str | None,
     batch_size: int,
 ) -> None:
-    """Draws what is missing of tokens, images or both, after checking both targets; see `draw_set`."""
+    """Draws the missing tokens, images or both, after checking both targets; see `draw_set`."""
     with ExitStack() as stack:
         token_set, images = None, None
         if tokens is not None:
@@ -223,7 +225,7 @@ def write_set(
                 stack.enter_context(lock_folder(Path(tokens), "sample", "--tokens"))
             token_set = TokenSet(Path(tokens), drawing, metadata)
         if out is not None:
-            stack.enter_context(own_target(Path(out)))
+            stack.enter_context(lock_target(Path(out)))
             metadata |= {} if rejection is None else rejection.metadata()
             images = open_set(Path(out), metadata, drawing)
         if token_set is not None:
@@ -236,7 +238,7 @@ def write_set(
 
 
 def check_count(per_class: int, classes: int, keep: float | None) -> None:
-    """Raises InputError if a set would have too many images, or too many candidates that rejection draws."""
+    """Raises InputError if a set would have too many images, or rejection would draw too many candidates."""
     require_in("(0, 1]", "--", ", the share of the images that is kept", keep=keep)
     if per_class * classes > MAX_IMAGES:
         raise InputError(f"--per_class {per_class}: a set has at most {MAX_IMAGES:,} images; draw several sets")
@@ -244,8 +246,8 @@ def check_count(per_class: int, classes: int, keep: float | None) -> None:
         raise InputError(f"--keep {keep}: at most {MAX_IMAGES:,} images are drawn to choose from; keep a larger share")
 
 
-def own_target(target: Path) -> AbstractContextManager[Any]:
-    """Keeps other commands from drawing the same set; rank 0 does so for all ranks, and nobody for a complete file."""
+def lock_target(target: Path) -> AbstractContextManager[Any]:
+    """Locks the target against other commands, on rank 0 for all ranks; a complete file needs no lock."""
     if not is_first_rank() or target.is_file():
         return nullcontext()
     return lock_folder(partial_folder(target) if target.suffix == ".npz" else target, "sample")
@@ -254,7 +256,7 @@ def own_target(target: Path) -> AbstractContextManager[Any]:
 def fill(
     images: SampleSet,
     drawing: Drawing,
-    batches: Callable[[list[int], int], Iterator[Batch]],
+    batches: Callable[[list[int], int], Iterator[NumberedImages]],
     batch_size: int,
     keep: float = 1,
 ) -> None:
@@ -269,7 +271,7 @@ def fill(
     """
     missing = object_from_rank_zero(images.missing() if is_first_rank() else [])
     begin = time.perf_counter()
-    # Rank 0 alone shows its progress, and assumes that the other ranks are equally fast.
+    # Only rank 0 shows progress, assuming that the other ranks are equally fast.
     done, hidden = images.count - len(missing), not is_first_rank()
     with DrawingBar(images.count, done, desc="sample", disable=hidden) as bar:
         ranks = rank_and_world_size()[1]
@@ -294,7 +296,7 @@ def fill(
 
 
 def prepare_rejection(classifier: nn.Module, keep: float, drawing: Drawing) -> Rejection:
-    """Moves the classifier to the device; raises InputError unless it has the classes that are drawn."""
+    """Moves the classifier to the device; raises InputError unless it has the network's classes."""
     rejection = Rejection(classifier.eval().requires_grad_(False).to(drawing.sampler.device), keep)
     image_shape, num_classes = drawing.sampler.tokenizer.config.shape, drawing.sampler.classes.count
     if (drawing.labels == num_classes).any():
@@ -315,7 +317,7 @@ def prepare_rejection(classifier: nn.Module, keep: float, drawing: Drawing) -> R
 
 
 def open_set(target: Path, metadata: dict[str, Any], drawing: Drawing) -> SampleSet:
-    """Opens the set of images at `target`, new or unfinished; `metadata` says how they are drawn."""
+    """Opens the set of images at `target`, new or unfinished; `metadata` describes how they are drawn."""
     if target.suffix == ".npz":
         return NpzFile(target, metadata, len(drawing.labels), drawing.sampler.tokenizer.config.shape)
     classes = drawing.sampler.classes
@@ -339,7 +341,7 @@ def check_target(target: Path) -> None:
 
 
 def check_token_options(folder: Path, settings: SamplingSettings, reject: nn.Module | None) -> None:
-    """Raises InputError for options that do not go with --tokens, before anything is computed."""
+    """Raises InputError for options that are incompatible with --tokens, before anything is computed."""
     if folder.is_file():
         raise InputError(f"--tokens {folder} is a file; name a folder")
     if settings.smooth:
@@ -349,5 +351,5 @@ def check_token_options(folder: Path, settings: SamplingSettings, reject: nn.Mod
 
 
 def recorded_classes(chosen: list[dict[int, float]]) -> str:
-    """Returns classes and mixes of classes by number, as the metadata of a set have them."""
+    """Formats classes and mixes of classes by number for the metadata of a set."""
     return ",".join("+".join(f"{k}:{w}" if len(mix) > 1 else str(k) for k, w in mix.items()) for mix in chosen)

@@ -1,7 +1,7 @@
 """Sampling of images, scale by scale (VAR, arXiv 2404.02905, section 3.2; guidance as in its code).
 
-The network's state is carried from scale to scale: no prefix is ever run again. The random numbers of an image are
-functions of its key alone (`sampling.philox`), so the batch affects the result only by rounding (docs/devices.md has
+The network's state is carried from scale to scale, so no prefix is ever recomputed. The random numbers of an image
+depend only on its key (`sampling.philox`), so the batch affects the result only by rounding (docs/devices.md has
 figures).
 """
 
@@ -22,14 +22,14 @@ from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.graphs import ScaleGraphs
 from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.settings import SamplingSettings
-from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
+from lightning_mvar.sampling.steps import BatchInputs, KnownTokens, ScaleDrawer, Step
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 MAX_STATE_BYTES = 2**33
-WEIGHTS_TOLERANCE = 1e-3  # of the sum of class weights, which may be of half precision
-# Where the random numbers of the images come from: a CPU generator for all or one per image, which gives each image a
-# key; keys (b, 2) of `image_keys`; or torch's default generator.
+WEIGHTS_TOLERANCE = 1e-3  # of the sum of class weights, which may be in half precision
+# Source of random numbers: CPU generators, one for all images or one per image, from which each image's key is drawn;
+# keys (b, 2) of `image_keys`; or None for torch's default generator.
 Randomness = Generator | Sequence[Generator] | Tensor | None
 
 
@@ -60,16 +60,16 @@ def generate(
     return_tokens: bool = False,
     **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Samples one image per label. The defaults are those of the papers' scores.
+    """Samples one image per label. The defaults are the settings of the papers' scores.
 
     Args:
         model: in eval mode, on the device to sample on.
         tokenizer: in eval mode, on the same device.
         labels: (b,) integer classes in [0, num_classes]; `num_classes` means unconditional. Or (b, num_classes + 1)
-            weights that mix the embeddings of classes, non-negative with sum 1. On the CPU: to check labels on a GPU,
-            the host waits for it.
+            weights that mix the embeddings of classes, non-negative with sum 1. Best on the CPU: checking labels on a
+            GPU makes the host wait.
         guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. Or one
-            per scale.
+            number per scale.
         top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
         top_p: then from the fewest tokens whose probabilities sum to p; 0 or 1 for all.
         smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images to look at, never for scores.
@@ -77,8 +77,8 @@ def generate(
             default generator.
         known: tokens of given images, and which of them to keep; the others are drawn conditioned on those.
         return_tokens: also return the tokens.
-        others: other `SamplingSettings` by name; `generator` stands for the seed. A `guidance_network` is read in each
-            call; `MVARPipeline` keeps it.
+        others: other `SamplingSettings` by name, except the seed, which `generator` replaces. A `guidance_network` is
+            read in each call; `MVARPipeline` keeps it in memory.
 
     Returns:
         Images (b, 3, H, W) in [0, 1], and with `return_tokens` the tokens (b, l) int64.
@@ -113,8 +113,8 @@ def draw_images(
 
 @torch.no_grad()
 def decode_images(tokenizer: Tokenizer, f_hat: Tensor) -> Tensor:
-    """Decodes f_hat (b, c, s, s) of any scale to images (b, 3, H, W) in [0, 1], with NaN where they are not finite."""
-    with without_autocast(f_hat):  # of the network alone
+    """Decodes f_hat (b, c, s, s) of any scale to images (b, 3, H, W) in [0, 1], NaN where pixels are not finite."""
+    with without_autocast(f_hat):  # autocast is for the network only
         pixels = tokenizer.decode_features(f_hat)
         return (pixels.masked_fill(pixels.isinf(), torch.nan).clamp(-1, 1) + 1) / 2
 
@@ -133,8 +133,8 @@ def draw_scales(
     """Draws scale by scale, coarse to fine; see `generate` for the other arguments.
 
     Args:
-        graphs: CUDA graphs of earlier batches, to be replayed, or to be captured if there are none yet.
-        guide: weaker network on the same device; by default, the one that `settings` names is loaded.
+        graphs: CUDA graphs to replay, or to capture if there are none yet.
+        guide: weaker network on the same device; None loads the one that `settings` names.
 
     Raises:
         InputError: if the tokenizer or the scorer of drafts does not fit the model, or an argument is out of range.
@@ -145,16 +145,16 @@ def draw_scales(
         check_known(known, len(labels), model.config)
         known = KnownTokens(*(part.to(device, non_blocking=True) for part in known))
     dtype = torch.float32 if labels.is_floating_point() else torch.int64
-    batch = Batch(labels.to(device, dtype, non_blocking=True), keys.to(device, non_blocking=True), known)
+    batch = BatchInputs(labels.to(device, dtype, non_blocking=True), keys.to(device, non_blocking=True), known)
     guide = load_guide(settings.guide, model.config, tokenizer) if guide is None else guide
     drawer = ScaleDrawer(model, tokenizer.quantizer, settings, guide, settings.choice.load_scorer(tokenizer.quantizer))
     yield from drawer.steps(batch) if graphs is None else graphs.steps(drawer, batch)
 
 
 def max_batch_size(network: MVARConfig) -> int:
-    """Returns how many images may be drawn at once with guidance, beside a training run.
+    """Returns how many images may be drawn at once with guidance during a training run.
 
-    The bound is that of KV caches in float32, the largest state of all mixers: `MAX_STATE_BYTES`.
+    KV caches in float32, the largest state of all mixers, then stay within `MAX_STATE_BYTES`.
     """
     cache_bytes = 2 * network.depth * network.schedule.num_tokens * network.width * 4
     return max(1, MAX_STATE_BYTES // (2 * cache_bytes))
@@ -169,8 +169,8 @@ def teacher_inputs(network: MVARConfig, tokenizer: Tokenizer, tokens: Tensor) ->
         tokens: (b, l) int64.
 
     Returns:
-        (b, l - n, c) if the first step draws n tokens: per scale, f_hat of the scales before it, at its resolution; for
-        a network that predicts single tokens, the code of the previous token.
+        (b, l - n, c) if the first step draws n tokens: for each scale, f_hat of the earlier scales at its resolution;
+        for a network that predicts single tokens, the code of the previous token.
     """
     if network.prediction == "token":
         return tokenizer.quantizer.codebook(tokens[:, :-1])
@@ -178,13 +178,13 @@ def teacher_inputs(network: MVARConfig, tokenizer: Tokenizer, tokens: Tensor) ->
 
 
 def kept_tokens_mask(schedule: ScaleSchedule, mask: Tensor) -> Tensor:
-    """Returns which tokens (l,) bool to keep, given which pixels (H, W) bool to keep.
+    """Returns the tokens to keep, (l,) bool, given the pixels to keep, (H, W) bool.
 
     A token is kept if more than half of its cell is. The token of a 1 x 1 scale, which sets the layout of the complete
     image, is kept if any pixel is.
 
-    The masks of VAR's zero-shot editing are the same for a centered box of half the side. They differ in cells that an
-    edge of the mask crosses: VAR interpolates the mask, reduced to the last scale, at the center of each cell. And VAR
+    For a centered box of half the side, these are the masks of VAR's zero-shot editing. They differ in cells that an
+    edge of the mask crosses: VAR interpolates the mask, reduced to the last scale, at the center of each cell. VAR also
     keeps the token of the 1 x 1 scale even if no pixel is kept.
     """
     kept = []
@@ -195,7 +195,7 @@ def kept_tokens_mask(schedule: ScaleSchedule, mask: Tensor) -> Tensor:
 
 
 def keys_from(generator: Randomness, count: int) -> Tensor:
-    """Returns the key (b, 2) int64 of each image; raises InputError if there is not one generator or key per image."""
+    """Returns the key (b, 2) int64 of each image; raises InputError unless there is one generator or key per image."""
     if isinstance(generator, Tensor):
         if generator.shape != (count, 2) or generator.dtype != torch.int64:
             raise InputError(f"keys of {count} images must be ({count}, 2) int64, got {tuple(generator.shape)}")
@@ -215,14 +215,14 @@ def check_arguments(model: MVAR, tokenizer: Tokenizer, labels: Tensor, settings:
         return
     is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     num_classes = model.config.num_classes
-    found = labels.flatten().tolist()  # one wait, if the labels are on a GPU
+    found = labels.flatten().tolist()  # the only synchronization if the labels are on a GPU
     if not is_integer or labels.ndim != 1 or not found or not 0 <= min(found) <= max(found) <= num_classes:
         raise InputError(
             f"labels must be (b,) integers, classes in [0, {num_classes}], got {labels.dtype} {tuple(labels.shape)} "
             f"{found[:8]}"
         )
     if settings.drafts > 1 and max(found) == num_classes:
-        raise InputError("drafts need classes, as the scorer knows no unconditional images: set drafts to 1")
+        raise InputError("drafts need classes, because the scorer was trained on classes only: set drafts to 1")
 
 
 def check_weights(weights: Tensor, num_classes: int, settings: SamplingSettings) -> None:
@@ -234,11 +234,11 @@ def check_weights(weights: Tensor, num_classes: int, settings: SamplingSettings)
             f"with sums {weights.double().sum(dim=1)[:8].tolist()}"
         )
     if settings.drafts > 1:
-        raise InputError("drafts need one class per image, as the scorer knows no mixes: set drafts to 1")
+        raise InputError("drafts need one class per image, because the scorer knows no mixes: set drafts to 1")
 
 
 def check_known(known: KnownTokens, images: int, network: MVARConfig) -> None:
-    """Raises InputError unless the known tokens are some of the network's, in the shape of the images."""
+    """Raises InputError unless known tokens and mask have the shape of the images' tokens, and the tokens are valid."""
     expected = (images, network.schedule.num_tokens)
     if known.tokens.shape != expected or known.keep.shape != expected:
         shapes = f"{tuple(known.tokens.shape)} and {tuple(known.keep.shape)}"
@@ -246,8 +246,8 @@ def check_known(known: KnownTokens, images: int, network: MVARConfig) -> None:
     if (known.tokens.dtype, known.keep.dtype) != (torch.int64, torch.bool):
         types = f"{known.tokens.dtype} and {known.keep.dtype}"
         raise InputError(f"known tokens must be int64, and their keep mask bool, got {types}")
-    lowest, highest = known.tokens.aminmax()  # the host waits, if the tokens are on a GPU
+    lowest, highest = known.tokens.aminmax()  # synchronizes if the tokens are on a GPU
     if lowest < 0 or highest >= network.vocab_size:
         raise InputError(
-            f"known tokens must be in [0, {network.vocab_size - 1}], also those not to keep, got {lowest} to {highest}"
+            f"known tokens must be in [0, {network.vocab_size - 1}], even those not kept, got {lowest} to {highest}"
         )

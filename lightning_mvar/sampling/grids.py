@@ -16,7 +16,7 @@ from lightning_mvar.io.files import atomic_path
 
 PADDING = 2  # pixels between the images of a grid
 SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels
-LONGEST_NAME = 400  # pixels of a row's name
+LONGEST_NAME = 400  # maximum width of a row's name, in pixels
 SMALLEST_CAPTIONED = 96  # minimum width of a captioned image, in pixels
 FRAME_MS, LAST_FRAME_MS = 400, 2000
 
@@ -27,7 +27,7 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:
-    """Arranges images (n, 3, H, W) row by row on black: (3, rows (H + pad) + pad, columns (W + pad) + pad)."""
+    """Arranges images (n, 3, H, W) row by row on black; returns (3, rows (H + pad) + pad, columns (W + pad) + pad)."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     grid = images.new_zeros(channels, rows * (height + PADDING) + PADDING, columns * (width + PADDING) + PADDING)
@@ -39,13 +39,13 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
 
 
 def picture_grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Arranges pictures of one size, in any mode, in an RGB grid; see `image_grid`."""
+    """Arranges pictures of one size and any mode in an RGB grid; see `image_grid`."""
     images = torch.stack([to_tensor(picture.convert("RGB")) for picture in pictures]) / 2 + 0.5
     return Image.fromarray(to_uint8(image_grid(images, columns)))
 
 
 def formation_strip(steps: Iterable[Tensor]) -> Tensor:
-    """Arranges images (b, 3, H, W) in [0, 1] of each scale: one row per image, one column per scale; (3, H, W)."""
+    """Arranges the images (b, 3, H, W) in [0, 1] after each scale: one row per image, one column per scale."""
     images = torch.stack([*steps], dim=1)  # (b, k, 3, H, W)
     return image_grid(images.flatten(0, 1), columns=images.shape[1])
 
@@ -86,18 +86,18 @@ def captioned_pair(original: Tensor | None, reconstruction: Tensor, *captions: s
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """Puts a text on one line, and cuts its beginning if it is too wide: the end of a path says most."""
+    """Puts a text on one line and cuts its beginning if it is too wide: the end of a path says the most."""
     text = " ".join(text.split())
     if len(text) <= width and font.getlength(text) <= width:
         return text
-    text = text[-int(width) :]  # a character is at least a pixel wide, and measuring takes time in proportion
+    text = text[-int(width) :]  # a character is at least one pixel wide, and measuring takes linear time
     while text and font.getlength(f"...{text}") > width:
         text = text[1:]
     return f"...{text}"
 
 
 def save_image(image: Tensor, path: str | Path) -> None:
-    """Writes (3, H, W) in [0, 1] as a PNG, atomically."""
+    """Writes an image (3, H, W) in [0, 1] as a PNG, atomically."""
     with atomic_path(path) as temporary:
         Image.fromarray(to_uint8(image)).save(temporary, format="PNG")
 

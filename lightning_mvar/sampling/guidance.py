@@ -1,6 +1,6 @@
-"""Guidance: logits are moved away from those of a guide, a worse predictor of the same tokens.
+"""Guidance: moves logits away from those of a guide, a worse predictor of the same tokens.
 
-With the strength s of a scale, its logits become (1 + s) l - s l_guide.
+At a scale with strength s, the logits become (1 + s) l - s l_guide.
 
 | paper                                               | here                                                        |
 |-----------------------------------------------------|-------------------------------------------------------------|
@@ -8,7 +8,7 @@ With the strength s of a scale, its logits become (1 + s) l - s l_guide.
 | VAR, arXiv 2404.02905, code                         | VAR's code; the guide is the unconditional class            |
 | autoguidance, arXiv 2406.02507, sec. 3              | `network`: the guide is a weaker network, of the same class |
 | VPG, arXiv 2605.30317                               | `corrupt`: the guide reads a prefix with replaced tokens    |
-| SSG, arXiv 2602.05534                               | `beta`: moves away from the logits of the scale before      |
+| SSG, arXiv 2602.05534                               | `beta`: moves away from the logits of the previous scale    |
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly each scale is guided, and by what. The guide is the unconditional class by default.
+    """Strength of guidance at each scale, and the guide: by default, the unconditional class.
 
     `SamplingSettings` checks the values.
 
@@ -41,11 +41,11 @@ class Guidance:
         strength: guidance scale at the finest scale, growing linearly from 0 at the coarsest; or a list with one per
             scale. 0 for none. A network that predicts single tokens uses one number for all of them.
         off_from: index of the first scale that is drawn without the guide, which costs nothing from there on.
-        network: instead of the unconditional class, the guide is a weaker network with the same class: a checkpoint of
-            `fit`, a folder of `export` or a published file, of the same tokenizer, classes and scales.
-        corrupt: instead of the unconditional class, the guide is the same class after a prefix in which this share of
-            the tokens is replaced by random ones (VPG).
-        beta: also move the logits of each scale away from those of the scale before by this factor (SSG).
+        network: guide by a weaker network with the same class instead of the unconditional class: a checkpoint of
+            `fit`, a folder of `export` or a published file, with the same tokenizer, classes and scales.
+        corrupt: guide by the same class after a prefix in which this share of the tokens is replaced by random ones
+            (VPG), instead of the unconditional class.
+        beta: also move the logits of each scale away from those of the previous scale by this factor (SSG).
     """
 
     strength: float | tuple[float, ...]
@@ -56,7 +56,7 @@ class Guidance:
 
     @property
     def needed_network(self) -> str | None:
-        """Returns the weaker network that guides; None if none is named or no scale is guided."""
+        """Path of the guiding network; None if none is given or no scale is guided."""
         strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
         return self.network if any(strengths[: self.off_from]) else None
 
@@ -70,15 +70,12 @@ class Guidance:
         return tuple(self.strength * schedule.ratio(k) for k in range(schedule.num_scales))
 
     def num_guided_scales(self, network: MVARConfig) -> int:
-        """Returns the number of scales, from the coarsest on, that the guide runs for.
-
-        It needs the scales before those that it guides, and none after them.
-        """
+        """Returns the number of scales, from the coarsest, at which the guide runs: up to the last guided one."""
         guided = [k for k, strength in enumerate(self.strengths(network)[: self.off_from]) if strength > 0]
         return guided[-1] + 1 if guided else 0
 
     def check(self, network: MVARConfig) -> None:
-        """Raises InputError unless these settings suit a network."""
+        """Raises InputError unless these settings fit a network."""
         check_per_scale("guidance", self.strength, network)
         scales = network.schedule.num_scales
         if self.off_from is not None and self.off_from > scales:
@@ -88,7 +85,7 @@ class Guidance:
 
 
 def check_per_scale(name: str, values: float | tuple[float, ...], network: MVARConfig) -> None:
-    """Raises InputError unless there is one number for all scales of a network, or one for each."""
+    """Raises InputError unless there is one number for all scales of a network, or one per scale."""
     scales = network.schedule.num_scales
     if isinstance(values, tuple) and len(values) != scales:
         raise InputError(f"{name} has {len(values)} numbers, but the network draws {scales} scales: give one for each")
@@ -101,17 +98,17 @@ def load_guide(
     class_names: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> MVAR | None:
-    """Loads the weaker network that guides a network; callers keep it, so that all images of a set have one guide.
+    """Loads the guiding network. Callers keep it, so that all images of a set have the same guide.
 
     Args:
-        guidance: names the weaker network.
-        network: config of the network that it guides.
-        tokenizer: of the network that it guides; the result is on its device.
-        class_names: of the network that it guides; empty if unknown.
-        dtype: dtype to which its weights are lowered, see `lower_precision`.
+        guidance: names the guiding network.
+        network: config of the guided network.
+        tokenizer: tokenizer of the guided network; the guide is loaded to its device.
+        class_names: class names of the guided network; empty if unknown.
+        dtype: dtype of the guide's weights, see `lower_precision`.
 
     Returns:
-        The weaker network in eval mode; None if none is named or no scale is guided.
+        The guiding network in eval mode; None if none is given or no scale is guided.
 
     Raises:
         InputError: if it cannot be read, or has other tokens, classes or scales.
@@ -124,13 +121,13 @@ def load_guide(
         if ours != theirs:
             raise InputError(f"guidance_network {path} cannot guide: its {name} is {theirs}, not {ours}")
     if class_names and stored.class_names and [*class_names] != stored.class_names:
-        raise InputError(f"guidance_network {path} cannot guide: it has classes of other names")
+        raise InputError(f"guidance_network {path} cannot guide: its class names differ")
     check_tokens(stored, tokenizer.quantizer)
     return lower_precision(stored.load_network().to(tokenizer.quantizer.codebook.weight.device), dtype)
 
 
 def check_tokens(stored: StoredModel, quantizer: ResidualQuantizer) -> None:
-    """Raises InputError if the tokens of a network mean something else; published weights do not say what they mean."""
+    """Raises InputError if a network has another quantizer; published weights do not say which one they have."""
     if stored.tokenizer_folder is None:
         return
     ours, theirs = quantizer.state_dict(), stored.load_tokenizer().quantizer.state_dict()
@@ -142,13 +139,13 @@ def check_tokens(stored: StoredModel, quantizer: ResidualQuantizer) -> None:
 
 
 def unconditional_like(labels: Tensor, num_classes: int) -> Tensor:
-    """Returns labels (b,), or weights (b, num_classes + 1), of the unconditional class."""
+    """Returns labels (b,) or weights (b, num_classes + 1), like `labels`, of the unconditional class."""
     if labels.is_floating_point():
         return (torch.arange(num_classes + 1, device=labels.device) == num_classes).to(labels.dtype).expand_as(labels)
     return torch.full_like(labels, num_classes)
 
 
-def corrupt(codes: Tensor, share: float, keys: Tensor, span: slice, codebook: Tensor) -> Tensor:
+def replace_codes(codes: Tensor, share: float, keys: Tensor, span: slice, codebook: Tensor) -> Tensor:
     """Replaces a share of the codes (b, n, c) at the positions `span` by random rows of the codebook (v, c)."""
     positions = torch.arange(span.start, span.stop, device=codes.device)[:, None]
     chance, other = uniform(keys, positions, 2, CORRUPTION).unbind(-1)  # (b, n) each
@@ -157,7 +154,7 @@ def corrupt(codes: Tensor, share: float, keys: Tensor, span: slice, codebook: Te
 
 
 def sharpen(logits: Tensor, before: Tensor, shape: Shape, shape_before: Shape, beta: float) -> Tensor:
-    """Moves logits (b, n, v) of a map away from the enlarged ones (b, m, v) of the map before, by the factor `beta`."""
+    """Moves logits (b, n, v) of a map away from the upsampled logits (b, m, v) of the previous map by factor `beta`."""
     coarse = before.transpose(1, 2).unflatten(2, shape_before)  # (b, v, height, width)
     coarse = F.interpolate(coarse, size=shape, mode="bilinear").flatten(2).transpose(1, 2)  # (b, n, v)
     return logits + beta * (logits - coarse)

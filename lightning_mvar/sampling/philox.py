@@ -1,7 +1,7 @@
 """Counter-based random numbers: Philox 4x32-10 (Salmon et al., SC 2011) in integer operations of torch.
 
-Each number is a function of a key and a counter alone: neither batch size, order nor device changes it. torch has no
-unsigned 32-bit products, so words are int64 in [0, 2^32); products wrap, and only their 64 bits matter.
+Each number depends only on a key and a counter, not on batch size, order or device. torch has no unsigned 32-bit
+products, so words are int64 in [0, 2^32); products wrap, which leaves their 64 bits intact.
 
 | counter word | tokens                      | noise of `smooth`     | keys of images         | corrupted prefix      |
 |--------------|-----------------------------|-----------------------|------------------------|-----------------------|
@@ -10,8 +10,8 @@ unsigned 32-bit products, so words are int64 in [0, 2^32); products wrap, and on
 | 3            | TOKENS                      | NOISE                 | KEYS                   | CORRUPTION            |
 | key          | of the image                | of the image          | the seed               | of the image          |
 
-Of several drafts of a scale, the first takes the numbers of `tokens`. The others have the same words with DRAFTS and
-the number of the draft, from 1, as word 1; number 0 has the choices, by scale.
+The first draft of a scale uses the numbers of `tokens`. The other drafts use the same words with stream DRAFTS and the
+index of the draft, from 1, as word 1; index 0 is used to choose a draft of each scale.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 Word = Tensor | int
 
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of words 0 and 2
-INCREMENTS = 0x9E3779B9, 0xBB67AE85  # of the key from round to round
+INCREMENTS = 0x9E3779B9, 0xBB67AE85  # of the key after each round
 ROUNDS = 10
 MASK = 2**32 - 1
-TOKENS, NOISE, KEYS, CORRUPTION, DRAFTS = 0, 1, 2, 3, 5  # kept as they are, so that images of a seed stay the same
+TOKENS, NOISE, KEYS, CORRUPTION, DRAFTS = 0, 1, 2, 3, 5  # streams; other numbers would change the images of a seed
 
 
 def philox(counter: Sequence[Word], key: Sequence[Word]) -> list[Any]:
@@ -36,18 +36,18 @@ def philox(counter: Sequence[Word], key: Sequence[Word]) -> list[Any]:
     a, b, c, d = counter
     for i in range(ROUNDS):
         low, high = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
-        # Bits above the 32 of b, d and of the key are random; the mask removes them before the next product.
+        # b, d and the key have garbage above their 32 bits; the mask removes it before the next product.
         a, c = (high >> 32 ^ b ^ key[0] + i * INCREMENTS[0]) & MASK, (low >> 32 ^ d ^ key[1] + i * INCREMENTS[1]) & MASK
         b, d = high, low
     return [a, b & MASK, c, d & MASK]
 
 
 def uniform(keys: Tensor, rows: Tensor | int, columns: int, stream: int) -> Tensor:
-    """Draws uniform numbers in [0, 1), multiples of 2^-24: the same on every device.
+    """Draws uniform numbers in [0, 1), multiples of 2^-24, identical on every device.
 
     Args:
         keys: (b, 2) int64 key of each image.
-        rows: (n, 1) int64 numbers of the rows to draw, or the number of one.
+        rows: (n, 1) int64 indices of the rows to draw, or the index of a single row.
         columns: numbers per row.
         stream: TOKENS, NOISE, CORRUPTION or DRAFTS.
 

@@ -1,4 +1,4 @@
-"""Progress bar of drawing images, which moves with every scale of a batch."""
+"""Progress bar for drawing images that advances with every scale of a batch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ FORMAT = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 class DrawingBar(tqdm):
-    """Counts drawn images, and those of a batch in progress by the share of it that is done.
+    """Counts drawn images, including the finished share of a batch in progress.
 
-    The rate is the mean since the beginning: scales take unequal times.
+    The rate is the mean since the start, because scales take unequal times.
 
     Args:
-        count: images in all.
+        count: total number of images.
         done: images that were drawn before.
         options: other options of tqdm.
     """
@@ -25,7 +25,7 @@ class DrawingBar(tqdm):
         self.count, self.completed = count, done
 
     def advance(self, images: float) -> None:
-        """Counts a part of a batch in progress, as the number of images that take as long."""
+        """Counts a part of a batch in progress, expressed as a number of images."""
         self.update(min(images, self.count - self.n))
 
     def complete(self, images: int) -> None:

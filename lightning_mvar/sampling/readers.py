@@ -1,4 +1,4 @@
-"""Readers of sampled images, ours or of other programs: an npz or a folder of pictures. Images are never resized."""
+"""Readers of sampled images, drawn by any program: an npz or a folder of pictures. Images are never resized."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from lightning_mvar.scales import Shape, format_shape
 
 METADATA_FILE = "sampling.json"  # in a folder of images: how they were drawn
 MAX_METADATA_BYTES = 2**20
-SIZE_PROBES = 9  # images whose most frequent size is that of the set
+SIZE_PROBES = 9  # images that are read to find the size of the set
 FORMAT_BY_SUFFIX = {suffix: name for name, suffixes in SUFFIXES_BY_FORMAT.items() for suffix in suffixes}
 LOSSLESS_MODES = ("RGB", "L", "P")  # PIL modes that convert to 8-bit RGB without loss
 
 
 class Samples(ABC):
-    """Sampled images, in the order of their numbers.
+    """Sampled images, ordered by number.
 
-    `metadata` says how they were drawn, if known; `class_names` are the names of their folders, if they have any;
+    `metadata` says how they were drawn, if known; `class_names` are the names of their class folders, if any;
     `file_format` is NPZ or the formats of the pictures, such as PNG or JPEG+PNG.
     """
 
@@ -56,7 +56,7 @@ class Samples(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Returns a string that changes if the images change."""
+        """A string that changes if the images change."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -74,7 +74,7 @@ class Samples(ABC):
 
 
 def open_samples(path: str | Path) -> Samples:
-    """Opens the images in an npz, or under a folder.
+    """Opens the images in an npz or under a folder.
 
     Raises:
         InputError: if there are no images, or they have another format.
@@ -154,12 +154,12 @@ class NpzSamples(Samples):
 
 
 class FolderSamples(Samples):
-    """All pictures in a folder or in its class folders, sorted by file name; the name of a file's folder is its class.
+    """All pictures in a folder or in its class folders, sorted by file name; a picture's folder names its class.
 
-    Whatever is left out is reported once. Pictures that may be something else than samples are refused.
+    Skipped files are reported once. Pictures that may be something other than samples are refused.
 
     Raises:
-        InputError: if there are no pictures, some lie beside folders of others, or two have the same name.
+        InputError: if there are no pictures, some lie beside class folders, or two have the same name.
     """
 
     def __init__(self, root: Path) -> None:
@@ -177,7 +177,7 @@ class FolderSamples(Samples):
         self.metadata = read_metadata(file) if file.is_file() else {}
 
     def most_frequent_shape(self) -> Shape:
-        """Returns the size of most of a few images, so that a picture of another size is the one that is named."""
+        """Returns the most frequent size of a few images, so that errors name a picture of another size."""
         shapes = Counter[Shape]()
         for path in self.files[:: -(-len(self.files) // SIZE_PROBES)]:
             with suppress(InputError):  # raised again when the image is read
@@ -221,13 +221,13 @@ class FolderSamples(Samples):
 
 
 def number_order(name: str) -> tuple[int, str, str]:
-    """Returns a key that sorts paths by the number that is their file name, across folders."""
+    """Returns a key that sorts paths by the number in their file name, across folders."""
     file = name.rpartition("/")[2]
     return len(without_suffix(file)), without_suffix(file), name
 
 
 def refuse_ambiguous(names: list[str], root: Path) -> None:
-    """Raises InputError if some pictures may not be samples, or may be the same sample or class as others."""
+    """Raises InputError if some pictures may not be samples, or two may be the same sample or have the same class."""
     depths = Counter(name.count("/") for name in names)
     if len(depths) > 1:
         rarest = min(depths, key=lambda depth: (depths[depth], depth))

@@ -1,4 +1,4 @@
-"""Sampler of a trained model on one device, with one random stream per image number, and sets of images to draw."""
+"""Sampler that draws with a trained model on one device, with one random stream per image, and sets of images."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import KnownTokens, Step
 from lightning_mvar.sampling.writers import PixelArray
 
-Batch = tuple[list[int], PixelArray]  # image numbers, images
+NumberedImages = tuple[list[int], PixelArray]  # image numbers, images
 
 
 class Sampler:
-    """Draws images with a network and its tokenizer, which it moves to a device and lowers to a precision.
+    """Draws images with a network and its tokenizer, which it moves to a device and casts to a precision.
 
     Args:
         model: network, tokenizer and class names.
         device: device to draw on.
-        precision: precision of network and decoder; sets that of float32 products in this process, see `set_tf32`.
+        precision: precision of network and decoder; also enables or disables TF32 in this process, see `set_tf32`.
         graphs: on CUDA, replay CUDA graphs from the second batch on; see `ScaleGraphs`.
     """
 
@@ -45,13 +45,13 @@ class Sampler:
         set_tf32(precision == "tf32")
         self.network = lower_precision(model.network.to(device), self.dtype)
         self.tokenizer = model.tokenizer.to(device).lower(self.dtype)
-        self.guides: dict[str, MVAR] = {}  # the last one used, by path: one for all of a set
+        self.guides: dict[str, MVAR] = {}  # the last guide used, by path, so that a set has a single one
         self.graphs = graphs_for(self.network) if graphs else None
         self.class_names = model.class_names
         self.classes = Classes(model.class_names, model.network.config.num_classes)
 
     def guide(self, settings: SamplingSettings) -> MVAR | None:
-        """Returns the weaker network that guides, if `settings` need one; the last one stays in memory.
+        """Returns the guiding network if `settings` need one; the last one stays in memory.
 
         Raises:
             InputError: if it cannot be read, or has other tokens, classes or scales.
@@ -72,7 +72,7 @@ class Sampler:
             labels: (b,) int64 classes in [0, num_classes]; `num_classes` means unconditional. Or (b, num_classes + 1)
                 weights of mixed classes, see `label_tensor`.
             settings: sampling settings.
-            numbers: number of each image; with the seed it determines the image's random stream.
+            numbers: number of each image, which determines its random stream together with the seed.
             known: tokens of given images, and which of them to keep.
         """
         keys = settings.keys(numbers)
@@ -92,7 +92,7 @@ class Sampler:
 
 
 def label_tensor(classes: Sequence[Mapping[int, float]], num_classes: int) -> Tensor:
-    """Returns labels (b,) int64 of classes, each given as weights by label; weights (b, num_classes + 1) if any mix."""
+    """Converts classes, given as weights by label, to labels (b,) int64, or weights (b, num_classes + 1) if any mix."""
     if all(len(weights) == 1 for weights in classes):
         return torch.tensor([label for weights in classes for label in weights], dtype=torch.int64)
     rows = torch.zeros(len(classes), num_classes + 1)
@@ -105,14 +105,14 @@ def drawn_pixels(images: Tensor) -> PixelArray:
     """Rounds drawn images (b, 3, H, W) in [0, 1] to (b, H, W, 3) uint8.
 
     Raises:
-        InputError: with their count, if some hold NaN, which would become black.
+        InputError: if some hold NaN, which would become black; gives their number.
     """
     require_finite(images)
     return to_uint8(images)
 
 
 def require_finite(images: Tensor) -> None:
-    """Raises InputError if some images, or their features (b, c, s, t), hold NaN, with the number of these."""
+    """Raises InputError if some images (b, 3, H, W) or features (b, c, s, t) hold NaN, with their number."""
     broken = int(images.flatten(1).sum(dim=1).isnan().sum())
     if broken:
         raise InputError(
@@ -131,10 +131,10 @@ class Drawing:
         per_class: images per class.
         settings: sampling settings.
         images_per_s: throughput of all devices while drawing the missing images; None before, or if none were missing.
-        mixes: if some images mix classes, the weights by label of each `per_class` images; `labels` are then of the
-            largest weight.
-        advance: called after each scale of a batch with its part of the work, as the number of images that it equals.
-            On CUDA, the scale is then queued, not yet drawn.
+        mixes: if some images mix classes, the weights by label for each group of `per_class` images; `labels` then have
+            the class with the largest weight.
+        advance: called after each scale of a batch with the share of work done, expressed as a number of images. On
+            CUDA, the scale may only be queued by then.
     """
 
     sampler: Sampler
@@ -146,27 +146,27 @@ class Drawing:
     advance: Callable[[float], None] = lambda images: None
 
     def conditions(self, numbers: list[int]) -> Tensor:
-        """Returns the labels (b,) of images, or the weights (b, num_classes + 1) of their classes if some are mixed."""
+        """Returns the labels (b,) of images, or class weights (b, num_classes + 1) if some images mix classes."""
         if self.mixes is None:
             return self.labels[numbers]
         return label_tensor([self.mixes[i // self.per_class] for i in numbers], self.sampler.classes.count)
 
     def name(self, number: int) -> str:
-        """Returns the name of the class of an image, or of the mix of classes."""
+        """Returns the name of an image's class or mix of classes."""
         mix = {int(self.labels[number]): 1.0} if self.mixes is None else self.mixes[number // self.per_class]
         return self.sampler.classes.describe_weights(mix)
 
     def costs(self) -> SamplingCosts:
-        """Counts what drawing one image costs."""
+        """Counts the cost of drawing one image."""
         guide = self.sampler.guide(self.settings)
         return sampling_costs(self.settings, self.sampler.network.config, None if guide is None else guide.config)
 
     @cached_property
     def shares(self) -> list[float]:
-        """Share of each scale in the time that drawing takes, by its tokens.
+        """Estimated share of each scale in the drawing time, in proportion to its tokens.
 
-        The rest is decoding, which counts as much as one pass of the network over all tokens: in FLOPs, it is 0.9 of
-        one for M-VAR-d16 and 1.3 for VAR-d16.
+        The rest is decoding, which counts as one pass of the network over all tokens: in FLOPs, it is 0.9 passes of
+        M-VAR-d16 and 1.3 of VAR-d16.
         """
         config = self.sampler.network.config
         guided, schedule = self.settings.guide.num_guided_scales(config), config.schedule
@@ -174,14 +174,14 @@ class Drawing:
         return [tokens / (sum(passes) + schedule.num_tokens) for tokens in passes]
 
     def draw(self, labels: Tensor, numbers: list[int]) -> PixelArray:
-        """Draws images (b, H, W, 3) uint8 of the given labels or weights, and numbers."""
+        """Draws images (b, H, W, 3) uint8, given their labels or class weights and their numbers."""
         for k, step in enumerate(self.sampler.steps(labels, self.settings, numbers)):
             self.advance(self.shares[k] * len(numbers))
             f_hat = step.f_hat
         return drawn_pixels(decode_images(self.sampler.tokenizer, f_hat))
 
     def draw_tokens(self, labels: Tensor, numbers: list[int]) -> Tensor:
-        """Draws tokens (b, l) int64 of the given labels and numbers; raises InputError if logits are not finite."""
+        """Draws tokens (b, l) int64, given labels and numbers; raises InputError if logits are not finite."""
         drawn = []
         for k, step in enumerate(self.sampler.steps(labels, self.settings, numbers)):
             self.advance(self.shares[k] / sum(self.shares) * len(numbers))
@@ -190,10 +190,10 @@ class Drawing:
         return torch.cat(drawn, dim=1)
 
     def stream_images(self, numbers: list[int]) -> Iterator[Tensor]:
-        """Yields images (b, 3, H, W) in [0, 1] of the set, decoded after each scale."""
+        """Yields images (b, 3, H, W) in [0, 1] of the set after each scale."""
         return self.sampler.stream_images(self.conditions(numbers), self.settings, numbers)
 
-    def batches(self, numbers: list[int], batch_size: int) -> Iterator[Batch]:
+    def batches(self, numbers: list[int], batch_size: int) -> Iterator[NumberedImages]:
         """Draws this rank's share of the images with the given numbers."""
         rank, world_size = rank_and_world_size()
         parts = [numbers[begin : begin + batch_size] for begin in range(0, len(numbers), batch_size)]

@@ -3,7 +3,7 @@
 | paper / published code        | here          | meaning                                                              |
 |-------------------------------|---------------|----------------------------------------------------------------------|
 | scoring model, RewardNet      | Scorer        | f_hat after a scale, class, scale -> score                           |
-| r_k, idx_Blk                  | drafts        | candidates for the tokens of a scale, from the same logits           |
+| r_k, idx_Blk                  | drafts        | candidates for the tokens of a scale, drawn from the same logits     |
 | M                             | Drafts.count  | number of candidates                                                 |
 | ranking loss                  | cross entropy | either way, the score is an estimate of log p_real / p_drawn         |
 | the best candidate            | `drafts`      | here it is drawn by the softmax of the scores: `choose_by_score`     |
@@ -25,9 +25,9 @@ from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.scales import ScaleSchedule, Shape
 
 CONFIG, WEIGHTS, NEW_WEIGHTS = "config.json", "scorer.safetensors", "scorer.new.safetensors"
-FILES = {CONFIG, WEIGHTS, NEW_WEIGHTS}  # of a folder; the last one remains of an interruption
+FILES = {CONFIG, WEIGHTS, NEW_WEIGHTS}  # in a folder; the last one may remain after an interruption
 FORMAT = FormatVersion(1, "install the release of lightning_mvar that wrote it, or train it again with this one")
-LAST_SIDE = 4  # blocks of stride 2 follow until the map is no larger
+LAST_SIDE = 4  # blocks of stride 2 reduce the map to this side or less
 GROUPS = 4  # of GroupNorm
 EMBEDDING = 128  # width of the condition
 DROPOUT = 0.1
@@ -35,7 +35,7 @@ DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """Architecture of a scorer, and what it was trained on.
+    """Architecture of a scorer, and a description of its training data.
 
     Args:
         format_version: version of the folder's format.
@@ -65,7 +65,7 @@ class ScorerConfig:
         return ScaleSchedule(tuple(self.side_lengths))
 
     def check(self, network: MVARConfig, folder: str) -> None:
-        """Raises InputError unless the scorer in `folder` is of the pyramids that a network draws."""
+        """Raises InputError unless the scorer in `folder` fits the pyramids that a network draws."""
         for name, ours, theirs in (
             ("side_lengths", self.schedule.side_lengths, network.schedule.side_lengths),
             ("code_dim", self.code_dim, network.code_dim),
@@ -78,7 +78,7 @@ class ScorerConfig:
                 )
 
     def check_quantizer(self, fingerprint: str, folder: str) -> None:
-        """Raises InputError unless the scorer in `folder` is of pyramids of the quantizer with this fingerprint."""
+        """Raises InputError unless the scorer in `folder` was trained with the quantizer with this fingerprint."""
         if self.quantizer != fingerprint:
             raise InputError(
                 f"the scorer in {folder} was trained with quantizer {self.quantizer}, but the network uses "
@@ -87,7 +87,7 @@ class ScorerConfig:
 
 
 class ScorerBlock(nn.Module):
-    """Convolution, GroupNorm with gain and shift from the condition, SiLU; residual if it keeps the shape."""
+    """Convolution, GroupNorm with gain and shift from the condition, SiLU; residual if the shape is unchanged."""
 
     def __init__(self, channels: int, width: int, stride: int = 1) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Scorer(nn.Module):
         self.out = nn.Linear(EMBEDDING, 1)
 
     def forward(self, f_hat: Tensor, labels: Tensor, scale: int) -> Tensor:
-        """Returns the scores (b,) of f_hat (b, c, s, t) after `scale` of images of `labels` (b,) int64."""
+        """Returns scores (b,) of f_hat (b, c, s, t) after `scale`, given the images' `labels` (b,) int64."""
         cond = F.silu(self.class_embed(labels) + self.scale_embed.weight[scale])  # (b, e)
         x = f_hat
         for block in self.blocks:
@@ -137,7 +137,7 @@ class Scorer(nn.Module):
 
 
 def save_scorer(scorer: Scorer, folder: Path) -> None:
-    """Writes a scorer as a folder, complete once it has its `config.json`; a full disk leaves an earlier scorer.
+    """Writes a scorer to a folder; `config.json` comes last and marks it complete. A full disk keeps an earlier scorer.
 
     Raises:
         InputError: if a file cannot be written.
@@ -149,7 +149,7 @@ def save_scorer(scorer: Scorer, folder: Path) -> None:
 
 
 def read_config(folder: str | Path) -> ScorerConfig:
-    """Reads the configuration of the scorer in a folder; raises InputError if there is none, or it is damaged."""
+    """Reads the configuration of the scorer in a folder; raises InputError if it is missing or damaged."""
     path = Path(folder).expanduser() / CONFIG
     if not path.exists():
         raise InputError(f"{path.parent} has no {CONFIG}: not a scorer; train one with `lightning-mvar train-scorer`")
@@ -160,7 +160,7 @@ def load_scorer(folder: str | Path) -> Scorer:
     """Loads a scorer from a folder that `train-scorer` wrote, in eval mode on the CPU.
 
     Raises:
-        InputError: if there is none, or its files are damaged.
+        InputError: if it is missing or damaged.
     """
     folder, config = Path(folder).expanduser(), read_config(folder)
     with torch.device("meta"):

@@ -24,26 +24,26 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # logits divided by it stay fini
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Settings of token sampling; the defaults are those of the papers' scores.
+    """Settings of token sampling; the defaults are the settings of the papers' scores.
 
     Args:
         guidance: classifier-free guidance scale at the finest scale, growing from 0 at the coarsest; 0 for none. Or a
-            list with one per scale, [0,0.5,1].
+            list with one number per scale, such as [0,0.5,1].
         top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
         top_p: then from the fewest tokens whose probabilities sum to p; 0 or 1 for all.
         smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images to look at, never for scores.
-        seed: random seed, from 0 to 2^63 - 1; image i of a seed has a random stream of its own.
+        seed: random seed, from 0 to 2^63 - 1; each image number has its own random stream.
         temperature: divides the logits before top-k and top-p: below 1 for likelier tokens, above 1 for more variety.
-            A number, or a list with one per scale.
+            A number, or a list with one number per scale.
         guidance_off_from: index of the first scale that is drawn without guidance; the guide costs nothing from there
             on.
         guidance_network: guide by a weaker network instead of the unconditional class (autoguidance): a checkpoint of
-            `fit`, a folder of `export` or a published file, of the same tokenizer, classes and scales.
-        guidance_corrupt: the guide is the same network after a prefix in which this share of the tokens is replaced by
+            `fit`, a folder of `export` or a published file, with the same tokenizer, classes and scales.
+        guidance_corrupt: guide by the same network after a prefix in which this share of the tokens is replaced by
             random ones (VPG), instead of the unconditional class.
         guidance_beta: adds beta (l_k - l_(k-1)) to the logits l_k of each scale (SSG); works without guidance.
-        drafts: number of candidates of each scale among which a scorer chooses (LSRS); 1 for no choice.
-        draft_scorer: folder of the scorer, which `train-scorer` trained on samples of the same network.
+        drafts: number of candidates per scale among which a scorer chooses (LSRS); 1 for no choice.
+        draft_scorer: folder of a scorer that `train-scorer` trained on samples of the same network.
         draft_scales: indices of the scales that have several candidates, counted from 0, such as 1 2 3; all if not
             given.
 
@@ -107,16 +107,16 @@ class SamplingSettings:
         return self.temperature[scale] if isinstance(self.temperature, tuple) else self.temperature
 
     def check(self, network: MVARConfig) -> None:
-        """Raises InputError unless these settings suit a network."""
+        """Raises InputError unless these settings fit a network."""
         self.guide.check(network)
         check_per_scale("temperature", self.temperature, network)
         self.choice.check(network)
 
     def metadata(self) -> dict[str, bool | int | float | str]:
-        """Returns the settings by name, as a set of images records them: numbers per scale are joined by commas.
+        """Returns the settings by name, as a set of images records them; numbers per scale are joined by commas.
 
-        The settings of the published protocol are always among them, others only if they are not the default and have
-        an effect: those of drafts only if there are several, and a weaker network only if it guides.
+        The settings of the published protocol are always included, others only if they differ from the default and have
+        an effect: draft settings only if there are several drafts, a guiding network only if it guides.
         """
         unused = {"draft_scorer", "draft_scales"} if self.drafts == 1 else set[str]()
         if self.guide.needed_network is None:
@@ -127,5 +127,5 @@ class SamplingSettings:
         return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in recorded.items()}
 
     def keys(self, numbers: Iterable[int]) -> Tensor:
-        """Returns the key (b, 2) int64 of the random numbers of each image, given by its number."""
+        """Returns the keys (b, 2) int64 of the random streams of images with these numbers."""
         return image_keys(self.seed, numbers)

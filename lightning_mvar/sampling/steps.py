@@ -1,7 +1,7 @@
 """One scale of a batch of images: network step, guidance, draw, residual pyramid.
 
-Everything here stays on the device: the host neither waits for it nor sends it anything, so a scale can be captured as
-a CUDA graph.
+Everything here stays on the device, without synchronization or copies from the host, so a scale can be captured as a
+CUDA graph.
 
 Shapes: b images, n tokens of the scale, v vocabulary, c code dim.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.models.mvar import MVAR, MVARState
 from lightning_mvar.sampling.drafts import choose_by_score
-from lightning_mvar.sampling.guidance import corrupt, sharpen, unconditional_like
+from lightning_mvar.sampling.guidance import replace_codes, sharpen, unconditional_like
 from lightning_mvar.sampling.philox import NOISE, TOKENS, uniform
 from lightning_mvar.sampling.scorer import Scorer
 from lightning_mvar.sampling.settings import SamplingSettings
@@ -33,11 +33,11 @@ class KnownTokens(NamedTuple):
     keep: Tensor  # (b, l) bool
 
 
-class Batch(NamedTuple):
-    """Images to draw, on the device."""
+class BatchInputs(NamedTuple):
+    """Inputs of a batch of images to draw, on the device."""
 
     labels: Tensor  # (b,) int64, or (b, num_classes + 1) float weights of mixed classes
-    keys: Tensor  # (b, 2) int64, of their random numbers
+    keys: Tensor  # (b, 2) int64 keys of the random streams
     known: KnownTokens | None
 
 
@@ -49,20 +49,20 @@ class Step(NamedTuple):
 
 
 class States(NamedTuple):
-    """States of the network and of a weaker one that guides it, if one does."""
+    """States of the network and of the guiding network, if any."""
 
     network: MVARState  # of b images, or 2 b if the second half guides the first
     guide: MVARState | None
 
 
 class Progress(NamedTuple):
-    """What a batch carries from one scale to the next."""
+    """State of a batch between two scales."""
 
     states: States
     inputs: Tensor | None  # (b, n, c) of the next scale, or (2 b, n, c) if the guide's differ; None before the first
     f_hat: Tensor  # (b, c, s, t), or (2 b, c, s, t) if the guide's differ
     uniforms: Tensor  # (b, l) float32 in [0, 1): one number per token
-    logits: Tensor | None  # (b, m, v) of the scale before, if the next one needs them
+    logits: Tensor | None  # (b, m, v) of the previous scale, if the next one needs them
 
     def without_guide(self) -> Progress:
         count = len(self.uniforms)
@@ -73,9 +73,9 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class ScaleDrawer:
-    """Draws batches scale by scale with a network, the quantizer of its tokenizer, sampling settings, and a guide.
+    """Draws batches scale by scale with a network, the quantizer of its tokenizer, sampling settings and a guide.
 
-    Without a weaker network as its guide, the network guides itself, in a second half of its batch.
+    Without a guiding network, the network guides itself: the guide is a second half of its batch.
     """
 
     model: MVAR
@@ -102,14 +102,14 @@ class ScaleDrawer:
         return k < self.num_guided_scales
 
     @torch.no_grad()
-    def steps(self, batch: Batch) -> Iterator[Step]:
+    def steps(self, batch: BatchInputs) -> Iterator[Step]:
         """Draws all scales, coarse to fine."""
         progress = self.begin(batch)
         for k in range(self.model.config.schedule.num_scales):
             step, progress = self.draw_scale(k, batch, progress)
             yield step
 
-    def begin(self, batch: Batch) -> Progress:
+    def begin(self, batch: BatchInputs) -> Progress:
         """Prepares the first scale."""
         labels, config, guide = batch.labels, self.model.config, None
         uniforms = uniform(batch.keys, 0, config.schedule.num_tokens, TOKENS)
@@ -122,8 +122,8 @@ class ScaleDrawer:
             labels = torch.cat([labels, unconditional_like(labels, config.num_classes)])
         return Progress(States(self.model.init_state(labels), guide), None, f_hat, uniforms, None)
 
-    def draw_scale(self, k: int, batch: Batch, progress: Progress) -> tuple[Step, Progress]:
-        """Draws scale `k`, continuing where `progress` ends. An enclosing autocast applies to the network alone."""
+    def draw_scale(self, k: int, batch: BatchInputs, progress: Progress) -> tuple[Step, Progress]:
+        """Draws scale `k`, continuing from `progress`. An enclosing autocast applies to the network only."""
         schedule = self.model.config.schedule
         progress = progress if self.is_guided(k) else progress.without_guide()
         drawn = []  # (tokens, codes) of each span of this scale
@@ -132,7 +132,7 @@ class ScaleDrawer:
             span = slice(begin, begin + n)
             tokens, codes, logits, states = self.draw_span(k, span, batch, progress)
             with without_autocast(codes):
-                codes = self.with_guides(codes, k, span, batch)
+                codes = self.append_guide_codes(codes, k, span, batch)
             progress = progress._replace(states=states, inputs=codes)
             drawn.append((tokens, codes))
         tokens, codes = (torch.cat(parts, dim=1) for parts in zip(*drawn, strict=True))
@@ -143,12 +143,14 @@ class ScaleDrawer:
         before = logits if self.settings.guide.beta else None
         return Step(tokens, f_hat[: len(tokens)]), progress._replace(f_hat=f_hat, logits=before)
 
-    def draw_span(self, k: int, span: slice, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor, Tensor, States]:
+    def draw_span(
+        self, k: int, span: slice, batch: BatchInputs, progress: Progress
+    ) -> tuple[Tensor, Tensor, Tensor, States]:
         """Draws the tokens at the positions `span`.
 
         Returns:
-            Tokens (b, n), their codes (b, n, c), guided logits (b, n, v) and the states after them. The codes of tokens
-            whose logits are not finite are NaN, and so are the features and the image that they become.
+            Tokens (b, n), their codes (b, n, c), guided logits (b, n, v) and the states after them. Where logits are
+            not finite, codes become NaN, and so do the features and the image.
         """
         guided, states = self.predict(k, progress.inputs, progress.states)
         with without_autocast(guided):
@@ -159,7 +161,7 @@ class ScaleDrawer:
             else:
                 tokens, codes = self.choose(logits, k, span, batch, progress.uniforms)
             broken = ~guided.sum(dim=-1, keepdim=True, dtype=torch.float32).isfinite()
-            codes = codes.masked_fill(broken, torch.nan)  # else an overflow would look like any other token
+            codes = codes.masked_fill(broken, torch.nan)  # otherwise an overflow would look like any other token
             if batch.known is not None:
                 keep = batch.known.keep[:, span]
                 tokens = torch.where(keep, batch.known.tokens[:, span], tokens)
@@ -167,8 +169,8 @@ class ScaleDrawer:
         return tokens, codes, guided, states
 
     def predict(self, k: int, inputs: Tensor | None, states: States) -> tuple[Tensor, States]:
-        """Runs the network and its guide on the inputs of scale `k`; returns guided logits (b, n, v) and the states."""
-        shared, rows = inputs, len(states.network.cond)  # by network and guide
+        """Runs network and guide on the inputs of scale `k`; returns guided logits (b, n, v) and the new states."""
+        shared, rows = inputs, len(states.network.cond)  # shared by network and guide
         if inputs is not None and len(inputs) < rows:
             inputs = inputs.repeat(2, 1, 1)
         logits, network = self.model.step(inputs, states.network)
@@ -183,22 +185,24 @@ class ScaleDrawer:
         return (1 + strength) * logits - strength * weaker, States(network, guide)
 
     def adjust(self, logits: Tensor, k: int, before: Tensor | None) -> Tensor:
-        """Sharpens guided logits (b, n, v) against those of the scale before, and divides them by the temperature."""
+        """Sharpens guided logits (b, n, v) against those of the previous scale and divides them by the temperature."""
         if before is not None:
             shapes = self.model.config.schedule.shapes
             logits = sharpen(logits, before, shapes[k], shapes[k - 1], self.settings.guide.beta)
         temperature = self.settings.temperature_of(k)
         return logits if temperature == 1 else logits / temperature
 
-    def with_guides(self, codes: Tensor, k: int, span: slice, batch: Batch) -> Tensor:
-        """Appends the guides' codes (b, n, c) to those of the images (b, n, c), if they differ."""
+    def append_guide_codes(self, codes: Tensor, k: int, span: slice, batch: BatchInputs) -> Tensor:
+        """Appends the guide's codes (b, n, c) to the codes (b, n, c) of the images, if they differ."""
         share = self.settings.guide.corrupt
         if share == 0 or not self.is_guided(k):
             return codes
-        return torch.cat([codes, corrupt(codes, share, batch.keys, span, self.quantizer.codebook.weight)])
+        return torch.cat([codes, replace_codes(codes, share, batch.keys, span, self.quantizer.codebook.weight)])
 
-    def choose(self, logits: Tensor, k: int, span: slice, batch: Batch, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns tokens (b, n) of logits (b, n, v) at the positions `span`, and their codes (b, n, c)."""
+    def choose(
+        self, logits: Tensor, k: int, span: slice, batch: BatchInputs, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draws tokens (b, n) from logits (b, n, v) at the positions `span`; returns them and their codes (b, n, c)."""
         tokens = draw(logits, uniforms[:, span], self.settings)
         codes = self.quantizer.codebook(tokens)
         if self.settings.smooth:
@@ -209,9 +213,9 @@ class ScaleDrawer:
         return tokens, codes
 
     def choose_draft(
-        self, scorer: Scorer, logits: Tensor, k: int, span: slice, batch: Batch, progress: Progress
+        self, scorer: Scorer, logits: Tensor, k: int, span: slice, batch: BatchInputs, progress: Progress
     ) -> Tensor:
-        """Draws several candidates for all tokens of scale `k`; returns the tokens (b, n) of the chosen ones."""
+        """Draws several candidates for all tokens of scale `k`; returns the tokens (b, n) of the chosen candidate."""
         drafts = self.settings.choice
         uniforms = drafts.uniforms(batch.keys, progress.uniforms[:, span], span)  # (b, n, m)
         tokens = draw(logits, uniforms, self.settings)  # (b, n, m)
@@ -229,7 +233,8 @@ class ScaleDrawer:
 def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Applies top-k, then top-p, each skipped if 0, as in VAR's `sample_with_top_k_top_p_`.
 
-    Returns probabilities (b, n, k), 0 if excluded, and tokens (b, n, k), most likely first.
+    Returns:
+        Probabilities (b, n, k), 0 if excluded, and tokens (b, n, k), most likely first.
     """
     size = logits.shape[-1]
     logits, tokens = logits.topk(min(top_k, size) if top_k else size, dim=-1)
@@ -245,12 +250,12 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
 def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
     """Draws tokens int64 from logits (b, n, v) by inverting the CDF at `uniforms` in [0, 1).
 
-    Both have the shape (b, n), or (b, n, m) for m tokens from the same logits.
+    Tokens and `uniforms` have the shape (b, n), or (b, n, m) for m draws from the same logits.
     """
     probabilities, tokens = truncate(logits, settings.top_k, settings.top_p)
     cumulative = probabilities.cumsum(dim=-1)
     target = uniforms.reshape(*logits.shape[:2], -1) * cumulative[..., -1:]
-    # The first token that reaches the target: never one of probability 0.
+    # The first token that reaches the target never has probability 0.
     choice = torch.searchsorted(cumulative, target)
     choice = choice.clamp(max=tokens.shape[-1] - 1)  # NaN logits must not raise an index error
     return tokens.gather(-1, choice).view(uniforms.shape)

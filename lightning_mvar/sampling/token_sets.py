@@ -1,4 +1,4 @@
-"""Tokens of sampled images as token shards, which training and scores take as they take those of `tokenize`."""
+"""Tokens of sampled images as token shards, for training and evaluation like those of `tokenize`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lightning_mvar.data.tokens.writing import ShardFolder
 from lightning_mvar.devices import is_first_rank, rank_and_world_size
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.progress import DrawingBar
-from lightning_mvar.sampling.sampler import Batch, Drawing, drawn_pixels
+from lightning_mvar.sampling.sampler import Drawing, NumberedImages, drawn_pixels
 
-# A set has about SHARDS shards, to divide among processes and to lose little of at an interruption.
+# A set has about SHARDS shards: enough to divide among processes, and an interruption loses little.
 SHARDS = 64
 MIN_SHARD_SIZE, MAX_SHARD_SIZE = 100, 10_000
 
@@ -30,8 +30,8 @@ MIN_SHARD_SIZE, MAX_SHARD_SIZE = 100, 10_000
 class TokenSet:
     """Tokens of a set of images, in a folder of token shards.
 
-    The first sample of each class comes first, then the second of each, so every part of the set is balanced. The key
-    of a sample is the number of its image. All ranks call each method.
+    The set has the first sample of each class, then the second of each, so every part of it is balanced. The key of a
+    sample is the number of its image. All ranks must call each method.
 
     Args:
         folder: folder of the shards.
@@ -39,7 +39,7 @@ class TokenSet:
         metadata: everything that determines the samples, see `draw_set`.
 
     Raises:
-        InputError: if the folder holds something else.
+        InputError: if the folder holds other files.
     """
 
     def __init__(self, folder: Path, drawing: Drawing, metadata: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ class TokenSet:
         self.shards = ShardFolder(folder, self.plan(metadata), "--tokens")
 
     def plan(self, metadata: dict[str, Any]) -> Manifest:
-        """Returns the manifest, still without shards."""
+        """Returns the manifest, without shards yet."""
         count, sampler = len(self.order), self.drawing.sampler
         source = SAMPLED + " ".join(f"{name}={value}" for name, value in metadata.items())
         return Manifest(
@@ -68,7 +68,7 @@ class TokenSet:
         )
 
     def fill(self, batch_size: int) -> None:
-        """Draws the missing shards, each rank its share, and completes the folder."""
+        """Draws the missing shards, each rank a share, and completes the folder."""
         size, drawing = self.shards.plan.shard_size, self.drawing
         numbers_of = {index: self.order[index * size : (index + 1) * size] for index in self.shards.missing()}
         rank, world_size = rank_and_world_size()
@@ -86,13 +86,13 @@ class TokenSet:
                 self.shards.write(index, np.concatenate(tokens), drawing.labels[numbers].numpy(), keys)
         self.shards.finish()
 
-    def batches(self, numbers: list[int], batch_size: int) -> Iterator[Batch]:
-        """Decodes this rank's share of the images with the given numbers; the tokens must be complete."""
+    def batches(self, numbers: list[int], batch_size: int) -> Iterator[NumberedImages]:
+        """Decodes this rank's share of the images with the given numbers; all tokens must have been drawn."""
         rank, world_size = rank_and_world_size()
         samples = self.order.argsort()[numbers].sort().values  # in the order in which they are stored
         source = LocalShards(self.shards.folder)
         manifest = source.manifest()
-        fetch = partial(source.fetch, verify=False)  # `ShardFolder.missing` has verified those that were there
+        fetch = partial(source.fetch, verify=False)  # `ShardFolder.missing` has verified the existing shards
         with closing(SampleReader(manifest, range(len(manifest.shards)), fetch, {}, ahead=1)) as reader:
             for part in samples.split(batch_size)[rank::world_size] if numbers else ():
                 tokens = torch.from_numpy(reader.read(part.numpy())[0].astype(np.int64))

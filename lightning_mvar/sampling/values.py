@@ -1,4 +1,4 @@
-"""Checks of the numbers among sampling settings."""
+"""Checks of numeric sampling settings."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lightning_mvar.errors import InputError
 
 
 def number(name: str, value: Any, high: float = math.inf, low: float = 0) -> float:
-    """Returns a number of any type, such as numpy's, as a float; raises InputError outside [low, high]."""
+    """Converts a number of any type, such as numpy's, to float; raises InputError outside [low, high]."""
     return float(checked(name, value, Real, "a number", low, high))
 
 
 def integer(name: str, value: Any, high: float = math.inf, low: float = 0) -> int:
-    """Returns an integer of any type as an int; raises InputError outside [low, high]."""
+    """Converts an integer of any type to int; raises InputError outside [low, high]."""
     return int(checked(name, value, Integral, "an integer", low, high))
 
 
 def per_scale(name: str, value: Any, high: float, low: float = 0) -> float | tuple[float, ...]:
-    """Returns one number for all scales, or a tuple with one per scale; raises InputError outside [low, high]."""
+    """Converts one number for all scales, or a sequence with one per scale; raises InputError outside [low, high]."""
     values = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
     if isinstance(values, Sequence) and not isinstance(values, str):
         return tuple(number(f"{name} of scale {k}", each, high, low) for k, each in enumerate(values))

@@ -1,7 +1,7 @@
 """Writers of sets of sampled images: written as they are drawn, so memory is bounded and an interrupted run can resume.
 
-An image is identified by its number in the set, and any process may add any image. A set records how it is drawn;
-continuing it with other settings is refused.
+An image is identified by its number in the set, and any process may add any image. A set records how it was drawn;
+continuing it with other settings is an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lightning_mvar.io.npz import NpzArray, write_npz
 from lightning_mvar.sampling.readers import METADATA_FILE, NpzSamples, read_metadata
 from lightning_mvar.scales import Shape
 
-MAX_ENCODERS = 16  # threads of a process
+MAX_ENCODERS = 16  # threads per process
 PixelArray = NDArray[np.uint8]  # (n, H, W, 3)
 
 
@@ -42,7 +42,7 @@ class SampleSet(ABC):
         count: number of images in the set.
 
     Raises:
-        InputError: if the folder holds something else.
+        InputError: if the folder holds other files or another set.
     """
 
     def __init__(self, folder: Path, metadata: dict[str, Any], count: int) -> None:
@@ -62,7 +62,7 @@ class SampleSet(ABC):
         write_json(record, self.metadata)
 
     def require_same(self, metadata: dict[str, Any], path: Path) -> None:
-        """Raises InputError that names the first difference, unless `metadata` is that of this set."""
+        """Raises InputError that names the first difference between `metadata` and this set's."""
         for name in self.metadata | metadata:
             theirs, ours = metadata.get(name), self.metadata.get(name)
             if theirs != ours:
@@ -73,28 +73,28 @@ class SampleSet(ABC):
 
     @abstractmethod
     def missing(self) -> list[int]:
-        """Returns the numbers of the images that are not written yet, ascending."""
+        """Returns the numbers of the images that have not been written, ascending."""
 
     @abstractmethod
     def write(self, numbers: Sequence[int], images: PixelArray) -> None:
-        """Writes images, maybe in the background; see `flush`.
+        """Writes images, possibly in the background; see `flush`.
 
         Each file is written atomically, so an interruption leaves no partial file.
         """
 
     @abstractmethod
     def flush(self) -> None:
-        """Waits until all images are written; raises what went wrong."""
+        """Waits until all images are written; raises an error that occurred in the background."""
 
     @abstractmethod
     def finish(self, labels: NDArray[np.int64]) -> None:
-        """Completes the set; called by one process when all images are written. `labels` (n,) are their classes."""
+        """Completes the set, given the classes of its images, `labels` (n,); called by one process, once all exist."""
 
 
 class PngFolder(SampleSet):
     """Set of images in `folder/CLASS/NUMBER.png`; `class_names` has one entry per image.
 
-    Threads encode a batch while the next one is drawn: on one core, encoding takes longer than drawing on a GPU.
+    Threads encode a batch while the next one is drawn, because encoding on one core is slower than drawing on a GPU.
     """
 
     def __init__(self, folder: Path, metadata: dict[str, Any], class_names: Sequence[str]) -> None:
@@ -104,7 +104,7 @@ class PngFolder(SampleSet):
         self.pending: list[Future[None]] = []
 
     def claim(self) -> None:
-        """As in the base class; also refuses class folders that are links, and would lead out of `folder`."""
+        """Also refuses class folders that are links, which could lead out of `folder`."""
         if link := next((path for name in set(self.class_names) if (path := self.folder / name).is_symlink()), None):
             raise InputError(f"{link} is a link: remove it, or choose another --out")
         super().claim()
@@ -128,7 +128,7 @@ class PngFolder(SampleSet):
         try:
             for future in pending:
                 future.result()
-        finally:  # after an error or an interruption, drop what has not begun
+        finally:  # after an error or interruption, cancel the tasks that have not started
             for future in pending:
                 future.cancel()
 
@@ -138,14 +138,14 @@ class PngFolder(SampleSet):
 
 
 def partial_folder(file: Path) -> Path:
-    """Returns the folder of the batches of an npz file that is not complete yet."""
+    """Returns the folder for the batches of an incomplete npz file."""
     return file.with_name(f"{file.name}.partial")
 
 
 class NpzFile(SampleSet):
     """Npz file of `arr_0` uint8 (n, H, W, 3), `arr_1` int64 (n,) and `about` (the metadata as JSON).
 
-    Until it is complete, each batch is a file in a folder beside it, so processes on several machines can add batches.
+    Until it is complete, each batch is a file in a folder next to it, so processes on several machines can add batches.
     """
 
     def __init__(self, file: Path, metadata: dict[str, Any], count: int, shape: Shape) -> None:
@@ -154,7 +154,7 @@ class NpzFile(SampleSet):
         self.require_space()
 
     def require_space(self) -> None:
-        """Raises InputError if the disk has no space for the missing batches and, after them, for the file itself."""
+        """Raises InputError unless the disk has space for the missing batches and the file assembled from them."""
         if self.file.is_file():
             return
         written = sum(path.stat().st_size for path in visible(self.folder.glob("*.npz")))
@@ -172,7 +172,7 @@ class NpzFile(SampleSet):
             super().claim()
 
     def written(self) -> dict[int, tuple[Path, int]]:
-        """Maps the number of each written image to its batch file and its row in it."""
+        """Maps the number of each written image to its batch file and row."""
         rows: dict[int, tuple[Path, int]] = {}
         for path in sorted(visible(self.folder.glob("*.npz"))):
             rows |= {number: (path, row) for row, number in enumerate(self.numbers_in(path))}

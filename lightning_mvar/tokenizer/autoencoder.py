@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm with statistics in float32 whose output has the dtype of its input, under autocast as well.
+    """GroupNorm with statistics in float32 whose output has the dtype of its input, even under autocast.
 
-    CUDA's autocast, unlike a CPU's, would return float32: feature maps of twice the size, kept for the backward pass.
+    CUDA's autocast, unlike the CPU's, would return float32 and double the size of the feature maps kept for backward.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int, groups: int) -> GroupNorm:
-    """Returns a GroupNorm with `groups` groups, or fewer if `channels` is not a multiple of it.
+    """Returns a GroupNorm with `groups` groups, or fewer if that does not divide `channels`.
 
     Normalizing a single-channel group removes its mean over the image, which the coarsest scales encode; small networks
     need few groups.
@@ -44,7 +44,7 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
-    """Two times norm, SiLU and convolution, plus a skip connection (1 x 1 convolution if the channels change)."""
+    """Norm, SiLU and convolution, twice, plus a skip connection (1 x 1 convolution if the channels change)."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class ResidualBlock(nn.Module):
         return self.conv2(F.silu(self.norm2(x)))
 
     def enable_activation_checkpointing(self) -> None:
-        """Makes the block keep only the inputs of its norms for the backward pass, which computes norm and SiLU again.
+        """Keeps only the inputs of the norms for the backward pass, which recomputes norm and SiLU.
 
-        Convolutions are not computed again: recomputation stops at the last tensor to keep, which is their input.
+        Convolutions are not recomputed: recomputation stops at the last tensor that is needed, which is their input.
         """
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         self.first = partial(recompute, self.first)  # type: ignore[method-assign]
@@ -87,7 +87,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halves the side: pads right and bottom by one, then a 3 x 3 convolution of stride 2."""
+    """Halves the side: padding by one at the right and bottom, then a 3 x 3 convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=3, stride=2)
@@ -158,7 +158,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (b, code_dim, h, w) -> images (b, 3, H, W); one residual block more per level than the encoder.
+    """Features (b, code_dim, h, w) -> images (b, 3, H, W), with one more residual block per level than the encoder.
 
     `levels` is ordered as in the encoder, finest first, and runs in reverse.
     """

@@ -1,4 +1,4 @@
-"""Methods against codebook collapse: codes learned as running means (EMA), and entropy terms over soft assignments.
+"""Remedies for codebook collapse: codes learned as running means (EMA), and entropy terms over soft assignments.
 
 In a multi-scale tokenizer, the coarse scales tend to collapse onto a few codes, leaving the image to the finest scale.
 """
@@ -31,7 +31,7 @@ class CodebookConfig:
         temperature: softmax temperature of the soft assignments, relative to the scale's mean squared distance between
             queries and codes.
         entropy_queries: maximum number of queries per scale and rank in the entropy terms; a random subset is drawn in
-            each step if there are more. Memory is entropy_queries x vocab_size numbers per scale.
+            each step if there are more. They need memory for entropy_queries x vocab_size numbers per scale.
         scale_dropout: probability that a training image is decoded from its first scales only; their number is drawn
             uniformly. Forces the coarse scales to encode the image (quantizer dropout of SoundStream, arXiv
             2107.03312).
@@ -102,7 +102,7 @@ def assignment_sums(steps: list[PyramidStep], vocab_size: int) -> Tensor:
 
 @torch.no_grad()
 def draw_residuals(steps: list[PyramidStep], count: int) -> Tensor:
-    """Draws `count` residuals (count, c) of a batch at random, from one scale after the other."""
+    """Draws `count` random residuals (count, c) of a batch, cycling through the scales."""
     queries = [step.queries.flatten(0, 1) for step in steps]  # (b n, c) of each scale
     scales = len(queries)
     rows = torch.stack([torch.randint(len(queries[i % scales]), ()) for i in range(count)])
@@ -132,7 +132,7 @@ def entropy_loss(
         quantizer: quantizer that produced `steps`.
         features: (b, c, s, s) features, with gradient.
         steps: pyramid steps, one per scale.
-        codes: (v, c) codes, with gradient if they are learned by it.
+        codes: (v, c) codes, with gradient if they are learned by gradient.
         config: provides temperature and number of queries.
         mean_over_ranks: averages a tensor over all ranks, without gradient; called twice.
     """
@@ -150,8 +150,8 @@ def entropy_loss(
             for squared, mean in zip(distances, means, strict=True)
         ]
         query_entropy = -torch.stack([(log.exp() * log).sum(dim=1).mean() for log in logs])
-        assignment = torch.stack([log.exp().mean(dim=0) for log in logs])  # (k, v) mean of this rank
+        assignment = torch.stack([log.exp().mean(dim=0) for log in logs])  # (k, v) mean over this rank
         own = assignment.detach()
-        assignment = assignment + (mean_over_ranks(own) - own)  # mean of all ranks, with the gradient of this one's
+        assignment = assignment + (mean_over_ranks(own) - own)  # mean over all ranks, with this rank's gradient
         mean_entropy = -(assignment * assignment.clamp(min=1e-12).log()).sum(dim=1)
         return (query_entropy - mean_entropy).mean() / math.log(len(codes))

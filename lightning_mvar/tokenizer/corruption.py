@@ -25,10 +25,12 @@ class Corrupted(NamedTuple):
 
 
 @torch.no_grad()
-def corrupt(quantizer: ResidualQuantizer, tokens: Tensor, replace: Callable[[Tensor, slice], Tensor]) -> Corrupted:
-    """Replaces tokens of all scales but the last; targets are those of `ResidualQuantizer.repairing_tokens`.
+def corrupt_pyramid(
+    quantizer: ResidualQuantizer, tokens: Tensor, replace: Callable[[Tensor, slice], Tensor]
+) -> Corrupted:
+    """Replaces tokens of all scales but the last; targets come from `ResidualQuantizer.repairing_tokens`.
 
-    Without replacements, inputs and targets are those of teacher forcing.
+    Without replacements, inputs and targets equal those of teacher forcing.
 
     Args:
         quantizer: codebook and phi.
@@ -54,14 +56,14 @@ class Neighbors(NamedTuple):
     cumulative: Tensor  # (v, m) float32 cumulative probabilities
 
     @classmethod
-    def of(cls, codebook: Tensor, count: int, temperature: float | None = None) -> Neighbors:
-        """Finds the `count` nearest codes in L2 of each code in a codebook (v, c), count < v.
+    def find(cls, codebook: Tensor, count: int, temperature: float | None = None) -> Neighbors:
+        """Finds the `count` nearest codes in L2 of each code.
 
         Args:
             codebook: (v, c) codes.
-            count: m.
-            temperature: makes probabilities proportional to exp(-d / temperature), d the squared distance relative to
-                that of the nearest different code, averaged over all codes; None makes them equal.
+            count: m < v, the number of neighbors.
+            temperature: makes probabilities proportional to exp(-d / temperature), where d is the squared distance
+                relative to that of the nearest different code, averaged over all codes; None makes them equal.
         """
         points = codebook.double()
         # Without matrix products, the distance between equal codes is exactly 0.
@@ -74,6 +76,6 @@ class Neighbors(NamedTuple):
         return cls(codes, logits.softmax(dim=1).cumsum(dim=1).float())
 
     def draw(self, tokens: Tensor, uniforms: Tensor) -> Tensor:
-        """Draws a neighbor of each token (b, n), one for each number (b, n) in [0, 1)."""
+        """Draws a neighbor of each token (b, n), given uniform numbers (b, n) in [0, 1)."""
         choice = torch.searchsorted(self.cumulative[tokens], uniforms[..., None].contiguous(), right=True)
         return self.codes[tokens].gather(-1, choice.clamp(max=self.codes.shape[1] - 1))[..., 0]

@@ -1,8 +1,8 @@
 """Image distances in feature space, for the tokenizer's perceptual loss.
 
 A distance is any `nn.Module` that maps two batches of images (b, 3, H, W) in [-1, 1] to distances (b,), differentiable
-in the first. `LPIPS` is the published one (arXiv 1801.03924), with VGG16 (1409.1556).
-`FeatureDistance` builds one from a feature extractor.
+in the first. `LPIPS` is the published one (arXiv 1801.03924), on VGG16 (arXiv 1409.1556). `FeatureDistance` builds one
+from a feature extractor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_mvar.io import known_files
 from lightning_mvar.io.tensors import StateDict, check_state_dict, load_strictly, read_torch
 
-BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels between the poolings
+BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels between pooling layers
 # LPIPS's constants for ImageNet's mean and standard deviation, for images in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 EPSILON = 1e-8  # under the square root of the feature norm, whose gradient at 0 is undefined
@@ -30,11 +30,11 @@ class VGG16(nn.Module):
     Layers are numbered as in torchvision.
 
     Args:
-        weights: torchvision's file `vgg16-397923af.pth`; its classifier is ignored. By default, it is downloaded the
-            first time.
+        weights: torchvision's file `vgg16-397923af.pth`; its classifier is ignored. By default, it is downloaded on
+            first use.
 
     Raises:
-        InputError: if the file does not exist, is unavailable, or has another content.
+        InputError: if the file does not exist, is unavailable, or has other content.
     """
 
     def __init__(self, weights: str | None = None) -> None:
@@ -73,11 +73,11 @@ class LPIPS(nn.Module):
     Frozen and in eval mode.
 
     Args:
-        vgg: torchvision's weights, file `vgg16-397923af.pth`. By default, they are downloaded the first time.
+        vgg: torchvision's weights, file `vgg16-397923af.pth`. By default, they are downloaded on first use.
         heads: LPIPS's weights of version 0.1, file `vgg.pth`; by default the copy bundled with torchmetrics.
 
     Raises:
-        InputError: if a file does not exist or has another content.
+        InputError: if a file does not exist or has other content.
     """
 
     def __init__(self, vgg: str | None = None, heads: str | None = None) -> None:
@@ -109,7 +109,7 @@ def read_heads(path: Path) -> list[Tensor]:
     """Reads the weights (1, c, 1, 1) of LPIPS's five linear layers.
 
     Raises:
-        InputError: if the file does not exist or has another content.
+        InputError: if the file does not exist or has other content.
     """
     state: StateDict = read_torch(path)
     names = [f"lin{number}.model.1.weight" for number in range(len(BLOCKS))]
@@ -120,10 +120,10 @@ def read_heads(path: Path) -> list[Tensor]:
 
 
 class FeatureDistance(nn.Module):
-    """Squared distance between the normalized features of an extractor of the kind that metrics use.
+    """Squared distance between normalized features of an extractor, as used by the metrics.
 
-    The extractor must be differentiable, such as the classifiers of the embedded images. `InceptionV3` is not, because
-    it rounds images to 8 bits, as published scores do.
+    The extractor must be differentiable, as the classifiers of the embedded images are. `InceptionV3` is not, because
+    it rounds images to 8 bits, as published scores require.
 
     Args:
         extractor: images (b, 3, H, W) in [0, 1] -> features (b, f).

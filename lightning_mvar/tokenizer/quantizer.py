@@ -49,7 +49,7 @@ class Phi(nn.Conv2d):
 
 
 class ResidualQuantizer(nn.Module):
-    """Codebook and phi convolutions, which quantize features over the pyramid of scales.
+    """Codebook and phi convolutions that quantize features over a pyramid of scales.
 
     Args:
         schedule: scales of the pyramid.
@@ -95,13 +95,13 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, queries: Tensor) -> Tensor:
-        """Returns the nearest code in L2, (b, n, c) -> (b, n) int64; in float32, as rounding changes the choice."""
+        """Finds the nearest code in L2, (b, n, c) -> (b, n) int64, in float32 because rounding changes the choice."""
         with without_autocast(queries), exact_float32():
             flat, codes = queries.flatten(0, 1).float(), self.codebook.weight.float()
             return squared_distances(flat, codes).argmin(dim=1).view(queries.shape[:2])
 
     def pyramid(self, features: Tensor) -> Iterator[PyramidStep]:
-        """Quantizes `features` (b, c, s, t) scale by scale, each scale the residual of the previous ones."""
+        """Quantizes `features` (b, c, s, t) scale by scale, each time the residual of the previous scales."""
         f_hat = self.empty(len(features))
         for k in range(self.schedule.num_scales):
             queries = self.downsample(features.detach() - f_hat.detach(), k)
@@ -114,27 +114,28 @@ class ResidualQuantizer(nn.Module):
         return torch.cat([step.tokens for step in self.pyramid(features)], dim=1)
 
     def repairing_tokens(self, tokens: Tensor, true_f_hat: Tensor, f_hat: Tensor, scale: int) -> Tensor:
-        """Returns the tokens of `scale` that best repair the error of other scales before it.
+        """Returns the tokens of `scale` that best repair errors in the tokens of earlier scales.
 
-        They are the codes nearest to the true ones plus the error of f_hat so far, averaged to the scale; without an
-        error, the true tokens. This stands for quantizing the image's features minus f_hat, as if the features had been
-        those that the true tokens encode exactly.
+        These are the codes nearest to the true codes plus the error of f_hat so far, averaged to the scale; without an
+        error, they are the true tokens. This approximates quantizing the image's features minus f_hat, as if the
+        features were exactly those that the true tokens encode.
 
-        The sum of all true contributions must not stand for the features instead: quantizing it again does not return
-        the tokens it is made of, because its last scales are not codes but codes after phi.
+        The sum of all true contributions would be no substitute for the features: quantizing it does not return its own
+        tokens, because the contributions of its last scales are codes after phi.
 
         Args:
             tokens: (b, n) int64 true tokens of the scale.
-            true_f_hat: (b, c, s, t) of the true tokens of the scales before.
-            f_hat: (b, c, s, t) of the tokens that stand in their place.
-            scale: number of the scale.
+            true_f_hat: (b, c, s, t) sum of the earlier scales with their true tokens.
+            f_hat: (b, c, s, t) sum of the earlier scales with the tokens that replaced them.
+            scale: index of the scale.
 
         Returns:
             (b, n) int64.
         """
         error = self.downsample(true_f_hat - f_hat, scale)
         repairing = self.nearest(self.codebook(tokens) + error)
-        return torch.where((error == 0).all(dim=-1), tokens, repairing)  # of equal codes, `nearest` returns the first
+        # The comparison matters if codes are equal: `nearest` returns the first of them.
+        return torch.where((error == 0).all(dim=-1), tokens, repairing)
 
     def f_hats(self, tokens: Tensor) -> Iterator[Tensor]:
         """Yields f_hat (b, c, s, t) of tokens (b, l) after each scale, coarse to fine."""

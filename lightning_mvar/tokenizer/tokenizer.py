@@ -19,10 +19,10 @@ from lightning_mvar.scales import ScaleSchedule, Shape, format_shape
 from lightning_mvar.tokenizer.autoencoder import Decoder, Encoder, conv3x3
 from lightning_mvar.tokenizer.quantizer import PyramidStep, ResidualQuantizer
 
-# Maximum size of the decoder's finest feature map, which bounds the images decoded at once; other devices decode one at
-# a time. On a CPU, larger buffers are newly allocated by the system each time, which is slower than smaller batches. On
-# a GPU it is the size of 16 images of 256 pixels in bfloat16, which take 2.1 GiB in all: few launches, and room for a
-# training run.
+# Maximum size of the decoder's finest feature map, which limits how many images are decoded at once; other devices
+# decode one at a time. On a CPU, larger buffers would be allocated anew by the system each time, which is slower than
+# smaller batches. On a GPU, the limit allows 16 images of 256 pixels in bfloat16, which take 2.1 GiB in total: few
+# launches, and enough memory is left for a training run.
 DECODER_MAP_BYTES = {"cpu": 2**25, "cuda": 5 * 2**26}
 
 # Largest values, which keep a forged config from allocating or looping without limit.
@@ -34,7 +34,7 @@ LIMITS = {
     "num_phi": 2**10,
     "norm_groups": 2**14,
 }
-MAX_LEVELS, MAX_MULTIPLIER, MAX_SIDE = 12, 2**8, 2**14  # levels, multiplier of channels, pixels per side of an image
+MAX_LEVELS, MAX_MULTIPLIER, MAX_SIDE = 12, 2**8, 2**14  # levels, channel multiplier, pixels per side of an image
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TokenizerConfig:
 
 
 class Reconstruction(NamedTuple):
-    """Outputs of one training pass from images to reconstructions."""
+    """Outputs of a training pass from images to reconstructions."""
 
     features: Tensor  # (b, c, s, t) before quantization
     steps: list[PyramidStep]  # one per scale
@@ -124,7 +124,7 @@ class Tokenizer(nn.Module):
 
         Args:
             images: images of the tokenizer's size.
-            scales: (b,) number of scales, coarse to fine, that each image is decoded from; all by default.
+            scales: (b,) number of scales, coarse to fine, from which each image is decoded; all by default.
         """
         features = self.features(images)
         steps = list(self.quantizer.pyramid(features))
@@ -169,7 +169,7 @@ class Tokenizer(nn.Module):
     def decode_features(self, f_hat: Tensor) -> Tensor:
         """Decodes f_hat (b, c, s, t) to images (b, 3, H, W) in the dtype of `f_hat`, not clamped.
 
-        Large batches are decoded in parts to bound memory, unless gradients are on: backward needs all feature maps.
+        Large batches are decoded in parts to limit memory, unless gradients are enabled: backward needs all the maps.
         """
         dtype = self.post_quant_conv.weight.dtype
         map_bytes = self.config.channels * self.config.multipliers[0] * math.prod(self.config.shape) * dtype.itemsize
@@ -184,7 +184,7 @@ class Tokenizer(nn.Module):
         return self
 
     def lower_encoder(self, dtype: torch.dtype) -> Tokenizer:
-        """Casts the encoder in place for faster tokenizing; its features have this dtype, then."""
+        """Casts the encoder in place for faster tokenizing; its features then have this dtype."""
         lower_convolutions(dtype, self.encoder, self.quant_conv)
         return self
 
@@ -193,7 +193,7 @@ class Tokenizer(nn.Module):
         return self.quantizer.scale_inputs(tokens)
 
     def with_schedule(self, schedule: ScaleSchedule) -> Tokenizer:
-        """Returns a tokenizer for images of another size; it shares the weights, which are convolutions and codes."""
+        """Returns a tokenizer for images of another size that shares the weights, which are convolutions and codes."""
         with torch.device("meta"):
             other = Tokenizer(replace(self.config, schedule=schedule))
         other.load_state_dict(self.state_dict(), assign=True)
@@ -205,9 +205,9 @@ class Tokenizer(nn.Module):
 
 
 def lower_convolutions(dtype: torch.dtype, *modules: nn.Module) -> None:
-    """Casts modules in place and, for a CPU's kernels of half precision, lays out their weights with channels last.
+    """Casts modules in place; for half precision on a CPU, also converts their weights to channels_last.
 
-    On a GPU, GroupNorm would copy each map to the other layout and the next convolution would copy it back.
+    On a GPU, GroupNorm would copy each map to the other layout, and the next convolution would copy it back.
     """
     for module in modules:
         module.to(dtype)

@@ -141,7 +141,7 @@ class CheckpointHooks(ModelCheckpoint):
     def last_saved(self) -> str:
         return self._last_checkpoint_saved
 
-    def needs_none(self, trainer: L.Trainer) -> bool:
+    def skips_saving(self, trainer: L.Trainer) -> bool:
         """Returns whether to skip a checkpoint now: the step has one, or this is a sanity check or a fast_dev_run."""
         return self._should_skip_saving_checkpoint(trainer)
 

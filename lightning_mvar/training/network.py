@@ -28,7 +28,7 @@ from lightning_mvar.checkpoints.training import (
 )
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.json_files import checked
-from lightning_mvar.models.config import OF_TOKENS, MVARConfig, NetworkOptions
+from lightning_mvar.models.config import TOKEN_FIELDS, MVARConfig, NetworkOptions
 from lightning_mvar.models.mvar import MVAR, Block
 from lightning_mvar.models.parameters import UNDECAYED
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -286,7 +286,9 @@ class NetworkModule(ScheduledModule):
         self.start.continue_from(record)
         network = self.network_options if attached_trainer(self) is None else self.network_config
         if isinstance(network, NetworkOptions):  # what tokenizer and shards say is known with the trainer
-            network = network.complete(self.start.config, **{name: getattr(record.network, name) for name in OF_TOKENS})
+            network = network.complete(
+                self.start.config, **{name: getattr(record.network, name) for name in TOKEN_FIELDS}
+            )
         require_same_network(record, network, self.tokenizer_fingerprint)
         require_same("keeping an average of the weights (ema_decay)", record.run.ema, self.ema_decay is not None)
         require_same("power_ema", record.run.power_ema, self.power_ema)

@@ -28,7 +28,7 @@ from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.philox import TOKENS, uniform
 from lightning_mvar.scales import ScaleSchedule
-from lightning_mvar.tokenizer.corruption import Neighbors, corrupt
+from lightning_mvar.tokenizer.corruption import Neighbors, corrupt_pyramid
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.references import Reference
 
@@ -159,10 +159,11 @@ class TeacherForced(Objective):
 class SelfCorrecting(TeacherForced):
     """Cross entropy of tokens that repair a corrupted image (bitwise self-correction of Infinity, on code indices).
 
-    In each image, a random share of the tokens of all scales but the last is replaced. The network reads the pyramid of
-    the replaced tokens, and its targets are the tokens that a tokenizer would choose at each scale, given that pyramid.
-    See `corrupt`. So it learns to continue from its own errors, which teacher forcing never shows it. Infinity's code
-    draws a share anew at each scale, the same for all images of a batch; here each image has one for all its scales.
+    In each image, a random share of the tokens of all scales but the last is replaced, see `corrupt_pyramid`. The
+    network reads the pyramid of the replaced tokens, and its targets are the tokens that a tokenizer would choose at
+    each scale, given that pyramid. It thus learns to continue from its own errors, which never occur in teacher
+    forcing. Infinity's code draws a new share at each scale, the same for all images of a batch; here each image has
+    one share for all its scales.
 
     Args:
         max_share: largest share of tokens to replace; each image draws its own, uniform in [0, max_share].
@@ -215,7 +216,7 @@ class SelfCorrecting(TeacherForced):
                 return torch.where(replaced[:, span], others(targets, span), targets)
 
             with without_autocast(keys), exact_float32():  # as in sampling
-                corrupted = corrupt(learner.tokenizer.quantizer, batch.tokens, replace)
+                corrupted = corrupt_pyramid(learner.tokenizer.quantizer, batch.tokens, replace)
         losses, correct = learner.network.score(labels, corrupted.inputs, corrupted.targets, self.label_smoothing)
         repaired = (corrupted.targets != batch.tokens).float().mean()
         schedule = learner.network_config.schedule
@@ -225,7 +226,7 @@ class SelfCorrecting(TeacherForced):
         codebook = learner.tokenizer.quantizer.codebook.weight
         table = self.neighbors
         if table is None or self.codebook is not codebook or table.codes.device != codebook.device:
-            table = Neighbors.of(codebook, self.num_neighbors, self.temperature)
+            table = Neighbors.find(codebook, self.num_neighbors, self.temperature)
             self.neighbors, self.codebook = table, codebook
         return lambda targets, span: table.draw(targets, uniforms[:, span])
 

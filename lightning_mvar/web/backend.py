@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 from lightning_mvar.data.classes import UNCONDITIONAL, Classes, normalized
 from lightning_mvar.data.images.decoding import FORMATS, TooManyPixelsError, UnusableFileError, decode_upright, to_rgb
 from lightning_mvar.errors import InputError
-from lightning_mvar.pipeline import MVARPipeline, fitted, size_of
+from lightning_mvar.pipeline import MVARPipeline, fitted, format_size
 from lightning_mvar.sampling.grids import picture_grid
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.values import integer, number
@@ -81,7 +81,9 @@ class PageBackend:
         for layer in layers:
             paint = decode(layer, "a layer").convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha else 0)
             if paint.size != image.size:
-                raise InputError(f"a layer is {size_of(paint)}: resize it to the size of the image, {size_of(image)}")
+                raise InputError(
+                    f"a layer is {format_size(paint)}: resize it to the size of the image, {format_size(image)}"
+                )
             mask = ImageChops.lighter(mask, paint)
         if mask.getbbox() is None:
             raise InputError("nothing is painted: choose the brush and paint on the image")

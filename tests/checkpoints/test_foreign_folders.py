@@ -99,7 +99,7 @@ def test_other_versions_and_kinds_of_config_are_told_with_the_remedy(folder: Pat
     assert f"config.json has format_version 2; {remedy}" in refusal(folder, config | {"format_version": 2, "new": 1})
     assert f"has format_version '1'; {remedy}" in refusal(folder, config | {"format_version": "1"})
     assert f"has no format_version; {remedy}" in refusal(folder, [])
-    assert "class_names has 1 names for 10 classes; give one name per class, or none" in refusal(
+    assert "class_names has 1 names for 10 classes; give one name per class or none" in refusal(
         folder, config | {"class_names": ["a"]}
     )
     assert "not valid JSON" in refusal(folder, "[" * 10**6)

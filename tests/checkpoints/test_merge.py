@@ -152,7 +152,7 @@ def with_nan(network: MVAR) -> MVAR:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: (t, tiny_network(depth=3), []), r"b is another network than \S+a: depth is 3 there, 2 in the first"),
+        (lambda t: (t, tiny_network(depth=3), []), r"b differs from \S+a: depth is 3 there, 2 in the first"),
         (lambda t: (t, tiny_network(num_classes=9), []), "num_classes is 9 there, 10 in the first"),
         (lambda t: (t, tiny_network(), [*"0123456798"]), "other classes than .*: class 8 is '9' there, '8' in the"),
         (lambda t: (other_tokenizer(t), tiny_network(), []), r"b has another tokenizer than \S+a: .* cannot be merged"),

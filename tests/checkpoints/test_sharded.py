@@ -219,9 +219,9 @@ def claim_a_bytearray(metadata: Metadata) -> None:
         (read_beyond_the_end, "outside the files of the folder"),
         (forget_the_data, r"run\.ckpt does not fit, or is damaged \("),
         (hold_text, "it has a str for state_dict.network.head.weight"),
-        (drop_the_properties, "it has a TensorStorageMetadata for state_dict.network.head.weight, not a tensor's size"),
-        (place_data_by_text, "it has data of an unknown form"),
-        (list_the_data, "it is no metadata"),
+        (drop_the_properties, "it describes state_dict.network.head.weight by a TensorStorageMetadata, not by a"),
+        (place_data_by_text, "it describes data of an unknown form"),
+        (list_the_data, "it is not metadata"),
         (claim_a_bytearray, "it holds a bytearray, which would be allocated before it is read"),
     ],
 )

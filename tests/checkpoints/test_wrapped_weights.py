@@ -74,7 +74,9 @@ def test_the_content_of_a_file_says_its_format(name: str, tmp_path: Path, monkey
 
 def test_a_torch_file_called_safetensors_is_told(tmp_path: Path) -> None:
     torch.save(NETWORK, tmp_path / "network.safetensors")
-    with pytest.raises(InputError, match=r"not a safetensors file \(.*\): it is one of torch.save, name it .pth"):
+    with pytest.raises(
+        InputError, match=r"not a safetensors file \(.*\): it was written by torch.save; rename it to .pth"
+    ):
         load_official_mvar(tmp_path / "network.safetensors")
 
 
@@ -148,11 +150,11 @@ def expanded(state: State) -> State:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (expanded(NETWORK), "its tensors have 1099.* bytes, of which it holds"),
+        (expanded(NETWORK), "its tensors claim 1099.* bytes, but it holds only"),
         (NETWORK | {"head.bias": torch.zeros(64, dtype=torch.int64)}, "head.bias as torch.int64"),
         (NETWORK | {"head.bias": torch.zeros(64, dtype=torch.complex64)}, "head.bias as torch.complex64"),
-        (NETWORK | {"head.bias": torch.zeros(64).to_sparse()}, "tensors without data, or of an unusual layout"),
-        (NETWORK | {"head.bias": torch.zeros(64, device="meta")}, "tensors without data, or of an unusual layout"),
+        (NETWORK | {"head.bias": torch.zeros(64).to_sparse()}, "tensors without data or with an unusual layout"),
+        (NETWORK | {"head.bias": torch.zeros(64, device="meta")}, "tensors without data or with an unusual layout"),
         (NETWORK | {"lvl_1L": NETWORK["lvl_1L"].to(torch.complex64)}, "is not a complete VAR or M-VAR network"),
         ({"model": NETWORK | {"blocks.999999999.x": torch.zeros(1)}}, r"network.depth must be in \[1, 1024\]"),
     ],

@@ -25,7 +25,7 @@ from lightning_mvar.sampling.graphs import ScaleGraphs
 from lightning_mvar.sampling.philox import DRAFTS, TOKENS, image_keys, uniform
 from lightning_mvar.sampling.scorer import Scorer, load_scorer, save_scorer
 from lightning_mvar.sampling.settings import SamplingSettings
-from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, draw
+from lightning_mvar.sampling.steps import BatchInputs, KnownTokens, ScaleDrawer, draw
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
 LABELS = torch.tensor([0, 3, 9, 3])
@@ -138,7 +138,7 @@ def test_choosing_neither_waits_for_the_device_nor_copies_to_it() -> None:
     quantizer = ResidualQuantizer(schedule, 48, 8, 1).to("meta")
     settings, scorer = SamplingSettings(drafts=3, draft_scorer="scorer"), tiny_scorer(schedule).to("meta")
     tokens = torch.zeros(4, schedule.num_tokens, dtype=torch.int64, device="meta")
-    batch = Batch(tokens[:, 0], tokens[:, :2], None)
+    batch = BatchInputs(tokens[:, 0], tokens[:, :2], None)
     with OnlyMeta():
         steps = [*ScaleDrawer(network, quantizer, settings, scorer=scorer).steps(batch)]
     assert [step.tokens.shape for step in steps] == [(4, 1), (4, 4)]

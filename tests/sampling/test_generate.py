@@ -16,7 +16,7 @@ from lightning_mvar.models.parameters import lower_precision
 from lightning_mvar.sampling.generate import kept_tokens_mask, max_batch_size, teacher_inputs
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
-from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, draw, gumbel_mixture, truncate
+from lightning_mvar.sampling.steps import BatchInputs, KnownTokens, ScaleDrawer, draw, gumbel_mixture, truncate
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
 LABELS = torch.tensor([0, 3, 9, 3])
@@ -115,7 +115,7 @@ def test_drawing_neither_waits_for_the_device_nor_copies_to_it(options: dict[str
     network = tiny_network(schedule=schedule, depth=1).to("meta")
     quantizer = ResidualQuantizer(schedule, 48, 8, 1).to("meta")
     tokens = torch.zeros(4, schedule.num_tokens, dtype=torch.int64, device="meta")
-    batch = Batch(tokens[:, 0], tokens[:, :2], KnownTokens(tokens, tokens > 0))
+    batch = BatchInputs(tokens[:, 0], tokens[:, :2], KnownTokens(tokens, tokens > 0))
     with OnlyMeta():
         steps = [*ScaleDrawer(network, quantizer, SamplingSettings(**options)).steps(batch)]
     assert [step.tokens.shape for step in steps] == [(4, 1), (4, 4)]
@@ -145,7 +145,7 @@ def test_smooth_sampling_mixes_codes(network: MVAR, tokenizer: Tokenizer) -> Non
     assert smooth.shape == (4, 3, 8, 8)
     assert (smooth - plain).abs().max() > 0.01
     drawer = ScaleDrawer(network, tokenizer.quantizer, SamplingSettings(smooth=True))
-    _, codes = drawer.choose(torch.zeros(4, 1, 48), 0, slice(0, 1), Batch(LABELS, keys, None), torch.zeros(4, 1))
+    _, codes = drawer.choose(torch.zeros(4, 1, 48), 0, slice(0, 1), BatchInputs(LABELS, keys, None), torch.zeros(4, 1))
     assert torch.cdist(codes[:, 0], tokenizer.quantizer.codebook.weight).amin(dim=1).max() > 0.01
 
 

@@ -21,7 +21,7 @@ from lightning_mvar.sampling.generate import draw_images
 from lightning_mvar.sampling.graphs import CAPTURING, CudaCapture, ScaleGraphs, graphs_for
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
-from lightning_mvar.sampling.steps import Batch, KnownTokens, ScaleDrawer, Step
+from lightning_mvar.sampling.steps import BatchInputs, KnownTokens, ScaleDrawer, Step
 
 SETTINGS = SamplingSettings()
 
@@ -196,7 +196,7 @@ def test_steps_stay_as_drawn_and_a_batch_in_between_runs_without_graphs(
     tokenizer: Tokenizer, graphs: ScaleGraphs
 ) -> None:
     drawer = ScaleDrawer(tiny_network(), tokenizer.quantizer, SETTINGS)
-    batches = [Batch(torch.tensor([2, 5]), image_keys(seed, range(2)), None) for seed in range(3)]
+    batches = [BatchInputs(torch.tensor([2, 5]), image_keys(seed, range(2)), None) for seed in range(3)]
     expected = [[*drawer.steps(batch)] for batch in batches]
     assert_same_steps(graphs.steps(drawer, batches[0]), expected[0])
     together = zip(*(graphs.steps(drawer, batch) for batch in batches[1:]), strict=True)

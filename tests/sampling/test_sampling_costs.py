@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_mvar import MVARConfig, ScaleSchedule
 from lightning_mvar.sampling.costs import sampling_costs
 from lightning_mvar.sampling.settings import SamplingSettings
-from lightning_mvar.sampling.steps import Batch, ScaleDrawer
+from lightning_mvar.sampling.steps import BatchInputs, ScaleDrawer
 from lightning_mvar.tokenizer.quantizer import ResidualQuantizer
 
 WEAKER = {"mixers": MIXERS["var"], "depth": 1}
@@ -49,7 +49,7 @@ def test_token_steps_and_flops_are_those_of_the_sampler(
     drawer = ScaleDrawer(network, ResidualQuantizer(SCHEDULE, 48, 8, 1).to("meta"), settings, guide)
     keys = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
-        list(drawer.steps(Batch(keys[:, 0], keys, None)))
+        list(drawer.steps(BatchInputs(keys[:, 0], keys, None)))
     phi = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
     costs = sampling_costs(settings, network.config, None if guide is None else guide.config)
     assert costs.token_steps_per_image == sum(passed)

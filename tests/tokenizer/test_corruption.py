@@ -7,7 +7,7 @@ from conftest import SCHEDULE, random_tokens
 from torch import Tensor
 
 from lightning_mvar import Tokenizer
-from lightning_mvar.tokenizer.corruption import Neighbors, corrupt
+from lightning_mvar.tokenizer.corruption import Neighbors, corrupt_pyramid
 
 TOKENS = random_tokens(6)
 OTHERS = random_tokens(6, seed=1)
@@ -24,7 +24,7 @@ def keep(targets: Tensor, span: slice) -> Tensor:
 
 def test_a_corrupted_batch_equals_a_loop_over_its_images(tokenizer: Tokenizer) -> None:
     quantizer = tokenizer.quantizer
-    corrupted = corrupt(quantizer, TOKENS, replace)
+    corrupted = corrupt_pyramid(quantizer, TOKENS, replace)
     for i in range(len(TOKENS)):
         true, chosen, targets = TOKENS[i].split(SCHEDULE.lengths), [], []
         f_hats = [quantizer.empty(1), *quantizer.f_hats(TOKENS[i : i + 1])]
@@ -42,7 +42,7 @@ def test_a_corrupted_batch_equals_a_loop_over_its_images(tokenizer: Tokenizer) -
 
 
 def test_without_replacements_inputs_and_targets_are_those_of_teacher_forcing(tokenizer: Tokenizer) -> None:
-    corrupted = corrupt(tokenizer.quantizer, TOKENS, keep)
+    corrupted = corrupt_pyramid(tokenizer.quantizer, TOKENS, keep)
     assert torch.equal(corrupted.targets, TOKENS)
     assert torch.equal(corrupted.inputs, tokenizer.scale_inputs(TOKENS))
 
@@ -57,7 +57,7 @@ def test_targets_repair_errors_that_the_true_tokens_leave(tokenizer: Tokenizer) 
 
     f, kept = quantizer.decode(TOKENS), TOKENS.clone()
     kept[:, wrong] = OTHERS[:, wrong]
-    repaired = corrupt(quantizer, TOKENS, replace_one).targets
+    repaired = corrupt_pyramid(quantizer, TOKENS, replace_one).targets
     repaired[:, wrong] = OTHERS[:, wrong]
     assert (quantizer.decode(repaired) - f).square().mean() < 0.8 * (quantizer.decode(kept) - f).square().mean()
 
@@ -66,11 +66,11 @@ def test_neighbors_are_the_nearest_codes_and_are_drawn_by_their_distance() -> No
     codebook = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     squared = torch.cdist(codebook, codebook).square()
     nearest = [sorted(set(range(20)) - {i}, key=lambda j: float(squared[i, j]))[:3] for i in range(20)]
-    assert Neighbors.of(codebook, 3).codes.tolist() == nearest
+    assert Neighbors.find(codebook, 3).codes.tolist() == nearest
     unit = sum(float(squared[i, codes[0]]) for i, codes in enumerate(nearest)) / 20
     tokens, uniforms = torch.full((1, 40_000), 7), torch.rand(1, 40_000, generator=torch.Generator().manual_seed(0))
     for temperature in (None, 0.5):
-        drawn = Neighbors.of(codebook, 3, temperature).draw(tokens, uniforms)
+        drawn = Neighbors.find(codebook, 3, temperature).draw(tokens, uniforms)
         weights = torch.ones(3) if temperature is None else (-squared[7, nearest[7]] / (temperature * unit)).exp()
         frequencies = torch.bincount(drawn[0], minlength=20)[nearest[7]] / 40_000
         torch.testing.assert_close(frequencies, weights / weights.sum(), atol=0.01, rtol=0)
@@ -79,10 +79,10 @@ def test_neighbors_are_the_nearest_codes_and_are_drawn_by_their_distance() -> No
 def test_equal_codes_are_the_likeliest_neighbors_of_each_other() -> None:
     """Each code occurs twice; the nearest different one is at distance 1 or, for the last two, 3."""
     twins = torch.tensor([0.0, 1.0, 4.0]).repeat_interleave(2)[:, None]
-    table = Neighbors.of(twins.repeat(6, 1), 35, temperature=0.5)  # more than 25 rows
+    table = Neighbors.find(twins.repeat(6, 1), 35, temperature=0.5)  # more than 25 rows
     unit = (1 + 1 + 9) / 3
     squared = (twins.repeat(6, 1) - twins[0]).square()[table.codes[0], 0].double()
     expected = (-squared / (0.5 * unit)).softmax(dim=0).cumsum(dim=0)
     torch.testing.assert_close(table.cumulative[0], expected.float())
-    equal = Neighbors.of(torch.ones(5, 2), 3, temperature=0.5)
+    equal = Neighbors.find(torch.ones(5, 2), 3, temperature=0.5)
     torch.testing.assert_close(equal.cumulative, (torch.arange(1, 4) / 3).expand(5, 3))

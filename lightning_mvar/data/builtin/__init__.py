@@ -1,1 +1,1 @@
-"""Embedded data sets: their images ship with installed packages, so nothing is downloaded."""
+"""Embedded data sets, whose images ship with installed packages, so nothing is downloaded."""

@@ -37,9 +37,9 @@ class EmbeddedSet:
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
         """Returns images (n, 3, resolution, resolution) float32 in [-1, 1] and labels (n,) int64."""
         images, labels = self.load_with_margin(split)
-        return self.centre(images), labels
+        return self.center(images), labels
 
-    def centre(self, images: Tensor) -> Tensor:
+    def center(self, images: Tensor) -> Tensor:
         """Removes the margin: (n, 3, side, side) -> (n, 3, resolution, resolution)."""
         return F.pad(images, (-self.margin,) * 4)
 

@@ -16,7 +16,7 @@ from lightning_mvar.errors import require_package
 
 TRAIN_SHARE = 0.75  # of all digits, and of the training digits for subtrain
 SPLIT_SEED = 0
-MARGIN = 1  # maximum shift of a random crop, in pixels of 32; shifts of 2 make a digit classifier misread some
+MARGIN = 1  # maximum shift of a random crop, in pixels of 32; after shifts of 2, a classifier misreads some digits
 
 
 @cache
@@ -24,8 +24,8 @@ def load_digits(split: Split) -> tuple[Tensor, Tensor]:
     """Returns images (n, 3, 32, 32) float32 in [-1, 1], bright ink on dark, and labels (n,) int64.
 
     The scans are 8 x 8 with 17 gray levels, enlarged bicubically. The splits are fixed and stratified by class: 1,347
-    train and 450 test; the training digits again are 1,010 subtrain, to train on, and 337 validation, to choose
-    settings on.
+    train and 450 test. The training digits are divided again into 1,010 subtrain and 337 validation, for choosing
+    settings.
 
     Raises:
         InputError: if the split does not exist or scikit-learn is not installed.

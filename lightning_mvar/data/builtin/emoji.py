@@ -1,8 +1,8 @@
 """The embedded emoji: OpenMoji's color pictures (openmoji.org, CC BY-SA 4.0), drawn at 64 x 64 pixels on white.
 
-Classes are the subgroups of Unicode's emoji-test.txt 17.0, small ones merged; `emoji_classes.tsv` lists one emoji of
-each family. OpenMoji's own symbols, which are not in Unicode, are left out. Of the six skin tones of a picture, one is
-kept, by turns: with all of them, people would be half of the set. Pictures with two skin tones are left out.
+Classes are the subgroups of Unicode's emoji-test.txt 17.0, with small ones merged; `emoji_classes.tsv` lists one emoji
+of each family. OpenMoji's own symbols, which are not in Unicode, are left out. Of a picture's six skin tones one is
+kept, in rotation: with all of them, people would make up half of the set. Pictures with two skin tones are left out.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from lightning_mvar.io.files import atomic_path
 from lightning_mvar.io.npz import NpzArray
 
 RESOLUTION = 64
-OPENMOJI = "17.0"  # release of the drawings: another has other pictures, and would have another split
-REVISION = 3  # of the set, in the name of its cached file; raise it with any change below
+OPENMOJI = "17.0"  # release of the drawings; another one has other pictures and would change the split
+REVISION = 3  # of the set, in the name of its cached file; increase it with any change below
 GRID_SIDE = 72  # side of OpenMoji's drawings in their own units, whose lines are two units wide
 TEST_PERIOD = 10  # every tenth family of a class is a test family
-MAX_LIKENESS = 3.0  # root mean square difference of the thumbnails of two pictures that look alike, of 255
+MAX_LIKENESS = 3.0  # largest RMS difference of two thumbnails, of 255, at which pictures count as alike
 THUMBNAIL_SIDE = 8
 
 SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
-# Joiners, color selectors, skin tones, hair, gender and direction, which vary a picture.
+# Code points that make variants of a picture: joiners, color selectors, skin tones, hair, gender and direction.
 MODIFIERS = SKIN_TONES | {0x200D, 0xFE0F, 0x2640, 0x2642, 0x27A1, *range(0x1F9B0, 0x1F9B4)}
 ADULTS = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1}  # man and woman: person
 
 
 @cache
 def emoji_classes() -> dict[tuple[int, ...], str]:
-    """Returns the class by family, classes in label order."""
+    """Maps each family to its class; classes are in label order."""
     rows = (files("lightning_mvar.data") / "emoji_classes.tsv").read_text(encoding="utf-8").splitlines()
     return {family(map(ord, text)): name for name, texts in (row.split("\t") for row in rows) for text in texts.split()}
 
@@ -64,9 +64,9 @@ def load_emoji(split: Split) -> tuple[Tensor, Tensor]:
 
 @cache
 def load_both_splits() -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]:
-    """Returns images (n, 64, 64, 3), labels (n,) and which of them are test images (n,).
+    """Returns images (n, 64, 64, 3), labels (n,) and whether each is a test image (n,).
 
-    They are drawn the first time, in about eight seconds, and kept in the user's cache.
+    They are drawn on first use, in about eight seconds, and kept in the user's cache.
     """
     path = cache_folder() / f"emoji64-{REVISION}.npz"
     if not path.is_file():
@@ -84,20 +84,20 @@ def cache_folder() -> Path:
 
 
 def draw_pictures(folder: Path) -> tuple[NDArray[np.uint8], list[tuple[int, ...]]]:
-    """Draws the SVG files of a folder that belong to the set: images (n, 64, 64, 3) and the code points of each."""
-    codes_of: dict[bytes, tuple[int, ...]] = {}  # by the pixels, for equal pictures
+    """Draws the SVG files of a folder that belong to the set; returns images (n, 64, 64, 3) and their code points."""
+    codes_of: dict[bytes, tuple[int, ...]] = {}  # by pixels, so that equal pictures are kept once
     path_of = {code_points(path): path for path in folder.glob("*.svg")}
     for codes in choose_tones(filter(is_included, path_of)):
         codes_of.setdefault(draw(path_of[codes]).tobytes(), codes)
-    pixels = np.frombuffer(bytearray().join(codes_of), np.uint8)  # a bytearray, for a writable array
+    pixels = np.frombuffer(bytearray().join(codes_of), np.uint8)  # a bytearray makes the array writable
     return pixels.reshape(-1, RESOLUTION, RESOLUTION, 3), list(codes_of.values())
 
 
 def find_drawings() -> Path:
-    """Returns OpenMoji's folder of SVG files; its package cannot be imported by Python 3.10.
+    """Locates OpenMoji's folder of SVG files without importing its package, which Python 3.10 cannot.
 
     Raises:
-        InputError: if a package of the extra is not installed, or in another release.
+        InputError: if a package of the extra is not installed or has another version.
     """
     require_package("resvg_py", "emoji", "emoji64")
     try:
@@ -119,7 +119,7 @@ def is_included(codes: tuple[int, ...]) -> bool:
 
 
 def choose_tones(pictures: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Keeps one of the pictures that differ in their skin tone alone, another tone by turns."""
+    """Keeps one of the pictures that differ only in skin tone; the tone that is kept rotates."""
     tones: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for codes in sorted(pictures):
         tones.setdefault(tuple(code for code in codes if code not in SKIN_TONES), []).append(codes)
@@ -127,16 +127,16 @@ def choose_tones(pictures: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def family(codes: Iterable[int]) -> tuple[int, ...]:
-    """Returns what the variants of a picture share: its code points without modifiers, men and women as persons.
+    """Returns the code points that variants of a picture share: without modifiers, with men and women as persons.
 
-    A modifier that comes first is a picture of its own, such as an arrow.
+    A modifier in first place is kept: it is a picture of its own, such as an arrow.
     """
     base = (code for place, code in enumerate(codes) if place == 0 or code not in MODIFIERS)
     return tuple(ADULTS.get(code, code) for code in base)
 
 
 def draw(path: Path) -> NDArray[np.uint8]:
-    """Draws a picture (64, 64, 3) on white: one pixel per unit, or smaller if it would reach over the edge."""
+    """Draws a picture (64, 64, 3) on white at one pixel per unit, or smaller if it would extend beyond the edge."""
     image = render(path, GRID_SIDE)
     edge = (GRID_SIDE - RESOLUTION) // 2
     center = image[edge:-edge, edge:-edge]
@@ -153,7 +153,7 @@ def render(path: Path, side: int) -> NDArray[np.uint8]:
 
 
 def join_families(families: list[tuple[int, ...]], images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Numbers the families (n,), joined where two of their pictures look alike: flags of one design, similar faces."""
+    """Numbers the families (n,), joining those with pictures that look alike: flags of one design, similar faces."""
     number = {name: i for i, name in enumerate(dict.fromkeys(families))}
     own = torch.tensor([number[name] for name in families])
     side = RESOLUTION // THUMBNAIL_SIDE
@@ -167,9 +167,9 @@ def join_families(families: list[tuple[int, ...]], images: NDArray[np.uint8]) ->
 
 
 def choose_test(families: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Returns which pictures (n,) are test pictures: those of every tenth family of each class, or of its last one."""
+    """Chooses test pictures (n,): every tenth family of each class, or the last one of a class with fewer families."""
     names, firsts = np.unique(families, return_index=True)
-    classes = labels[firsts]  # of a family that spans several classes, that of its first picture
+    classes = labels[firsts]  # a family that spans several classes counts to that of its first picture
     members = [names[classes == label] for label in range(len(CLASS_NAMES))]
     chosen = [own[min(TEST_PERIOD, len(own)) - 1 :: TEST_PERIOD] for own in members if len(own)]
     return np.isin(families, np.concatenate(chosen))

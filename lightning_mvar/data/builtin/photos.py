@@ -1,7 +1,7 @@
 """The embedded photos: patches of ten sample photos that ship with scikit-learn and scikit-image.
 
-Each photo is a class. Its columns are divided into alternating train and test bands, with gaps between them wider than
-the resizing filter, so that the splits share no pixel of a photo.
+Each photo is a class. Its columns are divided into alternating train and test bands. The gaps between them are wider
+than the resizing filter, so the splits share no pixel of a photo.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MIN_CONTRAST = 0.04  # standard deviation of gray in [0, 1]; patches below it co
 
 @dataclass(frozen=True)
 class BandLayout:
-    """Division of a photo's columns: every `period` pixels, one band per split."""
+    """Division of a photo's columns: one band per split in each period of `period` pixels."""
 
     resolution: int
     train: tuple[int, int]  # [first, end) columns within a period
@@ -61,7 +61,7 @@ LAYOUT_64 = BandLayout(64, (0, 96), (104, 176), 184)
 
 @cache
 def load_photos_with_margin(split: Split, layout: BandLayout = LAYOUT_32) -> tuple[Tensor, Tensor]:
-    """Returns patches with margin (n, 3, side, side) float32 in [-1, 1] and labels (n,) int64, alternating classes.
+    """Returns patches with margin (n, 3, side, side) float32 in [-1, 1] and labels (n,) int64; classes alternate.
 
     Each class has the same number of patches, spread evenly over the non-empty ones on a grid of `STRIDE` pixels: 2,000
     train and 450 test patches in total.
@@ -77,7 +77,7 @@ def load_photos_with_margin(split: Split, layout: BandLayout = LAYOUT_32) -> tup
 
 
 def read_photo(file: str) -> NDArray[np.uint8]:
-    """Reads a photo of a package as (H, W, 3), reduced to a shorter side of `MAX_SHORTER_SIDE` if larger (Lanczos)."""
+    """Reads a photo of a package as (H, W, 3); one with a shorter side above MAX_SHORTER_SIDE is reduced (Lanczos)."""
     photo = read_image(find_installed_file(file))
     scale = min(MAX_SHORTER_SIDE / min(photo.size), 1)
     width, height = (round(side * scale) for side in photo.size)

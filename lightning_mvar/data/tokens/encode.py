@@ -27,9 +27,9 @@ class TokenEncoder:
     """Encodes batches of images into tokens on one device.
 
     Args:
-        model: the tokenizer, which is moved to the device and whose encoder is cast.
+        model: the tokenizer; it is moved to the device and its encoder is cast.
         device: device to encode on.
-        precision: precision of the encoder; sets that of float32 products in this process, see `set_tf32`.
+        precision: precision of the encoder; also enables or disables TF32 in this process, see `set_tf32`.
     """
 
     def __init__(self, model: Tokenizer, device: torch.device, precision: Precision) -> None:

@@ -1,8 +1,8 @@
-"""The manifest of a folder of token shards: what the tokens are, and the list of shards.
+"""The manifest of a folder of token shards: a description of the tokens, and the list of shards.
 
-While any number of processes write a folder, `parts/` holds one record per finished shard; at the end the records are
-moved into the manifest. The manifest also states what a network must match: schedule, vocabulary, classes and the
-tokenizer's fingerprint.
+While processes write a folder, `parts/` holds one record per finished shard; at the end, the records are moved into the
+manifest. The manifest also states what a network must match: schedule, vocabulary, classes and the tokenizer's
+fingerprint.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FORMAT_VERSION = 3
 FORMAT = FormatVersion(FORMAT_VERSION, "another release wrote it")
 MANIFEST = "manifest.json"
 PARTS = "parts"  # subfolder with a record per finished shard
-SAMPLED = "samples of a network: "  # begins the source of tokens that a network drew; `NAME=VALUE` pairs follow
+SAMPLED = "samples of a network: "  # prefix of the source of tokens that a network drew; `NAME=VALUE` pairs follow
 MAX_TOKENS = 2**20  # per image; 1024 pixels have 9,451
 MAX_COUNT = 2**40
-TOKENIZE, SAMPLE = "`lightning-mvar tokenize`", "`lightning-mvar sample`"  # the commands that write shards, in messages
+TOKENIZE, SAMPLE = "`lightning-mvar tokenize`", "`lightning-mvar sample`"  # commands that write shards, for messages
 EITHER = f"{TOKENIZE} or {SAMPLE}"
 REMOVE_REMEDY = f"remove that file and run the same {EITHER} again"
 REWRITE_REMEDY = "write the shards again into an empty folder"
@@ -71,7 +71,7 @@ class Shard:
         return path.is_file() and path.stat().st_size == self.bytes and sha256_of(path) == self.sha256
 
     def is_possible(self, num_tokens: int) -> bool:
-        """Whether its bytes can hold its samples of `num_tokens`, and its checksum is one."""
+        """Returns whether its bytes can hold its samples of `num_tokens` each, and its checksum has the right form."""
         return 0 <= self.samples <= self.bytes // (2 * num_tokens) and bool(re.fullmatch("[0-9a-f]{64}", self.sha256))
 
 
@@ -84,10 +84,10 @@ class Manifest:
         vocab_size: number of codes; tokens are in [0, vocab_size).
         class_names: class names in label order.
         tokenizer: fingerprint of the tokenizer that encoded the images.
-        source: location of the images; or, after `SAMPLED`, the network that drew the tokens and its settings.
+        source: location of the images, or `SAMPLED` followed by the network that drew the tokens and its settings.
         num_images: number of images in the source.
         shard_size: samples per shard, fewer in the last one; skipped images count.
-        order: hash of the order in which the images went into the shards.
+        order: hash of the order in which the images are assigned to shards.
         listing: hash of the images' names and labels, or of the source of samples.
         views: samples per image: random crops, or the center crop if 1.
         seed: seed of the random crops.
@@ -122,7 +122,7 @@ class Manifest:
 
     @property
     def sampling(self) -> dict[str, str] | None:
-        """The settings, by name, with which a network drew the tokens; None if they are of images."""
+        """The settings, by name, with which a network drew the tokens; None for tokens of images."""
         return sampling_settings(self.source)
 
     @property
@@ -132,7 +132,7 @@ class Manifest:
 
     @property
     def spec(self) -> TokenSpec:
-        """What every shard must conform to, with None for invalid values."""
+        """Properties that every shard must have, None where the manifest's value is invalid."""
         try:
             num_tokens = self.schedule.num_tokens
         except InputError:
@@ -172,7 +172,7 @@ class Manifest:
         return {key: message for shard in self.shards for key, message in shard.skipped.items()}
 
     def same_run(self, other: Manifest) -> bool:
-        """Whether both describe the same images, wherever stored, tokenizer, options and split into shards."""
+        """Returns whether both have the same images, wherever stored, tokenizer, options and division into shards."""
         own, others = asdict(self), asdict(other)
         return all(own[key] == others[key] for key in own if key not in ("shards", "source"))
 
@@ -187,7 +187,7 @@ class Manifest:
         """Reads the manifest of `folder`, updated with the records of shards finished since it was written.
 
         Raises:
-            InputError: if it is missing, damaged or of another format version.
+            InputError: if it is missing, damaged or has another format version.
         """
         path = folder / MANIFEST
         if not os.path.exists(path):  # False for a name that is too long
@@ -198,12 +198,12 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes, location: str, records: Sequence[Path] = ()) -> Manifest:
-        """Parses the manifest at `location`, updated with the records of shards finished since.
+        """Parses the manifest at `location`, updated with the records of shards finished since it was written.
 
-        Only its types are checked; see `problems`.
+        Only types are checked; see `check_finished`.
 
         Raises:
-            InputError: if it is damaged or of another format version.
+            InputError: if it is damaged or has another format version.
         """
         try:
             manifest = parse_json(data, cls, MANIFEST, FORMAT)
@@ -232,7 +232,7 @@ class Manifest:
                 )
 
     def check_tokenizer(self, location: object, fingerprint: str) -> None:
-        """Raises InputError if another tokenizer than the one with this fingerprint made the tokens at `location`."""
+        """Raises InputError unless the tokenizer with this fingerprint made the tokens at `location`."""
         if self.tokenizer != fingerprint:
             raise InputError(
                 f"the tokens in {location} were made by tokenizer {self.tokenizer}, not by {fingerprint}: pass the "
@@ -240,17 +240,17 @@ class Manifest:
             )
 
     def check_classes(self, location: object, class_names: Sequence[str]) -> None:
-        """Checks the order of the classes of a network.
+        """Checks that a network has the same classes in the same order.
 
         Args:
             location: names the shards in messages.
-            class_names: the network's, in label order; ignored if they are the labels.
+            class_names: the network's class names in label order; ignored if they are the labels themselves.
 
         Raises:
             InputError: naming the first class that differs.
         """
         if list(class_names) == [str(label) for label in range(len(class_names))]:
-            return  # of a network trained on labels without names
+            return  # the network was trained on labels without names
         remedy = f"{'tokenize images' if self.sampling is None else 'sample tokens'} of the model's classes"
         if len(class_names) != len(self.class_names):
             raise InputError(
@@ -265,7 +265,7 @@ class Manifest:
                 )
 
     def invalid_values(self) -> Iterator[tuple[str, str]]:
-        """Yields the message and remedy of each value that no manifest can have."""
+        """Yields message and remedy for each invalid value."""
         spec = self.spec
         for name, value, valid in (
             ("side_lengths", self.side_lengths, spec.num_tokens),
@@ -291,7 +291,7 @@ class Manifest:
                 )
 
     def impossible_counts(self) -> Iterator[tuple[str, str]]:
-        """Yields message and remedy if shards are listed twice, or samples do not add up; values must be valid."""
+        """Yields message and remedy if shards are listed twice or samples do not add up; all values must be valid."""
         for name, count in Counter(shard.name for shard in self.shards).items():
             if count > 1:
                 yield f"it lists {name} {count} times", REWRITE_REMEDY
@@ -304,7 +304,7 @@ class Manifest:
             )
 
     def check_finished(self, location: object, file: object) -> None:
-        """Checks that the manifest is possible and lists every shard.
+        """Checks that the manifest is valid and lists every shard.
 
         Args:
             location: names the shards in messages.
@@ -318,7 +318,7 @@ class Manifest:
         if len(self.shards) < self.num_shards:
             raise InputError(
                 f"{location} is unfinished: {len(self.shards)} of {self.num_shards} shards; run the same "
-                f"{self.command} again, it continues where it stopped"
+                f"{self.command} again; it continues where it stopped"
             )
         for message, remedy in self.impossible_counts():
             raise InputError(f"{file} is damaged: {message}; {remedy}")
@@ -331,14 +331,14 @@ class Manifest:
             if not path.is_file():
                 problem = "missing, or not a regular file"
             elif (size := path.stat().st_size) != shard.bytes:
-                problem = f"truncated or altered: {size} bytes, the manifest says {shard.bytes}"
+                problem = f"truncated or altered: it has {size} bytes, but the manifest says {shard.bytes}"
             else:
                 continue
-            raise InputError(f"{path} is {problem}; run the same {self.command} again, it rewrites that shard only")
+            raise InputError(f"{path} is {problem}; run the same {self.command} again; it rewrites only that shard")
 
 
 def sampling_settings(source: str) -> dict[str, str] | None:
-    """Returns the settings, by name, of tokens that a network drew, given the `source` of their manifest."""
+    """Parses the settings of tokens that a network drew from the `source` of their manifest; None for images."""
     if not source.startswith(SAMPLED):
         return None
     pairs = (pair.partition("=") for pair in source.removeprefix(SAMPLED).split())
@@ -349,7 +349,7 @@ def parts_of(folder: Path) -> Path:
     """Returns the folder of the records, which may not exist.
 
     Raises:
-        InputError: if it is a link, which may lead elsewhere, or no folder.
+        InputError: if it is a link, which may lead elsewhere, or not a folder.
     """
     parts = folder / PARTS
     if parts.is_symlink() or (parts.exists() and not parts.is_dir()):
@@ -358,7 +358,7 @@ def parts_of(folder: Path) -> Path:
 
 
 def record_paths(folder: Path) -> list[Path]:
-    """Returns the record files of finished shards that are not in the manifest yet."""
+    """Returns the record files of finished shards that have not been moved into the manifest."""
     return sorted(parts_of(folder).glob("*.tar.json"))
 
 
@@ -370,7 +370,7 @@ def read_record(path: Path) -> Shard:
 
 
 def save_record(folder: Path, shard: Shard) -> None:
-    """Records atomically that a shard is finished."""
+    """Atomically records that a shard is finished."""
     write_json(parts_of(folder) / f"{shard.name}.json", asdict(shard), indent=None)
 
 

@@ -1,4 +1,4 @@
-"""Single samples of token shards, read through memory maps: the cost is that of the rows, not of their shards."""
+"""Reads single samples of token shards through memory maps: only the requested rows are read, not complete shards."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lightning_mvar.io.files import open_regular
 
 
 class Layout(NamedTuple):
-    """Where the packs of a shard are; p packs."""
+    """Positions of the p packs in a shard."""
 
     ends: NDArray[np.int64]  # (p,) number of samples up to and including each pack
-    tokens: NDArray[np.int64]  # (p,) offset in bytes of where sample 0 would be if the pack began with it
-    labels: NDArray[np.int64]  # (p,) the same for its label
+    tokens: NDArray[np.int64]  # (p,) byte offset at which sample 0 of the shard would be if the pack began with it
+    labels: NDArray[np.int64]  # (p,) the same for labels
 
 
 class MappedShard:
     """The samples of one shard.
 
-    Headers are checked once, values whenever they are read; the checksum is for `ShardSource.verify` to compare.
+    Headers are checked once, values whenever they are read; `ShardSource.verify` compares the checksum.
 
     Args:
         path: the file.
@@ -48,19 +48,19 @@ class MappedShard:
                 self.mapping = mmap(file.fileno(), 0, access=ACCESS_READ)
                 memory = np.frombuffer(self.mapping, np.uint8)
                 if len(memory) != shard.bytes:
-                    raise ValueError(f"it has {len(memory)} bytes, the manifest says {shard.bytes}")
+                    raise ValueError(f"it has {len(memory)} bytes, but the manifest says {shard.bytes}")
                 self.token_bytes = 2 * (spec.num_tokens or 1)
                 self.layout = layout or self.find_layout(memory, [*find_packs(file)], shard.samples)
         except PACK_ERRORS as error:
             raise damaged_shard(path, error) from error
-        # A row is a window at any byte; one indexing operation then copies rows of many packs.
+        # Rows are windows at arbitrary bytes, so one indexing operation can copy rows of many packs.
         self.tokens = np.lib.stride_tricks.sliding_window_view(memory, self.token_bytes)
         self.labels = np.lib.stride_tricks.sliding_window_view(memory, 8)
 
     def find_layout(
         self, memory: NDArray[np.uint8], packs: list[tuple[str, dict[str, Member]]], samples: int
     ) -> Layout:
-        """Checks the headers of all packs and returns where their samples are."""
+        """Checks the headers of all packs and locates their samples."""
         counts, begins = [], []
         for name, members in packs:
             content = {suffix: memory.data[begin : begin + size] for suffix, (_, begin, size) in members.items()}
@@ -68,21 +68,21 @@ class MappedShard:
             counts.append(len(arrays[0]))
             begins.append([address(array) - address(memory) for array in arrays])
         if sum(counts) != samples:
-            raise ValueError(f"it holds {sum(counts)} samples, the manifest says {samples}")
+            raise ValueError(f"it holds {sum(counts)} samples, but the manifest says {samples}")
         ends = np.cumsum(counts, dtype=np.int64)
         tokens, labels = np.array(begins, np.int64).T - (ends - counts) * np.array([[self.token_bytes], [8]])
         return Layout(ends, tokens, labels)
 
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Returns tokens (n, l) and labels (n,) of samples of this shard, counted from its first.
+        """Reads tokens (n, l) and labels (n,) of samples, given by their index in this shard.
 
         Raises:
-            InputError: if a value is out of range, or the file has another size than when it was opened.
+            InputError: if a value is out of range, or the file has changed its size since it was opened.
         """
         try:
             if (size := self.mapping.size()) != self.bytes:  # reading past the end would kill the process
-                raise ValueError(f"it has {size} bytes, it had {self.bytes} when it was opened")
-        except PACK_ERRORS as error:  # a file that was removed from a network file system included
+                raise ValueError(f"it has {size} bytes, but had {self.bytes} when it was opened")
+        except PACK_ERRORS as error:  # also if the file was removed from a network file system
             raise damaged_shard(self.path, error) from error
         pack = np.searchsorted(self.layout.ends, rows, side="right")
         tokens = self.tokens[self.layout.tokens[pack] + rows * self.token_bytes].view(np.uint16)
@@ -101,14 +101,14 @@ def address(array: NDArray[np.generic]) -> int:
 
 
 class SampleReader:
-    """Reads samples by their index through all shards, and fetches shards ahead; to be closed.
+    """Reads samples by their index across all shards, and fetches shards in advance. It must be closed.
 
     Args:
         manifest: manifest of the shards.
         order: indices of the shards in the order in which they are needed.
         fetch: returns a local file for a shard.
-        layouts: layouts of shards by index, completed with those of shards that are opened.
-        ahead: number of shards to fetch in advance, half as many as stay mapped.
+        layouts: cache of layouts by shard index; layouts of newly opened shards are added.
+        ahead: number of shards to fetch in advance; twice as many stay mapped.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The order of the samples in an epoch: arithmetic on the numbers of samples per shard, without reading any."""
+"""The order of the samples in an epoch, computed from the sizes of the shards without reading them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EpochOrder:
 
     Shards are shuffled, then samples within blocks. A block is a run of consecutive shuffled shards that ends with the
     first pack of `PACK_SIZE` samples that completes `block_size`. The permutations of all blocks come from one
-    generator, so the blocks before a position must be permuted to reach it: about 40 ns per sample.
+    generator, so reaching a position requires permuting all blocks before it: about 40 ns per sample.
 
     Args:
         samples: number of samples of each shard.
@@ -30,15 +30,17 @@ class EpochOrder:
         self.shards = np.arange(len(counts)) if self.rng is None else self.rng.permutation(len(counts))
         self.ends = counts[self.shards].cumsum()  # position after each shard, in the order of `shards`
         self.begins = self.ends - counts[self.shards]
-        self.shift = (counts.cumsum() - counts)[self.shards] - self.begins  # from a position to a sample's index
+        self.shift = (counts.cumsum() - counts)[
+            self.shards
+        ] - self.begins  # added to a position, gives a sample's index
         self.block_size = block_size
         self.begin, self.end = 0, 0  # of the current block
         self.permutation = np.empty(0, np.int64)
 
     def ids(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the samples at ascending positions, counted through all shards.
+        """Returns the indices, across all shards, of the samples at ascending positions.
 
-        Each call must start in the block where the last one ended, or after it.
+        Each call must start in the block in which the previous call ended, or later.
         """
         if self.rng is None:
             return positions

@@ -1,7 +1,7 @@
 """Packs of a token shard, read from its tar file and checked: shards are untrusted.
 
-Headers are read one by one with the checksum of each, instead of with `tarfile`, which takes a damaged header for the
-end of the file, follows links, and loops for ever on some forged sizes.
+Headers are read one by one, each with its checksum, instead of with `tarfile`, which takes a damaged header for the end
+of the file, follows links, and loops forever on some forged sizes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from lightning_mvar.io.files import open_regular
 from lightning_mvar.io.npz import read_npy
 
-PACK_SIZE = 512  # images per pack, unless others wrote it: 0.7 MB at 680 tokens
+PACK_SIZE = 512  # images per pack in shards written here: 0.7 MB at 680 tokens
 MEMBERS = ("tokens.npy", "labels.npy", "keys.json")  # of each pack
 MEMBER_DTYPES = {"tokens.npy": np.dtype(np.uint16), "labels.npy": np.dtype(np.int64)}
 MAX_MEMBER_BYTES = 2**26  # 512 images of 1024 pixels have 10 MB of tokens
 MAX_KEY_BYTES = 2**13  # per image
-# Raised for a damaged file, or one that is not a token shard.
+# Raised for damaged files and files that are not token shards.
 PACK_ERRORS = (OSError, ValueError)
 
 
@@ -71,11 +71,11 @@ def read_packs(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def find_packs(file: BinaryIO) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Yields each pack's name and its members by extension, split at the first dot of the file's name as in WebDataset.
+    """Yields each pack's name and its members by extension, split at the first dot of the file name as in WebDataset.
 
     Raises:
-        OSError, ValueError: if the file is no complete tar file of small regular files, or a pack has
-            two members of one name.
+        OSError, ValueError: if the file is not a complete tar file of small regular files, or a pack has two members
+            with the same name.
     """
     for name, members in groupby(find_members(file), key=lambda member: split_name(member.name)[0]):
         pack: dict[str, Member] = {}
@@ -87,7 +87,7 @@ def find_packs(file: BinaryIO) -> Iterator[tuple[str, dict[str, Member]]]:
 
 
 def find_members(file: BinaryIO) -> Iterator[Member]:
-    """Yields the members of a tar file from its headers, up to its end or to a block of zeros."""
+    """Yields the members of a tar file from its headers, up to a block of zeros or the end."""
     end, position = file.seek(0, os.SEEK_END), 0
     while file.seek(position) < end and (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
         try:
@@ -116,13 +116,13 @@ def split_name(path: str) -> tuple[str, str]:
 
 
 class CheckedPack:
-    """Decodes the members of a pack, arrays without pickle, and collects a message for each problem.
+    """Decodes the members of a pack, arrays without pickle, and records a message for each problem.
 
     Args:
         name: name of the pack, for messages.
         members: content of each member by extension.
         spec: properties that the manifest prescribes for every shard.
-        headers_only: whether to leave the values of arrays and the keys unread.
+        headers_only: whether to skip the values of arrays and the keys.
     """
 
     def __init__(
@@ -149,13 +149,13 @@ class CheckedPack:
             self.messages.append(f"pack {name} has no samples")
         if self.tokens is not None and spec.num_tokens not in (None, length := self.tokens.shape[1]):
             self.messages.append(
-                f"pack {name} has {length} tokens per sample, the manifest's schedule {spec.num_tokens}"
+                f"pack {name} has {length} tokens per sample, but the manifest's schedule has {spec.num_tokens}"
             )
         if not headers_only:
             self.check_values(spec)
 
     def pack(self) -> Pack:
-        """Returns the pack, unless only headers were read.
+        """Returns the pack; the keys must have been read.
 
         Raises:
             ValueError: with the message of the first problem.
@@ -171,7 +171,7 @@ class CheckedPack:
         return self.tokens, self.labels
 
     def parse_array(self, member: str, data: bytes | memoryview | None) -> NDArray[Any] | None:
-        """Returns a member as an array, None if its values cannot be checked; records a message if it is malformed."""
+        """Decodes a member; None if its values cannot be checked. Records a message if it is malformed."""
         if data is None:
             return None
         try:
@@ -185,11 +185,11 @@ class CheckedPack:
             self.messages.append(f"{self.name}.{member} is {shape}, not {dtype} of {ndim} dimension{'s' * (ndim > 1)}")
             return values if values.ndim == ndim and values.dtype.kind in "iu" else None
         if not values.flags.c_contiguous:
-            self.messages.append(f"{self.name}.{member} is stored column by column; save np.ascontiguousarray of it")
+            self.messages.append(f"{self.name}.{member} is in Fortran order; save numpy.ascontiguousarray of it")
         return values
 
     def parse_keys(self, data: bytes | memoryview | None, count: int) -> list[str] | None:
-        """Returns the keys of `count` images; records a message and returns None if they are not a list of strings."""
+        """Parses the keys of `count` images; None, with a message recorded, if they are not a list of strings."""
         if data is None:
             return None
         if len(data) > MAX_KEY_BYTES * count + 2:
@@ -216,7 +216,7 @@ class CheckedPack:
 
 
 def range_problem(name: str, values: NDArray[Any], end: int | None) -> str | None:
-    """Returns a message if some values are not in [0, end); None if all are, or `end` is None."""
+    """Describes values outside [0, end); None if there are none or `end` is None."""
     if end is None or not values.size or (values.min() >= 0 and values.max() < end):
         return None
     wrong = np.argwhere((values < 0) | (values >= end))

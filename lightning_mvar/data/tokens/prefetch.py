@@ -12,9 +12,9 @@ from lightning_mvar.data.tokens.manifest import Shard
 
 
 class Prefetcher:
-    """Fetches shards in the order of a list, one at a time, up to `ahead` shards beyond those asked for.
+    """Fetches shards in the order of a list, one at a time, up to `ahead` shards beyond the requested one.
 
-    The thread is a daemon: a download that hangs does not keep an interrupted process alive.
+    The thread is a daemon, so a download that hangs does not keep an interrupted process alive.
 
     Args:
         fetch: returns a local file for a shard.
@@ -46,6 +46,6 @@ class Prefetcher:
                 future.set_exception(error)
 
     def close(self) -> None:
-        """Ends the thread after the download in progress."""
+        """Ends the thread once the current download has finished."""
         self.closed = True
         self.queue.put(None)

@@ -1,4 +1,4 @@
-"""Token shards: writing and reading one tar file.
+"""Writing and reading of a token shard, one tar file.
 
 A folder of shards holds `manifest.json` and tar files in the WebDataset format, readable with plain `webdataset`. Each
 tar sample is a pack of up to `PACK_SIZE` images, so that a reader slices arrays instead of running Python per image:
@@ -24,14 +24,14 @@ from lightning_mvar.io.files import atomic_path, remove_unfinished
 from lightning_mvar.io.fingerprint import sha256_of
 
 DAMAGED_REMEDY = (
-    f"remove it, then restart if it is in a cache (it is downloaded again), or else rewrite it with the same {EITHER}"
+    f"remove it, then restart if it is in a cache (it will be downloaded again), or rewrite it with the same {EITHER}"
 )
 
 
 def write_shard(path: Path, tokens: NDArray[np.uint16], labels: NDArray[np.int64], keys: list[str]) -> Shard:
     """Writes one shard of tokens (n, l) atomically; its bytes depend only on the content.
 
-    The caller must be its only writer: temporary files that a killed process of this host left behind are removed.
+    The caller must be its only writer, because temporary files left by killed processes of this host are removed.
     """
     remove_unfinished(path)
     with atomic_path(path) as temporary:
@@ -45,7 +45,7 @@ def write_shard(path: Path, tokens: NDArray[np.uint16], labels: NDArray[np.int64
 
 
 def read_shard(path: Path, shard: Shard, spec: TokenSpec) -> Iterator[Pack]:
-    """Reads the packs of one shard; its checksum is for `ShardSource.fetch` to compare.
+    """Reads the packs of one shard; `ShardSource.fetch` compares the checksum.
 
     Args:
         path: the file.
@@ -62,7 +62,7 @@ def read_shard(path: Path, shard: Shard, spec: TokenSpec) -> Iterator[Pack]:
             samples += len(pack.labels)
             yield pack
         if samples != shard.samples:
-            raise ValueError(f"it holds {samples} samples, the manifest says {shard.samples}")
+            raise ValueError(f"it holds {samples} samples, but the manifest says {shard.samples}")
     except PACK_ERRORS as error:
         raise damaged_shard(path, error) from error
 
@@ -77,11 +77,11 @@ def read_samples(manifest: Manifest, fetch: Callable[[Shard], Path], ids: list[i
 
     Args:
         manifest: manifest of the shards.
-        fetch: returns a local file for a shard; called only for shards with one of the samples.
-        ids: indices counted through all shards.
+        fetch: returns a local file for a shard; called only for shards that hold one of the samples.
+        ids: indices across all shards.
 
     Raises:
-        InputError: if one of those shards is missing or damaged.
+        InputError: if one of these shards is missing or damaged.
     """
     requested = set(ids)
     rows_by_id: dict[int, tuple[NDArray[np.uint16], np.int64, str]] = {}

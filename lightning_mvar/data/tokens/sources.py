@@ -1,14 +1,15 @@
-"""Sources of token shards: a local folder, or a remote one, through a cache.
+"""Sources of token shards: a local folder, or a remote one with a local cache.
 
     https://host/path                         also http://, s3://, gs:// and hf://
     pipe:rclone cat remote:bucket/shards/{}   a command that prints the file whose name replaces {}
 
-A shard is downloaded once for all processes of a machine, checked against the manifest and cached atomically. Files in
+A shard is downloaded once for all processes on a machine, checked against the manifest and cached atomically. Files in
 the cache are named by SHA-256, so a changed shard gets a new file and identical shards from two places share one.
-`verify` compares the SHA-256 of local and cached shards with the manifest's: a bit that has flipped on the disk would
-change a token or a label silently.
-Nothing is evicted: every epoch reads every shard in a new random order, so a cache that is smaller than the set would
-miss in proportion to what it lacks, and all of ImageNet takes only 1.8 GB at 256 px.
+`verify` compares the SHA-256 of local and cached shards with the manifest's, because a bit flipped on the disk would
+silently change a token or a label.
+
+Nothing is evicted: every epoch reads every shard in a new random order, so a cache smaller than the set would have
+misses in every epoch, and all of ImageNet takes only 1.8 GB at 256 px.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lightning_mvar.io.fingerprint import sha256_of
 from lightning_mvar.io.json_files import MAX_JSON_BYTES
 
 SHARD_CACHE = "outputs/shard_cache"
-MAX_THREADS = 8  # that verify shards
+MAX_THREADS = 8  # for verifying shards
 
 
 class ShardSource(Protocol):
@@ -53,7 +54,7 @@ class ShardSource(Protocol):
         """
 
     def verify(self, shards: Sequence[Shard]) -> None:
-        """Compares the SHA-256 of shards, if they are on this machine, with the manifest's.
+        """Compares the SHA-256 of those shards that are on this machine with the manifest's.
 
         Raises:
             InputError: if a shard is damaged and cannot be downloaded again.
@@ -88,35 +89,35 @@ class LocalShards:
         path = shard.path_in(self.folder)
         if verify and sha256_of(path) != shard.sha256:
             raise InputError(
-                f"{path} is damaged: its SHA-256 is not the manifest's; copy it again, or run the same {EITHER} again, "
-                f"it rewrites that shard only"
+                f"{path} is damaged: its SHA-256 is not the manifest's; copy it again, or run the same {EITHER} again; "
+                f"it rewrites only that shard"
             )
         return path
 
 
 class RemoteShards:
-    """Remote token shards, downloaded to a cache; see the module's docstring.
+    """Remote token shards, downloaded to a cache; see the module docstring.
 
     Args:
-        location: URL of the folder, or a command with `{}` in place of the file's name.
-        cache_dir: folder on this machine for the downloaded shards.
-        retries: further attempts after a failed one, with growing waits in between.
+        location: URL of the folder, or a command with `{}` in place of the file name.
+        cache_dir: local folder for the downloaded shards.
+        retries: further attempts after a failure, with growing waits in between.
 
     Raises:
-        InputError: if the location is not of a supported scheme, or not a valid URL.
+        InputError: if the scheme is not supported or the URL is invalid.
     """
 
     def __init__(self, location: str, cache_dir: Path, retries: int) -> None:
         check_scheme(location)
         if location.startswith("pipe:") and "{}" not in location:
-            raise InputError(f"{location} does not say which file: put {{}} where its name belongs")
+            raise InputError(f"{location} does not name a file: put {{}} where its name belongs")
         self.location, self.cache_dir, self.retries = location, cache_dir, retries
 
     def __str__(self) -> str:
         return self.location
 
     def address(self, name: str) -> str:
-        """Returns the URL or command of a file; a query, such as a signature, stays at the end."""
+        """Returns the URL or command for a file; a query, such as a signature, stays at the end."""
         if "{}" in self.location:
             return self.location.replace("{}", name)
         parts = urlsplit(self.location)
@@ -125,7 +126,7 @@ class RemoteShards:
     def manifest(self) -> Manifest:
         file = self.address(MANIFEST)
         manifest = Manifest.parse(retry(file, self.read_manifest, self.retries), file)
-        manifest.check_finished(str(self), file)  # checks the names and hashes, which end up in commands and paths
+        manifest.check_finished(str(self), file)  # names and hashes end up in commands and paths
         return manifest
 
     def read_manifest(self) -> bytes:
@@ -137,7 +138,7 @@ class RemoteShards:
         return data
 
     def verify(self, shards: Sequence[Shard]) -> None:
-        """Removes damaged shards from the cache: they are downloaded again."""
+        """Removes damaged shards from the cache, so that they are downloaded again."""
 
         def check(shard: Shard) -> None:
             if not self.is_cached(path := self.path_in_cache(shard), shard, verify=True):
@@ -158,21 +159,21 @@ class RemoteShards:
         return path
 
     def is_cached(self, path: Path, shard: Shard, verify: bool) -> bool:
-        """Whether the cache has a shard of the right size and, if verified, content."""
+        """Returns whether the cache has a shard with the right size and, if verified, content."""
         if not path.is_file() or path.stat().st_size != shard.bytes:
             return False
         return not verify or sha256_of(path) == shard.sha256
 
 
 def for_each_shard(check: Callable[[Shard], object], shards: Sequence[Shard]) -> None:
-    """Calls `check` for each shard in several threads; hashing does not hold Python's lock."""
+    """Calls `check` for each shard in several threads; hashing releases Python's global lock."""
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         for _ in tqdm(pool.map(check, shards), "verify", len(shards), unit="shard", leave=False, delay=1):
             pass
 
 
 def open_shards(location: str, cache_dir: str | Path = SHARD_CACHE, retries: int = RETRIES) -> ShardSource:
-    """Opens a local folder of shards, or a remote one; see the module's docstring."""
+    """Opens a local or remote folder of shards; see the module docstring."""
     if is_remote(location):
         return RemoteShards(location, Path(cache_dir).expanduser(), retries)
     return LocalShards(Path(location).expanduser())

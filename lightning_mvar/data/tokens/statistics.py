@@ -45,12 +45,12 @@ class TokenStatistics:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Returns exp(entropy) of code counts (..., v), (...) float64: the effective number of codes, 1 if all are 0."""
+    """Returns exp(entropy) of code counts, (..., v) -> (...) float64: the effective number of codes; 1 without any."""
     shares = counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)
     return torch.special.entr(shares).sum(dim=-1).exp()
 
 
 def stratified_ids(num_samples: int, count: int, seed: int) -> list[int]:
-    """Draws `count` ids below `num_samples`, one from each of `count` equal intervals; all ids if there are fewer."""
+    """Draws `count` ids below `num_samples`, one from each of `count` equal intervals; all ids if `count` is larger."""
     edges = np.linspace(0, num_samples, min(count, num_samples) + 1).astype(np.int64)
     return np.random.default_rng(seed).integers(edges[:-1], edges[1:]).tolist()

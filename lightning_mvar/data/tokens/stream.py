@@ -1,8 +1,9 @@
 """Streams token batches in an order that depends only on (seed, epoch) and can be resumed at any batch.
 
 Every epoch has one global order, see `EpochOrder`. Global batch i is the i-th slice of that order; each rank takes its
-part of every global batch, and each of n workers every n-th batch. So one process and many see the same batches, and a
-run resumed with another number of workers or devices continues in the same order. A rank reads its own samples only.
+part of every global batch, and each of n workers every n-th batch. Any number of processes therefore sees the same
+batches, and a run resumed with other numbers of workers or devices continues in the same order. A rank reads only its
+own samples.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class TokenBatch(NamedTuple):
     tokens: Tensor  # (b, l) int64
     labels: Tensor  # (b,) int64
     valid: Tensor  # (b,) bool; False for repeated samples that pad the batch
-    ids: Tensor  # (b,) int64 index of each sample, counted through all shards
+    ids: Tensor  # (b,) int64 index of each sample across all shards
     own: Tensor | None = None  # (b,) bool; True for the network's own samples, if the batch has any
 
 
@@ -48,13 +49,13 @@ class TokenRows(NamedTuple):
 
 
 class TokenStream(IterableDataset[TokenRows]):
-    """Streams one rank's batches of one pass over a set of shards.
+    """Streams one rank's batches in one pass over a set of shards.
 
     Args:
         shards: source of the shards.
         manifest: manifest of the shards.
         batch_size: images per rank.
-        seed: shuffling seed, used together with the epoch; None keeps the stored order.
+        seed: shuffling seed, combined with the epoch; None keeps the stored order.
         block_size: number of samples that are shuffled together.
         rank, world_size: select this process's part of every global batch.
         verified: whether the checksums of all shards on this machine have been compared.
@@ -78,7 +79,7 @@ class TokenStream(IterableDataset[TokenRows]):
         self.batch_size, self.rank, self.global_batch = batch_size, rank, batch_size * world_size
         self.verified = verified
         self.epoch, self.first_batch = 0, 0
-        self.layouts: dict[int, Layout] = {}  # of shards that this process has read, by index
+        self.layouts: dict[int, Layout] = {}  # layouts of the shards that this process has read, by index
         if len(self) == 0:
             raise InputError(
                 f"{shards} has {manifest.num_samples} samples, fewer than one global batch of {self.global_batch}: "
@@ -91,7 +92,7 @@ class TokenStream(IterableDataset[TokenRows]):
         return full + (1 if rest and self.seed is None else 0)
 
     def verify(self) -> None:
-        """Compares the checksums of the shards on this machine, once; those that are downloaded are compared then.
+        """Compares the checksums of the shards on this machine, once; downloads are compared when they arrive.
 
         Raises:
             InputError: if a shard is damaged.
@@ -120,10 +121,10 @@ class TokenStream(IterableDataset[TokenRows]):
 
 
 class PairedStream(IterableDataset[TokenRows]):
-    """Streams batches of which the first half is real and the second half the network's own samples.
+    """Streams batches whose first half is real and whose second half consists of the network's own samples.
 
-    An epoch is one of the real samples. The own ones run through epochs of their own: their batches are numbered from
-    the first epoch on, so any place can be resumed.
+    An epoch is a pass over the real samples. Own samples have epochs of their own: their batches are numbered
+    continuously from the first epoch, so any position can be resumed.
 
     Args:
         real: stream of the real samples, with half of the images per rank.
@@ -151,7 +152,7 @@ class PairedStream(IterableDataset[TokenRows]):
             yield TokenRows(tokens, labels, valid, ids, np.arange(len(ids)) >= len(real.ids))
 
     def own_rows(self, batches: Iterable[int]) -> Iterator[TokenRows]:
-        """Yields own batches by their numbers from the first epoch on."""
+        """Yields batches of own samples, given their continuous numbers."""
         length = len(self.own)
         for epoch, numbers in groupby(batches, key=lambda number: number // length):
             yield from self.own.rows(epoch, (number % length for number in numbers))
@@ -179,7 +180,7 @@ class TokenLoader(ResumableLoader):
         return (self.to_batch(rows) for rows in loader)
 
     def to_batch(self, rows: TokenRows) -> TokenBatch:
-        """Converts arrays to tensors in the main process: workers send a uint16 array much faster than a tensor."""
+        """Converts arrays to tensors in the main process, because workers send a uint16 array much faster."""
         arrays = [array for array in rows[1:] if array is not None]
         tensors = [torch.from_numpy(rows.tokens.astype(np.int64)), *map(torch.from_numpy, arrays)]
         return TokenBatch(*(tensor.pin_memory() if self.pin_memory else tensor for tensor in tensors))

@@ -1,6 +1,6 @@
-"""Verification of a folder of token shards: reports every problem.
+"""Verification of a folder of token shards.
 
-Training stops at the first damaged shard; this reader continues after each problem in order to report all of them.
+Training stops at the first damaged shard; verification continues after each problem and reports them all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_mvar.io.fingerprint import sha256_of
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of one file with its remedy; `str(problem)` is one line."""
+    """A problem of a file, and the remedy; `str(problem)` is one line."""
 
     file: Path
     message: str
@@ -36,7 +36,7 @@ class KeyIndex:
     shard_of: dict[str, str] = field(default_factory=dict)
 
     def add(self, keys: list[str], name: str) -> Iterator[str]:
-        """Adds the keys of shard `name` and yields a message for each shard, itself included, that repeats some."""
+        """Adds the keys of shard `name`; yields a message for each shard, itself included, that shares some of them."""
         repeated: dict[str, list[str]] = defaultdict(list)
         for key in keys:
             first = self.shard_of.setdefault(key, name)
@@ -51,7 +51,7 @@ class KeyIndex:
 def find_problems(
     folder: Path, tokenizer: str | None = None, advance: Callable[[int], object] = lambda _: None
 ) -> Iterator[Problem]:
-    """Checks a folder of shards and yields each problem when it is found.
+    """Checks a folder of shards and yields each problem as it is found.
 
     Args:
         folder: folder of the shards.
@@ -70,15 +70,15 @@ def find_problems(
         listed = {shard.name: shard for shard in manifest.shards}
         spec, command = manifest.spec, manifest.command
     except InputError as error:
-        problems, listed, spec = [Problem(folder / MANIFEST, str(error), "the shards are checked without it")], {}, None
+        problems, listed, spec = [Problem(folder / MANIFEST, str(error), "shards are checked without it")], {}, None
         command = EITHER
     yield from problems
-    rewrite = f"run the same {command} again, it rewrites that shard only"
+    rewrite = f"run the same {command} again; it rewrites only that shard"
     key_index = KeyIndex()
     for name in sorted({*files, *listed}):
         path, shard = folder / name, listed.get(name)
         if shard is not None and not shard.is_file_name:
-            continue  # already reported with the manifest
+            continue  # reported with the manifest
         if shard is None and spec is not None:
             yield Problem(path, "is not listed in the manifest", "remove it, or restore the manifest that lists it")
         yield from shard_problems(path, shard, spec or TokenSpec(), key_index, rewrite)
@@ -96,12 +96,12 @@ def manifest_problems(manifest: Manifest, folder: Path, tokenizer: str | None) -
 
 
 def missing_shards(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Yields message and remedy if other shards are listed than its images make."""
+    """Yields message and remedy if the listed shards are not those expected for the number of images."""
     listed, count = {shard.name for shard in manifest.shards}, manifest.num_shards
     planned = {shard_name(index) for index in range(min(count, len(listed) + 1))}  # the first missing one is among them
     if missing := sorted(planned - listed):
-        message = f"it is unfinished: {len(listed)} of {count} shards, {missing[0]} is the first that is not listed"
-        yield message, f"run the same {manifest.command} again, it continues where it stopped"
+        message = f"it is unfinished: {len(listed)} of {count} shards; {missing[0]} is the first that is not listed"
+        yield message, f"run the same {manifest.command} again; it continues where it stopped"
     elif extra := sorted(listed - planned):
         yield f"it lists {extra[0]}, but {manifest.num_images} images make {count} shards", REWRITE_REMEDY
 
@@ -111,14 +111,14 @@ def shard_problems(
 ) -> Iterator[Problem]:
     """Yields the problems of one file; `shard` is its manifest entry, None if it is not listed.
 
-    `rewrite` says how to replace a damaged file.
+    `rewrite` is the remedy for a damaged file.
     """
     if not path.is_file():
         yield Problem(path, "is not a regular file" if os.path.lexists(path) else "is missing", rewrite)
         return
     size = path.stat().st_size
     if shard is not None and size != shard.bytes:
-        yield Problem(path, f"has {size} bytes, the manifest says {shard.bytes}", rewrite)
+        yield Problem(path, f"has {size} bytes, but the manifest says {shard.bytes}", rewrite)
     elif shard is not None and sha256_of(path) != shard.sha256:
         yield Problem(path, "does not have the SHA-256 that the manifest lists", rewrite)
     samples, keys = 0, list[str]()
@@ -131,9 +131,9 @@ def shard_problems(
     except PACK_ERRORS as error:
         yield Problem(path, f"is not a complete tar file ({str(error) or type(error).__name__})", rewrite)
     if shard is not None and samples != shard.samples:
-        yield Problem(path, f"holds {samples} samples, the manifest says {shard.samples}", rewrite)
+        yield Problem(path, f"holds {samples} samples, but the manifest says {shard.samples}", rewrite)
     for message in key_index.add(keys, path.name):
-        yield Problem(path, message, "remove the folder and write it again, or those images count twice")
+        yield Problem(path, message, "remove the folder and write it again; otherwise those images count twice")
 
 
 def plural(count: int, noun: str) -> str:

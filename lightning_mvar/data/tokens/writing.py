@@ -1,4 +1,4 @@
-"""Writing of a folder of token shards by any number of ranks, any of which may be killed at any moment."""
+"""Writing of a folder of token shards by any number of ranks, each of which may be killed at any time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning_mvar.errors import InputError
 
 
 class ShardFolder:
-    """A folder of shards that is written, or continued: finished shards are kept.
+    """A folder of shards that is written or continued; finished shards are kept.
 
-    Each rank writes every world_size-th shard, done or not, so ranks need no communication meanwhile. All ranks call
-    each method, while rank 0 holds the lock of the folder.
+    Each rank is responsible for every world_size-th shard, done or not, so ranks need no communication while writing.
+    All ranks must call each method while rank 0 holds the lock of the folder.
 
     Args:
         folder: folder of the shards.
-        plan: manifest, still without shards.
+        plan: manifest without shards yet.
         option: option that names the folder, for messages.
 
     Raises:
@@ -65,7 +65,7 @@ class ShardFolder:
         keys: list[str],
         skipped: Mapping[str, str] | None = None,
     ) -> None:
-        """Writes one shard of tokens (n, l) and then its record; `skipped` has the message of each unreadable image."""
+        """Writes one shard of tokens (n, l), then its record; `skipped` maps keys of unreadable images to messages."""
         shard = write_shard(self.folder / shard_name(index), tokens, labels, keys)
         shard.skipped = dict(skipped or {})
         save_record(self.folder, shard)
@@ -81,14 +81,14 @@ class ShardFolder:
             manifest = Manifest.load(self.folder)
             manifest.check_finished(self.folder, self.folder / MANIFEST)
             manifest.save(self.folder)
-            for leftover in self.folder.glob(".*.tmp.tar"):  # all ranks have written theirs: none is in use
+            for leftover in self.folder.glob(".*.tmp.tar"):  # not in use: all ranks have finished writing
                 leftover.unlink(missing_ok=True)
         wait_for_ranks()
         return Manifest.load(self.folder)
 
 
 def describe(found: Manifest, plan: Manifest) -> str:
-    """Describes the contents of a folder that are not those of `plan`."""
+    """Describes how the contents of a folder differ from `plan`."""
     ours, theirs = found.sampling, plan.sampling
     if ours is None and theirs is None:
         options = "--views, --flips, --seed, --margin, --precision or --shard_size"

@@ -20,7 +20,7 @@ class DigitsClassifier(EmbeddedClassifier):
     embedded = DIGITS
 
     def augment(self, images: Tensor) -> Tensor:
-        return DIGITS.centre(images).roll(torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
+        return DIGITS.center(images).roll(torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
 
 
 def to_scans(images: Tensor) -> NDArray[np.float32]:

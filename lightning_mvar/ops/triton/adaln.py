@@ -67,7 +67,7 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 def add_and_modulate(
     x: Tensor, gate: Tensor, y: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns `add_gated`, and `modulate` of it in `dtype`; x and y (b, l, d), gate, gain and shift (b, 1, d)."""
+    """Returns the result of `add_gated`, and its `modulate` in `dtype`; x, y (b, l, d), gate, gain, shift (b, 1, d)."""
     x, y = x.contiguous(), y.contiguous()
     b, l, d = x.shape
     added, out, tile = torch.empty_like(x), x.new_empty(b, l, d, dtype=dtype), tile_sizes(d)

@@ -1,7 +1,7 @@
 """Causal depthwise convolution and SiLU in one kernel; the reference is `F.silu` of `ops.conv.causal_conv`.
 
 Shapes: b batch, l tokens, c channels, w taps. Inputs before the first token come from the state, which holds the last
-w - 1 inputs of the call before; `None` means zeros.
+w - 1 inputs of the previous call; `None` means zeros.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mamba-2 between its projections in three kernels: convolution, scan, gated norm. The reference is `ops.mamba2`.
 
-Custom operators, so that torch.compile keeps each as one node. Only the arguments are saved for backward, which
+These are custom operators, so torch.compile keeps each as one node. Only the arguments are saved for backward, which
 recomputes convolution and scan and writes all gradients of the projection into one tensor. Triton launches kernels on
 the current device, hence `device_of`.
 """
@@ -43,7 +43,7 @@ def mamba2_forward(
     scan_state: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes what `ops.mamba2.mamba2` does: y (b, l, inner), the convolution's state and the scan's state."""
+    """Computes `ops.mamba2.mamba2`: y (b, l, inner), the convolution's state and the scan's state."""
     with torch.cuda.device_of(projected):
         z, xBC, dt = split_projection(projected.contiguous(), conv_weight, A_log, norm_weight)
         activated, new_conv_state = conv_silu(xBC, conv_weight, conv_bias, conv_state)
@@ -67,8 +67,12 @@ def mamba2_backward(
     scan_state: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns gradients of the projection, of the convolution's weight and bias (c, w + 1), of dt_bias, A_log and D
-    (3, h), of the norm's weight, and of the two states, empty without states. Those of parameters are float32."""
+    """Returns the gradients, those of parameters in float32.
+
+    Returns:
+        Gradients of the projection, of the convolution's weight and bias (c, w + 1), of dt_bias, A_log and D (3, h), of
+        the norm's weight, and of the two states; the last two are empty without states.
+    """
     with torch.cuda.device_of(projected):
         z, xBC, dt = split_projection(projected.contiguous(), conv_weight, A_log, norm_weight)
         activated, _ = conv_silu(xBC, conv_weight, conv_bias, conv_state)
@@ -130,7 +134,7 @@ def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def backward(
     ctx: Any, dout: Tensor | None, dconv_state: Tensor | None, dfinal: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+    saved = ctx.saved_tensors  # read once: activation checkpointing raises at a second access
     projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_state, scan_state = saved
     if dout is None:
         dout = projected.new_zeros(*projected.shape[:2], len(norm_weight))

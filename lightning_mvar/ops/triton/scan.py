@@ -1,7 +1,7 @@
 """The Mamba-2 scan, with softplus of the step sizes and the skip term D; the reference is `ops.ssd`.
 
-One program per image and head processes the chunks in order, with the state in registers. The forward pass of training
-is repeated in backward with the states before each chunk stored, which a second kernel reads from the last chunk to the
+One program per image and head processes the chunks in order, with the state in registers. In training, backward repeats
+the forward pass and stores the state before each chunk; a second kernel then reads them from the last chunk to the
 first.
 
 | code           | meaning                                                         | shape  |

@@ -158,7 +158,7 @@ def test_arrays_in_column_order_are_refused(tmp_path: Path) -> None:
         lambda: [*TokenStream(LocalShards(tmp_path), manifest, 6, None, 60, 0, 1)],
         lambda: [*read_shard(tmp_path / "000000.tar", manifest.shards[0], manifest.spec)],
     ):
-        with pytest.raises(InputError, match=r"000000\.tar is damaged .*tokens\.npy is stored column by column"):
+        with pytest.raises(InputError, match=r"000000\.tar is damaged .*tokens\.npy is in Fortran order"):
             use()
 
 
@@ -166,7 +166,7 @@ def test_a_shard_that_shrinks_after_it_was_verified_is_an_error(tmp_path: Path) 
     manifest = write_token_shards(tmp_path, "abc", [50])
     path = tmp_path / "000000.tar"
     path.write_bytes(path.read_bytes()[:-512])
-    with pytest.raises(InputError, match=r"000000\.tar is damaged .*it has \d+ bytes, the manifest says \d+"):
+    with pytest.raises(InputError, match=r"000000\.tar is damaged .*it has \d+ bytes, but the manifest says \d+"):
         list(TokenStream(LocalShards(tmp_path), manifest, 6, None, 60, 0, 1))
 
 

@@ -93,9 +93,9 @@ TARS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "damaged second header": (lambda: tar_of(sound_members())[:1024] + b"x" * 512, "no header of .* at byte 1024: "),
     "gzip": (lambda: gzip.compress(tar_of(sound_members())), "no header of an uncompressed tar file at byte 0: "),
-    "nothing": (lambda: b"", "it holds 0 samples, the manifest says 4"),
+    "nothing": (lambda: b"", "it holds 0 samples, but the manifest says 4"),
     "name of two lines": (lambda: header("a\nb.tokens.npy", 0), "a member whose name is not printable"),
-    "zeros": (lambda: bytes(2**20), "it holds 0 samples, the manifest says 4"),
+    "zeros": (lambda: bytes(2**20), "it holds 0 samples, but the manifest says 4"),
     "web page": (lambda: b"<!doctype html>" * 99, "bad checksum|invalid header"),
 }
 
@@ -116,7 +116,10 @@ def many(text: bytes) -> bytes:
 PACKS: dict[str, tuple[Members, str]] = {
     "token out of range": ({"0.tokens.npy": npy(np.full((4, 30), 48, np.uint16))}, r"120 tokens outside \[0, 48\)"),
     "label out of range": ({"0.labels.npy": npy(np.array([0, 1, 10, -1]))}, r"2 labels outside \[0, 10\)"),
-    "other length": ({"0.tokens.npy": npy(np.zeros((4, 29), np.uint16))}, "29 tokens per sample, the manifest's .* 30"),
+    "other length": (
+        {"0.tokens.npy": npy(np.zeros((4, 29), np.uint16))},
+        "29 tokens per sample, but the manifest's .* 30",
+    ),
     "other type": ({"0.tokens.npy": npy(np.zeros((4, 30), np.int32))}, "is int32 of shape"),
     "no samples": (sound_members(0), "has no samples"),
     "fewer labels": ({"0.labels.npy": npy(np.arange(3))}, "4 in tokens.npy, 3 in labels.npy, 4 in keys.json"),
@@ -198,7 +201,7 @@ def test_values_are_checked_even_if_the_checksum_is_that_of_the_manifest(tmp_pat
     for field, value, message in (
         ("vocab_size", 40, "tokens outside"),
         ("class_names", ["a", "b"], "labels outside"),
-        ("side_lengths", [1, 2, 3, 5], "30 tokens per sample, the manifest's schedule 39"),
+        ("side_lengths", [1, 2, 3, 5], "30 tokens per sample, but the manifest's schedule has 39"),
     ):
         changed = json.loads((tmp_path / "manifest.json").read_text()) | {field: value}
         (tmp_path / "other.json").write_text(json.dumps(changed))

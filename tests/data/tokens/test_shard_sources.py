@@ -303,7 +303,7 @@ def test_addresses(location: str, address: str) -> None:
             "nfs://host/shards",
             r"nfs:// is not supported; use a path, https://, s3://, gs:// or hf://, or a command",
         ),
-        ("pipe:cat shards", "does not say which file: put {} where"),
+        ("pipe:cat shards", "does not name a file: put {} where"),
     ],
 )
 def test_unreadable_locations_are_rejected(location: str, message: str) -> None:

@@ -88,7 +88,7 @@ def test_a_foreign_tar_raises_an_error_with_its_path(tmp_path: Path) -> None:
 def test_a_shard_with_fewer_samples_than_listed_is_rejected(tmp_path: Path) -> None:
     manifest = write_token_shards(tmp_path, "abc", [5])
     manifest.shards[0].samples = 6
-    with pytest.raises(InputError, match=r"000000\.tar is damaged .*it holds 5 samples, the manifest says 6"):
+    with pytest.raises(InputError, match=r"000000\.tar is damaged .*it holds 5 samples, but the manifest says 6"):
         read_samples(manifest, LocalShards(tmp_path).fetch, [0, 4])
 
 

@@ -128,9 +128,9 @@ def without(*names: str) -> Callable[[Members], Members]:
 ONE, TWO, MANIFEST = "000001.tar", "000002.tar", "manifest.json"
 SECOND_PACK = [f"000001-000008.{name}" for name in ("tokens.npy", "labels.npy", "keys.json")]
 DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {  # damage; message pattern by file name
-    "truncated to half": (edit_bytes(lambda data: data[: len(data) // 2]), {ONE: "bytes, the manifest says"}),
-    "last byte missing": (edit_bytes(lambda data: data[:-1]), {ONE: "bytes, the manifest says"}),
-    "extra byte": (edit_bytes(lambda data: data + b"\0"), {ONE: "bytes, the manifest says"}),
+    "truncated to half": (edit_bytes(lambda data: data[: len(data) // 2]), {ONE: "bytes, but the manifest says"}),
+    "last byte missing": (edit_bytes(lambda data: data[:-1]), {ONE: "bytes, but the manifest says"}),
+    "extra byte": (edit_bytes(lambda data: data + b"\0"), {ONE: "bytes, but the manifest says"}),
     "flipped bit": (edit_bytes(flip_bit), {ONE: "not have the SHA-256"}),
     "zeroed block": (edit_bytes(zero_block), {ONE: "not have the SHA-256"}),
     "swapped files": (swap_files, {ONE: "not have the SHA-256", TWO: "not have the SHA-256"}),
@@ -142,7 +142,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {  # damag
     ),
     "truncated to half, forged": (
         edit_bytes(lambda data: data[: len(data) // 2], forge=True),
-        {ONE: r"is not a complete tar|holds \d+ samples, the manifest says 20"},
+        {ONE: r"is not a complete tar|holds \d+ samples, but the manifest says 20"},
     ),
     "random bytes, forged": (
         edit_bytes(lambda data: random.Random(0).randbytes(9000), forge=True),
@@ -173,7 +173,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {  # damag
     "1-D tokens": (edit_array("tokens", lambda v: v[0]), {ONE: r"tokens.npy is uint16 of shape \(30,\)"}),
     "too few tokens per sample": (
         edit_array("tokens", lambda v: v[:, :29].copy()),
-        {ONE: "29 tokens per sample, the manifest's schedule 30"},
+        {ONE: "29 tokens per sample, but the manifest's schedule has 30"},
     ),
     "too few labels": (
         edit_array("labels", lambda v: v[:7]),
@@ -181,7 +181,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {  # damag
     ),
     "too many keys": (edit_keys(lambda keys: keys.append("another")), {ONE: "9 in keys.json"}),
     "missing labels": (edit_members(without(SECOND_PACK[1])), {ONE: "pack 000001-000008 has no labels.npy"}),
-    "missing pack": (edit_members(without(*SECOND_PACK)), {ONE: "holds 12 samples, the manifest says 20"}),
+    "missing pack": (edit_members(without(*SECOND_PACK)), {ONE: "holds 12 samples, but the manifest says 20"}),
     "array of objects": (edit_array("labels", lambda v: v.astype(object)), {ONE: "labels.npy is not a numpy array"}),
     "truncated array": (
         edit_members(lambda members: members | {SECOND_PACK[0]: members[SECOND_PACK[0]][:-9]}),
@@ -195,7 +195,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {  # damag
     ),
     "wrong number of samples": (
         edit_manifest(lambda m: m["shards"][1].update(samples=19)),
-        {ONE: "holds 20 samples, the manifest says 19", MANIFEST: "the listed shards have 66"},
+        {ONE: "holds 20 samples, but the manifest says 19", MANIFEST: "the listed shards have 66"},
     ),
     "wrong number of images": (
         edit_manifest(lambda m: m.update(num_images=68)),
