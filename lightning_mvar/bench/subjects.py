@@ -37,7 +37,7 @@ from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
 
 @dataclass(frozen=True)
 class Setting:
-    """One column of a comparison; its fields are the arguments of `lightning-mvar bench` of the same names.
+    """One column of a comparison; its fields, except `narrow`, are arguments of `lightning-mvar bench`.
 
     A `narrow` network has width 64, and its decoder 32 channels: it runs the same operations in little time.
     """
@@ -74,7 +74,7 @@ class Setting:
         Raises:
             InputError: if `changes` has another form, an unknown name or an invalid value.
         """
-        current = {field.name: getattr(self, field.name) for field in fields(self)}
+        current = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "narrow"}
         types = {name: int if value is None else type(value) for name, value in current.items()}
         values: dict[str, Any] = {}
         for change in changes.split(","):

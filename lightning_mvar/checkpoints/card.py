@@ -16,7 +16,7 @@ from torch import nn
 from lightning_mvar.checkpoints.pair import TrainedModel
 from lightning_mvar.checkpoints.published import M_VAR, VAR
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.files import atomic_path, open_regular
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.json_files import read_json
 
@@ -161,7 +161,10 @@ def last_part(place: str) -> str:
 
 def is_edited(path: Path) -> bool:
     """Returns whether a card exists that somebody has edited or that this program did not write."""
-    return path.exists() and MARK not in path.read_text()
+    if not path.exists():
+        return False
+    with open_regular(path) as file:
+        return MARK.encode() not in file.read()
 
 
 def existing_picture(path: Path) -> Path:

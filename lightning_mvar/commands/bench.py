@@ -88,9 +88,8 @@ def bench(
     require_in("[1, inf)", "--", repeats=repeats, world_size=world_size)
     require_in("[0, inf)", "--", num_workers=num_workers)
     refuse_overwriting({"--json": json}, {"--shards": shards, "--images": images})
-    for option, given, allowed in (("world_size", world_size > 1, "data"), ("compile", compile, "train")):
-        if given and what != allowed:
-            raise InputError(f"--{option} works only with `bench {allowed}`")
+    if world_size > 1 and what != "data":
+        raise InputError("--world_size works only with `bench data`")
     if profile and what != "sample":
         raise InputError("--profile works only with `bench sample`")
     if shards is not None and (what != "data" or versus is not None):
@@ -101,6 +100,8 @@ def bench(
         size, mixer, resolution, batch_size, precision, depth, compile, graphs, guidance_off_from=guidance_off_from
     )
     settings = [first] if versus is None else [first, first.with_changes(versus)]
+    if any(setting.compile for setting in settings) and what != "train":
+        raise InputError("--compile, also in --versus, works only with `bench train`")
     if len({setting.precision == "tf32" for setting in settings}) > 1:
         raise InputError("--versus: tf32 holds for a whole run, so compare it with other precisions in two runs")
     set_tf32(precision == "tf32")

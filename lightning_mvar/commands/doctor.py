@@ -19,7 +19,7 @@ from lightning_mvar.cli.tables import Record, format_value, print_rows, write_re
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fingerprint import fingerprint
-from lightning_mvar.io.json_files import read_json
+from lightning_mvar.io.json_files import Mismatch, convert, read_json
 from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.evaluator import FULL_NAMES
 from lightning_mvar.metrics.reference import open_reference
@@ -29,6 +29,14 @@ from lightning_mvar.sampling.readers import open_samples
 DISTANCE = "frechet_distance"
 SAME_DISTANCE = 1e-3  # relative difference of a distance measured again, by rounding
 MIN_HALVES = 20  # samples of which two halves are compared
+REQUIRED = (DISTANCE, "num_samples", "samples", "reference")
+TYPES: dict[str, Any] = {  # of the keys of a result that are more than compared
+    **dict.fromkeys(("samples", "reference", "extractor", "extractor_class", "extractor_weights", "crop"), str),
+    **dict.fromkeys(("file_format", "compression_traces"), str),
+    **dict.fromkeys(("num_samples", "height", "width", "fewest_per_class", "most_per_class"), int),
+    **dict.fromkeys(("reference_mean_norm", "reference_variance", "sharpness"), float),
+    **dict.fromkeys((f"{name}{bound}" for name in FULL_NAMES.values() for bound in ("", "_low", "_high")), float),
+}
 PUBLISHED_NOTES = ("source", "evaluator", "sampling", "note")
 
 
@@ -91,17 +99,26 @@ def read_result(name: str) -> Result:
     """Reads a result of `evaluate --json`; `FILE#2` is the third of several.
 
     Raises:
-        InputError: if the file is missing, has no such result, or several without a number.
+        InputError: if the file is missing, has no such result, or several without a number; or if a value has the wrong
+            type.
     """
     path, number = split_number(name)
     records = read_json(Path(path).expanduser(), list[dict[str, Any]])
+    if not records:
+        raise InputError(f"{path} holds no results: write them with `evaluate --json {path}`")
     if number == "" and len(records) != 1:
         raise InputError(f"{path} holds {len(records)} results; name one of them, such as {path}#0")
     if int(number or 0) >= len(records):
         raise InputError(f"{path} holds {len(records)} results; the last is {path}#{len(records) - 1}")
     result = records[int(number or 0)]
-    if missing := [key for key in (DISTANCE, "num_samples", "samples", "reference") if key not in result]:
+    if missing := [key for key in REQUIRED if key not in result]:
         raise InputError(f"{name} is not a result of `evaluate --json`: it has no {missing[0]}")
+    try:
+        for key in filter(TYPES.get, result):
+            convert(result[key], TYPES[key], key)
+    except Mismatch as error:
+        raise InputError(f"{name}: {error}; evaluate again with --json {path}") from error
+    require_in("[1, inf)", f"{name}: ", **{key: result[key] for key in ("height", "width") if key in result})
     return result
 
 

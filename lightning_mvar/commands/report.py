@@ -95,7 +95,7 @@ def render_markdown(sweep: Sweep, variants: list[Variant], baseline: Variant, fi
         "## Figures",
         *[f"![{caption(name)}]({name}.png)\n\n{caption(name)}" for name in figures],
         "## Cells that have not finished",
-        *(["A running cell counts as interrupted.", str(unfinished_table(sweep))] if sweep.unfinished else ["None."]),
+        *([str(unfinished_table(sweep))] if sweep.unfinished else ["None."]),
         "## The sweep file",
         f"```yaml\n{sweep.text.rstrip()}\n```",
     ]

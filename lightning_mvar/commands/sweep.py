@@ -66,6 +66,7 @@ def sweep(
     cells = plan_cells(plan, folder)
     preparation = plan.preparation()
     if dry_run:
+        check_folder(plan, folder, cells)
         if preparation:
             print("prepare:", *(f"  lightning-mvar {shlex.join(args)}" for _, args in preparation), sep="\n")
         for cell in cells:
@@ -73,9 +74,7 @@ def sweep(
         return
     launch = choose_launcher(launcher, jobs, folder, submitit, ray)
     with lock_folder(folder, "sweep") as lock, handle_stop_signals() as stop:
-        plan.check_folder(folder)
-        for cell in cells:
-            cell.check()
+        check_folder(plan, folder, cells)
         for cell in cells:
             cell.record()
         with atomic_path(folder / "sweep.yaml") as copy:
@@ -94,6 +93,13 @@ def sweep(
             names = "; ".join(f"{cell.name} {state}, see {cell.log}" for cell, state in unfinished)
             counts = f"{len(unfinished)} of {len(cells)}"
             raise InputError(f"{counts} cells have not finished: {names}; run the same command again to retry")
+
+
+def check_folder(plan: SweepFile, folder: Path, cells: list[Cell]) -> None:
+    """Raises InputError if a sweep's folder has cells of another sweep, or cells that were run with other commands."""
+    plan.check_cells(Cell.read(file.parent) for file in sorted((folder / "cells").glob("*/cell.json")))
+    for cell in cells:
+        cell.check()
 
 
 def choose_launcher(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mvar.errors import InputError
-from lightning_mvar.io.files import create_folder
+from lightning_mvar.io.files import create_folder, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,12 @@ def is_locked(path: Path) -> bool:
     """Returns whether any process holds the lock on `path`."""
     if not path.exists():
         return False
-    lock = FileLock.try_acquire(path)
-    if lock is not None:
-        lock.release()
-    return lock is None
+    with open_regular(path) as file:  # for reading, as a report may be that of a folder of others
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+    return False

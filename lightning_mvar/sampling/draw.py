@@ -188,7 +188,7 @@ def source_metadata(model: TrainedModel, settings: SamplingSettings, precision: 
     metadata |= {"dtype": precision}  # the key "precision" belongs to a score
     if (scorer := settings.choice.load_scorer(model.tokenizer.quantizer)) is not None:
         metadata |= {"draft_scorer": fingerprint(scorer)}
-    if (guide := settings.guide.needed_network) is not None:
+    if (guide := settings.guide.needed_network(model.network.config)) is not None:
         metadata |= {"guidance_network": fingerprint_of(open_trained(guide).weights)}
     return metadata
 

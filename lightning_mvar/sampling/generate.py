@@ -89,6 +89,8 @@ def generate(
     if "seed" in others:
         raise InputError("generate takes a generator instead of a seed: pass generator=image_keys(seed, range(images))")
     settings = SamplingSettings(guidance, top_k, top_p, smooth, **others)
+    if known is not None:
+        check_known(known, labels, model.config)
     images, tokens = draw_images(model, tokenizer, labels, settings, generator, known)
     return (images, tokens) if return_tokens else images
 
@@ -132,6 +134,8 @@ def draw_scales(
 ) -> Iterator[Step]:
     """Draws scale by scale, coarse to fine; see `generate` for the other arguments.
 
+    Known tokens are not checked: for tokens on a GPU, the host would wait in every batch.
+
     Args:
         graphs: CUDA graphs to replay, or to capture if there are none yet.
         guide: weaker network on the same device; None loads the one that `settings` names.
@@ -142,7 +146,6 @@ def draw_scales(
     check_arguments(model, tokenizer, labels, settings)
     keys, device = keys_from(generator, len(labels)), tokenizer.quantizer.codebook.weight.device
     if known is not None:
-        check_known(known, len(labels), model.config)
         known = KnownTokens(*(part.to(device, non_blocking=True) for part in known))
     dtype = torch.float32 if labels.is_floating_point() else torch.int64
     batch = BatchInputs(labels.to(device, dtype, non_blocking=True), keys.to(device, non_blocking=True), known)
@@ -237,9 +240,9 @@ def check_weights(weights: Tensor, num_classes: int, settings: SamplingSettings)
         raise InputError("drafts need one class per image, because the scorer knows no mixes: set drafts to 1")
 
 
-def check_known(known: KnownTokens, images: int, network: MVARConfig) -> None:
+def check_known(known: KnownTokens, labels: Tensor, network: MVARConfig) -> None:
     """Raises InputError unless known tokens and mask have the shape of the images' tokens, and the tokens are valid."""
-    expected = (images, network.schedule.num_tokens)
+    expected = (*labels.shape[:1], network.schedule.num_tokens)
     if known.tokens.shape != expected or known.keep.shape != expected:
         shapes = f"{tuple(known.tokens.shape)} and {tuple(known.keep.shape)}"
         raise InputError(f"known tokens and their keep mask must both be {expected}, got {shapes}")

@@ -54,11 +54,9 @@ class Guidance:
     corrupt: float = 0.0
     beta: float = 0.0
 
-    @property
-    def needed_network(self) -> str | None:
-        """Path of the guiding network; None if none is given or no scale is guided."""
-        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
-        return self.network if any(strengths[: self.off_from]) else None
+    def needed_network(self, network: MVARConfig) -> str | None:
+        """Returns the path of the network that guides `network`; None if none is given or no scale is guided."""
+        return self.network if self.num_guided_scales(network) else None
 
     def strengths(self, network: MVARConfig) -> tuple[float, ...]:
         """Returns the strength at each scale of a network."""
@@ -113,7 +111,7 @@ def load_guide(
     Raises:
         InputError: if it cannot be read, or has other tokens, classes or scales.
     """
-    if (path := guidance.needed_network) is None:
+    if (path := guidance.needed_network(network)) is None:
         return None
     stored = open_trained(path)
     for name in ("schedule", "vocab_size", "code_dim", "num_classes", "prediction"):

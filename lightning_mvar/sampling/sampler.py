@@ -56,7 +56,7 @@ class Sampler:
         Raises:
             InputError: if it cannot be read, or has other tokens, classes or scales.
         """
-        path = settings.guide.needed_network
+        path = settings.guide.needed_network(self.network.config)
         if path is not None and path not in self.guides:
             guide = load_guide(settings.guide, self.network.config, self.tokenizer, self.class_names, self.dtype)
             assert guide is not None

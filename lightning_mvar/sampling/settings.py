@@ -116,12 +116,11 @@ class SamplingSettings:
         """Returns the settings by name, as a set of images records them; numbers per scale are joined by commas.
 
         The settings of the published protocol are always included, others only if they differ from the default and have
-        an effect: draft settings only if there are several drafts, a guiding network only if it guides.
+        an effect: draft settings only if there are several drafts. A guiding network is never included: its path may
+        hold another one later.
         """
-        unused = {"draft_scorer", "draft_scales"} if self.drafts == 1 else set[str]()
-        if self.guide.needed_network is None:
-            unused.add("guidance_network")
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in unused}
+        left_out = {"guidance_network"} | ({"draft_scorer", "draft_scales"} if self.drafts == 1 else set())
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
         defaults = {field.name: field.default for field in fields(self) if field.name not in PROTOCOL}
         recorded = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
         return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in recorded.items()}

@@ -135,7 +135,18 @@ class Cell:
         write_json(self.folder / "cell.json", asdict(self.identity()))
 
     def state(self) -> State:
-        return "running" if is_locked(self.lock) else state_after(attempts(self.folder), len(self.commands))
+        return self.state_after(attempts(self.folder))
+
+    def state_after(self, history: list[Attempt]) -> State:
+        """Returns the state after these attempts, which are all so far."""
+        if is_locked(self.lock):
+            return "running"
+        if not history:
+            return "waiting"
+        code = history[-1].code
+        if code == 0:
+            return "finished" if commands_done(history) == len(self.commands) else "waiting"
+        return "interrupted" if code is None or code in INTERRUPTED_CODES else "crashed"
 
 
 def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
@@ -150,9 +161,9 @@ def config_hashes(commands: tuple[str, ...]) -> dict[str, str]:
 
 
 def read_record(path: Path, kind: type[T], remedy: str = "remove its folder to run that cell from scratch") -> T:
-    """Reads a JSON file in the folder of a cell or sweep; `remedy` says what to do if its content does not fit."""
+    """Reads a JSON file in the folder of a cell or sweep; `remedy` says what to do if it is missing or damaged."""
     if not path.exists():
-        raise InputError(f"{path} is missing: start the sweep again, or remove {path.parent}")
+        raise InputError(f"{path} is missing: {remedy}")
     data = read_regular(path, MAX_JSON_BYTES)
     try:
         return parse_json(data, kind, path.name)
@@ -174,16 +185,6 @@ def attempts(folder: Path) -> list[Attempt]:
         except InputError as error:
             raise InputError(f"{path} is damaged at {shown(line)}: {error}; remove that line, or the folder") from error
     return [Attempt(**entry) for entry in entries.values()]
-
-
-def state_after(history: list[Attempt], num_commands: int) -> State:
-    """Returns the state of a cell with so many commands after its attempts, unless it is running."""
-    if not history:
-        return "waiting"
-    code = history[-1].code
-    if code == 0:
-        return "finished" if commands_done(history) == num_commands else "waiting"
-    return "interrupted" if code is None or code in INTERRUPTED_CODES else "crashed"
 
 
 def commands_done(history: list[Attempt]) -> int:

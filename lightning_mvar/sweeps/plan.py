@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Literal
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import find_config
 from lightning_mvar.io.json_files import shown
-from lightning_mvar.sweeps.cells import Cell, CellRecord, read_record
+from lightning_mvar.sweeps.cells import Cell
 from lightning_mvar.sweeps.templates import fill, placeholders
 
 BudgetDimension = Literal["width", "depth"]
@@ -181,15 +181,18 @@ class SweepFile:
             if missing := [file for file in files if not Path(find_config(file)).is_file()]:
                 raise InputError(f"{self.path}: axis {axis} names {missing[0]}, which is not a file in {Path.cwd()}")
 
-    def check_folder(self, folder: Path) -> None:
-        """Raises InputError if a sweep's folder has a cell with values that this file does not have on its axes."""
+    def check_cells(self, cells: Iterable[Cell]) -> None:
+        """Raises InputError if a cell in the sweep's folder has a seed, or values on the axes, that are not here."""
         known = [variant.axes for variant in self.variants()]
-        for file in sorted((folder / "cells").glob("*/cell.json")):
-            axes = read_record(file, CellRecord).axes
-            if axes not in known:
+        for cell in cells:
+            remedy = f"the sweep file, start the sweep with another --out, or move {cell.folder} away"
+            if cell.axes not in known:
                 raise InputError(
-                    f"{file} has axes {axes} that {self.path} does not have: add them to the sweep file, start the "
-                    f"sweep with another --out, or move {file.parent} away"
+                    f"{cell.folder} has axes {cell.axes} that {self.path} does not have: add them to {remedy}"
+                )
+            if cell.seed not in self.seeds:
+                raise InputError(
+                    f"{cell.folder} has seed {cell.seed}, which {self.path} does not have: add it to {remedy}"
                 )
 
     def grid(self) -> Iterator[dict[str, str]]:

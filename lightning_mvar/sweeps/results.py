@@ -24,7 +24,7 @@ from lightning_mvar.io.files import open_regular
 from lightning_mvar.io.hparams import read_row
 from lightning_mvar.io.json_files import checked, shown
 from lightning_mvar.models.costs import Costs
-from lightning_mvar.sweeps.cells import CellRecord, State, attempts, read_record, state_after
+from lightning_mvar.sweeps.cells import Cell, State, attempts, read_record
 from lightning_mvar.sweeps.measures import COSTS, LOSSES, RATES, SCALE_LOSS, SCORES, TRAINING_RATE, TRAINING_SCORES
 from lightning_mvar.sweeps.plan import SweepFile, score_files
 from lightning_mvar.sweeps.sweep_file import read_sweep
@@ -50,7 +50,7 @@ class CellResult:
         name: name of the cell's folder.
         axes: value on each axis; these identify the variant.
         seed: seed of training and sampling.
-        status: state after the last attempt; "interrupted" also for a cell that is running.
+        status: state of the cell.
         commands: command lines, each runnable by hand after `lightning-mvar`.
         tries: number of attempts started.
         seconds: total duration of the attempts that have ended.
@@ -119,13 +119,13 @@ def read_results(folder: str | Path) -> Sweep:
     if not file.is_file():
         raise InputError(f"{folder} is not the folder of a sweep: it has no sweep.yaml")
     plan = read_sweep(file)
-    plan.check_folder(folder)
-    variants = plan.variants()
+    started = [Cell.read(path) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
+    plan.check_cells(started)
+    variants, names = plan.variants(), [cell.name for cell in started]
     order = [variant.axes for variant in variants]
-    cells = [read_cell(path, plan) for path in sorted((folder / "cells").glob("*")) if path.is_dir()]
-    started = [cell.name for cell in cells]
-    planned = [(plan.cell(variant, seed, folder), seed) for variant, seed in product(variants, plan.seeds)]
-    cells += [CellResult(cell.name, cell.axes, seed, "waiting") for cell, seed in planned if cell.name not in started]
+    planned = [plan.cell(variant, seed, folder) for variant, seed in product(variants, plan.seeds)]
+    cells = [read_cell(cell, plan) for cell in started]
+    cells += [CellResult(cell.name, cell.axes, cell.seed, "waiting") for cell in planned if cell.name not in names]
     cells.sort(key=lambda cell: (order.index(cell.axes), cell.seed))
     return Sweep(folder, plan, file.read_text(), cells)
 
@@ -138,36 +138,35 @@ def is_number(text: str) -> bool:
     return True
 
 
-def read_cell(folder: Path, plan: SweepFile) -> CellResult:
+def read_cell(cell: Cell, plan: SweepFile) -> CellResult:
     """Reads a cell's folder; its results only if it has finished."""
-    definition = read_record(folder / "cell.json", CellRecord)
-    history = attempts(folder)
-    cell = CellResult(
-        definition.name,
-        definition.axes,
-        definition.seed,
-        state_after(history, len(definition.commands)),
-        list(definition.commands),
+    folder, history = cell.folder, attempts(cell.folder)
+    result = CellResult(
+        cell.name,
+        cell.axes,
+        cell.seed,
+        cell.state_after(history),
+        list(cell.commands),
         tries=len(history),
         seconds=sum(attempt.seconds or 0.0 for attempt in history),
     )
-    if not cell.finished:
-        return cell
+    if not result.finished:
+        return result
     files = [folder / score_files(seed)[1] for seed in plan.sampling_seeds or (None,)]
     scored = [read_scores(file) for file in files if plan.sampling_seeds or file.exists()] or [({}, {})]
     draws = [scores for scores, _ in scored]
     names = [name for name in draws[0] if all(name in scores for scores in draws)]
     measures = {name: fmean(scores[name] for scores in draws) for name in names}
-    cell = replace(
-        cell, measures=measures, draws=dict(zip(plan.sampling_seeds, draws, strict=False)), conditions=scored[0][1]
+    result = replace(
+        result, measures=measures, draws=dict(zip(plan.sampling_seeds, draws, strict=False)), conditions=scored[0][1]
     )
     if plan.fit is None:
-        return cell
+        return result
     curves, rate, tokenizer = read_logs(folder / "logs")
     last = {tag: curve[-1][1] for tag, curve in curves.items()}
     costs_file = folder / "costs.json"
     costs = parse_numbers(costs_file, read_record(costs_file, dict[str, Scalar], REWRITE), Costs._fields)
-    return replace(cell, measures=last | rate | costs | measures, curves=curves, tokenizer=tokenizer)
+    return replace(result, measures=last | rate | costs | measures, curves=curves, tokenizer=tokenizer)
 
 
 def read_logs(logs: Path) -> tuple[dict[str, Curve], dict[str, float], str]:

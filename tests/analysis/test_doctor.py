@@ -194,7 +194,7 @@ def test_pixels_tell_of_jpeg_resizing_and_cut_off_decimals(tmp_path: Path, chang
     if "rounding" in expected:
         assert (first["rounding"], second["rounding"]) == ("nearest", "down")
     if "sharpness" in expected:
-        assert float(second["sharpness"]) < float(first["sharpness"])
+        assert second["sharpness"] < first["sharpness"]
 
 
 def test_the_dct_is_orthonormal() -> None:
@@ -371,7 +371,16 @@ def test_the_command_scores_again_and_reports(pair: tuple[np.ndarray, np.ndarray
         ("a.json bench.json", "bench.json is not a result of `evaluate --json`: it has no frechet_distance"),
         ("a.json two.json", "two.json holds 2 results; name one of them, such as two.json#0"),
         ("a.json two.json#2", "two.json holds 2 results; the last is two.json#1"),
-        ("a.json list.json", "list.json"),
+        ("a.json list.json", "list.json: the content is {'a': 1}; it must be [an object, ...]"),
+        ("a.json null.json", "null.json: the content is None; it must be [an object, ...]"),
+        ("a.json empty.json", "empty.json holds no results: write them with `evaluate --json empty.json`"),
+        ("a.json text.json", "text.json: num_samples is '500'; it must be an integer of 64 bits; evaluate again with"),
+        ("a.json size.json", "size.json: height must be at least 1, got 0"),
+        ("crop.json a.json", "crop.json: crop is ['var']; it must be a string without NUL; evaluate again with"),
+        (
+            "low.json a.json",
+            "low.json: mind_low is None; it must be a finite number; evaluate again with --json low.json",
+        ),
         ("a.json a.json --max_images 1", "--max_images must be at least 2, got 1"),
         ("a.json two.json#1 --json two.json", "two.json"),
     ],
@@ -381,6 +390,8 @@ def test_mistakes_are_reported_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     contents = {"a": [RESULT], "bench": [{"images_per_s": 1.0}], "two": [RESULT, RESULT], "list": {"a": 1}}
+    contents |= {"null": None, "empty": [], "text": [RESULT | {"num_samples": "500"}], "size": [RESULT | {"height": 0}]}
+    contents |= {"crop": [RESULT | {"crop": ["var"]}], "low": [RESULT | {"mind_low": None}]}
     for name, content in contents.items():
         Path(f"{name}.json").write_text(json.dumps(content))
     assert run(["doctor", *arguments.split()]) == 1

@@ -104,10 +104,16 @@ def test_an_edited_card_is_kept(model: TrainedModel, tmp_path: Path, caplog: pyt
     assert path.read_text() == card.content
     assert "![samples](samples.png)" in card.content
     assert path.with_name("samples.png").read_bytes() == (tmp_path / "grid.PNG").read_bytes()
-    path.write_text("mine")
-    card.save(path)
-    assert path.read_text() == "mine"
-    assert "is kept: it was edited" in caplog.text
+    for mine in (b"mine", "né".encode("latin-1")):
+        path.write_bytes(mine)
+        card.save(path)
+        assert path.read_bytes() == mine
+        assert "is kept: it was edited" in caplog.text
+        caplog.clear()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"README\.md is not a regular file"):
+        card.save(path)
 
 
 def test_what_is_not_of_this_network_is_refused(model: TrainedModel, tmp_path: Path) -> None:

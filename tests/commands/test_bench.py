@@ -143,6 +143,8 @@ def test_mistakes_are_reported_in_one_line(capfd: pytest.CaptureFixture[str]) ->
         (["sample", "--versus", "mixer=mamba"], "choose one of mvar, var"),
         (["sample", "--mixer", "mamba2+mamba3"], "'mamba3' by mixers joined with +: scale_attention"),
         (["sample", "--versus", "width=3"], "'width=3' is not NAME=VALUE"),
+        (["sample", "--versus", "narrow=true"], "'narrow=true' is not NAME=VALUE"),
+        (["sample", "--versus", "compile=true"], "--compile, also in --versus, works only with `bench train`"),
         (["sample", "--size", "d13"], "'d13' is unknown; choose one of"),
         (["memory", "--resolution", "300"], "300"),
         (["train", "--profile", "true"], "--profile works only with"),

@@ -121,8 +121,12 @@ def test_another_seed_adds_cells_and_another_command_is_refused(
         assert "cell mvar-seed0 has been run before, and its commands have changed" in capfd.readouterr().err
         Path("fewer.yaml").write_text(SWEEP.replace("[mvar.yaml, var.yaml]", "[mvar.yaml]"))
         assert run(["sweep", "fewer.yaml", "--out", "out"]) == 1
-        refused = "var-seed0/cell.json has axes {'mixer': 'var'} that fewer.yaml does not have: add them to the sweep"
+        refused = "var-seed0 has axes {'mixer': 'var'} that fewer.yaml does not have: add them to the sweep file"
         assert refused in capfd.readouterr().err
+        Path("seed.yaml").write_text(SWEEP.replace("[0, 1]", "[1, 2]"))
+        for options in ([], ["--dry_run", "true"]):
+            assert run(["sweep", "seed.yaml", "--out", "out", *options]) == 1
+            assert "mvar-seed0 has seed 0, which seed.yaml does not have: add it to the" in capfd.readouterr().err
         assert (uninterrupted / "sweep.yaml").read_text() == SWEEP
         Path("more.yaml").write_text(SWEEP.replace("[0, 1]", "[0, 1, 2]"))
         assert run(["sweep", "more.yaml", "--out", "out", "--dry_run", "true"]) == 0

@@ -9,11 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_mvar import MVAR, ScaleSchedule, Tokenizer, TokenizerConfig, generate
+from lightning_mvar.bench.launches import count_launches
+from lightning_mvar.bench.parts import PartTracker
 from lightning_mvar.errors import InputError
 from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.models.costs import state_bytes
 from lightning_mvar.models.parameters import lower_precision
-from lightning_mvar.sampling.generate import kept_tokens_mask, max_batch_size, teacher_inputs
+from lightning_mvar.sampling.generate import draw_images, kept_tokens_mask, max_batch_size, teacher_inputs
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.steps import BatchInputs, KnownTokens, ScaleDrawer, draw, gumbel_mixture, truncate
@@ -288,6 +290,15 @@ def test_drawn_tokens_are_conditioned_on_kept_tokens(network: MVAR, tokenizer: T
     assert torch.equal(tokens[keep], given[keep])
     argmax = network(LABELS, teacher_inputs(network.config, tokenizer, tokens)).argmax(dim=-1)
     assert torch.equal(tokens[~keep], argmax[~keep])
+
+
+def test_a_batch_does_not_wait_for_known_tokens(network: MVAR, tokenizer: Tokenizer) -> None:
+    given, keys, waits = random_tokens(4), image_keys(0, range(4)), []
+    for known in (None, KnownTokens(given, given > 30)):
+        with count_launches(torch.device("cpu"), PartTracker()) as counter:
+            draw_images(network, tokenizer, LABELS, SamplingSettings(), keys, known)
+        waits.append(sum(counts.waits for counts in counter.by_part.values()))
+    assert waits[0] == waits[1]
 
 
 def test_known_tokens_that_do_not_fit_are_refused(tokenizer: Tokenizer) -> None:

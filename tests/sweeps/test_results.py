@@ -33,6 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.hparams import row_summary
+from lightning_mvar.io.locks import FileLock
 from lightning_mvar.sampling.costs import SamplingCosts
 from lightning_mvar.sweeps.results import read_results
 from lightning_mvar.sweeps.tables import scale_tags
@@ -228,7 +229,7 @@ def test_listed_cells_choose_from_the_axes(folder: Path) -> None:
                 shutil.rmtree(cell_folder(folder, mixer, depth, seed))
     assert [v.name for v in variants_of(read_results(folder))] == ["var-depth10", "mvar-depth10", "mvar-depth2"]
     (folder / "sweep.yaml").write_text(yaml + "cells: [{mixer: var, model.network.depth: 10}]\n")
-    with pytest.raises(InputError, match=r"mvar-depth10-seed0/cell\.json has axes .* that .*sweep\.yaml does not"):
+    with pytest.raises(InputError, match=r"mvar-depth10-seed0 has axes .* that .*sweep\.yaml does not"):
         read_results(folder)
 
 
@@ -243,6 +244,19 @@ def test_cells_without_a_folder_have_the_names_that_the_sweep_will_use(tmp_path:
     assert {cell.status for cell in sweep.cells} == {"waiting"}
     (tmp_path / "sweep.yaml").write_text("fit: --config run.yaml\nseeds: [3]\n")
     assert [(cell.name, cell.axes) for cell in read_results(tmp_path).cells] == [("fit-seed3", {})]
+
+
+def test_a_cell_that_is_locked_is_running(folder: Path) -> None:
+    cell = cell_folder(folder, "mvar", "2", 0)
+    sweep_folder.write_attempts(cell, [None])
+    lock = FileLock.try_acquire(cell / "lock")
+    assert lock is not None
+    (cell / "lock").chmod(0o444)
+    status = {result.name: result.status for result in read_results(folder).cells}
+    assert status.pop(cell.name) == "running"
+    assert set(status.values()) == {"finished"}
+    lock.release()
+    assert [result.status for result in read_results(folder).unfinished] == ["interrupted"]
 
 
 @pytest.mark.parametrize(
@@ -403,5 +417,5 @@ def test_sampling_seeds_are_averaged_within_training_seeds(tmp_path: Path) -> No
 def test_scores_of_a_sampling_seed_must_exist(tmp_path: Path) -> None:
     folder = write_run_sweep(tmp_path / "run")
     (folder / "cells/w1-seed0/scores-6.json").unlink()
-    with pytest.raises(InputError, match=r"scores-6\.json is missing"):
+    with pytest.raises(InputError, match=r"scores-6\.json is missing: run the command of cell\.json that writes it"):
         read_results(folder)

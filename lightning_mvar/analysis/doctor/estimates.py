@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from io import BytesIO
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,8 +221,8 @@ def resized(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found
     height, width = scored.samples.shape
     size = (result.get("height", height), result.get("width", width))
     if size == (height, width):
-        target = float(result.get("sharpness", "inf"))
-        if target >= float(scored.result.get("sharpness", 0)):
+        target = result.get("sharpness", inf)
+        if target >= scored.result.get("sharpness", 0):
             return None
         some = read_some(scored.samples)
         sizes = [(round(height * k / 8), round(width * k / 8)) for k in range(2, 8)]

@@ -40,7 +40,7 @@ def add_traces(first: Result, second: Result, samples: Sequence[Samples | None])
         return
     sharpness = sharpness_of(ours), sharpness_of(theirs)
     if min(sharpness) < MIN_SHARPNESS * max(sharpness):
-        first["sharpness"], second["sharpness"] = (f"{value:.3f}" for value in sharpness)
+        first["sharpness"], second["sharpness"] = (round(value, 3) for value in sharpness)
     if len(ours) == len(theirs) and (darker := cut_off(ours, theirs)) is not None:
         first["rounding"], second["rounding"] = ("down", "nearest") if darker == 0 else ("nearest", "down")
 
