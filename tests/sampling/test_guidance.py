@@ -172,7 +172,7 @@ def test_a_network_that_guides_itself_is_not_guided(network: MVAR, tokenizer: To
         ({"num_classes": 9}, "its num_classes is 9, not 10"),
         ({"prediction": "token", "mixers": ("block_causal_attention",)}, "its prediction is token, not scale"),
         ({}, "it predicts tokens of another tokenizer"),
-        ({"names": list("abcdefghij")}, "it has classes of other names"),
+        ({"names": list("abcdefghij")}, "its class names differ"),
     ],
 )
 def test_networks_that_cannot_guide_are_refused(
