@@ -1,7 +1,7 @@
 """Share of a VAR's attention that stays within a scale or goes to coarser scales.
 
 This measurement motivates M-VAR (arXiv 2411.10433): attention mostly stays within a scale, so M-VAR keeps attention
-within scales and replaces it by something cheaper between them.
+within scales and replaces attention between scales with Mamba-2, which is cheaper.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def attention_share(network: MVAR, labels: Tensor, scale_inputs: Tensor) -> Tens
 
     Args:
         network: network with block-causal attention, in eval mode.
-        labels: (b,) int64 in [0, num_classes]; `num_classes` is unconditional.
+        labels: (b,) int64 in [0, num_classes]; `num_classes` means unconditional.
         scale_inputs: (b, l - first, c), the output of `teacher_inputs` for the images' tokens.
 
     Returns:

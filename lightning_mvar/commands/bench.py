@@ -51,37 +51,36 @@ def bench(
 ) -> None:
     """Measures speed and memory. `lightning-mvar bench WHAT` is short for `bench --what WHAT`.
 
-    sample: guided sampling, network and decoder. step: one step of the last scale,
-    from the state before it and without guidance, and the size of that state. train: a training step of forward,
-    backward, clipping and AdamW. tokenize: images to tokens with the published encoder. data: reading shards. memory:
-    the state that sampling carries from scale to scale. op: the parts of one block, and Mamba in sampling with and
-    without carried state. launches: the kernel launches, copies and host waits of sampling a batch and of a training
-    step; on a CPU, of networks narrowed to width 64, because counts do not depend on the width. Times are medians of
-    interleaved runs. `matmul_share` is the rate of all counted FLOPs divided by that of a large matrix product in the
-    same precision, measured in the same run.
+    sample: guided sampling, network and decoder. step: the last scale alone, from the state before it and without
+    guidance, and the size of that state. train: a training step of forward, backward, clipping and AdamW. tokenize:
+    images to tokens with the published encoder. data: reading shards. memory: the state that sampling carries from
+    scale to scale. op: the parts of one block, and Mamba in sampling with and without carried state. launches: kernel
+    launches, copies and host waits in sampling a batch and in a training step; on a CPU, networks are narrowed to width
+    64, because counts do not depend on the width. Times are medians of interleaved runs. `matmul_share` is the rate of
+    all counted FLOPs divided by that of a large matrix product in the same precision, measured in the same run.
 
     Args:
         what: the measurement.
         size: d12, d16, d20, d24, d30, d32 or d36.
-        mixer: mvar (attention inside scales, Mamba-2 across), var (block-causal attention), markov (attention to the
-            scale before), mamba_only, attention_only (inside scales), ar_raster (causal attention token by token), or
-            the mixers of a block joined by +, such as scale_attention+mamba1.
+        mixer: mvar (attention within scales, Mamba-2 across), var (block-causal attention), markov (attention to the
+            previous scale), mamba_only, attention_only (within scales), ar_raster (causal attention over tokens), or
+            the mixers of one block joined with +, such as scale_attention+mamba1.
         resolution: 256, 512 or 1024 pixels.
-        batch_size: number of images at once.
+        batch_size: number of images per batch.
         precision: precision of sampling; in training, weights stay float32 and matrix products use this precision.
-        depth: number of blocks, to measure a large size in little time; 0 for the depth of the size.
+        depth: number of blocks; fewer measure a large size in less time; 0 for the depth of the size.
         compile: in training, compile each block with torch.compile, which takes minutes.
         graphs: in sampling on CUDA, launch each scale as one CUDA graph (`launches` and --profile never do).
         guidance_off_from: in sampling, index of the first scale that is drawn without guidance.
-        versus: second setting, interleaved with the first, such as `mixer=var` or `size=d24,batch_size=1`.
+        versus: second setting to compare with, such as `mixer=var` or `size=d24,batch_size=1`.
         repeats: number of measured runs, after one warm-up run.
         num_workers: number of reader processes of `data` and `tokenize`.
         world_size: number of ranks of a simulated run, one of which `data` measures.
         device: auto, cpu, cuda or cuda:N.
         profile: also show each part's share of the time (`sample` only).
-        images: images for `tokenize`, given as for `lightning-mvar tokenize`.
-        shards: token shards for `data` to read instead of random ones, given as for `data.train` of `fit`; remote
-            shards are downloaded in a first pass, which is measured separately.
+        images: images for `tokenize`, as for `lightning-mvar tokenize`.
+        shards: token shards for `data` to read instead of random ones, as for `data.train` of `fit`; remote shards are
+            downloaded in a first pass, which is measured separately.
         cache_dir: folder that caches remote shards of `data`.
         json: file to write the table to, as JSON.
     """
@@ -103,7 +102,7 @@ def bench(
     if any(setting.compile for setting in settings) and what != "train":
         raise InputError("--compile, also in --versus, works only with `bench train`")
     if len({setting.precision == "tf32" for setting in settings}) > 1:
-        raise InputError("--versus: tf32 holds for a whole run, so compare it with other precisions in two runs")
+        raise InputError("--versus: tf32 applies to a whole run, so compare it with other precisions in two runs")
     set_tf32(precision == "tf32")
     torch_device = choose_device(device)
     measurements: dict[Measurement, Callable[[], list[Record]]] = {

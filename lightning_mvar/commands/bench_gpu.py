@@ -1,4 +1,4 @@
-"""`bench-gpu`: a fixed list of benchmarks for one GPU, with the shares of its peak."""
+"""`bench-gpu`: a fixed list of benchmarks for one GPU, with the reached shares of its peak."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bench_gpu(
 
     Args:
         out: folder for the results.
-        minutes: time for all of them; those that no longer fit are left out.
+        minutes: time for all benchmarks; those that no longer fit are left out.
         dry_run: only list the benchmarks with their estimated seconds.
         tiny: run networks of one narrow block instead, to test the command, also on a CPU.
         device: auto, cuda or cuda:N; with `--tiny true` also cpu.
@@ -28,13 +28,13 @@ def bench_gpu(
         for benchmark in benchmarks:
             record = {"what": benchmark.what, **vars(benchmark.setting)}
             print(f"{benchmark.seconds:4.0f} s  {describe(record)}")
-        print(f"{sum(benchmark.seconds for benchmark in benchmarks):4.0f} s  in all, of {60 * minutes:.0f} s")
+        print(f"{sum(benchmark.seconds for benchmark in benchmarks):4.0f} s  in total, of {60 * minutes:.0f} s")
         return
     torch_device = choose_device(device)
     if tiny:
         benchmarks = list(dict.fromkeys(benchmark.tiny() for benchmark in benchmarks))
     elif torch_device.type != "cuda":
-        raise InputError("bench-gpu needs a CUDA GPU; `--tiny true` runs through on a CPU, `--dry_run true` lists")
+        raise InputError("bench-gpu needs a CUDA GPU; `--tiny true` also runs on a CPU, `--dry_run true` only lists")
     records = run_suite(benchmarks, torch_device, 60 * minutes, Path(out))
     print("\n".join(markdown(records)))
     failed = sum("error" in record for record in records)

@@ -19,7 +19,8 @@ NAME_WIDTH = 48  # characters
 def configs(copy: str | None = None) -> None:
     """Lists the configuration files that come with the package, or copies them.
 
-    Commands that take a file accept these names in any folder; a file of that name in the folder goes first.
+    Commands that take a configuration file accept these names in any working directory; a file of that name in the
+    working directory takes precedence.
 
     Args:
         copy: new folder to copy the files to, such as configs.

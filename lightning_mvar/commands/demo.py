@@ -18,7 +18,7 @@ from lightning_mvar.sweeps.processes import run_command
 
 ROOT = Path("outputs/demo")
 CONFIGS = Path("configs/experiment")
-DRAWING = "--guidance 0.45 --guidance_off_from 4 --top_p 0.98 --device cpu"  # also of what the scorer is for
+DRAWING = "--guidance 0.45 --guidance_off_from 4 --top_p 0.98 --device cpu"  # the scorer is trained for it
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
 
@@ -45,11 +45,12 @@ class Stage:
 
     @property
     def identity(self) -> str:
-        """Command and the content of its configuration files, with those they include."""
+        """The command, and the content of its configuration files and of those that they include."""
         files = [Path(find_config(word)) for word in self.command.split() if word.endswith(".yaml")]
         return "\n".join([self.command, *(path.read_text() for file in files for path in with_included(file))])
 
     def finished(self) -> bool:
+        """Returns whether the stage has finished with the current command and configuration."""
         if not ((self.output / self.product).exists() and self.record.is_file()):
             return False
         return bool(json.loads(self.record.read_text())["identity"] == self.identity)
@@ -123,17 +124,17 @@ def demo() -> None:
     """Trains a tokenizer and a network on the embedded digits, then samples and evaluates, in outputs/demo.
 
     All stages run on the CPU, whatever GPUs the machine has. Finished stages are skipped and an interrupted one
-    resumes. Works in any folder; configs/experiment has the settings, here or else in the package.
+    resumes. The settings are in configs/experiment, in the working directory or else in the package.
     """
     begin = time.monotonic()
     with lock_folder(ROOT, "demo", "working directory"):
         for number, stage in enumerate(STAGES):
             if stage.finished():
-                print(f"[{stage.name}] finished before, skipped")
+                print(f"[{stage.name}] already finished, skipped")
                 continue
             if stage.record.is_file():  # finished with another command or configuration: it cannot resume
                 stage.clear()
-            for later in STAGES[number + 1 :]:  # their inputs change
+            for later in STAGES[number + 1 :]:  # because their inputs change
                 later.clear()
             run_stage(stage)
         write_metrics()

@@ -1,4 +1,4 @@
-"""The `doctor` command: says why two scores differ."""
+"""`doctor`: explains why two scores differ."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from lightning_mvar.metrics.summary import prepare
 from lightning_mvar.sampling.readers import open_samples
 
 DISTANCE = "frechet_distance"
-SAME_DISTANCE = 1e-3  # relative difference of a distance measured again, by rounding
-MIN_HALVES = 20  # samples of which two halves are compared
+SAME_DISTANCE = 1e-3  # relative difference of a repeated measurement that rounding explains
+MIN_HALVES = 20  # least number of samples for comparing two halves of them
 REQUIRED = (DISTANCE, "num_samples", "samples", "reference")
 TYPES: dict[str, Any] = {  # of the keys of a result that are more than compared
     **dict.fromkeys(("samples", "reference", "extractor", "extractor_class", "extractor_weights", "crop"), str),
@@ -50,22 +50,22 @@ def doctor(
     json: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Says why two scores differ: what differs between two results of `evaluate --json`, beginning with what usually
-    matters most, and how much of the Frechet distance it explains.
+    """Explains why two results of `evaluate --json` differ: lists their differences, usually most important first, and
+    estimates how much of the change in Frechet distance each explains.
 
-    `doctor A.json B.json`, or `doctor A.json --published var-d16`. Where samples and references are still where the
-    results say, it also looks at the pixels and scores again: fewer samples, other proportions of classes, another crop
-    or reference, resized or JPEG-compressed samples. That extracts the features of all samples again, of up to 50,000
-    per set. Estimates need not add up.
+    `doctor A.json B.json`, or `doctor A.json --published var-d16`. If samples and references are still where the
+    results say, it also inspects their pixels and scores them again: with fewer samples, other class proportions,
+    another crop or reference, or resized or JPEG-compressed samples. That extracts the features of up to 50,000 samples
+    per set again. The estimates need not add up.
 
     Args:
-        results: one or two files of `evaluate --json`. FILE#2 is the third result in a file of several.
+        results: one or two files of `evaluate --json`. FILE#2 is the third result in a file that holds several.
         published: compare with a published score instead of a second result: var-d16, m-var-d24, dit-xl-2, ...; an
-            unknown name lists all. Papers do not state everything; what they do not is left open.
+            unknown name lists all. Settings that a paper does not state are not compared.
         extractor: the extractor of the results, to score again; not needed for the classifiers of digits and photos.
         cache: folder that caches the statistics of real images and the classifiers of digits and photos.
-        max_images: samples that are resized or compressed to see what that does.
-        json: write the report to this JSON file, one record per score, difference, note.
+        max_images: largest number of samples to resize or compress for an estimate.
+        json: write the report to this JSON file, one record per score, difference and note.
         device: auto, cpu, cuda or cuda:N.
     """
     if len(results) != (2 if published is None else 1):
@@ -88,7 +88,7 @@ def doctor(
     notes += overlapping_intervals(*pair)
     if published is not None:
         notes += [f"{key}: {pair[1][key]}" for key in PUBLISHED_NOTES if key in pair[1]]
-        notes.append(f"not compared with the source: {', '.join(pair[1]['unverified'])}")
+        notes.append(f"not checked against the source: {', '.join(pair[1]['unverified'])}")
     report = make_report(*pair, differences, unknown, estimates, notes)
     print_report(report)
     if json is not None:
@@ -96,11 +96,11 @@ def doctor(
 
 
 def read_result(name: str) -> Result:
-    """Reads a result of `evaluate --json`; `FILE#2` is the third of several.
+    """Reads a result of `evaluate --json`; `FILE#2` is the third result of a file.
 
     Raises:
-        InputError: if the file is missing, has no such result, or several without a number; or if a value has the wrong
-            type.
+        InputError: if the file is missing, has no such result, or holds several and `name` has no number; or if a value
+            has the wrong type.
     """
     path, number = split_number(name)
     records = read_json(Path(path).expanduser(), list[dict[str, Any]])
@@ -123,7 +123,7 @@ def read_result(name: str) -> Result:
 
 
 def split_number(name: str) -> tuple[str, str]:
-    """Splits `FILE#2` into file and number; the number of a file without one is ""."""
+    """Splits `FILE#2` into file and number; the number is "" if there is none."""
     path, _, number = name.rpartition("#")
     return (path, number) if number.isdecimal() else (name, "")
 
@@ -131,9 +131,9 @@ def split_number(name: str) -> tuple[str, str]:
 def open_set(
     name: str, result: Result, extractor: nn.Module | None, cache: str, max_images: int, device: torch.device
 ) -> ScoredSet | str:
-    """Opens the samples of a result with their extractor; returns the reason if they cannot be scored again."""
+    """Opens the samples of a result and their extractor, or returns the reason why they cannot be scored again."""
     if "samples" not in result:
-        return "there are no images of the published score"
+        return "the samples of the published score are not available"
     if not Path(result["samples"]).expanduser().exists():
         return f"the samples of {name} are not scored again: {result['samples']} does not exist"
     try:
@@ -143,7 +143,7 @@ def open_set(
     if reference.kind == "shards":
         return f"the samples of {name} are not scored again: {result['reference']} holds token shards"
     if len(samples) > MAX_SAMPLES:
-        return f"the samples of {name} are not scored again: they are {len(samples)}, more than {MAX_SAMPLES}"
+        return f"the samples of {name} are not scored again: there are {len(samples)}, more than {MAX_SAMPLES}"
     extractor = classifier_for(reference, cache) if extractor is None else extractor
     if extractor is None or fingerprint(extractor) != result.get("extractor_weights"):
         expected = f"{result.get('extractor')} with weights {result.get('extractor_weights')}"
@@ -153,12 +153,12 @@ def open_set(
 
 
 def check_set(scored: ScoredSet) -> Iterator[str]:
-    """Says if the samples score otherwise than recorded, and how far apart two halves of them are."""
+    """Yields notes on a distance that differs from the recorded one, and on the noise between halves of the samples."""
     recorded = scored.result[DISTANCE]
     if not isclose(scored.distance, recorded, rel_tol=SAME_DISTANCE, abs_tol=1e-6):
         yield (
-            f"the samples of {scored.name} are now at distance {scored.distance:.4g}, not {recorded:.4g}: they, the "
-            f"reference or the crop have changed since"
+            f"the samples of {scored.name} are now at distance {scored.distance:.4g}, not {recorded:.4g}: the samples, "
+            f"the reference or the crop have changed since"
         )
     if len(scored.samples) >= MIN_HALVES:
         halves = [scored.distance_of(scored.by_class[begin::2]) for begin in (0, 1)]
@@ -166,7 +166,7 @@ def check_set(scored: ScoredSet) -> Iterator[str]:
 
 
 def overlapping_intervals(first: Result, second: Result) -> list[str]:
-    """Says which scores have overlapping confidence intervals, if `evaluate --interval` recorded them."""
+    """Returns a note on the scores whose confidence intervals overlap, if `evaluate --interval` recorded them."""
     low, high = (
         {name: [r[f"{name}_{end}"] for r in (first, second) if f"{name}_{end}" in r] for name in FULL_NAMES.values()}
         for end in ("low", "high")
@@ -183,8 +183,10 @@ def make_report(
     estimates: dict[str, Estimate],
     notes: list[str],
 ) -> list[Record]:
-    """Returns one flat record per score, difference and note; `explains` is a part of the second distance minus the
-    first."""
+    """Returns one flat record per score, difference and note.
+
+    `explains` is the estimated contribution to the second distance minus the first.
+    """
     report: list[Record] = [
         {
             "kind": "score",
@@ -202,12 +204,12 @@ def make_report(
             record |= {"estimate": estimates[difference.factor].text, "explains": estimates[difference.factor].explains}
         report.append(record)
     if unknown:
-        notes = [f"stated by one of the two only: {', '.join(unknown)}", *notes]
+        notes = [f"stated by only one of the results: {', '.join(unknown)}", *notes]
     return [*report, *({"kind": "note", "text": note} for note in notes)]
 
 
 def print_report(report: list[Record]) -> None:
-    """Prints scores, differences with what they explain of the distance, and notes."""
+    """Prints the scores, the differences with their estimates, and the notes."""
     scores, differences, notes = (
         [record for record in report if record["kind"] == kind] for kind in ("score", "difference", "note")
     )
@@ -218,7 +220,7 @@ def print_report(report: list[Record]) -> None:
         rows = [[r["factor"], str(r["first"]), str(r["second"]), r["effect"]] for r in differences]
         print_rows([["what differs", "first", "second", "effect"], *rows])
     else:
-        print("nothing differs of what both results state")
+        print("the results agree in everything that both state")
     estimated = sorted((r for r in differences if "explains" in r), key=lambda r: -abs(r["explains"]))
     if estimated:
         print()

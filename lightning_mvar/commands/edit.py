@@ -41,30 +41,30 @@ def edit(
     precision: Precision = "float32",
     **sampling: Any,
 ) -> None:
-    """Redraw a part of an image, as its own or another class. At every scale, the network samples the tokens inside
-    that part and keeps the image's own tokens elsewhere; so the kept part looks as the tokenizer reconstructs it. A
-    token is redrawn if at least half of its cell is in that part; `kept_tokens_mask` says how VAR's own masks differ.
+    """Redraws a part of an image, as the same or another class. At every scale, the network samples the tokens inside
+    that part and keeps the image's own tokens elsewhere; the kept part therefore looks as the tokenizer reconstructs
+    it. A token is redrawn if at least half of its cell is in that part; `kept_tokens_mask` says how VAR's masks differ.
 
     Args:
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
-        image: image file of any size; it is resized and cropped to the center.
-        out: folder to write NUMBER.png to.
+        image: image file of any size; it is resized and center-cropped.
+        out: folder for NUMBER.png.
         classes: comma-separated class names (which may contain commas), WordNet ids or numbers, or "unconditional".
         box: LEFT,TOP,RIGHT,BOTTOM of the part to redraw, in pixels at the network's resolution.
-        mask: instead of a box, image file that is white in the part to redraw; as large as the image or as the
-            network's images.
+        mask: instead of --box, an image file that is white in the part to redraw, of the same size as the image or as
+            the network's images.
         outside: redraw everything outside the box or mask and keep the inside.
         count: images per class.
         picture: PNG file for a figure with one row per class: the image, the part to redraw, and the results.
-        tokenizer: folder of the tokenizer, if it is no longer at the path that the checkpoint records.
-        weights: of a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
+        tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoint.
+        weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         device: auto, cpu, cuda or cuda:N.
         precision: precision of network and decoder.
         sampling: guidance scale, top-k, top-p, smooth, seed and others.
     """
     if (box is None) == (mask is None):
         raise InputError("give either --box LEFT,TOP,RIGHT,BOTTOM or --mask FILE to choose the part to redraw")
-    SamplingSettings(**sampling)  # raises for values out of range before weights are read
+    SamplingSettings(**sampling)  # raises InputError for values out of range, before weights are read
     require_in(f"[1, {MAX_COUNT}]", "--", count=count)
     if Path(out).is_file() or Path(out).suffix:
         raise InputError(f"--out {out} must be a folder")

@@ -1,4 +1,4 @@
-"""The `evaluate` command: scores sampled images against real ones."""
+"""`evaluate`: scores sampled images against real ones."""
 
 from __future__ import annotations
 
@@ -68,30 +68,29 @@ def evaluate(
             With --ckpt_path, missing images are first drawn into it, by default with the published protocol: 50 images
             per class, guidance 1.5, top_k 900, top_p 0.96.
         reference: the real images: `digits:test`; `photos:test`; `emoji64:test`; `imagenet256` (64, 128, 512), ADM's
-            file, downloaded the first time; a folder of class folders; FOLDER:val for its held-out images; a folder of
+            file, downloaded on first use; a folder of class folders; FOLDER:val for its held-out images; a folder of
             token shards, decoded by --tokenizer; an npz of images (arr_0); or an npz of mu and sigma, made with the
             same extractor.
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         per_class: with --ckpt_path, samples per class.
-        extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE), whose scores compare
+        extractor: InceptionV3 or DINOv2, downloaded on first use (or --extractor.weights FILE), whose scores compare
             with published ones; Timm or Transformers, with --extractor.model; ImageClassifier, trained on
-            --extractor.images in about a minute; or the class path of an nn.Module with num_features, images in [0, 1]
-            -> features. The default is a small classifier: of digits or photos, or trained on the reference's own
-            images, for scores that compare on the same data only.
-        crop: resizing of real images in files before their center is cropped. var: shorter side to --margin times the
-            side of the samples, Lanczos. adm: box averaging, then bicubic, as ADM's references. torchvision-bilinear,
-            torchvision-bicubic: Resize and CenterCrop. Scores against references of different protocols do not
-            compare.
-        margin: with --crop var; 1.125 in the papers, 1 cuts nothing off square images. Use that of `tokenize`.
-        interval: confidence level of an interval for each score, such as 0.95: how much it would change with other
-            samples of the network, by a jackknife that scores the samples 20 times without a twentieth. It covers
-            neither the bias of few samples nor other training seeds.
+            --extractor.images in about a minute; or the class path of an nn.Module with num_features that maps images
+            in [0, 1] to features. The default is a small classifier of digits or photos, or one trained on the
+            reference's own images, whose scores compare only on the same data.
+        crop: how real images in files are resized before the center crop. var: shorter side to --margin times the side
+            of the samples, Lanczos. adm: box averaging, then bicubic, as ADM's references. torchvision-bilinear,
+            torchvision-bicubic: Resize and CenterCrop. Scores against references with different crops do not compare.
+        margin: for --crop var; 1.125 in the papers, 1 keeps square images whole. Use that of `tokenize`.
+        interval: confidence level of an interval for each score, such as 0.95: how much the score would change with
+            other samples of the network, by a jackknife that scores the samples 20 times, each time without another
+            twentieth. It covers neither the bias of few samples nor other training seeds.
         extrapolate: also report the Frechet distance extrapolated to infinitely many samples, from random subsets of
             the samples, which must be at least four times as many as the features.
         floor: other real images; their distance to the reference is the score of a perfect model.
         worst_classes: number of classes whose Frechet distances are reported, largest first; the classes of samples and
             reference must be known.
-        reconstructions: folder of a tokenizer, to score its reconstructions of the reference too.
+        reconstructions: folder of a tokenizer whose reconstructions of the reference are also scored.
         tokenizer: folder of the tokenizer that decodes token shards, or the checkpoint's tokenizer if it was moved.
         weights: `ema` for the averaged weights if the checkpoint has them, `raw` for the last weights.
         statistics: write the reference statistics and features to this npz, for later use as --reference.
@@ -182,20 +181,20 @@ def default_extractor(reference: Reference, cache: str) -> nn.Module:
     if reference.kind != "images":
         raise InputError(
             f"--extractor is required for --reference {reference.name}, which has no image files with classes: use "
-            f"InceptionV3 or DINOv2, which are downloaded the first time"
+            f"InceptionV3 or DINOv2, which are downloaded on first use"
         )
     margin = reference.resizing.margin
     classifier = ImageClassifier(reference.name, cache=cache, margin=margin, on_corrupt=reference.on_corrupt)
     warn(
-        f"without --extractor, features come from a classifier trained on {reference.name} itself: compare the scores "
-        f"only with others against these images (to train it on other images: --extractor ImageClassifier "
+        f"without --extractor, features come from a classifier trained on {reference.name} itself: compare its scores "
+        f"only with others against the same images (to train it on other images: --extractor ImageClassifier "
         f"--extractor.images FOLDER)"
     )
     return classifier
 
 
 def costs(drawn: Drawing) -> Record:
-    """Returns what drawing an image costs and, if any were drawn, how many were drawn per second."""
+    """Returns the cost of drawing an image and, if any were drawn, the number of images per second."""
     rate = {} if drawn.images_per_s is None else {"images_per_s": drawn.images_per_s}
     return drawn.costs()._asdict() | rate
 
@@ -203,8 +202,12 @@ def costs(drawn: Drawing) -> Record:
 def read_and_try(
     extractor: nn.Module, stored: StoredModel, references: list[Reference], decoder: Tokenizer | None
 ) -> TrainedModel:
-    """Reads a network; checks that references have its classes and image size and the requested crop, and tries the
-    extractor, before images are drawn."""
+    """Reads a network and checks, before images are drawn, that references and extractor suit it.
+
+    Raises:
+        InputError: if a reference has other classes, another image size or another crop than requested, or the
+            extractor fails.
+    """
     model = stored.load()
     shape = model.tokenizer.config.shape
     for reference in references:

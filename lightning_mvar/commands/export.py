@@ -42,13 +42,13 @@ def export(
         official: instead of --ckpt_path, a published VAR or M-VAR network (.pth, .safetensors, or a known name such as
             `var-d16`), or a checkpoint of the published trainer.
         tokenizer: with --ckpt_path, the tokenizer's folder, if it is no longer at the path recorded in the checkpoint;
-            with --official, the published tokenizer's file or name, or a folder; alone, a published tokenizer to
+            with --official, the published tokenizer's file or name, or a folder; on its own, a published tokenizer to
             convert, or a folder to copy for images of another size.
-        resolution: 256, 512 or 1024: image size of a tokenizer alone (256 by default for a published one), or the
-            published schedule of --official weights that do not contain theirs (no lvl_1L).
+        resolution: 256, 512 or 1024: image size of a tokenizer without a network (256 by default for a published one),
+            or the published schedule for --official weights that do not contain theirs (no lvl_1L).
         side_lengths: instead of --resolution, the side of each token map, as [1,2,3,4].
-        to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code. It has
-            one value of `state_dim`, `head_dim` and others, their defaults here: a message lists all that differ.
+        to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code, which
+            fixes `state_dim`, `head_dim` and others to their defaults here; an error lists all that differ.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         card: what the model card says, the README.md of a folder with a network; arguments of `model_card`.
     """
@@ -81,13 +81,13 @@ def export(
 
 
 def refuse_tokenizer(folder: Path) -> None:
-    """Raises InputError if a folder holds a tokenizer alone: shards and checkpoints may refer to it."""
+    """Raises InputError if a folder holds a tokenizer without a network, which shards and checkpoints may refer to."""
     if (folder / CONFIG).is_file() and read_config(folder, "tokenizer", "").network is None:
         raise InputError(f"{folder} holds a tokenizer, which shards and checkpoints may refer to: name another --out")
 
 
 def refuse_card(options: dict[str, Any]) -> None:
-    """Raises InputError if an option is for the model card, which only a folder with a network has."""
+    """Raises InputError if an option of the model card is given, which only a folder with a network has."""
     for name, value in options.items():
         if value:
             raise InputError(f"--{name} is for the model card, which only a folder with a network has: drop it")
@@ -102,7 +102,7 @@ def requested_schedule(resolution: int | None, side_lengths: list[int] | None) -
 
 
 def export_tokenizer(out: str, tokenizer: str | None, schedule: ScaleSchedule | None, to: str) -> None:
-    """Converts a published tokenizer alone, or copies one of a folder with another schedule."""
+    """Converts a published tokenizer, or copies one from a folder with another schedule, without a network."""
     if tokenizer is None:
         raise InputError("give --ckpt_path CKPT, --official FILE, or the file of a published tokenizer as --tokenizer")
     if to == "official":

@@ -36,14 +36,13 @@ def likelihood(
 ) -> None:
     """Measures the negative log-likelihood of given images in bits per token, over all tokens and per scale.
 
-    A uniform guess among v codes costs log2(v) bits.
+    A uniform guess among v codes costs log2(v) bits per token.
 
     Args:
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
-        images: a builtin set such as `digits:train` or `photos:test`, or a folder of class folders; images are resized
-            and center-cropped.
-        classes: class to condition all images on (a name, number or "unconditional"); default: the class of the
-            image's folder.
+        images: an embedded set such as `digits:train` or `photos:test`, or a folder of class folders; images are
+            resized and center-cropped.
+        classes: class for all images (a name, number or "unconditional"); default: the class of the image's folder.
         json: JSON file for the values of the table.
         each: JSON file for one record per image.
         tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoint.
@@ -84,7 +83,7 @@ def likelihood(
 
 @torch.no_grad()
 def bits_per_scale(model: TrainedModel, images: Tensor, labels: Tensor) -> Tensor:
-    """Returns mean bits per token and scale (b, k) of images (b, 3, H, W) in [-1, 1] with labels (b,)."""
+    """Returns the mean bits per token (b, k) float64 in each of k scales of images (b, 3, H, W) in [-1, 1]."""
     tokens = model.tokenizer.encode(images)
     inputs = teacher_inputs(model.network.config, model.tokenizer, tokens)
     losses, _ = model.network.score(labels, inputs, tokens)
@@ -93,7 +92,7 @@ def bits_per_scale(model: TrainedModel, images: Tensor, labels: Tensor) -> Tenso
 
 
 def bits_record(model: TrainedModel, bits: Tensor) -> Record:
-    """Returns a record of bits per token: the mean over all tokens, then those of each scale, given as (k,)."""
+    """Returns a record of the mean bits over all tokens and per scale, given the `bits` per token (k,) of k scales."""
     schedule = model.network.config.schedule
     lengths = torch.tensor(schedule.lengths, dtype=bits.dtype)
     mean = float((bits * lengths).sum() / schedule.num_tokens)
@@ -102,7 +101,7 @@ def bits_record(model: TrainedModel, bits: Tensor) -> Record:
 
 
 def folder_labels(model: TrainedModel, folders: list[str], classes: str | None) -> Tensor:
-    """Returns the network's label of each class folder; raises InputError if the network has no such class."""
+    """Returns the network's label for each class folder; raises InputError if the network has no such class."""
     names = Classes(model.class_names, model.network.config.num_classes)
     if classes is not None:
         return torch.full((max(len(folders), 1),), names.label(classes))

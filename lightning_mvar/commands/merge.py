@@ -29,22 +29,22 @@ def merge(
 ) -> None:
     """Writes a linear combination of networks as one self-contained folder, for `sample`, `evaluate` and `fit`.
 
-    Examples: `merge A B --out DIR` averages, `merge S --base T --away 1.0 --out DIR` moves T away from S. Tensor by
-    tensor, so memory holds one at a time. The same command, run again, replaces its own result; nothing else is
+    Examples: `merge A B --out DIR` averages, `merge S --base T --away 1.0 --out DIR` moves T away from S. Tensors are
+    merged one at a time to save memory. Running the same command again replaces its own result; nothing else is
     replaced.
 
     Args:
         networks: one or more checkpoints of `fit` (sharded or not), folders of `export`, or published files (.pth,
             .safetensors), of the same architecture, classes and tokenizer. They should descend from the same weights.
-        out: folder to write, with config.json, which names networks and coefficients, and safetensors.
-        coefficients: one factor per network, also negative: `A B --coefficients 0.7 0.3` writes 0.7 A + 0.3 B.
+        out: folder for the safetensors and config.json, which names networks and coefficients.
+        coefficients: one factor per network, which may be negative: `A B --coefficients 0.7 0.3` writes 0.7 A + 0.3 B.
             Default: the average.
         base: network that the others are compared with: `A B --base T --coefficients 0.5 0.4` writes
             T + 0.5 (A - T) + 0.4 (B - T), called task arithmetic.
         away: `S --base T --away W` writes T + W (T - S): Neon (arXiv 2510.03597), if S is T fine-tuned on samples of T.
-        ema: `SNAPSHOT ... --ema SIGMA_REL` writes the power-function average of this relative width as of the newest
-            snapshot (EDM2, arXiv 2312.02696). Snapshots are checkpoints of one run with `model.power_ema`, which
-            configs/callbacks/snapshots.yaml keeps.
+        ema: `SNAPSHOT ... --ema SIGMA_REL` writes the power-function average of this relative width at the step of the
+            newest snapshot (EDM2, arXiv 2312.02696). Snapshots are checkpoints of one run with `model.power_ema`; use
+            configs/callbacks/snapshots.yaml to keep them.
         tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoints; for published
             networks also a published file.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
@@ -71,10 +71,10 @@ def merge(
 
 
 def power_average(paths: tuple[str, ...], sigma_rel: float, tokenizer: str | None) -> list[Term]:
-    """Finds the coefficients of the averages in snapshots for the average of another width; see `merge`.
+    """Finds the coefficients that combine the averages in snapshots into an average of another width; see `merge`.
 
     Raises:
-        InputError: if a path is not a snapshot, two snapshots are of the same step, or they are of different runs.
+        InputError: if a path is not a snapshot, or two snapshots have the same step or come from different runs.
     """
     steps: dict[int, str] = {}
     snapshots: list[tuple[Profile, StoredModel]] = []
@@ -83,14 +83,14 @@ def power_average(paths: tuple[str, ...], sigma_rel: float, tokenizer: str | Non
         opened = open_snapshots(resolve_last(Path(path)), tokenizer)
         step = opened[0][0].step
         if step in steps:
-            raise InputError(f"{steps[step]} and {path} are both of step {step}: name snapshots of one run, each once")
+            raise InputError(f"{steps[step]} and {path} have the same step {step}: name each snapshot of a run once")
         settings = {"power_ema": [profile.sigma_rel for profile, _ in opened], **asdict(opened[0][1].config)}
         first = first or settings
         for name in settings:
             if settings[name] != first[name]:
                 raise InputError(
-                    f"{path} is a snapshot of another run than {paths[0]}: its {name} is {settings[name]}, not "
-                    f"{first[name]}"
+                    f"{path} and {paths[0]} are snapshots of different runs: the {name} of {path} is "
+                    f"{settings[name]}, not {first[name]}"
                 )
         steps[step] = path
         snapshots += opened
@@ -103,10 +103,10 @@ def power_average(paths: tuple[str, ...], sigma_rel: float, tokenizer: str | Non
 def resolve_coefficients(
     count: int, coefficients: tuple[float, ...] | None, has_base: bool, away: float | None
 ) -> list[float]:
-    """Returns the factor of each network, and last that of the base if there is one; see `merge`.
+    """Returns the factor of each network, followed by that of the base if there is one; see `merge`.
 
     Raises:
-        InputError: if the options contradict each other, or there is not one coefficient per network.
+        InputError: if the options contradict each other, or the number of coefficients is not that of networks.
     """
     if away is not None:
         if coefficients is not None or not has_base or count != 1:

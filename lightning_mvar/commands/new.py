@@ -1,4 +1,4 @@
-"""`new`: writes a project for one's own pictures, a folder with the configuration of each command."""
+"""`new`: writes a project for your own pictures, a folder with the configuration of each command."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import is_remote
 from lightning_mvar.io.files import create_folder
 from lightning_mvar.projects.files import command_lines, project_files
-from lightning_mvar.projects.pictures import Pictures, look_at
+from lightning_mvar.projects.pictures import Pictures, inspect_pictures
 from lightning_mvar.projects.recipes import CPU, GPU, Plan, check_resolution, make_plan
 
-MAX_NAMED = 5  # broken pictures
+MAX_NAMED = 5  # broken pictures to name
 
 
 def new(folder: str, *, images: str, resolution: int | None = None) -> None:
-    """Writes a project for your own pictures: a folder with a configuration of each command from train-tokenizer on.
+    """Writes a project for your own pictures: a folder with the configuration of each command from train-tokenizer on.
 
-    Looks at the pictures, and chooses sizes for their number and for this machine (docs/own_images.md has the table).
+    Inspects the pictures, and chooses model sizes for their number and for this machine (table in docs/own_images.md).
     The pictures stay where they are.
 
     Args:
         folder: new or empty folder to write.
         images: a folder of pictures or of class folders, or archives as `tokenize` takes them.
-        resolution: side of the images to train on, 32, 64, 128 or 256, by default the largest that the pictures have;
-            at most 64 on a CPU.
+        resolution: side of the training images: 32, 64, 128 or 256; default: the largest that the pictures allow, at
+            most 64 on a CPU.
     """
     target = Path(folder)
     check_resolution(resolution)
     check_folders(target, images)
     source = images if is_remote(images) else os.path.abspath(images)
     opened = open_encoded(source, None, None)
-    pictures = look_at(opened, images)
+    pictures = inspect_pictures(opened, images)
     plan = make_plan(pictures, resolution, GPU if torch.cuda.is_available() else CPU)
     files = project_files(plan, source, opened.summary())
     create_folder(target, "choose another folder")
@@ -47,7 +47,7 @@ def new(folder: str, *, images: str, resolution: int | None = None) -> None:
 
 
 def check_folders(target: Path, images: str) -> None:
-    """Raises InputError if the project would replace files or lie among its own pictures, or needs no project."""
+    """Raises InputError if the project would replace files or lie among its pictures, or the images need none."""
     if find_embedded_set(images) is not None:
         raise InputError(f"--images {images} is built in: configs/experiment and configs/data train on it")
     refuse_split(images)

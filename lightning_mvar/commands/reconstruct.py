@@ -1,4 +1,4 @@
-"""The `reconstruct` command: measures how well a tokenizer reconstructs real images."""
+"""`reconstruct`: measures how well a tokenizer reconstructs real images."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def reconstruct(
 
     Args:
         tokenizer: folder that `train-tokenizer` or `export` wrote, published file, or vae-ch160v4096z32.
-        images: image source, as for `lightning-mvar tokenize`; their center is cropped.
-        extractor: InceptionV3 or DINOv2, downloaded the first time (or --extractor.weights FILE); Timm or Transformers,
+        images: image source, as for `lightning-mvar tokenize`; images are center-cropped.
+        extractor: InceptionV3 or DINOv2, downloaded on first use (or --extractor.weights FILE); Timm or Transformers,
             with --extractor.model; ImageClassifier, trained on --extractor.images; or the class path of an nn.Module
-            with num_features, images in [0, 1] -> features. The default for digits and photos is a small classifier.
-            Without an extractor there is no Frechet distance.
-        crop: how images in files are resized before their center is cropped; see `evaluate`.
-        margin: with --crop var, ratio of the resized shorter side to the crop; 1 cuts nothing off square images.
-        perturb: also report the perturbed Frechet distance, with InceptionV3 pFID: between originals and images decoded
-            after 50, 70 or 90 % of the tokens were drawn anew among the 1/64, 1/32 or 1/16 of the codes nearest to
-            theirs; the mean of the nine. Decodes ten times as often.
+            with num_features that maps images in [0, 1] to features. The default for digits and photos is a small
+            classifier. Without an extractor there is no Frechet distance.
+        crop: how images in files are resized before the center crop; see `evaluate`.
+        margin: for --crop var, ratio of the resized shorter side to the crop; 1 keeps square images whole.
+        perturb: also report the perturbed Frechet distance (pFID with InceptionV3): between originals and images
+            decoded after 50, 70 or 90 % of the tokens were replaced at random by one of the nearest 1/64, 1/32 or 1/16
+            of the codes; the mean of these nine distances. Decodes ten times as many images.
         picture: PNG file for 8 images spread over the source, originals above reconstructions.
         json: write the scores to this JSON file.
         batch_size: images per batch.
@@ -105,7 +105,7 @@ class Comparison:
         extractor: prepared, on `device`; None to skip the Frechet distance.
         device: device to compute on.
         perturb: whether to score images decoded from perturbed tokens too.
-        shown: numbers of the images for the picture, in the order of `update`.
+        shown: indices of the images for the picture, in the order of `update`.
     """
 
     def __init__(
@@ -158,5 +158,5 @@ class Comparison:
 
 
 def spread(count: int, wanted: int) -> set[int]:
-    """Returns up to `wanted` numbers below `count` at equal distances: sources are ordered by class."""
+    """Returns up to `wanted` evenly spaced indices below `count`, to cover all classes of a source ordered by class."""
     return set(torch.linspace(0, count - 1, min(count, wanted)).round().int().tolist())

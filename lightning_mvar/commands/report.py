@@ -42,14 +42,14 @@ CAPTIONS = {
 def report(folder: str, baseline: str | None = None, out: str | None = None) -> None:
     """Writes the report of a sweep: report.md with tables and figures, CSV files and a TensorBoard table.
 
-    `tensorboard --logdir FOLDER/report/hparams` shows that table of all cells. A variant is a set of cells that differ
+    `tensorboard --logdir FOLDER/report/hparams` shows the table of all cells. A variant is a set of cells that differ
     only in the seed. Only finished cells count; the others are listed.
 
     Args:
         folder: folder of a sweep, finished or not.
         baseline: variant that the others are compared with, paired by seed; default: that of the sweep file, or else
-            the first in the sweep's order that has finished cells.
-        out: folder to write to; default FOLDER/report.
+            the first variant of the sweep that has finished cells.
+        out: folder for the report; default FOLDER/report.
     """
     sweep = read_results(folder)
     variants = variants_of(sweep)
@@ -81,7 +81,7 @@ def render_markdown(sweep: Sweep, variants: list[Variant], baseline: Variant, fi
     parts = [
         f"# Sweep {sweep.folder.resolve().name}",
         "\n".join(sweep_summary(sweep, variants)),
-        f"The commands of {example.name}, each to follow `lightning-mvar`; the cell.json of every cell has its own:",
+        f"The commands of {example.name}, without `lightning-mvar`; those of every cell are in its cell.json:",
         "\n".join(["```", *example.commands, "```"]),
         "## Results",
         "Mean ± standard deviation (n - 1) over seeds of the final values; losses in nats per token.",
@@ -114,7 +114,7 @@ def spread_section(sweep: Sweep, variants: list[Variant]) -> list[str]:
 def training_sections(variants: list[Variant]) -> list[str]:
     return [
         "## Costs",
-        "Training images/s is the median over each run, on the machine that it ran on.",
+        "Training images/s is the median over a run, on the machine of that run.",
         str(cost_table(variants)),
         "## Loss of each scale",
         "Validation loss by the side length of the scale, in nats per token.",
@@ -128,7 +128,7 @@ def caption(name: str) -> str:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises InputError if a sweep from elsewhere links its report to other files, which would be overwritten."""
+    """Raises InputError if the report folder of a copied sweep has links, whose targets would be overwritten."""
     if link := next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None):
         raise InputError(f"{link} is a link: remove it, or name another folder with --out")
 

@@ -1,4 +1,4 @@
-"""`sample`: draws images, as npz or PNG files, or their tokens, from a checkpoint; with figures to look at."""
+"""`sample`: draws images (npz or PNG files) or their tokens with a trained network, and figures of them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def sample(
     num_nodes: int = 1,
     **drawing: Any,
 ) -> None:
-    """Draws images with a trained network. Run the same command again after an interruption to draw the missing ones.
+    """Draws images with a trained network. After an interruption, run the same command again to draw the missing ones.
 
-    Image i of a seed has a random stream of its own, for any batch size and number of devices. Other batch sizes round
-    differently: in float32, a few images then differ by a gray level (docs/devices.md has figures).
+    Image i of a seed has its own random stream, independent of batch size and number of devices. Other batch sizes
+    round differently: in float32, a few images then differ by a gray level (docs/devices.md has figures).
 
     Args:
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
@@ -47,18 +47,19 @@ def sample(
         grid: PNG file for a grid with one row of up to 10 images per class.
         strip: PNG file for a strip of one image per class, up to 10, decoded after each scale.
         animation: GIF or WebP file of the grid decoded after each scale.
-        tokenizer: folder, published file or name of the tokenizer, if it is no longer where the checkpoint records it.
+        tokenizer: folder, published file or name of the tokenizer, if it is no longer at the path recorded in the
+            checkpoint.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         device: auto, cpu, cuda or cuda:N.
         devices: number of processes per machine, each with its own GPU if `device` is cuda.
-        num_nodes: number of machines; start the same command on each, by torchrun or Slurm.
+        num_nodes: number of machines; start the same command on each, with torchrun or Slurm.
         drawing: arguments of `draw_set`.
     """
     if animation is not None and Path(animation).suffix not in ANIMATIONS:
         raise InputError(f"--animation {animation} must end in {' or '.join(ANIMATIONS)}")
     if drawing.get("reject") is not None and (strip or animation):
         raise InputError(
-            "--strip and --animation show all drawn images, before --reject selects: drop them or --reject"
+            "--strip and --animation show all drawn images, before --reject selects some: drop them or --reject"
         )
     figures = {"--grid": grid, "--strip": strip, "--animation": animation}
     if out is None and tokens is None:

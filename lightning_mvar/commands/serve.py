@@ -1,4 +1,4 @@
-"""`serve`: web page that draws images with a checkpoint or an exported folder."""
+"""`serve`: a web page that draws images with a checkpoint or an exported folder."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def serve(
     device: str = "auto",
     precision: Precision = "float32",
 ) -> None:
-    """Serve a web page that draws images scale by scale and inpaints, until Ctrl-C.
+    """Serves a web page that draws images scale by scale and inpaints, until Ctrl-C.
 
     Args:
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
-        host: address to listen on; the default is reachable from this machine only, 0.0.0.0 from any other.
+        host: address to listen on; the default is reachable only from this machine, 0.0.0.0 also from others.
         port: port to listen on, 1 to 65535.
-        allowed_hosts: other names by which browsers call the page, such as that of a proxy, separated by commas.
-        tokenizer: folder of the tokenizer, if it is no longer at the path that the checkpoint records.
-        weights: of a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
+        allowed_hosts: other host names under which browsers reach the page, such as that of a proxy, comma-separated.
+        tokenizer: folder of the tokenizer, if it is no longer at the path recorded in the checkpoint.
+        weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         device: auto, cpu, cuda or cuda:N.
         precision: precision of network and decoder.
     """
@@ -43,7 +43,7 @@ def serve(
     from lightning_mvar.web.folder import page_folder
     from lightning_mvar.web.server import serving  # importing gradio takes seconds
 
-    signal.signal(signal.SIGTERM, interrupt)  # so that temporary files are removed
+    signal.signal(signal.SIGTERM, interrupt)  # to remove temporary files before exiting
     listener = listen(host, port)
     proxies = [name.strip() for name in allowed_hosts.split(",") if name.strip()]
     with page_folder() as folder, serving(pipe, ckpt_path, listener, host, proxies, folder):
@@ -54,7 +54,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a listening socket; raises InputError if the address is unusable, or in use."""
+    """Opens a listening socket; raises InputError if the address is invalid or in use."""
     if not 0 < port < 2**16:
         raise InputError(f"--port {port} must be a number from 1 to {2**16 - 1}")
     if not host:
@@ -66,7 +66,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen()
         return listener
-    except UnicodeError as error:  # names that are too long, or have empty parts
+    except UnicodeError as error:  # the name is too long, or has empty parts
         raise InputError(f"--host {host!r} is not the name of a host") from error
     except OSError as error:
         raise InputError(

@@ -31,22 +31,22 @@ from lightning_mvar.io.fetch import is_remote
 from lightning_mvar.sampling.grids import captioned_pair, image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-MAX_OTHER_FILES = 10_000  # in the folder of the source, such as class folders and files of other types
+MAX_OTHER_FILES = 10_000  # entries in the folder of the source that are not images, such as class folders
 WILDCARDS = frozenset("*?[")
-MAX_LISTED = 5  # classes at each end of the histogram, and skipped images
-COLUMNS = 8  # of the picture
+MAX_LISTED = 5  # skipped images, and classes at each end of the histogram
+COLUMNS = 8  # in the picture
 
 
 def verify(folder: str, tokenizer: str | None = None) -> None:
-    """Check every shard and print every problem on its own line; exit code 1 if there is one.
+    """Checks every shard and prints each problem on its own line; exits with 1 if there is one.
 
     The manifest must be readable and list exactly the existing shards. Every shard must have the listed size, SHA-256
-    and number of samples, only complete packs, tokens and labels of the right types, shapes and ranges, and no image
-    that occurs twice, in this shard or another.
+    and number of samples, and only complete packs, with tokens and labels of the right types, shapes and ranges. No
+    image may occur twice, in one shard or in two.
 
     Args:
-        folder: folder of token shards; may be given without its name: `shards verify DIR`.
-        tokenizer: folder of the tokenizer that must have made the tokens.
+        folder: folder of token shards; `shards verify DIR` is short for `shards verify --folder DIR`.
+        tokenizer: folder of the tokenizer that should have made the tokens.
     """
     path = require_folder(folder)
     fingerprint = None if tokenizer is None else load_tokenizer(tokenizer).fingerprint()
@@ -65,14 +65,14 @@ def verify(folder: str, tokenizer: str | None = None) -> None:
 
 
 def info(folder: str, json: str | None = None) -> None:
-    """Print the manifest, the size on disk, the codebook usage per scale and the number of samples per class.
+    """Prints the manifest, the size on disk, the codebook usage per scale and the number of samples per class.
 
     `codebook_usage` is the fraction of the codes that a scale uses; `codebook_perplexity` is the number of equally
     frequent codes with the same entropy.
 
     Args:
-        folder: folder of token shards; may be given without its name: `shards info DIR`.
-        json: write everything, with every class, to this file.
+        folder: folder of token shards; `shards info DIR` is short for `shards info --folder DIR`.
+        json: write everything, with every class, to this JSON file.
     """
     refuse_overwriting({"--json": json}, {"--folder": folder})
     path = require_folder(folder)
@@ -116,16 +116,16 @@ def decode(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Decode some samples into a picture, each beneath its original image.
+    """Decodes some samples into a picture, each below its original image.
 
     Args:
-        folder: folder of token shards; may be given without its name: `shards decode DIR`.
+        folder: folder of token shards; `shards decode DIR` is short for `shards decode --folder DIR`.
         tokenizer: folder of the tokenizer that made the tokens.
         out: PNG file for the picture.
         n: number of samples, spread over the shards.
         images: location of the original images, if they have moved since `tokenize`.
-        labels: the same as for `tokenize`, if it was given there.
-        class_names: the same as for `tokenize`, if it was given there.
+        labels: the value that was passed to `tokenize`, if any.
+        class_names: the value that was passed to `tokenize`, if any.
         seed: seed that chooses the samples.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -159,14 +159,14 @@ def decode(
     pairs = [captioned_pair(*pair) for pair in zip(originals, decoded, names, samples.keys, strict=True)]
     save_image(image_grid(torch.stack(pairs), min(len(pairs), COLUMNS)), out)
     num_originals = sum(original is not None for original in originals)
-    print(f"{len(pairs)} samples of {folder} in {out}, {num_originals} of them beneath their originals")
+    print(f"{len(pairs)} samples of {folder} in {out}, {num_originals} of them below their originals")
 
 
 def check_source(manifest: Manifest) -> None:
-    """Checks that the location in a manifest, which may be foreign, can be opened without harm or a long search.
+    """Checks that the source in a manifest, which may come from elsewhere, can be opened safely and quickly.
 
     Raises:
-        InputError: if it is no path on this machine, has wildcards, or is a folder of far more files than the images.
+        InputError: if it is not a path on this machine, has wildcards, or is a folder with far more files than images.
     """
     source, max_entries = manifest.source, 2 * manifest.num_images + MAX_OTHER_FILES
     folder, _ = split_off(source)
@@ -179,7 +179,7 @@ def check_source(manifest: Manifest) -> None:
 
 
 def holds_more(folder: Path, max_entries: int) -> bool:
-    """Returns whether there are more than `max_entries` files and folders below a folder; follows no links."""
+    """Returns whether there are more than `max_entries` files and folders below a folder, without following links."""
     count, pending = 0, [folder]
     while pending and count <= max_entries:
         entries = scan(pending.pop())
@@ -202,7 +202,7 @@ def decode_all(model: Tokenizer, tokens: np.ndarray, device: torch.device) -> li
 
 
 def storage_summary(manifest: Manifest, folder: Path, num_tokens: int) -> dict[str, Any]:
-    """Returns bytes on disk, in total and per sample, relative to the minimum for uniformly distributed tokens."""
+    """Returns bytes on disk, in total and per sample, and their ratio to the minimum for uniform tokens."""
     files = [shard.path_in(folder) for shard in manifest.shards]
     size = sum(file.stat().st_size for file in files)
     minimum = num_tokens * math.log2(manifest.vocab_size) / 8
@@ -219,7 +219,7 @@ def storage_summary(manifest: Manifest, folder: Path, num_tokens: int) -> dict[s
 
 
 def print_classes(class_names: list[str], counts: np.ndarray) -> None:
-    """Prints the range of samples per class, and the classes with the fewest and the most."""
+    """Prints the range of samples per class, and the classes with the fewest and the most samples."""
     classes = Classes(class_names, len(class_names))
     print(f"samples per class: min {counts.min()}, median {np.median(counts):g}, max {counts.max()}")
     order = np.argsort(counts, kind="stable")
@@ -229,7 +229,7 @@ def print_classes(class_names: list[str], counts: np.ndarray) -> None:
 
 
 def load_valid_manifest(folder: Path) -> Manifest:
-    """Loads a manifest, perhaps unfinished; raises InputError if a value is invalid."""
+    """Loads a manifest, finished or not; raises InputError if a value is invalid."""
     manifest = Manifest.load(folder)
     for message, remedy in manifest.invalid_values():
         raise InputError(f"{folder / MANIFEST} is damaged: {message}; {remedy}")

@@ -142,7 +142,7 @@ def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[st
     cell = plan.cell(variant, plan.seeds[0], folder)
     try:
         commands = cell.argument_lists()
-        for args in commands[: len(commands) - len(plan.sampling_seeds[1:])]:  # further ones differ in the seed alone
+        for args in commands[: len(commands) - len(plan.sampling_seeds[1:])]:  # the rest differ only in the seed
             if args[0] == "fit":
                 namespace = parse_command(args)
             elif args[0] == "evaluate":
@@ -152,8 +152,8 @@ def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[st
         options = namespace.model.network.as_dict()
         if missing := [name for name in TOKEN_FIELDS if options[name] is None]:
             raise InputError(
-                f"a budget needs network.{missing[0]}, which only the tokenizer or the shards would say: add "
-                f"--model.network.{missing[0]} to `fit`"
+                f"a budget needs network.{missing[0]}, which is not known before the tokenizer or the shards are read: "
+                f"add --model.network.{missing[0]} to `fit`"
             )
         given = {name: value for name, value in options.items() if value is not None}
         network = checked(given, MVARConfig, str(plan.path))
@@ -166,7 +166,7 @@ def check_variant(plan: SweepFile, variant: GridPoint, folder: Path) -> tuple[st
 
 
 def run_cells(cells: list[Cell], launch: Launcher, stop: Stop, refresh: Callable[[], None]) -> None:
-    """Runs all cells that have not finished, then retries once those that have crashed."""
+    """Runs all cells that have not finished, then retries crashed ones once."""
     todo = [cell for cell in cells if cell.state() != "finished"]
     for _ in range(2):
         with ThreadPoolExecutor(1) as pool:
@@ -182,7 +182,7 @@ def run_cells(cells: list[Cell], launch: Launcher, stop: Stop, refresh: Callable
         todo = [cell for cell in todo if cell.state() == "crashed"]
         if stop.signal or not todo:
             break
-    while any(cell.state() == "running" for cell in cells):  # a launcher has returned while a cell saves its state
+    while any(cell.state() == "running" for cell in cells):  # a launcher may return while a cell saves its state
         refresh()
         time.sleep(REFRESH_S)
 

@@ -59,39 +59,39 @@ def tokenize(
     devices: int = 1,
     num_nodes: int = 1,
 ) -> None:
-    """Encode images into token shards. Run again, on any number of devices, it continues where it stopped.
+    """Encodes images into token shards. After an interruption, run it again, on any number of devices, to continue.
 
     Args:
         images: a folder of class folders (CLASS/NAME.png|jpg|webp|...), or of pictures of one class; ImageNet's tar of
             tars, a tar of class folders, or one tar per class; WebDataset shards with .cls or .json, as a folder or a
-            pattern (train-{0000..0146}.tar); Parquet or Arrow files with image and label; or `digits:train`,
-            `photos:test` and the like. Tars may be compressed (.tar.gz, .tar.zst). Archives may be remote:
+            pattern (train-{0000..0146}.tar); Parquet or Arrow files with image and label; or an embedded set such as
+            `digits:train` or `photos:test`. Tars may be compressed (.tar.gz, .tar.zst). Archives may be remote:
             https://HOST/train-{0000..0146}.tar, s3://BUCKET/train-{0000..0146}.tar (also gs:// and hf://), or a command
             that prints an archive, such as `pipe:rclone cat REMOTE:train-{0000..0146}.tar`.
         tokenizer: folder that `train-tokenizer` or `export` wrote, published file, or vae-ch160v4096z32.
         out: folder for the shards and their manifest.
         labels: for images without classes, such as ILSVRC2012_img_val.tar: a file with lines `NAME CLASS`, or only
             CLASS in the order of the names, or ILSVRC2012_devkit_t12.tar.gz. For tables and shards with several labels
-            or images: the columns to take, as LABEL or IMAGE,LABEL.
-        class_names: `imagenet`, or a file with one name per line, in label order: of classes that are numbers, or those
-            that the class folders must be among.
+            or images: the columns to use, as LABEL or IMAGE,LABEL.
+        class_names: `imagenet`, or a file with one name per line, in label order: the names of numeric classes, or the
+            names that class folders may have.
         split: hold out a tenth of the images, chosen by class and name, for validation: IMAGES:train goes to OUT/train,
-            and IMAGES:val, a center crop each, to OUT/val.
-        margin: images are resized to cover this many times the tokenizer's input, then cropped; 1 cuts nothing off
-            square images.
+            and IMAGES:val, with one center crop per image, to OUT/val.
+        margin: images are resized to cover this many times the tokenizer's input, then cropped; 1 keeps square images
+            whole.
         views: samples per image: 1 is the center crop, more are random crops.
         flips: mirror half of the random crops.
         seed: seed of the random crops.
         shard_size: samples per shard.
-        batch_size: images encoded at once.
+        batch_size: images per batch.
         num_workers: image-decoding processes per device; 0 decodes in the encoding process.
         max_failures: number of undecodable images to tolerate; they are skipped, reported and listed in the manifest.
         cache_dir: folder on this machine for downloaded and decompressed archives; nothing is ever removed from it.
-        retries: further attempts to read a remote archive after a failed one: 1, 2, 4, ... seconds later.
-        precision: precision of the encoder; codes are chosen in float32.
+        retries: further attempts to read a remote archive after a failure, 1, 2, 4, ... seconds apart.
+        precision: precision of the encoder; codes are always chosen in float32.
         device: auto, cpu, cuda or cuda:N.
         devices: processes per machine, each with its own GPU if `device` is cuda.
-        num_nodes: number of machines; start the same command on each, by torchrun or Slurm.
+        num_nodes: number of machines; start the same command on each, with torchrun or Slurm.
     """
     require_in("[1, inf)", "--", views=views, shard_size=shard_size, batch_size=batch_size)
     require_in("[0, inf)", "--", num_workers=num_workers, max_failures=max_failures, retries=retries)
@@ -133,7 +133,7 @@ def destinations(images: str, out: Path, split: bool, views: int) -> list[tuple[
     """Returns the sources to encode, each with the folder of its shards and the number of samples per image.
 
     Raises:
-        InputError: if `images` are to be split, but are one split already.
+        InputError: if `split` is requested, but `images` names one split already.
     """
     if not split:
         return [(images, out, views)]
@@ -144,18 +144,18 @@ def destinations(images: str, out: Path, split: bool, views: int) -> list[tuple[
 
 
 def refuse_overlap(images: str, out: str) -> None:
-    """Raises InputError if one folder holds the other, where shards would be taken for images or images for shards."""
+    """Raises InputError if one folder contains the other, because shards would mix with images."""
     folder, _ = split_off(images)
     if os.path.isdir(folder):
         paths = [os.path.realpath(folder), os.path.realpath(out)]
         if os.path.commonpath(paths) in paths:
             raise InputError(
-                f"--out {out} and --images {images} hold one another: choose an --out outside of the images"
+                f"one of --out {out} and --images {images} contains the other: choose an --out outside of the images"
             )
 
 
 def make_plan(model: Tokenizer, source: ImageSource, name: str, order: NDArray[np.int64], shard_size: int) -> Manifest:
-    """Returns the manifest, still without shards, of the images `name` in this order."""
+    """Returns the manifest, still without shards, of the images of `source`, called `name`, in the given order."""
     return Manifest(
         side_lengths=list(model.config.schedule.side_lengths),
         vocab_size=model.config.vocab_size,
@@ -183,7 +183,7 @@ class ShardWriter:
     """Encodes and writes one rank's shards.
 
     Args:
-        fabric: gives rank and world size.
+        fabric: states rank and world size.
         shards: folder of the shards.
         encode: encodes batches of images into tokens.
         max_failures: see `tokenize`.
@@ -193,8 +193,8 @@ class ShardWriter:
         self.shards, self.encode, self.max_failures = shards, encode, max_failures
         self.rank, self.world_size, self.local_rank = fabric.global_rank, fabric.world_size, fabric.local_rank
         self.parent = os.getppid()
-        self.failed: dict[str, str] = {}  # messages of undecodable images by key, of all ranks
-        self.seen_records: set[Path] = set()  # whose messages are in `failed`
+        self.failed: dict[str, str] = {}  # messages for undecodable images of all ranks, by key
+        self.seen_records: set[Path] = set()  # records whose messages are in `failed`
         self.images_per_s: float | None = None
 
     def run(self, source: ImageSource, order: NDArray[np.int64], batch_size: int, num_workers: int) -> None:
@@ -210,7 +210,7 @@ class ShardWriter:
             index: batched(order[index * size : (index + 1) * size].tolist(), batch_size)
             for index in self.shards.missing()
         }
-        # One loader for all shards, so that its workers keep reading while a shard is written.
+        # One loader for all shards lets its workers keep reading while a shard is written.
         loader = batch_loader(examples, (batch for batches in batches_of.values() for batch in batches), num_workers)
         encoded, start = self.encode(loader), time.monotonic()
         rank_suffix = f" (rank {self.rank} of {self.world_size})" if self.world_size > 1 else ""
@@ -230,7 +230,7 @@ class ShardWriter:
             self.images_per_s = total / (time.monotonic() - start)
 
     def write(self, index: int, batches: Iterator[EncodedBatch], bar: tqdm[Any]) -> None:
-        """Writes one shard and then its record."""
+        """Writes one shard, followed by its record."""
         self.collect_failures()
         encoded, errors = [], dict[str, str]()
         for batch in batches:
@@ -248,21 +248,21 @@ class ShardWriter:
         self.shards.write(index, np.concatenate(tokens), np.concatenate(labels), all_keys, errors)
 
     def collect_failures(self) -> None:
-        """Adds the failures of shards that other ranks have finished in the meantime."""
+        """Adds the failures in shards that other ranks have finished in the meantime."""
         for path in set(record_paths(self.shards.folder)) - self.seen_records:
             self.failed |= read_record(path).skipped
             self.seen_records.add(path)
 
     def check_parent(self) -> None:
-        """Raises InputError if the process that started this one has ended: nothing would finalize the folder."""
+        """Raises InputError if the process that started this one has ended, which would have finalized the folder."""
         if self.local_rank > 0 and os.getppid() != self.parent:
             raise InputError(f"rank {self.rank} ends because rank 0 has ended: run the same command again to continue")
 
 
 def shard_order(source: ImageSource, views: int) -> NDArray[np.int64]:
-    """Returns the indices of all examples in the order in which they go into the shards: a fixed random permutation.
+    """Returns the indices of all examples in the order of the shards, a fixed random permutation.
 
-    If the source has read-locality groups, the images of a group stay together and the groups are permuted.
+    If the source has read-locality groups, the images of a group stay together, and the groups are permuted.
     """
     rng = np.random.default_rng(ORDER_SEED)
     if source.groups is None:

@@ -1,4 +1,4 @@
-"""`train-scorer`: trains the scorer that chooses among drafts, on real images and the network's own samples."""
+"""`train-scorer`: trains the scorer that chooses among drafts, on real images and on samples of the network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_mvar.tokenizer.tokenizer import Tokenizer
 from lightning_mvar.training.scorer import separation, train
 
 MAX_SEED = 2**31 - 1
-BLOCK_SIZE = 16_384  # samples that are shuffled together
+BLOCK_SIZE = 16_384  # samples in a block that is shuffled
 
 
 def train_scorer(
@@ -43,19 +43,18 @@ def train_scorer(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Trains a scorer for `--drafts` to tell pyramids of real images from those that a network drew.
+    """Trains a scorer for `--drafts` to distinguish token pyramids of real images from those drawn by a network.
 
-    Draw the samples with `lightning-mvar sample --tokens`, with the settings that the drafts will have and another
-    seed. With `--val` and `--own_val`, prints per scale the probability that a real pyramid scores higher than a drawn
-    one.
+    Draw the samples with `lightning-mvar sample --tokens`, with the settings of the drafts but another seed. With
+    `--val` and `--own_val`, prints the probability per scale that a real pyramid scores higher than a drawn one.
 
     Args:
         tokenizer: folder of the tokenizer of all shards.
         real: token shards of the training images, local or remote.
         own: token shards of the network's own samples.
-        out: folder for the scorer; an earlier one is replaced.
+        out: folder for the scorer; replaces an earlier scorer.
         val: token shards of other real images, to test the scorer on; needs --own_val.
-        own_val: token shards of other own samples, to test the scorer on; needs --val.
+        own_val: token shards of other samples of the network, to test the scorer on; needs --val.
         steps: optimizer steps.
         batch_size: images per step, half of them real.
         lr: peak learning rate.
@@ -67,7 +66,7 @@ def train_scorer(
     require_in("(0, inf)", "--", lr=lr)
     require_in(f"[0, {MAX_SEED}]", "--", seed=seed)
     if batch_size < 2 or batch_size % 2:
-        raise InputError(f"--batch_size {batch_size} must be even and at least 2, as half of the images are real")
+        raise InputError(f"--batch_size {batch_size} must be even and at least 2, because half of the images are real")
     if (val is None) != (own_val is None):
         raise InputError("--own_val needs --val" if val is None else "--val needs --own_val")
     inputs = {"--tokenizer": tokenizer, "--real": real, "--own": own, "--val": val, "--own_val": own_val}
@@ -99,16 +98,16 @@ def refuse_other_files(folder: Path) -> None:
     """Raises InputError if a folder holds anything but a scorer, such as an exported network."""
     names = {path.name for path in visible(folder.iterdir())}
     if names == {CONFIG} or names - FILES:
-        raise InputError(f"--out {folder} holds something else than a scorer: name an empty or new folder")
+        raise InputError(f"--out {folder} holds files other than a scorer: name an empty or new folder")
 
 
 def train_with_progress(
     scorer: Scorer, quantizer: ResidualQuantizer, batches: PairedStream, steps: int, lr: float
 ) -> None:
-    """Trains a scorer and shows its progress; see `train`.
+    """Trains a scorer with a progress bar; see `train`.
 
     Raises:
-        Interrupted: at Ctrl-C, as nothing is saved before the end.
+        Interrupted: on Ctrl-C, because nothing is saved before the end.
     """
     with tqdm(total=steps, desc="scorer", unit="step") as bar:
 
@@ -124,7 +123,7 @@ def train_with_progress(
 
 
 def new_scorer(tokenizer: Tokenizer, own: Manifest, width: int) -> Scorer:
-    """Builds a scorer of the pyramids of `own`."""
+    """Builds a scorer for the pyramids that `own` describes."""
     config = ScorerConfig(
         format_version=FORMAT.number,
         side_lengths=own.side_lengths,
@@ -143,7 +142,7 @@ def open_streams(
     """Opens the tokens of real images and of own samples; see `open_stream`.
 
     Raises:
-        InputError: if either are the others, or of another tokenizer, or their classes differ in name or number.
+        InputError: if the two are swapped or from another tokenizer, or their classes differ in name or number.
     """
     streams = [open_stream(tokenizer, place, batch_size, seed) for place, seed in zip((real, own), seeds, strict=True)]
     if streams[0].manifest.sampling is not None:
@@ -165,10 +164,10 @@ def check_class_count(location: str, manifest: Manifest, real: str, expected: Ma
 
 
 def open_stream(tokenizer: Tokenizer, location: str, batch_size: int, seed: int | None) -> TokenStream:
-    """Opens tokens of a tokenizer, shuffled by `seed`, or in their order if it is None.
+    """Opens token shards of a tokenizer, shuffled by `seed`, or in stored order if it is None.
 
     Raises:
-        InputError: if they are of another tokenizer, or too few for one shuffled batch.
+        InputError: if the tokens come from another tokenizer, or are too few for one shuffled batch.
     """
     source = open_shards(location)
     manifest = source.manifest()

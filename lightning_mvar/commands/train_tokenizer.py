@@ -16,7 +16,7 @@ CONFIG, WEIGHTS = "config.json", "tokenizer.safetensors"  # of a finished tokeni
 
 
 class TokenizerFolders(RunFolders):
-    """Folders of a run that leaves a tokenizer in its root."""
+    """Folders of a run that writes its tokenizer to the root folder."""
 
     def refuse_earlier_run(self, ckpt_path: str | None, resume: bool) -> None:
         super().refuse_earlier_run(ckpt_path, resume)

@@ -14,7 +14,7 @@ from lightning_mvar.scales import ScaleSchedule
 TEMPLATES = Path(__file__).parent / "templates"
 COMMANDS = ("train-tokenizer", "tokenize", "fit", "sample", "evaluate")  # in the order in which they are run
 VALIDATIONS = 5  # of a training run
-SAMPLES = 500  # drawn for a look and for the scores
+SAMPLES = 500  # drawn for the grid and the scores
 
 
 def command_lines() -> list[str]:

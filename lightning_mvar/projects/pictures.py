@@ -1,4 +1,4 @@
-"""A first look at a set of pictures: how many there are, their sizes, and which are transparent or broken."""
+"""Inspects a set of pictures: their number and sizes, and which are transparent or broken."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lightning_mvar.data.images.decoding import UnusableFileError, decode_uprigh
 from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.errors import InputError, one_line
 
-MAX_DECODED = 5000  # pictures of a larger set are spread evenly over it
+MAX_DECODED = 5000  # of a larger set, this many evenly spaced pictures are decoded
 SQUARE = 1.05  # ratio of the sides up to which a picture counts as square
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a look at the pictures of a source has found.
+    """Summary of the pictures of a source.
 
     Args:
         count: number of pictures.
         num_held_out: how many of them are held out for validation.
         class_names: names of the classes.
-        sizes: (n, 2) width and height of the decoded pictures; of a large set, a sample.
+        sizes: (n, 2) int64 width and height in pixels of the decoded pictures; a large set is sampled.
         transparent: number of decoded pictures with transparent pixels.
-        broken: a message per picture that cannot be decoded, among the same.
+        broken: one message per picture that could not be decoded; a large set is sampled.
     """
 
     count: int
@@ -39,29 +39,33 @@ class Pictures:
 
     @property
     def side(self) -> int:
-        """Median of the shorter sides."""
+        """Median of the shorter sides in pixels."""
         return int(np.median(self.sizes.min(axis=1)))
 
     @property
     def num_broken(self) -> int:
-        """Number of pictures that cannot be decoded; of a large set, estimated from the sample."""
+        """Number of pictures that cannot be decoded, for a large set estimated from the sample."""
         return round(self.count * len(self.broken) / (len(self.sizes) + len(self.broken)))
 
     @property
     def are_square(self) -> bool:
-        """Whether nearly all pictures are square, so that a crop without margin cuts nothing off."""
+        """Whether nearly all pictures are square, so that a crop without margin shows them whole."""
         return bool(np.mean(self.sizes.max(axis=1) <= SQUARE * self.sizes.min(axis=1)) > 0.9)
 
 
-def look_at(images: EncodedImages, name: str) -> Pictures:
-    """Decodes the pictures of a source, or `MAX_DECODED` of them, with a progress bar.
+def inspect_pictures(images: EncodedImages, name: str) -> Pictures:
+    """Decodes up to `MAX_DECODED` pictures of a source, with a progress bar.
+
+    Args:
+        images: pictures of the source.
+        name: the source, for messages.
 
     Raises:
-        InputError: if none can be decoded, or a file cannot be read.
+        InputError: if no picture can be decoded, or a file cannot be read.
     """
     examined = np.linspace(0, len(images) - 1, min(len(images), MAX_DECODED)).round().astype(int).tolist()
     sizes, transparent, broken = [], 0, []
-    for index in tqdm(examined, desc="looking at the pictures", unit="img", leave=False):
+    for index in tqdm(examined, desc="inspecting the pictures", unit="img", leave=False):
         try:
             picture = decode_upright(images.read(index))
         except UnusableFileError as error:

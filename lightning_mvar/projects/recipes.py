@@ -1,8 +1,8 @@
-"""Sizes of tokenizer and network, and lengths of their training, for a number of pictures and a machine.
+"""Sizes and training lengths of tokenizer and network, chosen by the number of pictures and the machine.
 
-Networks learn few pictures by heart, so sizes grow with their number; on a CPU, time is the limit. The rows for up
-to 500 and 5,000 pictures on a CPU have been run; those for a GPU follow the published sizes (VAR, arXiv 2404.02905) and
-are untested.
+Large networks memorize small sets of pictures, so sizes grow with the number of pictures; on a CPU, time is the limit.
+The rows for up to 500 and 5,000 pictures on a CPU have been run; those for a GPU follow the published sizes (VAR,
+arXiv 2404.02905) and are untested.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS, ScaleSchedule
 
 LEAST_PICTURES = 100
 CODE_DIM = 16
-# Scales of an image and channel multipliers of the tokenizer, whose m levels downsample by 2 ** (m - 1).
+# Per image side in pixels: token-map sides and channel multipliers of the tokenizer, whose m levels downsample by
+# 2 ** (m - 1).
 LAYOUTS: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
     32: ((1, 2, 4, 8), (1, 2, 4)),
     64: ((1, 2, 4, 8, 16), (1, 2, 4)),
@@ -31,15 +32,15 @@ LAYOUTS: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Settings that depend on the machine alone."""
+    """Settings that depend only on the machine."""
 
     accelerator: Literal["cpu", "gpu"]
     precision: Literal["32-true", "bf16-mixed"]
     max_resolution: int
-    tokenizer_batch: int  # images per optimizer step, over all devices, if there are as many
-    batch_size: int  # of the network, likewise
+    tokenizer_batch: int  # images per optimizer step of the tokenizer over all devices, fewer for a smaller set
+    batch_size: int  # images per optimizer step of the network over all devices, fewer for a smaller set
     state_dim: int  # of Mamba-2
-    expand: int
+    expand: int  # of Mamba-2
     blocks: int  # residual blocks per level of the tokenizer
     num_workers: int  # image-decoding processes
 
@@ -50,7 +51,7 @@ GPU = Machine("gpu", "bf16-mixed", 256, 64, 128, 64, 2, 2, 8)
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table.
+    """One row of the table of recipes.
 
     Args:
         machine: kind of machine.
@@ -59,7 +60,7 @@ class Recipe:
         vocab_size: number of codes.
         tokenizer_steps: optimizer steps of the tokenizer.
         depth: number of blocks of the network.
-        width: channels per token; a head has 64 of them.
+        width: channels per token, 64 per attention head.
         steps: optimizer steps of the network.
     """
 
@@ -135,12 +136,12 @@ class Plan:
 
     @property
     def margin(self) -> float:
-        """1.0, which cuts nothing off, for square pictures such as icons; else that of the papers."""
+        """1.0 for square pictures such as icons, which are then shown whole; otherwise 1.125, as in the papers."""
         return 1.0 if self.pictures.are_square else 1.125
 
     @property
     def views(self) -> int:
-        """Random crops of each training picture; without a margin, square pictures have a single crop."""
+        """Number of random crops of each training picture; without a margin, a square picture has only one crop."""
         return 1 if self.margin == 1.0 else max(1, min(8, 20_000 // self.pictures.count))
 
     @property
@@ -157,12 +158,12 @@ class Plan:
         return self.batch_of(self.recipe.machine.batch_size)
 
     def batch_of(self, size: int) -> int:
-        """Returns a batch size, or the largest power of two that the pictures to train on fill."""
+        """Returns a batch size, but at most the largest power of two that the training pictures fill."""
         return min(size, 2 ** int(math.log2(self.num_training)))
 
     @property
     def log_interval(self) -> int:
-        """Steps from one entry in the log to the next, at most an epoch."""
+        """Steps between two log entries, at most an epoch."""
         return min(10, self.num_training // self.batch_size)
 
     @property
@@ -171,18 +172,18 @@ class Plan:
 
 
 def make_plan(pictures: Pictures, resolution: int | None, machine: Machine) -> Plan:
-    """Chooses a recipe, and the largest resolution that pictures and machine allow, unless one is given.
+    """Chooses a recipe and, if `resolution` is None, the largest resolution that pictures and machine allow.
 
     Raises:
-        InputError: if there are too few pictures, or none to validate or to train on.
+        InputError: if there are too few pictures, or none to validate on or to train on.
     """
     usable = pictures.count - pictures.num_broken
     if usable < LEAST_PICTURES:
         raise InputError(f"{usable} pictures are too few to train on: give at least {LEAST_PICTURES}")
     if not 0 < pictures.num_held_out < pictures.count:
         raise InputError(
-            f"{pictures.num_held_out} of {pictures.count} pictures would be held out for validation, by their names: "
-            f"add some, or rename one"
+            f"{pictures.num_held_out} of {pictures.count} pictures would be held out for validation, which depends on "
+            f"their names: add some, or rename one"
         )
     if resolution is None:
         fitting = [side for side in LAYOUTS if side <= min(pictures.side, machine.max_resolution)]
@@ -198,7 +199,7 @@ def check_resolution(resolution: int | None) -> None:
 
 
 def recipe_table() -> Iterator[str]:
-    """Yields the lines of the table in Markdown, with the number of parameters for 64 x 64 pixels and 10 classes."""
+    """Yields the lines of the Markdown table of recipes, with parameters counted for 64 x 64 pixels and 10 classes."""
     yield "| machine | pictures | tokenizer: codes, channels, steps | network: depth x width, parameters, steps |"
     yield "|---|---|---|---|"
     for row in RECIPES:

@@ -1,1 +1,1 @@
-"""LightningModules, datamodules, optimizer and strategies."""
+"""Lightning modules, datamodules, optimizer and strategies."""

@@ -1,4 +1,4 @@
-"""Agreement of all ranks on the data that they read, before the first batch."""
+"""Checks before the first batch that all ranks read the same data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Report(NamedTuple):
-    """What one rank has read: a digest by option, or the message of its error."""
+    """What one rank has read: digests by option, or an error message."""
 
     host: str
     digests: dict[str, str]
@@ -23,19 +23,19 @@ class Report(NamedTuple):
 
 
 def read_on_all_ranks(read: Callable[[], tuple[T, dict[str, str]]]) -> T:
-    """Reads data on every rank and compares its digests, in one collective that every rank reaches.
+    """Reads data on every rank and compares digests, in a single collective that every rank reaches.
 
-    Ranks on different machines may read different files under one name, and would silently train on both. If one
-    rank cannot read its data, the others end with its message instead of waiting for it.
+    Ranks on different machines may read different files with the same name and would silently train on both. If a rank
+    cannot read its data, the others end with its message instead of waiting for it.
 
     Args:
-        read: returns this rank's data, and a digest by the option that names a part of it.
+        read: returns this rank's data, and a digest of each part by the option that names it.
 
     Returns:
-        this rank's data.
+        This rank's data.
 
     Raises:
-        InputError: on all ranks, if one cannot read its data, or reads other data than rank 0.
+        InputError: on all ranks, if one of them cannot read its data, or its data differs from rank 0's.
     """
     if not in_process_group():
         return read()[0]
@@ -52,7 +52,7 @@ def read_on_all_ranks(read: Callable[[], tuple[T, dict[str, str]]]) -> T:
 
 
 def require_same(reports: list[Report], own: Report) -> None:
-    """Raises InputError if a rank has failed, this one first, or has other digests than rank 0."""
+    """Raises InputError if a rank has failed, with this rank's own error first, or its digests differ from rank 0's."""
     for rank, report in enumerate(reports):
         if report.error:
             raise InputError(own.error or f"rank {rank} on {report.host}: {report.error}")

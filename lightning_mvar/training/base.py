@@ -25,7 +25,7 @@ SKIPPED_STEPS = "skipped_steps"  # folder in a run's folder that lists the image
 
 
 class AsyncScalar:
-    """A scalar that is being copied to the host without blocking it; `float` waits for the copy."""
+    """A scalar being copied to the host without blocking; `float` waits for the copy."""
 
     def __init__(self, scalar: Tensor) -> None:
         self.value, self.event = scalar.detach().to("cpu", non_blocking=scalar.is_cuda), None
@@ -50,29 +50,28 @@ class PendingStep(NamedTuple):
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """Interface of this package's datamodules that modules use; with other data, a module does without."""
+    """What modules use of this package's datamodules; other data need not provide it."""
 
     batch_size: int  # images per rank
 
-    def keys(self, batch: Any) -> list[str]: ...  # names of the images of a batch
+    def keys(self, batch: Any) -> list[str]: ...  # names of the images in a batch
 
 
 class ScheduledModule(L.LightningModule):
-    """Trains under the schedules of `OptimizerConfig`, in steps that repeat exactly.
+    """Trains with the schedules of `OptimizerConfig`, in exactly reproducible steps.
 
-    The generators are seeded before each batch from (seed, epoch, batch, rank) alone, so a resumed run draws the same
-    random numbers as an uninterrupted one. A step whose gradients are not finite is skipped on all ranks.
+    Before each batch, the generators are seeded from (seed, epoch, batch, rank), so a resumed run draws the same random
+    numbers as an uninterrupted one. A step whose gradients are not finite is skipped on all ranks.
 
     The host does not wait for the GPU to finish a step, except under float16 loss scaling: it learns one step later
-    whether a step was skipped, and reads values to log only in the steps that are logged
-    (`trainer.log_every_n_steps`).
+    whether a step was skipped, and reads values only in steps that are logged (`trainer.log_every_n_steps`).
 
     Args:
         optimizer: the optimizer and its schedules.
-        max_skipped_steps: number of consecutive skipped steps that ends training.
+        max_skipped_steps: number of consecutive skipped steps after which training stops.
     """
 
-    undecayed: tuple[str, ...] = ()  # name endings of parameters without weight decay; 1-d ones never have any
+    undecayed: tuple[str, ...] = ()  # name suffixes of parameters without weight decay; 1-d parameters never decay
 
     def __init__(self, optimizer: OptimizerConfig, max_skipped_steps: int) -> None:
         super().__init__()
@@ -80,12 +79,12 @@ class ScheduledModule(L.LightningModule):
         self.optimizer_config, self.max_skipped_steps = optimizer, max_skipped_steps
         self.seed = torch.initial_seed()
         self.skipped_steps, self.skipped_in_a_row = 0, 0
-        self.in_optimizer_step = False  # from the last gradient to the end of the step, while no state can be saved
-        self.saves_alone = False  # while this rank saves without the others: no collective may run then
+        self.in_optimizer_step = False  # while the state is inconsistent and cannot be saved
+        self.saves_alone = False  # while this rank saves without the others, so no collective may run
         self.batches: list[Any] = []  # of the current optimizer step
         self.pending_step: PendingStep | None = None  # the last step, until it is known whether it was skipped
-        self.gradient_norms: dict[str, Tensor] = {}  # of this step, on the device; keys as in `clip_groups`
-        self.gradients_finite = torch.tensor(True)  # of this step, on the device
+        self.gradient_norms: dict[str, Tensor] = {}  # in the current step, on the device; keys as in `clip_groups`
+        self.gradients_finite = torch.tensor(True)  # in the current step, on the device
 
     @property
     def data(self) -> TrainingData | None:
@@ -95,10 +94,10 @@ class ScheduledModule(L.LightningModule):
 
     @property
     def batch_size(self) -> int:
-        """Images per rank and batch: the datamodule's, or that of the DataLoader.
+        """Images per rank and batch, from the datamodule or the DataLoader.
 
         Raises:
-            InputError: if a DataLoader does not tell it.
+            InputError: if the DataLoader has no batch size.
         """
         size = getattr(self.data or training_loader(self.trainer), "batch_size", None)
         if size is None:
@@ -106,36 +105,36 @@ class ScheduledModule(L.LightningModule):
         return int(size)
 
     def keys(self, batch: Any) -> list[str]:
-        """Returns the names of the images of a batch; none if its data have no names."""
+        """Returns the names of the images in a batch; an empty list if the images have no names."""
         return [] if self.data is None else self.data.keys(batch)
 
     @property
     def lr(self) -> float:
-        """Peak of the learning rate, by the name that Lightning's LearningRateFinder looks for."""
+        """Peak learning rate, under the name that Lightning's LearningRateFinder looks for."""
         return self.optimizer_config.base_lr * self.global_batch / 256
 
     @lr.setter
     def lr(self, peak: float) -> None:
         base_lr = peak * 256 / self.global_batch
         self.optimizer_config = replace(self.optimizer_config, base_lr=base_lr)
-        rank_zero_info(f"the peak of the learning rate is {peak:.3g} now: --model.optimizer.base_lr {base_lr:.3g}")
+        rank_zero_info(f"the peak learning rate is now {peak:.3g}: --model.optimizer.base_lr {base_lr:.3g}")
 
     def setup(self, stage: str) -> None:
         """Checks the precision.
 
         Raises:
-            InputError: if weights are stored in half precision: small updates are lost, and errors in the decays are
-                exponentiated over the sequence.
+            InputError: if weights are stored in half precision, which loses small updates and exponentiates errors of
+                the decays over the sequence.
         """
         if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
             mixed = precision.replace("true", "mixed")
             raise InputError(f"--trainer.precision {precision} does not keep the weights in float32; use {mixed}")
         self.seed = self.trainer.strategy.broadcast(self.seed)
-        # It also takes the batches of datamodules, which this package's need not change.
+        # The hook takes precedence over that of a datamodule; this package's datamodules have none.
         warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks weights and moments before they are restored; FSDP2, which restores them earlier, has done so then.
+        """Checks weights and moments before they are restored; FSDP2 restores them earlier and has checked them.
 
         Raises:
             InputError: if they do not fit this run, or are not finite.
@@ -149,14 +148,14 @@ class ScheduledModule(L.LightningModule):
 
     @property
     def fused(self) -> bool:
-        """Whether the optimizer is fused; not under float16 loss scaling, which fused kernels bypass."""
+        """Whether the optimizer is fused; not with float16 loss scaling, which fused kernels bypass."""
         return getattr(self.trainer.precision_plugin, "scaler", None) is None
 
     @property
     def total_steps(self) -> int:
-        """Number of optimizer steps of the run, from max_steps and max_epochs, whichever ends it first.
+        """Number of optimizer steps in the run, from max_steps or max_epochs, whichever ends it first.
 
-        `trainer.estimated_stepping_batches` is unusable: reading it drops the loader's restored position.
+        Reading `trainer.estimated_stepping_batches` instead would drop the restored position of the loader.
         """
         trainer, limits = self.trainer, []
         max_epochs, batches = trainer.max_epochs or -1, trainer.num_training_batches
@@ -184,13 +183,13 @@ class ScheduledModule(L.LightningModule):
         return loggers_see_this_step(self.trainer)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Logs as Lightning does, but keeps numbers on the host: Lightning would wait for their copy to the device."""
+        """Logs as Lightning does, but keeps numbers on the host: Lightning would copy them to the device and wait."""
         if isinstance(value, int | float) and not kwargs.get("sync_dist"):
             value = torch.tensor(float(value))
         super().log(name, value, *args, **kwargs)
 
     def log_scalars(self, scores: dict[str, Tensor]) -> None:
-        """Logs scalars of this step from the host, because Lightning reads the progress bar's values in every step."""
+        """Copies scalars to the host once and logs them; Lightning's progress bar would read them in every step."""
         for name, value in zip(scores, torch.stack([*scores.values()]).cpu(), strict=True):
             self.log(name, value, prog_bar=name == "train/loss")
 
@@ -199,7 +198,7 @@ class ScheduledModule(L.LightningModule):
         correct_logged_step(self.trainer, self.global_step)
         self.batches.append(batch)
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
-        if self.trainer.lr_scheduler_configs:  # of LearningRateFinder or StochasticWeightAveraging
+        if self.trainer.lr_scheduler_configs:  # set by LearningRateFinder or StochasticWeightAveraging
             return
         step = (self.global_step, self.total_steps, self.global_batch)
         lr, weight_decay = apply_schedule(optimizer, self.optimizer_config, *step)
@@ -207,13 +206,13 @@ class ScheduledModule(L.LightningModule):
             self.log_dict({"train/lr": lr, "train/weight_decay": weight_decay})
 
     def seed_generators(self, seed: int) -> None:
-        """Seeds the CPU and this device; `torch.manual_seed` spends milliseconds recording stack traces."""
+        """Seeds the CPU and this device; `torch.manual_seed` would take milliseconds to record stack traces."""
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
 
     def derive_seed(self, batch_idx: int, purpose: object) -> int:
-        """Returns a 63-bit seed that depends only on (seed, epoch, batch) and the purpose."""
+        """Returns a 63-bit seed that depends only on (seed, epoch, batch) and `purpose`."""
         key = f"{self.seed}-{self.current_epoch}-{batch_idx}-{purpose}"
         return random.Random(key).getrandbits(63)
 
@@ -225,7 +224,7 @@ class ScheduledModule(L.LightningModule):
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
             self.gradient_norms[name] = torch.nn.utils.get_total_norm(gradients)
             norms[f"train/{name}"] = full_tensor(self.gradient_norms[name])
-        norm = torch.stack([*norms.values()]).amax()  # not finite if any of them is not
+        norm = torch.stack([*norms.values()]).amax()  # not finite if any norm is not
         self.gradients_finite = norm.isfinite()
         skip_step_unless(self.gradients_finite, optimizer)
         self.pending_step = PendingStep(self.global_step, self.current_epoch, self.batches, AsyncScalar(norm))
@@ -235,7 +234,7 @@ class ScheduledModule(L.LightningModule):
             self.log_scalars(norms | {"train/skipped_steps": norm.new_tensor(self.skipped_steps)})
 
     def clip_groups(self) -> dict[str, nn.Module]:
-        """Modules whose gradients are clipped by separate norms, keyed by the name their norm is logged under."""
+        """Modules whose gradients are clipped separately, keyed by the name under which their norm is logged."""
         return {"grad_norm": self}
 
     def resolve_pending_step(self) -> None:
@@ -257,7 +256,7 @@ class ScheduledModule(L.LightningModule):
 
     @property
     def skip_counts(self) -> tuple[int, int]:
-        """Number of steps skipped so far, and length of the current run of skipped steps."""
+        """Number of skipped steps so far, and how many of them were the last ones, without a step in between."""
         self.resolve_pending_step()
         return self.skipped_steps, self.skipped_in_a_row
 
@@ -267,10 +266,11 @@ class ScheduledModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norms that `on_before_optimizer_step` has computed, or by value, under every strategy.
+        """Clips by the norms from `on_before_optimizer_step`, or by value, with every strategy.
 
-        Lightning's own clipping refuses fused optimizers in mixed precision, because under float16 loss scaling they
-        unscale the gradients themselves. Here the optimizer is not fused then, and the gradients are unscaled already.
+        Lightning's own clipping refuses fused optimizers in mixed precision, because with float16 loss scaling they
+        unscale the gradients themselves. In that case, our optimizer is not fused and the gradients are already
+        unscaled.
         """
         if not gradient_clip_val:
             return
@@ -286,7 +286,7 @@ class ScheduledModule(L.LightningModule):
         self.in_optimizer_step = False
 
     def after_step(self) -> None:
-        """Hook after each optimizer step, skipped or not; see `gradients_finite`."""
+        """Hook that runs after each optimizer step, even if it was skipped; see `gradients_finite`."""
 
     def report_skipped_step(self, pending: PendingStep) -> None:
         """Counts a skipped step and records the names of its images, on every rank; see `resolve_pending_step`."""
@@ -312,23 +312,23 @@ class ScheduledModule(L.LightningModule):
 
 
 def warm_up_decay(decay: float, step: int) -> float:
-    """Lowers the decay of a weight average to (1 + step) / (10 + step) in the first steps, counted from 0."""
+    """Limits the decay of a weight average to (1 + step) / (10 + step), which matters in the first steps (from 0)."""
     return min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
 def update_ema(average: nn.Module, weights: nn.Module, decay: float, finite: Tensor) -> None:
-    """Moves a weight average towards the weights, each rank its own shards.
+    """Moves a weight average towards the weights; each rank updates its own shards.
 
     Args:
         average: module that holds the average.
-        weights: module of the same parameters.
+        weights: module with the same parameters.
         decay: share of the average that is kept.
-        finite: () bool on the device; if false, the average stays as it is.
+        finite: () bool on the device; if false, the average is not changed.
     """
     averages, targets = local_shards(list(average.parameters())), local_shards(list(weights.parameters()))
-    # a + (1 - decay) (w - a) as an ascent on w with weight decay 1: the fused kernels of SGD take all parameters in one
-    # launch and read the flag on the device, as AdamW's do in `skip_step_unless`.
+    # a + (1 - decay) (w - a) is gradient ascent with gradient w and weight decay 1. The fused SGD kernels update all
+    # parameters in one launch and read the flag on the device, as AdamW's do in `skip_step_unless`.
     torch._fused_sgd_(
         averages,
         targets,

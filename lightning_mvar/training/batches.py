@@ -1,4 +1,4 @@
-"""Batches of any DataLoader as those of this package."""
+"""Conversion of batches from any DataLoader to the batch types of this package."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_mvar.scales import Shape
 
 
 def token_batch(batch: Any, network: MVARConfig) -> TokenBatch:
-    """Returns a batch of any DataLoader as a TokenBatch.
+    """Converts a batch from any DataLoader to a TokenBatch.
 
     Args:
         batch: a TokenBatch, or a pair (tokens (b, l), labels (b,)) of integers.
         network: the network that will read it.
 
     Raises:
-        InputError: if it is neither, or its tokens are not those of the network's schedule and vocabulary.
+        InputError: if it is neither, or its tokens do not fit the network's schedule and vocabulary.
     """
     if isinstance(batch, TokenBatch):
         return batch
@@ -41,7 +41,7 @@ def token_batch(batch: Any, network: MVARConfig) -> TokenBatch:
 
 
 def global_rows(batch: TokenBatch, rank: int, world_size: int) -> list[int]:
-    """Returns the number of each of this rank's images in the global batch: all real ones, then all own samples."""
+    """Returns the positions of this rank's images in the global batch, which has all real images, then own samples."""
     count = len(batch.labels)
     if batch.own is None:
         return [*range(rank * count, (rank + 1) * count)]
@@ -50,10 +50,10 @@ def global_rows(batch: TokenBatch, rank: int, world_size: int) -> list[int]:
 
 
 def labels_of(batch: Any, num_classes: int) -> Tensor:
-    """Returns the labels (b,) int64 of a batch without its padding: the batch itself, or its last element.
+    """Returns the labels (b,) int64 of a batch, which are the batch itself or its last element, without padding.
 
     Raises:
-        InputError: if it has none, or one is not in [0, num_classes]; `num_classes` means unconditional.
+        InputError: if it has no labels, or one is not in [0, num_classes]; `num_classes` means unconditional.
     """
     if isinstance(batch, TokenBatch):
         labels = batch.labels[batch.valid]
@@ -67,10 +67,10 @@ def labels_of(batch: Any, num_classes: int) -> Tensor:
 
 
 def image_batch(batch: Any, shape: Shape) -> ImageBatch:
-    """Returns a batch of any DataLoader as an ImageBatch.
+    """Converts a batch from any DataLoader to an ImageBatch.
 
     Args:
-        batch: an ImageBatch, images (b, 3, H, W) in [-1, 1], or a tuple or list that begins with them.
+        batch: an ImageBatch, images (b, 3, H, W) in [-1, 1], or a tuple or list whose first element is such images.
         shape: height and width of the tokenizer's images.
 
     Raises:

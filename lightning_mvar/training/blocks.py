@@ -13,19 +13,19 @@ from lightning_mvar.models.mvar import Block
 from lightning_mvar.ops.recompute import recomputation
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
-# Products of linear layers (the scan's are batched), scans, and kinds of attention by a part of their names.
+# Matrix products of linear layers (those of the scan are batched), scans, and prefixes of attention operators.
 KEPT_OPERATORS = ("aten::mm", "aten::addmm", "lightning_mvar::mamba2", "lightning_mvar::selective_scan")
 ATTENTION = ("aten::_scaled_dot_product", "torch_attn::")
 
 
 def configure_block(block: Block, compile: bool, checkpointing: ActivationCheckpointing) -> None:
-    """Makes `block.forward` compiled, recomputed in the backward pass, or both.
+    """Compiles `block.forward`, makes the backward pass recompute it, or both.
 
     Args:
-        block: the block. A deep copy of it uses its own weights.
-        compile: compile the whole forward pass with torch.compile, together with what is recomputed. All blocks of the
-            same mixers share one graph; a graph break is an error, because the rest would run eagerly unnoticed.
-        checkpointing: what the forward pass keeps for the backward pass: `full` the block's input only, `selective`
+        block: the block. A deep copy uses its own weights.
+        compile: whether to compile the complete forward pass and its recomputation with torch.compile. All blocks with
+            the same mixers share one graph. A graph break is an error, because the rest would silently run eagerly.
+        checkpointing: what the forward pass keeps for the backward pass: `full` only the block's input, `selective`
             also the outputs of linear layers, attention and scans, `none` everything.
     """
     forward: Any = Block.forward
@@ -35,12 +35,12 @@ def configure_block(block: Block, compile: bool, checkpointing: ActivationCheckp
     if compile:
         forward = torch.compile(forward, fullgraph=True)
     elif checkpointing != "none":
-        forward = recomputation(None)(forward)  # recipes would keep what is computed again anyway
+        forward = recomputation(None)(forward)  # recipes would keep tensors that are recomputed anyway
     block.forward = MethodType(forward, block)  # type: ignore[method-assign]
 
 
 def recomputed(forward: Any, options: dict[str, Any]) -> Any:
-    """Wraps a block's forward pass; it draws no random numbers, so none need to be repeated."""
+    """Wraps a block's forward pass in activation checkpointing; it draws no random numbers that must be repeated."""
 
     def run(block: Block, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, block, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
@@ -49,7 +49,7 @@ def recomputed(forward: Any, options: dict[str, Any]) -> Any:
 
 
 def keeps(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keeps what costs most to compute and little to store."""
+    """Keeps the outputs that are expensive to compute relative to their size."""
     name = operator.name().split(".")[0]  # namespace::name[.overload]
     kept = name in KEPT_OPERATORS or name.startswith(ATTENTION)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,6 +1,6 @@
-"""Sums, means, maxima and broadcasts over all ranks that no host waits for: the GPU queues them behind its own work.
+"""Sums, means, maxima and broadcasts over all ranks without blocking the host: the GPU queues them after its own work.
 
-Lightning's `reduce` has all ranks meet at a barrier first, and changes its argument in place.
+Lightning's `reduce` waits at a barrier first and changes its argument in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_mvar.devices import in_process_group
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Returns the sum of a tensor over all ranks, without gradient; the tensor does not change."""
+    """Returns the sum of a tensor over all ranks, without gradient; the argument is not changed."""
     if not in_process_group():
         return tensor.detach()
     total = tensor.detach().clone()
@@ -24,12 +24,12 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Returns the mean of a floating-point tensor over all ranks, without gradient; the tensor does not change."""
+    """Returns the mean of a floating-point tensor over all ranks, without gradient; the argument is not changed."""
     return sum_over_ranks(tensor) / (dist.get_world_size() if in_process_group() else 1)
 
 
 def broadcast_from_rank_zero(tensor: Tensor) -> Tensor:
-    """Returns rank 0's tensor on every rank; each passes one of the same shape, dtype and kind of device."""
+    """Returns rank 0's tensor on every rank; all must pass one with the same shape, dtype and kind of device."""
     if not in_process_group():
         return tensor
     received = tensor.contiguous().clone()
@@ -38,10 +38,10 @@ def broadcast_from_rank_zero(tensor: Tensor) -> Tensor:
 
 
 class DelayedMax:
-    """Maximum over all ranks of a number on the host, which is known one call later; in one process, the number itself.
+    """Maximum over all ranks of a number on the host, returned one call later; in a single process, the number itself.
 
-    Each call starts a reduction, over a gloo group that no GPU waits for, and returns the result of the one before. So
-    no rank waits for one that is less than a call behind. All ranks must call it equally often.
+    Each call starts a reduction in a gloo group, which does not involve the GPU, and returns the result of the previous
+    one. So no rank waits for another that is less than one call behind. All ranks must call it equally often.
 
     Args:
         timeout: how long a rank waits for the others; gloo's default if None.

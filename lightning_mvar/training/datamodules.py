@@ -27,19 +27,19 @@ Loader = TypeVar("Loader", bound=ResumableLoader)
 
 
 class BatchedDataModule(L.LightningDataModule):
-    """Datamodule that divides a global batch over the devices and shares one seed among them.
+    """Datamodule that divides a global batch equally among the devices, which share one seed.
 
-    The images per optimizer step, and so the learning rate, are the same on any number of devices, unless `batch_size`
-    sets the images per device.
+    The number of images per optimizer step, and so the learning rate, is the same on any number of devices, unless
+    `batch_size` sets the images per device.
 
     Args:
-        global_batch_size: images per optimizer step over all devices, which take equal shares.
+        global_batch_size: images per optimizer step over all devices.
         batch_size: images per device and batch, instead of `global_batch_size`.
         max_batch_size: maximum images per device and batch; gradients are accumulated to reach `global_batch_size`.
-        num_workers: processes that read ahead, decoding images; 0 reads in the training process, which suffices for
-            local shards.
+        num_workers: number of processes that read and decode ahead; 0 reads in the training process, which suffices
+            for local shards.
         seed: seed of shuffling and crops, combined with the epoch; default: `seed_everything`.
-        retries: number of retries after a remote file could not be read, 1, 2, 4, ... seconds apart.
+        retries: number of retries if a remote file cannot be read, 1, 2, 4, ... seconds apart.
 
     Raises:
         InputError: if an argument is too small.
@@ -73,12 +73,12 @@ class BatchedDataModule(L.LightningDataModule):
         if stage == "fit" and self.given_batch_size is None:
             before, interval = self.trainer.accumulate_grad_batches, self.trainer.val_check_interval
             after = self.trainer.accumulate_grad_batches = self.accumulation(before)
-            if isinstance(interval, int):  # in batches, of which a step now has more
+            if isinstance(interval, int):  # counted in batches, of which a step now takes more
                 self.trainer.val_check_interval = interval * after // before
 
     @property
     def pin_memory(self) -> bool:
-        """Whether to pin batches: only for a trainer on GPUs, because pinning initializes CUDA."""
+        """Whether to pin batches, only for a trainer on GPUs because pinning initializes CUDA."""
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     @property
@@ -88,10 +88,10 @@ class BatchedDataModule(L.LightningDataModule):
             return self.given_batch_size
         accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         share = self.global_batch_size // (trainer_ranks(self.trainer)[1] * accumulated)
-        return max(1, min(share, self.max_batch_size or share))  # outside of `fit` a share need not be exact
+        return max(1, min(share, self.max_batch_size or share))  # outside `fit`, the share may be rounded
 
     def accumulation(self, at_least: int) -> int:
-        """Returns the smallest number of batches per step, from `at_least` on, that divides the global batch and fits.
+        """Returns the smallest number of batches per step, `at_least` or more, that divides the global batch and fits.
 
         Raises:
             InputError: if the global batch cannot be divided over the devices.
@@ -102,13 +102,13 @@ class BatchedDataModule(L.LightningDataModule):
             if rest == 0 and per_device % batches == 0 and per_device // batches <= (self.max_batch_size or per_device):
                 return batches
         raise InputError(
-            f"data.global_batch_size {self.global_batch_size} cannot be divided over {devices} devices in {at_least} "
+            f"data.global_batch_size {self.global_batch_size} cannot be divided among {devices} devices in {at_least} "
             f"or more equal batches: choose a multiple, or set the images per device with data.batch_size"
         )
 
 
 class TokenDataModule(BatchedDataModule):
-    """Datamodule that streams tokens from shards of `lightning-mvar tokenize` or `sample --tokens`.
+    """Datamodule that streams tokens from shards written by `lightning-mvar tokenize` or `sample --tokens`.
 
     Args:
         train: folder of the training shards: a local path; `https://HOST/PATH`, `s3://BUCKET/PATH`, `gs://BUCKET/PATH`
@@ -116,8 +116,8 @@ class TokenDataModule(BatchedDataModule):
             `pipe:rclone cat REMOTE:PATH/{}`.
         val: folder of the validation shards, like `train`.
         test: folder of the test shards, like `train`; default: the validation shards.
-        own: folder of shards of the network's own samples, like `train`, for objectives that compare them with real
-            images: half of each training batch comes from there.
+        own: folder of shards with the network's own samples, like `train`, for objectives that compare them with real
+            images: half of each training batch comes from it.
         block_size: number of samples that are shuffled together.
         cache_dir: local folder that caches remote shards; nothing is ever removed from it.
         batching: options of `BatchedDataModule`.
@@ -139,14 +139,14 @@ class TokenDataModule(BatchedDataModule):
         self.shards = {name: open_shards(source, cache_dir, self.retries) for name, source in sources.items()}
         self.block_size = block_size
         self.manifests: dict[str, Manifest] = {}
-        self.verified: set[str] = set()  # sets whose shards on this machine have the right checksums
+        self.verified: set[str] = set()  # sets whose local shards have the right checksums
 
     def setup(self, stage: str) -> None:
-        """Reads the manifests that `stage` needs, and verifies the shards: each process of a machine a part of them.
+        """Reads the manifests that `stage` needs and verifies the shards; each process on a machine verifies a part.
 
         Raises:
-            InputError: on all ranks, if shards are missing, unfinished or damaged, differ between ranks, or have other
-                classes or another margin in training than in validation.
+            InputError: on all ranks, if shards are missing, unfinished or damaged, differ between ranks, or if training
+                and validation shards differ in classes or margin.
         """
         super().setup(stage)
         trained_on = [name for name in ("train", "own") if name in self.shards]
@@ -171,17 +171,17 @@ class TokenDataModule(BatchedDataModule):
         if len(set(margins.values())) > 1:
             described = " and ".join(f"{margin} in {location}" for location, margin in margins.items())
             raise InputError(
-                f"the images of the shards have different margins, {described}: tokenize with one --margin"
+                f"the images of the shards have different margins, {described}: tokenize all with the same --margin"
             )
 
     def check_network(self, network: MVARConfig, tokenizer: str) -> None:
-        """Raises InputError unless all shards fit a network with a tokenizer of this fingerprint; names the field."""
+        """Raises InputError that names the field unless all shards fit a network and this tokenizer fingerprint."""
         fields = network.schedule.side_lengths, network.vocab_size, network.num_classes, tokenizer
         for name, manifest in self.manifests.items():
             manifest.check_model(self.shards[name], *fields)
 
     def check_classes(self, class_names: list[str]) -> None:
-        """Raises InputError if shards have other classes than a network with these names, if any; names the class."""
+        """Raises InputError that names the class unless all shards have these classes; no names fit any classes."""
         for name, manifest in self.manifests.items() if class_names else ():
             manifest.check_classes(self.shards[name], class_names)
 
@@ -192,7 +192,7 @@ class TokenDataModule(BatchedDataModule):
 
     @property
     def margin(self) -> float:
-        """Margin of the images' crops; available after `setup`."""
+        """Margin of the crops; available after `setup`."""
         return next(iter(self.manifests.values())).margin
 
     def keys(self, batch: TokenBatch) -> list[str]:
@@ -213,7 +213,7 @@ class TokenDataModule(BatchedDataModule):
         return self.loader("test", None)
 
     def predict_dataloader(self) -> TokenLoader:
-        """Returns the test shards, for their labels."""
+        """Returns the test shards, whose labels are used for prediction."""
         return self.test_dataloader()
 
     def loader(self, name: str, seed: int | None) -> TokenLoader:
@@ -223,7 +223,7 @@ class TokenDataModule(BatchedDataModule):
             if odd:
                 raise InputError(
                     f"{self.batch_size} images per device cannot be half real and half from data.own: choose an even "
-                    f"--data.batch_size, or another --data.global_batch_size"
+                    f"--data.batch_size or another --data.global_batch_size"
                 )
             source = PairedStream(self.stream(name, seed, half), self.stream("own", self.seed + 1, half))
         else:
@@ -245,18 +245,18 @@ class TokenDataModule(BatchedDataModule):
 
 
 class ImageDataModule(BatchedDataModule):
-    """Datamodule of images, for training a tokenizer.
+    """Datamodule of images for training a tokenizer.
 
     Args:
-        train: training images: a builtin set such as `digits:train` or `photos64:train`, a folder of images or of class
-            folders, or archives as in `tokenize`. Avoid Parquet for many images: each access reads a complete row
-            group.
+        train: training images: an embedded set such as `digits:train` or `photos64:train`, a folder of images or of
+            class folders, or archives as in `tokenize`. Avoid Parquet for many images: each access reads a complete
+            row group.
         val: validation images, like `train`.
         resolution: side of the images in pixels, or [height, width].
-        crop: crop of training images, redrawn in each epoch if random; validation images are center-cropped.
-        margin: images are resized to cover this many times the resolution before they are cropped; 1 cuts nothing off
-            square images.
-        on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a warning.
+        crop: crop of training images, drawn anew in each epoch if random; validation images are center-cropped.
+        margin: images are resized to cover this many times the resolution before they are cropped; with 1, square
+            images are not cropped.
+        on_corrupt: `raise` an error if an image cannot be decoded, or `skip` it with a warning.
         cache_dir: local folder that caches remote archives; nothing is ever removed from it.
         batching: options of `BatchedDataModule`.
     """
@@ -278,7 +278,7 @@ class ImageDataModule(BatchedDataModule):
         self.cache_dir, self.margin = cache_dir, margin
 
     def images(self, name: str) -> ImageSource:
-        """Opens one of the sets; raises InputError if another rank has other images."""
+        """Opens one of the sets; raises InputError if ranks have different images."""
 
         def read() -> tuple[ImageSource, dict[str, str]]:
             images = open_images(
@@ -319,7 +319,7 @@ def trainer_ranks(trainer: L.Trainer | None) -> tuple[int, int]:
 
 
 def track_progress(loader: Loader, trainer: L.Trainer | None) -> Loader:
-    """Makes a training loader track Lightning's epoch and the batches that complete optimizer steps have used."""
+    """Makes a training loader follow Lightning's epoch and count the batches of completed optimizer steps."""
     if trainer is not None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
 
@@ -330,5 +330,5 @@ def track_progress(loader: Loader, trainer: L.Trainer | None) -> Loader:
         loader.batches_trained = trained
         loader.batches_per_epoch = lambda: min(len(loader), int(trainer.num_training_batches))
         loader.repeats_epoch = trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        loader.epoch = trainer.current_epoch - 1  # incremented by the next pass; a restored position is added later
+        loader.epoch = trainer.current_epoch - 1  # the next pass increments it; a restored position is set later
     return loader

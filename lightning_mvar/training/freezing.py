@@ -1,4 +1,4 @@
-"""Parameters that keep their values in training, chosen by patterns of their names."""
+"""Freezing of parameters, selected by name patterns."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_mvar.models.mvar import MVAR
 
 
 def freeze_parameters(network: MVAR, patterns: Sequence[str]) -> None:
-    """Makes parameters need no gradient, so that no optimizer holds or changes them.
+    """Disables the gradients of parameters, so that optimizers ignore them.
 
     Args:
-        network: on the meta device too.
-        patterns: of names, where * stands for any text, ? and [0-3] for a character; one that begins with ! excepts
-            names. The last pattern that matches a name counts.
+        network: the network, possibly on the meta device.
+        patterns: name patterns, where * stands for any text, ? and [0-3] for one character; a pattern that begins with
+            ! unfreezes names. The last pattern that matches a name applies.
 
     Raises:
         InputError: if a pattern matches no name, or nothing is left to train.
@@ -28,10 +28,10 @@ def freeze_parameters(network: MVAR, patterns: Sequence[str]) -> None:
         matched = [name for name in trained if fnmatchcase(name, pattern.removeprefix("!"))]
         if not matched:
             some = ", ".join([*trained][:: max(1, len(trained) // 6)])
-            raise InputError(f"model.freeze: {pattern!r} matches no parameter; some of their names are {some}")
+            raise InputError(f"model.freeze: {pattern!r} matches no parameter; their names are like {some}")
         trained |= dict.fromkeys(matched, pattern.startswith("!"))
     if not any(trained.values()):
-        raise InputError(f"model.freeze {', '.join(patterns)} leaves nothing to train: except names with !PATTERN")
+        raise InputError(f"model.freeze {', '.join(patterns)} leaves nothing to train: exclude names with !PATTERN")
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(trained[name])
 

@@ -1,6 +1,6 @@
-"""All uses of private members of Lightning, each with its reason.
+"""All uses of Lightning's private members, with the reason for each.
 
-Lightning may change these without notice: before an upgrade, compare its source with this file. Nothing else in the
+Lightning may change them without notice: before an upgrade, compare its source with this file. No other file of the
 package uses a Lightning name that starts with an underscore.
 """
 
@@ -30,12 +30,12 @@ from lightning_mvar.errors import InputError
 
 
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
-    """Returns a module's trainer, or None if it has none yet, in which case the public property raises."""
+    """Returns a module's trainer, or None if it has none yet, where the public property would raise."""
     return module._trainer
 
 
 def training_loader(trainer: L.Trainer) -> Any:
-    """Returns what `fit` was given to train on, or None; the public property is set too late for LearningRateFinder."""
+    """Returns the loaders given to `fit`, or None; the public property is set too late for LearningRateFinder."""
     source = trainer.fit_loop._data_source.instance
     return None if isinstance(source, L.LightningModule) else source
 
@@ -46,35 +46,35 @@ def loggers_see_this_step(trainer: L.Trainer) -> bool:
 
 
 def logged_step(trainer: L.Trainer) -> int:
-    """Returns the step under which loggers enter scores now: in a validation, the last step before it."""
+    """Returns the step under which loggers record values now: in a validation, the last step before it."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def correct_logged_step(trainer: L.Trainer, step: int) -> None:
-    """Sets the step number of the loggers: Lightning's is one too high if it resumes right after a validation."""
+    """Sets the step number of the loggers, which Lightning sets one too high if it resumes right after a validation."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def silence_sigterm_broadcast(trainer: L.Trainer) -> None:
-    """Removes Lightning's broadcast of a SIGTERM flag before every batch, for which the host waits on the device."""
+    """Removes Lightning's broadcast of a SIGTERM flag before every batch, which makes the host wait for the device."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def has_process_group(strategy: Any) -> bool:
-    """Returns whether a strategy connects ranks in a process group, as those of several devices do."""
+    """Returns whether a strategy uses a process group, as strategies for several devices do."""
     return hasattr(strategy, "_timeout")
 
 
 def collective_timeout(trainer: L.Trainer) -> timedelta | None:
-    """Returns how long the strategy's collectives wait for other ranks, for groups that are to wait as long."""
+    """Returns the timeout of the strategy's collectives, to be used for other groups as well."""
     return getattr(trainer.strategy, "_timeout", None)
 
 
 def setup_with_timeout(strategy: Any, timeout: timedelta) -> None:
-    """Creates the process group with a time-out of its own, for ranks that never start; collectives keep theirs.
+    """Creates the process group with a separate timeout for ranks that never start; collectives keep their timeout.
 
-    A rank whose own run has ended can join the store of another run with the same MASTER_PORT: the group then exists,
-    but its first collective never ends.
+    The first collective is included: a rank of an old run can join the store of another run with the same MASTER_PORT.
+    The group is then complete, but its first collective never ends.
     """
     run_timeout, strategy._timeout = strategy._timeout, timeout
     try:
@@ -89,21 +89,20 @@ def setup_with_timeout(strategy: Any, timeout: timedelta) -> None:
 
 
 def started_processes(strategy: Any) -> list[Popen[bytes]]:
-    """Returns the ranks that a strategy of Fabric or a trainer has started here: they must not outlive an error."""
+    """Returns the processes that a strategy of Fabric or a trainer has started here; they must not outlive an error."""
     launcher = strategy.launcher
     return launcher.procs if isinstance(launcher, FabricLauncher | TrainerLauncher) else []
 
 
 def dump_checkpoint(trainer: L.Trainer, weights_only: bool) -> dict[str, Any]:
-    """Returns the content of a checkpoint; `trainer.save_checkpoint` would also write it and wait for all ranks."""
+    """Returns the content of a checkpoint, which `trainer.save_checkpoint` would also write and synchronize."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only)
 
 
 def restore_choice_of_rank_zero(trainer: L.Trainer) -> None:
     """Makes all ranks restore the checkpoint that rank 0 has chosen.
 
-    Lightning restores the path that each rank has found itself, and ranks that share a file system over a network may
-    see different files.
+    In Lightning, each rank looks for the path itself, and ranks on a network file system may see different files.
     """
     connector = trainer._checkpoint_connector
     resume = connector.resume_start
@@ -142,14 +141,14 @@ class CheckpointHooks(ModelCheckpoint):
         return self._last_checkpoint_saved
 
     def skips_saving(self, trainer: L.Trainer) -> bool:
-        """Returns whether to skip a checkpoint now: the step has one, or this is a sanity check or a fast_dev_run."""
+        """Returns whether to save nothing now: the step is already saved, or this is a sanity check or fast_dev_run."""
         return self._should_skip_saving_checkpoint(trainer)
 
 
 class DataParallelStrategy(ModelParallelStrategy):
-    """ModelParallelStrategy with data parallelism alone; its defaults are one replica per node and tensor parallelism.
+    """ModelParallelStrategy with data parallelism only; its default is one replica per node with tensor parallelism.
 
-    The device mesh has the dimensions (replicate, shard): consecutive ranks share the weights of one replica.
+    The device mesh has the dimensions (replicate, shard): consecutive ranks shard the weights of one replica.
     """
 
     replicas: int = 1
@@ -168,18 +167,18 @@ class DataParallelStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every rank has data of its own."""
+        """Gives every rank different data."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Returns the weights. Shards stay on their device: writers copy them to the host, which Lightning does too."""
+        """Returns the weights. Shards stay on their device, because writers copy them to the host anyway."""
         if not self._save_distributed_checkpoint:
             return super().lightning_module_state_dict()
         assert self.model is not None
         return get_model_state_dict(self.model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Returns the state of the optimizer, shards as for the weights."""
+        """Returns the state of the optimizer; shards stay on their device, like those of the weights."""
         if not self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         assert self.model is not None
@@ -187,10 +186,10 @@ class DataParallelStrategy(ModelParallelStrategy):
         return get_optimizer_state_dict(self.model, plain)
 
     def write_checkpoint(self, checkpoint: dict[str, Any], path: Path, group: ProcessGroup | None = None) -> Checksums:
-        """Writes a checkpoint to a path that is the same on all ranks, which must all call this.
+        """Writes a checkpoint; all ranks must call this with the same path.
 
-        Unlike `save_checkpoint` it has no collectives but those of `group`, so it can run in a thread. It hashes shards
-        while it writes them, and returns the checksums of those that this rank has written; none of a single file.
+        Unlike `save_checkpoint`, it uses no collectives except those of `group`, so it can run in a thread. It hashes
+        shards while writing them and returns the checksums of this rank's shards; none for a single file.
         """
         if self._save_distributed_checkpoint:
             return save_sharded(checkpoint, path, self.is_global_zero, group)

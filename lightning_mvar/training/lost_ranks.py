@@ -1,4 +1,4 @@
-"""What a rank does once another one cannot be reached."""
+"""Handling of ranks that cannot be reached."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch.distributed.distributed_c10d import _abort_process_group
 
 from lightning_mvar.devices import in_process_group
 
-MESSAGES = ("/gloo/", "NCCL communicator was aborted")  # in errors that are not a DistError
+MESSAGES = ("/gloo/", "NCCL communicator was aborted")  # in errors other than DistError
 
 
 def is_loss_of_rank(error: BaseException) -> bool:
-    """Returns whether an error of torch.distributed says that another rank cannot be reached."""
+    """Returns whether an error of torch.distributed means that another rank cannot be reached."""
     return isinstance(error, dist.DistError) or any(text in str(error) for text in MESSAGES)
 
 
@@ -20,11 +20,11 @@ def first_sentence(error: BaseException) -> str:
 
 
 def abort_collectives() -> None:
-    """Ends the collectives of NCCL after the loss of a rank, and removes the process group.
+    """Aborts the collectives of NCCL after the loss of a rank and removes the process group.
 
-    They are queued on the GPU, and whatever reads from it, such as a checkpoint or the end of the trainer, would wait
-    for the lost rank until NCCL's watchdog kills the process, after the timeout of the process group. What they leave
-    in gradients and weights is arbitrary: without its process group, a run of several ranks must not save its state.
+    They are queued on the GPU, and anything that reads from it, such as a checkpoint or the end of the trainer, would
+    wait for the lost rank until NCCL's watchdog kills the process after the timeout of the process group. Aborted
+    collectives leave arbitrary gradients and weights, so the run must not save its state afterwards.
     """
     if in_process_group() and dist.get_backend() == dist.Backend.NCCL:
         _abort_process_group()

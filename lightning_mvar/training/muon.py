@@ -1,9 +1,9 @@
 """Muon for the matrices and convolutions of the blocks, AdamW for all other parameters, as one optimizer.
 
-Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum U S V' of a matrix by about U V'. Scaled as in
-arXiv 2502.16982, section 2.2, its updates are as large as AdamW's, so both share learning rate and weight decay.
+Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum U S V' of a matrix by approximately U V'. Scaled
+as in arXiv 2502.16982, section 2.2, its updates are as large as AdamW's, so both share learning rate and weight decay.
 
-The rule is that of `torch.optim.Muon`, which can neither skip a step without asking the device nor share a state
+The update rule is that of `torch.optim.Muon`, which can neither skip a step without a synchronization nor share a state
 dictionary with AdamW, and which multiplies sharded matrices in parts, whose sums round differently.
 """
 
@@ -22,16 +22,17 @@ ITERATIONS = 5
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Updates one group of parameters by Muon with Nesterov momentum, the others by AdamW.
+    """Updates one group of parameters with Muon and Nesterov momentum, the others with AdamW.
 
     A step whose `found_inf`, () on the device, is not 0 changes neither parameters nor state, see `skip_step_unless`.
 
-    A sharded matrix is gathered for its update, which each rank computes in full and cuts its own shard from; so all
-    strategies take the same steps, except that bfloat16 magnifies how their gradients round. Momentum stays sharded.
+    A sharded matrix is gathered for its update; each rank computes the full update and takes its own shard. So all
+    strategies take the same steps, except that bfloat16 magnifies rounding differences in their gradients. Momentum
+    stays sharded.
 
     Args:
-        others: groups of the parameters that AdamW trains.
-        matrices: group of the matrices and convolution kernels that Muon trains.
+        others: parameter groups trained by AdamW.
+        matrices: group of the matrices and convolution kernels trained by Muon.
         lr: learning rate of both.
         betas: decay rates of AdamW's moments.
         momentum: decay rate of Muon's momentum.
@@ -57,7 +58,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # All groups are replaced when a state is loaded; others, such as a discriminator's, may follow the matrices.
+        # Found anew in each step: loading a state replaces all groups, and a discriminator's may follow the matrices.
         (matrices,) = (group for group in self.param_groups if "momentum" in group)
         others = [group for group in self.param_groups if group is not matrices]
         self.adamw.param_groups, self.adamw.state = others, self.state
@@ -85,10 +86,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Moves all singular values of a matrix (n, m) near 1, between about 0.7 and 1.2, by Newton-Schulz iterations.
+    """Moves all singular values of a matrix (n, m) close to 1, between about 0.7 and 1.2, by Newton-Schulz iterations.
 
-    The kernel (n, in, h, w) of a convolution is taken as a matrix (n, in * h * w).
-    Computes in bfloat16, in which the result is returned; a sharded matrix is gathered first, its result sharded alike.
+    The kernel (n, in, h, w) of a convolution counts as a matrix (n, in * h * w). Computes and returns bfloat16; a
+    sharded matrix is gathered first, and the result is sharded alike.
     """
     if isinstance(matrix, DTensor):
         mesh, whole = matrix.device_mesh, orthogonalize(matrix.full_tensor())

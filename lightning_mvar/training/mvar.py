@@ -33,28 +33,27 @@ class LitMVAR(NetworkModule):
     `NetworkModule` holds the network and the frozen tokenizer.
 
     Args:
-        network: architecture of the network; what it leaves out, `weights`, the tokenizer and the token shards say;
-            without `weights`, the default is d16.
-        tokenizer: folder, published file or name of the tokenizer that encoded the tokens; that of `weights` if not
-            given.
+        network: architecture of the network. Fields that are left out are taken from `weights`, the tokenizer and the
+            token shards; without `weights`, the default is d16.
+        tokenizer: folder, published file or name of the tokenizer that encoded the tokens; the tokenizer of `weights`
+            if not given.
         optimizer: the optimizer and its schedules.
-        objective: what to minimize, a class of `lightning_mvar.training.objectives`; overlays in configs/objective.
+        objective: what to minimize, a class in `lightning_mvar.training.objectives`; see configs/objective.
         label_drop: share of the training labels replaced by the unconditional class.
-        ema_decay: keep an exponential moving average of the weights and sample from it. Each step keeps this share of
-            the average (in the first steps at most (1 + step) / (10 + step), counted from 0). 0.9999 is usual; null
-            keeps no average.
-        power_ema: keep a power-function average of each of these relative widths too, 0.05 and 0.10 for example (EDM2,
-            arXiv 2312.02696). From several checkpoints, `merge --ema` computes the average of any other width. Each
-            average takes as much memory as the network's weights.
+        ema_decay: decay of an exponential moving average of the weights, which is used for sampling (in the first steps
+            at most (1 + step) / (10 + step), with steps counted from 0). 0.9999 is usual; null keeps no average.
+        power_ema: relative widths of additional power-function averages, for example 0.05 and 0.10 (EDM2, arXiv
+            2312.02696). From several checkpoints, `merge --ema` computes the average of any other width. Each average
+            takes as much memory as the network's weights.
         compile: compile each block with torch.compile.
-        activation_checkpointing: what each block keeps for the backward pass, which computes the rest again: everything
+        activation_checkpointing: what each block keeps for the backward pass, which recomputes the rest: everything
             (none), its input and the outputs of linear layers, attention and scans (selective), or only its input
-            (full; a third more time).
-        max_skipped_steps: number of consecutive steps with gradients that are not finite that ends training.
+            (full; takes a third more time).
+        max_skipped_steps: number of consecutive steps with gradients that are not finite after which training stops.
         weights: trained network to start from: a folder of `export`, a checkpoint of `fit`, or a file of published
-            weights. Its classes and scale schedule may be others; see `InitialWeights`.
-        weights_kind: of a checkpoint, `ema` takes the averaged weights if it has them, `raw` the last ones.
-        freeze: patterns of names of parameters that keep their values. A later one wins, and !PATTERN excepts names:
+            weights. Its classes and scale schedule may differ; see `InitialWeights`.
+        weights_kind: for a checkpoint, `ema` uses the averaged weights if it has them, `raw` the last ones.
+        freeze: name patterns of parameters to freeze. Later patterns take precedence, and !PATTERN unfreezes:
             ["*_embed*"] freezes the embeddings, ["blocks.[0-3].*"] the first four blocks, ["*", "!*.mixers.*"] all
             but the mixers.
     """
@@ -90,15 +89,15 @@ class LitMVAR(NetworkModule):
         )
         require_in("[0, 1]", "model.", label_drop=label_drop)
         self.objective, self.label_drop = objective, label_drop
-        self.sampling = SamplingSettings()  # of `predict_step`
+        self.sampling = SamplingSettings()  # for `predict_step`
         self.predicted = 0  # images that this rank has drawn since `predict` began
-        self.hidden_guide: list[MVAR | None] = [None]  # of `sampling`, hidden from the module registry
+        self.hidden_guide: list[MVAR | None] = [None]  # guide for `sampling`, hidden from the module registry
 
     def setup(self, stage: str) -> None:
-        """Checks the objective too, and opens the reference network that it compares with; see `NetworkModule.setup`.
+        """Also checks the objective and opens its reference network, if any; see `NetworkModule.setup`.
 
         Raises:
-            InputError: if the shards or the objective do not suit the network.
+            InputError: if the shards or the objective do not fit the network.
         """
         super().setup(stage)
         self.objective.check(self.network_config)
@@ -117,7 +116,7 @@ class LitMVAR(NetworkModule):
                 self.reference.check_samples(data.manifests["own"], data.shards["own"])
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Accepts batches of any DataLoader; see `token_batch` and `labels_of`."""
+        """Accepts batches from any DataLoader; see `token_batch` and `labels_of`."""
         if self.trainer.predicting:
             return labels_of(batch, self.network_config.num_classes)
         return token_batch(batch, self.network_config)
@@ -130,7 +129,7 @@ class LitMVAR(NetworkModule):
             scores |= {"train/loss": loss.detach()} | {f"train/{name}": value for name, value in scalars.items()}
             means = mean_over_ranks(torch.stack([*scores.values()]))
             self.log_scalars(dict(zip(scores, means, strict=True)))
-        return loss * (1 + 0 * loss.detach())  # if the loss is not finite, neither is any gradient, on all ranks
+        return loss * (1 + 0 * loss.detach())  # if the loss is not finite, no gradient is finite on any rank
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.evaluate(batch, "val")
@@ -146,11 +145,11 @@ class LitMVAR(NetworkModule):
         """Checks sampling settings and loads the networks that they name, before the first image is drawn.
 
         Returns:
-            The weaker network that guides, on the device of the strategy; None if none does. A scorer of drafts stays
-            in the cache of `Drafts.load_scorer`.
+            The guiding network on the strategy's device; None if there is none. A scorer of drafts stays in the cache
+            of `Drafts.load_scorer`.
 
         Raises:
-            InputError: if the settings do not suit the network and its tokenizer, or a named network cannot be read.
+            InputError: if the settings do not fit the network and its tokenizer, or a named network cannot be read.
         """
         tokenizer = self.tokenizer.to(self.trainer.strategy.root_device)
         settings.check(self.network_config)
@@ -158,10 +157,10 @@ class LitMVAR(NetworkModule):
         return load_guide(settings.guide, self.network_config, tokenizer, self.class_names)
 
     def predict_step(self, labels: Tensor, batch_idx: int) -> Tensor:
-        """Draws an image (3, H, W) in [0, 1] per label (b,), maybe none, with the settings in `self.sampling`.
+        """Draws images (b, 3, H, W) in [0, 1], one per label (b,), with the settings in `self.sampling`; b may be 0.
 
-        Image i of a seed is the same in any batch and on any number of ranks, if a DistributedSampler without shuffling
-        divides the labels.
+        Image i of a seed is the same in any batch and on any number of ranks, provided that a DistributedSampler
+        without shuffling divides the labels.
         """
         drawn = labels if len(labels) else labels.new_zeros(1)  # a sharded network needs all ranks in each forward pass
         numbers = range(self.predicted, self.predicted + len(drawn))
@@ -172,15 +171,15 @@ class LitMVAR(NetworkModule):
             return images[: len(labels)]
 
     def evaluate(self, batch: TokenBatch, stage: str) -> None:
-        """Logs teacher-forced scores of a batch without its padding; the epoch average weights every sample equally."""
-        weight = batch.valid.sum()  # on the device, which the host does not wait for; 0 for a batch of only padding
-        factors = batch.valid * (len(batch.valid) / weight.clamp(min=1))  # a mean over all rows is one over valid ones
+        """Logs teacher-forced scores of a batch without its padding; the epoch average weights all samples equally."""
+        weight = batch.valid.sum()  # stays on the device; 0 if the batch is only padding
+        factors = batch.valid * (len(batch.valid) / weight.clamp(min=1))  # turn means over all rows into valid means
         losses, correct = (scores * factors[:, None] for scores in self.score(batch, batch.labels))
         means = mean_scores(stage, losses, correct, self.network_config.schedule)
         self.log_dict(means, batch_size=weight, sync_dist=True)  # type: ignore[arg-type]
 
     def score(self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Returns cross entropy (b, l) in nats and whether the most likely token is correct (b, l), both float32."""
+        """Returns cross entropy (b, l) in nats, and 1 where the most likely token is correct (b, l); both float32."""
         inputs = self.teacher_inputs(batch.tokens)
         scores: tuple[Tensor, Tensor] = self.network.score(labels, inputs, batch.tokens, label_smoothing)
         return scores
@@ -191,10 +190,10 @@ class LitMVAR(NetworkModule):
             return teacher_inputs(self.network_config, self.tokenizer, tokens)
 
     def drop_labels(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """Returns the labels (b,) of a batch with a share of them replaced by the unconditional class.
+        """Returns the labels (b,) of a batch, with a share of them replaced by the unconditional class.
 
-        Draws for the global batch from (seed, epoch, batch) and uses this rank's part, so neither the number of ranks
-        nor an interruption changes which labels are dropped.
+        The draws are made for the global batch from (seed, epoch, batch), and this rank uses its part, so neither the
+        number of ranks nor an interruption changes which labels are dropped.
         """
         generator = torch.Generator().manual_seed(self.derive_seed(batch_idx, "label drop"))
         draws = torch.rand(self.trainer.world_size * len(batch.labels), generator=generator)
@@ -205,7 +204,7 @@ class LitMVAR(NetworkModule):
     def image_keys(self, batch: TokenBatch, batch_idx: int, purpose: str) -> Tensor:
         """Returns the key (b, 2) of each image's random numbers, on the device; see `sampling.philox.uniform`.
 
-        Depends on (seed, epoch, batch), the purpose and the image's place in the global batch alone.
+        A key depends only on (seed, epoch, batch), `purpose` and the image's position in the global batch.
         """
         rows = global_rows(batch, self.global_rank, self.trainer.world_size)
         keys = image_keys(self.derive_seed(batch_idx, purpose), rows)

@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 class NetworkModule(ScheduledModule):
     """Holds a network, averages of its weights and its frozen tokenizer; saves and restores them. See `LitMVAR`.
 
-    The tokenizer is held outside the module's registry, so it is neither trained nor sharded nor saved; a checkpoint
-    records its path and fingerprint. The trainer calls `configure_model` once it knows the devices, which builds the
-    network, sharded block by block if the strategy is `fsdp2`.
+    The tokenizer is not a registered submodule, so it is neither trained nor sharded nor saved; a checkpoint records
+    its path and fingerprint. Once it knows the devices, the trainer calls `configure_model`, which builds the network,
+    sharded block by block with the strategy `fsdp2`.
 
-    `load_from_checkpoint` passes subclasses the network, the tokenizer, `ema_decay` and `power_ema`, and the caller's
-    options: their constructors accept these by keyword, and have defaults for all others.
+    `load_from_checkpoint` passes subclasses the network, the tokenizer, `ema_decay`, `power_ema` and the caller's
+    options by keyword; their constructors must have defaults for all other arguments.
     """
 
     undecayed = UNDECAYED
@@ -85,13 +85,13 @@ class NetworkModule(ScheduledModule):
         self.weights, self.start, self.freeze_patterns = weights, Start(weights, weights_kind), freeze
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.known_class_names: list[str] = []
-        self.reference: Reference | None = None  # frozen network that the loss compares with
+        self.reference: Reference | None = None  # frozen network to which the objective compares the trained one
         self.network: MVAR
         self.ema: MVAR | None = None
         self.power_averages = nn.ModuleList()  # in the order of `power_ema`
 
     def setup(self, stage: str) -> None:
-        """Checks that the datamodule's shards match the network, and the classes of the checkpoint it is from, if any.
+        """Checks that tokenizer and shards match the network, including the classes of its initial weights, if any.
 
         Raises:
             InputError: naming the first field that differs.
@@ -112,7 +112,7 @@ class NetworkModule(ScheduledModule):
         """Configuration of the network; known once the datamodule has read its shards.
 
         Raises:
-            InputError: if neither the options nor shards tell the number of classes.
+            InputError: if the number of classes is neither given nor known from shards.
         """
         options = self.network_options
         if not isinstance(options, NetworkOptions):
@@ -130,27 +130,27 @@ class NetworkModule(ScheduledModule):
         """Folder, published file or name of the tokenizer.
 
         Raises:
-            InputError: if it is neither given nor known from the weights to start from.
+            InputError: if it is neither given nor known from the initial weights.
         """
         if (folder := self.given_tokenizer or self.start.tokenizer_folder) is not None:
             return folder
-        source = "" if self.weights is None else f": {self.weights} does not say which one it was trained with"
+        source = "" if self.weights is None else f": {self.weights} does not name the one it was trained with"
         raise InputError(f"set model.tokenizer to the folder of the tokenizer that encoded the tokens{source}")
 
     @property
     def token_data(self) -> TokenDataModule | None:
-        """The datamodule, unless the data are DataLoaders or another datamodule."""
+        """The datamodule, if it is a TokenDataModule."""
         return self.data if isinstance(self.data, TokenDataModule) else None
 
     @property
     def class_names(self) -> list[str]:
-        """Class names in label order, from the shards or the checkpoint; without either, the labels themselves."""
+        """Class names in label order, from the shards or the checkpoint, or else the labels themselves."""
         if self.token_data is not None:
             return self.token_data.class_names
         return self.known_class_names or [str(label) for label in range(self.network_config.num_classes)]
 
     def configure_model(self) -> None:
-        """Builds the network and its averages, sharding each part as soon as it exists; see `build_network`."""
+        """Builds the network and its averages and shards each part as soon as it is built; see `build_network`."""
         if self.reference is not None:
             self.reference.build()
         if hasattr(self, "network"):
@@ -165,7 +165,7 @@ class NetworkModule(ScheduledModule):
             self.configure_block(part)
             shard(part)
 
-        def average() -> MVAR:  # the same seed makes it start as a copy
+        def average() -> MVAR:  # starts as a copy, because it has the same seed
             return build_network(config, device, self.seed, shard, load).requires_grad_(False)
 
         self.network = build_network(config, device, self.seed, finish, load, self.freeze_patterns)
@@ -178,7 +178,7 @@ class NetworkModule(ScheduledModule):
 
     @property
     def averaged(self) -> MVAR:
-        """The network to sample from: the weight average if one is kept, else the weights being trained."""
+        """The network to sample from: the weight average if there is one, otherwise the trained weights."""
         return self.network if self.ema is None else self.ema
 
     def after_step(self) -> None:
@@ -211,20 +211,20 @@ class NetworkModule(ScheduledModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, map_location: Any = None, tokenizer: str | None = None, **options: Any
     ) -> Self:
-        """Builds the module of a checkpoint of `fit`, sharded or not, with its weights and their average.
+        """Builds the module from a checkpoint of `fit`, sharded or not, with its weights and their averages.
 
-        To continue a run that started from `weights`, fit this module with the same checkpoint: it needs no `weights`.
+        To continue a run that started from `weights`, fit this module with the same checkpoint; it needs no `weights`.
 
         Args:
             checkpoint_path: the checkpoint.
-            map_location: device to move the module to.
+            map_location: device to which the module is moved.
             tokenizer: folder, published file or name of the tokenizer, if it has moved.
-            options: other arguments of the constructor, for training on: a checkpoint has none but the network, and the
-                decays of its averages, if it keeps any.
+            options: other arguments of the constructor for further training. The checkpoint provides only the network
+                and the decays of its averages.
 
         Raises:
-            InputError: if the checkpoint is missing or not one of `fit`, its tokenizer is a different one, or it is of
-                an older version that did not record the decay of its average.
+            InputError: if the checkpoint is missing or not from `fit`, its tokenizer is a different one, or an older
+                version wrote it without the decay of its average.
         """
         path = resolve_last(Path(checkpoint_path).expanduser())
         record = read_record(path, read_plain_part(path))
@@ -277,15 +277,15 @@ class NetworkModule(ScheduledModule):
                 adapt_to_devices(record.run, *counts, checkpoint["loops"]["fit_loop"])
 
     def check_checkpoint(self, entry: Any) -> NetworkRecord:
-        """Reads the `NETWORK_KEY` entry of a checkpoint; fields that it lacks have their defaults.
+        """Reads the `NETWORK_KEY` entry of a checkpoint and checks it against this run.
 
         Raises:
-            InputError: if it is damaged, or of another network or tokenizer; names the first field that differs.
+            InputError: if it is damaged, or the network, tokenizer or run differs; names the first such field.
         """
         record = checked(entry, NetworkRecord, "--ckpt_path")
         self.start.continue_from(record)
         network = self.network_options if attached_trainer(self) is None else self.network_config
-        if isinstance(network, NetworkOptions):  # what tokenizer and shards say is known with the trainer
+        if isinstance(network, NetworkOptions):  # without a trainer, fields from tokenizer and shards are unknown
             network = network.complete(
                 self.start.config, **{name: getattr(record.network, name) for name in TOKEN_FIELDS}
             )

@@ -1,4 +1,4 @@
-"""What training minimizes: one class per objective, chosen by `model.objective`.
+"""Training objectives, selected by `model.objective`.
 
 | objective                | inputs            | targets                     | source                              |
 |--------------------------|-------------------|-----------------------------|-------------------------------------|
@@ -37,16 +37,16 @@ CHOICE, REPLACEMENT, SHARE = range(3)  # rows of the random numbers of an image
 
 
 class Scores(NamedTuple):
-    """The result of an objective on a batch: what to minimize, and what to log."""
+    """The result of an objective on a batch: the loss to minimize, and scores to log."""
 
     loss: Tensor  # () float32
     losses: Tensor  # (b, l) cross entropy in nats
-    correct: Tensor  # (b, l) float32, whether the most likely token is the target
+    correct: Tensor  # (b, l) float32, 1 where the most likely token is the target
     scalars: dict[str, Tensor]  # () each, logged as train/NAME
 
 
 def mean_scores(stage: str, losses: Tensor, correct: Tensor, schedule: ScaleSchedule) -> dict[str, Tensor]:
-    """Returns the means of scores (b, l) over all tokens and over the last scale, and of losses over each, by tag."""
+    """Returns means by tag: of scores (b, l) over all tokens and over the last scale, and of losses over each scale."""
     by_scale, last_correct = losses.split(schedule.lengths, dim=1), correct.split(schedule.lengths, dim=1)[-1]
     prefix = "scale_loss" if stage == "train" else f"{stage}_scale_loss"
     return {
@@ -58,7 +58,7 @@ def mean_scores(stage: str, losses: Tensor, correct: Tensor, schedule: ScaleSche
 
 
 class Learner(Protocol):
-    """What an objective needs of the module that it trains, `LitMVAR`."""
+    """What an objective uses of the module that it trains, `LitMVAR`."""
 
     network: MVAR
 
@@ -79,27 +79,27 @@ class Learner(Protocol):
 
 
 class Objective(ABC):
-    """What to minimize. Validation always reports the teacher-forced cross entropy, so runs can be compared."""
+    """A loss to minimize. Validation always reports the teacher-forced cross entropy, so runs can be compared."""
 
-    uses_own_samples = False  # whether half of each batch is the network's own samples
-    uses_reference = False  # whether it compares the network with a frozen one
-    reference: str | None = None  # path of the frozen network; None for the weights that the run starts from
+    uses_own_samples = False  # whether half of each batch consists of the network's own samples
+    uses_reference = False  # whether it compares the network to a frozen one
+    reference: str | None = None  # path of the frozen network; None for the initial weights of the run
 
     def check(self, network: MVARConfig) -> None:  # noqa: B027 (most objectives train any network)
-        """Raises InputError unless a network of this configuration can be trained by it."""
+        """Raises InputError unless it can train a network with this configuration."""
 
     def check_own_samples(self, given: bool) -> None:
-        """Raises InputError unless the data have the network's own samples if and only if the objective uses them."""
+        """Raises InputError if it needs the network's own samples but none are given, or the reverse."""
         name = type(self).__name__
         if self.uses_own_samples and not given:
             raise InputError(
                 f"the objective {name} needs --data.own: shards that `lightning-mvar sample --tokens` wrote"
             )
         if given and not self.uses_own_samples:
-            raise InputError(f"the objective {name} ignores data.own: leave it out, or train on it as data.train")
+            raise InputError(f"the objective {name} does not use data.own: leave it out, or train on it as data.train")
 
     def reference_path(self, default: str | None) -> str | None:
-        """Returns the path of the frozen network, None if it uses none; raises InputError if there is no default."""
+        """Returns the path of the frozen network; None if it uses none. Raises InputError if no path is known."""
         if not self.uses_reference:
             return None
         if (path := self.reference or default) is None:
@@ -116,8 +116,8 @@ class Objective(ABC):
         Args:
             learner: the module being trained.
             batch: the images, on the device.
-            labels: (b,) int64 their labels, some replaced by the unconditional class.
-            batch_idx: number of the batch in the epoch.
+            labels: (b,) int64 labels of the images, some of them replaced by the unconditional class.
+            batch_idx: index of the batch in the epoch.
         """
 
 
@@ -166,12 +166,12 @@ class SelfCorrecting(TeacherForced):
     one share for all its scales.
 
     Args:
-        max_share: largest share of tokens to replace; each image draws its own, uniform in [0, max_share].
+        max_share: largest share of tokens to replace; each image draws its own share uniformly from [0, max_share].
         replacement: `neighbors` draws among the codes nearest to the token's own; `own` draws from the network's
             prediction given the true coarser scales, at the cost of a forward pass.
         neighbors: number of nearest codes to draw from.
-        temperature: draw neighbors with probabilities proportional to exp(-d / temperature), d their squared distance
-            relative to that of the nearest different code, averaged over all codes; null draws them evenly.
+        temperature: draw neighbors with probabilities proportional to exp(-d / temperature), where d is their squared
+            distance relative to that of the nearest different code, averaged over all codes; null draws them evenly.
         loss_weights: see `TeacherForced`.
         label_smoothing: see `TeacherForced`.
     """
@@ -240,9 +240,9 @@ class SelfCorrecting(TeacherForced):
 
 
 class DirectDiscriminative(Objective):
-    """Makes real images more likely than under a frozen network, and its own samples less (DDO, arXiv 2503.01103).
+    """Makes real images more likely than under a frozen network, and its samples less likely (DDO, arXiv 2503.01103).
 
-    The loss of a discriminator whose logit is beta * log(p / p_reference), on real images and on samples of the
+    This is the loss of a discriminator whose logit is beta * log(p / p_reference), on real images and on samples of the
     reference network: -log sigmoid(logit of a real image) - alpha * log sigmoid(-logit of an own sample), each averaged
     over its images.
 
@@ -284,12 +284,12 @@ class DirectDiscriminative(Objective):
 
 
 class ConditionContrastive(Objective):
-    """Makes each image more likely under its label and less under others (CCA, arXiv 2410.09347).
+    """Makes each image more likely under its own label and less likely under others (CCA, arXiv 2410.09347).
 
-    The network then needs less guidance, or none. Per image, with logit = beta * log(p / p_reference): the label's own
-    term -log sigmoid(logit), and one of another image's label, -weight * log sigmoid(-logit). Images of each two
-    successive rows exchange their labels. As in the published code, a label that is unconditional or equal by chance
-    counts as the image's own, with weight 1, and the loss is divided by max(weight, 1).
+    The network then needs less guidance, or none. With logit = beta * log(p / p_reference), the loss of an image is
+    -log sigmoid(logit) for its own label plus -weight * log sigmoid(-logit) for another image's label; pairs of
+    consecutive images exchange their labels. As in the published code, another label that is unconditional or equal by
+    chance counts as the image's own, with weight 1, and the loss is divided by max(weight, 1).
 
     Args:
         reference: the frozen network: a checkpoint, a folder of `export` or a published file. Default: `model.weights`.
@@ -309,7 +309,7 @@ class ConditionContrastive(Objective):
     def __call__(self, learner: Learner, batch: TokenBatch, labels: Tensor, batch_idx: int) -> Scores:
         b, unconditional = len(labels), learner.network_config.num_classes
         partner = torch.arange(b, device=labels.device) ^ 1
-        exchanged = batch.labels[partner.where(partner < b, b - 1)]  # the last of an odd number keeps its own
+        exchanged = batch.labels[partner.where(partner < b, b - 1)]  # the last image of an odd number keeps its label
         others = torch.where(labels == unconditional, labels, exchanged)
         losses, correct, ratios = log_ratios(
             learner, batch.tokens.repeat(2, 1), torch.cat([labels, others]), self.per_token

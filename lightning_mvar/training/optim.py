@@ -1,6 +1,6 @@
-"""Parameter groups, and learning rate and weight decay as functions of the step (VAR's published recipe).
+"""Parameter groups, and schedules of learning rate and weight decay (VAR's published recipe).
 
-Both schedules are pure functions of the step: nothing to checkpoint, and a resumed run cannot drift.
+Both schedules are pure functions of the step, so they need no checkpoint and a resumed run cannot drift.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_mvar.training.muon import MuonAdamW
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon and AdamW, and their schedules.
+    """AdamW, or Muon and AdamW, with their schedules.
 
     Args:
         base_lr: learning rate for a global batch of 256; the peak is base_lr * batch / 256.
@@ -31,8 +31,8 @@ class OptimizerConfig:
         plateau: share of the steps after warm-up that stay at the peak.
         initial_lr_ratio: learning rate at the first step, divided by the peak.
         final_lr_ratio: learning rate at the last step, divided by the peak.
-        muon: train the matrices of the blocks, or the convolutions of a tokenizer, with Muon, all other parameters with
-            AdamW.
+        muon: train the matrices of the blocks, or the convolutions of a tokenizer, with Muon, and all other parameters
+            with AdamW.
         momentum: decay rate of Muon's momentum.
     """
 
@@ -49,15 +49,15 @@ class OptimizerConfig:
     momentum: float = 0.95
 
     def __post_init__(self) -> None:
-        of = "optimizer."
-        require_in("(0, inf)", of, base_lr=self.base_lr)
-        require_in("[0, 1)", of, beta1=self.beta1, beta2=self.beta2, momentum=self.momentum)
-        require_in("[0, inf)", of, weight_decay=self.weight_decay, final_weight_decay=self.final_weight_decay)
-        require_in("[0, 1]", of, warmup=self.warmup, plateau=self.plateau)
-        require_in("[0, 1]", of, initial_lr_ratio=self.initial_lr_ratio, final_lr_ratio=self.final_lr_ratio)
+        prefix = "optimizer."
+        require_in("(0, inf)", prefix, base_lr=self.base_lr)
+        require_in("[0, 1)", prefix, beta1=self.beta1, beta2=self.beta2, momentum=self.momentum)
+        require_in("[0, inf)", prefix, weight_decay=self.weight_decay, final_weight_decay=self.final_weight_decay)
+        require_in("[0, 1]", prefix, warmup=self.warmup, plateau=self.plateau)
+        require_in("[0, 1]", prefix, initial_lr_ratio=self.initial_lr_ratio, final_lr_ratio=self.final_lr_ratio)
 
     def learning_rate(self, step: int, total_steps: int, global_batch: int) -> float:
-        """Returns the rate: linear warm-up, plateau, then linear to `final_lr_ratio` of the peak at the last step."""
+        """Returns the learning rate: linear warm-up, plateau, then linear decay to `final_lr_ratio` of the peak."""
         peak = self.base_lr * global_batch / 256
         warmup_steps = round(self.warmup * total_steps)
         if step < warmup_steps:
@@ -68,7 +68,7 @@ class OptimizerConfig:
         return peak * (self.final_lr_ratio + (1 - self.final_lr_ratio) * (1 - progress) / (1 - self.plateau))
 
     def decay(self, step: int, total_steps: int) -> float:
-        """Returns the weight decay at `step`, on a cosine from `weight_decay` to `final_weight_decay`."""
+        """Returns the weight decay at `step`, along a cosine from `weight_decay` to `final_weight_decay`."""
         end = self.weight_decay if self.final_weight_decay is None else self.final_weight_decay
         progress = min(step / max(total_steps - 1, 1), 1.0)
         return end + (self.weight_decay - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
@@ -77,10 +77,10 @@ class OptimizerConfig:
 def parameter_groups(
     model: nn.Module, undecayed_names: tuple[str, ...] = (), muon: bool = False
 ) -> list[dict[str, Any]]:
-    """Splits trained parameters in two groups: 1-d ones (biases, norms) and those with the given endings do not decay.
+    """Splits trained parameters into groups with and without decay: 1-d ones and the given suffixes do not decay.
 
-    A group without parameters is left out: torch.distributed.checkpoint would lose its options. With `muon`, matrices
-    and convolutions, see `is_block_matrix`, are the last group, empty if none is trained.
+    A group without parameters is left out, because torch.distributed.checkpoint would lose its options. With `muon`,
+    the last group holds matrices and convolutions, see `is_block_matrix`; it is empty if none are trained.
     """
     groups: tuple[list[nn.Parameter], ...] = ([], [], [])
     for name, parameter in model.named_parameters():
@@ -93,7 +93,7 @@ def parameter_groups(
 
 
 def without_empty(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the groups that have parameters. States of older versions also have others."""
+    """Drops groups without parameters, which states of older versions may have."""
     return [group for group in groups if group["params"]]
 
 
@@ -119,7 +119,7 @@ def build_optimizer(
 
 
 def adapt_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state to load without empty groups, with this optimizer's `fused` flag: precision may be another."""
+    """Drops empty groups from a state to load and sets this run's `fused` flag, because the precision may differ."""
     fused = optimizer.defaults["fused"]
     return state | {"param_groups": [group | {"fused": fused} for group in without_empty(state["param_groups"])]}
 
@@ -127,8 +127,8 @@ def adapt_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dic
 def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Makes the next step leave weights and moments unchanged if `finite`, () bool on the device, is false.
 
-    Uses the flag by which GradScaler skips steps of a fused optimizer, so the host need not know. An optimizer that is
-    not fused runs under a GradScaler, which skips such steps itself.
+    Uses the flag with which GradScaler skips steps of a fused optimizer, without synchronization. An optimizer that is
+    not fused runs with a GradScaler, which skips such steps itself.
     """
     if optimizer.param_groups[0]["fused"]:
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -137,9 +137,9 @@ def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
 def apply_schedule(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int, global_batch: int
 ) -> tuple[float, float]:
-    """Sets the learning rate and weight decay of every group for `step` and returns both.
+    """Sets the learning rate and weight decay of all groups for `step` and returns both.
 
-    The learning rate of a group is multiplied by its `lr_factor`, if it has one.
+    A group's learning rate is multiplied by its `lr_factor`, if it has one.
     """
     lr, weight_decay = config.learning_rate(step, total_steps, global_batch), config.decay(step, total_steps)
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The frozen network that an objective compares the trained one with."""
+"""The frozen network to which an objective compares the trained one."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lightning_mvar.training.weights import InitialWeights, check_tokenizer
 
 
 class Reference:
-    """A frozen network. No module: it is neither trained nor saved; checkpoints record its path and fingerprint.
+    """A frozen network. It is not a module, so it is neither trained nor saved; checkpoints record its fingerprint.
 
     Args:
         path: a checkpoint, a folder of `export` or a published file.
-        kind: of a checkpoint, `ema` takes the averaged weights if it has them, `raw` the last ones.
-        config: architecture of the trained network, which it must share.
-        class_names: names of its classes, in label order.
-        tokenizer: the tokenizer of the run, which must be its own.
+        kind: for a checkpoint, `ema` uses the averaged weights if it has them, `raw` the last ones.
+        config: architecture of the trained network, which the frozen one must share.
+        class_names: class names of the trained network, in label order.
+        tokenizer: tokenizer of the run, which the frozen network must share.
         tokenizer_path: names the tokenizer in messages.
-        strategy: of the run; all ranks must build this.
+        strategy: strategy of the run; all ranks must construct this.
 
     Raises:
-        InputError: if the network cannot be read, or has another architecture, other classes or another tokenizer.
+        InputError: if the network cannot be read, or differs in architecture, classes or tokenizer.
     """
 
     def __init__(
@@ -60,23 +60,23 @@ class Reference:
             )
         fingerprint = strategy.broadcast(fingerprint_of(stored.weights) if strategy.is_global_zero else "")
         self.record = ReferenceRecord(str(Path(path).expanduser().resolve()), fingerprint)
-        self.network: MVAR  # known after `build`
+        self.network: MVAR  # available after `build`
 
     def build(self) -> None:
-        """Builds it block by block, sharded as it is built if the strategy shards."""
+        """Builds the network block by block; if the strategy shards, each block is sharded as soon as it is built."""
         shard = shard_function(self.strategy)
         network = build_network(self.weights.config, self.strategy.root_device, 0, shard, self.weights.load)
         self.network = network.requires_grad_(False).eval()
 
     def check_samples(self, own: Manifest, location: object) -> None:
-        """Checks that this network drew the tokens of `data.own`; warns if it did with guidance or truncation.
+        """Checks that this network drew the tokens of `data.own`; warns if it used guidance or truncation.
 
         Args:
             own: manifest of the tokens.
             location: names them in messages.
 
         Raises:
-            InputError: if they are of images, of another network, or do not say how they were drawn.
+            InputError: if they are tokens of images or of another network, or do not say how they were drawn.
         """
         settings, path = own.sampling, self.record.path
         remedy = f"draw them with `lightning-mvar sample --ckpt_path {path} --tokens FOLDER`"
@@ -89,7 +89,7 @@ class Reference:
                 f"checkpoint, model.weights_kind must be the --weights of `sample`)"
             )
         try:
-            guidance = max(map(float, settings["guidance"].split(",")))  # one for all scales, or one each
+            guidance = max(map(float, settings["guidance"].split(",")))  # one number, or one per scale
             top_k, top_p = (float(settings[name]) for name in ("top_k", "top_p"))
         except (KeyError, ValueError):
             raise InputError(f"data.own {location} does not say how its samples were drawn: {remedy}") from None
@@ -99,16 +99,16 @@ class Reference:
         if guidance != 0 or top_p not in (0, 1) or 0 < top_k < own.vocab_size or others:
             rank_zero_warn(
                 f"data.own {location} was drawn with guidance {guidance:g}, top_k {top_k:g}, top_p {top_p:g}"
-                f"{''.join(others)}, but the objective takes its samples for those of the bare network: sample with "
-                f"--guidance 0 --top_k 0 --top_p 0, and without other options"
+                f"{''.join(others)}, but the objective assumes samples of the plain network: sample with --guidance 0 "
+                f"--top_k 0 --top_p 0 and without other options"
             )
 
     @torch.no_grad()
     def score(self, labels: Tensor, scale_inputs: Tensor, tokens: Tensor) -> Tensor:
-        """Returns its cross entropy (b, l) of tokens (b, l), with the drop path that the trained network draws next.
+        """Returns its cross entropy (b, l) for tokens (b, l), with the drop path that the trained network draws next.
 
-        So the two differ by their weights alone. The published code of CCA also keeps the reference in training mode,
-        but there each draws for itself.
+        The two therefore differ only in their weights. The published code of CCA also keeps the reference in training
+        mode, but with separate draws.
         """
         self.network.train()
         with torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []):
@@ -117,7 +117,7 @@ class Reference:
 
 
 def require_same_reference(saved: ReferenceRecord | None, current: ReferenceRecord | None) -> None:
-    """Raises InputError if a checkpoint and the run that continues it have other reference networks."""
+    """Raises InputError if a checkpoint and the run that continues it have different reference networks."""
     if (saved and saved.fingerprint) != (current and current.fingerprint):
         names = [f"{record.path} ({record.fingerprint})" if record else "no network" for record in (saved, current)]
         raise InputError(

@@ -1,7 +1,7 @@
-"""Checks what Lightning restores from a checkpoint as it is, so that odd values do not surface later, as a traceback.
+"""Checks the parts of a checkpoint that Lightning restores unchecked, so that bad values do not cause errors later.
 
-Without tensors, a checkpoint is compared with the state of this run, by which the types of all its fields are known;
-its weights and moments are compared with the parameters of this run.
+All entries but tensors are compared with the state of this run, which gives the expected types; weights and moments are
+compared with the parameters of this run.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.json_files import shown
 from lightning_mvar.io.tensors import check_finite, check_kinds, check_state_dict, holds_ignored_objects
 
-VERSION, OLDEST = "pytorch-lightning_version", Version("2.6")  # older files would be converted, entry by entry
-STEPS = "epoch_loop.automatic_optimization.optim_progress"  # entry of the fit loop with the steps done
+VERSION, OLDEST = "pytorch-lightning_version", Version("2.6")  # Lightning would convert older files
+STEPS = "epoch_loop.automatic_optimization.optim_progress"  # entry of the fit loop with the completed steps
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # per parameter
 MUON_STATE = ("momentum_buffer",)  # per matrix
-OF_TRAINING = ("callbacks", "optimizer_states", "lr_schedulers")  # entries that a checkpoint of weights alone lacks
-SHARDED = ("state_dict", "optimizer_states")  # entries that the plain part of a sharded checkpoint lacks
+TRAINING_ENTRIES = ("callbacks", "optimizer_states", "lr_schedulers")  # missing in a checkpoint of weights only
+SHARDED_ENTRIES = ("state_dict", "optimizer_states")  # missing in the plain part of a sharded checkpoint
 
 
 def check_run_state(content: dict[str, Any], trainer: L.Trainer, loop: str, sharded: bool, source: str) -> None:
     """Checks the entries of a checkpoint that Lightning restores, except weights and moments.
 
     Args:
-        content: what a checkpoint file holds, or the plain part of a sharded one.
-        trainer: the trainer that is to restore it.
+        content: content of a checkpoint file, or the plain part of a sharded checkpoint.
+        trainer: the trainer that will restore it.
         loop: name of the trainer's loop that is restored; all entries are required for `fit_loop`.
         sharded: whether the checkpoint is sharded.
         source: names the checkpoint in messages.
 
     Raises:
-        InputError: naming the first entry that is missing, or is not like that of this run.
+        InputError: naming the first entry that is missing or does not match this run.
     """
     if holds_ignored_objects(content):
-        raise InputError(f"{source} holds other objects than plain data and tensors: it cannot be continued from")
-    for name in ("loops", VERSION, "state_dict", *(OF_TRAINING if loop == "fit_loop" else ())):
-        if name not in content and not (sharded and name in SHARDED):
+        raise InputError(f"{source} holds objects other than plain data and tensors: a run cannot continue from it")
+    for name in ("loops", VERSION, "state_dict", *(TRAINING_ENTRIES if loop == "fit_loop" else ())):
+        if name not in content and not (sharded and name in SHARDED_ENTRIES):
             raise InputError(f"{source} is damaged: {name} is missing")
     check_version(content[VERSION], source)
     form = getattr(trainer, loop).state_dict()
-    if loop == "fit_loop":  # which has its loader only once it runs
+    if loop == "fit_loop":  # it gets its loader only when it runs
         form["state_dict"] = {"combined_loader": [{"epoch": 0, "samples": 0}]}
     try:
         for name in ("epoch", "global_step"):
@@ -74,9 +74,9 @@ def check_version(version: Any, source: str) -> None:
 
 
 def check_callbacks(states: Any, trainer: L.Trainer) -> None:
-    """Raises ValueError unless states are dictionaries, and those of this package's callbacks like those of this run.
+    """Raises ValueError unless states are dictionaries, and those of this package's callbacks match this run's.
 
-    Callbacks of Lightning have other values before `setup`, and some resume without a state of the same form.
+    Lightning's callbacks may have other values before `setup`, or resume from a state of another form.
     """
     check_like(states, {}, "callbacks")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -95,10 +95,10 @@ def check_callbacks(states: Any, trainer: L.Trainer) -> None:
 
 
 def check_like(value: Any, example: Any, path: str) -> None:
-    """Raises ValueError unless a value has the types of an example, and a dictionary also its keys.
+    """Raises ValueError unless a value has the same types as an example and, for dictionaries, the same keys.
 
-    An empty dictionary or list is an example of any. Integers are counts. None is an example of a score that is not
-    known yet: a number, a tensor of one, or None.
+    An empty dictionary or list matches any. Integers are counts. None stands for a score that is not known yet and
+    matches a number, a tensor with one element, or None.
     """
     if isinstance(example, dict) and isinstance(value, dict):
         for name in {**example, **value} if example else ():
@@ -122,7 +122,7 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < torch.finfo(torch.float64).max
 
 
-LIKE: dict[type, Callable[[Any], bool]] = {  # type of an example: check
+LIKE: dict[type, Callable[[Any], bool]] = {  # by type of the example
     bool: lambda value: isinstance(value, bool),
     int: lambda value: type(value) is int and 0 <= value < 2**63,
     float: is_number,
@@ -139,13 +139,13 @@ def check_tensors(
     """Checks weights and moments of a checkpoint file.
 
     Args:
-        content: what the file holds, except for what `check_run_state` checks.
-        module: the module that is to restore the weights.
-        optimizers: those that are to restore the moments, over parameters of the module.
+        content: content of the file; `check_run_state` checks the rest of it.
+        module: the module that will restore the weights.
+        optimizers: optimizers of the module's parameters that will restore the moments.
         source: names the checkpoint in messages.
 
     Raises:
-        InputError: naming the first tensor that does not fit, or is not finite.
+        InputError: naming the first tensor that does not fit or is not finite.
     """
     weights, states = content["state_dict"], content.get("optimizer_states", [])
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -182,9 +182,9 @@ def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer, path: str) -> 
 
 
 def check_group(group: Any, own: dict[str, Any], defaults: dict[str, Any], path: str) -> None:
-    """Raises ValueError unless a group has the options of this run's group, of the same types, and as many parameters.
+    """Raises ValueError unless a group has as many parameters as this run's and the same options with the same types.
 
-    AdamW's flags must be equal, except `fused`, which is this run's own; another version of torch may lack some.
+    AdamW's flags must be equal, except `fused`, which this run sets; another version of torch may lack some flags.
     """
     check_like(group, {}, path)
     for name, example in own.items():
@@ -204,5 +204,5 @@ def check_moments(moments: Any, parameter: Tensor, names: tuple[str, ...], path:
         value = moments.get(name)
         shape = () if name == "step" else parameter.shape
         if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
-            raise ValueError(f"{path}.{name} is no float tensor {tuple(shape)}")
+            raise ValueError(f"{path}.{name} is not a float tensor {tuple(shape)}")
     check_finite({name: moments[name] for name in names}, path)

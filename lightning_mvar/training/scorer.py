@@ -32,12 +32,12 @@ def train(
     lr: float,
     on_step: Callable[[float], object],
 ) -> None:
-    """Minimizes the binary cross entropy of real against drawn pyramids, the mean over all scales of each.
+    """Minimizes the binary cross entropy of real against drawn pyramids, averaged over their scales.
 
     Args:
-        scorer: on the device to compute on, as the quantizer.
-        quantizer: that of the tokenizer of the pyramids.
-        batches: batches of which half is real and half drawn.
+        scorer: the scorer; its device, which it shares with the quantizer, is used.
+        quantizer: quantizer of the pyramids.
+        batches: batches that are half real and half drawn.
         steps: number of optimizer steps.
         lr: peak learning rate of AdamW, see `lr_factor`.
         on_step: called with the loss of each step.
@@ -59,12 +59,12 @@ def train(
 
 
 def lr_factor(progress: float) -> float:
-    """Returns the learning rate relative to its peak: a linear warm-up, then a cosine to 0."""
+    """Returns the learning rate relative to its peak: linear warm-up, then a cosine to 0."""
     return min(1.0, (progress + 0.01) / WARMUP) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def endless(batches: PairedStream) -> Iterator[TokenRows]:
-    """Yields the batches of one epoch after the other."""
+    """Yields the batches of all epochs, without end."""
     for epoch in count():
         batches.epoch = epoch
         yield from batches
@@ -73,7 +73,7 @@ def endless(batches: PairedStream) -> Iterator[TokenRows]:
 def score_scales(
     scorer: Scorer, quantizer: ResidualQuantizer, tokens: NDArray[np.uint16], labels: NDArray[np.int64]
 ) -> Tensor:
-    """Returns the scores (b, k) of images after each scale, given their tokens (b, l) and labels (b,)."""
+    """Returns scores (b, k) of images after each scale, given their tokens (b, l) and labels (b,)."""
     device = device_of(scorer)
     with torch.no_grad():
         f_hats = [*quantizer.f_hats(torch.from_numpy(tokens.astype(np.int64)).to(device))]
@@ -83,15 +83,16 @@ def score_scales(
 
 @torch.no_grad()
 def separation(scorer: Scorer, quantizer: ResidualQuantizer, real: TokenStream, drawn: TokenStream) -> Tensor:
-    """Returns per scale (k,) the probability that a real pyramid scores higher than a drawn one; ties count half.
+    """Returns, for each scale (k,), the probability that a real pyramid scores higher than a drawn one (AUC).
 
-    It is 0.5 where the scorer cannot tell them apart, so that choosing has no effect, and 1 where it always can.
+    Ties count half. It is 0.5 if the scorer cannot tell them apart, so that a choice has no effect, and 1 if it always
+    can.
 
     Args:
         scorer: in eval mode.
-        quantizer: that of the tokenizer of the pyramids.
-        real: pyramids of real images, in one batch or several.
-        drawn: those that a network drew.
+        quantizer: quantizer of the pyramids.
+        real: pyramids of real images.
+        drawn: pyramids that a network drew.
     """
     real_scores, drawn_scores = (  # (n, k), (m, k)
         torch.cat([score_scales(scorer, quantizer, rows.tokens, rows.labels)[rows.valid] for rows in stream])

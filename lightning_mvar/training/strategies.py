@@ -1,6 +1,6 @@
 """Sharding and gathering, applied to a network from outside.
 
-`--trainer.strategy fsdp2` shards block by block (PyTorch's `fully_shard`); single device and `ddp` are
+`--trainer.strategy fsdp2` shards block by block (PyTorch's `fully_shard`); single-device training and `ddp` are
 Lightning's own.
 """
 
@@ -44,16 +44,17 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class FSDP2Strategy(DataParallelStrategy):
-    """Keeps a shard of each block's weights, gradients and optimizer state per rank, and gathers a block to run it.
+    """Shards each block's weights, gradients and optimizer state over the ranks, and gathers a block when it runs.
 
     Args:
         param_dtype: dtype in which a block's weights are gathered; `bfloat16` halves the traffic and needs
             `--trainer.precision bf16-mixed`. Shards and gradient sums stay float32, but blocks see all their weights
             rounded, including those that autocast leaves in float32 (A_log, dt_bias, D, norms).
         data_parallel_replicate: number of replicas of the weights (hybrid sharding, HSDP); must divide the number of
-            ranks. Each replica is sharded over consecutive ranks: with one replica per node, only gradients cross
+            ranks. Each replica is sharded over consecutive ranks; with one replica per node, only gradients cross
             nodes.
-        save_distributed_checkpoint: each rank writes its shard to a folder; if false, rank 0 gathers one file.
+        save_distributed_checkpoint: whether each rank writes its shard to a folder; otherwise rank 0 gathers a single
+            file.
         process_group_backend: gloo on CPUs and nccl on GPUs if not given.
         timeout: how long a rank waits for the others before it gives up.
     """
@@ -76,7 +77,7 @@ class FSDP2Strategy(DataParallelStrategy):
 
     @property
     def mesh(self) -> DeviceMesh:
-        """Mesh that weights are distributed over: (shard,), or (replicate, shard) if there are several replicas."""
+        """Mesh over which weights are distributed: (shard,), or (replicate, shard) with several replicas."""
         return self.device_mesh if self.replicas > 1 else self.device_mesh["shard"]
 
     def setup_environment(self) -> None:
@@ -86,15 +87,15 @@ class FSDP2Strategy(DataParallelStrategy):
             raise InputError(f"FSDP2 does not support --trainer.precision {precision}; use one of {choices}")
         if self.param_dtype == "bfloat16" and precision != "bf16-mixed":
             raise InputError("FSDP2's param_dtype bfloat16 needs --trainer.precision bf16-mixed")
-        # The view it warns about is the logits, which nothing changes in place.
+        # The warning is about the logits, a view that nothing changes in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads a checkpoint as Lightning does, but checks it first, and a sharded one runs no code from its files.
+        """Loads a checkpoint as Lightning does, but checks it first and runs no code from the files of a sharded one.
 
         Raises:
-            InputError: if it is damaged, not finite, or lacks a part of the network.
+            InputError: if it is damaged or not finite, or lacks a part of the network.
         """
         path = Path(self.broadcast(checkpoint_path))
         assert self.model is not None
@@ -107,7 +108,7 @@ class FSDP2Strategy(DataParallelStrategy):
         reader.load(state)
         self.require_finite(state, path)
         self.model.load_state_dict(state["state_dict"], strict=self.lightning_module.strict_loading)
-        for index, optimizer in enumerate(self.optimizers):  # after the network, whose parameters they name
+        for index, optimizer in enumerate(self.optimizers):  # after the network: states are named by its parameters
             name = f"optimizer_{index}"
             part: dict[str, Any] = {name: get_optimizer_state_dict(self.model, optimizer)}
             trained = [group["params"] for group in part[name]["param_groups"]]
@@ -115,7 +116,7 @@ class FSDP2Strategy(DataParallelStrategy):
             self.require_finite(part, path)
             if [group["params"] for group in part[name]["param_groups"]] != trained:
                 raise InputError(
-                    f"--ckpt_path {path} is of a run that trains other parameters: set model.freeze as before, or "
+                    f"--ckpt_path {path} is from a run that trains other parameters: set model.freeze as before, or "
                     f"start a new run from it with --model.weights"
                 )
             options = StateDictOptions(cpu_offload=True)
@@ -123,31 +124,31 @@ class FSDP2Strategy(DataParallelStrategy):
         return read_plain_part(path)
 
     def require_finite(self, state: dict[str, Any], path: Path) -> None:
-        """Raises InputError on all ranks if a tensor in nested dictionaries is not finite on any rank."""
+        """Raises InputError on all ranks if any rank has a tensor in nested dictionaries that is not finite."""
         finite = all(is_finite(shard) for shard in local_shards(tensors_in(state)) if shard.is_floating_point())
         if not self.reduce_boolean_decision(finite):
             raise InputError(f"--ckpt_path {path} holds NaN or infinite values: use an earlier checkpoint")
 
     def shard_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Shards a tokenizer level by level, then the rest. Only its `forward` gathers weights."""
+        """Shards a tokenizer level by level, then the rest. Only `forward` gathers weights."""
         for part in tokenizer.modules():
             if isinstance(part, Level):
                 self.shard(part)
         self.shard(tokenizer)
 
     def shard(self, module: nn.Module) -> None:
-        """Shards a block, or the network after its blocks; its sampling methods gather weights as `forward` does.
+        """Shards a block, or the network after its blocks; sampling methods then gather weights as `forward` does.
 
         Embeddings and head stay in the network's own group, gathered from the first block to the end of the backward
-        pass: 31 MiB for d16, 288 MiB for d36s as M-VAR, beside one block (109 and 367 MiB), and as much in gradients.
-        Groups of their own would free at most 1 % of the 57 GiB that d36s takes, but the loss calls the head once per
-        part of a batch, and FSDP2 would reduce the gradients of its group once per call.
+        pass: 31 MiB for d16, 288 MiB for d36s as M-VAR, in addition to one block (109 and 367 MiB), and as much for
+        gradients. Separate groups would save at most 1 % of the 57 GiB that d36s takes. But the loss calls the head
+        once per part of a batch, and FSDP2 would reduce the gradients of its group in each call.
         """
         outermost = isinstance(module, MVAR | Tokenizer)
         dtype = torch.bfloat16 if self.param_dtype == "bfloat16" and not outermost else None
-        # Inputs keep their dtype: the scan state is carried in float32, and autocast casts what it may.
+        # Inputs keep their dtype: the scan state must stay float32, and autocast casts the rest.
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        # Codes change between forward and backward pass, so weights gathered for the forward pass would be stale.
+        # Codes change between forward and backward pass, so weights gathered for the forward pass would be outdated.
         reshard = True if isinstance(module, Tokenizer) else None
         fully_shard(module, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
         if isinstance(module, MVAR):
@@ -174,19 +175,19 @@ def build_network(
     load: Callable[[nn.Module, str], None] | None = None,
     freeze: Sequence[str] = (),
 ) -> MVAR:
-    """Builds a network with its initial weights, the same under every strategy.
+    """Builds a network with its initial weights, which are the same with every strategy.
 
-    Starts on the meta device. Calls `load`, then `finish`, which may shard, on each block before the next one is
-    allocated, and on the network last, so no rank ever holds all of a sharded network.
+    The network is created on the meta device. `load`, then `finish`, which may shard, are called on each block before
+    the next one is allocated, and finally on the network, so no rank ever holds a complete sharded network.
 
     Args:
         config: architecture.
-        device: of the weights.
-        seed: of the initial weights.
-        finish: completes a part.
-        load: fills a part, whose weights' names have this prefix in the network, in place of initial weights; outside
-            the blocks, what it leaves alone keeps those.
-        freeze: patterns of names of parameters that are not trained; see `freeze_parameters`.
+        device: device of the weights.
+        seed: seed of the initial weights.
+        finish: called on each part, such as for sharding it.
+        load: `load(part, prefix)` fills a part in place of initial weights; `prefix` precedes the names of its weights
+            in the network. Outside the blocks, it may keep some initial weights.
+        freeze: name patterns of the parameters that are not trained; see `freeze_parameters`.
     """
     with torch.device("meta"):
         network = MVAR(config)
@@ -213,19 +214,19 @@ def build_network(
 
 @contextmanager
 def sampling_mode(network: MVAR, strategy: Strategy, keep_sharded: bool = False) -> Iterator[MVAR]:
-    """Puts the network being trained in eval mode and in the run's precision, for `generate`; all ranks must enter.
+    """Prepares the network being trained for `generate`: eval mode and the run's precision; all ranks must enter.
 
-    Gathers a sharded network once, not once per scale and block, and reshards it at the end.
+    Gathers a sharded network once instead of at each scale and block, and reshards it at the end.
 
     Args:
         network: the module's network, or the average of its weights.
         strategy: the trainer's strategy.
-        keep_sharded: gather one block at a time, at every scale, if the complete network does not fit on a device.
+        keep_sharded: whether to gather one block at a time, at each scale, for networks that do not fit on a device.
     """
     training = network.training
     network.eval()
     try:
-        # Compiled blocks would recompile for the length of each scale.
+        # Compiled blocks would be recompiled for the length of each scale.
         eager, precision = torch.compiler.set_stance("force_eager"), strategy.precision_plugin.forward_context()
         with torch.no_grad(), eager, precision, exact_float32(), gathered(network, gather=not keep_sharded):
             yield network
@@ -235,7 +236,7 @@ def sampling_mode(network: MVAR, strategy: Strategy, keep_sharded: bool = False)
 
 @contextmanager
 def gathered(network: nn.Module, gather: bool) -> Iterator[None]:
-    """Holds all weights of an FSDP2 network on every rank if `gather`, and reshards it on exit; no-op for others."""
+    """Gathers all weights of an FSDP2 network on every rank if `gather`, and reshards it on exit; no-op for others."""
     sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
     for module in sharded if gather else []:
         module.set_reshard_after_forward(False, recurse=False)
@@ -249,7 +250,7 @@ def gathered(network: nn.Module, gather: bool) -> Iterator[None]:
 
 
 def restore_resharding(network: nn.Module) -> None:
-    """Lets each block free its gathered weights after the forward pass, but the last, with which backward begins."""
+    """Makes each block free its gathered weights after the forward pass, except the last, where backward begins."""
     kept = [network, *(list(network.blocks)[-1:] if isinstance(network, MVAR) else [])]
     for module in network.modules():
         if isinstance(module, FSDPModule):
@@ -257,7 +258,7 @@ def restore_resharding(network: nn.Module) -> None:
 
 
 def unsharded_copy(tokenizer: Tokenizer) -> Tokenizer:
-    """Returns a copy in eval mode on the CPU with all weights; all ranks must call this."""
+    """Returns a copy with all weights in eval mode on the CPU; all ranks must call this."""
     weights = {name: full_tensor(tensor.detach()).cpu().clone() for name, tensor in tokenizer.state_dict().items()}
     with torch.device("meta"):
         copy = Tokenizer(tokenizer.config)
@@ -267,14 +268,14 @@ def unsharded_copy(tokenizer: Tokenizer) -> Tokenizer:
 
 @torch.no_grad()
 def assign_values(parameter: Tensor, values: Tensor) -> None:
-    """Assigns new values to a parameter, sharded or not; every rank passes all the values."""
+    """Assigns new values to a parameter, sharded or not; every rank passes the complete values."""
     if isinstance(parameter, DTensor):
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
     parameter.copy_(values)
 
 
 def local_shards(tensors: list[Any]) -> list[Tensor]:
-    """Returns this rank's shard of each tensor; a tensor that is not distributed as it is."""
+    """Returns this rank's shard of each tensor; tensors that are not distributed are unchanged."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 

@@ -37,33 +37,33 @@ NEW_RUN = "start a new run from its finished tokenizer with --model.weights FOLD
 
 
 class LitTokenizer(ScheduledModule):
-    """A tokenizer and its reconstruction loss, with a straight-through gradient past the quantizer.
+    """Trains a tokenizer to reconstruct images, with a straight-through gradient at the quantizer.
 
     Loss = mse(image) + l1_weight l1(image) + mean over scales of [mse(f_hat, sg(f)) + commitment mse(sg(f_hat), f)]
     + perceptual_weight perceptual(image) + adversarial and entropy terms of `adversary` and `codebook`.
 
-    Tokenizer and discriminator are trained in the same steps, each by its own loss, clipped by its own gradient norm.
+    Tokenizer and discriminator are trained in the same steps, each with its own loss and its own gradient norm.
 
     Args:
         tokenizer: architecture of the tokenizer.
         optimizer: the optimizer and its schedules.
         l1_weight: weight of the mean absolute error of the images; the mean squared error has weight 1.
         commitment: weight of the commitment loss, which pulls the encoder's features towards the codes.
-        revive_every: steps between revivals of the codes unused since the last revival; 0 for never.
+        revive_every: number of steps after which codes that were not used since the last revival are revived; 0 for
+            never.
         revive_until: share of all steps after which codes are no longer revived, so that the codebook converges.
-        max_skipped_steps: number of consecutive steps with gradients that are not finite that ends training.
+        max_skipped_steps: number of consecutive steps with gradients that are not finite after which training stops.
         weights: initial weights: a folder of `train-tokenizer` or `export`, or the published file
-            (`vae_ch160v4096z32.pth`). The schedule may differ, for another resolution; all else must agree.
-        ema_decay: keep an exponential moving average of the weights, to validate and save. Each step keeps this share
-            of the average (in the first steps at most (1 + step) / (10 + step), counted from 0). 0.999 is usual; null
-            keeps no average.
+            (`vae_ch160v4096z32.pth`). The schedule may differ, for another resolution; everything else must agree.
+        ema_decay: decay of an exponential moving average of the weights, which is validated and saved (in the first
+            steps at most (1 + step) / (10 + step), with steps counted from 0). 0.999 is usual; null keeps no average.
         perceptual: distance between images: `lightning_mvar.tokenizer.perceptual.LPIPS` with its files, or any
             nn.Module, two batches (b, 3, H, W) in [-1, 1] -> (b,).
         perceptual_weight: weight of the perceptual distance.
         adversary: patch discriminator and its loss.
         codebook: how the codes are learned and kept in use.
         activation_checkpointing: keep only the inputs of the normalizations in residual blocks for the backward pass,
-            which computes norm and SiLU again: half the memory per image, a little more time.
+            which recomputes norm and SiLU: half the memory per image for a little more time.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class LitTokenizer(ScheduledModule):
             for part in self.tokenizer.modules():
                 if isinstance(part, ResidualBlock):
                     part.enable_activation_checkpointing()
-        # Count of each code per scale (k, v): in training since the last revival, in validation over the epoch.
-        # Not buffers, because DDP would overwrite those of all ranks with rank 0's.
+        # Counts of each code per scale (k, v): in training since the last revival, in validation over the epoch.
+        # They are not buffers, because DDP would overwrite those of all ranks with rank 0's.
         usage = torch.zeros(tokenizer.schedule.num_scales, tokenizer.vocab_size, dtype=torch.int64)
         self.usage = {"train": usage, "val": usage.clone()}
-        self.code_sums: Tensor | None = None  # (v, c + 1) of the current step, see `assignment_sums`
+        self.code_sums: Tensor | None = None  # (v, c + 1) in the current step, see `assignment_sums`
         self.sharded = False
 
     def configure_model(self) -> None:
@@ -141,11 +141,11 @@ class LitTokenizer(ScheduledModule):
 
     @property
     def averaged(self) -> Tokenizer:
-        """The tokenizer to validate and save: the weight average if one is kept, else the weights being trained."""
+        """The tokenizer to validate and save: the weight average if there is one, otherwise the trained weights."""
         return self.tokenizer if self.ema is None else self.ema
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Accepts batches of any DataLoader; see `image_batch`."""
+        """Accepts batches from any DataLoader; see `image_batch`."""
         return image_batch(batch, self.tokenizer.config.shape)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
@@ -168,7 +168,7 @@ class LitTokenizer(ScheduledModule):
         return loss
 
     def track_codebook(self, steps: list[PyramidStep], batch_idx: int) -> None:
-        """Counts the chosen codes, and revives the unused ones if it is time."""
+        """Counts the chosen codes, and revives unused ones every `revive_every` steps."""
         self.count_usage("train", steps)
         if self.code_average is not None:
             code_sums = assignment_sums(steps, self.tokenizer.config.vocab_size)
@@ -184,7 +184,7 @@ class LitTokenizer(ScheduledModule):
         if not count:
             if not self.sharded:
                 return None
-            # Still run a pass: a sharded one needs all ranks.
+            # A pass runs nonetheless, because a sharded one needs all ranks.
             images = torch.zeros(1, 3, *self.tokenizer.config.shape, device=self.device)
         reconstruction = self.averaged(images)
         losses, _ = self.loss.terms(images, reconstruction, reconstruction.decoded)
@@ -199,7 +199,7 @@ class LitTokenizer(ScheduledModule):
         return decoded.float().clamp(-1, 1)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs codebook usage and codebook perplexity of each scale."""
+        """Logs codebook usage and perplexity of each scale."""
         counts = sum_over_ranks(self.usage["val"].to(self.device))
         used = counts > 0
         self.log("val/codebook_usage", used.any(dim=0).float().mean(), prog_bar=True, sync_dist=True)
@@ -210,17 +210,17 @@ class LitTokenizer(ScheduledModule):
         self.usage["val"] = torch.zeros_like(self.usage["val"])
 
     def idle_discriminator_term(self, images: Tensor) -> Tensor | float:
-        """Returns 0 with the untrained discriminator in its graph, because DDP expects gradients of all weights."""
+        """Returns 0, with the untrained discriminator in its graph because DDP expects gradients of all weights."""
         if self.discriminator is None:
             return 0.0
         side = min_image_side(self.adversary)
         return 0 * self.discriminator(images[:1, :, :side, :side]).sum()
 
     def draw_scale_counts(self, count: int, batch_idx: int) -> Tensor | None:
-        """Draws (count,) the number of leading scales from which each image is decoded; None for all scales.
+        """Draws the number of leading scales (count,) from which each image is decoded; None for all scales.
 
-        Draws for the global batch from (seed, epoch, batch) and uses this rank's part, so neither the number of ranks
-        nor an interruption changes the result.
+        The draws are made for the global batch from (seed, epoch, batch), and this rank uses its part, so neither the
+        number of ranks nor an interruption changes the result.
         """
         if not self.codebook.scale_dropout:
             return None
@@ -236,26 +236,26 @@ class LitTokenizer(ScheduledModule):
         vocab_size = self.tokenizer.config.vocab_size
         tokens = [step.tokens.flatten() for step in steps]
         zeros = tokens[0].new_zeros(vocab_size)
-        # Not `bincount`, which makes the host wait for the device.
+        # `bincount` would make the host wait for the device.
         counts = torch.stack([zeros.scatter_add(0, scale, torch.ones_like(scale)) for scale in tokens])
         self.usage[stage] = self.usage[stage].to(counts.device) + counts
 
     @torch.no_grad()
     def revive(self, steps: list[PyramidStep]) -> None:
-        """Moves each unused code onto a residual of this batch, the same on all ranks.
+        """Moves each unused code to a residual of this batch, the same on all ranks.
 
-        Takes residuals from all scales equally often: most belong to the finest scale, so a uniform draw would leave
-        the coarse scales without codes.
+        Residuals are taken equally often from all scales: most belong to the finest scale, so a uniform draw would
+        leave the coarse scales without codes.
         """
         unused = sum_over_ranks(self.usage["train"].sum(dim=0)) == 0  # (v,)
         self.usage["train"] = torch.zeros_like(self.usage["train"])
         if self.global_step > self.revive_until * self.total_steps:
             return
         residuals = broadcast_from_rank_zero(draw_residuals(steps, len(unused)))
-        # Residual i is for the i-th unused code; how many there are is known to the device alone.
+        # Residual i is for the i-th unused code; only the device knows how many there are.
         residuals = residuals[(unused.cumsum(0) - 1).clamp(min=0)]
         for tokenizer in (self.tokenizer, self.ema):
-            if tokenizer is not None:  # the average too: a mean of old and new code would match no residual
+            if tokenizer is not None:  # also in the average: a mean of old and new code would match no residual
                 weight = tokenizer.quantizer.codebook.weight
                 codes = full_tensor(weight.detach())
                 assign_values(weight, torch.where(unused[:, None], residuals.to(codes), codes))
@@ -265,7 +265,7 @@ class LitTokenizer(ScheduledModule):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Updates the codes if they are running means, then the weight average."""
+        """Updates the codes, if they are running means, then the weight average."""
         if self.code_average is not None and self.code_sums is not None:
             codes = self.code_average.update(sum_over_ranks(self.code_sums), self.gradients_finite)
             assign_values(self.tokenizer.quantizer.codebook.weight, codes)
@@ -281,17 +281,17 @@ class LitTokenizer(ScheduledModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, map_location: Any = None, **options: Any
     ) -> LitTokenizer:
-        """Builds the module of a checkpoint of `train-tokenizer`, sharded or not, with its weights and their average.
+        """Builds the module from a checkpoint of `train-tokenizer`, sharded or not, with its weights and their average.
 
         Args:
             checkpoint_path: the checkpoint.
-            map_location: device to move the module to.
-            options: other arguments of the constructor, for training on: a checkpoint has none but the tokenizer, and
-                the decay of its average, if it keeps one. An adversary starts with a new discriminator, an average that
-                the checkpoint lacks with the current weights.
+            map_location: device to which the module is moved.
+            options: other arguments of the constructor for further training. The checkpoint provides only the tokenizer
+                and the decay of its average. An adversary starts with a new discriminator, and an average that the
+                checkpoint lacks starts with the current weights.
 
         Raises:
-            InputError: if the checkpoint is missing or not one of `train-tokenizer`.
+            InputError: if the checkpoint is missing or not from `train-tokenizer`.
         """
         path = resolve_last(Path(checkpoint_path).expanduser())
         record = read_plain_part(path).get(TOKENIZER_KEY)
@@ -307,14 +307,14 @@ class LitTokenizer(ScheduledModule):
         if module.code_average is not None:
             if record.get("codebook.learning") == "ema":
                 module.code_average.load_state_dict(read_tensors(path, "code_average."))
-            else:  # the codes were learned by gradient so far
+            else:  # so far, the codes were learned by gradient
                 codes = module.tokenizer.quantizer.codebook.weight
                 module.code_average = CodebookAverage(codes, module.codebook)
         return module.to(map_location) if map_location is not None else module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         usage = self.usage["train"]
-        if not self.saves_alone:  # else the counts of the other ranks since the last revival are lost
+        if not self.saves_alone:  # otherwise, the other ranks' counts since the last revival are lost
             usage = sum_over_ranks(usage.to(self.device))
         checkpoint[TOKENIZER_KEY] = self.checkpoint_identity() | {
             "train_usage": usage.cpu(),
@@ -346,9 +346,9 @@ class LitTokenizer(ScheduledModule):
         }
 
     def check_checkpoint(self, record: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another tokenizer, or one that lacks what this run trains.
+        """Refuses a checkpoint with another tokenizer or without something that this run trains.
 
-        Settings that are newer than the checkpoint had their default.
+        Settings that are newer than the checkpoint are assumed to have had their defaults.
 
         Raises:
             InputError: naming the first setting that differs.
@@ -371,21 +371,21 @@ class LitTokenizer(ScheduledModule):
 
 
 def require_current(record: Any, source: str | Path) -> None:
-    """Raises InputError for a checkpoint of a version that recorded its settings in another form."""
+    """Raises InputError for a checkpoint of an earlier version, which recorded its settings in another form."""
     if not isinstance(record, dict):
         raise InputError(f"{source} is damaged: {TOKENIZER_KEY} is {shown(record)}")
     if "ema" not in record:
         raise InputError(
-            f"{source} is of an earlier version of lightning_mvar, which cannot be resumed: train with --overwrite, or "
+            f"{source} is from an earlier version of lightning_mvar and cannot be resumed: train with --overwrite, or "
             f"{NEW_RUN}"
         )
 
 
 def load_pretrained(weights: str, config: TokenizerConfig) -> Tokenizer:
-    """Returns a tokenizer of `config` with the weights of a folder, a published file or a name on the Hub.
+    """Builds a tokenizer with weights from a folder, a published file or a name on the Hub.
 
     Raises:
-        InputError: if the weights are missing or of another tokenizer; only the schedule may differ.
+        InputError: if the weights are missing, or their configuration differs in more than the schedule.
     """
     loaded = load_tokenizer(weights, config.schedule)
     saved, current = asdict(loaded.config), asdict(config)

@@ -1,4 +1,4 @@
-"""Losses of the tokenizer: images, quantization, adversary and use of the codes (VQGAN, arXiv 2012.09841)."""
+"""Losses of the tokenizer: reconstruction, quantization, adversary and codebook entropy (VQGAN, arXiv 2012.09841)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRADIENT_SCALE = 2.0**16  # initial scale of float16 loss scaling; a power of tw
 class TokenizerLoss:
     """The loss of `LitTokenizer`, whose docstring has the formula and the arguments.
 
-    Not a module: the perceptual distance is neither trained nor saved, and the tokenizer is the training module's.
+    It is not a module: the perceptual distance is neither trained nor saved, and the tokenizer belongs to LitTokenizer.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TokenizerLoss:
     def terms(
         self, images: Tensor, reconstruction: Reconstruction, decoded: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns all loss terms but the adversarial and entropy ones, with their sum `loss`; and the image loss alone.
+        """Returns all loss terms except the adversarial and entropy terms, with their sum `loss`, and the image loss.
 
         Args:
             images: (b, 3, H, W) in [-1, 1].
@@ -63,10 +63,10 @@ class TokenizerLoss:
     def adversarial_terms(
         self, discriminator: PatchDiscriminator, images: Tensor, reconstruction: Reconstruction
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns the loss terms with a discriminator, and a loss to differentiate that trains each network by its own.
+        """Returns the loss terms with a discriminator, and a loss whose gradient trains each network with its own loss.
 
         The reconstructions are detached from the graph, and the gradient of the image losses with respect to them is
-        put back in. That leaves the discriminator's weights alone and does not run it twice.
+        attached again. This leaves the discriminator's weights unaffected without running it twice.
         """
         outputs = reconstruction.decoded.float()  # float16 lacks the range for this gradient
         decoded = outputs.detach().requires_grad_()
@@ -84,7 +84,7 @@ class TokenizerLoss:
         return losses, quantizer_loss + image_loss + losses["discriminator"]
 
     def adaptive_weight(self, maps: Tensor, image_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
-        """Returns () VQGAN's ratio of both losses' gradients at the decoder's last layer, the same on all ranks."""
+        """Returns () VQGAN's ratio of the two gradients at the decoder's last layer, averaged over all ranks."""
         if not self.adversary.adaptive:
             return image_gradient.new_ones(())
         last, gradients = self.tokenizer.decoder.conv_out, (image_gradient, adversarial_gradient)

@@ -1,4 +1,4 @@
-"""Training from the weights of a trained network, adapted to other classes and another schedule."""
+"""Initial weights from a trained network, adapted to other classes and another schedule."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from lightning_mvar.models.config import MVARConfig
 from lightning_mvar.scales import ScaleSchedule, Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-# Fields of a network that may differ from its weights' own; the others decide what the weights mean.
+# Fields of a network that may differ from those of its initial weights; all others change the meaning of the weights.
 ADAPTABLE = ("schedule", "num_classes", "drop_path", "adaln_gate_init")
 
 
 class Start:
-    """Where a run begins: at initial weights, at those of a trained network, or at a checkpoint that it continues.
+    """Starting point of a run: random weights, a trained network, or a checkpoint that the run continues.
 
     Args:
-        weights: path of the trained network; None for initial weights.
-        kind: of a checkpoint, `ema` takes the averaged weights if it has them, `raw` the last ones.
+        weights: path of the trained network; None for random weights.
+        kind: for a checkpoint, `ema` uses the averaged weights if it has them, `raw` the last ones.
     """
 
     def __init__(self, weights: str | None, kind: WhichWeights) -> None:
         self.weights, self.kind = weights, kind
-        self.continued: NetworkRecord | None = None  # of the checkpoint, which then replaces the trained network
+        self.continued: NetworkRecord | None = None  # describes the checkpoint, which replaces the trained network
 
     def continue_from(self, record: NetworkRecord) -> None:
-        """Replaces the trained network, if there is one, by the checkpoint of this description."""
+        """Replaces the trained network, if any, by the checkpoint with this description."""
         self.continued = None if self.weights is None else record
 
     def share(self, strategy: Strategy) -> None:
@@ -52,7 +52,7 @@ class Start:
 
     @property
     def stored(self) -> StoredModel | None:
-        """The trained network; None without one, and in a run that continues from a checkpoint."""
+        """The trained network; None without one or in a run that continues from a checkpoint."""
         return self.trained if self.continued is None else None
 
     @property
@@ -73,14 +73,14 @@ class Start:
 class InitialWeights:
     """Weights of a trained network, read block by block into a network that is being built.
 
-    Another list of classes keeps the embeddings of classes with the same names and that of the unconditional class.
-    Another schedule resizes the position embeddings of each scale (bicubic) and keeps the scale embeddings by index.
-    New classes and new scales keep their initial embeddings. Adaptations are logged.
+    If the classes differ, the embeddings of classes with the same names and of the unconditional class are kept. If the
+    schedule differs, the position embeddings of each scale are resized (bicubic), and scale embeddings are kept by
+    index. New classes and new scales have random embeddings. Adaptations are logged.
 
     Args:
         stored: the trained network.
         config: architecture of the network to build.
-        class_names: names of its classes, in label order.
+        class_names: class names of the network to build, in label order.
 
     Raises:
         InputError: if the architectures differ in more than `ADAPTABLE`; names the first field.
@@ -106,8 +106,8 @@ class InitialWeights:
             self.adapters["class_embed.weight"] = lambda value, initial: keep_classes(value, initial, kept)
             names = [name for name, label in zip(class_names, kept, strict=True) if label is not None]
             rank_zero_info(
-                f"{stored.source} has {stored.config.num_classes} classes, this network {len(kept)}: {len(names)} of "
-                f"them are among those and keep their embeddings, as the unconditional class does"
+                f"{stored.source} has {stored.config.num_classes} classes, this network {len(kept)}: the embeddings "
+                f"of {len(names)} common classes and of the unconditional class are kept"
             )
         before, after = stored.config.schedule, config.schedule
         if before != after:
@@ -126,19 +126,19 @@ class InitialWeights:
         """Fills a block, or everything outside the blocks, with the stored weights; see `build_network`.
 
         Args:
-            part: module with initial weights.
-            prefix: of the names of its weights in the network.
+            part: module with random weights.
+            prefix: precedes the names of its weights in the network.
 
         Raises:
             InputError: if the weights cannot be read or are not finite.
         """
         for name, parameter in part.named_parameters():
-            if not name.startswith("blocks."):  # blocks were filled and perhaps sharded before
+            if not name.startswith("blocks."):  # blocks have already been filled and possibly sharded
                 value, adapt = self.read(prefix + name), self.adapters.get(prefix + name)
                 parameter.copy_(value if adapt is None else adapt(value, parameter.cpu()))
 
     def read(self, name: str) -> Tensor:
-        """Reads one weight as float32; raises InputError if it has another shape, or is not finite."""
+        """Reads one weight as float32; raises InputError if it has another shape or is not finite."""
         source, value, shape = self.stored.source, self.stored.weights[name], self.shapes[name]
         if value.shape != shape or not value.is_floating_point():
             raise InputError(f"{source} has {name} as {value.dtype} {tuple(value.shape)}, not float32 {tuple(shape)}")
@@ -149,10 +149,10 @@ class InitialWeights:
 def check_tokenizer(
     stored: StoredModel, tokenizer: Tokenizer, path: str, remedy: str = "pass the right one with --model.tokenizer"
 ) -> None:
-    """Checks that a tokenizer is the one that a network was trained with, maybe with another schedule.
+    """Checks that a tokenizer is the one with which a network was trained, possibly with another schedule.
 
     Raises:
-        InputError: with the remedy, if it is another one.
+        InputError: if it is a different one; the message ends with `remedy`.
     """
     expected, folder = stored.tokenizer_fingerprint, stored.tokenizer_folder
     if expected is None and folder is not None:
@@ -162,13 +162,12 @@ def check_tokenizer(
 
 
 def kept_classes(stored: StoredModel, names: Sequence[str]) -> list[int | None]:
-    """Returns for each class the label of the stored network's class with this name; None for a new class.
+    """Returns, for each class name, the label of the stored network's class with that name; None for a new class.
 
-    The same list of names, or the same number of classes that are numbered rather than named on either side, are the
-    same classes.
+    Classes are the same if the lists of names are equal, or if there are equally many and one side only has numbers.
     """
     count = stored.config.num_classes
-    if [*names] == stored.class_names:  # in which a name may occur twice
+    if [*names] == stored.class_names:  # a name may occur twice
         return [*range(count)]
     known = Classes(stored.class_names, count)
     numbers = [str(label) for label in range(count)]
@@ -179,18 +178,18 @@ def kept_classes(stored: StoredModel, names: Sequence[str]) -> list[int | None]:
 
 
 def keep_classes(value: Tensor, initial: Tensor, kept: Sequence[int | None]) -> Tensor:
-    """Returns class embeddings (n + 1, d): the stored ones (m + 1, d) of kept classes, the initial ones of others."""
+    """Returns class embeddings (n + 1, d): stored ones (m + 1, d) for kept classes, initial ones for the others."""
     rows = [initial[i] if label is None else value[label] for i, label in enumerate(kept)]
     return torch.stack([*rows, value[-1]])
 
 
 def keep_scales(value: Tensor, initial: Tensor) -> Tensor:
-    """Returns scale embeddings (K, d): the stored ones as far as they go, then the initial ones."""
+    """Returns scale embeddings (K, d): the stored ones, then initial ones for further scales."""
     return torch.cat([value[: len(initial)], initial[len(value) :]])
 
 
 def resize_positions(value: Tensor, before: ScaleSchedule, after: ScaleSchedule) -> Tensor:
-    """Resizes position embeddings (1, l, d) scale by scale; further scales come from the last stored one."""
+    """Resizes position embeddings (1, l, d) scale by scale; further scales are resized from the last stored one."""
     parts, last = value.split(before.lengths, dim=1), before.num_scales - 1
     sources = [min(k, last) for k in range(after.num_scales)]
     resized = [resize_map(parts[k], before.shapes[k], shape) for k, shape in zip(sources, after.shapes, strict=True)]

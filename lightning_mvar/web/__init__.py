@@ -1,1 +1,1 @@
-"""Web page of `serve`."""
+"""The web page of `serve`."""

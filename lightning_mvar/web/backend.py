@@ -1,4 +1,4 @@
-"""Backend of the web page of `serve`: checks all inputs, because a browser may send anything, and runs the pipeline."""
+"""Backend of the web page of `serve`: checks all input, because a browser may send anything, and runs the pipeline."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.sampling.values import integer, number
 
 MAX_IMAGES = 8
-MAX_SEED = 2**53 - 1  # a browser rounds larger integers, and would draw with another seed than the one entered
-MAX_PIXELS = 50_000_000  # of an image file
+MAX_SEED = 2**53 - 1  # a browser rounds larger integers, so it would send another seed than the one entered
+MAX_PIXELS = 50_000_000  # in an image file
 MIN_CANVAS_SIDE = 512  # pixels of the longer side; smaller images are enlarged to leave room to paint
 INSIDE, OUTSIDE = "the painted area", "everything else"  # regions to redraw
 
@@ -54,8 +54,8 @@ class PageBackend:
         """Redraws the painted area of an editor's image, or everything else, as `region` says.
 
         Args:
-            background: image file, None if there is none.
-            layers: image files, opaque where there is paint.
+            background: content of an image file, None if there is none.
+            layers: contents of image files, opaque where there is paint.
             region: `INSIDE` or `OUTSIDE`.
             fields: arguments of `sampling_arguments`.
         """
@@ -100,7 +100,7 @@ class PageBackend:
         return self.to_canvas(to_rgb(decode(path.read_bytes(), path.name)))
 
     def load_drawn(self, images: Sequence[Path], index: Any) -> Image.Image:
-        """Returns one of the drawn images, the first if there is no number `index`, on the canvas."""
+        """Returns drawn image number `index` on the canvas, or the first one if there is no such number."""
         if not images:
             raise InputError("nothing is drawn yet: draw an image first, or upload one")
         known = isinstance(index, int) and 0 <= index < len(images)
@@ -111,7 +111,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     """Decodes an image file; `name` is for messages.
 
     Raises:
-        InputError: if it is too large, or no image.
+        InputError: if it is too large or not an image.
     """
     try:
         return decode_upright(data, MAX_PIXELS)
@@ -135,7 +135,7 @@ def sampling_arguments(
 ) -> dict[str, Any]:
     """Checks the page's fields; returns arguments of `MVARPipeline.stream_images` for `count` images of a class.
 
-    If `by_scale`, each scale is guided by its own of the `strengths`; else the guidance scale grows to `guidance`.
+    If `by_scale`, `strengths` has the guidance scale of each scale; otherwise the guidance scale grows to `guidance`.
     """
     name = str(class_name).strip() if isinstance(class_name, str | int) else ""
     if not name:
@@ -155,7 +155,7 @@ def sampling_arguments(
         "seed": integer("seed", whole(seed), MAX_SEED),
         "smooth": smooth,
     }
-    SamplingSettings(**settings)  # refuses what cannot be drawn with
+    SamplingSettings(**settings)  # raises InputError for values out of range
     return {"classes": [name] * integer("images", whole(count), MAX_IMAGES, 1), **settings}
 
 
@@ -165,7 +165,7 @@ def whole(value: Any) -> Any:
 
 
 def class_menu(classes: Classes) -> list[tuple[str, str]]:
-    """Returns each choice of the class menu: (text shown, name that `Classes.label` accepts)."""
+    """Returns the choices of the class menu as (displayed text, name that `Classes.label` accepts)."""
     menu = [(UNCONDITIONAL, UNCONDITIONAL)]
     for label in range(classes.count):
         name, ambiguous = classes.name(label), len(classes.labels[normalized(classes.name(label))]) > 1

@@ -1,4 +1,4 @@
-"""Temporary folder of a page: bounded, removed when the page ends, or at the next start if it was killed."""
+"""Temporary folder of a page, bounded in size; removed when the page ends, or at the next start if it was killed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_FOLDER_BYTES, MAX_FILES = 256 * 2**20, 500
 
 
 class PageFolder:
-    """Files that gradio and the page write. The oldest are removed beyond its bounds.
+    """Folder of the files that gradio and the page write; beyond its bounds, the oldest files are removed.
 
     Uploads and drawn images are below `served`, which clients can read. The files in `shown`, those of the newest job,
-    are kept.
+    are never removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +33,7 @@ class PageFolder:
         return Path(tempfile.mkdtemp(dir=self.served))
 
     def make_room(self, num_bytes: int = 0) -> None:
-        """Removes the oldest files until `num_bytes` more fit."""
+        """Removes the oldest files until there is room for `num_bytes` more."""
         files = []
         for file in self.path.rglob("*"):
             with suppress(FileNotFoundError):  # gradio renames and removes its files at any time
@@ -47,13 +47,13 @@ class PageFolder:
                 continue
             file.unlink(missing_ok=True)
             total, count = total - size, count - 1
-            with suppress(OSError):  # other files are in it
+            with suppress(OSError):  # the folder holds other files
                 file.parent.rmdir()
 
 
 @contextmanager
 def page_folder() -> Iterator[PageFolder]:
-    """Creates the folder and makes it the one for all temporary files of this process; removes it at the end.
+    """Creates the folder, uses it for all temporary files of this process, and removes it at the end.
 
     Raises:
         InputError: if the folder cannot be written.
@@ -74,7 +74,7 @@ def page_folder() -> Iterator[PageFolder]:
 
 
 def create_locked(parent: str) -> tuple[Path, FileLock]:
-    """Creates a folder and holds its lock; another one if a server that starts has just taken it for abandoned."""
+    """Creates and locks a folder; tries again if another starting server has just locked it to remove it."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         lock = FileLock.try_acquire(path / LOCK)
@@ -83,9 +83,9 @@ def create_locked(parent: str) -> tuple[Path, FileLock]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Removes the folders of servers that were killed, which are those whose lock nobody holds."""
+    """Removes the folders of killed servers, recognized by a lock that nobody holds."""
     for path in parent.glob(f"{PREFIX}*"):
-        with suppress(FileNotFoundError):  # another server that starts removes it as well
+        with suppress(FileNotFoundError):  # another starting server may remove it at the same time
             if path.lstat().st_uid != os.getuid() or path.is_symlink() or not (path / LOCK).is_file():
                 continue
             lock = FileLock.try_acquire(path / LOCK)

@@ -1,4 +1,4 @@
-"""ASGI middleware that checks hosts, origins and body sizes, and tracks clients that wait for results."""
+"""ASGI middleware that checks hosts, origins and body sizes, and tracks clients that are waiting for results."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lightning_mvar.web.folder import PageFolder
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
-POSTS = re.compile(r"/gradio_api/(queue/join|call/\w+|cancel|reset|upload|component_server)/?")  # what the page uses
+POSTS = re.compile(r"/gradio_api/(queue/join|call/\w+|cancel|reset|upload|component_server)/?")  # used by the page
 FILE_POSTS = re.compile(r"/gradio_api/(upload|component_server)/?")
 RESULTS = re.compile(r"/gradio_api/(queue/data|call/\w+/(?P<event>\w+))")
 MAX_FILE_BODY, MAX_JSON_BODY = 20 * 2**20, 2**20
-MAX_ARRIVING = 5 * MAX_FILE_BODY  # uploads that are being received at the same time
-BODY_TIMEOUT_S = 120.0  # for the body of a request, 20 MB of files at most, to arrive
-CLIENT_TIMEOUT_S = 10.0  # how long a job may wait for a client that asks for its images
-RECEIVED = "lightning_mvar.received"  # time of arrival, in the scope of a request
+MAX_ARRIVING = 5 * MAX_FILE_BODY  # bytes of all uploads being received at the same time
+BODY_TIMEOUT_S = 120.0  # for receiving the body of a request, at most 20 MB of files
+CLIENT_TIMEOUT_S = 10.0  # how long a job waits for a client to ask for its images
+RECEIVED = "lightning_mvar.received"  # key of the time of arrival in the scope of a request
 
 
 class Audience:
-    """Clients that wait for the images of a job, by session."""
+    """Counts the clients that are waiting for the images of a job, by session."""
 
     def __init__(self) -> None:
         self.streams: Counter[str] = Counter()
         self.closed = False
 
     @contextmanager
-    def joined(self, session: str | None) -> Iterator[None]:
+    def count_stream(self, session: str | None) -> Iterator[None]:
         """Counts a stream of results of a session while it is open; does nothing for other requests."""
         if session is None:
             yield
@@ -50,17 +50,17 @@ class Audience:
             if not self.streams[session]:
                 del self.streams[session]
 
-    def waits(self, session: str, received: float) -> bool:
-        """Returns whether a job is still wanted; `received` is when its request arrived."""
+    def is_waiting(self, session: str, received: float) -> bool:
+        """Returns whether a client is still waiting for a job whose request arrived at monotonic time `received`."""
         return not self.closed and (self.streams[session] > 0 or time.monotonic() - received < CLIENT_TIMEOUT_S)
 
 
 class Body:
-    """Body of a request, which must arrive in time; one that does not looks to the application like a lost client."""
+    """Body of a request with a time limit; a body that arrives too late looks like a disconnect to the application."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self.receive_message, self.send_message = receive, send
-        self.remaining_s = BODY_TIMEOUT_S  # of waiting; the application may begin to receive later
+        self.remaining_s = BODY_TIMEOUT_S  # counts only time spent waiting: the application may start receiving late
         self.complete = self.late = self.answered = False
 
     async def receive(self) -> Message:
@@ -83,17 +83,17 @@ class Body:
 
 
 class Guard:
-    """ASGI middleware that refuses what the page itself would not send.
+    """ASGI middleware that rejects requests that the page itself would not send.
 
-    A page of another site can make the browser of a user send requests here, and with DNS rebinding even read the
-    answers. So `Host` must name this server, and `Origin` must be the page itself.
+    A page of another site can make a user's browser send requests to this server and, with DNS rebinding, even read
+    the answers. Therefore `Host` must name this server, and `Origin` must be the page itself.
 
     Args:
         app: application to protect.
-        host: name of the address that the server listens on. It also answers to the loopback names, the name of this
-            machine, and the address that a connection has reached.
-        proxies: names of proxies in front of this server, whose pages may call it.
-        folder: folder that uploads go to.
+        host: host that the server listens on. The loopback names, the name of this machine and the address that a
+            connection has reached are also accepted.
+        proxies: host names of proxies in front of this server, whose pages may call it.
+        folder: folder for uploads.
         audience: where open streams of results are counted.
     """
 
@@ -110,7 +110,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        refusal = self.foreign(scope, headers) or self.unacceptable(scope, headers)
+        refusal = self.refuse_foreign(scope, headers) or self.refuse_body(scope, headers)
         if refusal is not None:
             status, message = refusal
             await PlainTextResponse(f"{message}\n", status)(scope, receive, send)
@@ -123,7 +123,7 @@ class Guard:
         try:
             if size:
                 self.folder.make_room(self.arriving)
-            with self.audience.joined(result_session(scope)):
+            with self.audience.count_stream(result_session(scope)):
                 await self.app(scope, body.receive, body.send)
         except ClientDisconnect:
             if not body.late:
@@ -134,8 +134,8 @@ class Guard:
             late = f"the request did not arrive within {BODY_TIMEOUT_S:g} s: try again\n"
             await PlainTextResponse(late, 408, {"Connection": "close"})(scope, receive, send)
 
-    def foreign(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
-        """Returns status and message if a request is not from a page of this server."""
+    def refuse_foreign(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
+        """Returns HTTP status and message if a request does not come from a page of this server, otherwise None."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if len(headers.getlist("host")) != 1 or hostname(f"//{host}") not in {*self.hosts, scope["server"][0]}:
             return 403, f"this page is not served as {host!r}: start it with --allowed_hosts NAME if it should be"
@@ -145,8 +145,8 @@ class Guard:
             return 403, "pages of other sites may not use this one"
         return None
 
-    def unacceptable(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
-        """Returns status and message if a request has a body that the page would not send."""
+    def refuse_body(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
+        """Returns HTTP status and message if a request has a body that the page would not send, otherwise None."""
         if scope["method"] in ("GET", "HEAD"):
             return None
         if scope["method"] != "POST" or not POSTS.fullmatch(scope["path"]):
@@ -162,7 +162,7 @@ class Guard:
 
 
 def hostname(url: str) -> str | None:
-    """Returns the host of a URL in lower case, or None if it has none, or more than a host and a port."""
+    """Returns the host of a URL in lower case, or None unless the URL consists of a host and perhaps a port."""
     try:
         parts = urlsplit(url)
         return parts.hostname if parts.port != 0 and "@" not in parts.netloc and not parts.path else None
@@ -171,7 +171,7 @@ def hostname(url: str) -> str | None:
 
 
 def result_session(scope: Scope) -> str | None:
-    """Returns the session or event whose results a request streams, None if it does not."""
+    """Returns the session or event whose results a request streams, None for other requests."""
     match = RESULTS.fullmatch(scope["path"])
     if scope["method"] != "GET" or match is None:
         return None

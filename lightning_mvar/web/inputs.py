@@ -1,4 +1,4 @@
-"""Validates page requests: files of the page's own folder only, and a bounded number of pending edits."""
+"""Validates page requests: allows only files in the page's own folder and bounds the number of pending edits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gradio.components.image_editor import AcceptBlobs
 
 from lightning_mvar.errors import InputError
 
-MAX_LAYERS, MAX_EDITS, MAX_EDIT_BYTES = 8, 32, 64 * 2**20  # of edited images that wait for their job
+MAX_LAYERS, MAX_EDITS, MAX_EDIT_BYTES = 8, 32, 64 * 2**20  # for edited images that wait for their job
 
 
 class Page(gr.Blocks):
-    """Page whose functions get only files of its own folder: no path and no address that a request invents."""
+    """Page whose functions receive only files in its own folder, never other paths or URLs that a request names."""
 
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
@@ -26,7 +26,7 @@ class Page(gr.Blocks):
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except gr.Error:
             raise
-        except (ValueError, TypeError, AttributeError) as error:  # of gradio, which expects what its page sends
+        except (ValueError, TypeError, AttributeError) as error:  # from gradio, which trusts its page
             raise gr.Error("the values do not fit the fields of the page", print_exception=False) from error
 
 
@@ -51,7 +51,7 @@ def check_file(path: Path) -> None:
 
 
 def bound_edits(canvas: gr.ImageEditor) -> None:
-    """Bounds the parts of edited images that an editor keeps in memory until their job begins."""
+    """Bounds the edited images that an editor keeps in memory until their job begins."""
     accept, stored = canvas.accept_blobs, canvas.blob_storage
 
     def num_bytes() -> int:

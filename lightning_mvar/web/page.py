@@ -1,4 +1,4 @@
-"""Web page of `serve`: a column of sampling settings, one tab that draws images and one that inpaints.
+"""Web page of `serve`: a column of sampling settings, a tab for drawing images and one for inpainting.
 
 One job runs at a time; the others wait in a queue. The page loads nothing from other hosts and exposes no local files.
 """
@@ -25,7 +25,7 @@ from lightning_mvar.web.inputs import Page, bound_edits, edited_image
 
 MAX_QUEUED_JOBS = 16
 MAX_CURVE = 6  # guidance scale at the top of the curve
-MAX_SESSIONS = 100  # of which gradio keeps the state
+MAX_SESSIONS = 100  # whose state gradio keeps
 MAX_PIXELATED_SIDE = 128  # larger images are interpolated when enlarged, smaller ones show square pixels
 GalleryValues = tuple[list[Path], list[tuple[Path, str]]]  # images, and one captioned sheet per scale
 # One queue for drawing and inpainting. The backend decodes the inputs: gradio would open any file, of any size.
@@ -54,13 +54,17 @@ CSS = """
 
 
 class Jobs:
-    """Runs the jobs of a page while someone waits for their images, which are kept as files."""
+    """Runs the jobs of a page while a client is waiting for their images, which are written to files."""
 
     def __init__(self, folder: PageFolder, audience: Audience) -> None:
         self.folder, self.audience = folder, audience
 
     def run(self, previews: Iterator[ScalePreview], request: gr.Request) -> Iterator[GalleryValues]:
-        """Yields the values of both galleries after each scale."""
+        """Yields the values of both galleries after each scale.
+
+        Raises:
+            InputError: if no client is waiting for the images any longer.
+        """
         folder, scales = self.folder.new_folder(), list[tuple[Path, str]]()
         self.check_wanted(request)
         for step, preview in enumerate(previews):
@@ -75,12 +79,12 @@ class Jobs:
         session, http_request = request.session_hash, request.request
         assert session is not None
         assert http_request is not None
-        if not self.audience.waits(session, http_request.scope[RECEIVED]):
-            raise InputError("no client is waiting for these images any more")
+        if not self.audience.is_waiting(session, http_request.scope[RECEIVED]):
+            raise InputError("no client is waiting for these images any longer")
 
 
 def build_page(pipe: MVARPipeline, name: str, folder: PageFolder, audience: Audience) -> gr.Blocks:
-    """Builds the page of a pipeline; its heading shows `name`."""
+    """Builds the page of a pipeline, with `name` in its heading."""
     backend, jobs, schedule = PageBackend(pipe), Jobs(folder, audience), pipe.network.config.schedule
     summary = f"{pipe.classes.count} classes, {format_shape(pipe.shape)} pixels, {schedule.num_scales} scales"
     with Page(title="lightning_mvar", analytics_enabled=False, fill_width=True) as page:
@@ -118,9 +122,9 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
 
 
 def guidance_curve(pipe: MVARPipeline, guidance: gr.Number) -> list[gr.components.Component]:
-    """Builds a curve of one slider per scale, and the checkbox by which it replaces the field `guidance`.
+    """Builds one slider per scale, and the checkbox that makes them replace the field `guidance`.
 
-    A new number in that field draws its line, cut off at the top of the curve, as a start.
+    A new number in that field sets the sliders to its linear ramp, clipped at `MAX_CURVE`, as a starting point.
     """
     config = pipe.network.config
     line = Guidance(1.0).strengths(config)
@@ -231,7 +235,7 @@ def gallery(backend: PageBackend, label: str, name: str, kind: str) -> gr.Galler
         type="pil",
         format="png",
         interactive=False,
-        buttons=["download", "fullscreen"],  # the default adds one that shares on a public site
+        buttons=["download", "fullscreen"],  # by default there is also one that shares on a public site
         elem_id=name,
         elem_classes=[kind, *css_classes(backend)],
     )

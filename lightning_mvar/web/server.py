@@ -21,8 +21,8 @@ from lightning_mvar.web.folder import PageFolder
 from lightning_mvar.web.guard import MAX_FILE_BODY, Audience, Guard
 from lightning_mvar.web.page import CSS, build_page
 
-REQUEST_ERRORS = (LookupError, ValueError, FnIndexInferError)  # of gradio, which expects what its page sends
-END_TIMEOUT_S = 1.5  # for a scale that is being drawn when the page ends
+REQUEST_ERRORS = (LookupError, ValueError, FnIndexInferError)  # from gradio, which trusts its page
+END_TIMEOUT_S = 1.5  # for finishing the scale that is being drawn when the page ends
 
 
 def refuse(request: Request, error: Exception) -> JSONResponse:
@@ -37,11 +37,11 @@ def serving(
 
     Args:
         pipe: pipeline that draws.
-        name: what the heading of the page shows.
-        listener: socket that listens.
-        host: name of the address that it listens on.
-        proxies: names of proxies in front of the page.
-        folder: where the page keeps its files.
+        name: name of the network in the heading of the page.
+        listener: listening socket.
+        host: host that it listens on.
+        proxies: host names of proxies in front of the page.
+        folder: folder for the files of the page.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder.served)
     audience = Audience()
@@ -61,7 +61,7 @@ def serving(
     )
     guard = Guard(app, host, proxies, folder, audience)
     server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", ws="none", timeout_graceful_shutdown=1))
-    # Daemons, as are the threads that it starts for jobs, do not keep the process alive.
+    # A daemon thread, like those that it starts for jobs, does not keep the process alive.
     thread = Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started and thread.is_alive():

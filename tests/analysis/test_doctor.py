@@ -358,7 +358,7 @@ def test_the_command_scores_again_and_reports(pair: tuple[np.ndarray, np.ndarray
     assert run(["doctor", "a.json", "--published", "var-d16", *options]) == 0
     out = capfd.readouterr().out
     assert "arXiv 2404.02905" in out
-    assert "- not compared with the source: crop" in out
+    assert "- not checked against the source: crop" in out
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_the_commands_are_printed_and_in_the_readme(
         (["mine", "--images", "nowhere"], "nowhere does not exist"),
         (["mine", "--images", "empty"], "no images under"),
         (["mine", "--images", "few"], "3 pictures are too few to train on: give at least 100"),
-        (["mine", "--images", "pics:train"], "--images pics:train is one split already: pass pics"),
+        (["mine", "--images", "pics:train"], "--images pics:train is already a split: pass pics"),
         (["mine", "--images", "digits:train"], "--images digits:train is built in"),
     ],
 )
@@ -133,8 +133,8 @@ def test_tokenize_holds_out_a_tenth(tmp_path: Path, tokenizer_folder: Path, monk
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ("pics", "pics:val has no images: pics has too few to hold out a tenth"),
-        ("pics:train", "--images pics:train is one split already: pass pics"),
+        ("pics", "pics:val has no images: pics has too few images to hold out a tenth"),
+        ("pics:train", "--images pics:train is already a split: pass pics"),
         ("digits:train", "--images digits:train is one split of a built-in set: leave out --split"),
     ],
 )

@@ -439,7 +439,7 @@ def test_another_batch_size_keeps_the_place_in_the_data(plain_run_folder: Path) 
     """Five batches of 16 are one epoch and two batches; with batches of 8 the next one is the epoch's fifth."""
     train(plain_run_folder, "run", ["--trainer.max_steps", "5"])
     resumed = train(plain_run_folder, "run", ["--data.batch_size", "8", "--trainer.max_steps", "8"])
-    assert "resuming with batches of 8 images over all ranks, not 16" in resumed.printed()
+    assert "resuming with batches of 8 images over all ranks instead of 16" in resumed.printed()
     content = torch.load(plain_run_folder / "run/checkpoints/step=00000008.ckpt", weights_only=True)
     (place,) = content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     assert place == {"epoch": 2, "samples": 8}

@@ -130,7 +130,7 @@ def test_the_picture_has_originals_above_their_reconstructions(
     tokenize("views", tokenizer_folder, *options)
     command = ["shards", "decode", "views", "--tokenizer", str(tokenizer_folder), "--out", "pairs.png", "--n", "6"]
     assert run(command) == 0
-    assert "6 samples of views in pairs.png, 6 of them beneath their originals" in capsys.readouterr().out
+    assert "6 samples of views in pairs.png, 6 of them below their originals" in capsys.readouterr().out
     source = open_images("images", 8, margin=margin)
     examples = source if views == 1 else Views(source, views, 5, flips == "true")
     images = {examples[i].key: examples[i].image for i in range(18 * views)}

@@ -96,7 +96,7 @@ def test_overwrite_keeps_the_earlier_run_until_the_new_one_starts(plain_run_fold
     command = [*FIT[:-1], "--overwrite", "--trainer.default_root_dir", "run"]
     for options, message in (
         (["--ckpt_path", "torn.ckpt"], "torn.ckpt"),
-        (["--ckpt_path", "other.ckpt"], "is of another configuration: width is"),
+        (["--ckpt_path", "other.ckpt"], "has another configuration: width is"),
         (["--data.train", "shrads"], "shrads"),
         (["--model.tokenizer", "nowhere"], "nowhere"),
     ):

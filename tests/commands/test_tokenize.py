@@ -253,7 +253,7 @@ def test_shards_and_images_are_kept_apart(workdir: Path, tmp_path: Path, capfd: 
     shutil.copytree("folder", tmp_path / "images/folder")
     for images, out in (("images", "images/_shards"), ("images", "images"), ("images/folder", "images")):
         assert run(command(str(tmp_path / images), str(tmp_path / out))) == 1
-        assert "hold one another: choose an --out outside of the images" in capfd.readouterr().err
+        assert "contains the other: choose an --out outside of the images" in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["folder"]
 
 

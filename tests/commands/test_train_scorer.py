@@ -125,7 +125,7 @@ def test_a_folder_of_something_else_is_left_as_it_is(workdir: Path, capfd: pytes
     shutil.copytree("model", "exported")
     before = {path: path.read_bytes() for path in Path("exported").iterdir()}
     assert run([*TRAIN, *FEW, "--out", "exported"]) == 1
-    assert "--out exported holds something else than a scorer" in capfd.readouterr().err
+    assert "--out exported holds files other than a scorer" in capfd.readouterr().err
     assert {path: path.read_bytes() for path in Path("exported").iterdir()} == before
 
 

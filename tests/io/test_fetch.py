@@ -78,7 +78,7 @@ def test_unavailable_and_truncated_archives_are_reported(server: ShardServer) ->
             open_images(source, 8, retries=2)
     half = Path(server.folder / f"{CLASSES[0]}.tar").read_bytes()[:700]
     (server.folder / "half.tar").write_bytes(half)
-    with pytest.raises(InputError, match=r"image_cache/.*/half\.tar is not a tar archive, or compressed, or damaged"):
+    with pytest.raises(InputError, match=r"image_cache/.*/half\.tar is not a tar archive, is compressed or is damaged"):
         open_images(f"{server.url}/half.tar", 8)
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 from lightning_mvar.data.images.sources import open_encoded
 from lightning_mvar.errors import InputError
-from lightning_mvar.projects.pictures import Pictures, look_at
+from lightning_mvar.projects.pictures import Pictures, inspect_pictures
 
 
 def save(path: Path, size: tuple[int, int], mode: str = "RGB", alpha: int = 255) -> None:
@@ -16,7 +16,7 @@ def save(path: Path, size: tuple[int, int], mode: str = "RGB", alpha: int = 255)
 
 
 def look(folder: Path) -> Pictures:
-    return look_at(open_encoded(str(folder), None, None), "pics")
+    return inspect_pictures(open_encoded(str(folder), None, None), "pics")
 
 
 def test_sizes_transparency_and_broken_pictures_are_found(tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ def test_images_per_device_can_be_given_instead() -> None:
 @pytest.mark.parametrize(
     ("devices", "options", "message"),
     [
-        (5, {"global_batch_size": 768}, "data.global_batch_size 768 cannot be divided over 5 devices"),
-        (2, {"global_batch_size": 1}, "data.global_batch_size 1 cannot be divided over 2 devices"),
+        (5, {"global_batch_size": 768}, "data.global_batch_size 768 cannot be divided among 5 devices"),
+        (2, {"global_batch_size": 1}, "data.global_batch_size 1 cannot be divided among 2 devices"),
         (1, {"global_batch_size": 0}, "data.global_batch_size must be at least 1, got 0"),
         (1, {"batch_size": 0}, "data.batch_size must be at least 1"),
         (1, {"max_batch_size": 0}, "data.max_batch_size must be at least 1"),

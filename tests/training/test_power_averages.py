@@ -94,7 +94,7 @@ def test_merge_reconstructs_the_average_of_another_width(
         assert run([*command, *options]) == 1
         assert message in capfd.readouterr().err
     assert run(["merge", paths[0], paths[0], "--ema", "0.1", "--out", str(tmp_path / "out")]) == 1
-    assert "are both of step 2" in capfd.readouterr().err
+    assert "have the same step 2" in capfd.readouterr().err
     assert run(["merge", str(tmp_path / "0.1"), "--ema", "0.1", "--out", str(tmp_path / "out")]) == 1
     assert "0.1 is not a snapshot: name checkpoints of a run with model.power_ema" in capfd.readouterr().err
     for key, value in (("power_ema", [0.05, 0.11]), ("drop_path", 0.25)):
@@ -104,7 +104,8 @@ def test_merge_reconstructs_the_average_of_another_width(
         torch.save(content, tmp_path / "other.ckpt")
         command = ["merge", str(tmp_path / "other.ckpt"), paths[1], "--ema", "0.1", "--out", str(tmp_path / "out")]
         assert run(command) == 1
-        assert f"is a snapshot of another run than {tmp_path / 'other.ckpt'}: its {key} is" in capfd.readouterr().err
+        expected = f"{tmp_path / 'other.ckpt'} are snapshots of different runs: the {key} of {paths[1]} is"
+        assert expected in capfd.readouterr().err
 
 
 def test_averages_resume_to_the_bit_and_load_with_the_module(

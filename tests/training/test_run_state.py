@@ -140,7 +140,7 @@ def test_weights_and_moments_must_fit_and_be_finite(trained: tuple[dict[str, Any
 def test_objects_beside_the_weights_are_told(trained: tuple[dict[str, Any], LitMVAR, Path]) -> None:
     """Weights alone can be read from such a file, but Lightning would refuse it."""
     content, _, folder = trained
-    with pytest.raises(InputError, match="it holds other objects than plain data and tensors"):
+    with pytest.raises(InputError, match="it holds objects other than plain data and tensors"):
         check_run_state(content | {"best": [{"score": Ignored()}]}, make_trainer(folder, 2), "fit_loop", False, "it")
 
 

@@ -143,7 +143,7 @@ def test_a_sharded_checkpoint_resumes_on_other_devices_and_exports_to_a_folder(
     one_rank = ["--trainer.strategy", "fsdp2", "--data.batch_size", "16", "--trainer.default_root_dir", "fsdp2"]
     resumed = start([*six_steps, *one_rank, "--resume", "--trainer.devices", "1"], plain_run_folder)
     assert resumed.wait() == [0], resumed.printed()
-    assert "resuming on 1 ranks, not 2" in resumed.printed()
+    assert "resuming on 1 ranks instead of 2" in resumed.printed()
     for key, tensor in last_weights(Path("fsdp2"), "network.").items():
         torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4)
 
@@ -161,7 +161,7 @@ def test_two_sharded_replicas_train_as_one_process_does_and_resume_as_one(run_fo
     plain = ["--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--resume"]
     resumed = start([*short, "resumed", *plain], run_folder, name="resumed")
     assert resumed.wait() == [0], resumed.printed()
-    assert "resuming on 1 ranks, not 4" in resumed.printed()
+    assert "resuming on 1 ranks instead of 4" in resumed.printed()
     expected = scalars(run_folder / "one/logs")
     assert len(expected["train/loss"]) == len(expected["train/grad_norm"]) == 4
     assert len(expected["val/fid"]) == 1

@@ -148,15 +148,15 @@ def test_unfinished_uploads_are_bounded_together(guard: Guard, monkeypatch: pyte
 def test_a_job_is_wanted_while_its_client_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     audience = Audience()
     now = module.time.monotonic()
-    assert audience.waits("a", now)
-    assert not audience.waits("a", now - 60)
-    with audience.joined("a"), audience.joined("a"):
-        assert audience.waits("a", now - 60)
-        assert not audience.waits("b", now - 60)
-    assert not audience.waits("a", now - 60)
+    assert audience.is_waiting("a", now)
+    assert not audience.is_waiting("a", now - 60)
+    with audience.count_stream("a"), audience.count_stream("a"):
+        assert audience.is_waiting("a", now - 60)
+        assert not audience.is_waiting("b", now - 60)
+    assert not audience.is_waiting("a", now - 60)
     assert not audience.streams
     audience.closed = True
-    assert not audience.waits("a", now)
+    assert not audience.is_waiting("a", now)
 
 
 @pytest.mark.parametrize(

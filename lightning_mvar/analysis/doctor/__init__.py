@@ -1,1 +1,1 @@
-"""Why two results of `evaluate` differ: what is different, and how much of it the images at hand explain."""
+"""Explains why two results of `evaluate` differ, and estimates how much each difference contributes."""

@@ -1,4 +1,4 @@
-"""Differences between two results of `evaluate` in what their scores depend on."""
+"""Differences between two results of `evaluate` in the settings that affect their scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_mvar.sampling.settings import SamplingSettings
 Result = dict[str, Any]  # record of `evaluate`, or row of published scores
 
 IDENTITY = ("reference_mean_norm", "reference_variance")
-IDENTITY_TOLERANCE = 1e-3  # relative; rounding on other machines is far below, another crop above
+IDENTITY_TOLERANCE = 1e-3  # relative; above the rounding differences of other machines, below those of another crop
 LOSSY = ("JPEG", "WEBP", "AVIF")
 DEFAULTS = {field.name: field.default for field in fields(SamplingSettings)} | {"reject": "none"}
 SETTINGS = {
@@ -27,12 +27,12 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Factor:
-    """Something that scores depend on.
+    """A setting or property that affects scores.
 
     Args:
-        name: what reports call it.
-        effect: what a difference does to scores.
-        value: finds it in a result; None if the result does not say. By default the key `name`.
+        name: its name in reports.
+        effect: how a difference in it affects scores.
+        value: extracts it from a result, or returns None if the result does not state it. Default: the key `name`.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Factor:
     value: Callable[[Result], Any] | None = None
 
     def read(self, result: Result) -> Any:
+        """Returns the factor's value in a result, None if the result does not state it."""
         return result.get(self.name) if self.value is None else self.value(result)
 
 
@@ -53,7 +54,7 @@ class Difference(NamedTuple):
 
 
 def joined(*names: str) -> Callable[[Result], str | None]:
-    """Returns a function that finds several keys of a result and joins their values."""
+    """Returns a function that joins the values of several keys of a result, or returns None if one is missing."""
     return lambda result: " x ".join(str(result[name]) for name in names) if set(names) <= set(result) else None
 
 
@@ -64,12 +65,12 @@ def extractor_arguments(result: Result) -> str | None:
 
 
 def file_name(reference: str) -> str:
-    """Returns the file name of a reference, without its folder; also of one that `evaluate` downloads by name."""
+    """Returns the file name of a reference without its folder, also for a known reference such as `imagenet256`."""
     return PurePath(ADM_REFERENCES[reference].url if reference in ADM_REFERENCES else reference).name
 
 
 def described_reference(result: Result) -> str | None:
-    """Returns a reference's file name and variance: two of one name may hold other images."""
+    """Returns a reference's file name and variance, because two files of the same name may hold different images."""
     if "reference" not in result:
         return None
     variance = f" (variance {result[IDENTITY[1]]:.4g})" if IDENTITY[1] in result else ""
@@ -82,7 +83,7 @@ def known_crop(result: Result) -> str | None:
 
 
 def balance(result: Result) -> str | None:
-    """Returns whether all classes have equally many images, if not how many."""
+    """Returns "balanced" if all classes have the same number of images, otherwise the range of their numbers."""
     if "fewest_per_class" in result:
         fewest, most = result["fewest_per_class"], result["most_per_class"]
         return "balanced" if fewest == most else f"{fewest} to {most} images per class"
@@ -90,7 +91,7 @@ def balance(result: Result) -> str | None:
 
 
 def compression(result: Result) -> str | None:
-    """Returns the possibly lossy format of the pictures, if any: as their files say, or else their pixels."""
+    """Returns the lossy format of the pictures by their files or, failing that, by traces in their pixels."""
     if "file_format" not in result:
         return None
     lossy = [name for name in LOSSY if name in result["file_format"].split("+")]
@@ -98,44 +99,44 @@ def compression(result: Result) -> str | None:
 
 
 def setting(name: str) -> Callable[[Result], Any]:
-    """Returns a function that finds a sampling setting; results name those at their default only if published."""
+    """Returns a function that finds a sampling setting; only published results state settings at their default."""
     return lambda result: result.get(name, DEFAULTS[name] if "guidance" in result else None)
 
 
 FEATURE_FACTORS = {"extractor", "extractor weights", "extractor arguments", "resize"}  # if they differ, so do units
-INCOMPARABLE = "the features are others, so distances have other units and do not compare"
-FACTORS = (  # those first that usually move scores most
+INCOMPARABLE = "different features: the distances have different units and cannot be compared"
+FACTORS = (  # in decreasing order of their usual effect
     Factor("extractor", INCOMPARABLE),
     Factor("extractor weights", INCOMPARABLE, lambda result: result.get("extractor_weights")),
     Factor("extractor arguments", INCOMPARABLE, extractor_arguments),
-    Factor("resize", "the extractor sees other pixels of samples and reference"),
-    Factor("reference", "distances to other images", described_reference),
-    Factor("crop", "the reference shows other parts of its images, at another sharpness", known_crop),
-    Factor("image size", "the extractor sees other detail", joined("height", "width")),
+    Factor("resize", "the extractor sees different pixels of samples and reference"),
+    Factor("reference", "distances to different images", described_reference),
+    Factor("crop", "the reference shows different parts of its images, at a different sharpness", known_crop),
+    Factor("image size", "the extractor sees a different level of detail", joined("height", "width")),
     Factor("num_samples", "the fewer samples, the higher the distance; recall and precision change too"),
-    Factor("sampled_classes", "a set without some classes is compared with a reference that has them"),
+    Factor("sampled_classes", "samples of some classes are compared with a reference of all"),
     Factor("balance of classes", "frequent classes count more than in the reference", balance),
     Factor("compression", "possibly lossy files: pixels may have changed, and the extractor notices", compression),
     Factor("sharpness", "blurred or resized samples are farther from sharp references"),
-    Factor("rounding", "cutting off decimals darkens all images by half a level"),
-    Factor("network_tokenizer", "other decoder: other images of the same tokens"),
-    Factor("network", "other weights"),
+    Factor("rounding", "rounding down darkens images by half a gray level on average"),
+    Factor("network_tokenizer", "a different decoder draws different images from the same tokens"),
+    Factor("network", "different weights"),
     Factor("weights", "averaged (ema) weights usually score better than the last ones"),
-    Factor("rejection", "keeping the surest images trades diversity for fidelity", setting("reject")),
+    Factor("rejection", "keeping only the highest-scoring images trades diversity for fidelity", setting("reject")),
     Factor("keep", "keeping fewer images trades diversity for fidelity"),
     *(
-        Factor(name, SETTINGS.get(name, "other samples"), setting(name))
+        Factor(name, SETTINGS.get(name, "different samples"), setting(name))
         for name in DEFAULTS
         if name not in ("seed", "reject")
     ),
-    Factor("sampling", "other samples"),
-    Factor("dtype", "a few tokens of nearly equal probability are chosen differently"),
-    Factor("seed", "other samples of the same distribution: noise"),
+    Factor("sampling", "different samples"),
+    Factor("dtype", "rounding changes a few tokens of nearly equal probability"),
+    Factor("seed", "different samples of the same distribution: noise"),
 )
 
 
 def compare(first: Result, second: Result) -> tuple[list[Difference], list[str]]:
-    """Returns what differs, in the order of `FACTORS`, and the factors that only one of the results states."""
+    """Returns the differences, in the order of `FACTORS`, and the factors that only one of the results states."""
     differences, unknown = [], []
     for factor in FACTORS:
         values = factor.read(first), factor.read(second)
@@ -147,8 +148,10 @@ def compare(first: Result, second: Result) -> tuple[list[Difference], list[str]]
 
 
 def differ(name: str, first: Result, second: Result, ours: Any, theirs: Any) -> bool:
-    """Returns whether two values differ. References are compared by their statistics if their extractor is the same,
-    otherwise by name."""
+    """Returns whether two values differ.
+
+    References are compared by their statistics if both were made with the same extractor, otherwise by file name.
+    """
     if name != "reference" or None in (ours, theirs):
         return ours != theirs
     same_extractor = first.get("extractor_weights") == second.get("extractor_weights") is not None
@@ -158,8 +161,11 @@ def differ(name: str, first: Result, second: Result, ours: Any, theirs: Any) -> 
 
 
 def without_implied(differences: list[Difference], first: Result, second: Result) -> list[Difference]:
-    """Leaves out what another difference implies: another crop changes a reference's statistics, another extractor has
-    other weights, JPEG changes the sharpness, and weights of the same network are the same under two names."""
+    """Leaves out differences that follow from another one.
+
+    A different crop changes a reference's statistics, a different extractor has different weights, JPEG changes the
+    sharpness, and the weights of one network are the same under two names.
+    """
     names = {difference.factor for difference in differences}
     implied = {"extractor weights", "extractor arguments"} if "extractor" in names else set[str]()
     if {"crop", "reference"} <= names and file_name(first["reference"]) == file_name(second["reference"]):

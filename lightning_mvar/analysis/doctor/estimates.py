@@ -1,4 +1,4 @@
-"""How much of the difference between two distances the images at hand explain."""
+"""Estimates of how much each difference between two results contributes to the difference of their distances."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from lightning_mvar.scales import Shape
 
 Pixels = NDArray[np.uint8]  # of one image (H, W, 3)
 Change = Callable[[Pixels], Pixels]
-Found = tuple[str, float] | None  # what was scored, and by how much its distance is larger than before
-MAX_SAMPLES = 50_000  # of a set that is scored again: its features are kept
+Found = tuple[str, float] | None  # description of the scored samples, and the increase of their distance
+MAX_SAMPLES = 50_000  # in a set that is scored again; bounds the memory for its features
 BICUBIC = Image.Resampling.BICUBIC
 JPEG = SUFFIXES_BY_FORMAT["JPEG"]
 
 
 class Estimate(NamedTuple):
-    """What one difference does to the distance.
+    """Effect of one difference on the distance.
 
     Args:
         factor: name of the difference.
         text: what was measured.
-        explains: its part of the second distance minus the first.
+        explains: estimated contribution to the second distance minus the first.
     """
 
     factor: str
@@ -56,12 +56,12 @@ class ScoredSet:
     """Samples of a result, with the extractor and the reference that scored them.
 
     Args:
-        name: what reports call the result.
+        name: name of the result in reports.
         result: the result.
         samples: its samples.
         extractor: prepared, on the device to compute on.
         cache: folder for reference statistics.
-        max_images: images that are changed to see what that does, evenly spaced.
+        max_images: largest number of samples, evenly spaced, to measure the effect of a change on.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ScoredSet:
 
     @cached_property
     def labels(self) -> NDArray[Any] | None:
-        """Classes (n,) of the samples, if known: names of folders, or numbers in an npz."""
+        """Classes (n,) of the samples: names of folders or numbers in an npz; None if unknown."""
         names = self.samples.class_names
         labels = None if len(names) == 1 else self.samples.labels(names)
         if labels is None:
@@ -94,7 +94,7 @@ class ScoredSet:
 
     @cached_property
     def by_class(self) -> NDArray[np.int64]:
-        """Numbers (n,) of the samples, sorted by class, so that evenly spaced ones have the set's proportions."""
+        """Indices (n,) of the samples sorted by class, so that evenly spaced ones have the set's class proportions."""
         return np.arange(len(self.samples)) if self.labels is None else np.argsort(self.labels, kind="stable")
 
     def reference(self, name: str, crop: str) -> Statistics:
@@ -104,15 +104,15 @@ class ScoredSet:
         return reference.summary(self.extractor, self.samples.shape, self.cache).statistics
 
     def distance_of(self, indices: NDArray[np.int64]) -> float:
-        """Returns the distance of some of the samples."""
+        """Returns the distance of the samples at these indices."""
         return frechet_distance(self.real, statistics_of(self.features[indices]))
 
     def growth_to(self, indices: NDArray[np.int64]) -> float:
-        """Returns by how much the distance of some of the samples is larger than that of all."""
+        """Returns the distance of the samples at these indices minus that of all samples."""
         return self.distance_of(indices) - self.distance
 
     def growth_by(self, change: Change, progress: str) -> float:
-        """Returns by how much the distance grows if samples are changed; measured on at most `max_images` of them."""
+        """Returns how much the distance grows if samples are changed, measured on at most `max_images` of them."""
         indices = spaced(self.by_class, self.max_images)
         changed = statistics_of(self.extract(indices.tolist(), change, progress))
         return frechet_distance(self.real, changed) - self.distance_of(indices)
@@ -129,17 +129,23 @@ class ScoredSet:
 
 
 def spaced(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Returns `count` of the indices, evenly spaced; all if there are not more."""
+    """Returns `count` of the indices, evenly spaced, or all if there are fewer."""
     return indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)]
 
 
 def estimate_all(
     differences: list[Difference], first: ScoredSet | None, second: ScoredSet | None, results: tuple[Result, Result]
 ) -> Iterator[Estimate | str]:
-    """Yields estimates of the differences whose effect the images at hand show; None for sets that are not at hand.
+    """Yields an estimate for each difference whose effect can be measured on the available images.
 
-    An estimate that fails, for example because a reference is damaged, is replaced by a sentence that says why. There
-    are none if the features differ: distances then have other units.
+    A sentence that gives the reason replaces an estimate that fails, for example because a reference is damaged. There
+    are no estimates if the features differ, because the distances then have different units.
+
+    Args:
+        differences: differences between the results.
+        first: samples of the first result, None if they are not available.
+        second: samples of the second result, None if they are not available.
+        results: both results.
     """
     names = [difference.factor for difference in differences]
     if others := FEATURE_FACTORS.intersection(names):
@@ -147,7 +153,7 @@ def estimate_all(
         return
     directions = ((first, second, results[1], 1), (second, first, results[0], -1))
     for name in names:
-        # A set with more detail than the other can be made like it, but not the other way round.
+        # Only the set with more detail or more samples can be degraded to match the other, not the reverse.
         found = (
             (sign, estimate)
             for estimator in ESTIMATORS.get(name, ())
@@ -170,7 +176,7 @@ def with_fewer(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Fo
 
 
 def with_more(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
-    """Extrapolates to more samples from all and half of them: the bias is proportional to 1 / samples."""
+    """Extrapolates to more samples from all and half of them; the bias of the distance is proportional to 1 / n."""
     count, target = len(scored.samples), result["num_samples"]
     if not 4 <= count < target:
         return None
@@ -179,10 +185,10 @@ def with_more(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Fou
 
 
 def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
-    """Scores samples of a balanced set in the other set's proportions of classes."""
+    """Scores samples of a balanced set, chosen in the class proportions of the other set."""
     if other is None or scored.labels is None or other.labels is None or balance(scored.result) != "balanced":
         return None
-    if scored.labels.dtype.kind != other.labels.dtype.kind:  # names against numbers
+    if scored.labels.dtype.kind != other.labels.dtype.kind:  # one has names, the other numbers
         return None
     classes = np.unique(scored.labels)
     shares = np.array([(other.labels == label).mean() for label in classes])
@@ -199,7 +205,7 @@ def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) 
 
 
 def as_jpeg(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
-    """Saves samples as JPEG: with the other set's tables if its files have them, else at Pillow's default quality."""
+    """Scores samples saved as JPEG, with the other set's quantization tables or, failing that, at quality 75."""
     if compression(scored.result) != "none" or "JPEG" not in (compression(result) or ""):
         return None
     files = other.samples.files if other is not None and isinstance(other.samples, FolderSamples) else []
@@ -217,7 +223,7 @@ def as_jpeg(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found
 
 
 def resized(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
-    """Resizes samples to the other result's smaller size, or as far as makes them as blurred, and back."""
+    """Scores samples resized and back: to the other result's smaller size, or until they are about as blurred."""
     height, width = scored.samples.shape
     size = (result.get("height", height), result.get("width", width))
     if size == (height, width):
@@ -226,29 +232,29 @@ def resized(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found
             return None
         some = read_some(scored.samples)
         sizes = [(round(height * k / 8), round(width * k / 8)) for k in range(2, 8)]
-        sharpness = {size: sharpness_of(np.stack([there_and_back(image, size) for image in some])) for size in sizes}
+        sharpness = {size: sharpness_of(np.stack([resize_and_back(image, size) for image in some])) for size in sizes}
         size = min(sharpness, key=lambda size: abs(sharpness[size] - target))
     if size[0] > height or size[1] > width:
         return None
     text = f"{scored.name} resized to {size[0]} x {size[1]} and back"
-    return text, scored.growth_by(lambda pixels: there_and_back(pixels, size), text)
+    return text, scored.growth_by(lambda pixels: resize_and_back(pixels, size), text)
 
 
-def there_and_back(pixels: Pixels, size: Shape) -> Pixels:
+def resize_and_back(pixels: Pixels, size: Shape) -> Pixels:
     """Resizes an image (H, W, 3) to (height, width) and back, bicubically."""
     image = Image.fromarray(pixels)
     return np.asarray(image.resize(size[::-1], BICUBIC).resize(image.size, BICUBIC))
 
 
 def rounded_down(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
-    """The images are otherwise the same, so the whole difference is due to it."""
+    """Attributes the whole difference to rounding, because the images are otherwise the same."""
     if other is None:
         return None
     return f"{scored.name} and {other.name} are otherwise the same images", other.distance - scored.distance
 
 
 def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
-    """Scores the samples against the other result's reference, if that is at hand."""
+    """Scores the samples against the other result's reference, if it exists on this machine."""
     name = result["reference"]
     if find_embedded_set(name) is None and not Path(split_off(name)[0]).expanduser().exists():
         return None
@@ -257,7 +263,7 @@ def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: 
 
 
 def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
-    """Scores the samples against their own reference, cropped like the other result's."""
+    """Scores the samples against their own reference, cropped as for the other result."""
     name, resizing = scored.result["reference"], Resizing.parse(result["crop"])
     reference = open_reference(name)
     if reference.kind != "images" or reference.embedded is not None or resizing is None:

@@ -1,7 +1,8 @@
-"""Published scores with their protocol, as results that `differences.compare` takes. `published.json` has the table.
+"""Published scores with their protocol, as results for `differences.compare`, read from `published.json`.
 
-Values that neither a paper nor its repository states are missing; `unverified` names those that were not compared with
-the source. `guidance` is ours: logits are weighted 1 + g and -g.
+Values that neither a paper nor its repository states are missing; `unverified` names those that were not checked
+against the source. `guidance` follows this package's convention: conditional and unconditional logits are weighted by
+1 + g and -g.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TABLE = "published.json"
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """The contents of `published.json`: what the rows of a source share, and the rows by name."""
+    """The contents of `published.json`: the evaluation protocols that rows refer to, and the rows by name."""
 
     protocols: dict[str, Result]
     rows: dict[str, Result]

@@ -1,7 +1,7 @@
-"""What the pixels of samples tell of their processing: JPEG, resizing, and decimals that were cut off.
+"""Detects from pixels how samples were processed: JPEG compression, resizing, and rounding down.
 
-JPEG rounds the DCT coefficients of 8 x 8 blocks. On its grid of blocks most fine ones are then zero, but not on a grid
-that is shifted by half a block. Blurred or resized images have few fine coefficients on any grid.
+JPEG rounds the DCT coefficients of 8 x 8 blocks. Most high-frequency coefficients are then zero on its grid of blocks,
+but not on a grid that is shifted by half a block. Blurred or resized images have few nonzero ones on any grid.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from lightning_mvar.analysis.doctor.differences import Result
 from lightning_mvar.sampling.readers import Samples
 
-MAX_IMAGES = 500  # looked at, evenly spaced over a set
-BLOCK = 8  # side of a JPEG block
-MIN_SIDE = 2 * BLOCK  # of images that are looked at
-ZERO = 0.6  # coefficients below it are zero up to the rounding of pixels
-MIN_JPEG_LOSS = 0.25  # of the share of fine coefficients; up to 0.2 for resized images, above 0.3 for JPEG up to 95
-MIN_SHARPNESS = 0.8  # of the blurrier of two sets, relative to the other
+MAX_IMAGES = 500  # inspected per set, evenly spaced
+BLOCK = 8  # side of a JPEG block in pixels
+MIN_SIDE = 2 * BLOCK  # of inspected images, in pixels
+ZERO = 0.6  # coefficients with a smaller magnitude are zero up to the rounding of pixels
+# Least drop in the share of nonzero fine coefficients on the JPEG grid. The drop is at most 0.2 for resized images and
+# above 0.3 for JPEG of quality up to 95.
+MIN_JPEG_LOSS = 0.25
+MIN_SHARPNESS = 0.8  # sharpness of the blurrier of two sets relative to the other, below which they differ
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 FREQUENCIES = np.arange(BLOCK)
 DCT = np.cos(np.pi * (2 * FREQUENCIES + 1) * FREQUENCIES[:, None] / (2 * BLOCK)) / 2
@@ -30,7 +32,7 @@ Pixels = NDArray[np.uint8]  # (n, H, W, 3)
 
 
 def add_traces(first: Result, second: Result, samples: Sequence[Samples | None]) -> None:
-    """Adds to two results what the pixels of their samples show; None for samples that are not at hand."""
+    """Adds findings from the pixels of their samples to two results; samples that are not available are None."""
     images = [None if found is None or min(found.shape) < MIN_SIDE else read_some(found) for found in samples]
     for result, pixels in zip((first, second), images, strict=True):
         if pixels is not None and fine_share(pixels, BLOCK // 2) - fine_share(pixels) > MIN_JPEG_LOSS:
@@ -52,10 +54,10 @@ def read_some(samples: Samples) -> Pixels:
 
 
 def fine_share(pixels: Pixels, offset: int = 0) -> float:
-    """Returns the share of fine DCT coefficients that are not zero, on the grid of blocks that begins at `offset`."""
+    """Returns the share of fine DCT coefficients that are not zero, for blocks that begin at pixel `offset`."""
     rows, columns = ((side - offset) // BLOCK for side in pixels.shape[1:3])
     shares = []
-    for image in pixels:  # one by one: their coefficients are float64
+    for image in pixels:  # one by one, because the float64 coefficients take 8 times the memory
         gray = image[offset : offset + rows * BLOCK, offset : offset + columns * BLOCK] @ LUMINANCE
         blocks = gray.reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
         shares.append((np.abs(DCT @ blocks @ DCT.T)[..., FINE] >= ZERO).mean())
@@ -63,14 +65,14 @@ def fine_share(pixels: Pixels, offset: int = 0) -> float:
 
 
 def sharpness_of(pixels: Pixels) -> float:
-    """Returns the share of fine coefficients that are not zero, over both grids: resizing may favor one of them."""
+    """Returns the share of fine coefficients that are not zero, averaged over both grids: resizing may favor one."""
     return (fine_share(pixels) + fine_share(pixels, BLOCK // 2)) / 2
 
 
 def cut_off(first: Pixels, second: Pixels) -> int | None:
-    """Returns which of two sets has the other's images with decimals cut off instead of rounded: 0, 1 or None.
+    """Returns which of two sets (0 or 1) holds the other's images rounded down instead of to nearest, None if neither.
 
-    Cutting off makes some pixels darker by one level and none brighter.
+    Rounding down makes some pixels darker by one gray level and none brighter.
     """
     steps = second.astype(np.int16) - first
     if not steps.any() or np.abs(steps).max() > 1 or {-1, 1} <= set(np.unique(steps)):

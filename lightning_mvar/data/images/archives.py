@@ -1,8 +1,8 @@
 """Images in tar archives, read in place without unpacking.
 
-The members show the layout: ImageNet's `ILSVRC2012_img_train.tar`, a tar with one inner tar per class; one tar of class
-folders; WebDataset shards, with a `.cls` or a `.json` with a label next to each image; one tar per class, named after
-it; or a flat tar of images, which are of one class, or have a label file, as `ILSVRC2012_img_val.tar`.
+The layout is recognized by the members: ImageNet's `ILSVRC2012_img_train.tar`, a tar with one inner tar per class; a
+tar of class folders; WebDataset shards, with a `.cls` file or a `.json` file with a label next to each image; one tar
+per class, named after it; or a flat tar of images that have one class or a label file, as `ILSVRC2012_img_val.tar`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class TarImages(EncodedImages):
 
     Args:
         paths: the archives.
-        labels: labels from a file, used instead of those of the archives; or the columns of WebDataset shards to take,
+        labels: labels from a file, used instead of those of the archives; or the columns of WebDataset shards to use,
             as LABEL or IMAGE,LABEL, if there are several: LABEL is `cls` or a field of the `.json`, IMAGE a suffix.
-        class_names: class names in label order: of class numbers, or those that folders or archives must be among.
+        class_names: class names in label order, for class numbers or as the set of allowed folders or archives.
 
     Raises:
         InputError: if an archive is missing, damaged or compressed, or an image has no class.
     """
 
-    same_name_remedy = "unpack the archive, which keeps the last, and pack it again (tar -r and tar -u leave both)"
+    same_name_remedy = "unpack the archive, which keeps the last one, and pack it again (tar -r and tar -u leave both)"
 
     def __init__(self, paths: Sequence[Path], labels: Labels | str | None, class_names: Sequence[str] | None) -> None:
         self.paths, skipped = list(paths), Skipped()
@@ -66,14 +66,14 @@ class TarImages(EncodedImages):
         super().__init__(*named, np.array([(m.archive, m.offset, m.size) for m in images], np.int64), skipped)
 
     def skips(self, member: Member, skipped: Skipped) -> bool:
-        """Returns whether a member is not part of a set of images, and counts it then."""
+        """Returns whether a member is not part of a set of images; if so, counts it."""
         clutter = any(is_clutter(part) for part in PurePosixPath(member.path).parts)
         if clutter:
             skipped.add("hidden or system files or folders", f"{self.paths[member.archive]}: {member.path}")
         return clutter
 
     def count_others(self, images: list[Member], members: list[Member], skipped: Skipped) -> None:
-        """Counts the members that belong to no image."""
+        """Counts members that belong to no image."""
         samples = {member.sample_id for member in images}
         for member in members:
             if not is_image(member.name) and member.sample_id not in samples:
@@ -101,9 +101,9 @@ class TarImages(EncodedImages):
     def find_label_files(
         self, images: list[Member], members: list[Member], column: str
     ) -> dict[tuple[int, str], Member]:
-        """Returns the file with the class of each sample: the one that `column` names, else `.cls`, else `.json`.
+        """Finds the file with the class of each sample: the one that `column` names, otherwise `.cls`, then `.json`.
 
-        Without `column`, a `.json` counts only if it has a class and the images are not in several folders.
+        Without `column`, `.json` files count only if they have a class and the images are not in several folders.
         """
         kinds = [column if column == "cls" else "json"] if column else ["cls", "json"]
         samples = {image.sample_id for image in images}
@@ -144,9 +144,9 @@ class TarImages(EncodedImages):
 
 
 def class_in_json(data: bytes, source: str, field: str) -> str | int | None:
-    """Returns the class in the JSON next to an image: in the given field, or in the only one that may hold it.
+    """Returns the class in the JSON next to an image, from the given field or the only field that may hold it.
 
-    Other fields may hold anything: img2dataset writes scores that are NaN, for example.
+    Other fields are not checked: img2dataset, for example, writes NaN scores.
     """
     try:
         values = json.loads(data)
@@ -164,7 +164,7 @@ def class_in_json(data: bytes, source: str, field: str) -> str | int | None:
         return None
     value = values.get(fields[0])
     if not isinstance(value, str) and not (type(value) is int and abs(value) < 2**63):
-        raise InputError(f"{source} has the class {shown(value)} in {fields[0]}; expected a number from 0, or a name")
+        raise InputError(f"{source} has the class {shown(value)} in {fields[0]}; expected a number from 0 or a name")
     return value
 
 
@@ -183,7 +183,7 @@ def refuse_two_images(images: list[Member], paths: Sequence[Path]) -> None:
 def keys_from_words(
     images: list[Member], words: list[str | int], class_names: Sequence[str] | None, paths: Sequence[Path]
 ) -> KeysAndLabels:
-    """Keys are CLASS/NAME, CLASS/ARCHIVE/NAME if names repeat across archives, or CLASS/ARCHIVE/PATH within one."""
+    """Makes keys CLASS/NAME, or CLASS/ARCHIVE/NAME if names repeat across archives, or else CLASS/ARCHIVE/PATH."""
     if class_names is not None:
         known = set(class_names)
         number = max((word for word in words if isinstance(word, int) and str(word) not in known), default=0)
@@ -220,10 +220,10 @@ def reject_samples_without_class(images: list[Member], members: list[Member], pa
 def keys_from_paths(images: list[Member], paths: Sequence[Path], class_names: Sequence[str] | None) -> KeysAndLabels:
     """Takes the class of an image from its inner archive, its folder or its archive.
 
-    Images that are all in one place are of one class, as in a folder; it is named after the archive.
+    If all images are in one place, they have one class, as in a folder; it is named after the archive.
 
     Raises:
-        InputError: if the folders may be splits rather than classes, or are none of `class_names`.
+        InputError: if the folders may be splits rather than classes, or one of them is not among `class_names`.
     """
     folders = [os.path.dirname(image.path) for image in images]
     root = os.path.commonpath(folders) if any(folders) else ""

@@ -1,7 +1,7 @@
-"""How large the compressed buffers of an Arrow file claim to be, read before anything is decompressed.
+"""Reads the claimed sizes of the compressed buffers in an Arrow file before anything is decompressed.
 
-Each compressed buffer begins with its decompressed length in 8 bytes, -1 if it is stored as it is. Its position is in
-the metadata of its message, a flatbuffers table, whose fields have the numbers of Arrow's `Message.fbs`.
+Each compressed buffer begins with its decompressed length in 8 bytes, or -1 if it is stored uncompressed. Its position
+is in the metadata of its message, a flatbuffers table whose fields are numbered as in Arrow's `Message.fbs`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BUFFER_BYTES = 16  # offset and length
 
 
 def decompressed_bytes(source: Any) -> int:
-    """Returns the bytes that all compressed buffers of a stream claim; 0 if none is compressed.
+    """Returns the total size in bytes that the compressed buffers of a stream claim; 0 if none are compressed.
 
     Args:
         source: pyarrow's file, at the beginning of the stream.
@@ -61,5 +61,5 @@ def follow(data: memoryview, position: int) -> int:
 
 def integer(data: memoryview, position: int, size: int) -> int:
     if not 0 <= position <= len(data) - size:
-        raise ValueError("its metadata point outside of the file")
+        raise ValueError("its metadata points outside the file")
     return int.from_bytes(data[position : position + size], "little", signed=True)

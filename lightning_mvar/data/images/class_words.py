@@ -12,7 +12,7 @@ from lightning_mvar.data.classes import imagenet_classes
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import read_regular
 
-MAX_CLASSES = 1_000_000  # of classes that only have numbers
+MAX_CLASSES = 1_000_000  # if classes only have numbers
 MAX_LABEL_FILE_BYTES = 2**28  # of a label file: ImageNet's training images take 60 MB
 NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 DECIMAL = re.compile(r"-?\d+\.\d*", re.ASCII)
@@ -34,15 +34,15 @@ class KeysAndLabels(NamedTuple):
 def labels_from_words(
     words: Sequence[str], class_names: Sequence[str] | None, source: str, numbers: Numbers
 ) -> tuple[list[str], list[int]]:
-    """Returns the class names in label order, and the label of each word.
+    """Returns the class names in label order and the label of each word.
 
     Args:
         words: class of each image: one of `class_names`, a WordNet id of ImageNet, another name, or a number from 0. A
-            word is looked up as a name first.
+            word is first looked up as a name.
         class_names: by default ImageNet's ids, or the classes that occur.
         source: names the words in messages.
-        numbers: whether words that are all numbers are labels; `from_zero` refuses them if none is 0, as they may count
-            from 1.
+        numbers: whether words that are all numbers are labels; `from_zero` refuses them if none is 0, because they may
+            be counted from 1.
 
     Raises:
         InputError: if a word is unknown, or the words are ambiguous.
@@ -72,7 +72,7 @@ def labels_from_words(
 
 
 def infer_classes(words: Collection[str], source: str, numbers: Numbers) -> list[str]:
-    """Infers the classes from those that occur: ImageNet's, numbers from 0, or the sorted names."""
+    """Infers the classes from the words that occur: ImageNet's, numbers from 0, or the sorted names."""
     if set(words) <= imagenet_classes().keys():
         return list(imagenet_classes())
     if numbers == "never":
@@ -103,7 +103,7 @@ def infer_classes(words: Collection[str], source: str, numbers: Numbers) -> list
 
 
 def numbered(words: Iterable[str]) -> list[str]:
-    """Returns the names 0, 1, 2, ... up to the largest of `words`; none unless all are numbers."""
+    """Returns the names 0, 1, 2, ... up to the largest of `words`; an empty list unless all are numbers."""
     if not all(NUMBER.fullmatch(word) for word in words):
         return []
     count = max(int(word) for word in words) + 1
@@ -113,7 +113,7 @@ def numbered(words: Iterable[str]) -> list[str]:
 
 
 def read_class_names(name_or_path: str) -> list[str]:
-    """Returns class names in label order, from `imagenet` or a text file with one name per line."""
+    """Returns class names in label order: ImageNet's for `imagenet`, or those in a text file, one per line."""
     if name_or_path == "imagenet":
         return list(imagenet_classes())
     path = Path(name_or_path)
@@ -129,7 +129,7 @@ def read_class_names(name_or_path: str) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a text file that are not blank, without blanks around them.
+    """Returns the non-blank lines of a text file, stripped.
 
     Raises:
         InputError: if the file cannot be read or is larger than `MAX_LABEL_FILE_BYTES`.

@@ -1,4 +1,4 @@
-"""Chooses the columns of a table that hold images and classes."""
+"""Selection of the columns of a table that hold images and classes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Columns(NamedTuple):
 
     Args:
         image: column of the images.
-        kind: what it holds: a struct of bytes and path, bytes, or the path of a file.
-        label: column of the classes, numbers or names.
+        kind: type of its values: a struct of bytes and path, bytes, or the path of a file.
+        label: column of the classes, as numbers or names.
         has_names: whether the classes are names.
         class_names: class names in label order, if the file has them.
         key: column with the names of the images without suffix, if any.
@@ -38,10 +38,10 @@ def find_columns(path: Path, schema: Any, choice: str) -> Columns:
     Args:
         path: the file, for messages.
         schema: a pyarrow schema, perhaps with the metadata of Hugging Face's `datasets`.
-        choice: LABEL or IMAGE,LABEL if several columns are possible; "" to find the only one.
+        choice: LABEL or IMAGE,LABEL if several columns are possible; "" if there is only one.
 
     Raises:
-        InputError: if there is no such column, or there are several.
+        InputError: if there is no such column, or there are several candidates.
     """
     image_choice, _, label_choice = choice.rpartition(",")
     features = features_of(path, schema)
@@ -76,7 +76,7 @@ def find_columns(path: Path, schema: Any, choice: str) -> Columns:
 
 
 def features_of(path: Path, schema: Any) -> dict[str, Any]:
-    """Returns the features by column that `datasets` stored in the schema; none if it did not."""
+    """Returns the features by column that `datasets` stored in the schema; empty if there are none."""
     data = (schema.metadata or {}).get(b"huggingface")
     metadata = {} if data is None else parse_json(data, dict[str, Any], f"the metadata of {path}")
     info = metadata.get("info")
@@ -85,7 +85,7 @@ def features_of(path: Path, schema: Any) -> dict[str, Any]:
 
 
 def image_kind(field: Any) -> Literal["struct", "bytes", "path"] | None:
-    """Returns how a column may hold images: by its type, and for paths also by its name."""
+    """Returns how a column may hold images, judging by its type and, for paths, its name; None if it cannot."""
     from pyarrow import types  # type: ignore[import-untyped]
 
     def is_bytes(kind: Any) -> bool:

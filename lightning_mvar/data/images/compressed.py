@@ -1,4 +1,4 @@
-"""Compressed tar archives, decompressed once into the cache, because images are read in random order."""
+"""Decompresses tar archives once into the cache, because images are read in random order."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_mvar.io.fetch import wait_for_lock
 from lightning_mvar.io.files import atomic_path, open_regular, remove_unfinished
 
 CHUNK_BYTES = 2**20
-MAX_RATIO, MAX_SMALL_BYTES = 50, 2**28  # images barely compress; an archive may take the sum of both
+MAX_RATIO, MAX_SMALL_BYTES = 50, 2**28  # the limit is MAX_RATIO times the compressed size plus MAX_SMALL_BYTES
 
 
 def open_zstandard(file: BinaryIO) -> Any:
-    require_package("pyarrow", "parquet", "reading .tar.zst (or unzstd in advance)")
+    require_package("pyarrow", "parquet", "reading .tar.zst (unless you run unzstd in advance)")
     import pyarrow  # type: ignore[import-untyped]
 
     return pyarrow.CompressedInputStream(file, "zstd")
@@ -42,11 +42,11 @@ def decompressed(path: Path, cache_dir: Path) -> Path:
     """Returns the path of a tar archive, decompressed into the cache if it is compressed.
 
     Args:
-        path: the archive; it keeps its name but for the suffix of the compression.
-        cache_dir: local folder; a file already there is used again, unless the archive has changed since.
+        path: the archive; the result has its name without the compression's suffix.
+        cache_dir: local folder; a file that is already there is reused unless the archive has changed.
 
     Raises:
-        InputError: if the archive is damaged, or much larger than its images can be.
+        InputError: if the archive is damaged, or decompresses to much more than images would.
     """
     if not path.name.endswith(COMPRESSED_SUFFIXES):
         return path
@@ -70,7 +70,7 @@ def decompress(path: Path, file: BinaryIO, target: BinaryIO, max_bytes: int) -> 
     while data := read_chunk(stream, path):
         size += len(data)
         if size > max_bytes:
-            raise InputError(f"{path} holds more than {max_bytes} bytes, which images do not: decompress it yourself")
+            raise InputError(f"{path} holds more than {max_bytes} bytes, too many for images: decompress it yourself")
         target.write(data)
 
 

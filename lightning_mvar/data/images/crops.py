@@ -1,4 +1,4 @@
-"""Crops of one size, from the embedded sets and from image files of any size."""
+"""Crops of a fixed size, from the embedded sets and from image files of any size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, NOT_CROPPED, 
 from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.scales import Shape
 
-MAX_ASPECT_RATIO = 16  # longer images are first reduced to their middle, as resizing them could exhaust memory
+MAX_ASPECT_RATIO = 16  # longer images are first cropped to their middle, because resizing them could exhaust memory
 
 
 class CorruptImageError(InputError):
@@ -70,7 +70,7 @@ class DecodedImages:
     Args:
         encoded: the image files.
         shape: height and width of the crops.
-        on_corrupt: raise if a file cannot be decoded, or return an `Example` with an error.
+        on_corrupt: whether a file that cannot be decoded raises or gives an `Example` with an error.
         resizing: how images are resized before they are cropped.
     """
 
@@ -83,7 +83,7 @@ class DecodedImages:
 
     @property
     def identity(self) -> str:
-        """Hash of the files, marked if some may be skipped, so that nothing cached passes for the whole set."""
+        """Hash of the files, marked if some may be skipped, so that an incomplete set has its own cache entries."""
         return f"{self.encoded.identity} skip" if self.on_corrupt == "skip" else self.encoded.identity
 
     @property
@@ -103,7 +103,7 @@ class DecodedImages:
         label, key, path = int(self.encoded.labels[index]), self.key(index), self.encoded.display_path(index)
         try:
             image = decode_image(self.encoded.read(index))
-        except OSError as error:  # disk or network failure: the image itself may be fine, so it is not skipped
+        except OSError as error:  # a disk or network failure: the image may be intact, so it is not skipped
             raise InputError(
                 f"{path} cannot be read ({error}): make it readable, then run the command again"
             ) from error
@@ -112,7 +112,7 @@ class DecodedImages:
         return Example(to_tensor(self.resize_and_crop(image, generator)), label, key)
 
     def failed(self, index: int, error: UnusableFileError) -> Example:
-        """Returns an example that cannot be decoded, or raises CorruptImageError, as `on_corrupt` says."""
+        """Returns an example without an image or raises CorruptImageError, depending on `on_corrupt`."""
         message = f"{self.encoded.display_path(index)} cannot be decoded ({one_line(error)})"
         if self.on_corrupt == "skip":
             return Example(None, int(self.encoded.labels[index]), self.key(index), message)
@@ -125,7 +125,7 @@ class DecodedImages:
         return self.encoded.key(index)
 
     def resize_and_crop(self, image: Image.Image, generator: Generator | None) -> Image.Image:
-        """Resizes an image and crops it at a random place drawn from `generator`, or at the center if None."""
+        """Resizes an image and crops it at a random position from `generator`, or at the center if None."""
         image = limit_longer_side(image, MAX_ASPECT_RATIO * min(image.size))
         crop = self.shape[::-1]  # (width, height), as in Pillow
         image = resize_to_cover(image, crop, self.resizing)
@@ -138,7 +138,7 @@ class DecodedImages:
 
 
 def limit_longer_side(image: Image.Image, max_side: int) -> Image.Image:
-    """Crops both ends of the longer side equally, so that it is at most `max_side` pixels."""
+    """Crops both ends of the longer side equally to at most `max_side` pixels."""
     width, height = (min(side, max_side) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image

@@ -1,4 +1,4 @@
-"""Decodes image files of raster formats to upright 8-bit RGB in bounded memory, and converts images to tensors."""
+"""Decodes raster image files to upright 8-bit RGB in bounded memory, and converts images to tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.files import open_if_regular
 
-SUFFIXES_BY_FORMAT = {  # Pillow reads these without starting another program, unlike EPS, PDF or WMF
+SUFFIXES_BY_FORMAT = {  # formats that Pillow decodes by itself, unlike EPS, PDF or WMF
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "WEBP": (".webp",),
@@ -38,12 +38,12 @@ FORMATS = tuple(name for name in SUFFIXES_BY_FORMAT if name in Image.OPEN)  # ol
 MAX_PIXELS = 120_000_000  # a JPEG or PNG of this size takes 1 GB, a WebP 3 GB
 MAX_IMAGE_BYTES = 2**30  # size of a file
 STRIP_PIXELS = 2**20  # pixels converted to RGB at once
-PILLOW_ERRORS = (  # of its plugins, on damaged files
+PILLOW_ERRORS = (  # raised by its plugins for damaged files
     *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError, RuntimeError),
     *(struct.error, zlib.error),
 )
 
-ORIENTATION = 0x0112  # of EXIF
+ORIENTATION = 0x0112  # EXIF tag
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -114,15 +114,15 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes the first frame of an image file in its own mode, turned as its EXIF orientation says, without metadata.
+    """Decodes the first frame of an image file in its own mode, applies its EXIF orientation and drops its metadata.
 
     Args:
         data: content of a file in one of `FORMATS`.
-        max_pixels: images of more pixels are refused before they are decoded.
+        max_pixels: images with more pixels are refused before they are decoded.
 
     Raises:
         TooManyPixelsError: if it has more than `max_pixels`.
-        UnusableFileError: if the file cannot be decoded for another reason.
+        UnusableFileError: if it cannot be decoded for another reason.
     """
     if data.startswith(PNG_SIGNATURE):
         data = essential_png(data)
@@ -144,16 +144,16 @@ def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 @contextmanager
 def pillow_errors() -> Iterator[None]:
-    """Turns Pillow's errors into UnusableFileError, and ignores its warnings.
+    """Turns Pillow's errors into UnusableFileError and ignores its warnings.
 
-    It warns of metadata that are not used here, and of sizes that are checked here.
+    The warnings are about metadata that is not used here and sizes that are checked here.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except UnidentifiedImageError as error:  # its message contains a memory address
-        raise UnusableFileError(f"it is empty, damaged or none of {', '.join(FORMATS)}") from error
+        raise UnusableFileError(f"it is empty, damaged or not one of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(one_line(error)) from error
     except PILLOW_ERRORS as error:
@@ -161,14 +161,14 @@ def pillow_errors() -> Iterator[None]:
 
 
 def pop_orientation(file: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8, and sets it to 1, so that Pillow does not apply it as well (to TIFF).
+    """Returns the EXIF orientation, 1 to 8, and sets it to 1, so that Pillow does not apply it a second time (TIFF).
 
-    Only this entry of the EXIF record is decoded, because cameras and editors leave many others damaged.
+    Only this entry of the EXIF record is decoded, because cameras and editors often damage others.
     """
     try:
         exif = file.getexif()
     except PILLOW_ERRORS:  # the pixels are usable even if the record is damaged
-        exif = file.getexif()  # what could be read of it
+        exif = file.getexif()  # the second call returns the part that could be read
     with suppress(*PILLOW_ERRORS):
         orientation = exif.get(ORIENTATION)
         exif[ORIENTATION] = 1
@@ -178,7 +178,7 @@ def pop_orientation(file: Image.Image) -> int:
 
 
 def scale_transparent_value(file: Image.Image) -> None:
-    """Scales the transparent value of a PNG like its samples, which Pillow expands from 2, 4 or 16 bits to 8."""
+    """Scales the transparent value of a PNG like its samples, which Pillow converts from 2, 4 or 16 bits to 8."""
     value, tiles = file.info.get("transparency"), getattr(file, "tile", None)
     raw_mode = tiles[0][3] if tiles else None
     if raw_mode in ("L;2", "L;4") and isinstance(value, int):
@@ -188,9 +188,9 @@ def scale_transparent_value(file: Image.Image) -> None:
 
 
 def essential_png(data: bytes) -> bytes:
-    """Returns a PNG without the chunks that affect neither pixels nor orientation.
+    """Removes the chunks of a PNG that affect neither pixels nor orientation.
 
-    Pillow would refuse sound pixels for a large text or color profile, or for a wrong checksum of one.
+    Pillow would refuse an intact image because of a large or damaged text chunk or color profile.
     """
     kept, begin = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while begin + 12 <= len(data):
@@ -206,16 +206,16 @@ def essential_png(data: bytes) -> bytes:
 
 
 def is_sound_record(chunk: bytes) -> bool:
-    """Returns whether a PNG chunk, from its type to its checksum, may hold the orientation and is intact."""
+    """Returns whether a PNG chunk (type, data and checksum) may hold the orientation and is intact."""
     is_record = len(chunk) <= MAX_PNG_RECORD and chunk.startswith(PNG_ORIENTATION)
     return is_record and zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:], "big")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to 8-bit RGB, and composites it on white if it is transparent.
+    """Converts an image of any mode to 8-bit RGB; composites it on white if it has transparency.
 
-    16-bit and 32-bit gray is scaled to 8 bits; of floats, white is the first of 1, 255, 65535 that no value exceeds,
-    else the largest value.
+    16-bit and 32-bit gray is scaled to 8 bits. For floats, white is the first of 1, 255 and 65535 that no value
+    exceeds, or else the largest value.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -229,7 +229,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def white_value(image: Image.Image) -> float | None:
-    """Returns the value of white in a mode of more than 8 bits per channel; None for other modes."""
+    """Returns the value of white in a mode with more than 8 bits per channel; None for other modes."""
     if image.mode.startswith("I;16"):
         return 65535
     if image.mode not in ("I", "F"):

@@ -1,4 +1,4 @@
-"""Labeled images of one size, by index, and batches of them."""
+"""Labeled images of one size by index, and batches of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Crop = Literal["center", "random"]
 
 @dataclass
 class Example:
-    """One image (3, H, W) float32 in [-1, 1], or None with the reason in `error` if it could not be decoded."""
+    """An image (3, H, W) float32 in [-1, 1], or None with the reason in `error` if it could not be decoded."""
 
     image: Tensor | None
     label: int
@@ -33,7 +33,7 @@ class Example:
 
 
 class ImageBatch(NamedTuple):
-    """The decoded examples of a batch, and the keys and errors of those that failed."""
+    """The decoded examples of a batch, and the keys and errors of examples that failed."""
 
     images: Tensor  # (b, 3, H, W) float32 in [-1, 1]
     labels: Tensor  # (b,) int64
@@ -54,7 +54,7 @@ class ImageSource(Examples, Protocol):
     """Labeled images of one size, cropped at the center or at random."""
 
     class_names: list[str]
-    labels: NDArray[np.int64]  # of each image, without reading it
+    labels: NDArray[np.int64]  # (n,) known without reading the images
     shape: Shape
     # Read-locality group of each image (e.g. Parquet row group); None if order does not matter.
     groups: NDArray[np.int64] | None
@@ -70,19 +70,19 @@ class ImageSource(Examples, Protocol):
 
     def random_crop(self, index: int, generator: Generator) -> Example: ...
 
-    def key(self, index: int) -> str: ...  # the example's key, without reading the image
+    def key(self, index: int) -> str: ...  # key of an example, known without reading the image
 
 
 class Views:
     """Several random crops (views) of each image of a source.
 
-    Example i depends on (seed, i) alone, so it is the same in any process and after any interruption.
+    Example i depends only on (seed, i), so it is the same in any process and after any interruption.
 
     Args:
         source: the images.
         views: crops per image.
         seed: seed of the crops.
-        flips: mirror a random half of the crops.
+        flips: whether to mirror a random half of the crops.
     """
 
     def __init__(self, source: ImageSource, views: int, seed: int, flips: bool = False) -> None:
@@ -103,7 +103,7 @@ class Views:
 
 
 def generator_for(*key: int) -> Generator:
-    """Returns a generator whose draws depend on `key` alone.
+    """Returns a generator whose draws depend only on `key`.
 
     Seeding torch's global generator instead would take a thousand times as long.
     """
@@ -111,7 +111,7 @@ def generator_for(*key: int) -> Generator:
 
 
 def find_by_key(source: ImageSource, views: int, seed: int, flips: bool, keys: Sequence[str]) -> list[Example | None]:
-    """Returns the examples of these keys as they were tokenized, None for keys that are not in the source.
+    """Returns the examples with these keys as they were tokenized, None for keys that are not in the source.
 
     Args:
         source: the images.
@@ -130,7 +130,7 @@ def find_by_key(source: ImageSource, views: int, seed: int, flips: bool, keys: S
 
 
 def split_key(key: str, views: int) -> tuple[str | None, int]:
-    """Splits the key of a view into that of its image and the view's number; (None, 0) if it is not one of `views`."""
+    """Splits the key of a view into the image's key and the view's number; (None, 0) if that is not below `views`."""
     image, _, view = key.rpartition("#")
     is_view = view.isdecimal() and len(view) <= len(str(views)) and int(view) < views
     return (image, int(view)) if is_view else (None, 0)
@@ -139,7 +139,7 @@ def split_key(key: str, views: int) -> tuple[str | None, int]:
 def decoded_batches(
     images: Examples, batch_size: int, num_workers: int, indices: Sequence[int]
 ) -> Iterator[ImageBatch]:
-    """Yields the images at `indices` in batches, none of them empty; logs each image that is skipped once."""
+    """Yields the images at `indices` in non-empty batches; logs each skipped image once."""
     for batch in batch_loader(images, batched(indices, batch_size), num_workers):
         for message in batch.errors:
             log_once(logging.WARNING, f"skipped: {message}")

@@ -1,4 +1,4 @@
-"""Labeled image files by index, not yet decoded; `FolderImages` reads folders, sibling modules read archives."""
+"""Labeled image files by index, not decoded yet; `FolderImages` reads folders, other modules read archives."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from lightning_mvar.errors import InputError
 
 SourceSplit = Literal["train", "val"]
 HELD_OUT = 10  # one in this many images is held out for validation
-MAX_LISTED = 10  # classes in a summary
+MAX_LISTED = 10  # maximum number of classes in a summary
 
 
 class EncodedImages(ABC):
     """Image files sorted by key, so that an image has the same index however the set is stored.
 
-    Keys, labels and locations are arrays rather than Python objects, so that loader workers share their memory.
+    Keys, labels and locations are arrays rather than Python objects, so loader workers share their memory.
 
     Args:
         class_names: class names in label order.
         keys: CLASS/NAME of each image.
         labels: label of each image, in [0, classes).
         locations: (n, m) integers that locate each image in its storage.
-        skipped: what was left out of the set.
+        skipped: files that were left out of the set.
     """
 
     # Read-locality group of each image (e.g. Parquet row group); None if order does not matter.
     groups: NDArray[np.int64] | None = None
-    is_flat = False  # whether the images are stored without their classes: they are of one class, or in a label file
+    is_flat = False  # whether paths do not contain the classes: there is one class, or a label file
     same_name_remedy = "rename or remove one of them"
 
     def __init__(
@@ -76,8 +76,8 @@ class EncodedImages(ABC):
     def held_out(self) -> NDArray[np.bool_]:
         """Whether each image (n,) belongs to the validation split.
 
-        That depends on its class and name alone, or only on its name if the images are flat. So an image stays in its
-        split when others are added, and files with the same names in each class are divided independently.
+        This depends only on its class and name, or on its name if the images are flat. So an image stays in its split
+        when others are added, and files with the same names in several classes are divided independently.
         """
         names = [key.partition(b"/")[2] if self.is_flat else key for key in self.keys.tolist()]
         return np.array([int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % HELD_OUT == 0 for name in names])
@@ -92,14 +92,14 @@ class EncodedImages(ABC):
 
     @property
     def listing(self) -> str:
-        """Hash of keys, labels and class names, equal for equal images however they are stored."""
+        """Hash of keys, labels and class names, independent of how the images are stored."""
         names = "\n".join(self.class_names).encode()
         return hashlib.sha256(b"\0".join([names, *self.keys.tolist(), self.labels.tobytes()])).hexdigest()
 
     def summary(self) -> str:
-        """Returns the classes and their numbers of images: `9 classes, 1,906 images: animals (212), flags (268), ...`.
+        """Summarizes classes and images: `9 classes, 1,906 images: animals (212), flags (268), ...`.
 
-        Names of classes may come from untrusted archives.
+        Class names are escaped, because they may come from untrusted archives.
         """
         counts = np.bincount(self.labels, minlength=len(self.class_names))
         names = [name if name.isprintable() else repr(name) for name in self.class_names[:MAX_LISTED]]
@@ -114,7 +114,7 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def display_path(self, index: int) -> str:
-        """Returns an image's path for messages, or the path of its archive with its name inside."""
+        """Returns an image's path for messages; in an archive, the archive's path and the name inside."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -127,17 +127,17 @@ class EncodedImages(ABC):
 
 
 class FolderImages(EncodedImages):
-    """Images at `root/CLASS/.../NAME.{png,jpg,...}`, or at `root/NAME`: of one class, or with a label file.
+    """Images at `root/CLASS/.../NAME.{png,jpg,...}`, or at `root/NAME` with a single class or a label file.
 
-    What is left out: see `list_folder`.
+    See `list_folder` for the files that are left out.
 
     Args:
         root: the folder.
-        labels: labels from a file; folders in `root` are left out then.
+        labels: labels from a file; then, folders in `root` are left out.
         class_names: class names in label order, if there is no label file; see `classes_from_folders`.
 
     Raises:
-        InputError: if there are no images, or it is unclear what their classes are.
+        InputError: if there are no images, or their classes are ambiguous.
     """
 
     def __init__(self, root: Path, labels: Labels | None, class_names: Sequence[str] | None = None) -> None:
@@ -145,7 +145,7 @@ class FolderImages(EncodedImages):
         folders, names = list_folder(root, skipped, recursive=labels is None)
         if not names:
             raise InputError(
-                f"no images under {root}: expected pictures, or a folder of pictures per class, with a suffix of "
+                f"no images under {root}: expected pictures, or a folder of pictures per class, whose names end in "
                 f"{', '.join(SUFFIXES)}"
             )
         if labels is None:
@@ -180,13 +180,13 @@ class FolderImages(EncodedImages):
 def classes_from_folders(
     root: Path, folders: Sequence[str], names: Sequence[str], class_names: Sequence[str] | None
 ) -> KeysAndLabels:
-    """Takes the class of each image from its folder in `root`; images without folders are of one class.
+    """Takes the class of each image from its folder in `root`; images without folders have a single class.
 
     Args:
-        root: names the class of images without folders, or its parent if `root` is called like a split.
-        folders: the folders in `root`, classes in this order, even if they are empty.
+        root: the folder; images without class folders get its name as class, see `folder_class`.
+        folders: the folders in `root`, which are the classes in this order, even if they are empty.
         names: paths of the images relative to `root`.
-        class_names: the classes in label order, among which the folders must be.
+        class_names: the classes in label order, if given; the folders must be among them.
 
     Raises:
         InputError: if there are images in `root` and in folders, or the folders may not be the classes.
@@ -197,8 +197,8 @@ def classes_from_folders(
     if flat:
         nested = next(name for name in names if "/" in name)
         raise InputError(
-            f"{root} has images both in itself, such as {flat[0]}, and in folders, such as {nested}: move the former "
-            f"into a folder of their class, or elsewhere"
+            f"{root} has images outside class folders, such as {flat[0]}, and inside, such as {nested}: move the "
+            f"former into a folder of their class, or elsewhere"
         )
     if class_names is None:
         split = next((name for name in folders if name.lower().startswith("train")), folders[0])
@@ -211,7 +211,7 @@ def classes_from_folders(
 def keys_of_one_class(
     root: Path, default: str, names: Sequence[str], class_names: Sequence[str] | None
 ) -> KeysAndLabels:
-    """Gives the images of a folder or archive one class, that of `class_names`, or else the default.
+    """Gives all images of a folder or archive the same class: the one in `class_names`, or else the default.
 
     Raises:
         InputError: if there are several class names.
@@ -219,8 +219,8 @@ def keys_of_one_class(
     classes = list(class_names or [default])
     if len(classes) != 1:
         raise InputError(
-            f"the images in {root} are not in class folders, so they are of one class: --class_names has "
-            f"{len(classes)}; pass their classes with --labels"
+            f"the images in {root} are not in class folders, so they have one class, but --class_names has "
+            f"{len(classes)}: pass their classes with --labels"
         )
     return KeysAndLabels(classes, [f"{classes[0]}/{name}" for name in names], [0] * len(names))
 
@@ -228,10 +228,10 @@ def keys_of_one_class(
 def keys_of_classes(
     root: Path, folders: Sequence[str], keys: Sequence[str], class_names: Sequence[str] | None
 ) -> KeysAndLabels:
-    """Numbers the classes of keys CLASS/NAME in the order of `class_names`, or else of `folders`.
+    """Labels keys CLASS/NAME by the position of the class in `class_names`, or else in `folders`.
 
     Raises:
-        InputError: if a folder is none of the class names.
+        InputError: if a folder is not one of the class names.
     """
     labels = {name: label for label, name in enumerate(class_names or folders)}
     unknown = [name for name in folders if name not in labels]
@@ -241,7 +241,7 @@ def keys_of_classes(
 
 
 def folder_class(root: Path) -> str:
-    """Returns the name of a folder, or of the nearest one above it that is not called like a split, such as `train`."""
+    """Returns the name of a folder, or of its nearest parent if the name is that of a split, such as `train`."""
     parents = Path(os.path.abspath(root)).parts[1:]
     return next((name for name in reversed(parents) if name.lower() not in SPLITS), "images")
 
@@ -249,18 +249,18 @@ def folder_class(root: Path) -> str:
 def list_folder(
     root: Path, skipped: Skipped, recursive: bool = True, known: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Lists the folders in `root`, and the images in it and below it, both sorted.
+    """Lists the folders in `root` and the images in and below it, both sorted.
 
-    Hidden files and other clutter, other types of files, and links to folders that are listed anyway are left out.
+    Left out are hidden files and other clutter, files of other types, and links to folders that are listed anyway.
 
     Args:
         root: the folder.
-        skipped: counts what is left out.
-        recursive: list folders below `root` as well.
-        known: files in `root` that are expected there and not counted.
+        skipped: counts the files that are left out.
+        recursive: whether to list folders below `root` as well.
+        known: files in `root` that are expected and not counted.
 
     Returns:
-        names of the folders, and paths of the images relative to `root`.
+        Names of the folders, and paths of the images relative to `root`.
 
     Raises:
         InputError: if a folder cannot be listed.
@@ -287,29 +287,29 @@ def list_folder(
 
 
 def reason_to_skip(entry: os.DirEntry[str]) -> str | None:
-    """Returns why a file or folder is not part of a set of images; None if it is."""
+    """Returns the reason why a file or folder is not part of a set of images; None if it is."""
     if is_clutter(entry.name):
         return "hidden or system files or folders"
     if is_folder(entry):
         return None
     if not is_image(entry.name):
         return "files of other types"
-    # A broken link is an image that is missing.
+    # A broken link counts as a missing image.
     return None if entry.is_symlink() or entry.is_file() else "pipes or devices"
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Returns whether an entry is a folder or a link to one; a link to itself is none."""
+    """Returns whether an entry is a folder or a link to one; a link to itself is not."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def is_broken_link(error: OSError) -> bool:
-    """Returns whether a file could not be found, or is a link to itself."""
+    """Returns whether an error means that a file does not exist or is a link to itself."""
     return error.errno in (errno.ENOENT, errno.ELOOP)
 
 
 class LinkGuard:
-    """Admits each folder once, and no link to a folder within `root` or around it, which may be a loop."""
+    """Admits each folder once, but no link to a folder inside `root` or to one that contains it: it may be a loop."""
 
     def __init__(self, root: Path) -> None:
         self.real_root = os.path.realpath(root)
@@ -337,7 +337,7 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def identity_of(files: Iterable[Path]) -> str:
-    """Returns a hash of names, sizes and modification times; of a broken link, those of the link."""
+    """Hashes names, sizes and modification times of files; for a broken link, those of the link itself."""
     stats = [(str(path), status.st_size, status.st_mtime_ns) for path in files for status in [status_of(path)]]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 

@@ -23,7 +23,7 @@ from lightning_mvar.errors import InputError, require_package
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"  # in the development kit
 MAX_KIT_MEMBERS, MAX_KIT_BYTES = 1000, 2**24  # the kit has 2.5 MB
 MAT_HEADER, MAT_COMPRESSED = 128, 15  # bytes of a MATLAB 5 file; kind of a compressed variable
-KIT_ERRORS = (  # of tarfile and scipy on damaged files; MemoryError: scipy, for an array of a claimed size
+KIT_ERRORS = (  # raised by tarfile and scipy for damaged files; MemoryError: scipy allocates the claimed size
     *(OSError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError, struct.error, zlib.error),
     tarfile.TarError,
 )
@@ -39,7 +39,7 @@ NAME_WITH_SUFFIX = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, SUFFIXES))}))[\
 
 @dataclass(frozen=True)
 class Labels:
-    """A label file whose lines belong to images by name, or in the sorted order of the names.
+    """A label file whose lines are assigned to images by name, or in the sorted order of the names.
 
     Args:
         path: the label file.
@@ -52,7 +52,7 @@ class Labels:
     class_names: Sequence[str] | None
 
     def assign(self, names: Sequence[str], source: Path, skipped: Skipped) -> KeysAndLabels:
-        """Returns the class names, and the key CLASS/NAME and label of each image.
+        """Returns the class names and, for each image, its key CLASS/NAME and its label.
 
         Args:
             names: image names without folders, in sorted order.
@@ -60,7 +60,7 @@ class Labels:
             skipped: counts the lines without an image.
 
         Raises:
-            InputError: if an image has no label or two, the numbers of labels and images differ, or the file is
+            InputError: if an image has no label or two of them, the numbers of labels and images differ, or the file is
                 ambiguous.
         """
         rows = self.rows_of(names)
@@ -72,9 +72,9 @@ class Labels:
         return KeysAndLabels(classes, keys, labels)
 
     def rows_of(self, names: Sequence[str]) -> list[tuple[str, str]] | None:
-        """Returns name and class of each line but the header, separated in the way that finds most images.
+        """Returns name and class in each line except the header; None if the lines contain no names.
 
-        None if the lines contain no names.
+        Of several separators, it uses the one with which most names are those of images.
         """
         known = {*names, *map(without_suffix, names)}
         best: list[list[str]] = []
@@ -95,7 +95,7 @@ class Labels:
         return [(row[0], class_without_box(row[column])) for row in best]
 
     def class_column(self, header: list[str]) -> int:
-        """Returns the index of the class among the columns of a header."""
+        """Returns the index of the class column in a header."""
         columns = [i for i, field in enumerate(header) if i and field in CLASS_FIELDS] or [*range(1, len(header))]
         if len(columns) > 1:
             choices = ", ".join(header[i] for i in columns)
@@ -103,7 +103,7 @@ class Labels:
         return columns[0]
 
     def check_first_line(self, rows: list[list[str]], known: set[str]) -> None:
-        """Raises InputError if the first line may be a header, or the second of many columns may not be the class."""
+        """Raises InputError if the first line may be a header, or a column after the second may be the class."""
         words = Counter(row[1] for row in rows)
         valid = {*(imagenet_classes() if self.class_names is None else self.class_names)}
         if len(rows[0]) > 2 and not {class_without_box(word) for word in words} <= valid:
@@ -113,8 +113,8 @@ class Labels:
         name, word = rows[0][:2]
         if not is_known(name, known) and words[word] == 1 and class_without_box(word) not in valid:
             raise InputError(
-                f"the first line of --labels {self.path} ({name}, {word}) names no image, and its class occurs nowhere "
-                f"else: remove it if it is a header, or list the classes with --class_names"
+                f"the first line of --labels {self.path} ({name}, {word}) names no image, and its class occurs only "
+                f"there: remove it if it is a header, or list the classes with --class_names"
             )
 
     def match(
@@ -126,7 +126,7 @@ class Labels:
         source: Path,
         skipped: Skipped,
     ) -> list[int]:
-        """Returns the label of each image, from those of the lines."""
+        """Returns the label of each image, given the names and labels of the lines."""
         stems = Counter(map(without_suffix, names))
         index_of = {without_suffix(name): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
         found: dict[int, int] = {}
@@ -146,7 +146,7 @@ class Labels:
         return [found[i] for i in range(len(names))]
 
     def words_in_order(self, names: Sequence[str], source: Path) -> list[str]:
-        """Returns the lines as the classes of the images in order."""
+        """Returns the lines, which are the classes of the images in order."""
         lines, known = [*self.lines], {*names, *map(without_suffix, names)}
         if doubtful := next(
             (line for line in lines if any(is_known(f, known) for f in SEPARATOR.split(line)[1:])), None
@@ -187,7 +187,7 @@ def by_blank(line: str) -> list[str]:
 
 
 def is_known(name: str, known: set[str]) -> bool:
-    """Returns whether a name in a label file is that of an image, with or without its folder and suffix."""
+    """Returns whether a name in a label file belongs to an image, with or without its folder and suffix."""
     return base_name(name) in known or without_suffix(base_name(name)) in known
 
 
@@ -204,9 +204,9 @@ def read_labels(path: Path, class_names: Sequence[str] | None = None) -> Labels:
     """Reads a label file.
 
     Args:
-        path: a text file with lines `NAME CLASS`, separated by blanks, tabs or a comma, or CSV with a header, or lines
-            `CLASS` in the order of the image names, or ILSVRC2012_devkit_t12.tar.gz. A class is one of `class_names`, a
-            WordNet id of ImageNet, another name, or a number from 0.
+        path: a text file with lines `NAME CLASS`, separated by blanks, tabs or commas, CSV with a header, lines `CLASS`
+            in the order of the image names, or ILSVRC2012_devkit_t12.tar.gz. A class is one of `class_names`, a WordNet
+            id of ImageNet, another name, or a number from 0.
         class_names: see `Labels`.
 
     Raises:
@@ -248,9 +248,9 @@ def read_development_kit(path: Path) -> Labels:
 
 
 def require_small(meta: bytes) -> None:
-    """Raises OSError if the compressed variables of a MATLAB 5 file have more than `MAX_KIT_BYTES` together.
+    """Raises OSError if the compressed variables of a MATLAB 5 file have more than `MAX_KIT_BYTES` in total.
 
-    After a header, the file is a list of variables, each with its kind and length in front.
+    After a header, the file is a list of variables, each preceded by its kind and length.
     """
     position, left, order = MAT_HEADER, MAX_KIT_BYTES, "<" if meta[MAT_HEADER - 2 : MAT_HEADER] == b"IM" else ">"
     while position + 8 <= len(meta):

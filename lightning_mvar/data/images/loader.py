@@ -1,4 +1,4 @@
-"""Shuffled image batches whose order depends on (seed, epoch) alone; loading can start at any batch of an epoch."""
+"""Shuffled image batches whose order depends only on (seed, epoch); loading can start at any batch of an epoch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_mvar.errors import InputError
 
 
 class ShuffledImages(Dataset[Example]):
-    """Images of one rank's batches; order and crops depend on (seed, epoch, image) alone.
+    """Images of one rank's batches; order and crops depend only on (seed, epoch, image).
 
     Args:
         images: the source.
         batch_size: images per rank.
         seed: seed of order and crops.
-        crop: center crops, or random crops that differ in each epoch.
+        crop: center crops, or random crops that change with each epoch.
         rank, world_size: select this process's part of each global batch.
 
     Raises:
@@ -41,7 +41,7 @@ class ShuffledImages(Dataset[Example]):
         return len(self.images) // self.global_batch
 
     def batches(self) -> list[list[int]]:
-        """Returns the indices of this rank's images per batch, starting at `first_batch`."""
+        """Returns the indices of this rank's images for each batch from `first_batch` on."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.images)).tolist()
         starts = range(self.first_batch * self.global_batch, len(self) * self.global_batch, self.global_batch)
         offset = self.rank * self.batch_size

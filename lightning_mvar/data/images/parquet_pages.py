@@ -1,7 +1,7 @@
-"""How large the pages of a Parquet row group claim to be, read before anything is decompressed.
+"""Reads the claimed sizes of the pages in a Parquet row group before anything is decompressed.
 
-A reader decompresses each page into a buffer of the size in the page's own header, which the index of the file need not
-repeat. Index and headers are structs in Thrift's compact encoding, whose fields have the numbers of `parquet.thrift`.
+A reader decompresses each page into a buffer whose size is in the page's own header and may differ from the file's
+index. Index and headers are structs in Thrift's compact encoding, whose fields are numbered as in `parquet.thrift`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Struct = dict[int, Any]  # values by field number
 
 
 def decompressed_bytes(path: Path, group: int, columns: Sequence[str]) -> int:
-    """Returns the bytes that the pages of some columns of a row group claim.
+    """Returns the total size in bytes that the pages of some columns of a row group claim.
 
     Args:
         path: the file.
-        group: number of the row group.
+        group: index of the row group.
         columns: names of columns; `column.field` is a field of a struct.
 
     Raises:
@@ -45,7 +45,7 @@ def decompressed_bytes(path: Path, group: int, columns: Sequence[str]) -> int:
 
 
 def read_index(file: BinaryIO) -> Struct:
-    """Reads FileMetaData, which precedes its length and the file's last 4 bytes."""
+    """Reads FileMetaData, which is followed by its length and 4 magic bytes at the end of the file."""
     size = file.seek(0, 2)
     file.seek(max(0, size - 8))
     end = file.read(8)
@@ -57,11 +57,11 @@ def read_index(file: BinaryIO) -> Struct:
 
 
 def page_sizes(file: BinaryIO, chunk: Struct) -> Iterator[int]:
-    """Yields the decompressed size that each page of a column chunk, its ColumnMetaData, claims."""
+    """Yields the decompressed size that each page of a column chunk (given by its ColumnMetaData) claims."""
     position = min(chunk[DATA_PAGES], chunk.get(DICTIONARY_PAGE) or chunk[DATA_PAGES])
     end = position + chunk[COMPRESSED]
     if not 0 <= position <= end <= file.seek(0, 2):
-        raise ValueError("its index places pages outside of the file")
+        raise ValueError("its index places pages outside the file")
     pages = 0
     while position < end:
         if (pages := pages + 1) > MAX_PAGES:
@@ -70,7 +70,7 @@ def page_sizes(file: BinaryIO, chunk: Struct) -> Iterator[int]:
         header = Thrift(file, HEADER_BYTES)
         page = header.struct()
         if page[PAGE_UNCOMPRESSED] < 0 or page[PAGE_COMPRESSED] < 0:
-            raise ValueError("it has a page of negative size")
+            raise ValueError("it has a page with a negative size")
         yield page[PAGE_UNCOMPRESSED]
         position += header.position + page[PAGE_COMPRESSED]
 
@@ -80,7 +80,7 @@ class Thrift:
 
     Args:
         file: an open file, at the first value.
-        size: maximum number of bytes to read; a value that ends after them, or after the file, raises ValueError.
+        size: maximum number of bytes to read; a value that extends beyond them or the file raises ValueError.
     """
 
     def __init__(self, file: BinaryIO, size: int) -> None:
@@ -89,7 +89,7 @@ class Thrift:
     def take(self, count: int) -> bytes:
         taken = self.file.read(min(count, self.size - self.position))
         if len(taken) < count:
-            raise ValueError("a struct of its metadata is cut off")
+            raise ValueError("a struct in its metadata is truncated")
         self.position += count
         return taken
 
@@ -101,7 +101,7 @@ class Thrift:
             if byte < 0x80:
                 return number
             shift += 7
-        raise ValueError("a number of its metadata has more than 64 bits")
+        raise ValueError("a number in its metadata has more than 64 bits")
 
     def integer(self) -> int:
         number = self.varint()
@@ -117,10 +117,10 @@ class Thrift:
         return fields
 
     def nested(self, read: Callable[[], Any]) -> Any:
-        """Calls `read` one level deeper."""
+        """Calls `read` for a nested value, up to MAX_DEPTH levels."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise ValueError("its metadata are nested too deeply")
+            raise ValueError("its metadata is nested too deeply")
         value = read()
         self.depth -= 1
         return value
@@ -133,7 +133,7 @@ class Thrift:
     def value(self, kind: int) -> Any:
         if kind in INTEGERS:
             return self.integer()
-        if kind in (TRUE, FALSE, BYTE):  # a truth value takes a byte in lists
+        if kind in (TRUE, FALSE, BYTE):  # in lists, a Boolean takes a byte
             return self.take(1)[0]
         if kind == DOUBLE:
             return self.take(8)
@@ -143,4 +143,4 @@ class Thrift:
             return self.nested(self.items)
         if kind == STRUCT:
             return self.nested(self.struct)
-        raise ValueError(f"its metadata hold a value of the unknown type {kind}")
+        raise ValueError(f"its metadata holds a value of the unknown type {kind}")

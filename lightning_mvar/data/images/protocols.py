@@ -1,4 +1,4 @@
-"""Protocols by which published evaluations resize and crop real images; scores of different ones do not compare.
+"""Protocols of published evaluations for resizing and cropping real images; scores with different ones do not compare.
 
 | protocol | resizing | origin |
 |---|---|---|
@@ -23,26 +23,26 @@ from lightning_mvar.errors import InputError
 
 CropProtocol = Literal["var", "adm", "torchvision-bilinear", "torchvision-bicubic"]
 CROP_PROTOCOLS: tuple[str, ...] = get_args(CropProtocol)
-NOT_CROPPED = "none"  # embedded images, which have one size
-UNKNOWN_CROP = "unknown"  # images or statistics that another program wrote
+NOT_CROPPED = "none"  # for embedded images, which have one size
+UNKNOWN_CROP = "unknown"  # for images or statistics written by another program
 
 MARGIN = 1.125  # of `var`, in the papers
 MAX_MARGIN = 4.0
-OTHER_MARGIN = re.compile(r"var-(\d\.\d{1,16})")  # as `Resizing` writes it
+OTHER_MARGIN = re.compile(r"var-(\d\.\d{1,16})")  # as `Resizing.__str__` writes it
 
 Size = tuple[int, int]  # (width, height), as in Pillow
 
 
 @dataclass(frozen=True)
 class Resizing:
-    """How images are resized before they are cropped. As a string, its name in results and statistics.
+    """Resizing of images before they are cropped. `str` gives its name in results and statistics.
 
     Args:
         protocol: see the module docstring.
         margin: ratio of the resized shorter side to the crop, for `var` only; 1 cuts nothing off square images.
 
     Raises:
-        InputError: if the margin is out of range, or the protocol has none.
+        InputError: if the margin is out of range or the protocol has none.
     """
 
     protocol: CropProtocol = "var"
@@ -59,12 +59,12 @@ class Resizing:
 
     @property
     def settings(self) -> str:
-        """The settings that choose it, for messages."""
+        """The options that select it, for messages."""
         return f"crop {self.protocol}" + (f" and margin {self.margin}" if self.protocol == "var" else "")
 
     @classmethod
     def parse(cls, name: str) -> Resizing | None:
-        """Returns what a name in results or statistics stands for; None if it is not known."""
+        """Parses a name in results or statistics; None if it is unknown."""
         if name in CROP_PROTOCOLS:
             return cls(cast(CropProtocol, name))
         match = OTHER_MARGIN.fullmatch(name)
@@ -75,7 +75,7 @@ DEFAULT_RESIZING = Resizing()
 
 
 def resize_to_cover(image: Image.Image, crop: Size, resizing: Resizing) -> Image.Image:
-    """Resizes an image as a protocol prescribes; the result covers `crop` (width, height)."""
+    """Resizes an image according to a protocol; the result covers `crop` (width, height)."""
     protocol = resizing.protocol
     if protocol == "var":
         scale = max(round(resizing.margin * target) / side for target, side in zip(crop, image.size, strict=True))
@@ -93,11 +93,11 @@ def resize_to_cover(image: Image.Image, crop: Size, resizing: Resizing) -> Image
 
 
 def scaled_size(size: Size, scale: float, least: Size) -> Size:
-    """Returns the rounded product of a size and a scale, at least `least` in both directions."""
+    """Returns a size times a scale, rounded, and at least `least` in both directions."""
     width, height = (max(round(side * scale), minimum) for side, minimum in zip(size, least, strict=True))
     return width, height
 
 
 def center_offset(slack: int, protocol: CropProtocol) -> int:
-    """Returns the offset of a centered crop, given how many pixels the image is longer than the crop."""
+    """Returns the offset of a centered crop, given by how many pixels the image is longer than the crop."""
     return round(slack / 2) if protocol.startswith("torchvision") else slack // 2

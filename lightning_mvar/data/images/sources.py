@@ -1,10 +1,10 @@
 """Opens images from a source string, as given on the command line and in YAML.
 
-A source is an embedded set such as `digits:train` or `photos:test`; a folder of class folders, or of images of one
-class; a tar archive, perhaps compressed, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or
-Parquet or Arrow files. Remote ones (`https://...`, `s3://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are
-downloaded first: images are read in random order. SOURCE:train and SOURCE:val are nine tenths of a source and the rest,
-chosen by the classes and names of the images.
+A source is an embedded set such as `digits:train` or `photos:test`; a folder of class folders, or of images of a single
+class; a tar archive, possibly compressed, a folder of them or a pattern such as `imagenet-train-{0000..0146}.tar`; or
+Parquet or Arrow files. Remote sources (`https://...`, `s3://...` or `pipe:...`, see `lightning_mvar.io.fetch`) are
+downloaded first, because images are read in random order. SOURCE:train and SOURCE:val are about nine tenths of a source
+and the rest, divided by the classes and names of the images.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ TAR_SUFFIXES = (".tar", *COMPRESSED_SUFFIXES)
 TABLE_SUFFIXES = (".parquet", ".arrow")
 ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, *TABLE_SUFFIXES)
 BRACES = re.compile(r"\{([^{}]*)\}")
-MAX_NAMES = 100_000  # of a pattern
-LETTERS = 52  # of the longest range of letters
+MAX_NAMES = 100_000  # per pattern
+LETTERS = 52  # upper bound for a range of letters
 COLUMNS = re.compile(r"([\w.-]+,)?[\w-]+")  # value of `labels` that names columns: LABEL or IMAGE,LABEL
 
 
@@ -65,17 +65,17 @@ def open_images(
     Args:
         source: see the module docstring.
         size: side of the crops in pixels, or their (height, width).
-        on_corrupt: raise if an image cannot be decoded, or return an `Example` with an error.
+        on_corrupt: whether an image that cannot be decoded raises or gives an `Example` with an error.
         labels: label file, for images that are not sorted by class; see `read_labels`. For archives and tables with
-            several labels or images, those to take, as LABEL or IMAGE,LABEL: columns, or WebDataset's suffixes.
-        class_names: `imagenet`, or a text file with one name per line, in label order: of classes that are numbers in
-            the source, or those that the folders must be among.
+            several labels or images, those to use, as LABEL or IMAGE,LABEL: columns, or WebDataset's suffixes.
+        class_names: `imagenet`, or a text file with one name per line, in label order: names for class numbers in the
+            source, or the set of allowed folders.
         cache_dir: local folder for downloaded archives.
         retries: further attempts after a failed download.
         crop, margin: how image files are resized and cropped; see `protocols`.
 
     Raises:
-        InputError: if the source does not exist, has no images, or its images are of another size or cannot be resized.
+        InputError: if the source does not exist or has no images, or its images have a fixed size other than `size`.
     """
     source, cache_dir = os.path.expanduser(source), os.path.expanduser(cache_dir)
     labels, class_names = (name and os.path.expanduser(name) for name in (labels, class_names))
@@ -110,7 +110,7 @@ def open_encoded(
         images = TarImages(paths, label_file or columns or None, class_names)
     elif paths:
         if label_file is not None:
-            raise InputError(f"{source} has a label column: leave out --labels, or name the column with it")
+            raise InputError(f"{source} has a label column: leave out --labels, or use it to name the column")
         images = TableImages(paths, class_names, columns)
     else:
         images = FolderImages(Path(source), label_file, class_names)
@@ -118,7 +118,7 @@ def open_encoded(
     if split is not None:
         images.keep(split)
     if not len(images):
-        reason = "" if split is None else f": {source} has too few to hold out a tenth"
+        reason = "" if split is None else f": {source} has too few images to hold out a tenth"
         raise InputError(f"{name} has no images{reason}")
     if is_first_rank():
         log_once(logging.INFO, f"{name}: {images.summary()}")
@@ -126,7 +126,7 @@ def open_encoded(
 
 
 def split_off(source: str) -> tuple[str, SourceSplit | None]:
-    """Separates the split from SOURCE:train or SOURCE:val; None if there is none, or such a file or folder exists."""
+    """Splits SOURCE:train or SOURCE:val; the split is None if there is none or a path with the full name exists."""
     root, _, split = source.rpartition(":")
     if not root or split not in get_args(SourceSplit) or os.path.exists(source):
         return source, None
@@ -137,14 +137,13 @@ def refuse_split(source: str) -> None:
     """Raises InputError if a source is SOURCE:train or SOURCE:val."""
     root, split = split_off(source)
     if split is not None:
-        raise InputError(f"--images {source} is one split already: pass {root}")
+        raise InputError(f"--images {source} is already a split: pass {root}")
 
 
 def resolve_files(source: str, cache_dir: Path, retries: int) -> list[Path]:
-    """Returns the archives or tables of a file name, pattern, folder or remote address.
+    """Returns the archives or tables for a file name, pattern, folder or remote address; none for a folder of images.
 
-    Remote ones are downloaded, and compressed ones decompressed, into the cache. The list is empty for a folder of
-    images.
+    Remote files are downloaded, and compressed ones decompressed, into the cache.
 
     Raises:
         InputError: if the file or folder does not exist.
@@ -165,10 +164,10 @@ def resolve_files(source: str, cache_dir: Path, retries: int) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands `{0000..0146}` and `{a,b}` in a location, which may come from the manifest of foreign token shards.
+    """Expands `{0000..0146}` and `{a,b}` in a location, which may come from an untrusted manifest of token shards.
 
     Raises:
-        InputError: if it stands for too many names, or a brace is not closed.
+        InputError: if it expands to too many names, or a brace is not closed.
     """
     try:
         if max_names(pattern) <= MAX_NAMES:
@@ -179,7 +178,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def max_names(pattern: str) -> int:
-    """Returns an upper bound of the names that a pattern stands for."""
+    """Returns an upper bound for the number of names to which a pattern expands."""
     count = 1
     while groups := BRACES.findall(pattern):  # the innermost ones
         for group in groups:
@@ -195,7 +194,7 @@ def archives_in(folder: Path) -> list[Path]:
     """Returns the archives or tables in a folder, or in the `data` folder of a repository; none if it has images.
 
     Raises:
-        InputError: if the choice is ambiguous: there are also folders, or several splits.
+        InputError: if the choice is ambiguous because there are also folders, or several splits.
     """
     entries = sorted(visible(folder.iterdir()))
     files = [path for path in entries if path.is_file() and not path.name.startswith("cache-")]  # caches of `datasets`
@@ -204,7 +203,9 @@ def archives_in(folder: Path) -> list[Path]:
         found = found or [path for path in files if path.name.endswith(suffixes)]
     folders = [path for path in entries if path.is_dir()]
     if found and folders:
-        raise InputError(f"{folder} has folders and {found[0].name}: select the archives with a pattern, or move them")
+        raise InputError(
+            f"{folder} has folders as well as {found[0].name}: select the archives with a pattern, or move them"
+        )
     if found:
         refuse_split_files(found, str(folder))
         return found
@@ -218,7 +219,7 @@ def archives_in(folder: Path) -> list[Path]:
 
 
 def check_archives(paths: list[Path]) -> list[Path]:
-    """Returns `paths`; raises InputError unless all are tar archives, all Parquet or all Arrow files."""
+    """Returns `paths`; raises InputError unless they are all tar archives, all Parquet or all Arrow files."""
     kinds = (TAR_SUFFIXES, ".parquet", ".arrow")
     if not any(all(path.name.endswith(suffixes) for path in paths) for suffixes in kinds):
         remedy = ": unpack it, and pass the folder" if paths[0].suffix == ".zip" else ""
@@ -227,6 +228,6 @@ def check_archives(paths: list[Path]) -> list[Path]:
 
 
 def find_embedded_set(source: str) -> tuple[EmbeddedSet, Split] | None:
-    """Returns the embedded set and the unchecked split that `source` names; None if it names no embedded set."""
+    """Returns the embedded set and the split (unchecked) that `source` names; None if it names no embedded set."""
     name, colon, split = source.partition(":")
     return (EMBEDDED_SETS[name], cast(Split, split)) if colon and name in EMBEDDED_SETS else None

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files by groups of rows; what is read is bounded by what the file can hold."""
+"""Reads Parquet and Arrow files by groups of rows, with memory limits derived from the size of the file."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lightning_mvar.errors import InputError, one_line, require_package
 from lightning_mvar.io.files import open_regular
 
 CACHED_GROUPS = 2  # groups cached per process: a batch reads from one or two
-MAX_GROUP_BYTES = 2**31  # of a row group in memory
-MAX_ROWS_PER_BYTE = 8  # of a file
-MAX_ROW_BYTES = 64  # of a row in memory besides its values: offsets and marks of nulls
+MAX_GROUP_BYTES = 2**31  # size of a row group in memory
+MAX_ROWS_PER_BYTE = 8  # rows per byte of a file
+MAX_ROW_BYTES = 64  # memory of a row in addition to its values: offsets and null masks
 ROWS_AT_ONCE = 64
-MAX_NAME_BYTES = 4096  # of a name or path
-ARROW_FILE = b"ARROW1"  # begins Arrow's file format, which is a stream and its index; the stream format has no mark
-STREAM_BEGIN = 8  # in the file format
-MAX_GROWTH = 8  # of an Arrow file when decompressed, which it stays
-MAX_PAGE_GROWTH = 64  # of a Parquet file when columns of a row group are decompressed
-MIN_PAGES = 2**26  # bytes that they may have in any file
-MIN_DECOMPRESSED = 2**20  # bytes that any file or row group may have
-TABLE_ERRORS = (  # base classes of pyarrow's errors; MemoryError: a buffer of a claimed size, allocated but not filled
+MAX_NAME_BYTES = 4096  # size of a name or path
+ARROW_FILE = b"ARROW1"  # magic bytes of Arrow's file format, a stream with an index; the stream format has none
+STREAM_BEGIN = 8  # offset of the stream in the file format
+MAX_GROWTH = 8  # ratio of an Arrow file's decompressed size, which stays in memory, to its size
+MAX_PAGE_GROWTH = 64  # ratio of a Parquet row group's decompressed columns to the size of the file
+MIN_PAGES = 2**26  # decompressed bytes that columns of a row group may have whatever the size of the file
+MIN_DECOMPRESSED = 2**20  # decompressed bytes that any file or row group may have
+TABLE_ERRORS = (  # base classes of pyarrow's errors; MemoryError: a buffer of the claimed size was allocated
     *(OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, MemoryError, OverflowError),
 )
 
 
 class TableFile(ABC):
-    """A file of rows in groups; `schema` is pyarrow's."""
+    """A file of rows in groups; `schema` is a pyarrow schema."""
 
     path: Path
     schema: Any
@@ -67,15 +67,15 @@ class ParquetTable(TableFile):
         from pyarrow.parquet import ParquetFile
 
         try:
-            metadata = self.file.metadata.row_group(group)  # its columns may abort the process if they are damaged
+            metadata = self.file.metadata.row_group(group)  # reading damaged columns may abort the process
             rows, size, file_size = metadata.num_rows, metadata.total_byte_size, self.path.stat().st_size
             if 0 <= size <= MAX_GROUP_BYTES and 0 <= rows <= MAX_ROWS_PER_BYTE * file_size:
                 max_bytes = min(size + MIN_DECOMPRESSED, max(MAX_PAGE_GROWTH * file_size, MIN_PAGES))
                 if parquet_pages.decompressed_bytes(self.path, group, columns) > max_bytes:
                     raise ValueError(
-                        f"its rows have more than {max_bytes} bytes, the most that index and file size allow"
+                        f"its rows have more than {max_bytes} bytes, the limit given by index and file size"
                     )
-                # Where each row might refer to one long value, values are read as a dictionary and stored once.
+                # If each row might refer to the same long value, values are read as a dictionary and stored once.
                 repeated = list(columns) if rows * size > MAX_GROUP_BYTES else None
                 if rows and repeated is None:
                     return read_rows(self.file, group, columns, rows * size + rows * MAX_ROW_BYTES + MIN_DECOMPRESSED)
@@ -93,7 +93,7 @@ def read_rows(file: Any, group: int, columns: Sequence[str], max_bytes: int) -> 
     """Reads a row group of a Parquet file in small batches, because the size in its index may be false.
 
     Raises:
-        ValueError: as soon as the rows that have been read have more than `max_bytes` bytes.
+        ValueError: as soon as the rows read so far exceed `max_bytes`.
     """
     from pyarrow import Table  # type: ignore[import-untyped]
 
@@ -103,12 +103,12 @@ def read_rows(file: Any, group: int, columns: Sequence[str], max_bytes: int) -> 
         batches.append(batch)
         size += batch.nbytes
         if size > max_bytes:
-            raise ValueError(f"its rows have more than {max_bytes} bytes, the most that its index allows")
+            raise ValueError(f"its rows have more than {max_bytes} bytes, the limit given by its index")
     return Table.from_batches(batches)
 
 
 class ArrowTable(TableFile):
-    """An Arrow file, as `save_to_disk` writes it; its groups are its record batches, mapped unless compressed."""
+    """An Arrow file, as written by `save_to_disk`; its groups are its record batches, mapped unless compressed."""
 
     def __init__(self, path: Path) -> None:
         from pyarrow import ipc, memory_map
@@ -118,7 +118,7 @@ class ArrowTable(TableFile):
         begin, limit = STREAM_BEGIN if is_file else 0, MAX_GROWTH * source.size() + MIN_DECOMPRESSED
         source.seek(begin)
         if (size := arrow_bodies.decompressed_bytes(source)) > limit:
-            raise ValueError(f"it claims {size} bytes after decompression, more than {limit}: write it uncompressed")
+            raise ValueError(f"it claims {size} decompressed bytes, more than {limit}: write it uncompressed")
         source.seek(begin)
         reader = ipc.open_stream(source)
         self.path, self.schema = path, reader.schema
@@ -133,14 +133,14 @@ class ArrowTable(TableFile):
         names = list(dict.fromkeys(name if name in self.schema.names else name.rpartition(".")[0] for name in columns))
         try:
             batch = self.batches[group].select(names)
-            batch.validate(full=True)  # offsets of a damaged file would point outside of it
+            batch.validate(full=True)  # offsets in a damaged file may point outside it
         except TABLE_ERRORS as error:
             raise InputError(f"{self.path} is damaged in batch {group} ({one_line(error)})") from error
         return Table.from_batches([batch])
 
 
 def open_table(path: Path) -> TableFile:
-    """Opens a Parquet or an Arrow file, as its suffix says.
+    """Opens a Parquet or Arrow file, depending on its suffix.
 
     Raises:
         InputError: if pyarrow is not installed, or the file is damaged.
@@ -158,13 +158,15 @@ def read_group(path: Path, group: int, columns: tuple[str, ...]) -> Any:
     return open_table(path).read(group, columns)
 
 
-# Groups are read without threads, because a process forked afterwards would not inherit them.
+# Groups are read without threads, which a process forked later would not inherit.
 cached_group = lru_cache(maxsize=CACHED_GROUPS)(read_group)
-cached_arrow = lru_cache(maxsize=None)(ArrowTable)  # mapped; compressed ones take `MAX_GROWTH` times their size at most
+cached_arrow = lru_cache(maxsize=None)(
+    ArrowTable
+)  # mapped, or at most `MAX_GROWTH` times the size of a compressed file
 
 
 def texts_of(column: Any, path: Path) -> list[Any]:
-    """Returns the values of a column of numbers or texts, which may be null.
+    """Returns the values of a column of numbers or texts; they may be null.
 
     Raises:
         InputError: if a text has more than `MAX_NAME_BYTES`, or is not UTF-8.
@@ -182,7 +184,7 @@ def chunk_values(chunk: Any) -> list[Any]:
     if not types.is_integer(choices.type):
         longest = compute.max(compute.binary_length(choices)).as_py()
         if longest is not None and longest > MAX_NAME_BYTES:
-            raise ValueError(f"a name or path of {longest} bytes, more than {MAX_NAME_BYTES}")
+            raise ValueError(f"a name or path has {longest} bytes, more than {MAX_NAME_BYTES}")
     values = choices.to_pylist()
     if choices is chunk:
         return list(values)

@@ -1,7 +1,7 @@
-"""Images in Parquet or Arrow files, as Hugging Face's `datasets` and others write them.
+"""Images in Parquet or Arrow files, as written by Hugging Face's `datasets` and others.
 
-A column holds the images: bytes, structs of bytes and path, or paths of files below the table's folder. Another column
-holds the classes: numbers or names.
+One column holds the images: bytes, structs of bytes and path, or paths of files below the table's folder. Another
+column holds the classes: numbers or names.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class TableImages(EncodedImages):
 
     Args:
         paths: the files.
-        class_names: class names in label order; by default those of the files, or of their numbers or names.
-        columns: the columns to take, as LABEL or IMAGE,LABEL, if several are possible.
+        class_names: class names in label order; by default those in the files, or the numbers or names that occur.
+        columns: the columns to use, as LABEL or IMAGE,LABEL, if several are possible.
 
     Raises:
         InputError: if pyarrow is not installed, or a file is damaged or lacks images or labels.
@@ -58,14 +58,14 @@ class TableImages(EncodedImages):
         if len(set(keys)) < len(keys):
             places = [f"{self.paths[number].stem}-{group}-{row}" for number, group, row, _ in locations]
             keys = [key.replace("/", f"/{place}-") for key, place in zip(keys, places, strict=True)]
-        # As an array, whose memory loader workers share.
+        # An array, so that loader workers share its memory.
         self.names = np.array([name.encode() for name in names], dtype=bytes) if self.columns.kind == "path" else None
         super().__init__(classes, keys, labels, np.array(locations, np.int64))
         groups, group_of_image = np.unique(self.locations[:, :2], axis=0, return_inverse=True)
         self.groups = group_of_image if len(groups) > CACHED_GROUPS else None
 
     def rows_of(self, table: TableFile, group: int) -> Iterator[tuple[str, Any]]:
-        """Yields name and class of each image in a row group."""
+        """Yields the name and class of each image in a row group."""
         image, kind, label, _, _, key = self.columns
         if kind == "struct":
             source = f"{image}.path" if table.has_field(image, "path") else None
@@ -80,7 +80,7 @@ class TableImages(EncodedImages):
             yield (f"{name}{suffix}" if name else f"{table.path.stem}-{group}-{row}"), value
 
     def labels_of(self, values: list[Any], class_names: Sequence[str] | None) -> tuple[list[str], list[int]]:
-        """Returns the class names in label order, and the label of each image."""
+        """Returns the class names in label order and the label of each image."""
         source = f"{self.paths[0]}, ..."
         if not values or any(value is None or value == "" for value in values):
             raise InputError(f"{source}: some images have no label; remove those rows")
@@ -123,11 +123,11 @@ class TableImages(EncodedImages):
             cell = cached_group(path, group, (f"{image}.path",)).column(image)[row].as_py() or {}
             if cell.get("path"):
                 return read_file(file_below(path.parent, cell["path"]))
-        return data or b""  # which fails when decoded
+        return data or b""  # decoding no bytes fails
 
 
 def column_of(table: Any, name: str) -> Any:
-    """Returns a column, or a field of a struct column as `column.field`."""
+    """Returns a column, or the field of a struct column for `column.field`."""
     from pyarrow import compute  # type: ignore[import-untyped]
 
     if name in table.column_names:
@@ -137,7 +137,7 @@ def column_of(table: Any, name: str) -> Any:
 
 
 def file_below(folder: Path, name: str) -> Path:
-    """Returns the path of a file that a table names, relative to the table's folder.
+    """Returns the path of a file that a table names relative to its folder.
 
     Raises:
         UnusableFileError: if the path leaves the folder, or the file does not exist.

@@ -1,4 +1,4 @@
-"""Lists tar members and their byte offsets without unpacking."""
+"""Lists the members of tar archives and their byte offsets without unpacking."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import open_regular
 
 MAX_HEADER_BYTES = 2**16  # of a member's extended header; a damaged one may claim any size
-DIGITS = re.compile(rb"[0-9]{300}")  # more than in any file name; tarfile's parsing would take minutes
-MAX_PADDING_BYTES = 2**20  # of zeros between two joined archives
-MAX_LINKS = 40  # links that lead to links
+DIGITS = re.compile(rb"[0-9]{300}")  # longer than any file name; tarfile would take minutes to parse them
+MAX_PADDING_BYTES = 2**20  # zeros between two joined archives
+MAX_LINKS = 40  # length of a chain of links
 
 
 class Member(NamedTuple):
@@ -31,7 +31,7 @@ class Member(NamedTuple):
     offset: int  # in bytes, within the outermost archive
     size: int
     inner: str = ""  # path of the inner archive that contains it, if any
-    target: str = ""  # path of the file that a link leads to
+    target: str = ""  # path to which a link points
 
     @property
     def name(self) -> str:
@@ -39,18 +39,18 @@ class Member(NamedTuple):
 
     @property
     def sample_id(self) -> tuple[int, str]:
-        """Identity of the WebDataset sample: files of one sample share their name up to the first dot."""
+        """Identity of the WebDataset sample: the files of a sample have the same name up to the first dot."""
         folder, name = os.path.split(self.path)
         return self.archive, f"{folder}/{name.split('.')[0]}"
 
     @property
     def column(self) -> str:
-        """WebDataset's name of a file within its sample: the name after the first dot."""
+        """WebDataset's name for a file within its sample: the part of the name after the first dot."""
         return self.name.partition(".")[2].lower()
 
 
 class HeaderReader:
-    """File that `tarfile` may read headers from: their claimed size is bounded."""
+    """Wraps a file from which `tarfile` reads headers, and limits their claimed size."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -66,11 +66,11 @@ class HeaderReader:
 
 
 def list_members(paths: Sequence[Path], skipped: Skipped) -> Iterator[Member]:
-    """Lists all files of the archives; a link to a file counts as a file of its own name.
+    """Lists all files in the archives; a link to a file counts as a file with its own name.
 
     Args:
         paths: the archives.
-        skipped: counts devices, and links that lead to no file.
+        skipped: counts devices and dangling links.
 
     Raises:
         InputError: if an archive cannot be read.
@@ -85,13 +85,14 @@ def list_members(paths: Sequence[Path], skipped: Skipped) -> Iterator[Member]:
                 members = [*tqdm(walk, desc=f"list {path.name}", unit="file", leave=False)]
         except (OSError, EOFError, tarfile.TarError, OverflowError, RecursionError) as error:
             raise InputError(
-                f"{path} is not a tar archive, or compressed, or damaged ({error}): decompress it or download it again"
+                f"{path} is not a tar archive, is compressed or is damaged ({error}): decompress it or download it "
+                f"again"
             ) from error
         yield from follow_links(members, path, skipped)
 
 
 def follow_links(members: list[Member], path: Path, skipped: Skipped) -> Iterator[Member]:
-    """Replaces links by files that lie where their targets do."""
+    """Gives links the position and size of the files to which they point; drops dangling links."""
     if not any(member.target for member in members):
         yield from members
         return
@@ -109,13 +110,13 @@ def follow_links(members: list[Member], path: Path, skipped: Skipped) -> Iterato
 
 
 def walk_archive(file: BinaryIO, begin: int, end: int, number: int, inner: str) -> Iterator[Member]:
-    """Lists the files of the archive at bytes `begin` to `end` of a file, and of its inner archives."""
-    while begin < end:  # a joined archive follows, as `cat a.tar b.tar` leaves it
+    """Lists the files of the archive at bytes `begin` to `end` of a file, including those in inner archives."""
+    while begin < end:  # another archive may follow, as in the output of `cat a.tar b.tar`
         begin = yield from walk_members(file, begin, end, number, inner)
 
 
 def walk_members(file: BinaryIO, begin: int, end: int, number: int, inner: str) -> Generator[Member, None, int]:
-    """Lists the files of one of several joined archives, and returns where the next one begins, or `end`."""
+    """Lists the files of one of several joined archives; returns the offset of the next one, or `end`."""
     file.seek(begin)
     with tarfile.open(fileobj=HeaderReader(file), mode="r:") as archive:  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
@@ -135,16 +136,16 @@ def walk_members(file: BinaryIO, begin: int, end: int, number: int, inner: str) 
                 target = posixpath.join(posixpath.dirname(path), member.linkname)
                 yield Member(number, path, 0, 0, inner, posixpath.normpath(target))
             elif not member.isdir():
-                yield Member(number, path, 0, 0, inner, path)  # a device, which leads nowhere
-            archive.members.clear()  # tarfile would keep all in memory
+                yield Member(number, path, 0, 0, inner, path)  # a device, treated as a dangling link
+            archive.members.clear()  # tarfile would keep all members in memory
         return end_of_padding(file, archive.offset, end)
 
 
 def end_of_padding(file: BinaryIO, begin: int, end: int) -> int:
-    """Returns where the zeros behind an archive end: at `end`, or where a joined archive begins.
+    """Returns the end of the zeros after an archive: `end`, or the offset of the next joined archive.
 
     Raises:
-        tarfile.ReadError: if there are none: the archive was cut, or tarfile took a damaged header for the end.
+        tarfile.ReadError: if there are none: the archive is truncated, or tarfile took a damaged header for its end.
     """
     file.seek(begin)
     position = begin
@@ -156,5 +157,5 @@ def end_of_padding(file: BinaryIO, begin: int, end: int) -> int:
             return position
         position += len(block)
     if position == begin:
-        raise tarfile.ReadError("it has no end: it was cut, or is still being written")
+        raise tarfile.ReadError("it has no end: it was truncated, or is still being written")
     return end

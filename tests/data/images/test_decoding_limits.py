@@ -60,7 +60,7 @@ def test_a_program_called_png_is_refused_and_starts_nothing(
     for name in ("Popen", "run", "check_call", "check_output", "call"):
         monkeypatch.setattr(subprocess, name, refuse)
     (tmp_path / "a.png").write_bytes(encoded(gradient(), image_format))
-    with pytest.raises(InputError, match=r"a\.png cannot be decoded \(it is empty, damaged or none of PNG, JPEG"):
+    with pytest.raises(InputError, match=r"a\.png cannot be decoded \(it is empty, damaged or not one of PNG, JPEG"):
         read_image(tmp_path / "a.png")
 
 
