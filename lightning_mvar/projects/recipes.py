@@ -174,7 +174,7 @@ def make_plan(pictures: Pictures, resolution: int | None, machine: Machine) -> P
     """Chooses a recipe, and the largest resolution that pictures and machine allow, unless one is given.
 
     Raises:
-        InputError: if there are too few pictures, or none to validate or to train on.
+        InputError: if there are too few pictures, or none to validate or, of a class, to train on.
     """
     usable = pictures.count - pictures.num_broken
     if usable < LEAST_PICTURES:
@@ -183,6 +183,11 @@ def make_plan(pictures: Pictures, resolution: int | None, machine: Machine) -> P
         raise InputError(
             f"{pictures.num_held_out} of {pictures.count} pictures would be held out for validation, by their names: "
             f"add some, or rename one"
+        )
+    if pictures.untrained:
+        raise InputError(
+            f"{', '.join(pictures.untrained)}: no picture to train on, as a tenth is held out, by the names: add some, "
+            f"or remove the folder"
         )
     if resolution is None:
         fitting = [side for side in LAYOUTS if side <= min(pictures.side, machine.max_resolution)]
