@@ -54,5 +54,6 @@ class ReconstructionScoresCallback(L.Callback):
         scores = {f"val/{name}": value for name, value in self.scores.compute().items()}
         if self.extractor is not None:
             scores[f"val/frechet_{type(self.extractor).__name__}"] = scores["val/rfid"]
-        pl_module.log_dict(scores, sync_dist=True)
+        for name, value in scores.items():
+            pl_module.log(name, value, prog_bar=name == "val/psnr", sync_dist=True)
         self.scores = None

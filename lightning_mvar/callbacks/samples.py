@@ -99,12 +99,17 @@ class ReconstructionsCallback(L.Callback):
     of rank 0.
 
     Args:
-        images: number of images to show, from the start of the validation set.
+        images: number of images to show, spread evenly over the validation images of rank 0.
     """
 
     def __init__(self, images: int = 16) -> None:
         require_in("[1, inf)", "ReconstructionsCallback's ", images=images)
         self.images = images
+        self.pairs: list[Tensor] = []  # (2, n, 3, H, W) of each batch of the current validation
+        self.batch_size = 0  # of the first batch of the current validation
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pairs, self.batch_size = [], 0
 
     @torch.no_grad()
     def on_validation_batch_end(
@@ -116,15 +121,22 @@ class ReconstructionsCallback(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.sanity_checking or batch_idx > 0 or not isinstance(outputs, Tensor):
+        if trainer.sanity_checking or not isinstance(outputs, Tensor):
             return
-        originals = batch.images[: self.images]
-        pairs = torch.cat([originals, outputs[: self.images]]) / 2 + 0.5
-        log_image(trainer, "reconstructions", image_grid(pairs, len(originals)))
+        size = self.batch_size = self.batch_size or len(outputs)
+        last = (int(trainer.num_val_batches[dataloader_idx]) - 1) * size or size - 1  # the last batch may be smaller
+        shown = torch.linspace(0, last, self.images).long().unique() - batch_idx * size
+        shown = shown[(shown >= 0) & (shown < len(outputs))].to(outputs.device)
+        if len(shown):
+            self.pairs.append(torch.stack([batch.images[shown], outputs[shown]]) / 2 + 0.5)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the codes. Lightning calls callbacks before the module, which resets its counts afterwards."""
+        """Logs pictures and codes. Lightning calls callbacks before the module, which resets its counts afterwards."""
         assert isinstance(pl_module, LitTokenizer)
-        if not trainer.sanity_checking:
-            names = pl_module.tokenizer.config.schedule.names
-            log_codes(trainer, "encoded_codes", pl_module.usage["val"], names)
+        if trainer.sanity_checking:
+            return
+        if self.pairs:
+            pairs = torch.cat(self.pairs, dim=1)
+            log_image(trainer, "reconstructions", image_grid(pairs.flatten(0, 1), pairs.shape[1]))
+        names = pl_module.tokenizer.config.schedule.names
+        log_codes(trainer, "encoded_codes", pl_module.usage["val"], names)

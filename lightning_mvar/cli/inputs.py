@@ -60,13 +60,17 @@ RANKS = ("LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID")  # set by Lightning, torchr
 
 
 class Given(NamedTuple):
-    """The value of an option, and where a configuration file says so: `FILE, line 3: `, empty for the command line."""
+    """The value of an option, and where a configuration file says so: `FILE, line 3: `, empty for the command line.
+
+    `folder` is the folder of that file.
+    """
 
     value: str
-    source: str
+    source: str = ""
+    folder: str = ""
 
 
-NOTHING = Given("", "")
+NOTHING = Given("")
 
 
 def check_inputs(name: str, *words: str) -> None:
@@ -87,17 +91,19 @@ def check_inputs(name: str, *words: str) -> None:
             given.pop(unneeded, None)
     if name in EXPECTED_WORDS:
         for word in takewhile(lambda word: not word.startswith("-"), words):
-            require_existing("", find_config(word), EXPECTED_WORDS[name])
+            require_existing("", Given(find_config(word)), EXPECTED_WORDS[name])
     for option, kinds in expected.items():
-        value, source = given.get(option, NOTHING)
-        require_existing(f"{source}--{option} ", value, kinds)
+        require_existing(f"--{option} ", given.get(option, NOTHING), kinds)
     check_classes(given.get("classes", NOTHING), given.get("ckpt_path", NOTHING).value)
 
 
-def require_existing(label: str, place: str, kinds: str) -> None:
+def require_existing(label: str, given: Given, kinds: str) -> None:
     """Raises InputError if a place does not exist, and is no name on the Hub where one is expected."""
+    place, source, folder = given
     if is_missing(place) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(place) is None):
-        raise InputError(f"{label}{place:.200} does not exist; it must be {kinds}")
+        is_beside = folder != "" and not is_missing(os.path.join(folder, place))
+        remedy = f"it exists in {folder}: run the command there" if is_beside else f"it must be {kinds}"
+        raise InputError(f"{source}{label}{place:.200} does not exist; {remedy}")
 
 
 def check_classes(chosen: Given, network: str) -> None:
@@ -138,14 +144,15 @@ def all_options(words: Sequence[str]) -> Iterator[tuple[str, Given]]:
             for file in config_files(["--config", value]):
                 yield from plain_values(read_config_file(file), str(file))
         elif option.startswith("--"):
-            yield option[2:], Given(value, "")
+            yield option[2:], Given(value)
 
 
 def plain_values(node: yaml.Node | None, file: str, prefix: str = "") -> Iterator[tuple[str, Given]]:
     """Yields the plain values of a file by their dotted names."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if isinstance(value, yaml.ScalarNode):
-            yield f"{prefix}{key.value}", Given(value.value, f"{file}, line {key.start_mark.line + 1}: ")
+            source = f"{file}, line {key.start_mark.line + 1}: "
+            yield f"{prefix}{key.value}", Given(value.value, source, os.path.dirname(file))
         yield from plain_values(value, file, f"{prefix}{key.value}.")
 
 

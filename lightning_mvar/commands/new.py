@@ -61,7 +61,7 @@ def describe(pictures: Pictures) -> list[str]:
     """Returns lines about the pictures."""
     (width, height), (max_width, max_height) = pictures.sizes.min(axis=0), pictures.sizes.max(axis=0)
     transparent = f"; {pictures.transparent:,} are transparent, and shown on white" if pictures.transparent else ""
-    lines = [f"{width} to {max_width} pixels wide, {height} to {max_height} high{transparent}"]
+    lines = [f"{bounds(width, max_width)} pixels wide, {bounds(height, max_height)} high{transparent}"]
     if pictures.broken:
         named, rest = pictures.broken[:MAX_NAMED], pictures.broken[MAX_NAMED:]
         lines += [*named, *([f"and {len(rest):,} more"] if rest else [])]
@@ -69,10 +69,18 @@ def describe(pictures: Pictures) -> list[str]:
     return lines
 
 
+def bounds(least: int, most: int) -> str:
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
 def describe_plan(plan: Plan) -> list[str]:
     """Returns lines about what will be trained."""
     recipe, side = plan.recipe, plan.resolution
-    margin = "nothing is cut off" if plan.margin == 1.0 else "random square crops of 8/9 of the shorter side"
+    if plan.margin == 1.0:
+        ends = f", except the ends of {plan.pictures.oblong:.0%} of the pictures, which are not square"
+        margin = f"nothing is cut off{ends if plan.pictures.oblong else ''}"
+    else:
+        margin = "random square crops of 8/9 of the shorter side"
     is_slow = side > recipe.machine.max_resolution
     slow = [f"{side} pixels are meant for GPUs: on a CPU, each step takes several times as long as one of 64"] * is_slow
     return [

@@ -25,6 +25,7 @@ class Pictures:
         count: number of pictures.
         num_held_out: how many of them are held out for validation.
         class_names: names of the classes.
+        untrained: names of the classes without a picture to train on.
         sizes: (n, 2) int64 width and height in pixels of the decoded pictures; a large set is sampled.
         transparent: number of decoded pictures with transparent pixels.
         broken: one message per picture that could not be decoded; a large set is sampled.
@@ -33,6 +34,7 @@ class Pictures:
     count: int
     num_held_out: int
     class_names: list[str]
+    untrained: list[str]
     sizes: NDArray[np.int64]
     transparent: int
     broken: list[str]
@@ -48,9 +50,14 @@ class Pictures:
         return round(self.count * len(self.broken) / (len(self.sizes) + len(self.broken)))
 
     @property
+    def oblong(self) -> float:
+        """Share of the pictures that are not square."""
+        return float(np.mean(self.sizes.max(axis=1) > SQUARE * self.sizes.min(axis=1)))
+
+    @property
     def are_square(self) -> bool:
         """Whether nearly all pictures are square, so that a crop without margin shows them whole."""
-        return bool(np.mean(self.sizes.max(axis=1) <= SQUARE * self.sizes.min(axis=1)) > 0.9)
+        return self.oblong < 0.1
 
 
 def inspect_pictures(images: EncodedImages, name: str) -> Pictures:
@@ -75,8 +82,11 @@ def inspect_pictures(images: EncodedImages, name: str) -> Pictures:
         transparent += is_transparent(picture)
     if not sizes:
         raise InputError(f"none of the {len(examined)} pictures of {name} can be decoded: {broken[0]}")
-    held_out = int(images.held_out.sum())
-    return Pictures(len(images), held_out, images.class_names, np.array(sizes), transparent, broken)
+    held_out = images.held_out
+    to_train = np.bincount(images.labels[~held_out], minlength=len(images.class_names))
+    untrained = [name for name, count in zip(images.class_names, to_train, strict=True) if count == 0]
+    num_held_out = int(held_out.sum())
+    return Pictures(len(images), num_held_out, images.class_names, untrained, np.array(sizes), transparent, broken)
 
 
 def is_transparent(picture: Image.Image) -> bool:

@@ -175,7 +175,7 @@ def make_plan(pictures: Pictures, resolution: int | None, machine: Machine) -> P
     """Chooses a recipe and, if `resolution` is None, the largest resolution that pictures and machine allow.
 
     Raises:
-        InputError: if there are too few pictures, or none to validate on or to train on.
+        InputError: if there are too few pictures, none to validate on, or a class has none to train on.
     """
     usable = pictures.count - pictures.num_broken
     if usable < LEAST_PICTURES:
@@ -184,6 +184,11 @@ def make_plan(pictures: Pictures, resolution: int | None, machine: Machine) -> P
         raise InputError(
             f"{pictures.num_held_out} of {pictures.count} pictures would be held out for validation, which depends on "
             f"their names: add some, or rename one"
+        )
+    if pictures.untrained:
+        raise InputError(
+            f"{', '.join(pictures.untrained)}: no picture is left to train on, because a tenth is held out, chosen by "
+            f"name: add some, or remove the folder"
         )
     if resolution is None:
         fitting = [side for side in LAYOUTS if side <= min(pictures.side, machine.max_resolution)]

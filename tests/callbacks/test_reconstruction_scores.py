@@ -55,6 +55,7 @@ def test_a_batch_without_any_readable_image_is_left_out(tmp_path: Path) -> None:
     data = ImageDataModule(images, images, 16, batch_size=4, on_corrupt="skip")
     trainer = make_trainer(tmp_path, 1, callbacks=[ReconstructionScoresCallback()])
     (scores,) = trainer.validate(module, data, verbose=False)
+    assert "val/psnr" in trainer.progress_bar_metrics
     readable = torch.cat([batch.images for batch in data.val_dataloader() if len(batch.images)])
     with torch.no_grad():
         decoded = module.tokenizer.decode(module.tokenizer.encode(readable))

@@ -21,6 +21,7 @@ from lightning_mvar.callbacks.tensorboard import add_counts
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.generate import generate
+from lightning_mvar.sampling.grids import image_grid
 from lightning_mvar.sampling.philox import image_keys
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.training.datamodules import ImageDataModule, TokenDataModule
@@ -110,6 +111,27 @@ def test_histograms_count_the_codes_of_all_validation_images(tmp_path: Path) -> 
     scales = tokens.split(SCHEDULE.lengths, dim=1)
     for scale, chosen in [*zip(SCALES, scales, strict=True), ("all", tokens)]:
         assert counts_of(logged[f"encoded_codes/{scale}"], 24) == chosen.flatten().bincount(minlength=24).tolist()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "images", "expected"), [(4, 3, [0, 8, 16]), (18, 3, [0, 8, 17]), (4, 50, [*range(17)])]
+)
+def test_reconstructions_are_spread_over_the_validation_images(
+    batch_size: int, images: int, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "images")  # 18 of them
+    config = TokenizerConfig(SCHEDULE, 24, 4, channels=8, multipliers=(1, 2), blocks=1, num_phi=2)
+    data = ImageDataModule(str(tmp_path / "images"), str(tmp_path / "images"), 8, batch_size=batch_size)
+    logged: list[torch.Tensor] = []
+    monkeypatch.setattr(samples, "log_image", lambda trainer, tag, image: logged.append(image))
+    callback = ReconstructionsCallback(images)
+    trainer = make_trainer(tmp_path, 1, callbacks=[callback])
+    trainer.validate(LitTokenizer(config), data, verbose=False)
+    originals = torch.cat([batch.images for batch in data.val_dataloader()]) / 2 + 0.5
+    shown = originals[expected]
+    (grid,) = logged
+    upper = slice(grid.shape[1] // 2)
+    torch.testing.assert_close(grid[:, upper], image_grid(shown, len(shown))[:, upper])
 
 
 @pytest.mark.parametrize("vocab_size", [1, 64, 100, 4096])

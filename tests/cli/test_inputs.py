@@ -13,12 +13,15 @@ TRAIN = "--data.train export --data.val export --model.tokenizer"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with an export of two classes, a configuration and the link that a run in progress may leave."""
+    """A folder with an export of two classes, configurations, a project and the link that a run may leave."""
     monkeypatch.chdir(tmp_path)
     Path("export").mkdir()
     Path("export/config.json").write_text(json.dumps({"class_names": ["cat", "dog"], "network": {"num_classes": 2}}))
     Path("last.ckpt").symlink_to("step=8.ckpt")
     Path("sample.yaml").write_text("ckpt_path: outputs/last.ckpt\nclasses: cat")
+    Path("mine/outputs").mkdir(parents=True)
+    Path("mine/outputs/last.ckpt").write_bytes(b"")
+    Path("mine/sample.yaml").write_text("ckpt_path: outputs/last.ckpt")
     Path("train.yaml").write_text("data: {train: pictures, val: 'pictures:val'}")
     Path("tune.yaml").write_text("resume: false\nckpt_path: null\nclasses: null\nmodel:\n  weights: gone")
 
@@ -55,6 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("shards verify --folder shards", "--folder shards does not exist; it must be a folder that `tokenize` or"),
         ("sample --ckpt_path export --draft_scorer s", "--draft_scorer s does not exist; it must be a folder that `t"),
         ("train-tokenizer --config train.yaml", "--data.train pictures does not exist"),
+        ("sample --config mine/sample.yaml", "^mine/sample.yaml, line 1: .* does not exist; it exists in mine: run"),
         ("fit -c tune.yaml", "^tune.yaml, line 5: --model.weights gone does not exist"),
         ("fit -c tune.yaml --model {} --model.weights lost", "^--model.weights lost does not exist"),
     ],

@@ -74,7 +74,9 @@ def test_the_commands_are_printed_and_in_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (write_pictures(tmp_path / "pics") / "class 0/torn.png").write_bytes(b"")
+    pictures = write_pictures(tmp_path / "pics")
+    (pictures / "class 0/torn.png").write_bytes(b"")
+    Image.new("RGB", (16, 8)).save(pictures / "class 0/0.png")
     assert run(["new", "mine", "--images", "pics", "--resolution", "128"]) == 0
     printed = capsys.readouterr().out
     readme = (tmp_path / "mine/README.md").read_text()
@@ -84,9 +86,11 @@ def test_the_commands_are_printed_and_in_the_readme(
         assert line in readme
         assert line in (tmp_path / f"mine/{command}.yaml").read_text()
     assert "class 0/torn.png cannot be decoded" in printed
+    assert printed.startswith("8 to 16 pixels wide, 8 high\n")
     held_out = len(open_images("pics:val", 8, "skip"))
     assert 0 < held_out < 121
     assert f"{121 - held_out} pictures to train on, {held_out} held out for validation\n128 x 128 pixels, " in printed
+    assert " pixels, nothing is cut off, except the ends of 1% of the pictures, which are not square\n" in printed
     assert torch.cuda.is_available() or "128 pixels are meant for GPUs" in printed
     assert readme.startswith("# 2 classes, 121 images: class 0 (61), class 1 (60)\n")
 

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -38,7 +39,20 @@ def test_a_flat_folder_of_nearly_square_pictures(tmp_path: Path) -> None:
         save(tmp_path / f"pics/{i}.png", (40, 42 if i else 80))
     pictures = look(tmp_path / "pics")
     assert pictures.class_names == ["pics"]
+    assert pictures.oblong == 1 / 20
     assert pictures.are_square
+
+
+def test_classes_that_are_empty_or_wholly_held_out_have_nothing_to_train_on(tmp_path: Path) -> None:
+    for i in range(30):
+        save(tmp_path / f"few/{i}.png", (8, 8))
+        save(tmp_path / f"many/{i}.png", (8, 8))
+    (tmp_path / "none").mkdir()
+    assert look(tmp_path).untrained == ["none"]
+    images = open_encoded(str(tmp_path), None, None)
+    for index in np.flatnonzero(~images.held_out & (images.labels == 0)).tolist():
+        Path(images.display_path(index)).unlink()
+    assert look(tmp_path).untrained == ["few", "none"]
 
 
 def test_a_set_without_a_sound_picture_is_refused(tmp_path: Path) -> None:

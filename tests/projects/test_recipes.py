@@ -30,7 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs/own_images.md"
 def pictures(count: int = 2000, size: tuple[int, int] = (100, 100), classes: int = 3, broken: int = 0) -> Pictures:
     names = [f"class {i}" for i in range(classes)]
     sizes = np.array([size]).repeat(count - broken, axis=0)
-    return Pictures(count, count // 10, names, sizes, 0, [f"{i}.png" for i in range(broken)])
+    return Pictures(count, count // 10, names, [], sizes, 0, [f"{i}.png" for i in range(broken)])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -104,6 +104,11 @@ def test_an_unknown_resolution_and_too_few_pictures_are_refused() -> None:
     for held_out in (0, 200):
         with pytest.raises(InputError, match=rf"{held_out} of 200 pictures would be held out for validation"):
             make_plan(replace(pictures(200), num_held_out=held_out), None, CPU)
+
+
+def test_a_class_that_nothing_would_train_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^class 1, class 2: no picture to train on, .*: add some, or remove"):
+        make_plan(replace(pictures(), untrained=["class 1", "class 2"]), None, CPU)
 
 
 def test_broken_pictures_of_a_sample_stand_for_those_of_the_set() -> None:

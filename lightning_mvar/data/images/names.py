@@ -71,7 +71,8 @@ def without_suffix(name: str) -> str:
 def refuse_splits(classes: Sequence[str], source: str, remedy: str) -> None:
     """Raises InputError if all classes are named like splits; the message ends with `remedy`."""
     if all(name.lower() in SPLITS for name in classes):
-        raise InputError(f"{source} has {', '.join(classes)}, which look like splits rather than classes: {remedy}")
+        look = "looks like a split rather than a class" if len(classes) == 1 else "look like splits rather than classes"
+        raise InputError(f"{source} has {', '.join(classes)}, which {look}: {remedy}")
 
 
 def refuse_single_parent(classes: Sequence[str], names: Iterable[str], source: str) -> None:

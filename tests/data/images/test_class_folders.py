@@ -52,7 +52,8 @@ def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
 def test_splits_are_not_classes(names: tuple[str, ...], below: str, tmp_path: Path) -> None:
     paths = [f"{split}/{below}" for split in names]
     root = write(tmp_path / "set", *paths)
-    with pytest.raises(InputError, match=rf"splits rather than classes: choose one, such as {root}/{names[0]}; if"):
+    look = "looks like a split rather than a class" if len(names) == 1 else "look like splits rather than classes"
+    with pytest.raises(InputError, match=rf"which {look}: choose one, such as {root}/{names[0]}; if"):
         open_encoded(str(root), None, None)
     if len(names) > 1:
         with pytest.raises(InputError, match="splits rather than classes: pack each by itself; if they are classes"):
