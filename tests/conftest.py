@@ -53,8 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hides all GPUs from this process and its children unless only tests marked `cuda` are selected.
 
     All other tests compare results that are exact on a CPU alone. Runs before anything asks for a GPU, which is when
-    CUDA reads the variable.
+    CUDA reads the variable. Garbage collection is off until all tests are collected: the imports leave little garbage.
     """
+    gc.disable()
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -87,6 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Exempts all that is imported from garbage collection, which every in-process run of Lightning asks for."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -280,18 +282,19 @@ def run_folder(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> 
 
 @pytest.fixture
 def plain_run_folder(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> Path:
-    """Folder like `run_folder`, but without the callbacks for samples and scores, so it is faster."""
+    """Folder like `run_folder`, but without samples and scores, and with short validations, so it is faster."""
     prepare_run(tmp_path, tokenizer, tokenizer_folder, draws=False)
     return tmp_path
 
 
 def prepare_run(folder: Path, tokenizer: Tokenizer, tokenizer_folder: Path, draws: bool = True) -> None:
-    """Writes a run.yaml with its shards and images; without `draws`, no callback draws samples during training."""
+    """Writes a run.yaml with its shards and images; without `draws`, validations are one batch and draw no samples."""
     write_token_shards(folder / "shards", tokenizer.fingerprint(), [20, 20, 12])
     write_images(folder / "images")
     text = RUN_YAML.format(tokenizer=tokenizer_folder)
     begin, end = text.index("{class_path: lightning_mvar.callbacks.SamplesCallback"), text.index("]}\nmodel")
-    (folder / "run.yaml").write_text(text if draws else text[:begin] + text[end:])
+    plain = (text[:begin] + text[end:]).replace("trainer: {", "trainer: {limit_val_batches: 1, ")
+    (folder / "run.yaml").write_text(text if draws else plain)
 
 
 def scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:

@@ -27,8 +27,9 @@ from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.web.backend import INSIDE, ScalePreview
 from lightning_mvar.web.folder import PageFolder
 from lightning_mvar.web.guard import RECEIVED, Audience
-from lightning_mvar.web.page import MAX_QUEUED_JOBS, Jobs
-from lightning_mvar.web.server import serving
+
+# The tests import `web.page` and `web.server` themselves: with gradio this takes seconds, and each process of xdist
+# imports all test files.
 
 FIELDS = ("3", 2, 1.5, 900, 0.96, 1.0, 0, False, False, *[0.0] * SCHEDULE.num_scales)
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -63,6 +64,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> PageFolder:
 
 @pytest.fixture(scope="module")
 def url(pipe: CountingPipeline, folder: PageFolder) -> Iterator[str]:
+    from lightning_mvar.web.server import serving
+
     listener = socket.create_server(("127.0.0.1", 0))
     with serving(pipe, "tiny", listener, "127.0.0.1", ["page.example"], folder):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -160,6 +163,8 @@ def test_files_of_many_uploads_and_draws_are_bounded(
 
 
 def test_a_job_keeps_what_it_shows_while_uploads_make_room(tmp_path: Path) -> None:
+    from lightning_mvar.web.page import Jobs
+
     folder, image = PageFolder(tmp_path), Image.new("RGB", (8, 8))
     request: Any = SimpleNamespace(session_hash="a", request=SimpleNamespace(scope={RECEIVED: time.monotonic()}))
     previews = iter([ScalePreview([image, image], image, "1 x 1")] * 4)
@@ -172,6 +177,8 @@ def test_a_job_keeps_what_it_shows_while_uploads_make_room(tmp_path: Path) -> No
 def test_jobs_that_nobody_waits_for_are_dropped(
     url: str, pipe: CountingPipeline, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from lightning_mvar.web.page import MAX_QUEUED_JOBS
+
     body = {"data": list(FIELDS)}
     for _ in range(10 * MAX_QUEUED_JOBS):  # some jobs end meanwhile
         if httpx.post(f"{url}/gradio_api/call/draw", json=body).status_code != 200:
