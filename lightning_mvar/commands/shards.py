@@ -14,20 +14,21 @@ import torch
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.cli.arguments import refuse_overwriting
-from lightning_mvar.cli.tables import format_value, print_rows, print_table, write_records
+from lightning_mvar.cli.arguments import refuse_overwriting, require_suffix
+from lightning_mvar.cli.tables import format_value, print_rows, print_table
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
 from lightning_mvar.data.images.files import scan
 from lightning_mvar.data.images.sources import open_images, split_off
-from lightning_mvar.data.tokens.manifest import EITHER, MANIFEST, SAMPLED, Manifest
+from lightning_mvar.data.tokens.manifest import MANIFEST, SAMPLED, WRITERS, Manifest
 from lightning_mvar.data.tokens.shards import read_samples, read_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.statistics import TokenStatistics, stratified_ids
-from lightning_mvar.data.tokens.verify import find_problems, plural
+from lightning_mvar.data.tokens.verify import counted, find_problems
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fetch import is_remote
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.sampling.grids import captioned_pair, image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ COLUMNS = 8  # of the picture
 
 
 def verify(folder: str, tokenizer: str | None = None) -> None:
-    """Check every shard and print every problem on its own line; exit code 1 if there is one.
+    """Checks every shard and prints each problem on its own line; the exit code is 1 if there is one.
 
     The manifest must be readable and list exactly the existing shards. Every shard must have the listed size, SHA-256
     and number of samples, only complete packs, tokens and labels of the right types, shapes and ranges, and no image
@@ -57,15 +58,17 @@ def verify(folder: str, tokenizer: str | None = None) -> None:
             problems.append(problem)
             tqdm.write(str(problem))
     if problems:
-        counts = f"{plural(len(problems), 'problem')} in {plural(len({problem.file for problem in problems}), 'file')}"
+        counts = (
+            f"{counted(len(problems), 'problem')} in {counted(len({problem.file for problem in problems}), 'file')}"
+        )
         raise InputError(f"{folder} is damaged: {counts}, listed above")
     manifest = Manifest.load(path)
-    counts = f"{plural(manifest.num_samples, 'sample')} in {plural(len(manifest.shards), 'shard')}"
+    counts = f"{counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
     print(f"{folder} is intact: {counts}")
 
 
 def info(folder: str, json: str | None = None) -> None:
-    """Print the manifest, the size on disk, the codebook usage per scale and the number of samples per class.
+    """Prints the manifest, size on disk, codebook usage per scale and number of samples per class.
 
     `codebook_usage` is the fraction of the codes that a scale uses; `codebook_perplexity` is the number of equally
     frequent codes with the same entropy.
@@ -102,7 +105,7 @@ def info(folder: str, json: str | None = None) -> None:
     if json is not None:
         counts = enumerate(zip(manifest.class_names, statistics.classes.tolist(), strict=True))
         histogram = [{"label": label, "name": name, "samples": count} for label, (name, count) in counts]
-        write_records([summary | {"scales": scales, "classes": histogram, "skipped": manifest.skipped}], json)
+        write_json(json, [summary | {"scales": scales, "classes": histogram, "skipped": manifest.skipped}])
 
 
 def decode(
@@ -116,7 +119,7 @@ def decode(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Decode some samples into a picture, each beneath its original image.
+    """Decodes some samples into a picture, each beneath its original image.
 
     Args:
         folder: folder of token shards; may be given without its name: `shards decode DIR`.
@@ -132,6 +135,7 @@ def decode(
     require_in("[1, inf)", "--", n=n)
     require_in("[0, inf)", "--", seed=seed)
     refuse_overwriting({"--out": out}, {"--folder": folder, "--tokenizer": tokenizer, "--images": images})
+    require_suffix((".png",), {"--out": out})
     path, torch_device = require_folder(folder), choose_device(device)
     manifest = load_valid_manifest(path)
     if not manifest.num_samples:
@@ -166,7 +170,7 @@ def check_source(manifest: Manifest) -> None:
     """Checks that the location in a manifest, which may be foreign, can be opened without harm or a long search.
 
     Raises:
-        InputError: if it is no path on this machine, has wildcards, or is a folder of far more files than the images.
+        InputError: if it is not a path on this machine, has wildcards, or is a folder of far more files than images.
     """
     source, max_entries = manifest.source, 2 * manifest.num_images + MAX_OTHER_FILES
     folder, _ = split_off(source)
@@ -239,7 +243,7 @@ def load_valid_manifest(folder: Path) -> Manifest:
 def require_folder(folder: str) -> Path:
     """Returns the folder's path; raises InputError if it is not a folder."""
     if not os.path.isdir(folder):  # False for a name that is too long
-        raise InputError(f"{folder:.200} is not a folder; name one that {EITHER} wrote, with a {MANIFEST}")
+        raise InputError(f"{folder:.200} is not a folder; name one that {WRITERS} wrote, with a {MANIFEST}")
     return Path(folder)
 
 

@@ -45,7 +45,7 @@ class Mismatch(Exception):
     """A JSON value does not have the expected type; the message starts with the path of its field."""
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     """Writes a value of plain types as a JSON file, atomically; raises InputError if the file cannot be written."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent) + "\n")
@@ -55,7 +55,7 @@ def read_json(path: Path, kind: type[T], max_bytes: int = MAX_JSON_BYTES, versio
     """Reads a JSON file as an instance of `kind`; see `parse_json`.
 
     Raises:
-        InputError: if the file is missing, no regular file or larger than `max_bytes`, or its content does not fit.
+        InputError: if the file is missing, not a regular file or larger than `max_bytes`, or its content does not fit.
     """
     return parse_json(read_regular(path, max_bytes), kind, str(path), version)
 
@@ -71,7 +71,7 @@ def parse_json(data: str | bytes, kind: type[T], source: str, version: FormatVer
         version: version that the data must have, which is checked before its other fields.
 
     Raises:
-        InputError: if the data is no JSON, repeats a field, or does not fit `kind`; one line that names source, field
+        InputError: if the data is not JSON, repeats a field, or does not fit `kind`; one line that names source, field
             and value. Errors of `__post_init__` likewise.
     """
     try:

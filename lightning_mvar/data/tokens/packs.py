@@ -74,7 +74,7 @@ def find_packs(file: BinaryIO) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yields each pack's name and its members by extension, split at the first dot of the file's name as in WebDataset.
 
     Raises:
-        OSError, ValueError: if the file is no complete tar file of small regular files, or a pack has
+        OSError, ValueError: if the file is not a complete tar file of small regular files, or a pack has
             two members of one name.
     """
     for name, members in groupby(find_members(file), key=lambda member: split_name(member.name)[0]):
