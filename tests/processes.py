@@ -22,7 +22,7 @@ from lightning_mvar.sweeps.processes import FORKSERVER, SERVER_BLOCKED_SIGNALS
 # package's own choice for sweeps is smaller, and the last one counts, so the import above must come first.
 CONTEXT = FORKSERVER
 PRELOADED = [
-    "lightning_mvar.sweeps.server",
+    "lightning_mvar.sweeps.forkserver_signals",
     "lightning_mvar.cli.training",
     "lightning_mvar.metrics.classifiers.digits",
     "s3fs",  # this and the next are imported by every run of Lightning, and of its DDP

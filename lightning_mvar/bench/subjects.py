@@ -28,7 +28,6 @@ from lightning_mvar.models.mvar import MVAR, Block, MVARState
 from lightning_mvar.models.parameters import UNDECAYED, lower_precision
 from lightning_mvar.sampling.generate import draw_images
 from lightning_mvar.sampling.graphs import ScaleGraphs, graphs_for
-from lightning_mvar.sampling.guidance import load_guide
 from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.scales import ScaleSchedule, Shape, lengths_of
 from lightning_mvar.tokenizer import Tokenizer, TokenizerConfig
@@ -159,10 +158,6 @@ class Subject:
     def graphs(self) -> ScaleGraphs | None:
         return graphs_for(self.network) if self.with_graphs else None
 
-    @cached_property
-    def guide(self) -> MVAR | None:
-        return load_guide(self.sampling.guide, self.network_config, self.tokenizer, dtype=self.dtype)
-
     def scale_inputs(self, batch_size: int) -> Tensor:
         """Returns random inputs (b, l - n, c); n is the number of tokens of the first step."""
         config = self.network_config
@@ -172,8 +167,7 @@ class Subject:
         """Samples images (b, 3, H, W)."""
         labels = torch.arange(self.batch_size) % self.network_config.num_classes
         keys = self.sampling.keys(range(self.batch_size))
-        graphs, guide = self.graphs, self.guide
-        return draw_images(self.network, self.tokenizer, labels, self.sampling, keys, graphs=graphs, guide=guide)[0]
+        return draw_images(self.network, self.tokenizer, labels, self.sampling, keys, graphs=self.graphs)[0]
 
     @torch.no_grad()
     def before_last_step(self) -> tuple[Tensor | None, MVARState]:

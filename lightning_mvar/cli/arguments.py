@@ -15,10 +15,11 @@ from jsonargparse import ArgumentParser, Namespace, auto_cli, capture_parser
 from PIL import Image
 
 from lightning_mvar.cli.help import POSITIONAL
+from lightning_mvar.data.images.compressed import TAR_SUFFIXES
 from lightning_mvar.errors import InputError
 
 DESCRIPTIONS = ("config.json", "manifest.json")  # of exported networks, and of token shards
-READ_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".distcp", ".tar", ".parquet", ".arrow")
+READ_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".distcp", ".parquet", ".arrow", *TAR_SUFFIXES)
 MAY_BE_EMPTY = re.compile(r"\.(init_args|dict_kwargs|host|allowed_hosts)\b")  # options of classes; hosts
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
@@ -143,12 +144,19 @@ def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping
         written[option] = target
 
 
+def require_suffix(suffixes: tuple[str, ...], paths: Mapping[str, str | None]) -> None:
+    """Raises InputError unless paths, given by the option that names them, have one of the suffixes; None passes."""
+    for option, path in paths.items():
+        if path is not None and not path.lower().endswith(suffixes):
+            raise InputError(f"{option} {path} must end in {' or '.join(suffixes)}")
+
+
 def is_part(path: Path, folder: Path) -> bool:
     """Returns whether an existing file is one that is read from a folder: a description, weights, data or image."""
     if folder not in path.parents or not path.is_file():
         return False
     is_image = path.suffix.lower() in Image.registered_extensions() and not (folder / "config.json").exists()
-    return path.name in DESCRIPTIONS or path.suffix in READ_SUFFIXES or is_image
+    return path.name in DESCRIPTIONS or path.name.endswith(READ_SUFFIXES) or is_image
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:

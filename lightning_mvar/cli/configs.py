@@ -19,9 +19,9 @@ from lightning_mvar.errors import InputError, one_line
 from lightning_mvar.io.configs import YAML_ERRORS, compose, config_words, find_config
 from lightning_mvar.io.json_files import shown
 
-MODE = "omegaconf+"  # in which jsonargparse accepts an interpolation for an option of any type
-OBJECT = "Unable to serialize instance "  # what jsonargparse writes for a default that is no plain value
-SAID = WarningCache()  # messages of this process
+PARSER_MODE = "omegaconf+"  # in which jsonargparse accepts an interpolation for an option of any type
+UNSERIALIZABLE = "Unable to serialize instance "  # what jsonargparse writes for a default that is not a plain value
+messages = WarningCache()  # messages of this process
 RESUMABLE_OVERLAYS = ("strategy", "callbacks")  # folders of overlays that a run may gain or lose when it is resumed
 
 
@@ -36,7 +36,7 @@ def load_yaml(text: str, path: str | None = None, sections: Iterable[str] = ()) 
     Raises:
         InputError: if a key has no value or occurs twice, or a section of a file has no options: each would silently
             drop what other files say.
-        yaml.YAMLError: if a value of the command line is no YAML.
+        yaml.YAMLError: if a value of the command line is not YAML.
     """
     where = "" if path is None else f"{path}, "
     try:
@@ -110,11 +110,11 @@ def plain_values(value: Any) -> Any:
 
 def is_plain(value: Any) -> bool:
     if isinstance(value, str):
-        return not value.startswith(OBJECT)
+        return not value.startswith(UNSERIALIZABLE)
     return value is None or isinstance(value, bool | int | float | dict | list | tuple)
 
 
-set_dumper(MODE, dump_yaml)
+set_dumper(PARSER_MODE, dump_yaml)
 
 
 def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Namespace, Namespace]:
@@ -134,7 +134,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Namespace, Names
     def load(text: str, path: str | None = None) -> Any:
         return load_yaml(text, path, parser.groups or ())
 
-    set_loader(MODE, load, (yaml.YAMLError,))
+    set_loader(PARSER_MODE, load, (yaml.YAMLError,))
     try:
         with parser_context(lenient_check=True):
             written = parser.parse_args(args)
@@ -179,7 +179,7 @@ def find_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
 def packaged_unless_here(name: str) -> str:
     """Returns `find_config(name)`; says so, once per process, if that is a file of the package."""
     if (path := find_config(name)) != name:
-        SAID.info(f"{name} is not in this folder: using the one that comes with the package, {path}")
+        messages.info(f"{name} is not in this folder: using the one that comes with the package, {path}")
     return path
 
 

@@ -147,7 +147,7 @@ def screen_of(name: str, found: Signature) -> Signature:
 
 def describe(parser: argparse.ArgumentParser, name: str, found: Signature) -> argparse.ArgumentParser:
     """Adds the options of a command to a parser, in groups and one line each; it knows nothing of their types."""
-    width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
+    width = help_width()
     first = first_option(name, found.options)
     needed = [o for o in found.options if o.required and o != first and "." not in o.name]
     words = [metavar(o) if o.positional else f"--{o.name} {metavar(o)}" for o in needed]
@@ -171,7 +171,7 @@ def describe(parser: argparse.ArgumentParser, name: str, found: Signature) -> ar
 def add_option(group: argparse._ArgumentGroup, option: Option, width: int) -> None:
     """Adds an option whose description has at most `width` characters."""
     default = f" [{option.default}]" if option.default not in ("", "false") else ""
-    text = re.split(r"(?<=[\w)`])[;:.](?: |$)", option.text)[0]  # a colon or full stop ends a word
+    text = first_clause(option.text)
     if option.choices and option.choices[0] not in metavar(option):
         text = f"{text}: {', '.join(option.choices)}"
     text = textwrap.shorten(text, max(width - len(default) - 1, 8), placeholder=" ...") + default
@@ -181,6 +181,14 @@ def add_option(group: argparse._ArgumentGroup, option: Option, width: int) -> No
     else:
         keywords |= {"metavar": metavar(option), "choices": choices_of(option) or None}
     group.add_argument(option.name if option.positional else f"--{option.name}", **keywords)
+
+
+def first_clause(text: str) -> str:
+    return re.split(r"(?<=[\w)`])[;:.](?:\s|$)", text)[0]  # a colon or full stop ends a word
+
+
+def help_width() -> int:
+    return min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
 
 
 def choices_of(option: Option) -> list[str]:
@@ -208,8 +216,10 @@ def print_help(name: str, *words: str) -> None:
         print(describe(parser, full_name, screen_of(name, found)).format_help(), end="")
         return
     print(f"usage: lightning-mvar {name} {{{','.join(signatures)}}} DIR [options]\n")
+    width = max(len(f"  {name} {other} DIR  ") for other in signatures)
     for other, found in signatures.items():
-        print(f"  {name} {other} DIR".ljust(NAMES_WIDTH) + found.description.splitlines()[0])
+        text = textwrap.shorten(first_clause(found.description), help_width() - width, placeholder=" ...")
+        print(f"  {name} {other} DIR".ljust(width) + text)
     print(f"\n`lightning-mvar {name} {other} --help` lists the options.")
 
 

@@ -21,7 +21,7 @@ from lightning_mvar.callbacks import InterruptionCallback, StepProgressBar
 from lightning_mvar.callbacks.overview import OverviewCallback
 from lightning_mvar.checkpoints.training import NETWORK_KEY, check_intact, read_plain_part, resolve_last
 from lightning_mvar.cli.arguments import find_input_error
-from lightning_mvar.cli.configs import MODE, find_configs, parse, run_folder
+from lightning_mvar.cli.configs import PARSER_MODE, find_configs, parse, run_folder
 from lightning_mvar.cli.help import START_HELP, TF32_HELP
 from lightning_mvar.cli.ranks import stop_ranks_on_error
 from lightning_mvar.cli.rendezvous import fail_together
@@ -38,7 +38,7 @@ CLI = TypeVar("CLI", bound="TrainingCLI")
 
 PARSERS: dict[tuple[object, ...], LightningArgumentParser] = {}  # by module, datamodule and command
 MAX_SEED = 2**32 - 1
-LEAST = {  # least values of the trainer's options that Lightning does not check
+LEAST_VALUES = {  # least values of the trainer's options that Lightning does not check
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,
     "gradient_clip_val": 0,
@@ -133,7 +133,7 @@ class TrainingCLI(LightningCLI):
         replace_default_progress_bar(trainer, chosen)
         return trainer
 
-    def run_command(self) -> None:
+    def run_trainer(self) -> None:
         """Trains, or scores a checkpoint."""
         with ExitStack() as stack:
             with fail_together(self.trainer.strategy):
@@ -202,7 +202,7 @@ class TrainingCLI(LightningCLI):
 
 def check_trainer_options(trainer: Namespace) -> None:
     """Raises InputError for options of the trainer that Lightning accepts, though they make no sense."""
-    for name, least in LEAST.items():
+    for name, least in LEAST_VALUES.items():
         require_in(f"[{least}, inf)", "--trainer.", **{name: trainer[name]})
     if trainer.val_check_interval == 0:
         raise InputError(
@@ -265,14 +265,14 @@ def run_cli(cli: type[CLI], argv: list[str]) -> CLI:
     try:
         built = cli(
             argv,
-            parser_kwargs={"parser_mode": MODE, "exit_on_error": False, "prog": f"lightning-mvar {argv[0]}"},
+            parser_kwargs={"parser_mode": PARSER_MODE, "exit_on_error": False, "prog": f"lightning-mvar {argv[0]}"},
             save_config_callback=OverviewCallback,
             trainer_defaults={"callbacks": [InterruptionCallback()], "enable_model_summary": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,
         )
-        built.run_command()
+        built.run_trainer()
     except (ValueError, MisconfigurationException) as error:
         if isinstance(error, InputError) or not raised_by_lightning(error):
             raise

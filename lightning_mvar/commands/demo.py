@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_mvar.io.configs import find_config, with_included
 from lightning_mvar.io.json_files import write_json
 from lightning_mvar.io.locks import lock_folder
-from lightning_mvar.sweeps.processes import run_command
+from lightning_mvar.sweeps.processes import run_and_wait
 
 ROOT = Path("outputs/demo")
 CONFIGS = Path("configs/experiment")
@@ -150,7 +150,7 @@ def run_stage(stage: Stage) -> None:
     words = stage.command.split()
     print(f"[{stage.name}] lightning-mvar {' '.join(words)}", flush=True)
     begin = time.monotonic()
-    code = run_command(words)
+    code = run_and_wait(words)
     if code:
         sys.exit(code)
     write_json(stage.record, {"identity": stage.identity, "seconds": time.monotonic() - begin})
@@ -159,16 +159,16 @@ def run_stage(stage: Stage) -> None:
 def write_metrics() -> None:
     """Writes metrics.json: the scores, the last values of the main curves and the duration of each stage."""
     metrics = json.loads((ROOT / "scores.json").read_text())[0]
-    metrics |= {f"tokenizer_{tag}": value for tag, value in last_scalars(ROOT / "tokenizer/logs", "codebook_usage")}
-    metrics |= {f"tokenizer_{tag}": value for tag, value in last_scalars(ROOT / "tokenizer/logs", "val/")}
-    metrics |= dict(last_scalars(ROOT / "mvar/logs", "val/")) | dict(last_scalars(ROOT / "mvar/logs", "train/"))
+    tokenizer = last_scalars(ROOT / "tokenizer/logs", ("codebook_usage", "val/"))
+    metrics |= {f"tokenizer_{tag}": value for tag, value in tokenizer.items()}
+    metrics |= last_scalars(ROOT / "mvar/logs", ("val/", "train/"))
     for stage in STAGES:
         metrics[f"{stage.name}_s"] = json.loads(stage.record.read_text())["seconds"]
     write_json(ROOT / "metrics.json", metrics)
 
 
-def last_scalars(logs: Path, prefix: str) -> list[tuple[str, float]]:
-    """Returns the last value of each TensorBoard scalar whose tag starts with `prefix`."""
+def last_scalars(logs: Path, prefixes: tuple[str, ...]) -> dict[str, float]:
+    """Returns the last value of each TensorBoard scalar whose tag starts with one of the prefixes."""
     events = EventAccumulator(str(logs))
     events.Reload()
-    return [(tag, events.Scalars(tag)[-1].value) for tag in events.Tags()["scalars"] if tag.startswith(prefix)]
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith(prefixes)}

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
-from lightning_mvar.cli.arguments import refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting, require_suffix
 from lightning_mvar.data.images.decoding import read_image
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError, require_in
@@ -68,6 +68,7 @@ def edit(
     require_in(f"[1, {MAX_COUNT}]", "--", count=count)
     if Path(out).is_file() or Path(out).suffix:
         raise InputError(f"--out {out} must be a folder")
+    require_suffix((".png",), {"--picture": picture})
     original = read_image(image)
     pipe = MVARPipeline(load_trained(ckpt_path, tokenizer, weights), device, precision)
     region = box_mask(box, pipe.shape) if box is not None else read_image(str(mask)).convert("L")

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.cli.arguments import refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting, require_suffix
 from lightning_mvar.cli.progress import read_images
-from lightning_mvar.cli.tables import Record, print_table, write_records
-from lightning_mvar.data.images.examples import OnCorrupt
+from lightning_mvar.cli.tables import Record, print_table
+from lightning_mvar.data.images.examples import OnCorrupt, spaced_evenly
 from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, require_in
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.perturbation import PerturbedScores
 from lightning_mvar.metrics.reconstruction import ReconstructionScores
@@ -68,6 +69,7 @@ def reconstruct(
     require_in("[1, inf)", "--", batch_size=batch_size)
     require_in("[0, inf)", "--", num_workers=num_workers)
     refuse_overwriting({"--picture": picture, "--json": json}, {"--tokenizer": tokenizer, "--images": images})
+    require_suffix((".png",), {"--picture": picture})
     target = choose_device(device)
     model = load_tokenizer(tokenizer).to(target)
     source = open_images(images, model.config.shape, on_corrupt, crop=crop, margin=margin)
@@ -76,7 +78,7 @@ def reconstruct(
     if extractor is None and perturb:
         raise InputError("--perturb compares features: pass an --extractor, for example InceptionV3")
     prepared = None if extractor is None else prepare(extractor, target)
-    comparison = Comparison(model, prepared, target, perturb, spread(len(source), PICTURE_IMAGES))
+    comparison = Comparison(model, prepared, target, perturb, set(spaced_evenly(len(source), PICTURE_IMAGES).tolist()))
     for batch in read_images(source, batch_size, num_workers, "reconstruct"):
         comparison.update(batch.images.to(target))
     record: Record = {
@@ -91,7 +93,7 @@ def reconstruct(
     record |= comparison.compute(images)
     print_table([record])
     if json is not None:
-        write_records([record], json)
+        write_json(json, [record])
     if picture is not None:
         save_image(comparison.picture(), picture)
         print(f"originals above reconstructions in {picture}")
@@ -155,8 +157,3 @@ class Comparison:
         """Returns a grid (3, H, W) of originals above reconstructions."""
         originals, decoded = (torch.cat(part) for part in zip(*self.picture_pairs, strict=True))
         return image_grid(torch.cat([originals, decoded]), len(originals))
-
-
-def spread(count: int, wanted: int) -> set[int]:
-    """Returns up to `wanted` evenly spaced indices below `count`, to cover all classes of a source ordered by class."""
-    return set(torch.linspace(0, count - 1, min(count, wanted)).round().int().tolist())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
-from lightning_mvar.cli.arguments import refuse_overwriting
+from lightning_mvar.cli.arguments import refuse_overwriting, require_suffix
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.draw import draw_set
 from lightning_mvar.sampling.grids import formation_strip, image_grid, save_animation, save_image, with_row_names
@@ -18,7 +17,6 @@ from lightning_mvar.sampling.readers import open_samples
 from lightning_mvar.sampling.sampler import Drawing
 
 GRID_COLUMNS, STRIP_ROWS = 10, 10
-ANIMATIONS = (".gif", ".webp")
 
 
 def sample(
@@ -55,8 +53,6 @@ def sample(
         num_nodes: number of machines; start the same command on each, with torchrun or Slurm.
         drawing: arguments of `draw_set`.
     """
-    if animation is not None and Path(animation).suffix not in ANIMATIONS:
-        raise InputError(f"--animation {animation} must end in {' or '.join(ANIMATIONS)}")
     if drawing.get("reject") is not None and (strip or animation):
         raise InputError(
             "--strip and --animation show all drawn images, before --reject selects some: drop them or --reject"
@@ -72,6 +68,8 @@ def sample(
         {"--out": out, "--tokens": tokens, **figures}, {}
     )  # `draw_set` itself refuses a folder of other files
     refuse_overwriting(figures, {"--ckpt_path": ckpt_path, "--tokenizer": tokenizer})
+    require_suffix((".png",), {"--grid": grid, "--strip": strip})
+    require_suffix((".gif", ".webp"), {"--animation": animation})
     from lightning_mvar.cli.ranks import launch_ranks  # imports Lightning, which takes seconds
 
     with launch_ranks(device, devices, num_nodes) as fabric:

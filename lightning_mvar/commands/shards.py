@@ -14,20 +14,21 @@ import torch
 from tqdm import tqdm
 
 from lightning_mvar.checkpoints import load_tokenizer
-from lightning_mvar.cli.arguments import refuse_overwriting
-from lightning_mvar.cli.tables import format_value, print_rows, print_table, write_records
+from lightning_mvar.cli.arguments import refuse_overwriting, require_suffix
+from lightning_mvar.cli.tables import format_value, print_rows, print_table
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import ImageSource, find_by_key
 from lightning_mvar.data.images.files import scan
 from lightning_mvar.data.images.sources import open_images, split_off
-from lightning_mvar.data.tokens.manifest import EITHER, MANIFEST, SAMPLED, Manifest
+from lightning_mvar.data.tokens.manifest import MANIFEST, SAMPLED, WRITERS, Manifest
 from lightning_mvar.data.tokens.shards import read_samples, read_shard
 from lightning_mvar.data.tokens.sources import LocalShards
 from lightning_mvar.data.tokens.statistics import TokenStatistics, stratified_ids
-from lightning_mvar.data.tokens.verify import find_problems, plural
+from lightning_mvar.data.tokens.verify import counted, find_problems
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fetch import is_remote
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.sampling.grids import captioned_pair, image_grid, save_image
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
@@ -57,10 +58,12 @@ def verify(folder: str, tokenizer: str | None = None) -> None:
             problems.append(problem)
             tqdm.write(str(problem))
     if problems:
-        counts = f"{plural(len(problems), 'problem')} in {plural(len({problem.file for problem in problems}), 'file')}"
+        counts = (
+            f"{counted(len(problems), 'problem')} in {counted(len({problem.file for problem in problems}), 'file')}"
+        )
         raise InputError(f"{folder} is damaged: {counts}, listed above")
     manifest = Manifest.load(path)
-    counts = f"{plural(manifest.num_samples, 'sample')} in {plural(len(manifest.shards), 'shard')}"
+    counts = f"{counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
     print(f"{folder} is intact: {counts}")
 
 
@@ -102,7 +105,7 @@ def info(folder: str, json: str | None = None) -> None:
     if json is not None:
         counts = enumerate(zip(manifest.class_names, statistics.classes.tolist(), strict=True))
         histogram = [{"label": label, "name": name, "samples": count} for label, (name, count) in counts]
-        write_records([summary | {"scales": scales, "classes": histogram, "skipped": manifest.skipped}], json)
+        write_json(json, [summary | {"scales": scales, "classes": histogram, "skipped": manifest.skipped}])
 
 
 def decode(
@@ -132,6 +135,7 @@ def decode(
     require_in("[1, inf)", "--", n=n)
     require_in("[0, inf)", "--", seed=seed)
     refuse_overwriting({"--out": out}, {"--folder": folder, "--tokenizer": tokenizer, "--images": images})
+    require_suffix((".png",), {"--out": out})
     path, torch_device = require_folder(folder), choose_device(device)
     manifest = load_valid_manifest(path)
     if not manifest.num_samples:
@@ -239,7 +243,7 @@ def load_valid_manifest(folder: Path) -> Manifest:
 def require_folder(folder: str) -> Path:
     """Returns the folder's path; raises InputError if it is not a folder."""
     if not os.path.isdir(folder):  # False for a name that is too long
-        raise InputError(f"{folder:.200} is not a folder; name one that {EITHER} wrote, with a {MANIFEST}")
+        raise InputError(f"{folder:.200} is not a folder; name one that {WRITERS} wrote, with a {MANIFEST}")
     return Path(folder)
 
 

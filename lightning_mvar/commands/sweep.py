@@ -30,8 +30,8 @@ from lightning_mvar.sweeps.launchers import Launcher, local_launcher, ray_launch
 from lightning_mvar.sweeps.plan import GridPoint, SweepFile
 from lightning_mvar.sweeps.preparation import prepare
 from lightning_mvar.sweeps.processes import Stop
+from lightning_mvar.sweeps.status import status_table
 from lightning_mvar.sweeps.sweep_file import read_sweep
-from lightning_mvar.sweeps.table import status_table
 
 REFRESH_S = 1.0
 
@@ -52,7 +52,7 @@ def sweep(
 
     Args:
         file: sweep file, such as configs/sweep/digits_quick.yaml.
-        out: folder of the sweep; default outputs/sweep/NAME for NAME.yaml.
+        out: folder of the sweep, by default outputs/sweep/NAME for NAME.yaml.
         jobs: number of cells to run at once.
         launcher: where cells run: `local` on this machine, `submitit` as Slurm jobs, `ray` on a Ray cluster.
         submitit: executor parameters for --launcher submitit: --submitit.cluster slurm or local,

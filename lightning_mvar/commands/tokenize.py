@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -23,13 +22,12 @@ from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import IMAGE_CACHE, find_embedded_set, open_images, refuse_split, split_off
 from lightning_mvar.data.tokens.encode import EncodedBatch, TokenEncoder
 from lightning_mvar.data.tokens.manifest import Manifest, read_record, record_paths
-from lightning_mvar.data.tokens.verify import plural
+from lightning_mvar.data.tokens.verify import counted
 from lightning_mvar.data.tokens.writing import ShardFolder
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fetch import RETRIES
 from lightning_mvar.io.locks import lock_folder
-from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -114,9 +112,22 @@ def tokenize(
         folders = []
         for source, (name, target, crops) in zip(sources, parts, strict=True):
             order = shard_order(source, crops)
-            plan = make_plan(model, source, name, order, shard_size)
-            plan = replace(plan, views=crops, margin=margin, precision=precision)
-            plan = replace(plan, seed=seed if crops > 1 else 0, flips=flips and crops > 1)
+            plan = Manifest(  # still without shards
+                side_lengths=list(model.config.schedule.side_lengths),
+                vocab_size=model.config.vocab_size,
+                class_names=source.class_names,
+                tokenizer=model.fingerprint(),
+                source=name,
+                num_images=len(source),
+                shard_size=shard_size,
+                order=sha256(order.tobytes()).hexdigest(),
+                listing=source.listing,
+                views=crops,
+                margin=margin,
+                precision=precision,
+                seed=seed if crops > 1 else 0,
+                flips=flips and crops > 1,
+            )
             if fabric.is_global_zero:
                 stack.enter_context(lock_folder(target, "tokenize"))
             fabric.barrier()
@@ -154,26 +165,11 @@ def refuse_overlap(images: str, out: str) -> None:
             )
 
 
-def make_plan(model: Tokenizer, source: ImageSource, name: str, order: NDArray[np.int64], shard_size: int) -> Manifest:
-    """Returns the manifest, still without shards, of the images of `source`, called `name`, in the given order."""
-    return Manifest(
-        side_lengths=list(model.config.schedule.side_lengths),
-        vocab_size=model.config.vocab_size,
-        class_names=source.class_names,
-        tokenizer=model.fingerprint(),
-        source=name,
-        num_images=len(source),
-        shard_size=shard_size,
-        order=sha256(order.tobytes()).hexdigest(),
-        listing=source.listing,
-    )
-
-
 def report(manifest: Manifest, folder: Path, images_per_s: float | None) -> None:
     """Prints a summary; raises InputError if there are no samples."""
-    skipped = f", {plural(len(manifest.skipped), 'image')} skipped" if manifest.skipped else ""
+    skipped = f", {counted(len(manifest.skipped), 'image')} skipped" if manifest.skipped else ""
     rate = "" if images_per_s is None else f"; {images_per_s:.1f} images/s per device"
-    counts = f"{plural(manifest.num_samples, 'sample')} in {plural(len(manifest.shards), 'shard')}"
+    counts = f"{counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
     print(f"{counts} in {folder}{skipped}{rate}")
     if not manifest.num_samples:
         raise InputError(f"no image of {manifest.source} could be decoded; the manifest in {folder} lists the errors")

@@ -277,7 +277,7 @@ def download(address: str, path: Path, max_bytes: int) -> None:
     """
     progress = Progress(address, max_bytes)
     if address.startswith("pipe:"):
-        run_command(address.removeprefix("pipe:"), path, progress)
+        download_from_command(address.removeprefix("pipe:"), path, progress)
     else:
         copy_url(address, path, progress)
 
@@ -340,7 +340,7 @@ def as_fetch_error(error: BaseException) -> BaseException:
     return error
 
 
-def run_command(command: str, path: Path, progress: Progress) -> None:
+def download_from_command(command: str, path: Path, progress: Progress) -> None:
     """Writes the output of a shell command to a file; see `download`."""
     process = Popen(command, stdout=PIPE, shell=True)
     assert process.stdout is not None

@@ -45,7 +45,7 @@ class Mismatch(Exception):
     """A JSON value does not have the expected type; the message starts with the path of its field."""
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     """Writes a value of plain types to a JSON file atomically; raises InputError if the file cannot be written."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent) + "\n")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mvar.data.builtin.base import EmbeddedSet, Split
-from lightning_mvar.data.images.examples import OnCorrupt
+from lightning_mvar.data.images.examples import OnCorrupt, spaced_evenly
 from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, MARGIN, CropProtocol, Resizing
 from lightning_mvar.data.images.sources import ARCHIVE_SUFFIXES, IMAGE_CACHE, find_embedded_set, open_images, split_off
 from lightning_mvar.data.tokens.manifest import MANIFEST
@@ -24,7 +24,7 @@ from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.io.known_files import ADM_REFERENCES
 from lightning_mvar.io.npz import array_names
 from lightning_mvar.metrics.image_sets import DecodedShards, ImageSet, SourceImages
-from lightning_mvar.metrics.summary import Features, Summary, describe_extractor, feed_shard, spaced_evenly
+from lightning_mvar.metrics.summary import Features, Summary, describe_extractor, feed_shard
 from lightning_mvar.sampling.readers import NpzSamples
 from lightning_mvar.scales import Shape, format_shape, shape_of
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
@@ -41,8 +41,6 @@ class Reference:
         kind: an embedded or external image source, token shards, or an npz.
         embedded: the embedded set and its split, if the source is one.
         arrays: array names, if the reference is an npz.
-        cache_dir: local folder for downloaded archives.
-        retries: further attempts after a failed download.
         resizing: how image files are resized before they are cropped, and those of statistics must have been.
         on_corrupt: raise if an image file cannot be decoded, or skip it.
     """
@@ -51,8 +49,6 @@ class Reference:
     kind: Literal["images", "shards", "npz"]
     embedded: tuple[EmbeddedSet, Split] | None = None
     arrays: tuple[str, ...] = ()
-    cache_dir: str = IMAGE_CACHE
-    retries: int = RETRIES
     resizing: Resizing = DEFAULT_RESIZING
     on_corrupt: OnCorrupt = "raise"
 
@@ -64,15 +60,15 @@ class Reference:
     def check_classes(self, class_names: list[str]) -> None:
         """Raises InputError if token shards have other classes than a network with these names, or in another order."""
         if self.kind == "shards" and class_names:
-            open_shards(self.name, retries=self.retries).manifest().check_classes(self.name, class_names)
+            open_shards(self.name).manifest().check_classes(self.name, class_names)
 
     def feature_labels(self, size: int | Shape) -> tuple[Tensor, list[str]]:
         """Returns the labels (n,) int64 of the images whose features `summary` returns, and the class names.
 
         Requires the kind `images`, and reads none of them.
         """
-        source = open_images(self.name, shape_of(size), cache_dir=self.cache_dir, retries=self.retries)
-        return torch.from_numpy(source.labels)[spaced_evenly(len(source), MAX_REAL_FEATURES)], source.class_names
+        source = open_images(self.name, shape_of(size))
+        return torch.from_numpy(source.labels[spaced_evenly(len(source), MAX_REAL_FEATURES)]), source.class_names
 
     def images(self, size: int | Shape, tokenizer: Tokenizer | None = None, num_workers: int = 0) -> ImageSet:
         """Opens the images.
@@ -89,7 +85,7 @@ class Reference:
         if self.kind == "shards":
             if tokenizer is None:
                 raise InputError(f"{self.name} holds token shards: pass the tokenizer that encoded them as --tokenizer")
-            images: ImageSet = DecodedShards(open_shards(self.name, retries=self.retries), tokenizer)
+            images: ImageSet = DecodedShards(open_shards(self.name), tokenizer)
         elif self.kind == "npz":
             images = SourceImages(NpzSamples(Path(self.name)))
         else:
@@ -97,8 +93,6 @@ class Reference:
                 self.name,
                 shape,
                 self.on_corrupt,
-                cache_dir=self.cache_dir,
-                retries=self.retries,
                 crop=self.resizing.protocol,
                 margin=self.resizing.margin,
             )
@@ -168,8 +162,6 @@ class Reference:
 
 def open_reference(
     name: str,
-    cache_dir: str = IMAGE_CACHE,
-    retries: int = RETRIES,
     crop: CropProtocol = "var",
     margin: float = MARGIN,
     on_corrupt: OnCorrupt = "raise",
@@ -180,8 +172,6 @@ def open_reference(
         name: `digits:test`, `photos:test` or another embedded set; `imagenet256` (64, 128, 512) for ADM's reference,
             downloaded the first time; a folder of class folders; local or remote archives; a local or remote npz of
             images (`arr_0`) or statistics (`mu`, `sigma`); a local or remote folder of token shards.
-        cache_dir: local folder for downloaded archives and npz files.
-        retries: further attempts after a failed download.
         crop, margin: how image files are resized and cropped; see `data.images.protocols`.
         on_corrupt: raise if an image file cannot be decoded, or skip it.
 
@@ -197,10 +187,10 @@ def open_reference(
     elif is_remote(name):
         file = remote_file_name(split_off(name)[0])
         if "{}" in name or not file.endswith((*ARCHIVE_SUFFIXES, ".npz")):
-            return Reference(name, "shards", retries=retries, resizing=resizing)
+            return Reference(name, "shards", resizing=resizing)
         if file.endswith(ARCHIVE_SUFFIXES):
-            return Reference(name, "images", None, (), cache_dir, retries, resizing, on_corrupt)
-        (path,) = fetch_files([name], Path(cache_dir).expanduser(), retries)
+            return Reference(name, "images", resizing=resizing, on_corrupt=on_corrupt)
+        (path,) = fetch_files([name], Path(IMAGE_CACHE), RETRIES)
     if path.suffix == ".npz":
         return Reference(str(path), "npz", arrays=tuple(array_names(path)), resizing=resizing)
     if (path / MANIFEST).is_file():

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lightning_mvar.data.images.examples import spaced_evenly
 from lightning_mvar.data.images.protocols import UNKNOWN_CROP
 from lightning_mvar.devices import device_of, exact_float32
 from lightning_mvar.errors import FOREIGN_MODULE_ERRORS, InputError
@@ -132,11 +133,6 @@ class Features:
             None if self.spatial is None else self.spatial.compute(),
             None if self.bank is None else self.bank.compute(),
         )
-
-
-def spaced_evenly(count: int, limit: int) -> Tensor:
-    """Returns the indices (min(count, limit),) int64 of `count` images whose features are kept, in order."""
-    return torch.from_numpy(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
 class ImageAccumulator(Protocol):

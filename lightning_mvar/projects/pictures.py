@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lightning_mvar.data.images.decoding import UnusableFileError, decode_upright
+from lightning_mvar.data.images.examples import spaced_evenly
 from lightning_mvar.data.images.files import EncodedImages
 from lightning_mvar.errors import InputError, one_line
 
@@ -70,7 +71,7 @@ def inspect_pictures(images: EncodedImages, name: str) -> Pictures:
     Raises:
         InputError: if no picture can be decoded, or a file cannot be read.
     """
-    examined = np.linspace(0, len(images) - 1, min(len(images), MAX_DECODED)).round().astype(int).tolist()
+    examined = spaced_evenly(len(images), MAX_DECODED).tolist()
     sizes, transparent, broken = [], 0, []
     for index in tqdm(examined, desc="inspecting the pictures", unit="img", leave=False):
         try:

@@ -19,7 +19,7 @@ from lightning_mvar.io.locks import FileLock
 # The fork server imports everything once, which takes seconds, and forks a process for each command.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["lightning_mvar.sweeps.server", "lightning_mvar.cli.training", "lightning_mvar.metrics.scores"]
+    ["lightning_mvar.sweeps.forkserver_signals", "lightning_mvar.cli.training", "lightning_mvar.metrics.scores"]
 )
 # The server blocks these signals to outlive them; its children inherit the mask and unblock them.
 SERVER_BLOCKED_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -67,7 +67,7 @@ class ProcessContext:
     share: Share = WHOLE_MACHINE
 
 
-def run_command(args: list[str]) -> int:
+def run_and_wait(args: list[str]) -> int:
     """Runs a command and returns its exit code; after Ctrl-C, which the command also receives, waits for it to save."""
     process = start(args, ProcessContext())
     try:

@@ -25,14 +25,8 @@ from lightning_mvar.sweeps.plan import CONFIG_SUFFIXES, FIT_OPTIONS, Budget, Bud
 # Options that the sweep itself sets on the command lines.
 RESERVED_FIT_OPTIONS = (*FIT_OPTIONS[::2], "--ckpt_path")
 RESERVED_EVALUATE_OPTIONS = ("--samples", "--json", "--seed")
-REPORT_COLUMNS = (
-    "cell",
-    "variant",
-    "sampling_seed",
-    "status",
-    "tries",
-    "seconds",
-)  # of a report's tables, so no axis names
+# Columns of a report's tables, which cannot be names of axes.
+REPORT_COLUMNS = {"cell", "variant", "missing_seeds", "sampling_seed", "status", "tries", "attempts_s", *TITLES}
 MAX_BYTES = 2**20  # of a sweep file
 MAX_CELLS = 10_000
 
@@ -113,7 +107,10 @@ def read_axes(path: Path, axes: object) -> dict[str, tuple[Choice, ...]]:
         if axis in choices:
             raise InputError(f"{path}: two axes are named {axis}")
         if axis in REPORT_COLUMNS:
-            raise InputError(f"{path}: an axis cannot be named {axis}: tables have a column of that name")
+            raise InputError(
+                f"{path}: an axis cannot be named {axis}, as a report has a column of that name: choose another name, "
+                f"and map the name of each value to its arguments"
+            )
         if axis in ("seed", "seeds", "out") or f"--{key}" in RESERVED_FIT_OPTIONS:
             raise InputError(f"{path}: {key} cannot be an axis: the sweep sets it for each cell (see `seeds`)")
         if not isinstance(values, list | dict) or not values:

@@ -17,12 +17,14 @@ from PIL import Image
 from lightning_mvar.errors import InputError
 from lightning_mvar.pipeline import MVARPipeline
 from lightning_mvar.sampling.guidance import Guidance
+from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.scales import format_shape
 from lightning_mvar.web.backend import INSIDE, MAX_IMAGES, OUTSIDE, PageBackend, ScalePreview, class_menu
 from lightning_mvar.web.folder import PageFolder
 from lightning_mvar.web.guard import RECEIVED, Audience
 from lightning_mvar.web.inputs import Page, bound_edits, edited_image
 
+DEFAULTS = SamplingSettings()
 MAX_QUEUED_JOBS = 16
 MAX_CURVE = 6  # guidance scale at the top of the curve
 MAX_SESSIONS = 100  # whose state gradio keeps
@@ -107,15 +109,19 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
     class_name = gr.Dropdown(menu, value=menu[1][1], label="Class", info="type to search", allow_custom_value=True)
     with gr.Group(), gr.Row():
         count = gr.Number(4, label="Images", info=f"1 to {MAX_IMAGES}", step=1, min_width=120)
-        guidance = gr.Number(1.5, label="Guidance", info="0 for none", step=0.1, min_width=120, elem_id="guidance")
+        guidance = gr.Number(
+            DEFAULTS.guidance, label="Guidance", info="0 for none", step=0.1, min_width=120, elem_id="guidance"
+        )
     with gr.Group(), gr.Row():
-        top_k = gr.Number(900, label="Top-k", info="0 for all", step=1, min_width=80)
-        top_p = gr.Number(0.96, label="Top-p", info="1 or 0 for all", step=0.01, min_width=80)
-        temperature = gr.Number(1, label="Temperature", info="below 1: likelier", step=0.05, min_width=80)
+        top_k = gr.Number(DEFAULTS.top_k, label="Top-k", info="0 for all", step=1, min_width=80)
+        top_p = gr.Number(DEFAULTS.top_p, label="Top-p", info="1 or 0 for all", step=0.01, min_width=80)
+        temperature = gr.Number(
+            DEFAULTS.temperature, label="Temperature", info="below 1: likelier", step=0.05, min_width=80
+        )
     with gr.Group():
-        seed = gr.Number(0, label="Seed", info="the same seed draws the same images", step=1)
+        seed = gr.Number(DEFAULTS.seed, label="Seed", info="the same seed draws the same images", step=1)
         new_seed = gr.Button("New seed", size="sm")
-    smooth = gr.Checkbox(False, label="Smooth", info="mixes codes: nicer to look at, not for scores")
+    smooth = gr.Checkbox(DEFAULTS.smooth, label="Smooth", info="mixes codes: nicer to look at, not for scores")
     new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **HIDDEN_EVENT)
     curve = guidance_curve(pipe, guidance)
     return [class_name, count, guidance, top_k, top_p, temperature, seed, smooth, *curve]
@@ -133,9 +139,9 @@ def guidance_curve(pipe: MVARPipeline, guidance: gr.Number) -> list[gr.component
         with gr.Row(elem_classes="curve"):
             sliders = [
                 gr.Slider(
-                    0, MAX_CURVE, round(1.5 * share, 2), step=0.01, label=name, min_width=30, elem_id=f"strength-{name}"
+                    0, MAX_CURVE, round(strength, 2), step=0.01, label=name, min_width=30, elem_id=f"strength-{name}"
                 )
-                for name, share in zip(config.schedule.names, line, strict=True)
+                for name, strength in zip(config.schedule.names, DEFAULTS.guide.strengths(config), strict=True)
             ]
     if len(sliders) > 1:
         draw_line = f"(g) => {list(line)}.map(x => Math.min({MAX_CURVE}, +(g * x).toFixed(2)))"

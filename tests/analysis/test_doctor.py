@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Pixels, write_images
 from PIL import Image
+from scipy.fft import dctn
 
 from lightning_mvar.analysis.doctor import traces
 from lightning_mvar.analysis.doctor.differences import compare
@@ -199,6 +200,19 @@ def test_pixels_tell_of_jpeg_resizing_and_cut_off_decimals(tmp_path: Path, chang
 
 def test_the_dct_is_orthonormal() -> None:
     assert np.allclose(traces.DCT @ traces.DCT.T, np.eye(8))
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+def test_fine_coefficients_are_those_of_whole_blocks_from_an_offset_on(offset: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4, (2, 21, 30, 3)).astype(np.uint8)  # no multiples of 8
+    shares = []
+    for image in pixels @ traces.LUMINANCE:
+        for top in range(offset, 21 - 7, 8):
+            for left in range(offset, 30 - 7, 8):
+                block = dctn(image[top : top + 8, left : left + 8], norm="ortho")
+                shares += [abs(block[i, j]) >= traces.ZERO for i in range(8) for j in range(8 - i, 8)]
+    assert 0.1 < np.mean(shares) < 0.9
+    assert traces.fine_share(pixels, offset) == pytest.approx(np.mean(shares))
 
 
 def statistics_of(pixels: np.ndarray) -> Statistics:

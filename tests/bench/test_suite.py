@@ -39,6 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_failures_and_the_time_budget_lose_no_result(tmp_path: Path) -> None:
     sizes = ("d16", "d24", "d12", "d20")
     benchmarks = [Benchmark("sample", Setting(size, batch_size=64), seconds=10) for size in sizes]
+    benchmarks[2] = Benchmark("sample", Setting("d12", batch_size=64, precision="bfloat16"), seconds=10)
     records = run_suite(benchmarks, CPU, 30, tmp_path / "new")
     assert json.loads((tmp_path / "new/gpu.json").read_text()) == records
     first, failed, third, skipped = records
@@ -48,6 +49,8 @@ def test_failures_and_the_time_budget_lose_no_result(tmp_path: Path) -> None:
     assert first["peak_share"] == pytest.approx(400e12 / 989e12)
     weights = 4 * count_parameters(Setting("d16").network)  # float32, read in each of ten steps
     assert first["bandwidth_share"] == pytest.approx(10 * weights / (0.002 * 64) / 3.35e12)
+    halves = 2 * count_parameters(Setting("d12").network)  # bfloat16
+    assert third["bandwidth_share"] == pytest.approx(10 * halves / (0.002 * 64) / 3.35e12)
     table = (tmp_path / "new/gpu.md").read_text()
     assert "| sample, mvar d16, 256 px, batch 64, graphs, float32 | 400 | 500 | 160 | 40.4% |" in table
     assert "out of memory" in table

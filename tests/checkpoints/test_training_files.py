@@ -17,6 +17,7 @@ from lightning_mvar.checkpoints.training import (
     newest_first,
     newest_intact,
     publish,
+    remove_leftovers,
     resolve_last,
     size_and_crc,
 )
@@ -36,7 +37,20 @@ def test_the_newest_has_the_highest_step_whatever_the_clocks_say(tmp_path: Path)
         os.utime(write(tmp_path, step), (age, age))
     for name in ("step=.ckpt", "step=3.ckpt.bak", "keep.ckpt", ".step=00000011.ckpt.unfinished"):
         (tmp_path / name).touch()
+    (tmp_path / "step=200000000.ckpt").symlink_to("step=00000002.ckpt")  # a link has the step of another
     assert [int(path.stem[5:]) for path in newest_first(tmp_path)] == sorted(steps, reverse=True)
+
+
+def test_what_killed_runs_left_is_removed_but_nothing_that_it_links_to(tmp_path: Path) -> None:
+    kept, folder = write(tmp_path, 1), tmp_path / "elsewhere"
+    for path in (folder, tmp_path / ".step=2.ckpt.removed"):
+        path.mkdir()
+        (path / "shard").touch()
+    (tmp_path / ".step=3.ckpt.unfinished").touch()
+    (tmp_path / ".step=4.ckpt.removed").symlink_to(folder)
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [folder, kept]
+    assert (folder / "shard").is_file()
 
 
 def test_incomplete_ones_are_skipped_and_checksums_are_read_on_request(

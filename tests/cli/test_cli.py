@@ -160,6 +160,7 @@ def test_an_empty_option_is_refused(options: list[str]) -> None:
         ({"--out": "link"}, "--out link would replace what --ckpt_path model reads"),
         ({"--json": "model/config.json"}, "--json model/config.json would replace what --ckpt_path model reads"),
         ({"--json": "shards/000000.tar"}, "--json shards/000000.tar would replace what --reference shards reads"),
+        ({"--json": "shards/a.tar.gz"}, "--json shards/a.tar.gz would replace what --reference shards reads"),
         ({"--picture": "images/a/1.png"}, "--picture images/a/1.png would replace what --images images reads"),
         ({"--out": "q.npz", "--grid": "x/../q.npz"}, "--grid and --out both name x/../q.npz"),
     ],
@@ -169,7 +170,7 @@ def test_no_output_replaces_an_input_or_another_output(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     existing = ["model/config.json", "model/grid.png", "model/scores.json"]
-    for name in (*existing, "images/a/1.png", "images/scores.json", "shards/000000.tar"):
+    for name in (*existing, "images/a/1.png", "images/scores.json", "shards/000000.tar", "shards/a.tar.gz"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
     Path("link").symlink_to("model")

@@ -257,7 +257,7 @@ def test_home_is_expanded_everywhere(here: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_config_that_is_not_here_comes_with_the_package(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(configs, "SAID", WarningCache())
+    monkeypatch.setattr(configs, "messages", WarningCache())
     names = ("configs/mixer/var.yaml", "optimizer/wsd.yaml")
     assert fit("--config", names[0], f"--config={names[1]}", "--config", names[0], "--print_config") == 0
     assert "block_causal_attention" in capfd.readouterr().out
@@ -335,6 +335,6 @@ def test_odd_values_in_a_checkpoint_are_told(here: Path, capfd: pytest.CaptureFi
 
 
 def test_the_default_progress_bar_counts_the_steps_of_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TrainingCLI, "run_command", lambda self: None)
+    monkeypatch.setattr(TrainingCLI, "run_trainer", lambda self: None)
     built = run_cli(TrainingCLI, ["fit", "--config", "run.yaml", "--trainer.enable_progress_bar", "true"])
     assert isinstance(built.trainer.progress_bar_callback, StepProgressBar)

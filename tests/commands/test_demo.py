@@ -30,7 +30,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         product.write_text("product")
         return 130 if words[0] == "fit" and Path("fail").exists() else 0
 
-    monkeypatch.setattr(module, "run_command", run_stub)
+    monkeypatch.setattr(module, "run_and_wait", run_stub)
     monkeypatch.setattr(module, "write_metrics", lambda: None)
     return calls
 

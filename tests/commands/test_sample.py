@@ -302,6 +302,7 @@ def test_rejection_keeps_the_images_with_the_highest_confidence(workdir: Path) -
         (["--keep", "0.3"], "--keep is the share of the images that --reject CLASSIFIER keeps: add --reject"),
         (["--per_class", "1000000000000"], "a set has at most 10,000,000 images"),
         (["--per_class", str(2**63), "--ckpt_path", "."], "a set has at most 10,000,000 images"),
+        (["--grid", "a.jpg"], "--grid a.jpg must end in .png"),
         (["--animation", "a.mp4"], "--animation a.mp4 must end in .gif or .webp"),
         (["--classes", "3,3x"], "--classes: there is no class '3x'"),
         (["--devices", "0"], "--devices must be at least 1"),

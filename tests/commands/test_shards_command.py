@@ -259,6 +259,7 @@ def test_mistakes_are_reported_in_one_line(
         (["info", "images"], "no token shards in images"),
         (["info", "cut"], "000000.tar is damaged"),
         (["verify", "foreign", "--tokenizer", str(tokenizer_folder)], "foreign is damaged: 1 problem in 1 file"),
+        (["decode", "tokens", *decode[:-1], "a.jpg"], "--out a.jpg must end in .png"),
         (["decode", "foreign", *decode], "the tokens in foreign were made by tokenizer abc, not by"),
         (["info", "odd"], "odd/manifest.json is damaged (manifest.json: vocab_size is '48'; it must be an integer"),
         (["decode", "odd", *decode], "odd/manifest.json is damaged"),

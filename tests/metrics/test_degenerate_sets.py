@@ -43,6 +43,18 @@ def test_a_floor_of_the_same_images_has_no_ratio(
     assert other["frechet_distance_over_floor"] == 5.0 / other["floor_frechet_distance"]
 
 
+def test_a_floor_has_a_ratio_if_its_distance_is_beyond_rounding(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, other = (open_reference(write_set(tmp_path / f"{seed}.npz", 9, seed=seed)) for seed in range(2))
+    summaries = evaluator.summary(real), evaluator.summary(other)
+    variances = sum(float(summary.statistics.sigma.trace()) for summary in summaries)
+    for relative, has_ratio in ((1e-10, False), (1e-8, True)):  # rounding is 1e-9
+        distance = relative * variances
+        monkeypatch.setattr("lightning_mvar.metrics.evaluator.frechet_distance", lambda *_, found=distance: found)
+        assert ("frechet_distance_over_floor" in evaluator.floor_scores(5.0, summaries[0], other)) == has_ratio
+
+
 @pytest.mark.parametrize(("labels", "named"), [(range(0, 2000, 100), 100), (range(-5, 15), -5)])
 def test_labels_that_the_reference_does_not_have_are_told(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], labels: range, named: int

@@ -13,6 +13,7 @@ from conftest import write_images, write_token_shards
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.data.images.sources import open_images
+from lightning_mvar.data.tokens import shards
 from lightning_mvar.data.tokens.shards import read_shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics import image_sets as module
@@ -41,14 +42,17 @@ def test_processes_that_read_an_npz_do_not_share_a_file_position(tmp_path: Path)
     torch.testing.assert_close(images, torch.from_numpy(pixels).movedim(-1, 1) / 255)
 
 
-def test_shards_are_decoded_in_order_from_any_index(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_shards_are_decoded_in_order_from_any_index(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "PACK_SIZE", 32)  # the first shard has three packs
     manifest = write_token_shards(tmp_path, tokenizer.fingerprint(), [70, 20, 30])
     images = open_reference(str(tmp_path)).images(8, tokenizer)
     assert len(images) == 120
     packs = [pack.tokens for s in manifest.shards for pack in read_shard(tmp_path / s.name, s, manifest.spec)]
     tokens = torch.from_numpy(np.concatenate(packs).astype(np.int64))
     expected = (tokenizer.decode(tokens) + 1) / 2
-    for begin, end in ((0, 120), (65, 95), (90, 90), (119, 120)):
+    for begin, end in ((0, 120), (30, 70), (33, 60), (65, 95), (90, 90), (119, 120)):
         decoded = torch.cat([torch.empty(0, 3, 8, 8), *images.batches(begin, end)])
         torch.testing.assert_close(decoded, expected[begin:end])
 

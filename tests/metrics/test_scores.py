@@ -11,8 +11,8 @@ from torch import nn
 from lightning_mvar.io.fingerprint import fingerprint
 from lightning_mvar.metrics import scores as module
 from lightning_mvar.metrics.inception_score import InceptionScore
-from lightning_mvar.metrics.intervals import assign_groups
-from lightning_mvar.metrics.kernel_distance import kernel_distance
+from lightning_mvar.metrics.intervals import assign_groups, jackknife_interval
+from lightning_mvar.metrics.kernel_distance import kernel_distance, kernel_replicates
 from lightning_mvar.metrics.mind import monge_distance
 from lightning_mvar.metrics.precision_recall import precision_recall
 from lightning_mvar.metrics.reference import measure, open_reference
@@ -133,6 +133,22 @@ def test_intervals_of_two_processes_equal_those_of_one(spatial_scores: Scores, t
     for rank in range(2):
         for name, interval in torch.load(tmp_path / f"{rank}.pt").items():
             assert interval == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_intervals_of_a_part_of_the_samples_are_those_of_all_and_that_of_kid_has_the_noise_of_its_subsets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_SAMPLE_FEATURES", 40)
+    scores = scores_of(random_images())
+    values, kept, real = scores.compute(), scores.kept_features(), scores.reference.features
+    assert len(kept) == 40
+    groups = assign_groups(40)
+    replicates = kernel_replicates(real, kept, groups)
+    found = scores.intervals(values, 0.95)
+    noise = values["kid_std"] ** 2 / 100  # of the mean of 100 subsets
+    assert found["kid"] == pytest.approx(jackknife_interval(values["kid"], replicates, 0.95, 40 / 60, noise))
+    minds = [monge_distance(real, kept[groups != group]) for group in range(20)]
+    assert found["mind"] == pytest.approx(jackknife_interval(values["mind"], minds, 0.95, 40 / 60), rel=1e-6)
 
 
 def test_scores_that_extractor_or_reference_do_not_support_are_omitted(reference: Summary) -> None:

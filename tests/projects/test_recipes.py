@@ -107,7 +107,7 @@ def test_an_unknown_resolution_and_too_few_pictures_are_refused() -> None:
 
 
 def test_a_class_that_nothing_would_train_is_refused() -> None:
-    with pytest.raises(InputError, match=r"^class 1, class 2: no picture to train on, .*: add some, or remove"):
+    with pytest.raises(InputError, match=r"^class 1, class 2: no picture is left to train on, .*: add some, or remove"):
         make_plan(replace(pictures(), untrained=["class 1", "class 2"]), None, CPU)
 
 

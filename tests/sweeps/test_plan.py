@@ -118,6 +118,7 @@ def test_values_become_arguments_and_labels_that_a_folder_name_can_hold(file: Pa
         ("[2, 4]", "2", "axis model.network.depth needs a list of values"),
         ("model.network.depth", "model.mixer", "two axes are named mixer"),
         ('slow: "--model.optimizer.base_lr 1e-3"', "slow: 0", "`recipe.slow` must be a command line as text, got 0"),
+        ("model.network.depth", "trainer.precision", "an axis cannot be named precision, as a report has a column"),
         ("model.network.depth", "seed", "seed cannot be an axis"),
         ("[0, 7]", "[0, 0]", "`seeds` names one twice"),
         ("[0, 7]", "3", "`seeds` must be a list"),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lightning_mvar.analysis.doctor.differences import FEATURE_FACTORS, Difference, Result, balance, compression
 from lightning_mvar.analysis.doctor.traces import read_some, sharpness_of
 from lightning_mvar.data.images.decoding import SUFFIXES_BY_FORMAT
+from lightning_mvar.data.images.examples import spaced_evenly
 from lightning_mvar.data.images.protocols import DEFAULT_RESIZING, Resizing
 from lightning_mvar.data.images.sources import find_embedded_set, split_off
 from lightning_mvar.devices import device_of, exact_float32
@@ -130,7 +131,7 @@ class ScoredSet:
 
 def spaced(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Returns `count` of the indices, evenly spaced, or all if there are fewer."""
-    return indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)]
+    return indices[spaced_evenly(len(indices), count)]
 
 
 def estimate_all(

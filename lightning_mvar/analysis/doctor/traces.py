@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mvar.analysis.doctor.differences import Result
+from lightning_mvar.data.images.examples import spaced_evenly
 from lightning_mvar.sampling.readers import Samples
 
 MAX_IMAGES = 500  # inspected per set, evenly spaced
@@ -49,8 +50,7 @@ def add_traces(first: Result, second: Result, samples: Sequence[Samples | None])
 
 def read_some(samples: Samples) -> Pixels:
     """Reads up to `MAX_IMAGES` images, evenly spaced."""
-    indices = np.linspace(0, len(samples) - 1, min(len(samples), MAX_IMAGES)).round().astype(int)
-    return np.stack([samples.pixels(int(i)) for i in indices])
+    return np.stack([samples.pixels(i) for i in spaced_evenly(len(samples), MAX_IMAGES).tolist()])
 
 
 def fine_share(pixels: Pixels, offset: int = 0) -> float:

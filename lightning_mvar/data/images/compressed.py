@@ -35,6 +35,7 @@ OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".tzst": open_zstandard,
 }
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tzst")
+TAR_SUFFIXES = (".tar", *COMPRESSED_SUFFIXES)
 DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 

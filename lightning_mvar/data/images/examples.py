@@ -147,6 +147,11 @@ def decoded_batches(
             yield batch
 
 
+def spaced_evenly(count: int, limit: int) -> NDArray[np.int64]:
+    """Returns up to `limit` indices below `count`, evenly spaced and in order: sources are ordered by class."""
+    return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
+
+
 def batched(indices: Sequence[int], size: int) -> list[Sequence[int]]:
     return [indices[begin : begin + size] for begin in range(0, len(indices), size)]
 

@@ -24,7 +24,7 @@ from lightning_mvar.data.builtin.emoji import EMOJI64
 from lightning_mvar.data.builtin.photos import PHOTOS, PHOTOS64
 from lightning_mvar.data.images.archives import TarImages
 from lightning_mvar.data.images.class_words import read_class_names
-from lightning_mvar.data.images.compressed import COMPRESSED_SUFFIXES, decompressed
+from lightning_mvar.data.images.compressed import TAR_SUFFIXES, decompressed
 from lightning_mvar.data.images.crops import DecodedImages, EmbeddedImages
 from lightning_mvar.data.images.examples import ImageSource, OnCorrupt
 from lightning_mvar.data.images.files import EncodedImages, FolderImages, SourceSplit
@@ -40,7 +40,6 @@ from lightning_mvar.scales import Shape, format_shape, shape_of
 EMBEDDED_SETS = {embedded.name: embedded for embedded in (DIGITS, PHOTOS, PHOTOS64, EMOJI64)}
 
 IMAGE_CACHE = "outputs/image_cache"
-TAR_SUFFIXES = (".tar", *COMPRESSED_SUFFIXES)
 TABLE_SUFFIXES = (".parquet", ".arrow")
 ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, *TABLE_SUFFIXES)
 BRACES = re.compile(r"\{([^{}]*)\}")

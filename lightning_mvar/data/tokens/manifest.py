@@ -34,8 +34,8 @@ SAMPLED = "samples of a network: "  # prefix of the source of tokens that a netw
 MAX_TOKENS = 2**20  # per image; 1024 pixels have 9,451
 MAX_COUNT = 2**40
 TOKENIZE, SAMPLE = "`lightning-mvar tokenize`", "`lightning-mvar sample`"  # commands that write shards, for messages
-EITHER = f"{TOKENIZE} or {SAMPLE}"
-REMOVE_REMEDY = f"remove that file and run the same {EITHER} again"
+WRITERS = f"{TOKENIZE} or {SAMPLE}"
+REMOVE_REMEDY = f"remove that file and run the same {WRITERS} again"
 REWRITE_REMEDY = "write the shards again into an empty folder"
 
 
@@ -353,7 +353,7 @@ def parts_of(folder: Path) -> Path:
     """
     parts = folder / PARTS
     if parts.is_symlink() or (parts.exists() and not parts.is_dir()):
-        raise InputError(f"{parts} must be a folder: remove it and run the same {EITHER} again")
+        raise InputError(f"{parts} must be a folder: remove it and run the same {WRITERS} again")
     return parts
 
 

@@ -17,14 +17,14 @@ import numpy as np
 import webdataset as wds
 from numpy.typing import NDArray
 
-from lightning_mvar.data.tokens.manifest import EITHER, Manifest, Shard
+from lightning_mvar.data.tokens.manifest import WRITERS, Manifest, Shard
 from lightning_mvar.data.tokens.packs import PACK_ERRORS, PACK_SIZE, CheckedPack, Pack, TokenSpec, read_packs
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.files import atomic_path, remove_unfinished
 from lightning_mvar.io.fingerprint import sha256_of
 
 DAMAGED_REMEDY = (
-    f"remove it, then restart if it is in a cache (it will be downloaded again), or rewrite it with the same {EITHER}"
+    f"remove it, then restart if it is in a cache (it will be downloaded again), or rewrite it with the same {WRITERS}"
 )
 
 

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
 
-from lightning_mvar.data.tokens.manifest import EITHER, MANIFEST, Manifest, Shard
+from lightning_mvar.data.tokens.manifest import MANIFEST, WRITERS, Manifest, Shard
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fetch import (
     RETRIES,
@@ -89,8 +89,8 @@ class LocalShards:
         path = shard.path_in(self.folder)
         if verify and sha256_of(path) != shard.sha256:
             raise InputError(
-                f"{path} is damaged: its SHA-256 is not the manifest's; copy it again, or run the same {EITHER} again; "
-                f"it rewrites only that shard"
+                f"{path} is damaged: its SHA-256 is not the manifest's; copy it again, or run the same {WRITERS} "
+                f"again; it rewrites only that shard"
             )
         return path
 

@@ -83,7 +83,7 @@ class TokenStream(IterableDataset[TokenRows]):
         if len(self) == 0:
             raise InputError(
                 f"{shards} has {manifest.num_samples} samples, fewer than one global batch of {self.global_batch}: "
-                f"lower the batch size (in training, --data.batch_size or --data.global_batch_size)"
+                f"lower --data.batch_size or --data.global_batch_size (of `bench data`, --batch_size or --world_size)"
             )
 
     def __len__(self) -> int:

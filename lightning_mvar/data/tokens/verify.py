@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_mvar.data.tokens.manifest import EITHER, MANIFEST, REWRITE_REMEDY, Manifest, Shard, shard_name
+from lightning_mvar.data.tokens.manifest import MANIFEST, REWRITE_REMEDY, WRITERS, Manifest, Shard, shard_name
 from lightning_mvar.data.tokens.packs import PACK_ERRORS, CheckedPack, TokenSpec, read_packs
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.fingerprint import sha256_of
@@ -43,9 +43,9 @@ class KeyIndex:
             if first != name:
                 repeated[first].append(key)
         if own := [key for key, count in Counter(keys).items() if count > 1]:
-            yield f"has {plural(len(own), 'key')} more than once, such as {own[0]!r}"
+            yield f"has {counted(len(own), 'key')} more than once, such as {own[0]!r}"
         for first, others in repeated.items():
-            yield f"has {plural(len(others), 'key')} that {first} has too, such as {others[0]!r}"
+            yield f"has {counted(len(others), 'key')} that {first} has too, such as {others[0]!r}"
 
 
 def find_problems(
@@ -71,7 +71,7 @@ def find_problems(
         spec, command = manifest.spec, manifest.command
     except InputError as error:
         problems, listed, spec = [Problem(folder / MANIFEST, str(error), "shards are checked without it")], {}, None
-        command = EITHER
+        command = WRITERS
     yield from problems
     rewrite = f"run the same {command} again; it rewrites only that shard"
     key_index = KeyIndex()
@@ -136,5 +136,5 @@ def shard_problems(
         yield Problem(path, message, "remove the folder and write it again; otherwise those images count twice")
 
 
-def plural(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -6,14 +6,13 @@ import hashlib
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mvar.data.images.examples import OnCorrupt, decoded_batches
+from lightning_mvar.data.images.examples import OnCorrupt, decoded_batches, spaced_evenly
 from lightning_mvar.data.images.protocols import MARGIN
-from lightning_mvar.data.images.sources import IMAGE_CACHE, open_images
+from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.classifiers.trained import BATCH_SIZE, TrainedClassifier
 
@@ -54,7 +53,7 @@ class ImageClassifier(TrainedClassifier):
         margin: float = MARGIN,
         on_corrupt: OnCorrupt = "raise",
     ) -> None:
-        self.source = open_images(images, SIDE, on_corrupt, labels, cache_dir=IMAGE_CACHE, margin=margin)
+        self.source = open_images(images, SIDE, on_corrupt, labels, margin=margin)
         classes, count = len(self.source.class_names), min(len(self.source), MAX_IMAGES)
         if classes == 1:
             classes, count = QUARTER_TURNS, QUARTER_TURNS * count
@@ -70,7 +69,7 @@ class ImageClassifier(TrainedClassifier):
     def training_images(self) -> tuple[Tensor, Tensor]:
         """Returns centre crops (n, 3, 64, 64) uint8 and labels; of one class, rotated crops and their quarter turns."""
         count = min(len(self.source), MAX_IMAGES)
-        indices = np.linspace(0, len(self.source) - 1, count).round().astype(int).tolist()
+        indices = spaced_evenly(len(self.source), count).tolist()
         batches = [
             (((batch.images + 1) * 127.5).round().to(torch.uint8), batch.labels)
             for batch in decoded_batches(self.source, BATCH_SIZE, 0, indices)

@@ -5,7 +5,7 @@ Distances in their features compare scores on the same data only; they are not c
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ BATCH_SIZE = 64
 CACHE_REMEDY = "set --cache to another folder"
 
 
-class TrainedClassifier(nn.Module):
+class TrainedClassifier(nn.Module, ABC):
     """A small convolutional classifier, trained on the CPU in a minute at most, when its weights are first needed.
 
     A command builds its extractor before it checks its other inputs, so building one neither reads images nor trains.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_mvar.devices import exact_float32, without_autocast
 from lightning_mvar.errors import InputError, one_line, require_package
-from lightning_mvar.metrics.extractors.preprocessing import preprocess
+from lightning_mvar.metrics.extractors.pretrained import PretrainedExtractor
 
 BILINEAR = 2  # Pillow's number of the filter, which the models' files state
 
 
-class Transformers(nn.Module):
+class Transformers(PretrainedExtractor):
     """Pooled features of a pretrained model of transformers, such as DINOv2, SigLIP, CLIP or ConvNeXt.
 
     Size, mean and standard deviation of the pixels are those of the model's preprocessing; whole images are resized.
@@ -30,8 +28,6 @@ class Transformers(nn.Module):
         require_package("transformers", "transformers", "--extractor Transformers")
         from transformers import AutoModel, ImageProcessingMixin
 
-        super().__init__()
-        self.model = model
         try:
             config, _ = ImageProcessingMixin.get_image_processor_dict(model)
             network, report = AutoModel.from_pretrained(
@@ -39,29 +35,20 @@ class Transformers(nn.Module):
             )
         except (OSError, ValueError) as error:
             raise InputError(f"transformers cannot load {model} ({one_line(error):.200})") from error
-        self.network = getattr(network, "vision_model", network).float().eval()
+        network = getattr(network, "vision_model", network).float().eval()
         if missing := sorted(report["missing_keys"]):
             raise InputError(f"{model} has no weights {missing[0]}: its pooled features would be random")
         try:
             size = config.get("crop_size") or config["size"]
             side = size if isinstance(size, int) else size.get("shortest_edge")
-            self.shape = (side, side) if side else (size["height"], size["width"])
-            self.mean, self.std = config["image_mean"], config["image_std"]
+            shape = (side, side) if side else (size["height"], size["width"])
+            mean, std = config["image_mean"], config["image_std"]
         except (KeyError, AttributeError) as error:
             raise InputError(f"{model} does not say to which size it resizes images, or their mean and std") from error
-        self.mode = "bilinear" if config.get("resample") == BILINEAR else "bicubic"
-        self.resize = f"Pillow's {self.mode}, to {self.shape[0]} x {self.shape[1]}"
         try:
-            with torch.no_grad():
-                self.num_features = self.pooled(torch.zeros(1, 3, *self.shape)).shape[1]
+            super().__init__(model, network, shape, mean, std, config.get("resample") == BILINEAR)
         except AttributeError as error:
             raise InputError(f"{model} has no pooled features") from error
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """Maps preprocessed pixels (b, 3, *self.shape) to the model's pooled output (b, num_features)."""
         return self.network(pixels).pooler_output.flatten(1)  # that of convolutional networks is (b, f, 1, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Maps images (b, 3, H, W) in [0, 1] to features (b, num_features), in float32 even under autocast."""
-        with without_autocast(images), exact_float32():
-            return self.pooled(preprocess(images, self.shape, self.mean, self.std, self.mode))

@@ -119,7 +119,7 @@ def test_a_restored_loader_resumes_where_the_other_stopped(folder: Path, stop: i
 
 
 def test_fewer_samples_than_a_global_batch_are_rejected(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"67 samples, fewer than one global batch of 80: lower the batch size"):
+    with pytest.raises(InputError, match=r"67 samples, fewer than one global batch of 80: lower --data\.batch_size"):
         make_loader(folder, 40, world_size=2)
 
 
