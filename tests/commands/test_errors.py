@@ -194,7 +194,7 @@ def test_fit_refuses_a_truncated_shard_and_another_tokenizers_shards(
     path = here / "shards/000001.tar"
     path.write_bytes(path.read_bytes()[:2000])
     message = error_of(capfd, "fit", "--config", "fit.yaml")
-    assert "shards/000001.tar is truncated or altered: 2000 bytes" in message
+    assert "shards/000001.tar is truncated or altered: it has 2000 bytes" in message
     assert "run the same `lightning-mvar tokenize` again" in message
     write_token_shards(here / "shards", "0123456789abcdef", [10, 6])
     assert "tokenizer fingerprint is 0123456789abcdef" in error_of(capfd, "fit", "--config", "fit.yaml")
