@@ -176,7 +176,8 @@ class LitMVAR(NetworkModule):
         factors = batch.valid * (len(batch.valid) / weight.clamp(min=1))  # turn means over all rows into valid means
         losses, correct = (scores * factors[:, None] for scores in self.score(batch, batch.labels))
         means = mean_scores(stage, losses, correct, self.network_config.schedule)
-        self.log_dict(means, batch_size=weight, sync_dist=True)  # type: ignore[arg-type]
+        for name, value in means.items():
+            self.log(name, value, prog_bar=name == "val/loss", batch_size=weight, sync_dist=True)
 
     def score(self, batch: TokenBatch, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Returns cross entropy (b, l) in nats, and 1 where the most likely token is correct (b, l); both float32."""

@@ -39,7 +39,9 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(
     module = make_module(tokenizer_folder)
     data = TokenDataModule(str(shards), str(shards), batch_size=16)
     losses = Losses()
-    make_trainer(tmp_path, 1, callbacks=[losses], val_check_interval=1).validate(module, data, verbose=False)
+    trainer = make_trainer(tmp_path, 1, callbacks=[losses], val_check_interval=1)
+    trainer.validate(module, data, verbose=False)
+    assert list(trainer.progress_bar_metrics) == ["val/loss"]
     total, per_scale, correct, count = 0.0, torch.zeros(4), 0, 0
     with torch.no_grad():
         for batch in data.val_dataloader():
