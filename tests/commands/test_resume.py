@@ -64,11 +64,11 @@ def checkpoint_names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("step=*")}
 
 
-@pytest.mark.parametrize(("devices", "strategy", "kills"), [(1, "auto", 2), (2, "fsdp2", 1)])
+@pytest.mark.parametrize(("devices", "strategy", "kills", "steps"), [(1, "auto", 2, 16), (2, "fsdp2", 1, 12)])
 def test_a_run_killed_repeatedly_ends_as_an_uninterrupted_one(
-    plain_run_folder: Path, devices: int, strategy: str, kills: int
+    plain_run_folder: Path, devices: int, strategy: str, kills: int, steps: int
 ) -> None:
-    options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", "16"]
+    options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", str(steps)]
     options += ["--trainer.val_check_interval", "8"]
     options += ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
     train(plain_run_folder, "reference", options, devices)
