@@ -75,7 +75,12 @@ def scale_flops(config: MVARConfig) -> tuple[int, ...]:
 
 def state_bytes(config: MVARConfig, dtype: torch.dtype) -> int:
     """Counts bytes of the state per image after the last step, without guidance and without the AdaLN tables."""
-    return extrapolate_blocks(config, lambda network: step_costs(lower_precision(network, dtype))[1:])[0]
+
+    def last_state(network: MVAR) -> tuple[int]:
+        states = sampling_states(lower_precision(network, dtype))
+        return (extrapolate_steps([mixer_state_bytes(state) for state in states], config)[-1],)
+
+    return extrapolate_blocks(config, last_state)[0]
 
 
 def training_bytes(config: MVARConfig, batch_size: int, activation_checkpointing: bool = False, shards: int = 1) -> int:

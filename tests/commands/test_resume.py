@@ -64,26 +64,26 @@ def checkpoint_names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("step=*")}
 
 
-@pytest.mark.parametrize(("devices", "strategy", "kills"), [(1, "auto", 2), (2, "fsdp2", 1)])
+@pytest.mark.parametrize(("devices", "strategy", "kills", "steps"), [(1, "auto", 2, 16), (2, "fsdp2", 1, 12)])
 def test_a_run_killed_repeatedly_ends_as_an_uninterrupted_one(
-    run_folder: Path, devices: int, strategy: str, kills: int
+    plain_run_folder: Path, devices: int, strategy: str, kills: int, steps: int
 ) -> None:
-    options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", "16"]
+    options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", str(steps)]
     options += ["--trainer.val_check_interval", "8"]
     options += ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
-    train(run_folder, "reference", options, devices)
-    kill_and_resume(run_folder, "killed", options, devices, kills)
-    difference = largest_difference(weights(run_folder / "reference"), weights(run_folder / "killed"))
+    train(plain_run_folder, "reference", options, devices)
+    kill_and_resume(plain_run_folder, "killed", options, devices, kills)
+    difference = largest_difference(weights(plain_run_folder / "reference"), weights(plain_run_folder / "killed"))
     assert difference == 0 if devices == 1 else difference < 1e-6
-    reference, killed = scalars(run_folder / "reference/logs"), scalars(run_folder / "killed/logs")
+    reference, killed = scalars(plain_run_folder / "reference/logs"), scalars(plain_run_folder / "killed/logs")
     if devices == 1:
         assert killed == reference  # every curve: the same steps, each once, the same values
     else:
         assert {tag: [step for step, _ in curve] for tag, curve in killed.items()} == {
             tag: [step for step, _ in curve] for tag, curve in reference.items()
         }
-    assert len(newest_first(run_folder / "killed/checkpoints")) == 2
-    assert not list((run_folder / "killed/checkpoints").glob(".*"))
+    assert len(newest_first(plain_run_folder / "killed/checkpoints")) == 2
+    assert not list((plain_run_folder / "killed/checkpoints").glob(".*"))
 
 
 SIX_STEPS = ["--trainer.max_steps", "6"]
