@@ -1,7 +1,7 @@
 """Sharded checkpoints (`torch.distributed.checkpoint`, DCP), read without running code from their files.
 
 A sharded checkpoint is a folder with one file of tensors per rank and `.metadata`, a pickle that says where each tensor
-is. DCP reads the pickle as it is, and likewise the entries that are no tensors: whoever wrote the folder could run any
+is. DCP reads the pickle as it is, and likewise the entries that are not tensors: whoever wrote the folder could run any
 code. Here the pickle may name the classes of such a description only, and entries hold plain data.
 """
 
@@ -77,7 +77,7 @@ class MetadataUnpickler(pickle._Unpickler):
 
 
 class PlainLoadPlanner(dcp.DefaultLoadPlanner):
-    """DCP's planner, except that entries that are no tensors hold plain data."""
+    """DCP's planner, except that entries that are not tensors hold plain data."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
@@ -140,7 +140,7 @@ class ShardReader(dcp.FileSystemReader):
 def part_of(value: Any, item: ReadItem) -> Tensor:
     """Returns the part of a stored tensor that a request asks for."""
     if not isinstance(value, Tensor):
-        raise InputError(f"{item.storage_index.fqn} is no tensor")
+        raise InputError(f"{item.storage_index.fqn} is not a tensor")
     for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         value = value.narrow(dim, offset, length)
     return value

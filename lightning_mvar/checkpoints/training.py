@@ -296,8 +296,8 @@ def open_snapshots(path: Path, tokenizer: str | Path | None) -> list[tuple[Profi
     """
     if path.is_dir() and not (path / PLAIN_PART).is_file():
         raise InputError(
-            f"{path} is no snapshot: name checkpoints of a run with model.power_ema, as in the folder `snapshots` that "
-            f"configs/callbacks/snapshots.yaml keeps"
+            f"{path} is not a snapshot: name checkpoints of a run with model.power_ema, as in the folder `snapshots` "
+            f"that configs/callbacks/snapshots.yaml keeps"
         )
     checkpoint = read_plain_part(path)
     record, step = read_record(path, checkpoint), checkpoint.get("global_step")

@@ -95,7 +95,7 @@ def check_inputs(name: str, *words: str) -> None:
 
 
 def require_existing(label: str, place: str, kinds: str) -> None:
-    """Raises InputError if a place does not exist, and is no name on the Hub where one is expected."""
+    """Raises InputError if a place does not exist, and is not a name on the Hub where one is expected."""
     if is_missing(place) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(place) is None):
         raise InputError(f"{label}{place:.200} does not exist; it must be {kinds}")
 

@@ -15,11 +15,11 @@ from lightning_mvar.analysis.doctor.estimates import MAX_SAMPLES, Estimate, Scor
 from lightning_mvar.analysis.doctor.published import published_result
 from lightning_mvar.analysis.doctor.traces import add_traces
 from lightning_mvar.cli.arguments import refuse_overwriting
-from lightning_mvar.cli.tables import Record, format_value, print_rows, write_records
+from lightning_mvar.cli.tables import Record, format_value, print_rows
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fingerprint import fingerprint
-from lightning_mvar.io.json_files import Mismatch, convert, read_json
+from lightning_mvar.io.json_files import Mismatch, convert, read_json, write_json
 from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.evaluator import FULL_NAMES
 from lightning_mvar.metrics.reference import open_reference
@@ -50,8 +50,8 @@ def doctor(
     json: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Says why two scores differ: what differs between two results of `evaluate --json`, beginning with what usually
-    matters most, and how much of the Frechet distance it explains.
+    """Explains why two scores differ: lists the differences between two results of `evaluate --json`, beginning with
+    what usually matters most, and estimates how much of the Frechet distance each explains.
 
     `doctor A.json B.json`, or `doctor A.json --published var-d16`. Where samples and references are still where the
     results say, it also looks at the pixels and scores again: fewer samples, other proportions of classes, another crop
@@ -92,7 +92,7 @@ def doctor(
     report = make_report(*pair, differences, unknown, estimates, notes)
     print_report(report)
     if json is not None:
-        write_records(report, json)
+        write_json(json, report)
 
 
 def read_result(name: str) -> Result:
@@ -103,7 +103,7 @@ def read_result(name: str) -> Result:
             type.
     """
     path, number = split_number(name)
-    records = read_json(Path(path).expanduser(), list[dict[str, Any]])
+    records = read_json(Path(path), list[dict[str, Any]])
     if not records:
         raise InputError(f"{path} holds no results: write them with `evaluate --json {path}`")
     if number == "" and len(records) != 1:
@@ -149,11 +149,11 @@ def open_set(
         expected = f"{result.get('extractor')} with weights {result.get('extractor_weights')}"
         return f"the samples of {name} are not scored again: that needs --extractor {expected}"
     prepare(extractor, device)
-    return ScoredSet(name, result, samples, extractor, Path(cache).expanduser(), max_images)
+    return ScoredSet(name, result, samples, extractor, Path(cache), max_images)
 
 
 def check_set(scored: ScoredSet) -> Iterator[str]:
-    """Says if the samples score otherwise than recorded, and how far apart two halves of them are."""
+    """Yields a note if the samples' score is not the recorded one, and one with the distances of two halves of them."""
     recorded = scored.result[DISTANCE]
     if not isclose(scored.distance, recorded, rel_tol=SAME_DISTANCE, abs_tol=1e-6):
         yield (
@@ -166,7 +166,7 @@ def check_set(scored: ScoredSet) -> Iterator[str]:
 
 
 def overlapping_intervals(first: Result, second: Result) -> list[str]:
-    """Says which scores have overlapping confidence intervals, if `evaluate --interval` recorded them."""
+    """Returns a note with the scores whose confidence intervals overlap, if `evaluate --interval` recorded them."""
     low, high = (
         {name: [r[f"{name}_{end}"] for r in (first, second) if f"{name}_{end}" in r] for name in FULL_NAMES.values()}
         for end in ("low", "high")

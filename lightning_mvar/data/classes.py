@@ -113,7 +113,7 @@ class Classes:
             name, _, number = part.rpartition(":")
             weight = float(number) if WEIGHT.fullmatch(number.strip()) else 0.0
             if not 0 < weight < math.inf:
-                raise InputError(f"{query:.100} is no mix of classes such as 3:0.5+8:0.5: {part:.100} has no weight")
+                raise InputError(f"{query:.100} is not a mix of classes such as 3:0.5+8:0.5: {part:.100} has no weight")
             weights[self.label(name)] += weight
         total = sum(weights.values())
         return {label: weight / total for label, weight in weights.items()}

@@ -14,7 +14,7 @@ from lightning_mvar.io.json_files import ESCAPED
 PACKAGED = Path(__file__).parents[1] / "configs"  # in a clone, a link to its top-level folder
 INCLUDED = re.compile(r"^[^#\n]*?[:-] +(\S+\.ya?ml) *$", re.MULTILINE)  # a value that is the path of another YAML file
 MAX_NODES = 100_000  # values of a YAML file, with its aliases written out
-# What yaml raises for text that is no YAML, and for values such as 2023-02-30, !!int "abc", !!bool x, !!timestamp x.
+# What yaml raises for text that is not YAML, and for values such as 2023-02-30, !!int "abc", !!bool x, !!timestamp x.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -56,7 +56,7 @@ def compose(text: str) -> yaml.Node | None:
     """Returns the root node of a YAML text.
 
     Raises:
-        yaml.YAMLError: if the text is no YAML, holds characters that no path can, or has more than MAX_NODES values
+        yaml.YAMLError: if the text is not YAML, holds characters that no path can, or has more than MAX_NODES values
             with its aliases written out.
         RecursionError: if it is nested too deeply, or an alias refers to itself.
     """

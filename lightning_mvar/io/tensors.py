@@ -238,7 +238,7 @@ def check_storage(tensors: list[Tensor], source: object) -> None:
 
 
 def require_weights(path: Path) -> None:
-    """Raises InputError, with the remedy, if the path is no file or obviously none of weights."""
+    """Raises InputError, with the remedy, if the path is not a file, or obviously not one of weights."""
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a weights file")
     if not path.exists():

@@ -204,5 +204,5 @@ def check_moments(moments: Any, parameter: Tensor, names: tuple[str, ...], path:
         value = moments.get(name)
         shape = () if name == "step" else parameter.shape
         if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
-            raise ValueError(f"{path}.{name} is no float tensor {tuple(shape)}")
+            raise ValueError(f"{path}.{name} is not a float tensor {tuple(shape)}")
     check_finite({name: moments[name] for name in names}, path)

@@ -123,5 +123,5 @@ def test_a_mix_of_classes_has_weights_that_sum_to_one() -> None:
     "query", ["one:+two:1", "one:0+two:1", "one:-1+two:2", "one:x+two:1", "one+two:1", "one:1e999"]
 )
 def test_a_mix_without_positive_weights_is_refused(query: str) -> None:
-    with pytest.raises(InputError, match="is no mix of classes such as"):
+    with pytest.raises(InputError, match="is not a mix of classes such as"):
         Classes(["one", "two"], 2).weights(query)

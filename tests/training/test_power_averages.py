@@ -96,7 +96,7 @@ def test_merge_reconstructs_the_average_of_another_width(
     assert run(["merge", paths[0], paths[0], "--ema", "0.1", "--out", str(tmp_path / "out")]) == 1
     assert "are both of step 2" in capfd.readouterr().err
     assert run(["merge", str(tmp_path / "0.1"), "--ema", "0.1", "--out", str(tmp_path / "out")]) == 1
-    assert "0.1 is no snapshot: name checkpoints of a run with model.power_ema" in capfd.readouterr().err
+    assert "0.1 is not a snapshot: name checkpoints of a run with model.power_ema" in capfd.readouterr().err
     for key, value in (("power_ema", [0.05, 0.11]), ("drop_path", 0.25)):
         content = torch.load(paths[0], weights_only=True)
         part = "run" if key == "power_ema" else "network"
