@@ -39,7 +39,7 @@ class Factor:
     effect: str
     value: Callable[[Result], Any] | None = None
 
-    def of(self, result: Result) -> Any:
+    def value_in(self, result: Result) -> Any:
         return result.get(self.name) if self.value is None else self.value(result)
 
 
@@ -138,7 +138,7 @@ def compare(first: Result, second: Result) -> tuple[list[Difference], list[str]]
     """Returns what differs, in the order of `FACTORS`, and the factors that only one of the results states."""
     differences, unknown = [], []
     for factor in FACTORS:
-        values = factor.of(first), factor.of(second)
+        values = factor.value_in(first), factor.value_in(second)
         if (values[0] is None) != (values[1] is None):
             unknown.append(factor.name)
         elif differ(factor.name, first, second, *values):

@@ -33,7 +33,7 @@ from lightning_mvar.scales import Shape
 
 Pixels = NDArray[np.uint8]  # of one image (H, W, 3)
 Change = Callable[[Pixels], Pixels]
-Found = tuple[str, float] | None  # what was scored, and by how much its distance is larger than before
+Growth = tuple[str, float] | None  # what was scored, and by how much its distance is larger than before
 MAX_SAMPLES = 50_000  # of a set that is scored again: its features are kept
 BICUBIC = Image.Resampling.BICUBIC
 JPEG = SUFFIXES_BY_FORMAT["JPEG"]
@@ -162,7 +162,7 @@ def estimate_all(
             yield f"the effect of {name} is not estimated: {error}"
 
 
-def with_fewer(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def with_fewer(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores as many of the samples as the other result has."""
     count, target = len(scored.samples), result["num_samples"]
     if not 2 <= target < count:
@@ -170,7 +170,7 @@ def with_fewer(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Fo
     return f"{target} of the {count} samples of {scored.name}", scored.growth_to(spaced(scored.by_class, target))
 
 
-def with_more(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def with_more(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Extrapolates to more samples from all and half of them: the bias is proportional to 1 / samples."""
     count, target = len(scored.samples), result["num_samples"]
     if not 4 <= count < target:
@@ -179,7 +179,7 @@ def with_more(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Fou
     return f"{scored.name} extrapolated from {count} to {target} samples", slope * (1 / target - 1 / count)
 
 
-def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores samples of a balanced set in the other set's proportions of classes."""
     if other is None or scored.labels is None or other.labels is None or balance(scored.result) != "balanced":
         return None
@@ -199,7 +199,7 @@ def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) 
     return f"{len(indices)} samples of {scored.name} in the proportions of {other.name}", growth
 
 
-def as_jpeg(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def as_jpeg(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Saves samples as JPEG: with the other set's tables if its files have them, else at Pillow's default quality."""
     if compression(scored.result) != "none" or "JPEG" not in (compression(result) or ""):
         return None
@@ -217,7 +217,7 @@ def as_jpeg(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found
     return f"{scored.name} saved as JPEG {quality}", scored.growth_by(compress, f"{scored.name} as JPEG")
 
 
-def resized(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def resized(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Resizes samples to the other result's smaller size, or as far as makes them as blurred, and back."""
     height, width = scored.samples.shape
     size = (result.get("height", height), result.get("width", width))
@@ -241,14 +241,14 @@ def there_and_back(pixels: Pixels, size: Shape) -> Pixels:
     return np.asarray(image.resize(size[::-1], BICUBIC).resize(image.size, BICUBIC))
 
 
-def rounded_down(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def rounded_down(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """The images are otherwise the same, so the whole difference is due to it."""
     if other is None:
         return None
     return f"{scored.name} and {other.name} are otherwise the same images", other.distance - scored.distance
 
 
-def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores the samples against the other result's reference, if that is at hand."""
     name = result["reference"]
     if find_embedded_set(name) is None and not Path(split_off(name)[0]).expanduser().exists():
@@ -257,7 +257,7 @@ def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: 
     return f"{scored.name} against {name}", frechet_distance(real, statistics_of(scored.features)) - scored.distance
 
 
-def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores the samples against their own reference, cropped like the other result's."""
     name, resizing = scored.result["reference"], Resizing.parse(result["crop"])
     reference = open_reference(name)
@@ -267,7 +267,7 @@ def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) 
     return f"{scored.name} with {resizing.settings}", distance - scored.distance
 
 
-ESTIMATORS: dict[str, tuple[Callable[[ScoredSet, ScoredSet | None, Result], Found], ...]] = {
+ESTIMATORS: dict[str, tuple[Callable[[ScoredSet, ScoredSet | None, Result], Growth], ...]] = {
     "num_samples": (with_fewer, with_more),
     "balance of classes": (with_classes_of,),
     "compression": (as_jpeg,),
