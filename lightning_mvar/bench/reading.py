@@ -19,9 +19,11 @@ from lightning_mvar.data.tokens.shards import write_shard
 from lightning_mvar.data.tokens.sources import LocalShards, ShardSource
 from lightning_mvar.data.tokens.stream import TokenLoader, TokenStream
 
+SHARD_SIZE = 10_000  # samples per random shard
+
 
 def measure_data(
-    settings: list[Setting], num_workers: int, repeats: int, world_size: int = 1, samples: int = 50_000
+    settings: list[Setting], num_workers: int, repeats: int, world_size: int, samples: int = 50_000
 ) -> list[Record]:
     """Measures shuffled passes over shards of random tokens, at least two global batches, in a temporary folder."""
     records = []
@@ -34,9 +36,7 @@ def measure_data(
     return records
 
 
-def measure_reading(
-    shards: ShardSource, batch_size: int, num_workers: int, repeats: int, world_size: int = 1
-) -> Record:
+def measure_reading(shards: ShardSource, batch_size: int, num_workers: int, repeats: int, world_size: int) -> Record:
     """Measures a first shuffled pass over shards, which may download them, and further passes.
 
     Args:
@@ -77,14 +77,14 @@ def measure_reading(
     }
 
 
-def write_random_shards(folder: Path, setting: Setting, samples: int, per_shard: int = 10_000) -> None:
+def write_random_shards(folder: Path, setting: Setting, samples: int) -> None:
     config, rng = setting.network, np.random.default_rng(0)
     names = [str(label) for label in range(config.num_classes)]
     manifest = Manifest(
-        list(config.schedule.side_lengths), config.vocab_size, names, "random", "bench", samples, per_shard
+        list(config.schedule.side_lengths), config.vocab_size, names, "random", "bench", samples, SHARD_SIZE
     )
-    for index, begin in enumerate(range(0, samples, per_shard)):
-        count = min(per_shard, samples - begin)
+    for index, begin in enumerate(range(0, samples, SHARD_SIZE)):
+        count = min(SHARD_SIZE, samples - begin)
         tokens = rng.integers(0, config.vocab_size, (count, config.schedule.num_tokens), dtype=np.uint16)
         labels, keys = rng.integers(0, config.num_classes, count), [str(begin + i) for i in range(count)]
         manifest.shards.append(write_shard(folder / shard_name(index), tokens, labels, keys))

@@ -19,8 +19,9 @@ from lightning_mvar.bench.networks import measure_sampling, measure_training
 from lightning_mvar.bench.peaks import peak_of
 from lightning_mvar.bench.subjects import Setting
 from lightning_mvar.bench.tokenizing import measure_encoding
-from lightning_mvar.cli.tables import Record, write_records
+from lightning_mvar.cli.tables import Record
 from lightning_mvar.io.files import atomic_path
+from lightning_mvar.io.json_files import write_json
 
 MEASURE: dict[str, Callable[[Setting, torch.device, int], Record]] = {
     "sample": lambda setting, device, repeats: measure_sampling([setting], device, repeats)[0],
@@ -90,7 +91,7 @@ def run_suite(benchmarks: list[Benchmark], device: torch.device, seconds: float,
         else:
             record |= measure(benchmark, device)
         records.append(record)
-        write_records(records, folder / "gpu.json")
+        write_json(folder / "gpu.json", records)
         with atomic_path(folder / "gpu.md") as path:
             path.write_text("\n".join(markdown(records)) + "\n")
     return records

@@ -26,7 +26,7 @@ from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.scales import ScaleSchedule
 from lightning_mvar.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.safetensors"
 FORMAT = FormatVersion(1, "install the release of lightning_mvar that wrote it, or write it again with this one")
 
 
@@ -97,7 +97,7 @@ def write_folder(
         (folder / CONFIG).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror})") from error
-    save_weights(tokenizer, folder / "tokenizer.safetensors")
+    save_weights(tokenizer, folder / TOKENIZER)
     if save_network is not None:
         save_network(folder / "network.safetensors")
     values = asdict(config)
@@ -132,7 +132,7 @@ def load_tokenizer(place: str | Path, schedule: ScaleSchedule | None = None) -> 
     config = read_config(folder, "tokenizer", "train one with `lightning-mvar train-tokenizer`")
     with torch.device("meta"):
         tokenizer = Tokenizer(config.tokenizer)
-    return load_strictly(tokenizer, read_weights(folder / "tokenizer.safetensors"), folder)
+    return load_strictly(tokenizer, read_weights(folder / TOKENIZER), folder)
 
 
 def open_folder(folder: Path, tokenizer: str | Path | None = None) -> StoredModel:

@@ -140,7 +140,7 @@ class ShardReader(dcp.FileSystemReader):
 def part_of(value: Any, item: ReadItem) -> Tensor:
     """Returns the requested part of a stored tensor."""
     if not isinstance(value, Tensor):
-        raise InputError(f"{item.storage_index.fqn} is no tensor")
+        raise InputError(f"{item.storage_index.fqn} is not a tensor")
     for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         value = value.narrow(dim, offset, length)
     return value

@@ -26,7 +26,7 @@ from lightning_mvar.io.configs import YAML_ERRORS, compose, config_words, find_c
 
 # What begins like a number, or like a list of them; jsonargparse refuses the rest.
 NUMBER = re.compile(r"[\[(]?\s*[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)
-OF_ANY_FILE = {"$schema", "<<"}  # keys that are no options
+OF_ANY_FILE = {"$schema", "<<"}  # keys that are not options
 OF_ANY_CLASS = {"help", "class_path", "init_args", "dict_kwargs"}
 NULLS = ("null", "Null", "NULL", "~")
 BOOLS = ("true", "false", "yes", "no", "on", "off")
@@ -40,7 +40,7 @@ def check_options(name: str, *words: str) -> None:
 
     Raises:
         InputError: for an option or subcommand that is missing or does not exist, with the nearest that does, a value
-            that is no number or none of the choices, or a file that does not exist or is no YAML.
+            that is not a number or not one of the choices, or a file that does not exist or is not YAML.
     """
     signatures = signatures_of(name)
     subcommand = words[0] if words and words[0] in signatures else ""
@@ -87,7 +87,7 @@ def read_config_file(path: Path) -> yaml.Node | None:
     """Returns the content of a file of --config; None if it cannot be read here.
 
     Raises:
-        InputError: if it is no YAML.
+        InputError: if it is not YAML.
     """
     if not path.is_file():
         return None  # a pipe can be read only once
@@ -164,7 +164,7 @@ def check_name(command: str, name: str, options: Mapping[str, Option]) -> None:
 
 
 def check_value(option: Option, value: str) -> None:
-    """Raises InputError if the value of an option is no number, or none of its choices."""
+    """Raises InputError if the value of an option is not a number, or not one of its choices."""
     types = set(re.findall(r"\w+", option.kind))
     if value.startswith("${") or (value in NULLS and types & {"None", "Optional"}):
         return

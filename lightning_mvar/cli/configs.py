@@ -25,7 +25,7 @@ messages = WarningCache()  # messages of this process
 RESUMABLE_OVERLAYS = ("strategy", "callbacks")  # folders of overlays that a run may gain or lose when it is resumed
 
 
-def load_yaml(text: str, path: str | None = None, sections: Iterable[str] = ()) -> Any:
+def load_yaml(text: str, path: str | None, sections: Iterable[str]) -> Any:
     """Loads a configuration file, a part of one, or a value of the command line.
 
     Args:

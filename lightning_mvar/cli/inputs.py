@@ -98,7 +98,7 @@ def check_inputs(name: str, *words: str) -> None:
 
 
 def require_existing(label: str, given: Given, kinds: str) -> None:
-    """Raises InputError if a place does not exist, and is no name on the Hub where one is expected."""
+    """Raises InputError if a place does not exist, and is not a name on the Hub where one is expected."""
     place, source, folder = given
     if is_missing(place) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(place) is None):
         is_beside = folder != "" and not is_missing(os.path.join(folder, place))

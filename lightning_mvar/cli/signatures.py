@@ -219,7 +219,7 @@ def kind_of(module: str, annotation: ast.expr | None) -> str:
 
 
 def plain(module: str, default: ast.expr | None) -> str:
-    """Returns a default as text, a constant of the package replaced by its value; empty if it is no plain value."""
+    """Returns a default as text, a constant of the package replaced by its value; empty if it is not a plain value."""
     if isinstance(default, ast.Name) and (found := find(module, default.id)) is not None:
         default = found[1].value if isinstance(found[1], ast.Assign) else None
     if isinstance(default, ast.Constant) and default.value is not None:

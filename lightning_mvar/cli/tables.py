@@ -1,11 +1,8 @@
-"""Output of measurements: a table for people, JSON for programs."""
+"""Tables of measurements on the terminal."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-from lightning_mvar.io.json_files import write_json
 
 Record = dict[str, Any]  # flat; the keys include the units
 
@@ -41,7 +38,3 @@ def ratio(first: Any, second: Any) -> str:
     """Formats first / second; empty unless both are numbers."""
     numeric = all(isinstance(value, float | int) and not isinstance(value, bool) for value in (first, second))
     return f"{first / second:.3f}" if numeric and second else ""
-
-
-def write_records(records: list[Record], path: str | Path) -> None:
-    write_json(Path(path), records)

@@ -18,10 +18,11 @@ from lightning_mvar.bench.reading import measure_data, measure_reading
 from lightning_mvar.bench.subjects import Setting
 from lightning_mvar.bench.tokenizing import measure_tokenizing
 from lightning_mvar.cli.arguments import refuse_overwriting
-from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.cli.tables import Record, print_table
 from lightning_mvar.data.tokens.sources import SHARD_CACHE, open_shards
 from lightning_mvar.devices import Precision, choose_device, set_tf32
 from lightning_mvar.errors import InputError, require_in
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.scales import PUBLISHED_SIDE_LENGTHS
 
 Measurement = Literal["sample", "step", "train", "tokenize", "data", "memory", "op", "launches"]
@@ -51,13 +52,18 @@ def bench(
 ) -> None:
     """Measures speed and memory. `lightning-mvar bench WHAT` is short for `bench --what WHAT`.
 
-    sample: guided sampling, network and decoder. step: the last scale alone, from the state before it and without
-    guidance, and the size of that state. train: a training step of forward, backward, clipping and AdamW. tokenize:
-    images to tokens with the published encoder. data: reading shards. memory: the state that sampling carries from
-    scale to scale. op: the parts of one block, and Mamba in sampling with and without carried state. launches: kernel
-    launches, copies and host waits in sampling a batch and in a training step; on a CPU, networks are narrowed to width
-    64, because counts do not depend on the width. Times are medians of interleaved runs. `matmul_share` is the rate of
-    all counted FLOPs divided by that of a large matrix product in the same precision, measured in the same run.
+      sample    guided sampling, network and decoder
+      step      one step of the last scale, from the state before it and without guidance, and the size of that state
+      train     a training step of forward, backward, clipping and AdamW
+      tokenize  images to tokens with the published encoder
+      data      reading token shards
+      memory    the state that sampling carries from scale to scale
+      op        the parts of one block, and Mamba in sampling with and without carried state
+      launches  kernel launches, copies and host waits of sampling a batch and of a training step; on a CPU, of
+                networks narrowed to width 64, because counts do not depend on the width
+
+    Times are medians of interleaved runs. `matmul_share` is the rate of all counted FLOPs divided by that of a large
+    matrix product in the same precision, measured in the same run.
 
     Args:
         what: the measurement.
@@ -126,4 +132,4 @@ def bench(
             print()
             print_table(profile_sampling(setting, torch_device))
     if json is not None:
-        write_records(records, json)
+        write_json(json, records)

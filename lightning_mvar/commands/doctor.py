@@ -15,11 +15,11 @@ from lightning_mvar.analysis.doctor.estimates import MAX_SAMPLES, Estimate, Scor
 from lightning_mvar.analysis.doctor.published import published_result
 from lightning_mvar.analysis.doctor.traces import add_traces
 from lightning_mvar.cli.arguments import refuse_overwriting
-from lightning_mvar.cli.tables import Record, format_value, print_rows, write_records
+from lightning_mvar.cli.tables import Record, format_value, print_rows
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.fingerprint import fingerprint
-from lightning_mvar.io.json_files import Mismatch, convert, read_json
+from lightning_mvar.io.json_files import Mismatch, convert, read_json, write_json
 from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.evaluator import FULL_NAMES
 from lightning_mvar.metrics.reference import open_reference
@@ -92,7 +92,7 @@ def doctor(
     report = make_report(*pair, differences, unknown, estimates, notes)
     print_report(report)
     if json is not None:
-        write_records(report, json)
+        write_json(json, report)
 
 
 def read_result(name: str) -> Result:
@@ -103,7 +103,7 @@ def read_result(name: str) -> Result:
             has the wrong type.
     """
     path, number = split_number(name)
-    records = read_json(Path(path).expanduser(), list[dict[str, Any]])
+    records = read_json(Path(path), list[dict[str, Any]])
     if not records:
         raise InputError(f"{path} holds no results: write them with `evaluate --json {path}`")
     if number == "" and len(records) != 1:
@@ -149,7 +149,7 @@ def open_set(
         expected = f"{result.get('extractor')} with weights {result.get('extractor_weights')}"
         return f"the samples of {name} are not scored again: that needs --extractor {expected}"
     prepare(extractor, device)
-    return ScoredSet(name, result, samples, extractor, Path(cache).expanduser(), max_images)
+    return ScoredSet(name, result, samples, extractor, Path(cache), max_images)
 
 
 def check_set(scored: ScoredSet) -> Iterator[str]:

@@ -12,12 +12,13 @@ from torch import nn
 from lightning_mvar.checkpoints import StoredModel, TrainedModel, load_tokenizer, open_trained
 from lightning_mvar.checkpoints.training import WhichWeights
 from lightning_mvar.cli.arguments import refuse_overwriting
-from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.cli.tables import Record, print_table
 from lightning_mvar.data.classes import Classes, select_classes
 from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.devices import set_tf32, warn
 from lightning_mvar.errors import InputError, require_in
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.metrics.accuracy import classifier_for
 from lightning_mvar.metrics.classifiers.own_images import ImageClassifier
 from lightning_mvar.metrics.evaluation import Evaluation, describe
@@ -64,13 +65,13 @@ def evaluate(
     Scores depend on the extractor and on the number of samples; compare them only if both are the same.
 
     Args:
-        samples: the images to score: an npz (arr_0 uint8 N x H x W x 3) or a folder of pictures, from any program.
+        samples: the images to score, an npz (arr_0 uint8 N x H x W x 3) or a folder of pictures, from any program.
             With --ckpt_path, missing images are first drawn into it, by default with the published protocol: 50 images
             per class, guidance 1.5, top_k 900, top_p 0.96.
-        reference: the real images: `digits:test`; `photos:test`; `emoji64:test`; `imagenet256` (64, 128, 512), ADM's
-            file, downloaded on first use; a folder of class folders; FOLDER:val for its held-out images; a folder of
-            token shards, decoded by --tokenizer; an npz of images (arr_0); or an npz of mu and sigma, made with the
-            same extractor.
+        reference: the real images, such as digits:test, a folder or an npz. In full: `digits:test`; `photos:test`;
+            `emoji64:test`; `imagenet256` (64, 128, 512), ADM's file, downloaded on first use; a folder of class
+            folders; FOLDER:val for its held-out images; a folder of token shards, decoded by --tokenizer; an npz of
+            images (arr_0); or an npz of mu and sigma, made with the same extractor.
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.
         per_class: with --ckpt_path, samples per class.
         extractor: InceptionV3 or DINOv2, downloaded on first use (or --extractor.weights FILE), whose scores compare
@@ -81,13 +82,14 @@ def evaluate(
         crop: how real images in files are resized before the center crop. var: shorter side to --margin times the side
             of the samples, Lanczos. adm: box averaging, then bicubic, as ADM's references. torchvision-bilinear,
             torchvision-bicubic: Resize and CenterCrop. Scores against references with different crops do not compare.
-        margin: for --crop var; 1.125 in the papers, 1 keeps square images whole. Use that of `tokenize`.
+        margin: with --crop var, size before the crop as a multiple of the crop; 1.125 in the papers, 1 keeps square
+            images whole. Use that of `tokenize`.
         interval: confidence level of an interval for each score, such as 0.95: how much the score would change with
             other samples of the network, by a jackknife that scores the samples 20 times, each time without another
             twentieth. It covers neither the bias of few samples nor other training seeds.
         extrapolate: also report the Frechet distance extrapolated to infinitely many samples, from random subsets of
             the samples, which must be at least four times as many as the features.
-        floor: other real images; their distance to the reference is the score of a perfect model.
+        floor: other real images, whose distance to the reference is the score of a perfect model.
         worst_classes: number of classes whose Frechet distances are reported, largest first; the classes of samples and
             reference must be known.
         reconstructions: folder of a tokenizer whose reconstructions of the reference are also scored.
@@ -155,7 +157,7 @@ def evaluate(
             require_count(images, len(sampled.labels), samples)
         if fabric.is_global_zero:
             check_sample_count(len(images), extractor)
-        evaluator = Evaluator(extractor, images.shape, Path(cache).expanduser(), decoder, num_workers)
+        evaluator = Evaluator(extractor, images.shape, Path(cache), decoder, num_workers)
         summary = evaluator.summary(real)
         if statistics is not None and fabric.is_global_zero:
             summary.save(Path(statistics), extractor)
@@ -166,7 +168,7 @@ def evaluate(
         if fabric.is_global_zero:
             print_table([record])
             if json is not None:
-                write_records([record], json)
+                write_json(json, [record])
 
 
 def default_extractor(reference: Reference, cache: str) -> nn.Module:

@@ -10,13 +10,14 @@ from torch import Tensor
 from lightning_mvar.checkpoints import TrainedModel, WhichWeights, load_trained
 from lightning_mvar.cli.arguments import refuse_overwriting
 from lightning_mvar.cli.progress import read_images
-from lightning_mvar.cli.tables import Record, print_table, write_records
+from lightning_mvar.cli.tables import Record, print_table
 from lightning_mvar.data.classes import Classes
 from lightning_mvar.data.images.examples import OnCorrupt
 from lightning_mvar.data.images.protocols import MARGIN
 from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.devices import choose_device
 from lightning_mvar.errors import InputError, require_in
+from lightning_mvar.io.json_files import write_json
 from lightning_mvar.sampling.generate import teacher_inputs
 
 
@@ -76,9 +77,9 @@ def likelihood(
     record = source_record | {"num_images": len(keys)} | bits_record(model, bits.mean(dim=0))
     print_table([record])
     if json is not None:
-        write_records([record], json)
+        write_json(json, [record])
     if each is not None:
-        write_records([{"image": key} | bits_record(model, row) for key, row in zip(keys, bits, strict=True)], each)
+        write_json(each, [{"image": key} | bits_record(model, row) for key, row in zip(keys, bits, strict=True)])
 
 
 @torch.no_grad()

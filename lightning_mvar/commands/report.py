@@ -49,7 +49,7 @@ def report(folder: str, baseline: str | None = None, out: str | None = None) -> 
         folder: folder of a sweep, finished or not.
         baseline: variant that the others are compared with, paired by seed; default: that of the sweep file, or else
             the first variant of the sweep that has finished cells.
-        out: folder for the report; default FOLDER/report.
+        out: folder to write to; default: FOLDER/report.
     """
     sweep = read_results(folder)
     variants = variants_of(sweep)

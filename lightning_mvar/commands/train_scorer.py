@@ -71,7 +71,7 @@ def train_scorer(
         raise InputError("--own_val needs --val" if val is None else "--val needs --own_val")
     inputs = {"--tokenizer": tokenizer, "--real": real, "--own": own, "--val": val, "--own_val": own_val}
     refuse_overwriting({"--out": out}, inputs)
-    if (folder := Path(out).expanduser()).is_file():
+    if (folder := Path(out)).is_file():
         raise InputError(f"--out {out} is a file; name a folder")
     target, codes = choose_device(device), load_tokenizer(tokenizer)
     open_all = partial(open_streams, codes)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_mvar.checkpoints import save_folder
+from lightning_mvar.checkpoints.folders import CONFIG, TOKENIZER
 from lightning_mvar.cli.starting import RunFolders
 from lightning_mvar.cli.training import TrainingCLI, run_cli
 from lightning_mvar.errors import InputError
 from lightning_mvar.training.datamodules import ImageDataModule
 from lightning_mvar.training.strategies import unsharded_copy
 from lightning_mvar.training.tokenizer import TOKENIZER_KEY, LitTokenizer
-
-CONFIG, WEIGHTS = "config.json", "tokenizer.safetensors"  # of a finished tokenizer
 
 
 class TokenizerFolders(RunFolders):
@@ -29,7 +28,7 @@ class TokenizerFolders(RunFolders):
 
     def remove_earlier_run(self, logs: list[Path]) -> None:
         super().remove_earlier_run(logs)
-        for name in (CONFIG, WEIGHTS):
+        for name in (CONFIG, TOKENIZER):
             (self.root / name).unlink(missing_ok=True)
 
 

@@ -1,6 +1,6 @@
 """Precision, recall, density and coverage of generated features against real ones.
 
-Each feature of a set is the centre of a closed ball, whose radius is the distance to the k-th nearest other feature of
+Each feature of a set is the center of a closed ball, whose radius is the distance to the k-th nearest other feature of
 the set. All four scores depend on the extractor, on k and on the set sizes.
 
     precision  fraction of generated features inside at least one real ball          (arXiv 1904.06991, k = 3)

@@ -24,7 +24,7 @@ from lightning_mvar.web.folder import PageFolder
 from lightning_mvar.web.guard import RECEIVED, Audience
 from lightning_mvar.web.inputs import Page, bound_edits, edited_image
 
-DEFAULTS = SamplingSettings()
+DEFAULTS = vars(SamplingSettings())
 MAX_QUEUED_JOBS = 16
 MAX_CURVE = 6  # guidance scale at the top of the curve
 MAX_SESSIONS = 100  # whose state gradio keeps
@@ -110,18 +110,18 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
     with gr.Group(), gr.Row():
         count = gr.Number(4, label="Images", info=f"1 to {MAX_IMAGES}", step=1, min_width=120)
         guidance = gr.Number(
-            DEFAULTS.guidance, label="Guidance", info="0 for none", step=0.1, min_width=120, elem_id="guidance"
+            DEFAULTS["guidance"], label="Guidance", info="0 for none", step=0.1, min_width=120, elem_id="guidance"
         )
     with gr.Group(), gr.Row():
-        top_k = gr.Number(DEFAULTS.top_k, label="Top-k", info="0 for all", step=1, min_width=80)
-        top_p = gr.Number(DEFAULTS.top_p, label="Top-p", info="1 or 0 for all", step=0.01, min_width=80)
+        top_k = gr.Number(DEFAULTS["top_k"], label="Top-k", info="0 for all", step=1, min_width=80)
+        top_p = gr.Number(DEFAULTS["top_p"], label="Top-p", info="1 or 0 for all", step=0.01, min_width=80)
         temperature = gr.Number(
-            DEFAULTS.temperature, label="Temperature", info="below 1: likelier", step=0.05, min_width=80
+            DEFAULTS["temperature"], label="Temperature", info="below 1: likelier", step=0.05, min_width=80
         )
     with gr.Group():
-        seed = gr.Number(DEFAULTS.seed, label="Seed", info="the same seed draws the same images", step=1)
+        seed = gr.Number(DEFAULTS["seed"], label="Seed", info="the same seed draws the same images", step=1)
         new_seed = gr.Button("New seed", size="sm")
-    smooth = gr.Checkbox(DEFAULTS.smooth, label="Smooth", info="mixes codes: nicer to look at, not for scores")
+    smooth = gr.Checkbox(DEFAULTS["smooth"], label="Smooth", info="mixes codes: nicer to look at, not for scores")
     new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **HIDDEN_EVENT)
     curve = guidance_curve(pipe, guidance)
     return [class_name, count, guidance, top_k, top_p, temperature, seed, smooth, *curve]
@@ -141,7 +141,9 @@ def guidance_curve(pipe: MVARPipeline, guidance: gr.Number) -> list[gr.component
                 gr.Slider(
                     0, MAX_CURVE, round(strength, 2), step=0.01, label=name, min_width=30, elem_id=f"strength-{name}"
                 )
-                for name, strength in zip(config.schedule.names, DEFAULTS.guide.strengths(config), strict=True)
+                for name, strength in zip(
+                    config.schedule.names, SamplingSettings().guide.strengths(config), strict=True
+                )
             ]
     if len(sliders) > 1:
         draw_line = f"(g) => {list(line)}.map(x => Math.min({MAX_CURVE}, +(g * x).toFixed(2)))"

@@ -119,7 +119,7 @@ def test_tokenizing_is_measured_by_part(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_reading_counts_every_sample() -> None:
-    (record,) = measure_data([Setting(batch_size=100)], num_workers=1, repeats=1, samples=1000)
+    (record,) = measure_data([Setting(batch_size=100)], num_workers=1, repeats=1, world_size=1, samples=1000)
     assert record["samples"] == 1000
     (rank,) = measure_data([Setting(batch_size=100)], num_workers=0, repeats=1, world_size=3, samples=1000)
     assert rank["samples"] == 300
@@ -127,7 +127,9 @@ def test_reading_counts_every_sample() -> None:
     assert 0 < record["first_batch_s"] <= 1000 / record["samples_per_s"]
 
 
-def test_reading_of_local_and_remote_shards_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_of_local_and_remote_shards_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_token_shards(tmp_path / "tokens", "abc", [20, 20, 7])
     for place in ("tokens", "pipe:cat tokens/{}"):
@@ -136,6 +138,8 @@ def test_reading_of_local_and_remote_shards_is_measured(tmp_path: Path, monkeypa
         assert (record["tokens"], record["samples"]) == (30, 44)
         assert min(record["samples_per_s"], record["first_pass_samples_per_s"]) > 0
     assert len(list((tmp_path / "outputs/shard_cache").glob("*.tar"))) == 3
+    assert run(["bench", "data", "--shards", "tokens", "--batch_size", "100"]) == 1
+    assert "(of `bench data`, --batch_size or --world_size)" in capfd.readouterr().err
 
 
 def test_mistakes_are_reported_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def test_identical_sets_cover_each_other(sets: tuple) -> None:
     real, _ = sets
     scores = precision_recall(real, real.flip(0))
     assert (scores["precision"], scores["recall"], scores["coverage"]) == (1, 1, 1)
-    assert scores["density"] == pytest.approx(6 / 5)  # each ball also contains its centre
+    assert scores["density"] == pytest.approx(6 / 5)  # each ball also contains its center
 
 
 def test_distant_sets_do_not_overlap(sets: tuple) -> None:

@@ -39,7 +39,7 @@ class Factor:
     effect: str
     value: Callable[[Result], Any] | None = None
 
-    def read(self, result: Result) -> Any:
+    def value_in(self, result: Result) -> Any:
         """Returns the factor's value in a result, None if the result does not state it."""
         return result.get(self.name) if self.value is None else self.value(result)
 
@@ -139,7 +139,7 @@ def compare(first: Result, second: Result) -> tuple[list[Difference], list[str]]
     """Returns the differences, in the order of `FACTORS`, and the factors that only one of the results states."""
     differences, unknown = [], []
     for factor in FACTORS:
-        values = factor.read(first), factor.read(second)
+        values = factor.value_in(first), factor.value_in(second)
         if (values[0] is None) != (values[1] is None):
             unknown.append(factor.name)
         elif differ(factor.name, first, second, *values):

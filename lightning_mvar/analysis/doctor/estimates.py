@@ -33,7 +33,7 @@ from lightning_mvar.scales import Shape
 
 Pixels = NDArray[np.uint8]  # of one image (H, W, 3)
 Change = Callable[[Pixels], Pixels]
-Found = tuple[str, float] | None  # description of the scored samples, and the increase of their distance
+Growth = tuple[str, float] | None  # description of the scored samples, and the increase of their distance
 MAX_SAMPLES = 50_000  # in a set that is scored again; bounds the memory for its features
 BICUBIC = Image.Resampling.BICUBIC
 JPEG = SUFFIXES_BY_FORMAT["JPEG"]
@@ -168,7 +168,7 @@ def estimate_all(
             yield f"the effect of {name} is not estimated: {error}"
 
 
-def with_fewer(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def with_fewer(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores as many of the samples as the other result has."""
     count, target = len(scored.samples), result["num_samples"]
     if not 2 <= target < count:
@@ -176,7 +176,7 @@ def with_fewer(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Fo
     return f"{target} of the {count} samples of {scored.name}", scored.growth_to(spaced(scored.by_class, target))
 
 
-def with_more(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def with_more(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Extrapolates to more samples from all and half of them; the bias of the distance is proportional to 1 / n."""
     count, target = len(scored.samples), result["num_samples"]
     if not 4 <= count < target:
@@ -185,7 +185,7 @@ def with_more(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Fou
     return f"{scored.name} extrapolated from {count} to {target} samples", slope * (1 / target - 1 / count)
 
 
-def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores samples of a balanced set, chosen in the class proportions of the other set."""
     if other is None or scored.labels is None or other.labels is None or balance(scored.result) != "balanced":
         return None
@@ -205,7 +205,7 @@ def with_classes_of(scored: ScoredSet, other: ScoredSet | None, result: Result) 
     return f"{len(indices)} samples of {scored.name} in the proportions of {other.name}", growth
 
 
-def as_jpeg(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def as_jpeg(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores samples saved as JPEG, with the other set's quantization tables or, failing that, at quality 75."""
     if compression(scored.result) != "none" or "JPEG" not in (compression(result) or ""):
         return None
@@ -223,7 +223,7 @@ def as_jpeg(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found
     return f"{scored.name} saved as JPEG {quality}", scored.growth_by(compress, f"{scored.name} as JPEG")
 
 
-def resized(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def resized(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores samples resized and back: to the other result's smaller size, or until they are about as blurred."""
     height, width = scored.samples.shape
     size = (result.get("height", height), result.get("width", width))
@@ -247,14 +247,14 @@ def resize_and_back(pixels: Pixels, size: Shape) -> Pixels:
     return np.asarray(image.resize(size[::-1], BICUBIC).resize(image.size, BICUBIC))
 
 
-def rounded_down(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def rounded_down(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Attributes the whole difference to rounding, because the images are otherwise the same."""
     if other is None:
         return None
     return f"{scored.name} and {other.name} are otherwise the same images", other.distance - scored.distance
 
 
-def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores the samples against the other result's reference, if it exists on this machine."""
     name = result["reference"]
     if find_embedded_set(name) is None and not Path(split_off(name)[0]).expanduser().exists():
@@ -263,7 +263,7 @@ def against_other_reference(scored: ScoredSet, other: ScoredSet | None, result: 
     return f"{scored.name} against {name}", frechet_distance(real, statistics_of(scored.features)) - scored.distance
 
 
-def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Found:
+def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) -> Growth:
     """Scores the samples against their own reference, cropped as for the other result."""
     name, resizing = scored.result["reference"], Resizing.parse(result["crop"])
     reference = open_reference(name)
@@ -273,7 +273,7 @@ def with_other_crop(scored: ScoredSet, other: ScoredSet | None, result: Result) 
     return f"{scored.name} with {resizing.settings}", distance - scored.distance
 
 
-ESTIMATORS: dict[str, tuple[Callable[[ScoredSet, ScoredSet | None, Result], Found], ...]] = {
+ESTIMATORS: dict[str, tuple[Callable[[ScoredSet, ScoredSet | None, Result], Growth], ...]] = {
     "num_samples": (with_fewer, with_more),
     "balance of classes": (with_classes_of,),
     "compression": (as_jpeg,),

@@ -34,7 +34,7 @@ class ImageClassifier(TrainedClassifier):
     Args:
         images: training images, a source as for `lightning-mvar tokenize`; at most 10,000 of them are read.
         labels: label file or columns, if the images are not sorted by class.
-        margin: of resizing before the centre is cropped, as in `lightning-mvar tokenize`.
+        margin: of resizing before the center is cropped, as in `lightning-mvar tokenize`.
         cache: folder for the weights; their file is named with a hash of the settings and of the paths, sizes and
             modification times of the images.
         on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a warning.
@@ -67,7 +67,7 @@ class ImageClassifier(TrainedClassifier):
             self.logits = None  # type: ignore[assignment, method-assign]
 
     def training_images(self) -> tuple[Tensor, Tensor]:
-        """Returns centre crops (n, 3, 64, 64) uint8 and labels; of one class, rotated crops and their quarter turns."""
+        """Returns center crops (n, 3, 64, 64) uint8 and labels; of one class, rotated crops and their quarter turns."""
         count = min(len(self.source), MAX_IMAGES)
         indices = spaced_evenly(len(self.source), count).tolist()
         batches = [
