@@ -51,7 +51,7 @@ def bench(
 ) -> None:
     """Measures speed and memory. `lightning-mvar bench WHAT` is short for `bench --what WHAT`.
 
-    sample: guided sampling, network and decoder. step: the last scale alone, from the state before it and without
+    sample: guided sampling, network and decoder. step: the last scale alone, from the preceding state and without
     guidance, and the size of that state. train: a training step of forward, backward, clipping and AdamW. tokenize:
     images to tokens with the published encoder. data: reading shards. memory: the state that sampling carries from
     scale to scale. op: the parts of one block, and Mamba in sampling with and without carried state. launches: kernel

@@ -54,7 +54,7 @@ def check_folders(target: Path, images: str) -> None:
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists and is not empty: choose another folder")
     if os.path.isdir(images) and target.resolve().is_relative_to(Path(images).resolve()):
-        raise InputError(f"{target} lies in --images {images}, among its own pictures: choose a folder outside")
+        raise InputError(f"{target} is inside --images {images}, among the pictures: choose a folder outside")
 
 
 def describe(pictures: Pictures) -> list[str]:
@@ -72,7 +72,7 @@ def describe(pictures: Pictures) -> list[str]:
 def describe_plan(plan: Plan) -> list[str]:
     """Returns lines about what will be trained."""
     recipe, side = plan.recipe, plan.resolution
-    margin = "nothing is cut off" if plan.margin == 1.0 else "random square crops of 8/9 of the shorter side"
+    margin = "pictures are shown whole" if plan.margin == 1.0 else "random square crops of 8/9 of the shorter side"
     is_slow = side > recipe.machine.max_resolution
     slow = [f"{side} pixels are meant for GPUs: on a CPU, each step takes several times as long as one of 64"] * is_slow
     return [
