@@ -44,7 +44,7 @@ def test_splits_without_class_folders_have_the_same_class(tmp_path: Path) -> Non
 def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
     root = write(tmp_path / "set", "ant/1.png", "bee/2.png", "sheet.png")
     with pytest.raises(
-        InputError, match="outside class folders, such as sheet.png, and inside, such as ant/1.png: move"
+        InputError, match=r"outside class folders, such as sheet.png, and inside, such as ant/1.png: move"
     ):
         open_encoded(str(root), None, None)
 
