@@ -42,8 +42,9 @@ def edit(
     **sampling: Any,
 ) -> None:
     """Redraws a part of an image, as the same or another class. At every scale, the network samples the tokens inside
-    that part and keeps the image's own tokens elsewhere; the kept part therefore looks as the tokenizer reconstructs
-    it. A token is redrawn if at least half of its cell is in that part; `kept_tokens_mask` says how VAR's masks differ.
+    that part and keeps the image's own tokens elsewhere; the kept part therefore shows the tokenizer's reconstruction
+    of the image. A token is redrawn if at least half of its cell is in that part; see `kept_tokens_mask` for how VAR's
+    masks differ.
 
     Args:
         ckpt_path: checkpoint of `fit`, folder of `export`, published file, or a known name such as `var-d16`.

@@ -50,7 +50,7 @@ def export(
         to: `folder` for config.json and safetensors; `official` for the two .pth files of the published code, which
             fixes `state_dim`, `head_dim` and others to their defaults here; an error lists all that differ.
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
-        card: what the model card says, the README.md of a folder with a network; arguments of `model_card`.
+        card: contents of the model card, the README.md of a folder with a network; arguments of `model_card`.
     """
     if ckpt_path is not None and official is not None:
         raise InputError("give --ckpt_path or --official, not both")

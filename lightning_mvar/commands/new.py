@@ -54,7 +54,7 @@ def check_folders(target: Path, images: str) -> None:
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists and is not empty: choose another folder")
     if os.path.isdir(images) and target.resolve().is_relative_to(Path(images).resolve()):
-        raise InputError(f"{target} lies in --images {images}, among its own pictures: choose a folder outside")
+        raise InputError(f"{target} is inside --images {images}, among the pictures: choose a folder outside")
 
 
 def describe(pictures: Pictures) -> list[str]:

@@ -177,7 +177,7 @@ class MVAR(nn.Module):
             look_for_kernels()
 
     def _apply(self, *arguments: Any, **options: Any) -> MVAR:
-        """Moves or casts the network, for `to`, `half` and the like; looks for kernels once it is on a GPU."""
+        """Moves or casts the network, for methods such as `to` and `half`; looks for kernels once it is on a GPU."""
         super()._apply(*arguments, **options)
         if self.start_embed.is_cuda:
             look_for_kernels()

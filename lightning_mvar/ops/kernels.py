@@ -60,7 +60,7 @@ def with_scale(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-SOURCES = [  # what is slower without the kernels, how to load them, remedy if they are missing
+SOURCES = [  # operation that is slower without the kernels, how to load them, remedy if they are missing
     ("Mamba-2, QK-norm and AdaLN", triton_kernels, "install a C compiler and the Triton that this torch requires"),
     ("attention inside scales", packed_attention, "install torch 2.10 or newer"),
 ]

@@ -72,7 +72,7 @@ def generate(
             number per scale.
         top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
         top_p: then from the fewest tokens whose probabilities sum to p; 0 or 1 for all.
-        smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images to look at, never for scores.
+        smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images for viewing, never for scores.
         generator: CPU generator, one for all images or one per image, or keys (b, 2) of `image_keys`; None for torch's
             default generator.
         known: tokens of given images, and which of them to keep; the others are drawn conditioned on those.

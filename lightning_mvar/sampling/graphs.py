@@ -29,7 +29,7 @@ class CudaCapture:
     """Captures functions as CUDA graphs in one memory pool, to be replayed in the order of capture."""
 
     def __init__(self, device: torch.device) -> None:
-        # A stream of its own: by default, all captures share one on the device of the process's first capture.
+        # A separate stream: by default, all captures share one on the device of the process's first capture.
         self.device, self.pool, self.stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, run: Callable[[], T]) -> tuple[Callable[[], object], T]:

@@ -86,7 +86,7 @@ def captioned_pair(original: Tensor | None, reconstruction: Tensor, *captions: s
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """Puts a text on one line and cuts its beginning if it is too wide: the end of a path says the most."""
+    """Puts a text on one line and cuts its beginning if it is too wide, because the end of a path is most telling."""
     text = " ".join(text.split())
     if len(text) <= width and font.getlength(text) <= width:
         return text

@@ -31,7 +31,7 @@ class SamplingSettings:
             list with one number per scale, such as [0,0.5,1].
         top_k: sample from the k most likely tokens; 0, or more than the vocabulary has, for all.
         top_p: then from the fewest tokens whose probabilities sum to p; 0 or 1 for all.
-        smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images to look at, never for scores.
+        smooth: mix codes by a Gumbel-softmax instead of drawing one: smoother images for viewing, never for scores.
         seed: random seed, from 0 to 2^63 - 1; each image number has its own random stream.
         temperature: divides the logits before top-k and top-p: below 1 for likelier tokens, above 1 for more variety.
             A number, or a list with one number per scale.

@@ -110,7 +110,7 @@ class ScheduledModule(L.LightningModule):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate, under the name that Lightning's LearningRateFinder looks for."""
+        """Peak learning rate, under the name that Lightning's LearningRateFinder expects."""
         return self.optimizer_config.base_lr * self.global_batch / 256
 
     @lr.setter

@@ -121,7 +121,7 @@ def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
     with gr.Group():
         seed = gr.Number(DEFAULTS["seed"], label="Seed", info="the same seed draws the same images", step=1)
         new_seed = gr.Button("New seed", size="sm")
-    smooth = gr.Checkbox(DEFAULTS["smooth"], label="Smooth", info="mixes codes: nicer to look at, not for scores")
+    smooth = gr.Checkbox(DEFAULTS["smooth"], label="Smooth", info="mixes codes: smoother images, not for scores")
     new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **HIDDEN_EVENT)
     curve = guidance_curve(pipe, guidance)
     return [class_name, count, guidance, top_k, top_p, temperature, seed, smooth, *curve]

@@ -99,7 +99,7 @@ def test_the_commands_are_printed_and_in_the_readme(
     ("argv", "message"),
     [
         (["pics", "--images", "pics"], "pics exists and is not empty: choose another folder"),
-        (["pics/mine", "--images", "pics"], "pics/mine lies in --images pics, among its own pictures"),
+        (["pics/mine", "--images", "pics"], "pics/mine is inside --images pics, among the pictures"),
         (["mine", "--images", "pics", "--resolution", "48"], "--resolution 48 has no recipe: choose one of 32, 64"),
         (["mine", "--images", "nowhere"], "nowhere does not exist"),
         (["mine", "--images", "empty"], "no images under"),

@@ -140,7 +140,7 @@ def test_margins_of_training_and_validation_must_be_equal(shards: str, tmp_path:
     data = TokenDataModule(other, other)
     data.setup("fit")
     assert data.margin == 1.0
-    with pytest.raises(InputError, match=r"different margins, 1.125 in .*shards and 1.0 in .*other: tokenize with one"):
+    with pytest.raises(InputError, match=r"different margins, 1.125 in .*shards and 1.0 in .*other: tokenize all"):
         TokenDataModule(shards, other).setup("fit")
     own = replace(manifest, source="samples of a network: network=0", margin=1.125)
     own.save(Path(shards))

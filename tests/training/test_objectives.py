@@ -354,7 +354,7 @@ def test_strategies_agree_with_a_reference_and_own_samples(plain_run_folder: Pat
 def test_own_samples_are_required_or_refused_and_need_an_even_batch(runs: Runs, tuned: Runs) -> None:
     with pytest.raises(InputError, match=r"DirectDiscriminative needs --data\.own"):
         tuned.fit(DirectDiscriminative())
-    with pytest.raises(InputError, match=r"TeacherForced ignores data\.own: leave it out"):
+    with pytest.raises(InputError, match=r"TeacherForced does not use data\.own: leave it out"):
         tuned.fit(TeacherForced(), own=True)
     module = make_module(runs.tokenizer_folder, model={"objective": DirectDiscriminative()})
     data = TokenDataModule(runs.shards, runs.shards, own=tuned.own(), batch_size=7)
@@ -380,10 +380,10 @@ def test_own_samples_must_be_those_of_the_reference(tuned: Runs) -> None:
         fit(tuned.own(top_k="many"))
     changes = [{"guidance": 0.5}, {"guidance": "0.0,0.5"}, {"top_k": 47}, {"top_p": 0.9}, {"temperature": 0.9}]
     for settings in (*changes, {"drafts": 4}):
-        with pytest.warns(UserWarning, match=r"samples for those of the bare network: sample with --guidance 0"):
+        with pytest.warns(UserWarning, match=r"assumes samples of the plain network: sample with --guidance 0"):
             fit(tuned.own(**settings))
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*bare network")
+        warnings.filterwarnings("error", ".*plain network")
         fit(tuned.own(top_k=48, top_p=1.0))
 
 

@@ -43,7 +43,9 @@ def test_splits_without_class_folders_have_the_same_class(tmp_path: Path) -> Non
 
 def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
     root = write(tmp_path / "set", "ant/1.png", "bee/2.png", "sheet.png")
-    with pytest.raises(InputError, match=r"both in itself, such as sheet.png, and in folders, such as ant/1.png: move"):
+    with pytest.raises(
+        InputError, match=r"outside class folders, such as sheet.png, and inside, such as ant/1.png: move"
+    ):
         open_encoded(str(root), None, None)
 
 
@@ -79,7 +81,9 @@ def test_class_names_confirm_folders_as_classes_in_their_order(packed: bool, tmp
 def test_class_names_name_the_class_of_images_without_class_folders(packed: bool, tmp_path: Path) -> None:
     source = folder_and_tar(tmp_path / "val_images", "0.png")[packed]
     assert open_encoded(source, None, ["flowers"]).class_names == ["flowers"]
-    with pytest.raises(InputError, match=f"in {source} .* of one class: --class_names has 2; pass their classes with"):
+    with pytest.raises(
+        InputError, match=f"in {source} .* have one class, but --class_names has 2: pass their classes with"
+    ):
         open_encoded(source, None, ["flowers", "trees"])
 
 

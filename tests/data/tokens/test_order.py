@@ -180,7 +180,7 @@ def test_a_shard_that_is_cut_while_it_is_open_is_told(tmp_path: Path) -> None:
     with open(path, "r+b") as file:
         file.truncate(0)  # a read of the mapped file would kill the process
     with pytest.raises(
-        InputError, match=rf"{path.name} is damaged .*it has 0 bytes, it had {manifest.shards[0].bytes}"
+        InputError, match=rf"{path.name} is damaged .*it has 0 bytes, but had {manifest.shards[0].bytes}"
     ):
         shard.read(rows)
 

@@ -207,7 +207,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {  # damag
     ),
     "unlisted shard": (
         edit_manifest(lambda m: m["shards"].pop(1)),
-        {MANIFEST: "is unfinished: 3 of 4 shards, 000001.tar is the first", ONE: "is not listed"},
+        {MANIFEST: "it is unfinished: 3 of 4 shards; 000001.tar is the first", ONE: "is not listed"},
     ),
     "shard listed twice": (
         edit_manifest(lambda m: m["shards"].append(m["shards"][1])),
