@@ -13,7 +13,6 @@ import yaml
 from lightning_mvar.cli.help import (
     FULL_HELP,
     OF_ANY_PARSER,
-    TRAINING,
     choices_of,
     first_option,
     metavar,
@@ -21,8 +20,8 @@ from lightning_mvar.cli.help import (
     signatures_of,
 )
 from lightning_mvar.cli.signatures import Option
-from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.configs import YAML_ERRORS, compose, config_words, find_config
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.configs import YAML_ERRORS, compose, config_words, find_config, yaml_problem
 
 # What begins like a number, or like a list of them; jsonargparse refuses the rest.
 NUMBER = re.compile(r"[\[(]?\s*[-+]?\.?(\d|inf|nan).*", re.IGNORECASE)
@@ -63,7 +62,7 @@ def check_options(name: str, *words: str) -> None:
             if option in options and (equals or not following.startswith("--")):
                 check_value(options[option], value if equals else following)
     for file in config_files(before):
-        check_file(command, file, options if name in TRAINING else None)
+        check_file(command, file, options)
     if not any(word.startswith(("-c", "--config")) for word in before):
         check_required(command, signature, words)
 
@@ -74,13 +73,11 @@ def config_files(words: Sequence[str]) -> list[Path]:
     return [Path(find_config(path)) for path in paths if os.path.exists(path) or not re.search(r"[{:]", path)]
 
 
-def check_file(command: str, path: Path, options: Mapping[str, Option] | None) -> None:
-    """Checks a file of --config, and if its options are given, their names and values."""
+def check_file(command: str, path: Path, options: Mapping[str, Option]) -> None:
+    """Checks a file of --config, and the names and values of its options."""
     if not path.exists():
         raise InputError(f"--config {path} does not exist; `lightning-mvar configs` lists those of the package")
-    root = read_config_file(path)
-    if options is not None:
-        check_section(command, root, str(path), "", options)
+    check_section(command, read_config_file(path), str(path), "", options)
 
 
 def read_config_file(path: Path) -> yaml.Node | None:
@@ -96,7 +93,7 @@ def read_config_file(path: Path) -> yaml.Node | None:
     except (OSError, UnicodeDecodeError, RecursionError):
         return None  # jsonargparse says why
     except YAML_ERRORS as error:
-        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
+        raise InputError(f"{path} is not valid YAML: {yaml_problem(error)}") from error
 
 
 def check_section(command: str, node: yaml.Node | None, file: str, prefix: str, options: Mapping[str, Option]) -> None:

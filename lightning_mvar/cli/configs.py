@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mvar.cli.arguments import check_values
 from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.configs import YAML_ERRORS, compose, config_words, find_config
+from lightning_mvar.io.configs import YAML_ERRORS, compose, config_words, find_config, yaml_problem
 from lightning_mvar.io.json_files import shown
 
 PARSER_MODE = "omegaconf+"  # in which jsonargparse accepts an interpolation for an option of any type
@@ -49,7 +49,7 @@ def load_yaml(text: str, path: str | None, sections: Iterable[str]) -> Any:
     except YAML_ERRORS as error:
         if path is None:
             raise yaml.YAMLError(one_line(error)) from error
-        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
+        raise InputError(f"{path} is not valid YAML: {yaml_problem(error)}") from error
     check_keys(node, where)
     if path is None:
         return value

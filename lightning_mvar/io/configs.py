@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from lightning_mvar.errors import one_line
 from lightning_mvar.io.json_files import ESCAPED
 
 PACKAGED = Path(__file__).parents[1] / "configs"  # in a clone, a link to its top-level folder
@@ -64,6 +65,11 @@ def compose(text: str) -> yaml.Node | None:
     if root is not None and written_size(root, {}) > MAX_NODES:
         raise yaml.YAMLError(f"its aliases stand for more than {MAX_NODES} values")
     return root
+
+
+def yaml_problem(error: Exception) -> str:
+    """Returns the message of one of `YAML_ERRORS` on one line, without PyYAML's name for the text."""
+    return one_line(error).replace('in "<unicode string>", ', "in ")
 
 
 def written_size(node: yaml.Node, sizes: dict[int, int]) -> int:

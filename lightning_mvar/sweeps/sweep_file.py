@@ -15,8 +15,8 @@ from typing import Any, cast, get_args
 
 import yaml
 
-from lightning_mvar.errors import InputError, one_line
-from lightning_mvar.io.configs import YAML_ERRORS, compose
+from lightning_mvar.errors import InputError
+from lightning_mvar.io.configs import YAML_ERRORS, compose, yaml_problem
 from lightning_mvar.io.files import read_regular
 from lightning_mvar.io.json_files import shown
 from lightning_mvar.sweeps.measures import TITLES
@@ -71,7 +71,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply, or an alias refers to itself") from error
     except YAML_ERRORS as error:
-        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
+        raise InputError(f"{path} is not valid YAML: {yaml_problem(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a sweep file: it has no keys such as fit, axes, seeds")
     return content

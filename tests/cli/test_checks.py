@@ -80,6 +80,18 @@ def test_mistakes_in_a_file_are_named_with_their_line(text: str, message: str, t
     assert str(file) in str(error.value)
 
 
+def test_mistakes_in_a_file_of_any_command_are_named_with_their_line(tmp_path: Path) -> None:
+    file = tmp_path / "tokenize.yaml"
+    for text, message in (
+        ("images: a\nmagrin: 1.0", f"{file}, line 2: tokenize has no option --magrin; did you mean --margin?"),
+        ("images: a\nviews 2\nsplit: true", "while scanning a simple key in line 2, column 1: views 2 ^ could not"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError) as error:
+            check_options("tokenize", "--config", str(file))
+        assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     "text",
     [
