@@ -71,6 +71,7 @@ LONGEST_FILES = [  # tens of seconds each
     *("test_costs.py", "test_launchers.py", "test_tokenize.py", "test_serve.py", "test_lit_tokenizer.py"),
     *("test_errors.py", "test_background.py", "test_bench.py", "test_mamba2_kernels.py", "test_page.py"),
     *("test_export.py", "test_python_users.py", "test_checkpoint.py", "test_fuzz.py"),
+    *("test_objectives.py", "test_weights.py", "test_muon.py"),
 ]
 
 

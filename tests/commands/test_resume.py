@@ -46,6 +46,10 @@ def uninterrupted(
     return run
 
 
+DROP_PATH = ["--model.network.drop_path", "0.3"]
+DDP, FSDP2 = [*TWO_RANKS, "ddp"], [*TWO_RANKS, "fsdp2", *DROP_PATH]
+
+
 def kill_and_resume(folder: Path, root: str, options: list[str], devices: int, kills: int) -> None:
     """Kills all ranks at random moments after the first checkpoint of each start, then runs to the end."""
     rng, checkpoints = random.Random(0), folder / root / "checkpoints"
@@ -64,18 +68,21 @@ def checkpoint_names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("step=*")}
 
 
-@pytest.mark.parametrize(("devices", "strategy", "kills", "steps"), [(1, "auto", 2, 16), (2, "fsdp2", 1, 12)])
+@pytest.mark.parametrize(
+    ("devices", "options", "kills"),
+    [
+        (1, [*DROP_PATH, "--trainer.max_steps", "16", "--trainer.val_check_interval", "8"], 2),
+        (2, FSDP2, 1),
+    ],
+)
 def test_a_run_killed_repeatedly_ends_as_an_uninterrupted_one(
-    plain_run_folder: Path, devices: int, strategy: str, kills: int, steps: int
+    plain_run_folder: Path, uninterrupted: Callable[..., Path], devices: int, options: list[str], kills: int
 ) -> None:
-    options = ["--model.network.drop_path", "0.3", "--trainer.max_steps", str(steps)]
-    options += ["--trainer.val_check_interval", "8"]
-    options += ["--data.batch_size", str(16 // devices), "--trainer.strategy", strategy]
-    train(plain_run_folder, "reference", options, devices)
+    expected = uninterrupted(*options, devices=devices)
     kill_and_resume(plain_run_folder, "killed", options, devices, kills)
-    difference = largest_difference(weights(plain_run_folder / "reference"), weights(plain_run_folder / "killed"))
+    difference = largest_difference(weights(expected), weights(plain_run_folder / "killed"))
     assert difference == 0 if devices == 1 else difference < 1e-6
-    reference, killed = scalars(plain_run_folder / "reference/logs"), scalars(plain_run_folder / "killed/logs")
+    reference, killed = scalars(expected / "logs"), scalars(plain_run_folder / "killed/logs")
     if devices == 1:
         assert killed == reference  # every curve: the same steps, each once, the same values
     else:
@@ -143,11 +150,11 @@ def test_torn_checkpoints_are_reported_and_skipped(plain_run_folder: Path, unint
 def test_torn_checkpoint_shards_are_reported_and_skipped(
     plain_run_folder: Path, uninterrupted: Callable[..., Path]
 ) -> None:
-    shutil.copytree(uninterrupted(*TWO_RANKS, "fsdp2", devices=2), plain_run_folder / "run", symlinks=True)
+    shutil.copytree(uninterrupted(*FSDP2, devices=2), plain_run_folder / "run", symlinks=True)
     expected, folder = weights(plain_run_folder / "run"), plain_run_folder / "run/checkpoints"
     share = newest_first(folder)[0] / "__1_0.distcp"
     share.write_bytes(share.read_bytes()[:-1])
-    again = train(plain_run_folder, "run", [*TWO_RANKS, "fsdp2"], 2)
+    again = train(plain_run_folder, "run", FSDP2, 2)
     assert f"skipped: {share} is damaged" in again.printed()
     assert largest_difference(expected, weights(plain_run_folder / "run")) < 1e-6
 
@@ -197,15 +204,13 @@ def signal_in_validation(rank: int, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "devices", "strategy"),
-    [(signal.SIGINT, 1, "auto"), (signal.SIGUSR1, 2, "ddp"), (signal.SIGTERM, 2, "fsdp2")],
+    ("number", "devices", "options"), [(signal.SIGINT, 1, []), (signal.SIGUSR1, 2, DDP), (signal.SIGTERM, 2, FSDP2)]
 )
 def test_a_signal_to_one_rank_saves_and_ends_all(
-    plain_run_folder: Path, uninterrupted: Callable[..., Path], number: signal.Signals, devices: int, strategy: str
+    plain_run_folder: Path, uninterrupted: Callable[..., Path], number: signal.Signals, devices: int, options: list[str]
 ) -> None:
     """One rank ends after the current step; several take one more, because they do not wait for each other."""
     last = 6 if devices == 1 else 7
-    options = [] if devices == 1 else [*TWO_RANKS, strategy]
     reference = uninterrupted(*options, devices=devices)
     prepare = partial(act_in_step, step=5, act=partial(send, number=number))
     stopped = start([*FIT, *options, "--trainer.default_root_dir", "run"], plain_run_folder, devices, prepare)
@@ -218,16 +223,16 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
         assert scalars(plain_run_folder / "run/logs") == scalars(reference / "logs")
 
 
-@pytest.mark.parametrize("step", [8, 12])
+@pytest.mark.parametrize("step", [4, 8])
 def test_a_validation_interrupted_by_a_signal_is_repeated(
     run_folder: Path, uninterrupted: Callable[..., Path], step: int
 ) -> None:
     """Covers a validation within the run and the last one."""
-    prepare = partial(signal_in_validation, step=step)
-    stopped = start([*FIT, "--trainer.default_root_dir", "run"], run_folder, prepare=prepare)
+    prepare, steps = partial(signal_in_validation, step=step), ["--trainer.max_steps", "8"]
+    stopped = start([*FIT, *steps, "--trainer.default_root_dir", "run"], run_folder, prepare=prepare)
     assert stopped.wait() == [143], stopped.printed()
-    train(run_folder, "run", [])
-    reference = uninterrupted(draws=True)
+    train(run_folder, "run", steps)
+    reference = uninterrupted(*steps, draws=True)
     assert largest_difference(weights(reference), weights(run_folder / "run")) == 0
     assert scalars(run_folder / "run/logs") == scalars(reference / "logs")
 
@@ -325,7 +330,7 @@ def fail_as_on_gpus(rank: int) -> None:
 
 
 def test_a_rank_that_has_lost_another_on_a_gpu_does_not_save(plain_run_folder: Path) -> None:
-    command = [*FIT, *TWO_RANKS, "ddp", "--trainer.default_root_dir", "run"]
+    command = [*FIT, *DDP, "--trainer.default_root_dir", "run"]
     lost = start(command, plain_run_folder, 2, prepare=fail_as_on_gpus)
     assert lost.wait(60) == [1, 70], lost.printed()
     assert "rank 0 lost another rank after step 5" in lost.printed()
@@ -348,13 +353,13 @@ def test_rank_0_of_ddp_saves_if_another_dies_in_validation(
     plain_run_folder: Path, uninterrupted: Callable[..., Path]
 ) -> None:
     """The metrics of the validation, which it could only average with that rank, are not needed for that."""
-    command = [*FIT, *TWO_RANKS, "ddp", "--trainer.default_root_dir", "run"]
+    command = [*FIT, *DDP, "--trainer.default_root_dir", "run"]
     lost = start(command, plain_run_folder, 2, prepare=partial(kill_in_validation, step=8))
     assert lost.wait(60) == [1, -signal.SIGKILL], lost.printed()
     assert "step=00000008.ckpt; --resume continues from there" in lost.printed()
     assert "rank 0 lost another rank after step 8" in lost.printed()
-    train(plain_run_folder, "run", [*TWO_RANKS, "ddp"], 2)
-    reference = uninterrupted(*TWO_RANKS, "ddp", devices=2)
+    train(plain_run_folder, "run", DDP, 2)
+    reference = uninterrupted(*DDP, devices=2)
     assert largest_difference(weights(reference), weights(plain_run_folder / "run")) < 1e-6
 
 
