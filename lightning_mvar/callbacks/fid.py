@@ -16,7 +16,7 @@ from lightning_mvar.checkpoints import WhichWeights
 from lightning_mvar.data.images.protocols import MARGIN, CropProtocol
 from lightning_mvar.devices import without_autocast
 from lightning_mvar.errors import InputError, require_in
-from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
+from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBORS
 from lightning_mvar.metrics.reference import open_reference
 from lightning_mvar.metrics.scores import Scores
 from lightning_mvar.metrics.summary import Summary, prepare
@@ -52,7 +52,7 @@ class FIDCallback(L.Callback):
             one always is.
         weights: `ema` for the weight average if one is kept, `raw` for the weights being trained.
         keep_sharded: gather a sharded network block by block, if all of it does not fit on a device; slower.
-        neighbours: k of precision and recall; 0 to skip them, density and coverage, which take the longest.
+        neighbors: k of precision and recall; 0 to skip them, density and coverage, which take the longest.
         sampling: guidance scale, top-k, top-p and seed, and the other options of `SamplingSettings`.
         cache: folder that keeps the statistics of the real images.
     """
@@ -67,16 +67,16 @@ class FIDCallback(L.Callback):
         every_n_epochs: int | None = None,
         weights: WhichWeights = "ema",
         keep_sharded: bool = False,
-        neighbours: int = 3,
+        neighbors: int = 3,
         sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
         cache: str = "outputs/statistics",
         crop: CropProtocol = "var",
         margin: float | None = None,
     ) -> None:
-        fewest = max(neighbours, DENSITY_NEIGHBOURS) if neighbours > 0 else 1
+        fewest = max(neighbors, DENSITY_NEIGHBORS) if neighbors > 0 else 1
         if num_samples <= fewest or batch_size < 1:
             raise InputError(
-                f"the FID callback needs num_samples > {fewest} (for neighbours {neighbours}) and batch_size >= 1, got "
+                f"the FID callback needs num_samples > {fewest} (for neighbors {neighbors}) and batch_size >= 1, got "
                 f"{num_samples} and {batch_size}"
             )
         require_in("[1, inf)", "FIDCallback's ", every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
@@ -85,7 +85,7 @@ class FIDCallback(L.Callback):
         self.margin = margin
         self.num_samples, self.batch_size, self.sampling = num_samples, batch_size, sampling
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
-        self.weights, self.keep_sharded, self.neighbours = weights, keep_sharded, neighbours
+        self.weights, self.keep_sharded, self.neighbors = weights, keep_sharded, neighbors
         self.scored = {"step": 0, "epoch": 0}  # at the last scoring; epochs completed
         self.reference: Summary | None = None
         self.guide: MVAR | None = None  # a weaker network, if `sampling` names one
@@ -142,7 +142,7 @@ class FIDCallback(L.Callback):
         assert isinstance(pl_module, LitMVAR)
         assert self.reference is not None
         start = time.perf_counter()
-        scores = Scores(self.extractor, self.reference, self.num_samples, self.neighbours)
+        scores = Scores(self.extractor, self.reference, self.num_samples, self.neighbors)
         self.sample_into(scores, trainer, pl_module)
         results = scores.compute()
         self.scored = {"step": trainer.global_step, "epoch": epochs_done(trainer)}

@@ -45,7 +45,7 @@ def class_distances(real: Tensor, generated: Tensor, labels: ClassLabels) -> dic
 def distance_of_few(a: Tensor, b: Tensor) -> float:
     """Returns the Frechet distance of features (n, f) and (m, f), in float64, without f x f matrices.
 
-    With x and y the centred features divided by sqrt(n - 1) and sqrt(m - 1), the covariances are x^T x and y^T y, and
+    With x and y the centered features divided by sqrt(n - 1) and sqrt(m - 1), the covariances are x^T x and y^T y, and
     sigma_1^(1/2) sigma_2^(1/2) has the same singular values as x y^T, which is n x m.
     """
     means = [features.mean(dim=0, dtype=torch.float64) for features in (a, b)]

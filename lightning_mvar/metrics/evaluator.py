@@ -10,7 +10,7 @@ from torch import nn
 from lightning_mvar.devices import warn
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.frechet import frechet_distance
-from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBOURS
+from lightning_mvar.metrics.precision_recall import DENSITY_NEIGHBORS
 from lightning_mvar.metrics.reference import Reference
 from lightning_mvar.metrics.summary import Summary, num_features
 from lightning_mvar.scales import Shape
@@ -56,7 +56,7 @@ class Evaluator:
         )
         count, features = len(summary.features) if summary.features is not None else None, num_features(self.extractor)
         if count is not None and count <= features:
-            scores = " and there is no precision or recall" if count <= DENSITY_NEIGHBOURS else ""
+            scores = " and there is no precision or recall" if count <= DENSITY_NEIGHBORS else ""
             warn(f"{reference.name} has {count} images for {features} features: its covariance is singular{scores}")
         return summary
 

@@ -5,7 +5,7 @@ value without group g, the standard error and the interval are
 
     s^2 = (G - 1) / G sum_g (t_g - mean t)^2,    t +- s times the quantile of Student's t with G - 1 degrees of freedom
 
-A bootstrap draws samples repeatedly, which biases distances upwards and leaves features without neighbours at a
+A bootstrap draws samples repeatedly, which biases distances upwards and leaves features without neighbors at a
 distance; here each image counts at most once. The interval says how much the score would change with other samples of
 the same network, in the same number: it does not contain the bias of a distance of few images, nor the spread over
 training seeds.

@@ -3,7 +3,7 @@
 A generator samples wrong tokens that look plausible; a tokenizer whose decoder tolerates them generates better than its
 rFID says. A share of each image's tokens, drawn at random over all scales, is replaced by a uniform draw from the codes
 nearest to the token's own (itself among them), as in the published code, and the image is decoded without encoding
-again. Differences: neighbours are those of the code, not of the encoder's output, and the grid of settings is this
+again. Differences: neighbors are those of the code, not of the encoder's output, and the grid of settings is this
 project's, so values compare with each other and not with published ones.
 """
 
@@ -40,7 +40,7 @@ class PerturbedScores:
     def __init__(self, tokenizer: Tokenizer, extractor: nn.Module) -> None:
         self.tokenizer, self.extractor, self.count = tokenizer, extractor, 0
         codebook = tokenizer.quantizer.codebook.weight.detach()
-        self.neighbours = nearest_codes(codebook, max(2, math.ceil(max(CODES) * len(codebook))))
+        self.neighbors = nearest_codes(codebook, max(2, math.ceil(max(CODES) * len(codebook))))
         self.statistics = [
             FeatureStatistics(num_features(extractor)).to(codebook.device) for _ in product(SHARES, CODES)
         ]
@@ -51,7 +51,7 @@ class PerturbedScores:
         keys = image_keys(SEED, range(self.count, self.count + len(tokens))).to(tokens.device)
         self.count += len(tokens)
         for setting, (share, codes) in enumerate(product(SHARES, CODES)):
-            nearest = self.neighbours[:, : max(2, math.ceil(codes * len(self.neighbours)))]
+            nearest = self.neighbors[:, : max(2, math.ceil(codes * len(self.neighbors)))]
             images = (self.tokenizer.decode(perturb(tokens, nearest, share, keys, setting)) + 1) / 2
             with exact_float32():
                 self.statistics[setting].update(self.extractor(images))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lightning_mvar.devices import is_first_rank
 from lightning_mvar.errors import InputError
 
-DENSITY_NEIGHBOURS = 5  # k of density and coverage, as published
+DENSITY_NEIGHBORS = 5  # k of density and coverage, as published
 BLOCK_ROWS = 512  # rows of the distance matrix in memory at a time
 ROUNDING = 1e-12  # generous bound on the relative error of a sum of a few thousand float64 products
 
@@ -61,12 +61,12 @@ class FeatureBank(Metric):
         return dim_zero_cat(self.features)[dim_zero_cat(self.indices).argsort()]
 
 
-def enough_neighbours(real: Tensor, generated: Tensor, neighbours: int) -> bool:
+def enough_neighbors(real: Tensor, generated: Tensor, neighbors: int) -> bool:
     """Returns whether each feature has as many others in its set as `precision_recall` needs."""
-    return max(neighbours, DENSITY_NEIGHBOURS) < min(len(real), len(generated))
+    return max(neighbors, DENSITY_NEIGHBORS) < min(len(real), len(generated))
 
 
-def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> dict[str, float]:
+def precision_recall(real: Tensor, generated: Tensor, neighbors: int = 3) -> dict[str, float]:
     """Returns `precision`, `recall` and `coverage` in [0, 1] and `density` >= 0.
 
     Computed on the tensors' device in float64, in O((n + m)^2 f) time and O((n + m) f) memory.
@@ -74,25 +74,25 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> di
     Args:
         real: features (n, f) of real images.
         generated: features (m, f) of generated images.
-        neighbours: k of precision and recall; that of density and coverage is `DENSITY_NEIGHBOURS`.
+        neighbors: k of precision and recall; that of density and coverage is `DENSITY_NEIGHBORS`.
 
     Raises:
         InputError: if a set has too few features.
     """
-    if neighbours < 1 or not enough_neighbours(real, generated, neighbours):
+    if neighbors < 1 or not enough_neighbors(real, generated, neighbors):
         raise InputError(
-            f"precision, recall, density and coverage need neighbours >= 1 and more than "
-            f"{max(neighbours, DENSITY_NEIGHBOURS)} features in each set, "
-            f"got {neighbours} neighbours, {len(real)} real and {len(generated)} generated features"
+            f"precision, recall, density and coverage need neighbors >= 1 and more than "
+            f"{max(neighbors, DENSITY_NEIGHBORS)} features in each set, "
+            f"got {neighbors} neighbors, {len(real)} real and {len(generated)} generated features"
         )
     (scores,) = precision_recall_without(
-        real, generated, torch.zeros(len(generated), dtype=torch.int64), [None], neighbours
+        real, generated, torch.zeros(len(generated), dtype=torch.int64), [None], neighbors
     )
     return scores
 
 
 def precision_recall_without(
-    real: Tensor, generated: Tensor, groups: Tensor, left_out: Sequence[int | None], neighbours: int
+    real: Tensor, generated: Tensor, groups: Tensor, left_out: Sequence[int | None], neighbors: int
 ) -> list[dict[str, float]]:
     """Returns the scores without each of some groups of generated features, from one pass over all pairs.
 
@@ -101,14 +101,14 @@ def precision_recall_without(
         generated: features (m, f) of generated images.
         groups: group (m,) of each generated feature.
         left_out: the groups; None to leave out none.
-        neighbours: k of precision and recall.
+        neighbors: k of precision and recall.
     """
     mean = real.mean(dim=0, dtype=torch.float64)  # subtracted to avoid cancellation far from the origin
     real, generated = (features.to(torch.float64, copy=True).sub_(mean) for features in (real, generated))
-    radii, density_radii = squared_radii(real, [neighbours, DENSITY_NEIGHBOURS])
+    radii, density_radii = squared_radii(real, [neighbors, DENSITY_NEIGHBORS])
     kept = torch.stack([torch.ones_like(groups, dtype=torch.bool) if g is None else groups != g for g in left_out])
     kept = kept.to(real.device)  # (len(left_out), m)
-    generated_radii = radii_without(generated, groups.to(real.device), left_out, neighbours)
+    generated_radii = radii_without(generated, groups.to(real.device), left_out, neighbors)
 
     squares, shape = real.square().sum(dim=1), (len(left_out), len(real))
     precise, balls = torch.zeros(2, len(left_out), dtype=torch.int64, device=real.device)
@@ -126,38 +126,38 @@ def precision_recall_without(
         {
             "precision": int(precise[i]) / int(count),
             "recall": int(recalled[i].sum()) / len(real),
-            "density": int(balls[i]) / int(count) / DENSITY_NEIGHBOURS,
+            "density": int(balls[i]) / int(count) / DENSITY_NEIGHBORS,
             "coverage": int(covered[i].sum()) / len(real),
         }
         for i, count in enumerate(kept.sum(dim=1))
     ]
 
 
-def squared_radii(features: Tensor, neighbours: list[int]) -> Tensor:
-    """Returns squared distances (len(neighbours), n) of features (n, f) to their k-th nearest other, for each k."""
+def squared_radii(features: Tensor, neighbors: list[int]) -> Tensor:
+    """Returns squared distances (len(neighbors), n) of features (n, f) to their k-th nearest other, for each k."""
     squares = features.square().sum(dim=1)
     nearest = [
-        squared_distances(rows, features, squares).topk(max(neighbours) + 1, largest=False).values
-        for rows in row_blocks(features, "neighbours")
+        squared_distances(rows, features, squares).topk(max(neighbors) + 1, largest=False).values
+        for rows in row_blocks(features, "neighbors")
     ]
-    return torch.cat(nearest)[:, neighbours].T * (1 + ROUNDING)  # column 0 is the feature itself
+    return torch.cat(nearest)[:, neighbors].T * (1 + ROUNDING)  # column 0 is the feature itself
 
 
-def radii_without(features: Tensor, groups: Tensor, left_out: Sequence[int | None], neighbour: int) -> Tensor:
+def radii_without(features: Tensor, groups: Tensor, left_out: Sequence[int | None], neighbor: int) -> Tensor:
     """Returns squared distances (len(left_out), n) of features (n, f) to their k-th nearest other outside each group.
 
     They are among the k + 1 nearest of each of the other groups. Radii of the group itself have no meaning.
     """
     squares, radii = features.square().sum(dim=1), []
     members = {group: (groups == group).nonzero().flatten() for group in groups.unique().tolist()}
-    for rows in row_blocks(features, "neighbours"):
+    for rows in row_blocks(features, "neighbors"):
         distances = squared_distances(rows, features, squares)
         nearest = {
-            group: distances[:, columns].topk(min(neighbour + 1, len(columns)), largest=False).values
+            group: distances[:, columns].topk(min(neighbor + 1, len(columns)), largest=False).values
             for group, columns in members.items()
         }
         others = [torch.cat([nearest[group] for group in members if group != g], dim=1) for g in left_out]
-        radii.append(torch.stack([near.topk(neighbour + 1, largest=False).values[:, neighbour] for near in others]))
+        radii.append(torch.stack([near.topk(neighbor + 1, largest=False).values[:, neighbor] for near in others]))
     return torch.cat(radii, dim=1) * (1 + ROUNDING)
 
 

@@ -19,7 +19,7 @@ from lightning_mvar.metrics.intervals import (
 )
 from lightning_mvar.metrics.kernel_distance import SUBSETS, kernel_distance, kernel_replicates
 from lightning_mvar.metrics.mind import monge_distance
-from lightning_mvar.metrics.precision_recall import enough_neighbours, precision_recall, precision_recall_without
+from lightning_mvar.metrics.precision_recall import enough_neighbors, precision_recall, precision_recall_without
 from lightning_mvar.metrics.summary import Features, Summary, num_features
 from lightning_mvar.metrics.vendi import VendiScore
 
@@ -37,7 +37,7 @@ class Scores:
         extractor: prepared, on the device to compute on.
         reference: summary of the real images.
         num_samples: images in the set, over all ranks.
-        neighbours: k of precision and recall; 0 to skip them, density and coverage, which take the longest.
+        neighbors: k of precision and recall; 0 to skip them, density and coverage, which take the longest.
         keep_features: whether `intervals` or `extrapolated` will be called.
         keep_spatial: whether `intervals` will be called; they then include that of sFID, if there is one.
     """
@@ -47,11 +47,11 @@ class Scores:
         extractor: nn.Module,
         reference: Summary,
         num_samples: int,
-        neighbours: int = 3,
+        neighbors: int = 3,
         keep_features: bool = False,
         keep_spatial: bool = False,
     ) -> None:
-        self.extractor, self.reference, self.neighbours = extractor, reference, neighbours
+        self.extractor, self.reference, self.neighbors = extractor, reference, neighbors
         keeps = keep_features or reference.features is not None
         max_features, keep_spatial = MAX_SAMPLE_FEATURES if keeps else 0, keep_spatial and reference.spatial is not None
         self.features = Features(extractor, num_samples, max_features, keep_spatial)
@@ -93,8 +93,8 @@ class Scores:
             features = real.features.to(generated.features.device)
             scores["kid"], scores["kid_std"] = kernel_distance(features, generated.features)
             scores["mind"] = monge_distance(features, generated.features)
-            if self.neighbours and enough_neighbours(features, generated.features, self.neighbours):
-                scores |= precision_recall(features, generated.features, self.neighbours)
+            if self.neighbors and enough_neighbors(features, generated.features, self.neighbors):
+                scores |= precision_recall(features, generated.features, self.neighbors)
         return scores
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class Scores:
         """Returns the confidence interval of each score over the samples; see `metrics.intervals`.
 
         They come from up to 50,000 samples; all ranks must call this, and share the work of all but KID and the scores
-        by neighbours, whose replicates come from one pass over all pairs.
+        by neighbors, whose replicates come from one pass over all pairs.
 
         Args:
             scores: what `compute` returned.
@@ -122,8 +122,8 @@ class Scores:
             for replicate, value in zip(replicates, kernel_replicates(real, features, groups), strict=True):
                 replicate["kid"] = value
         if real is not None and "precision" in scores:
-            neighbour_scores = precision_recall_without(real, features, groups, range(GROUPS), self.neighbours)
-            replicates = [a | b for a, b in zip(replicates, neighbour_scores, strict=True)]
+            neighbor_scores = precision_recall_without(real, features, groups, range(GROUPS), self.neighbors)
+            replicates = [a | b for a, b in zip(replicates, neighbor_scores, strict=True)]
         share = len(features) / self.num_samples
         return {
             name: jackknife_interval(scores[name], [r[name] for r in replicates], level, share, noise.get(name, 0.0))

@@ -2,7 +2,7 @@
 
     exp(-sum_i l_i log l_i),    l_i the eigenvalues of K / n, K the cosine similarities of the n images' features
 
-K / n has the same nonzero eigenvalues as the mean outer product of normalised features, so a running sum suffices. The
+K / n has the same nonzero eigenvalues as the mean outer product of normalized features, so a running sum suffices. The
 score lies between 1 (all features point the same way) and the smaller of images and features. It needs no real images.
 """
 
@@ -16,7 +16,7 @@ from lightning_mvar.metrics.frechet import FeatureSums
 
 
 class VendiScore(FeatureSums):
-    """Accumulates features (b, f), normalised, into the score."""
+    """Accumulates features (b, f), normalized, into the score."""
 
     def update(self, features: Tensor) -> None:
         super().update(normalize(features.double(), dim=1))

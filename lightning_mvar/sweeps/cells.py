@@ -32,7 +32,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 INTERRUPTED_CODES = {128 + number for number in STOP_SIGNALS} | {-number for number in (*STOP_SIGNALS, signal.SIGKILL)}
 MAX_SECONDS = 10**10  # of an attempt; 300 years
 BAR = re.compile(r"(\d+/[1-9]\d*) \[[^\n]*?(?:step|img)")  # progress of training or drawing, not of validation
-ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor movements of progress bars
+ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colors and cursor movements of progress bars
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def progress(cell: Cell) -> str:
 
 
 def tail(path: Path) -> str:
-    """Returns the end of a log without colours, each state of a progress bar on a line; empty if there is no log."""
+    """Returns the end of a log without colors, each state of a progress bar on a line; empty if there is no log."""
     if not path.is_file():
         return ""
     with path.open("rb") as file:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Style = dict[str, Any]
 
-# The colour-blind safe palette of Okabe and Ito, without its yellow, which is too pale on white.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+# The color-blind safe palette of Okabe and Ito, without its yellow, which is too pale on white.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX<>hp*"
 DASHES = ("-", "--", ":")
 WIDTH, HEIGHT = 10.0, 4.4  # inches; 1000 pixels at DPI
@@ -111,7 +111,7 @@ def scale_losses(variants: list[Variant], baseline: Variant) -> Figure:
             for position, tag in zip(positions, tags, strict=True)
         ]
         draw_means(plot, groups, variant.name, style | NO_LINE)
-    for position in range(0, len(tags), 2):  # every other scale on grey separates neighbours
+    for position in range(0, len(tags), 2):  # every other scale on gray separates neighbors
         plot.axvspan(position - 0.5, position + 0.5, color="0.95", zorder=0, linewidth=0)
     plot.axhline(0, color="0.3", linewidth=1)
     sides = [tag.removeprefix(SCALE_LOSS) for tag in tags]
@@ -167,9 +167,9 @@ def styled(variants: list[Variant]) -> Iterator[tuple[Variant, Style]]:
 
 def style_cycle() -> Iterator[Style]:
     for dash in cycle(DASHES):
-        for index, colour in enumerate(COLOURS):
-            marker = MARKERS[(index + len(COLOURS) * DASHES.index(dash)) % len(MARKERS)]
-            yield {"color": colour, "marker": marker, "linestyle": dash}
+        for index, color in enumerate(COLORS):
+            marker = MARKERS[(index + len(COLORS) * DASHES.index(dash)) % len(MARKERS)]
+            yield {"color": color, "marker": marker, "linestyle": dash}
 
 
 def make_panels(count: int) -> tuple[Figure, list[Plot]]:

@@ -13,7 +13,7 @@ from lightning_mvar.sweeps.cells import Cell, State, attempts, last_line, progre
 
 # Order of the rows: a terminal may be too short for all cells.
 URGENCY: tuple[State, ...] = ("crashed", "running", "interrupted", "waiting", "finished")
-COLOURS: dict[State, str] = {"running": "cyan", "finished": "green", "crashed": "red", "interrupted": "yellow"}
+COLORS: dict[State, str] = {"running": "cyan", "finished": "green", "crashed": "red", "interrupted": "yellow"}
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def render_table(cells: list[Cell]) -> Any:
         seconds = elapsed(history[-1].begin, history[-1].seconds, state) if history else ""
         tries = str(len(history)) if history else ""
         steps = Text(progress(cell) if state == "running" else "")
-        rows.add_row(Text(cell.name), Text(state, COLOURS.get(state, "")), tries, seconds, steps, Text(log))
+        rows.add_row(Text(cell.name), Text(state, COLORS.get(state, "")), tries, seconds, steps, Text(log))
     return rows
 
 

@@ -77,7 +77,7 @@ def test_the_only_process_warns_with_and_without_torch_distributed(
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_a_reference_of_few_images_is_told_and_has_no_precision_if_it_has_no_fifth_neighbour(
+def test_a_reference_of_few_images_is_told_and_has_no_precision_if_it_has_no_fifth_neighbor(
     evaluator: Evaluator, tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int
 ) -> None:
     real = evaluator.summary(open_reference(write_set(tmp_path / "real.npz", count)))

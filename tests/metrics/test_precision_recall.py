@@ -25,7 +25,7 @@ def sets() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(300, 6, generator=generator), torch.randn(270, 6, generator=generator) * 0.8 + 0.3
 
 
-def scores_by_trees(real: torch.Tensor, generated: torch.Tensor, neighbours: int) -> dict[str, float]:
+def scores_by_trees(real: torch.Tensor, generated: torch.Tensor, neighbors: int) -> dict[str, float]:
     """Returns the scores by k-d trees in float64; without an argument, kneighbors excludes each point itself."""
     from sklearn.neighbors import NearestNeighbors  # here, because the processes below import this file too
 
@@ -36,17 +36,17 @@ def scores_by_trees(real: torch.Tensor, generated: torch.Tensor, neighbours: int
     distances = np.linalg.norm(x[:, None] - y, axis=2)
     inside = distances <= radii(x, 5)
     return {
-        "precision": (distances <= radii(x, neighbours)).any(axis=0).mean(),
-        "recall": (distances <= radii(y, neighbours).T).any(axis=1).mean(),
+        "precision": (distances <= radii(x, neighbors)).any(axis=0).mean(),
+        "recall": (distances <= radii(y, neighbors).T).any(axis=1).mean(),
         "density": inside.sum() / 5 / len(y),
         "coverage": inside.any(axis=1).mean(),
     }
 
 
-@pytest.mark.parametrize("neighbours", [1, 3, 10])
-def test_scores_agree_with_nearest_neighbours(sets: tuple, neighbours: int) -> None:
-    scores = precision_recall(*sets, neighbours)
-    assert scores == pytest.approx(scores_by_trees(*sets, neighbours), rel=1e-12)
+@pytest.mark.parametrize("neighbors", [1, 3, 10])
+def test_scores_agree_with_nearest_neighbors(sets: tuple, neighbors: int) -> None:
+    scores = precision_recall(*sets, neighbors)
+    assert scores == pytest.approx(scores_by_trees(*sets, neighbors), rel=1e-12)
     assert 0.1 < scores["recall"] < scores["precision"]
     assert 0.1 < scores["coverage"] < 1 < scores["density"]
 
@@ -65,7 +65,7 @@ def test_scores_without_a_group_are_those_of_the_other_features(sets: tuple) -> 
         assert scores == precision_recall(real, generated[groups != group]), group
 
 
-def test_near_neighbours_far_from_the_origin_keep_their_distances(sets: tuple) -> None:
+def test_near_neighbors_far_from_the_origin_keep_their_distances(sets: tuple) -> None:
     real, generated = (1000 + features / 50 for features in sets)
     assert precision_recall(real, generated) == pytest.approx(scores_by_trees(real, generated, 3), rel=1e-12)
 
@@ -92,7 +92,7 @@ def test_a_collapsed_generator_is_precise_and_dense_but_covers_and_recalls_littl
 
 def test_balls_are_closed() -> None:
     real, generated = torch.arange(7.0)[:, None], torch.tensor([[7.0], [7.5], [-1.0], [-2.5], [-9.0], [-9.1]])
-    scores = precision_recall(real, generated, neighbours=1)
+    scores = precision_recall(real, generated, neighbors=1)
     assert (scores["precision"], scores["recall"]) == (2 / 6, 1 / 7)
 
 
@@ -120,10 +120,10 @@ def test_distances_agree_with_summed_differences_and_are_0_between_equals() -> N
     assert (distances == 0).sum() == 50 + 20
 
 
-@pytest.mark.parametrize(("real", "generated", "neighbours"), [(5, 9, 3), (9, 5, 3), (9, 9, 9), (9, 9, 0)])
-def test_too_few_features_are_refused(real: int, generated: int, neighbours: int) -> None:
-    with pytest.raises(InputError, match=f"{neighbours} neighbours, {real} real and {generated} generated"):
-        precision_recall(torch.zeros(real, 2), torch.zeros(generated, 2), neighbours)
+@pytest.mark.parametrize(("real", "generated", "neighbors"), [(5, 9, 3), (9, 5, 3), (9, 9, 9), (9, 9, 0)])
+def test_too_few_features_are_refused(real: int, generated: int, neighbors: int) -> None:
+    with pytest.raises(InputError, match=f"{neighbors} neighbors, {real} real and {generated} generated"):
+        precision_recall(torch.zeros(real, 2), torch.zeros(generated, 2), neighbors)
 
 
 def test_the_bank_keeps_all_features_in_order_until_it_is_reset(sets: tuple) -> None:

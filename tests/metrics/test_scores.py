@@ -49,19 +49,19 @@ def test_scores_do_not_depend_on_batches_and_equal_the_single_metrics(reference:
     torch.manual_seed(0)
     extractor, images = Classifier(), torch.rand(60, 3, 8, 8)
     scores = compute_scores(extractor, reference, images, 7)
-    neighbour_scores = {"precision", "recall", "density", "coverage"}
-    assert scores.keys() == {"fid", "kid", "kid_std", "mind", "is", "vendi"} | neighbour_scores
+    neighbor_scores = {"precision", "recall", "density", "coverage"}
+    assert scores.keys() == {"fid", "kid", "kid_std", "mind", "is", "vendi"} | neighbor_scores
     for name, value in compute_scores(extractor, reference, images, 60).items():
         assert scores[name] == pytest.approx(value, rel=1e-6), name
     with torch.no_grad():
         features = extractor(images)
-    assert {name: scores[name] for name in neighbour_scores} == precision_recall(reference.features, features)
+    assert {name: scores[name] for name in neighbor_scores} == precision_recall(reference.features, features)
     assert (scores["kid"], scores["kid_std"]) == pytest.approx(kernel_distance(reference.features, features), rel=1e-6)
     assert scores["mind"] == pytest.approx(monge_distance(reference.features, features), rel=1e-6)
     assert 1 < scores["vendi"] < 12
     assert 1 <= scores["is"] <= 5
-    without_neighbours = compute_scores(extractor, reference, images, 60, neighbours=0)
-    assert without_neighbours.keys() == scores.keys() - neighbour_scores
+    without_neighbors = compute_scores(extractor, reference, images, 60, neighbors=0)
+    assert without_neighbors.keys() == scores.keys() - neighbor_scores
 
 
 class Spatial(Classifier):
@@ -156,7 +156,7 @@ def test_scores_that_extractor_or_reference_do_not_support_are_omitted(reference
     extractor, images = Projection(), torch.rand(20, 3, 8, 8)
     assert compute_scores(extractor, Summary(reference.statistics), images, 20).keys() == {"fid", "vendi"}
     few = compute_scores(extractor, reference, images[:5], 20)
-    assert few.keys() == {"fid", "kid", "kid_std", "mind", "vendi"}  # without a fifth neighbour
+    assert few.keys() == {"fid", "kid", "kid_std", "mind", "vendi"}  # without a fifth neighbor
 
 
 def test_real_images_score_perfectly_against_themselves(reference: Summary) -> None:

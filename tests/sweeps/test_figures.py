@@ -103,10 +103,10 @@ def test_legends_lie_beside_the_plots(figures: dict[str, Figure]) -> None:
 
 
 def test_a_variant_has_one_style_in_all_figures_that_differs_from_others(figures: dict[str, Figure]) -> None:
-    colours = [
+    colors = [
         {ln.get_label(): ln.get_color() for ln in figures[n].axes[0].lines} for n in ("loss_compute", "distance_cost")
     ]
-    assert {name: colours[0][name] for name in NAMES} == {name: colours[1][name] for name in NAMES}
+    assert {name: colors[0][name] for name in NAMES} == {name: colors[1][name] for name in NAMES}
     styles = [style for style, _ in zip(style_cycle(), range(20), strict=False)]
     assert len({(style["color"], style["linestyle"]) for style in styles}) == 20
 

@@ -24,7 +24,7 @@ class DigitsClassifier(EmbeddedClassifier):
 
 
 def to_scans(images: Tensor) -> NDArray[np.float32]:
-    """Converts images (n, 3, 32, 32) in [0, 1] to grey 8 x 8 scans (n, 64) by averaging."""
+    """Converts images (n, 3, 32, 32) in [0, 1] to gray 8 x 8 scans (n, 64) by averaging."""
     return F.adaptive_avg_pool2d(images.mean(dim=1, keepdim=True), SCAN_SIDE).flatten(1).numpy()
 
 

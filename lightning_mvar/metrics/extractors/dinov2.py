@@ -1,4 +1,4 @@
-"""DINOv2 ViT-L/14, whose Frechet distance (FD-DINOv2) follows human judgement more closely than FID.
+"""DINOv2 ViT-L/14, whose Frechet distance (FD-DINOv2) follows human judgment more closely than FID.
 
     paper                                            here
     DINOv2 (arXiv 2304.07193)                        DINOv2Network, with the layer names of facebookresearch/dinov2

@@ -80,9 +80,10 @@ def reference_features(pixels: Tensor, weights: dict[str, Tensor]) -> Tensor:
     w = {key: tensor.double() for key, tensor in weights.items()}
 
     def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
+        centered = x - x.mean(-1, keepdim=True)
         return (
-            centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+            centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+            + w[f"{name}.bias"]
         )
 
     def linear(x: Tensor, name: str) -> Tensor:
