@@ -80,9 +80,9 @@ def reference_features(pixels: Tensor, weights: dict[str, Tensor]) -> Tensor:
     w = {key: tensor.double() for key, tensor in weights.items()}
 
     def norm(x: Tensor, name: str) -> Tensor:
-        centered = x - x.mean(-1, keepdim=True)
+        deviation = x - x.mean(-1, keepdim=True)
         return (
-            centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+            deviation / (deviation.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
             + w[f"{name}.bias"]
         )
 
