@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -124,7 +126,9 @@ class ReconstructionsCallback(L.Callback):
         if trainer.sanity_checking or not isinstance(outputs, Tensor):
             return
         size = self.batch_size = self.batch_size or len(outputs)
-        last = (int(trainer.num_val_batches[dataloader_idx]) - 1) * size or size - 1  # the last batch may be smaller
+        batches = trainer.num_val_batches[dataloader_idx]  # infinite if the loader does not know
+        before_last = int(batches) - 1 if math.isfinite(batches) else 0
+        last = before_last * size or size - 1  # the last batch may be smaller
         shown = torch.linspace(0, last, self.images).long().unique() - batch_idx * size
         shown = shown[(shown >= 0) & (shown < len(outputs))].to(outputs.device)
         if len(shown):
