@@ -15,7 +15,7 @@ from lightning_mvar.training.mvar import LitMVAR
 class ThroughputCallback(L.Callback):
     """Logs `perf/images_per_s` and `perf/tokens_per_s` over all ranks, and `perf/mfu` if the peak FLOP/s are given.
 
-    Includes waiting for data, excludes validation with its sampling and scoring. MFU (model FLOPs utilisation) divides
+    Includes waiting for data, excludes validation with its sampling and scoring. MFU (model FLOPs utilization) divides
     the counted operations of forward and backward pass by the peak; recomputed blocks do not count twice. Rates are
     means since the last logged step (`trainer.log_every_n_steps`): only there are host and GPU in step.
 

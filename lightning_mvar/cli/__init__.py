@@ -151,7 +151,7 @@ def run_command(argv: list[str]) -> None:
 
 
 def answer(argv: list[str]) -> int | None:
-    """Answers what needs no command: help, version, completion, schema and misspelt names.
+    """Answers what needs no command: help, version, completion, schema and misspelled names.
 
     Returns:
         The exit code; None if a command is to be run.

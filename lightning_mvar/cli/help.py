@@ -1,4 +1,4 @@
-"""Help on a screen, the nearest name for a misspelt one and shell completion, all before torch is imported."""
+"""Help on a screen, the nearest name for a misspelled one and shell completion, all before torch is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of what a command reads, before torch is imported: paths that do not exist, and misspelt classes."""
+"""Checks of what a command reads, before torch is imported: paths that do not exist, and misspelled classes."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class StartOptions(NamedTuple):
     verify: bool
 
     @classmethod
-    def of(cls, options: Namespace) -> StartOptions:
+    def from_namespace(cls, options: Namespace) -> StartOptions:
         """Reads the options of a command; raises InputError if they exclude each other."""
         start = cls(*(bool(options.get(name, False)) for name in cls._fields))
         if start.resume and start.overwrite:

@@ -161,7 +161,7 @@ class TrainingCLI(LightningCLI):
             InputError: if it cannot be read, is not of this command, or does not suit the strategy; or if a new run
                 would write to the folders of an earlier one.
         """
-        ckpt_path, start = self.config.ckpt_path, StartOptions.of(self.config)
+        ckpt_path, start = self.config.ckpt_path, StartOptions.from_namespace(self.config)
         if start.resume and ckpt_path is not None:
             raise InputError("give --resume or --ckpt_path, not both")
         if start.verify and not start.resume and ckpt_path is None:

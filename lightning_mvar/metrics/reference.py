@@ -170,7 +170,7 @@ def open_reference(
 
     Args:
         name: `digits:test`, `photos:test` or another embedded set; `imagenet256` (64, 128, 512) for ADM's reference,
-            downloaded the first time; a folder of class folders; local or remote archives; a local or remote npz of
+            downloaded on first use; a folder of class folders; local or remote archives; a local or remote npz of
             images (`arr_0`) or statistics (`mu`, `sigma`); a local or remote folder of token shards.
         crop, margin: how image files are resized and cropped; see `data.images.protocols`.
         on_corrupt: raise if an image file cannot be decoded, or skip it.

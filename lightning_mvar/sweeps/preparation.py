@@ -40,7 +40,7 @@ def prepare(commands: list[tuple[int | None, tuple[str, ...]]], out: Path, stop:
         if chain and chain[0] == entry:
             before.remove(entry)
             done.append(entry)
-            print(f"[prepare] lightning-mvar {command}: finished before, skipped", flush=True)
+            print(f"[prepare] lightning-mvar {command}: already finished, skipped", flush=True)
             continue
         before = [other for other in before if other not in chain]
         print(f"[prepare] lightning-mvar {command}", flush=True)

@@ -120,7 +120,7 @@ class DINOv2(DINOv2Network):
     """DINOv2 ViT-L/14 with the published weights, in eval mode and without gradients.
 
     Args:
-        weights: facebookresearch's file `dinov2_vitl14_pretrain.pth`. By default, it is downloaded the first time
+        weights: facebookresearch's file `dinov2_vitl14_pretrain.pth`. By default, it is downloaded on first use
             (1.2 GB).
 
     Raises:

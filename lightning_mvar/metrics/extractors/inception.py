@@ -186,7 +186,7 @@ class InceptionV3(InceptionNetwork):
     Args:
         weights: file of torch-fidelity (`weights-inception-2015-12-05-6726825d.pth`) or of pytorch-fid
             (`pt_inception-2015-12-05-6726825d.pth`); both hold the same weights. By default, torch-fidelity's file
-            is downloaded the first time.
+            is downloaded on first use.
 
     Raises:
         InputError: if the file does not exist, is unavailable, or holds anything else.

@@ -13,7 +13,7 @@ class Timm(PretrainedExtractor):
 
     Args:
         model: name in timm, such as `vit_base_patch16_clip_224.openai`, or `hf-hub:USER/MODEL` for a timm model on the
-            Hugging Face Hub. Its weights are downloaded the first time, by timm.
+            Hugging Face Hub. Its weights are downloaded on first use, by timm.
 
     Raises:
         InputError: if timm is not installed, has no such model, or cannot download it.
