@@ -25,10 +25,10 @@ from lightning_mvar.io.fingerprint import sha256_of
 
 CASES = int(os.environ.get("FUZZ_CASES", "8"))
 PEAK_BYTES = 2**28  # resident memory of a command; a read without bounds takes more before it meets those of `bounded`
-OUTPUTS = {"out", "outputs", "out.rank0.txt", "peak_bytes"}  # `outputs` holds the statistics of references
+OUTPUTS = {"out", "out.png", "outputs", "out.rank0.txt", "peak_bytes"}  # `outputs` holds the statistics of references
 SAMPLE = ["sample", "--ckpt_path", "model", "--out", "out", "--classes", "1", "--device", "cpu"]
 SHARDS = [["shards", action, "shards"] for action in ("info", "verify")]
-DECODE = ["shards", "decode", "shards", "--tokenizer", "tok", "--out", "out"]
+DECODE = ["shards", "decode", "shards", "--tokenizer", "tok", "--out", "out.png"]
 TOKENIZE = ["tokenize", "--tokenizer", "tok", "--out", "out", "--device", "cpu"]
 EVALUATE = ["evaluate", "--reference", "real.npz", "--extractor", "conftest.Pixels", "--device", "cpu"]
 

@@ -145,7 +145,7 @@ def test_classes_of_the_same_names_keep_their_embeddings(
     assert torch.equal(rows, torch.stack([before[7], fresh.class_embed.weight[1], before[2], before[10]]))
     for name, value in network.state_dict().items():
         assert name == "class_embed.weight" or torch.equal(value, trained.state_dict()[name]), name
-    assert "has 10 classes, this network 3: 2 of them" in caplog.text
+    assert "has 10 classes, this network 3: the embeddings of 2 common classes" in caplog.text
 
 
 def test_the_same_classes_keep_their_embeddings_if_two_have_one_name(
