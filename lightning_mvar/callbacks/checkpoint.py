@@ -297,6 +297,8 @@ class Checkpoint(AtomicCheckpoint):
         if self.writer is not None:
             self.writer.close()
             self.writer = None
+        if self.last_saved:
+            rank_zero_info(f"last checkpoint: {self.last_saved}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves the state after the last complete step.

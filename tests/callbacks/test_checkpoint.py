@@ -22,6 +22,7 @@ def test_the_newest_checkpoints_are_kept_and_the_last_is_linked(plain_run_folder
     folder = plain_run_folder / "run/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=00000009.ckpt", "step=00000011.ckpt"]
     assert (folder / "last.ckpt").resolve() == folder / "step=00000011.ckpt"
+    assert f"last checkpoint: {folder}/step=00000011.ckpt" in ranks.printed()
 
 
 def print_object_broadcasts(rank: int) -> None:
