@@ -4,6 +4,8 @@ Interpreters that this machine lacks are skipped. `nox -s "tests-3.12(torch='2.9
 Each session installs torch: with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu without gigabytes of CUDA.
 """
 
+import shutil
+
 import nox
 
 nox.options.error_on_missing_interpreters = False
@@ -14,5 +16,6 @@ nox.options.error_on_missing_interpreters = False
 def tests(session: nox.Session, torch: str) -> None:
     """Runs pytest on the newest versions of all packages but torch."""
     session.install(f"torch=={torch}")  # first: a range would fetch the newest
+    shutil.rmtree("build", ignore_errors=True)  # setuptools would install removed files that are still there
     session.install(".[dev]")
     session.run("pytest", "--numprocesses=auto", "--dist=loadfile", *session.posargs, env={"OMP_NUM_THREADS": "1"})
