@@ -49,12 +49,14 @@ UNNEEDED = (
     *("Tip: For seamless cloud", "TPU available: False", "Restoring states from"),  # of Lightning
     *("thrown while requesting", "Retrying in"),  # of huggingface_hub, whose last failure is reported
 )
+SPIN_COUNT = "3000"  # turns of a waiting thread's loop; the default is 300,000 (docs/performance.md)
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP)  # of a path that a user names
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits with its code."""
     prepare_streams()
+    limit_spinning()
     bug = None
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
@@ -77,6 +79,16 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 (stays open)
         elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def limit_spinning() -> None:
+    """Makes idle threads of GNU OpenMP, which torch loads on Linux, sleep soon, unless the user has chosen otherwise.
+
+    By default they spin for long. On a machine with other work they keep the core from the thread that they wait for,
+    and a training step takes up to several times as long; a quiet machine gains nothing.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def flush_streams(code: int) -> int:

@@ -142,6 +142,24 @@ def test_standard_streams_may_be_closed_full_or_ascii(command: str, code: int, m
     assert (done.returncode, done.stderr) == (code, message)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, cli.SPIN_COUNT),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "30000000000"),
+    ],
+)
+def test_openmp_threads_spin_for_a_short_time_unless_the_user_has_chosen(chosen: dict[str, str], expected: str) -> None:
+    script = "from lightning_mvar.cli import limit_spinning; limit_spinning(); import torch"
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment = kept | chosen | {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60, check=True
+    )
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+
+
 def write(out: str, data: str | None = None) -> None:
     raise AssertionError("called with an empty path")
 
