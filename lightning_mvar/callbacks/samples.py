@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_mvar.callbacks.loggers import log_codes, log_image
 from lightning_mvar.data.classes import Classes
-from lightning_mvar.data.images.examples import ImageBatch
+from lightning_mvar.data.images.examples import ImageBatch, spaced_evenly
 from lightning_mvar.errors import require_in
 from lightning_mvar.models.mvar import MVAR
 from lightning_mvar.sampling.generate import draw_images, max_batch_size
@@ -129,7 +129,7 @@ class ReconstructionsCallback(L.Callback):
         batches = trainer.num_val_batches[dataloader_idx]  # infinite if the loader does not know
         before_last = int(batches) - 1 if math.isfinite(batches) else 0
         last = before_last * size or size - 1  # the last batch may be smaller
-        shown = torch.linspace(0, last, self.images).long().unique() - batch_idx * size
+        shown = torch.from_numpy(spaced_evenly(last + 1, self.images)) - batch_idx * size
         shown = shown[(shown >= 0) & (shown < len(outputs))].to(outputs.device)
         if len(shown):
             self.pairs.append(torch.stack([batch.images[shown], outputs[shown]]) / 2 + 0.5)

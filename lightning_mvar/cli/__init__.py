@@ -85,7 +85,7 @@ def limit_spinning() -> None:
     """Makes idle threads of GNU OpenMP, which torch loads on Linux, sleep soon, unless the user has chosen otherwise.
 
     By default they spin for long. On a machine with other work they keep the core from the thread that they wait for,
-    and a training step takes up to several times as long; a quiet machine gains nothing.
+    and a training step takes up to several times as long; a quiet machine with two cores gains nothing.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
