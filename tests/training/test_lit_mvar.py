@@ -23,6 +23,7 @@ from lightning_mvar.errors import DivergedError, InputError
 from lightning_mvar.training.batches import token_batch
 from lightning_mvar.training.datamodules import TokenDataModule
 from lightning_mvar.training.mvar import LitMVAR
+from lightning_mvar.training.optim import OptimizerConfig
 
 SAMPLES = [20, 20, 12]
 
@@ -74,8 +75,9 @@ def test_training_lowers_the_loss(
 ) -> None:
     losses = Losses()
     module = make_module(tokenizer_folder, **network)
+    module.optimizer_config = OptimizerConfig(base_lr=0.2)
     data = TokenDataModule(str(shards), str(shards), batch_size=16)
-    make_trainer(tmp_path, 60, callbacks=[losses]).fit(module, data)
+    make_trainer(tmp_path, 24, callbacks=[losses]).fit(module, data)
     assert losses.train[0] == pytest.approx(torch.tensor(48.0).log().item(), abs=0.3)
     assert sum(losses.train[-5:]) / 5 < losses.train[0] - 0.2
 
@@ -86,8 +88,9 @@ def test_float16_with_loss_scaling_trains(tokenizer_folder: Path, shards: Path, 
     losses = Losses()
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     module = make_module(tokenizer_folder)
+    module.optimizer_config = OptimizerConfig(base_lr=0.2)
     data = TokenDataModule(str(shards), str(shards), batch_size=16)
-    make_trainer(tmp_path, 50, callbacks=[losses], plugins=[plugin]).fit(module, data)
+    make_trainer(tmp_path, 30, callbacks=[losses], plugins=[plugin]).fit(module, data)
     assert scaler.get_scale() < 2.0**26
     assert all(parameter.isfinite().all() for parameter in module.parameters())
     assert sum(losses.train[-5:]) / 5 < losses.train[0] - 0.2
