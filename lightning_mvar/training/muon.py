@@ -27,7 +27,7 @@ class MuonAdamW(torch.optim.Optimizer):
     A step whose `found_inf`, () on the device, is not 0 changes neither parameters nor state, see `skip_step_unless`.
 
     A sharded matrix is gathered for its update; each rank computes the full update and takes its own shard. So all
-    strategies take the same steps, except that bfloat16 magnifies rounding differences in their gradients. Momentum
+    strategies take the same steps, up to rounding differences in their gradients, which bfloat16 magnifies. Momentum
     stays sharded.
 
     Args:
@@ -58,7 +58,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Found anew in each step: loading a state replaces all groups, and a discriminator's may follow the matrices.
+        # Looked up in each step: loading a state replaces all groups, and a discriminator's may follow the matrices.
         (matrices,) = (group for group in self.param_groups if "momentum" in group)
         others = [group for group in self.param_groups if group is not matrices]
         self.adamw.param_groups, self.adamw.state = others, self.state
@@ -88,15 +88,16 @@ class MuonAdamW(torch.optim.Optimizer):
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Moves all singular values of a matrix (n, m) close to 1, between about 0.7 and 1.2, by Newton-Schulz iterations.
 
-    The kernel (n, in, h, w) of a convolution counts as a matrix (n, in * h * w). Computes and returns bfloat16; a
-    sharded matrix is gathered first, and the result is sharded alike.
+    The kernel (n, in, h, w) of a convolution counts as a matrix (n, in * h * w). Computes and returns bfloat16 on a GPU,
+    float32 on a CPU; a sharded matrix is gathered first, and the result is sharded alike.
     """
     if isinstance(matrix, DTensor):
         mesh, whole = matrix.device_mesh, orthogonalize(matrix.full_tensor())
         replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
         return replicated.redistribute(placements=matrix.placements)
     a, b, c = COEFFICIENTS
-    x = matrix.flatten(1).bfloat16()
+    # Most CPUs emulate bfloat16, which takes many times as long as float32.
+    x = matrix.flatten(1).to(torch.float32 if matrix.is_cpu else torch.bfloat16)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)

@@ -29,7 +29,7 @@ from lightning_mvar.training.optim import OptimizerConfig, apply_schedule, build
 
 CONFIG = OptimizerConfig(base_lr=1e-2, muon=True)
 FIT = ["fit", "--config", "run.yaml", "--model.optimizer.muon", "true"]
-TOLERANCE = 1e-4  # of weights across strategies: their gradients round differently, which bfloat16 magnifies
+TOLERANCE = 1e-6  # of weights across strategies, whose gradients round differently
 
 
 def set_gradients(network: nn.Module, seed: int) -> None:
@@ -64,7 +64,8 @@ def test_the_matrices_of_the_blocks_are_trained_by_muon() -> None:
     assert others[1] == [names[id(p)] for p in plain.param_groups[1]["params"]]
 
 
-def test_steps_are_those_of_muon_and_adamw_of_torch() -> None:
+def test_steps_are_those_of_muon_and_adamw_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)  # torch's Muon computes bfloat16 on a CPU too
     network, reference = tiny_network(), tiny_network()
     optimizer = build_optimizer(network, CONFIG, undecayed_names=UNDECAYED)
     by_name = dict(reference.named_parameters())
