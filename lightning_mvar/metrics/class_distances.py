@@ -1,6 +1,6 @@
 """Frechet distance of each class, to find the classes that a network draws worst.
 
-Comparable only between classes of one evaluation: each class has few images, so its distance is biased far upwards.
+They are comparable only between classes of one evaluation: with few images per class, their upward bias is large.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_mvar.metrics.frechet import frechet_distance, statistics_of
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Labels (n,) of real and (m,) of generated images, int64, whose features are compared, and the classes' names."""
+    """Labels of the real (n,) and generated (m,) images whose features are compared, int64, and the class names."""
 
     real: Tensor
     generated: Tensor

@@ -1,11 +1,11 @@
 """Kernel distance between the features of two image sets (KID, arXiv 1801.01401).
 
-The unbiased estimate of the squared maximum mean discrepancy under the kernel
+It is the unbiased estimate of the squared maximum mean discrepancy under the kernel
 
     (x . y / f + 1)^3,    f the number of features,
 
-averaged over random subsets. Its expectation does not depend on the numbers of images, unlike that of the Frechet
-distance; between sets of the same distribution it is 0, so single values may be negative.
+averaged over random subsets. Unlike that of the Frechet distance, its expectation does not depend on the numbers of
+images. It is 0 between sets of the same distribution, so single values may be negative.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def kernel_distance(
 
 
 def kernel_replicates(real: Tensor, generated: Tensor, groups: Tensor) -> list[float]:
-    """Returns the kernel distance of all images without each group of the generated ones.
+    """Returns the kernel distances of all images with each group of the generated ones left out in turn.
 
     Sums of the kernel over pairs of groups suffice, so each pair of images is compared once.
 

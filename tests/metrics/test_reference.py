@@ -114,7 +114,7 @@ def test_a_saved_statistics_file_is_a_reference_for_the_same_weights_only(
     assert summary.features is not None
     assert torch.equal(summary.features, measured.features)
     extractor.linear.bias += 1
-    with pytest.raises(InputError, match=r"own\.npz was made with extractor weights [0-9a-f]{16}, not [0-9a-f]"):
+    with pytest.raises(InputError, match=r"own\.npz was computed with extractor weights [0-9a-f]{16}, not [0-9a-f]"):
         open_reference(str(path)).summary(extractor, 32, tmp_path / "cache")
 
 
@@ -193,7 +193,7 @@ def test_damaged_and_foreign_files_are_refused(extractor: Projection, tmp_path: 
     with pytest.raises(InputError, match=r"statistics\.npz does not exist"):
         Summary.load(path, extractor)
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(InputError, match="Projection has 12 features: the file was made with another extractor"):
+    with pytest.raises(InputError, match="Projection has 12 features: the file was computed with another extractor"):
         Summary.load(path, extractor)
     for mu in (np.array(["a"] * 12), np.full(12, np.nan)):
         np.savez(path, mu=mu, sigma=np.eye(12))
