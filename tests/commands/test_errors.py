@@ -143,7 +143,7 @@ def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.Captur
     (here / "same.yaml").write_text(
         CHECKPOINTS.replace("dirpath: best", "dirpath: fresh").replace("dirpath: state", "dirpath: fresh")
     )
-    assert "give them two folders" in error_of(capfd, "fit", "--config", "fit.yaml", "--config", "same.yaml")
+    assert "give each its own folder" in error_of(capfd, "fit", "--config", "fit.yaml", "--config", "same.yaml")
 
 
 def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
