@@ -40,7 +40,7 @@ class Counts:
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Context manager that counts operators and Triton kernels that compute on a device, in `by_part`.
+    """Counts operators and Triton kernels that compute on a device while it is entered; `by_part` has the counts.
 
     Views and allocations do not count. Operators replayed by CUDA graphs or compiled by torch.compile are not seen.
     """
@@ -144,7 +144,7 @@ def count_training(subject: Subject) -> dict[str, Counts]:
 
 
 def measure_launches(setting: Setting, device: torch.device) -> list[Record]:
-    """Counts launches by part in sampling and training, on a CPU with a narrow network.
+    """Counts launches by part in sampling and in training; on a CPU, the network is narrow.
 
     `launches_per_block_and_scale` is per block in training, and per block and scale in sampling.
     """

@@ -303,7 +303,7 @@ class Checkpoint(AtomicCheckpoint):
         """Saves the state after the last complete step.
 
         An exception on only some ranks can leave the others inside a collective operation. Rank 0 then saves without
-        them, unless the network is sharded, so that it lacks part of the state. If saving fails, it only warns, because
+        them, unless the network is sharded and rank 0 lacks part of the state. If saving fails, it only warns, because
         the user must see the exception.
         """
         all_ranks = isinstance(exception, Interrupted) or trainer.world_size == 1
@@ -349,7 +349,7 @@ class Checkpoint(AtomicCheckpoint):
         super().save(trainer, path, single_rank)
 
     def after_publishing(self, path: Path) -> None:
-        """Removes all but the newest checkpoints to keep."""
+        """Removes all checkpoints but the `keep` newest ones that are known to be intact."""
         self.intact = [*self.intact, path.resolve()][-self.keep :]
         if len(self.intact) == self.keep:
             for other in newest_first(path.parent):

@@ -73,10 +73,10 @@ class FIDCallback(L.Callback):
         crop: CropProtocol = "var",
         margin: float | None = None,
     ) -> None:
-        fewest = max(neighbors, DENSITY_NEIGHBORS) if neighbors > 0 else 1
-        if num_samples <= fewest or batch_size < 1:
+        bound = max(neighbors, DENSITY_NEIGHBORS) if neighbors > 0 else 1
+        if num_samples <= bound or batch_size < 1:
             raise InputError(
-                f"the FID callback needs num_samples > {fewest} (for neighbors {neighbors}) and batch_size >= 1, got "
+                f"the FID callback needs num_samples > {bound} (for neighbors {neighbors}) and batch_size >= 1, got "
                 f"{num_samples} and {batch_size}"
             )
         require_in("[1, inf)", "FIDCallback's ", every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)

@@ -183,7 +183,7 @@ def answer_without_command(argv: list[str]) -> int | None:
         return 0
     if argv[0] not in COMMANDS:
         listed = f"the commands are {', '.join(COMMANDS)}"
-        return fail(f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS, otherwise=listed)}")
+        return fail(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS, otherwise=listed)}")
     if {"-h", "--help"} & set(argv[1:]):
         print_help(*argv)
         return 0
@@ -218,7 +218,7 @@ def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> s
     if unknown := UNKNOWN_CLASS.search(reason):
         option, name = unknown.groups()
         otherwise = "give the import path of a class, package.module.NAME"
-        return f"--{option} {name}{source}: there is no such class; {nearest(name, loaded_classes(), otherwise)}"
+        return f"--{option} {name}{source}: no such class; {nearest(name, loaded_classes(), otherwise)}"
     if refused := REFUSED_BY_CLASS.search(reason):
         option, name, reason = refused.groups()
         reason = f"--{option} {name.rpartition('.')[2]}: {reason}"

@@ -1,4 +1,4 @@
-"""Parsing of command lines by the signatures of typed functions, and checks of parsed options."""
+"""Command-line parsers built from typed functions, and checks of the parsed options."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping
         inputs: files, folders or names of sources to read, by option.
 
     Raises:
-        InputError: if an output is an input, a file in an input folder that is read, or another output.
+        InputError: if an output is an input, a file read from an input folder, or another output.
     """
     read = {option: os.path.realpath(path) for option, path in inputs.items() if path is not None}
     written: dict[str, str] = {}
@@ -154,7 +154,7 @@ def require_suffix(suffixes: tuple[str, ...], paths: Mapping[str, str | None]) -
 
 
 def is_read_from(folder: Path, path: Path) -> bool:
-    """Returns whether a path is a file in a folder that commands read from it: metadata, weights, data or an image."""
+    """Returns whether a path is an existing file that is read from a folder: metadata, weights, data or an image."""
     if folder not in path.parents or not path.is_file():
         return False
     is_image = path.suffix.lower() in Image.registered_extensions() and not (folder / "config.json").exists()

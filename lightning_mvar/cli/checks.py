@@ -114,7 +114,7 @@ def check_section(command: str, node: yaml.Node | None, file: str, prefix: str, 
 
 
 def check_required(command: str, options: Sequence[Option], words: tuple[str, ...]) -> None:
-    """Raises InputError if a run lacks a required option. The value of a section, as in `--data FILE`, may have it."""
+    """Raises InputError if a run lacks a required option; the value of its section (`--data FILE`) may contain it."""
     if only_prints(words):
         return
     given = {word[2:].partition("=")[0].rstrip("+") for word in words if word.startswith("--")}
@@ -146,7 +146,7 @@ def plain_words(words: Sequence[str], options: Sequence[Option]) -> list[str]:
 
 
 def check_name(command: str, name: str, options: Mapping[str, Option]) -> None:
-    """Raises InputError unless a command has the option, or an option whose class may have it."""
+    """Raises InputError unless a command has the option, or it may be an argument of an option's class."""
     parts = name.split(".")
     for depth, part in enumerate(parts, start=1):
         prefix = ".".join(parts[:depth])
@@ -160,7 +160,7 @@ def check_name(command: str, name: str, options: Mapping[str, Option]) -> None:
 
 
 def check_value(option: Option, value: str) -> None:
-    """Raises InputError if an option needs a number or one of several choices and has another value."""
+    """Raises InputError if an option that takes a number or one of several choices has another value."""
     types = set(re.findall(r"\w+", option.kind))
     if value.startswith("${") or (value in NULLS and types & {"None", "Optional"}):
         return

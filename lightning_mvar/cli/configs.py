@@ -30,7 +30,7 @@ def load_yaml(text: str, path: str | None, sections: Iterable[str]) -> Any:
 
     Args:
         text: YAML.
-        path: name of a `--config` file, which may be empty; None for other text.
+        path: name of the `--config` file, whose text may be empty; None for other text.
         sections: dotted names of the sections.
 
     Raises:
@@ -122,8 +122,8 @@ set_dumper(PARSER_MODE, dump_yaml)
 def parse(parser: ArgumentParser, args: Sequence[str]) -> tuple[Namespace, Namespace]:
     """Parses a command line into a configuration with unresolved interpolations and one with resolved ones.
 
-    Interpolations such as `${trainer.default_root_dir}` contain full option names, even in included files, and are
-    resolved after all files and overrides have been merged.
+    Interpolations such as `${trainer.default_root_dir}` use full option names, even in included files, and are resolved
+    after all files and overrides have been merged.
 
     Returns:
         Configuration to save, configuration to build.

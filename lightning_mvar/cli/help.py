@@ -47,7 +47,7 @@ PARSER_OPTIONS = {"help", "help_all", "config", "print_config", "print_completio
 NAMES_WIDTH, MAX_WIDTH = 40, 120  # of the help, in characters
 MAX_METAVAR = 20
 
-FIRST_WORDS = {"ckpt_path": "MODEL", "folder": "FOLDER", "what": "WHAT"}  # options that the first word may give
+FIRST_WORDS = {"ckpt_path": "MODEL", "folder": "FOLDER", "what": "WHAT"}  # options that may come first without a name
 SAMPLING = "SamplingSettings"
 GROUPS = ("required", "options", "sampling", "machine", "data", "model", "trainer")  # in the order of the help
 # Options that concern the machine rather than the result.
@@ -114,7 +114,7 @@ def usage() -> str:
 
 @cache
 def signatures_of(name: str) -> dict[str, Signature]:
-    """Returns the signatures of a command's subcommands by name, or its only signature by ""."""
+    """Returns a command's signatures by the names of its subcommands, or by "" if it has none."""
     if name not in TRAINING:
         module = COMMANDS[name][0]
         return command_signatures(f"lightning_mvar.commands.{module}", module, name in POSITIONAL)
@@ -146,7 +146,7 @@ def short_signature(name: str, found: Signature) -> Signature:
 
 
 def describe(parser: argparse.ArgumentParser, name: str, found: Signature) -> argparse.ArgumentParser:
-    """Adds the options of a command to a parser, in groups and one line each, without their types."""
+    """Adds the options of a command to a parser, in groups and one line each; the parser does not check types."""
     width = help_width()
     first = first_option(name, found.options)
     needed = [o for o in found.options if o.required and o != first and "." not in o.name]
@@ -224,13 +224,13 @@ def print_help(name: str, *words: str) -> None:
 
 
 def first_option(command: str, options: Iterable[Option]) -> Option | None:
-    """Returns the option that a command's first word may give; None if there is none."""
+    """Returns the option whose value a command also takes as its first word; None if there is none."""
     named = [option for option in options if option.name in FIRST_WORDS and not option.positional]
     return None if command in TRAINING or not named else named[0]
 
 
 def with_first_option(argv: list[str]) -> list[str]:
-    """Inserts the option that a command's first word gives: `sample var-d16` becomes `sample --ckpt_path var-d16`.
+    """Inserts the option before a value that comes first: `sample var-d16` becomes `sample --ckpt_path var-d16`.
 
     Raises:
         InputError: if the option is also given by its name.
@@ -243,7 +243,7 @@ def with_first_option(argv: list[str]) -> list[str]:
         return argv
     option = f"--{first.name}"
     if twice := [word for word in words if word.partition("=")[0] == option]:
-        raise InputError(f"{words[0]} is the {option} of {argv[0]} already: drop {twice[0]}, or {words[0]}")
+        raise InputError(f"{words[0]} already sets {option} of {argv[0]}: drop {twice[0]} or {words[0]}")
     return [*argv[:begin], option, *words]
 
 

@@ -76,9 +76,9 @@ NOTHING = Given("")
 def check_inputs(name: str, *words: str) -> None:
     """Checks the paths and --classes on a command line and in its configuration files.
 
-    Does not check names on the Hub, patterns, and classes of training checkpoints; nor inputs that a checkpoint makes
-    unnecessary: the initial weights of a run, and existing samples. Ranks of a multi-process run skip these checks,
-    because they report errors together later.
+    Skips names on the Hub, patterns, classes of training checkpoints, and inputs that a checkpoint makes unnecessary:
+    the initial weights of a run, and existing samples. Ranks of a multi-process run skip all checks, because they
+    report errors together later.
 
     Raises:
         InputError: if a network, a tokenizer or images do not exist, or a network has no such class.
@@ -99,7 +99,7 @@ def check_inputs(name: str, *words: str) -> None:
 
 
 def require_existing(label: str, given: Given, kinds: str) -> None:
-    """Raises InputError if a path does not exist, unless a name on the Hub is allowed and it is one."""
+    """Raises InputError if a path does not exist and is not a name on the Hub where one is allowed."""
     place, source, folder = given
     if is_missing(place) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(place) is None):
         is_beside = folder != "" and not is_missing(os.path.join(folder, place))

@@ -95,7 +95,7 @@ def literals(values: ast.expr) -> tuple[Any, ...]:
 
 
 def callback_schema() -> Schema:
-    """Returns the schema of a callback: the path of a file, or a class with arguments, which this package's list."""
+    """Returns the schema of a callback: the path of a file, or a class with arguments, listed for our own classes."""
     imports = [node for node in tree_of(CALLBACKS).body if isinstance(node, ast.ImportFrom) and node.level == 0]
     names = [alias.name for node in imports if node.module != "__future__" for alias in node.names]
     paths = {f"{CALLBACKS}.{name}": object_schema(signature(CALLBACKS, name).options) for name in names}

@@ -95,7 +95,7 @@ def find(module: str, name: str) -> tuple[str, ast.stmt] | None:
 
 
 def command_signatures(module: str, name: str, positional: bool) -> dict[str, Signature]:
-    """Returns the signatures of a command's subcommands by name, or its only signature by "".
+    """Returns a command's signatures by the names of its subcommands, or by "" if it has none.
 
     Args:
         module: module of the command.

@@ -93,8 +93,8 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--tf32", type=bool, default=False, help=TF32_HELP)
-        what = "resume" if self.training else "score"
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help=f"checkpoint to {what} from")
+        use = "resume from" if self.training else "score"
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=f"checkpoint to {use}")
         for name, text in START_HELP.items():  # hidden in `validate` and `test`, which accept files printed by `fit`
             parser.add_argument(f"--{name}", action="store_true", help=text if self.training else SUPPRESS)
 
@@ -104,7 +104,7 @@ class TrainingCLI(LightningCLI):
         check_trainer_options(self.config.trainer)
 
     def before_instantiate_classes(self) -> None:
-        """Prepares the configuration to save, with the seed in use and without options of how the run starts."""
+        """Prepares the configuration to save, with the seed in use and without the options for starting the run."""
         set_tf32(self.config.tf32)
         saved = self.written.clone()
         saved.seed_everything = self.config.seed_everything
@@ -243,7 +243,7 @@ def parse_command(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> Name
 def replace_default_progress_bar(trainer: L.Trainer, chosen: Sequence[Callback]) -> None:
     """Replaces Lightning's progress bar unless it is one of the callbacks that the user has chosen.
 
-    The bar cannot be a default callback: Lightning refuses a second bar, and any with
+    It cannot be a default callback, because Lightning refuses a second bar, and any bar with
     --trainer.enable_progress_bar false.
     """
     bar = trainer.progress_bar_callback

@@ -53,7 +53,7 @@ class Evaluation:
         require_in("[0, inf)", "--", worst_classes=self.worst_classes)
         if self.worst_classes and self.real.kind != "images":
             raise InputError(
-                f"--worst_classes needs a reference with classes, such as a folder of class folders: {name}"
+                f"--worst_classes needs a reference with classes, such as a folder of class folders; {name} has none"
             )
         if self.worst_classes and self.real.on_corrupt == "skip":
             raise InputError("--worst_classes needs every image of the reference: drop --on_corrupt skip")

@@ -28,7 +28,7 @@ from lightning_mvar.errors import InputError
         ("sample --ckpt_path C --keep=half", "--keep half is not a number"),
         ("sample --ckpt_path C --weights emma", "--weights emma is unknown; did you mean ema?"),
         ("sample --ckpt_path C --graphs maybe", "--graphs maybe is unknown; use true, false"),
-        ("sample C --ckpt_path=D", "C is the --ckpt_path of sample already: drop --ckpt_path=D, or C"),
+        ("sample C --ckpt_path=D", "C already sets --ckpt_path of sample: drop --ckpt_path=D or C"),
         (
             "sample --out o var-d16",
             "sample needs MODEL as its first argument (or --ckpt_path); "
@@ -144,8 +144,8 @@ def test_what_the_parser_takes_is_not_refused(value: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("InceptionV4", "--extractor InceptionV4: there is no such class; did you mean InceptionV3?"),
-        ("lightning_mvar.metrics.InceptionV4", "--extractor InceptionV4: there is no such class; did you mean Incepti"),
+        ("InceptionV4", "--extractor InceptionV4: no such class; did you mean InceptionV3?"),
+        ("lightning_mvar.metrics.InceptionV4", "--extractor InceptionV4: no such class; did you mean Incepti"),
         ("InceptionV3 --extractor.wieghts W", "--extractor InceptionV3: Option 'wieghts' is not accepted; `lightning-"),
     ],
 )

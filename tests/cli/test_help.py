@@ -49,7 +49,7 @@ def test_help_fits_on_a_screen_and_mistakes_are_named_before_torch_is_imported()
     for output in outputs[3:6]:  # each begins with the exit code of the line before
         assert len(output.splitlines()[1:]) <= SCREEN
     assert result.stderr.splitlines() == [
-        "lightning-mvar: error: there is no command 'smaple'; did you mean sample?",
+        "lightning-mvar: error: unknown command 'smaple'; did you mean sample?",
         "lightning-mvar: error: sample has no option --sed; did you mean --seed?",
     ]
 

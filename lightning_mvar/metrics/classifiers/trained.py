@@ -77,7 +77,7 @@ class TrainedClassifier(nn.Module, ABC):
         return self.head(features)
 
     def classify(self, images: Tensor) -> Tensor:
-        """Returns the most likely class (b,) int64 of images as `forward` takes them."""
+        """Returns the most likely class (b,) int64 of each image; images as in `forward`."""
         return self.logits(self(images)).argmax(dim=-1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -85,7 +85,7 @@ class TrainedClassifier(nn.Module, ABC):
         return super().state_dict(*args, **kwargs)
 
     def load_or_train(self) -> None:
-        """Loads the weights if this has not been done; trains and saves them first if the file does not exist."""
+        """Loads the weights unless they are loaded already; trains and saves them if the file does not exist."""
         if self.has_weights:
             return
         device = device_of(self)
