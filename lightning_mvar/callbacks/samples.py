@@ -77,19 +77,19 @@ class SamplesCallback(L.Callback):
         """
         share = -(-len(labels) // trainer.world_size)
         first = trainer.global_rank * share
-        numbers = torch.arange(first, first + share).clamp(max=len(labels) - 1)
+        indices = torch.arange(first, first + share).clamp(max=len(labels) - 1)
         drawn = []
         with sampling_mode(module.averaged, trainer.strategy, self.keep_sharded) as network:
-            for part in numbers.split(max_batch_size(module.network_config)):
+            for part in indices.split(max_batch_size(module.network_config)):
                 keys = self.sampling.keys(part.tolist())
                 # No CUDA graphs: they start with the second batch, and capturing empties the allocator's cache.
                 drawn.append(
                     draw_images(network, module.tokenizer, labels[part], self.sampling, keys, guide=self.guide)
                 )
         shares = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
-        every = [trainer.strategy.all_gather(part) for part in shares]  # distributed strategies add a rank axis
+        gathered = [trainer.strategy.all_gather(part) for part in shares]  # distributed strategies add a rank axis
         images, tokens = (
-            t.flatten(0, t.ndim - part.ndim)[: len(labels)] for t, part in zip(every, shares, strict=True)
+            t.flatten(0, t.ndim - part.ndim)[: len(labels)] for t, part in zip(gathered, shares, strict=True)
         )
         return images, tokens
 

@@ -269,8 +269,8 @@ def completion(shell: str) -> str:
     for name, (_, text) in COMMANDS.items():
         command, signatures = subparsers.add_parser(name, help=text, add_help=False), signatures_of(name)
         if found := signatures.get(""):
-            every = [option for section in found.options for option in section.with_fields()]
-            describe(command, name, found._replace(options=every))
+            options = [option for section in found.options for option in section.with_fields()]
+            describe(command, name, found._replace(options=options))
             continue
         others = command.add_subparsers()
         for subcommand, found in signatures.items():

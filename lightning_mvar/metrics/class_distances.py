@@ -33,8 +33,8 @@ def class_distances(real: Tensor, generated: Tensor, labels: ClassLabels) -> dic
     distances = {}
     for label, name in enumerate(labels.names):
         a, b = (
-            features[(of_set == label).to(features.device)]
-            for features, of_set in ((real, labels.real), (generated, labels.generated))
+            features[(set_labels == label).to(features.device)]
+            for features, set_labels in ((real, labels.real), (generated, labels.generated))
         )
         if min(len(a), len(b)) > 1:
             few = min(len(a), len(b)) <= a.shape[1]

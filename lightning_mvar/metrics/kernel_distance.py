@@ -69,17 +69,17 @@ def kernel_replicates(real: Tensor, generated: Tensor, groups: Tensor) -> list[f
     """
     groups = groups.to(generated.device)
     sizes = groups.bincount(minlength=GROUPS).tolist()
-    members, everyone = one_hot(groups, GROUPS).double(), groups.new_ones(len(real), 1).double()
+    members, ones = one_hot(groups, GROUPS).double(), groups.new_ones(len(real), 1).double()
     within = members.T @ kernel_sums(generated, generated, members)  # (GROUPS, GROUPS)
     itself = members.T @ self_kernels(generated)  # (GROUPS,), pairs of an image with itself
-    across = members.T @ kernel_sums(generated, real, everyone)[:, 0]
-    among_real = kernel_sums(real, real, everyone).sum() - self_kernels(real).sum()
+    across = members.T @ kernel_sums(generated, real, ones)[:, 0]
+    among_real = kernel_sums(real, real, ones).sum() - self_kernels(real).sum()
     n, values = len(real), []
     for group, size in enumerate(sizes):
         m = len(generated) - size
         pairs = within.sum() - 2 * within[group].sum() + within[group, group] - (itself.sum() - itself[group])
-        crossed = across.sum() - across[group]
-        values.append(float(pairs / (m * (m - 1)) + among_real / (n * (n - 1)) - 2 * crossed / (m * n)))
+        cross = across.sum() - across[group]
+        values.append(float(pairs / (m * (m - 1)) + among_real / (n * (n - 1)) - 2 * cross / (m * n)))
     return values
 
 

@@ -143,22 +143,22 @@ class Scores:
         compared = {"fid": (real.statistics, features)}
         if real.spatial is not None and spatial_bank is not None:
             compared["sfid"] = real.spatial, spatial_bank.compute()
-        sums = {name: local_sums(FeatureStatistics, of_all) for name, (_, of_all) in compared.items()}
+        sums = {name: local_sums(FeatureStatistics, all_features) for name, (_, all_features) in compared.items()}
         vendi, replicates = local_sums(VendiScore, features), []
         rank, world_size = rank_and_world_size()
         for group in tqdm(range(rank, GROUPS, world_size), "jackknife", leave=False, delay=5, disable=rank > 0):
             left_out = groups == group
             scores = {"vendi": vendi.without(local_sums(VendiScore, features[left_out])).compute()}
-            for name, (statistics, of_all) in compared.items():
-                rest = sums[name].without(local_sums(FeatureStatistics, of_all[left_out]))
+            for name, (statistics, all_features) in compared.items():
+                rest = sums[name].without(local_sums(FeatureStatistics, all_features[left_out]))
                 scores[name] = frechet_distance(statistics, rest.compute())
             if self.inception is not None:
                 scores["is"] = self.inception_of(features, ~left_out)
             if real.features is not None:
                 scores["mind"] = monge_distance(real.features.to(features.device), features[~left_out])
             replicates.append(scores)
-        shares = objects_from_ranks(replicates)
-        return [shares[group % world_size][group // world_size] for group in range(GROUPS)]
+        by_rank = objects_from_ranks(replicates)
+        return [by_rank[group % world_size][group // world_size] for group in range(GROUPS)]
 
     def inception_of(self, features: Tensor, kept: Tensor) -> float:
         """Returns the inception score of some of n samples, without changing their splits, on this rank only.
