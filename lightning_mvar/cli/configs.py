@@ -181,7 +181,7 @@ def find_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
 def find_and_report_config(name: str) -> str:
     """Returns `find_config(name)`; if it is a file of the package, prints a message once per process."""
     if (path := find_config(name)) != name:
-        messages.info(f"{name} is not in this folder: using {path} from the package")
+        messages.info(f"{name} is not in this folder: using the packaged file {path}")
     return path
 
 

@@ -261,7 +261,7 @@ def test_a_config_that_is_not_here_comes_with_the_package(
     names = ("configs/mixer/var.yaml", "optimizer/wsd.yaml")
     assert fit("--config", names[0], f"--config={names[1]}", "--config", names[0], "--print_config") == 0
     assert "block_causal_attention" in capfd.readouterr().out
-    messages = [message for message in caplog.messages if "from the package" in message]
+    messages = [message for message in caplog.messages if "the packaged file" in message]
     assert len(messages) == 2
     for name, message in zip(names, messages, strict=True):
         assert message.startswith(f"{name} is not in this folder")

@@ -175,7 +175,9 @@ def test_extractors_without_weights_differ_by_class_and_arguments(tmp_path: Path
     cached[0].save(path, MeanPool())
     Summary.load(path, MeanPool())
     for other in (MeanPool(100.0), MaxPool()):
-        with pytest.raises(InputError, match=r"made with extractor '\w+\.MeanPool\(scale=1\.0\)', not '\w+\.M.*Pool\("):
+        with pytest.raises(
+            InputError, match=r"computed with extractor '\w+\.MeanPool\(scale=1\.0\)', not '\w+\.M.*Pool\("
+        ):
             Summary.load(path, other)
 
 
