@@ -250,7 +250,7 @@ def test_help_and_unknown_commands(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     usage = capfd.readouterr().out
     assert all(command in usage for command in COMMANDS)
-    assert "no command 'fti'" in error_of(capfd, "fti")
+    assert "unknown command 'fti'" in error_of(capfd, "fti")
     for command in COMMANDS:
         assert run([command, "--help"]) == 0
         assert "usage" in capfd.readouterr().out.lower()
