@@ -1,1 +1,1 @@
-"""Measurements of `lightning-mvar bench`: networks with random weights, on this machine."""
+"""Measurements of `lightning-mvar bench`: networks with random weights on this machine."""

@@ -1,7 +1,7 @@
-"""Counts of what a run makes the host do: kernel launches, copies between devices, and waits for the device.
+"""Counts of a run's kernel launches, copies between devices, and host waits for the device.
 
-Without graphs, a small batch or network is bound by launches, not by arithmetic. Each call of an operator that computes
-counts as one launch, on any device, though some operators (sort, top-k) launch several kernels on a GPU.
+Without CUDA graphs, small batches and networks are bound by launches, not by arithmetic. Each call of a computing
+operator counts as one launch on any device, though some operators (sort, top-k) launch several kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_mvar.cli.tables import Record
 aten = torch.ops.aten
 ALLOCATIONS = ("empty", "new_empty", "_unsafe_view", "resize_", "set_", "record_stream")
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # they wait if an index is a mask
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # the host waits if an index is a mask
 
 
 @dataclass
@@ -40,9 +40,9 @@ class Counts:
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Counts, while entered, operators and Triton kernels that compute on a device; `by_part` has the result.
+    """Counts operators and Triton kernels that compute on a device while it is entered; `by_part` has the counts.
 
-    Views and allocations do not count. Operators replayed by CUDA graphs or compiled by torch.compile are invisible.
+    Views and allocations do not count. Operators replayed by CUDA graphs or compiled by torch.compile are not seen.
     """
 
     def __init__(self, device: torch.device, tracker: PartTracker) -> None:
@@ -52,13 +52,13 @@ class LaunchCounter(TorchDispatchMode):
 
     @property
     def counts(self) -> Counts:
-        """Counts of the innermost part that is being executed."""
+        """Counts of the innermost part that is running."""
         return self.by_part[self.tracker.innermost or "the rest"]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.counts.launches
         result = func(*args, **(kwargs or {}))
-        if self.counts.launches > before:  # a custom operator, by the Triton kernels that it launched
+        if self.counts.launches > before:  # a custom operator; its Triton kernels have been counted
             return result
         name = func.overloadpacket.__name__
         if func.is_view or func.namespace == "prim" or name.startswith(ALLOCATIONS):
@@ -83,14 +83,14 @@ class LaunchCounter(TorchDispatchMode):
 
 
 def makes_host_wait(operator: str, args: Any) -> bool:
-    """Tells whether the host needs the result of an operator, or its shape, and so waits for a GPU."""
+    """Returns whether the host waits for a GPU because it needs the result of an operator, or the result's shape."""
     masks = (torch.bool, torch.uint8)
     return operator in WAITS or (operator in INDEXING and any(t is not None and t.dtype in masks for t in args[1]))
 
 
 @contextmanager
 def count_launches(device: torch.device, tracker: PartTracker) -> Iterator[LaunchCounter]:
-    """Counts the operators and Triton kernels that run on `device`, by the part that `tracker` is in."""
+    """Counts the operators and Triton kernels that run on `device`, by the part that `tracker` reports."""
     counter = LaunchCounter(device, tracker)
     with counting_triton(counter), counter:
         yield counter
@@ -98,7 +98,7 @@ def count_launches(device: torch.device, tracker: PartTracker) -> Iterator[Launc
 
 @contextmanager
 def counting_triton(counter: LaunchCounter) -> Iterator[None]:
-    """Makes launches of Triton kernels count, which torch's dispatcher does not see."""
+    """Counts launches of Triton kernels, which bypass torch's dispatcher."""
     try:
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
@@ -124,7 +124,7 @@ def counting_triton(counter: LaunchCounter) -> Iterator[None]:
 
 
 def count_sampling(subject: Subject) -> dict[str, Counts]:
-    """Counts one batch of guided images by part, after a batch that fills caches."""
+    """Counts launches by part while sampling a batch of guided images, after a batch that fills caches."""
     subject.sample()
     tracker = PartTracker()
     with tracker.instrument(subject.parts()), count_launches(subject.device, tracker) as counter:
@@ -133,7 +133,7 @@ def count_sampling(subject: Subject) -> dict[str, Counts]:
 
 
 def count_training(subject: Subject) -> dict[str, Counts]:
-    """Counts one training step by part, after a step that allocates gradients and moments."""
+    """Counts launches by part in a training step, after a step that allocates gradients and moments."""
     step = subject.training_step()
     step()
     tracker = PartTracker()
@@ -144,9 +144,9 @@ def count_training(subject: Subject) -> dict[str, Counts]:
 
 
 def measure_launches(setting: Setting, device: torch.device) -> list[Record]:
-    """Counts sampling and training of a network by part; on a CPU, of a narrow one.
+    """Counts launches by part in sampling and in training; on a CPU, the network is narrow.
 
-    `launches_per_block_and_scale` divides by the blocks, and in sampling by the scales too.
+    `launches_per_block_and_scale` is per block in training, and per block and scale in sampling.
     """
     subject = make_subject(replace(setting, narrow=device.type == "cpu", graphs=False), device)
     block_parts = {name for *_, name in subject.block_parts()}

@@ -41,10 +41,9 @@ def synchronized_time(device: torch.device) -> float:
 
 
 def large_matmul(dtype: torch.dtype, device: torch.device, seconds: float = 0.05) -> tuple[Run, int]:
-    """Returns a product of two large square matrices, as the peak rate to compare with, and its FLOPs.
+    """Returns a product of two large square matrices, whose rate serves as a reference, and its FLOPs.
 
-    The matrices double in size until a product takes `seconds`, so that a device that only emulates `dtype` does not
-    take too long.
+    The matrices grow until a product takes `seconds`, so that devices that only emulate `dtype` do not take too long.
     """
     side = 512
     while True:
@@ -63,9 +62,9 @@ def elapsed(run: Run, device: torch.device) -> float:
 
 
 def peak_memory(run: Run, device: torch.device) -> int:
-    """Returns the peak memory of `run` in bytes, beyond what is allocated before it.
+    """Returns the peak memory of `run` in bytes, beyond what was allocated before it.
 
-    Measured by the CUDA allocator, or by Linux for the process; -1 if neither is available.
+    Measured by the CUDA allocator, or by Linux for the whole process; -1 if neither is available.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -83,9 +82,9 @@ def peak_memory(run: Run, device: torch.device) -> int:
 
 
 def release_freed_memory() -> None:
-    """Returns freed memory to the system; kept in the process, it would hide what the next run allocates.
+    """Returns freed memory to the system; if the process kept it, it would hide what the next run allocates.
 
-    Only glibc has a call for this; with other C libraries this only collects garbage.
+    Only glibc has a function for this; with other C libraries, this only collects garbage.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -46,7 +46,7 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
     peaks = [peak_memory(run, device) for run in runs]
     for subject in subjects:
         if subject.graphs is not None:
-            subject.sample()  # captures, which a stopwatch would disturb
+            subject.sample()  # captures the graphs, which a stopwatch would disturb
     seconds, rates = time_with_matmul_reference(settings, runs, repeats, device)
     records = []
     for setting, times, run_parts, subject, peak in zip(settings, seconds, part_seconds, subjects, peaks, strict=True):
@@ -79,7 +79,7 @@ def measure_sampling(settings: list[Setting], device: torch.device, repeats: int
 
 
 def measure_step(settings: list[Setting], device: torch.device, repeats: int) -> list[Record]:
-    """Times the step of the last scale, from the state before it.
+    """Times the step of the last scale, starting from the state before it.
 
     Raises:
         InputError: if a network predicts single tokens, so that a scale takes many steps.
@@ -87,7 +87,7 @@ def measure_step(settings: list[Setting], device: torch.device, repeats: int) ->
     for setting in settings:
         if setting.network.prediction == "token":
             raise InputError(
-                f"`bench step` times one scale, but mixer={setting.mixer} predicts single tokens: use another"
+                f"`bench step` times one scale, but mixer={setting.mixer} predicts single tokens: use another mixer"
             )
     subjects = [make_subject(setting, device) for setting in settings]
     begins = [subject.before_last_step() for subject in subjects]
@@ -162,7 +162,7 @@ def measure_memory(setting: Setting, resolution: int) -> Record:
 
 
 def profile_sampling(setting: Setting, device: torch.device) -> list[Record]:
-    """Profiles one run after a warm-up run; returns the seconds and share of each part without the parts inside it."""
+    """Profiles one run after a warm-up run; returns the seconds and share of each part, excluding nested parts."""
     subject = make_subject(replace(setting, graphs=False), device)
     subject.sample()
     watch = Stopwatch(device)

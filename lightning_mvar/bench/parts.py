@@ -1,4 +1,4 @@
-"""Parts of a run: which instrumented call is being executed, and the seconds spent in each."""
+"""Parts of a run: which instrumented call is running, and the seconds spent in each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 from lightning_mvar.bench.measure import synchronized_time
 
-Part = tuple[Any, str, str]  # owner, attribute, name: calls of `owner.attribute` are the part `name`
+Part = tuple[Any, str, str]  # owner, attribute, name: calls of `owner.attribute` belong to the part `name`
 
 
 class PartTracker:
-    """Tracks the innermost part that is being executed. Parts are functions and methods, tracked in `instrument`."""
+    """Tracks the innermost part that is running. Parts are functions and methods wrapped by `instrument`."""
 
     def __init__(self) -> None:
         self.open_parts: list[str] = []
@@ -35,7 +35,7 @@ class PartTracker:
 
     @contextmanager
     def instrument(self, parts: list[Part]) -> Iterator[None]:
-        """Tracks calls of `owner.attribute` as the part `name`, for each (owner, attribute, name)."""
+        """Tracks calls of `owner.attribute` as part `name`, for each (owner, attribute, name)."""
         originals = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute, _ in parts]
         for owner, attribute, name in parts:
             setattr(owner, attribute, self.instrumented(getattr(owner, attribute), name))

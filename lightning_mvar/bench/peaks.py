@@ -1,4 +1,4 @@
-"""Peak rates of GPUs, from their makers' data sheets."""
+"""Peak rates of GPUs, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Peak(NamedTuple):
     bytes_per_s: float
 
 
-# By words of the name that CUDA reports. The first match counts, so special names come first.
+# By words in the name that CUDA reports. The first match wins, so specific names come first.
 PEAKS = {
     "B200": Peak(2250e12, 8.0e12),
     "GH200": Peak(989e12, 4.0e12),

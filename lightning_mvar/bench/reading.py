@@ -44,7 +44,7 @@ def measure_reading(shards: ShardSource, batch_size: int, num_workers: int, repe
         batch_size: samples per rank and batch.
         num_workers: reader processes.
         repeats: number of further passes.
-        world_size: number of ranks; this process reads as the one in the middle.
+        world_size: number of ranks; this process reads the share of the middle one.
     """
     manifest = shards.manifest()
     stream = TokenStream(shards, manifest, batch_size, 0, 16_384, world_size // 2, world_size)

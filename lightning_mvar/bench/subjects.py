@@ -1,4 +1,4 @@
-"""Subjects of the benchmarks: networks of a published size, complete and by part.
+"""Subjects of the benchmarks: networks of published sizes, as a whole and by part.
 
 Shapes: b images, l tokens, c code dim, d width, h heads, p head dim, n SSM state.
 """
@@ -38,7 +38,7 @@ from lightning_mvar.training.optim import OptimizerConfig, build_optimizer
 class Setting:
     """One column of a comparison; its fields, except `narrow`, are arguments of `lightning-mvar bench`.
 
-    A `narrow` network has width 64, and its decoder 32 channels: it runs the same operations in little time.
+    A `narrow` network has width 64 and a decoder with 32 channels, so it runs the same operations faster.
     """
 
     size: str = "d16"
@@ -71,7 +71,7 @@ class Setting:
         """Returns a copy with `changes`, such as "mixer=var,size=d24".
 
         Raises:
-            InputError: if `changes` has another form, an unknown name or an invalid value.
+            InputError: if `changes` is malformed, or has an unknown name or an invalid value.
         """
         current = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "narrow"}
         types = {name: int if value is None else type(value) for name, value in current.items()}
@@ -117,15 +117,15 @@ class Setting:
 
 
 class Subject:
-    """A network and a tokenizer with random weights, and the runs to measure on them.
+    """A network and a tokenizer with random weights, and the runs to measure with them.
 
     Args:
         network: configuration of the network.
         tokenizer: configuration of the tokenizer it samples with.
-        batch_size: number of images at once.
+        batch_size: images per batch.
         dtype: dtype of sampling; in training, weights are float32 and matrix products use `dtype`.
         device: device of both.
-        graphs: on CUDA, sample with CUDA graphs.
+        graphs: whether to sample with CUDA graphs, if the device is a GPU.
         sampling: settings to sample with.
     """
 
@@ -268,7 +268,7 @@ def run_with_state(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Te
 
 
 def rerun_prefix(mixer: nn.Module, x: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
-    """Runs a mixer over tokens x (b, l, d) without state: at every scale over all tokens so far."""
+    """Runs a mixer over tokens x (b, l, d) without state: at each scale, over all tokens up to it."""
     outputs, end = [], 0
     for k, n in enumerate(lengths_of(shapes)):
         end += n
@@ -300,11 +300,11 @@ def block_operations(config: MVARConfig, x: Tensor) -> Iterator[tuple[str, Run, 
         mamba = block.mixers[config.mixers_of(0).index("mamba2")]
         yield "scan", forward_backward(scan(config, x)), True
         yield "mamba2, state carried", torch.no_grad()(lambda: run_with_state(mamba, x, shapes)), False
-        yield "mamba2, prefix run again", torch.no_grad()(lambda: rerun_prefix(mamba, x, shapes)), False
+        yield "mamba2, prefix recomputed", torch.no_grad()(lambda: rerun_prefix(mamba, x, shapes)), False
 
 
 def scan(config: MVARConfig, x: Tensor) -> Run:
-    """Returns the scan on random inputs of the size that follows from x (b, l, d)."""
+    """Returns a run of the scan on random inputs, with the shapes it has for tokens x (b, l, d)."""
     b, l, _ = x.shape
     p, n = config.head_dim, config.state_dim
     h = config.expand * config.width // p

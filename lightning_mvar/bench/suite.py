@@ -1,6 +1,6 @@
-"""A fixed list of benchmarks for one GPU, most important first, for as many minutes as there are.
+"""A fixed list of benchmarks for one GPU, most important first, within a time limit.
 
-Every result is on disk before the next benchmark begins, so a GPU that is taken away costs only the one in progress.
+Each result is written to disk before the next benchmark starts, so losing the GPU costs only the one in progress.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Benchmark:
     """One entry of the suite.
 
     Args:
-        what: the measurement.
-        setting: what to measure.
-        seconds: estimated duration on an H100; the benchmark is left out if less time is left.
+        what: the kind of measurement.
+        setting: network, batch size and precision to measure.
+        seconds: estimated duration on an H100; the benchmark is skipped if less time is left.
         repeats: number of measured runs.
     """
 
@@ -81,7 +81,7 @@ def suite() -> list[Benchmark]:
 def run_suite(benchmarks: list[Benchmark], device: torch.device, seconds: float, folder: Path) -> list[Record]:
     """Runs benchmarks until the time is up, and writes `gpu.json` and `gpu.md` into `folder` after each.
 
-    The record of a benchmark that fails has an `error`, that of one left out is `skipped`; no other is affected.
+    The record of a failed benchmark has the key `error`, that of a skipped one `skipped`; the others are not affected.
     """
     deadline, records = time.monotonic() + seconds, []
     for benchmark in tqdm(benchmarks, desc="benchmarks", unit="", leave=False):
@@ -98,10 +98,10 @@ def run_suite(benchmarks: list[Benchmark], device: torch.device, seconds: float,
 
 
 def measure(benchmark: Benchmark, device: torch.device) -> Record:
-    """Measures one benchmark; returns its record with shares of the GPU's peak, or with the error that it raised."""
+    """Runs one benchmark; returns its record with shares of the GPU's peak rates, or with the error that it raised."""
     try:
         record = MEASURE[benchmark.what](benchmark.setting, device, benchmark.repeats)
-    except Exception as error:  # whatever fails on this GPU or with this version of torch, the others can still run
+    except Exception as error:  # whatever failed on this GPU or version of torch, the other benchmarks can still run
         record = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     else:
         record |= peak_shares(record, benchmark.setting)
@@ -112,7 +112,7 @@ def measure(benchmark: Benchmark, device: torch.device) -> Record:
 
 
 def peak_shares(record: Record, setting: Setting) -> Record:
-    """Returns the share of the GPU's peak FLOP/s and, in sampling, of the bandwidth that reading the weights takes.
+    """Returns the share of the GPU's peak FLOP/s and, in sampling, of its bandwidth that reading the weights takes.
 
     Each step reads all weights at least once. Empty if the GPU is unknown.
     """
@@ -131,7 +131,7 @@ def markdown(records: list[Record]) -> Iterator[str]:
     measured = [record for record in records if "device" in record]
     if measured:
         yield f"{measured[0]['device']}, torch {measured[0]['torch']}, bfloat16 unless stated:\n"
-    columns = ("images/s", "without decoder", "ms per batch", "of peak FLOP/s", "of bandwidth", "memory beside weights")
+    columns = ("images/s", "without decoder", "ms per batch", "of peak FLOP/s", "of bandwidth", "memory excl. weights")
     yield f"| | {' | '.join(columns)} |"
     yield "|" + "---|" * (len(columns) + 1)
     for record in records:
@@ -151,7 +151,7 @@ def markdown(records: list[Record]) -> Iterator[str]:
 
 
 def describe(record: Record) -> str:
-    """Returns the name of a benchmark: what it measures, on what."""
+    """Returns the name of a benchmark, such as "sample, mvar d16, 256 px, batch 64, graphs"."""
     words = [f"{record['what']}"]
     if record["what"] != "tokenize":
         words.append(f"{record['mixer']} {record['size']}")

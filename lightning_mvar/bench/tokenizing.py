@@ -22,10 +22,10 @@ BATCHES = 8  # per run
 def measure_tokenizing(images: str, setting: Setting, num_workers: int, device: torch.device, repeats: int) -> Record:
     """Measures images/s of reading and decoding, of the encoder, and of both as in `tokenize`, interleaved.
 
-    All use the same random images, up to 8 batches of them. Images that cannot be decoded are skipped.
+    All use the same random images, at most 8 batches. Images that cannot be decoded are skipped.
 
     Args:
-        images: images, given as for `lightning-mvar tokenize`.
+        images: image source, as in `lightning-mvar tokenize`.
         setting: resolution, batch size and precision.
         num_workers: number of reader processes.
         device: device of the encoder.
@@ -59,7 +59,7 @@ def measure_tokenizing(images: str, setting: Setting, num_workers: int, device: 
 
 
 def measure_encoding(setting: Setting, device: torch.device, repeats: int) -> Record:
-    """Measures images/s of the encoder on a batch of random images in the host's memory."""
+    """Measures images/s of the encoder on a batch of random images in host memory."""
     model = make_subject(replace(setting, precision="float32"), device).tokenizer
     encoder, b = TokenEncoder(model, device, setting.precision), setting.batch_size
     images = torch.rand(b, 3, *model.config.shape) * 2 - 1

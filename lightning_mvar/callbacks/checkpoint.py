@@ -39,7 +39,7 @@ from lightning_mvar.training.lightning_internals import (
     dump_checkpoint,
 )
 
-# Lightning's state of a validation pass interrupted in its first batch, which makes it start the pass again.
+# Lightning's state of a validation pass interrupted in its first batch; after resuming, it repeats the whole pass.
 UNFINISHED_VALIDATION = {
     "total": {"ready": 1, "started": 1, "processed": 0, "completed": 0},
     "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
@@ -75,7 +75,7 @@ class AtomicCheckpoint(CheckpointHooks):
         for other in trainer.checkpoint_callbacks:
             if isinstance(other, AtomicCheckpoint) and other is not self and other.folder == self.folder:
                 names = f"{type(self).__name__} and {type(other).__name__}"
-                raise InputError(f"{names} both write to {self.dirpath}: give them two folders")
+                raise InputError(f"{names} both write to {self.dirpath}: give each its own folder")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DirectFileIO()
         if stage == "fit" and trainer.is_global_zero:
@@ -88,7 +88,7 @@ class AtomicCheckpoint(CheckpointHooks):
     def save(self, trainer: L.Trainer, path: Path, single_rank: bool) -> None:
         """Writes a checkpoint: all ranks together, or this rank only if the others cannot be reached.
 
-        With a background writer, all ranks only begin to write: see `finish`.
+        With a background writer, all ranks only start to write; see `finish`.
 
         Raises:
             InputError: on all ranks, if any rank could not write.
@@ -106,7 +106,7 @@ class AtomicCheckpoint(CheckpointHooks):
             self.raise_if_any_failed(trainer, path, self.write_and_publish(trainer, path, checkpoint, None))
         else:
             shards = isinstance(trainer.strategy, DataParallelStrategy)
-            content = checkpoint if shards or trainer.is_global_zero else {}  # rank 0 alone writes a file
+            content = checkpoint if shards or trainer.is_global_zero else {}  # only rank 0 writes a single file
             self.writer.start(path, content, partial(self.write_and_publish, trainer, path))
         self.mark_saved(trainer, path)
 
@@ -118,10 +118,9 @@ class AtomicCheckpoint(CheckpointHooks):
         group: dist.ProcessGroup | None,
         single_rank: bool = False,
     ) -> BaseException | None:
-        """Writes a checkpoint under a temporary name, and gives it its own name once all ranks have written.
+        """Writes a checkpoint under a temporary name and renames it once all ranks have written.
 
-        Returns what this rank could not write, if anything. `group` is that of the collectives, which exclude the
-        default group in a thread.
+        Returns this rank's error, if any. Collectives use `group`; in a thread, it must not be the default group.
         """
         temporary, strategy = hidden_path(path, "unfinished"), trainer.strategy
         error: BaseException | None = None
@@ -133,7 +132,7 @@ class AtomicCheckpoint(CheckpointHooks):
                 strategy.save_checkpoint(checkpoint, temporary)
         except (OSError, RuntimeError, CheckpointException) as caught:
             error, checksums = caught, None
-        if not single_rank and trainer.world_size > 1:  # raises if the main thread has removed the group
+        if not single_rank and trainer.world_size > 1:  # raises if the main thread has destroyed the group
             checksums = merge_checksums(checksums, group)
         if trainer.is_global_zero and checksums is not None:
             try:
@@ -156,7 +155,7 @@ class AtomicCheckpoint(CheckpointHooks):
             self.raise_if_any_failed(trainer, self.writer.path, self.writer.wait())
 
     def finish_alone(self, trainer: L.Trainer) -> None:
-        """Like `finish`, but this rank alone, which may have lost the others; raises InputError on this rank."""
+        """Like `finish`, but for this rank only, which may have lost the others; raises InputError if it failed."""
         if self.writer is None:
             return
         try:
@@ -184,13 +183,13 @@ class AtomicCheckpoint(CheckpointHooks):
 
     def raise_write_error(self, trainer: L.Trainer, path: Path, error: BaseException | None) -> None:
         if trainer.is_global_zero:
-            with suppress(OSError):  # on a full disk: the next start mends the rest, and `error` is what counts
+            with suppress(OSError):  # on a full disk; the next start cleans up, and the user must see `error`
                 remove_checkpoint(hidden_path(path, "unfinished"))
                 mend_last(path.parent)
         self.mark_saved(trainer)  # a second attempt would fail too
         reason = "see the message of another rank" if error is None else failure_reason(error)
         raise InputError(
-            f"cannot write the checkpoint {path} ({reason}); earlier ones are kept: free disk space, then add --resume"
+            f"cannot write the checkpoint {path} ({reason}); earlier ones are kept: free disk space, then use --resume"
         ) from error
 
     def delete(self, trainer: L.Trainer, path: Path) -> None:
@@ -222,17 +221,17 @@ def failure_reason(error: BaseException) -> str:
 class Checkpoint(AtomicCheckpoint):
     """Saves the complete state of a run periodically, at its end, and before a signal or an exception ends it.
 
-    Writes between two steps, once everything of the last one is logged and validated, so that `--resume` continues as
-    if the run had never stopped. `last.ckpt` links to the newest checkpoint.
+    Saves between two steps, after logging and validation of the last one, so that `--resume` continues as if the run
+    had never stopped. `last.ckpt` links to the newest checkpoint.
 
     Args:
         dirpath: folder of the checkpoints.
         every_n_train_steps: steps between checkpoints.
-        train_time_interval: time between checkpoints instead, as `00:30:00`.
+        train_time_interval: time between checkpoints, such as `00:30:00`, instead of steps.
         keep: number of newest checkpoints to keep; at least 2, so that one is left if the newest is damaged.
-        async_save: stop training only to copy the state to the host, and write it meanwhile. A kill during the write
-            costs the steps since the checkpoint before. The run waits for the write before the next one and at its end.
-            Takes as much memory of the host as the checkpoint.
+        async_save: pause training only to copy the state to the host, and write the copy in the background. A kill
+            during the write loses the steps since the previous checkpoint. The run waits for a write before it starts
+            the next one and at its end. Takes as much host memory as the checkpoint.
     """
 
     links_last = True
@@ -250,7 +249,7 @@ class Checkpoint(AtomicCheckpoint):
         require_in("[1, inf)", "Checkpoint's ", every_n_train_steps=every_n_train_steps)
         require_in("[2, inf)", "Checkpoint's ", keep=keep)
         super().__init__(dirpath, every_n_train_steps=1 if every_n_train_steps is None else every_n_train_steps)
-        # Not by Lightning, which makes the ranks agree on the time in every step, and the host wait for the device.
+        # Lightning's own interval makes ranks agree on the time in every step, and the host wait for the device.
         self.time_interval, self.last_due = train_time_interval, time.monotonic()
         self.due_on_any_rank: Callable[[int], int] = int
         self.keep, self.async_save = keep, async_save
@@ -268,21 +267,21 @@ class Checkpoint(AtomicCheckpoint):
         purge_logged_steps(trainer, trainer.global_step)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Saves the step before, if it is time, and raises if the last checkpoint could not be written."""
+        """Saves the previous step if a checkpoint is due; raises if the last one could not be written."""
         if self.writer is not None and self.writer.has_ended():
             self.finish(trainer)
-        if self.time_interval is None or self.is_time(trainer, self.time_interval):
+        if self.time_interval is None or self.is_due(trainer, self.time_interval):
             super().on_train_batch_end(trainer, pl_module, None, *args)
 
-    def is_time(self, trainer: L.Trainer, interval: timedelta) -> bool:
-        """Returns whether the interval has passed on rank 0's clock; all ranks agree, at the batch after."""
+    def is_due(self, trainer: L.Trainer, interval: timedelta) -> bool:
+        """Returns whether the interval has passed on rank 0's clock; all ranks return the same, one batch later."""
         due = trainer.is_global_zero and time.monotonic() - self.last_due >= interval.total_seconds()
         if due:
             self.last_due = time.monotonic()
         return bool(self.due_on_any_rank(int(due)))
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Does nothing: the step is not logged and not validated yet."""
+        """Does nothing: the step has not been logged and validated yet."""
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validation_unfinished = not trainer.sanity_checking
@@ -303,9 +302,9 @@ class Checkpoint(AtomicCheckpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves the state after the last complete step.
 
-        An exception on only some ranks can leave the others inside a collective operation. Then rank 0 saves without
-        them, if it holds the complete state, that is, unless the network is sharded. If it cannot, it warns: the
-        exception is what the user must see.
+        An exception on only some ranks can leave the others inside a collective operation. Rank 0 then saves without
+        them, unless the network is sharded and rank 0 lacks part of the state. If saving fails, it only warns, because
+        the user must see the exception.
         """
         all_ranks = isinstance(exception, Interrupted) or trainer.world_size == 1
         try:
@@ -321,7 +320,7 @@ class Checkpoint(AtomicCheckpoint):
     def can_save(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException, all_ranks: bool
     ) -> bool:
-        """Returns whether this rank can save a state after an exception from which a run can continue."""
+        """Returns whether this rank can save a state that a run can continue from after an exception."""
         assert isinstance(module, ScheduledModule)
         useless = isinstance(exception, DivergedError | KeyboardInterrupt) or module.in_optimizer_step
         # A run resumed from the last step would not repeat the validation that was interrupted.
@@ -332,12 +331,12 @@ class Checkpoint(AtomicCheckpoint):
         if not (all_ranks or (unsharded and trainer.is_global_zero)):
             return False
         if trainer.world_size > 1 and not in_process_group():  # see `abort_collectives`
-            rank_zero_warn("the steps since the last checkpoint may lack the lost rank: they are not saved")
+            rank_zero_warn("steps since the last checkpoint are not saved: they may lack gradients of the lost rank")
             return False
         return True
 
     def save_now(self, trainer: L.Trainer, single_rank: bool) -> None:
-        # Not by Lightning's metrics, which would be averaged over ranks that may be gone.
+        # Not named from Lightning's metrics: averaging them needs all ranks, some of which may be lost.
         path = self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)})
         self.best_model_path = path
         self.save(trainer, Path(path), single_rank)
@@ -350,7 +349,7 @@ class Checkpoint(AtomicCheckpoint):
         super().save(trainer, path, single_rank)
 
     def after_publishing(self, path: Path) -> None:
-        """Removes checkpoints that are older than those to keep."""
+        """Removes all checkpoints but the `keep` newest ones that are known to be intact."""
         self.intact = [*self.intact, path.resolve()][-self.keep :]
         if len(self.intact) == self.keep:
             for other in newest_first(path.parent):
@@ -361,7 +360,7 @@ class Checkpoint(AtomicCheckpoint):
 class BestCheckpoint(AtomicCheckpoint):
     """Keeps the weights that score best in validation, for `sample` and `export`.
 
-    The last weights compete only if training ends with a validation.
+    The final weights are considered only if training ends with a validation.
 
     Args:
         dirpath: folder of the checkpoints; not the folder of `Checkpoint`.
@@ -393,5 +392,5 @@ class BestCheckpoint(AtomicCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not (self.best_k_models or trainer.fast_dev_run):  # type: ignore[attr-defined]
             rank_zero_warn(
-                f"no validation logged {self.monitor}: BestCheckpoint has kept no weights; name a metric that is logged"
+                f"no validation logged {self.monitor}: BestCheckpoint kept no weights; set monitor to a logged metric"
             )

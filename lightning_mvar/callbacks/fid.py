@@ -33,9 +33,9 @@ from lightning_mvar.training.strategies import sampling_mode
 class FIDCallback(L.Callback):
     """Samples at the end of validation and of training, and logs scores of the samples against real images.
 
-    Logs `val/fid`, and if extractor and reference allow it, `val/mind`, `val/kid` and the other scores of `Scores`, for
-    model selection; MIND needs the fewest samples (docs/scores.md). `val/frechet_EXTRACTOR` repeats `val/fid` under a
-    name that says what it is comparable with: published FID only if the extractor is InceptionV3.
+    Logs `val/fid` and, if extractor and reference support them, `val/mind`, `val/kid` and the other scores of `Scores`,
+    for model selection; MIND needs the fewest samples (docs/scores.md). `val/frechet_EXTRACTOR` repeats `val/fid` under
+    a name that shows what it is comparable with: published FID only if the extractor is InceptionV3.
 
     Each rank samples the same number of batches; image i does not depend on the number of ranks or the batch size.
 
@@ -46,12 +46,12 @@ class FIDCallback(L.Callback):
         crop: how image files of the reference are resized and cropped; see `data.images.protocols`.
         margin: with `crop` var, ratio of the resized shorter side to the crop; default: that of the shards trained on.
         num_samples: number of images to sample, cycling through the classes.
-        batch_size: images per batch and rank; fewer if the states of that many need more than 8 GiB.
+        batch_size: images per batch and rank; reduced if their states need more than 8 GiB.
         every_n_steps: minimum number of steps between scored validations.
         every_n_epochs: minimum number of epochs between them. If neither is given, every validation is scored. The last
             one always is.
         weights: `ema` for the weight average if one is kept, `raw` for the weights being trained.
-        keep_sharded: gather a sharded network block by block, if all of it does not fit on a device; slower.
+        keep_sharded: gather a sharded network block by block, if it does not fit on one device as a whole; slower.
         neighbors: k of precision and recall; 0 to skip them, density and coverage, which take the longest.
         sampling: guidance scale, top-k, top-p and seed, and the other options of `SamplingSettings`.
         cache: folder that keeps the statistics of the real images.
@@ -73,10 +73,10 @@ class FIDCallback(L.Callback):
         crop: CropProtocol = "var",
         margin: float | None = None,
     ) -> None:
-        fewest = max(neighbors, DENSITY_NEIGHBORS) if neighbors > 0 else 1
-        if num_samples <= fewest or batch_size < 1:
+        bound = max(neighbors, DENSITY_NEIGHBORS) if neighbors > 0 else 1
+        if num_samples <= bound or batch_size < 1:
             raise InputError(
-                f"the FID callback needs num_samples > {fewest} (for neighbors {neighbors}) and batch_size >= 1, got "
+                f"the FID callback needs num_samples > {bound} (for neighbors {neighbors}) and batch_size >= 1, got "
                 f"{num_samples} and {batch_size}"
             )
         require_in("[1, inf)", "FIDCallback's ", every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
@@ -94,7 +94,7 @@ class FIDCallback(L.Callback):
         self.real = open_reference(self.reference_name, crop=self.crop, margin=self.reference_margin(trainer))
 
     def reference_margin(self, trainer: L.Trainer) -> float:
-        """Returns the margin of the reference's crops: as given, or that of the shards if the protocol has one."""
+        """Returns the margin of the reference's crops: the given one, or that of the shards if the protocol has one."""
         if self.margin is not None:
             return self.margin
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -170,7 +170,7 @@ class FIDCallback(L.Callback):
                 )
                 require_finite(images)
                 valid = ids[ids < self.num_samples]  # the rest pads the last batch to an equal size
-                with without_autocast(images):  # as the features of the reference
+                with without_autocast(images):  # like the features of the reference
                     scores.update(images[: len(valid)], valid)
 
     def state_dict(self) -> dict[str, Any]:

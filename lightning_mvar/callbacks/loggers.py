@@ -1,8 +1,8 @@
-"""Pictures, code counts and configuration for all loggers of a run, each by its own interface.
+"""Logs images, code counts and configuration to all loggers of a run, each through its own API.
 
 |               | TensorBoard       | W&B                    | MLflow                  | CSVLogger                 |
 |---------------|-------------------|------------------------|-------------------------|---------------------------|
-| picture       | image             | image                  | image                   | TAG/STEP.png              |
+| image         | image             | image                  | image                   | TAG/STEP.png              |
 | code counts   | histograms        | histograms             | artifact TAG/STEP.csv   | TAG/STEP.csv              |
 | configuration | text, table       | config, table `config` | parameters, config.yaml | hparams.yaml, config.yaml |
 
@@ -95,20 +95,20 @@ def log_configuration(trainer: L.Trainer, yaml: str, values: Mapping[str, Any]) 
 
 
 def loggers_of(trainer: L.Trainer) -> list[Logger]:
-    """Returns the loggers of this rank: those of the trainer on rank 0, else none; none in a `fast_dev_run` either."""
+    """Returns the trainer's loggers on rank 0; empty on other ranks and in a `fast_dev_run`."""
     return [logger for logger in trainer.loggers if trainer.is_global_zero and not isinstance(logger, DummyLogger)]
 
 
 def report_scores_only(logger: Logger) -> None:
-    """Says once that a logger gets neither pictures nor histograms."""
+    """Reports once that a logger gets no images and no code counts."""
     messages.info(
-        f"{type(logger).__name__} gets scores and hyperparameters, but no pictures and no code counts: "
+        f"{type(logger).__name__} gets scores and hyperparameters, but no images and no code counts: "
         f"add TensorBoardLogger, WandbLogger, MLFlowLogger or CSVLogger for those"
     )
 
 
 def counts_table(counts: Mapping[str, Tensor]) -> str:
-    """Returns counts (v,) by name as CSV: a row per code, and a column per name."""
+    """Returns counts (v,) by name as CSV: a row per code and a column per name."""
     rows = torch.stack([*counts.values()], dim=1).tolist()
     lines = [["code", *counts], *([code, *row] for code, row in enumerate(rows))]
     return "".join(",".join(map(str, line)) + "\n" for line in lines)

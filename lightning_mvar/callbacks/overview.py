@@ -1,4 +1,4 @@
-"""Overview of a run for its loggers: configuration, hyperparameters, and in TensorBoard which curves share a chart."""
+"""Overview of a run for its loggers: configuration, hyperparameters, and the layout of TensorBoard's charts."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ CHARTS: dict[type, dict[str, dict[str, list[str]]]] = {
     },
     LitTokenizer: {
         "reconstruction": {
-            "loss of the tokenizer": ["train/loss$", "val/loss$"],
-            "error of the images": ["val/l2$", "val/l1$"],
+            "tokenizer loss": ["train/loss$", "val/loss$"],
+            "reconstruction error": ["val/l2$", "val/l1$"],
         },
         "codebook": {
-            "share of the codes in use": ["val/codebook_usage$"],
-            "share of the codes in use at each scale": ["codebook_usage/"],
+            "codebook usage": ["val/codebook_usage$"],
+            "codebook usage of each scale": ["codebook_usage/"],
         },
     },
 }
 
 
-# First columns of TensorBoard's table. It shows five; a run has names of either the network or the tokenizer group.
+# First columns of TensorBoard's table, which shows five: each run has either the network's or the tokenizer's.
 TABLE_COLUMNS = {
     *("global_batch", "optimizer.base_lr"),
     *("network.depth", "network.mixers", "network.width"),
@@ -80,7 +80,7 @@ class OverviewCallback(SaveConfigCallback):
     Args:
         parser: see SaveConfigCallback; unused, because it would write resolved interpolations.
         config: the run's options, with resolved interpolations.
-        yaml: content of config.yaml. It keeps interpolations, so that the file with another root folder is another run.
+        yaml: content of config.yaml. It keeps interpolations, so that a new root folder applies to all paths in it.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, yaml: str) -> None:
@@ -126,7 +126,7 @@ class OverviewCallback(SaveConfigCallback):
 
 
 def hyperparameters(config: Namespace, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-    """Returns the hyperparameters by name: of the model, and others that affect training; numbers, strings or None."""
+    """Returns the hyperparameters of the model and of its training by name: numbers, strings or None."""
     model = {name: value for name, value in config.model.items() if name not in IRRELEVANT_OPTIONS}
     lists = {name: ", ".join(map(str, value)) for name, value in model.items() if isinstance(value, list | tuple)}
     return {
@@ -144,7 +144,7 @@ def hyperparameters(config: Namespace, trainer: L.Trainer, pl_module: L.Lightnin
 
 
 def network_values(network: MVARConfig) -> dict[str, Any]:
-    """Returns a network's hyperparameters, of which a run takes those that are not given from elsewhere."""
+    """Returns a network's hyperparameters, including those that its configuration leaves to tokenizer and data."""
     values = {f"network.{name}": value for name, value in vars(network).items() if name != "schedule"}
     sides = ", ".join(map(str, network.schedule.side_lengths))
     return values | {"network.mixers": ", ".join(map(str, network.mixers)), "network.schedule.side_lengths": sides}

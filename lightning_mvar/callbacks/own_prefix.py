@@ -1,14 +1,14 @@
-"""Losses after prefixes that the network has drawn itself: exposure bias during training.
+"""Losses after prefixes drawn by the network itself, which measure exposure bias during training.
 
-Teacher forcing shows the network true prefixes, sampling its own draws. A loss after own draws needs a target. The true
-tokens are none: they complete another prefix. As in bitwise self-correction (Infinity, arXiv 2412.04431), the target
-repairs the draws: see `ResidualQuantizer.repairing_tokens`.
+Teacher forcing shows the network true prefixes; sampling shows it its own draws. The true tokens are no target for a
+loss after own draws, because they complete another prefix. As in bitwise self-correction (Infinity, arXiv 2412.04431),
+the target instead corrects the draws: see `ResidualQuantizer.repairing_tokens`.
 
-Even a perfect network has a higher loss after own draws, because the target then says in what the true image differs
-from them. The more scales are drawn, the less of the true image is known: if all are, the demo's network has a higher
-loss than a uniform guess. So true tokens precede the drawn scales, of which there is one by default, and the loss is
-for comparing runs and checkpoints. The change in entropy needs no target: with any number of drawn scales it is 0 for a
-perfect network, whose draws have the distribution of the data.
+Even a perfect network has a higher loss after own draws, because the target then depends on how the true image differs
+from them. The more scales are drawn, the less of the true image is known: if all are drawn, the demo's network has a
+higher loss than a uniform guess. Therefore true scales precede the drawn ones (one by default), and the loss serves
+only to compare runs and checkpoints. The change in entropy needs no target: for a perfect network, whose draws follow
+the distribution of the data, it is 0 for any number of drawn scales.
 
 Shapes: b images, n tokens of a scale, l of all, v vocabulary, c code dim, s x t last token map, k scales.
 """
@@ -38,19 +38,19 @@ from lightning_mvar.training.strategies import sampling_mode
 class OwnPrefixCallback(L.Callback):
     """Logs the network's loss after its own draws at each validation; see the module for how to read it.
 
-    `val_own_prefix/K` is the loss of the scale named K, in nats per token, after scales of which the network has drawn
-    the last `own_scales` (fewer at coarse scales) and the true image gives the rest. `val_true_prefix/K` is the
+    `val_own_prefix/K` is the loss of the scale named K, in nats per token, after a prefix whose last `own_scales`
+    scales (fewer at coarse scales) are drawn by the network and whose other scales are true. `val_true_prefix/K` is the
     teacher-forced loss of the same images. `val_entropy_shift/K` is the entropy of the prediction after own draws minus
     that after true scales. Each has a mean over all tokens, `.../mean`. The first scale has no prefix.
 
-    Tokens are drawn without guidance or truncation, by the weights being trained, which `val_scale_loss/K` also scores.
-    The draws of an image depend on seed and image alone. Costs `own_scales` + 1 forward passes per image.
+    Tokens are drawn without guidance or truncation, with the weights being trained, as scored by `val_scale_loss/K`.
+    The draws of an image depend only on the seed and the image. Costs `own_scales` + 1 forward passes per image.
 
     Args:
         images: number of images, from the start of the validation shards.
-        own_scales: number of scales before each scale that the network draws itself.
+        own_scales: number of drawn scales right before each scored scale.
         seed: random seed of the draws; the same at each validation.
-        keep_sharded: gather a sharded network block by block, if all of it does not fit on a device; slower.
+        keep_sharded: gather a sharded network block by block, if it does not fit on one device as a whole; slower.
     """
 
     def __init__(self, images: int = 256, own_scales: int = 1, seed: int = 0, keep_sharded: bool = False) -> None:
@@ -69,16 +69,16 @@ class OwnPrefixCallback(L.Callback):
     def check(self, pl_module: L.LightningModule) -> None:
         """Checks that the data are token shards and the network predicts scales.
 
-        Not in `setup`, before which the module does not know whether the run continues from a checkpoint.
+        Not called by `setup`, because the module does not know yet whether the run continues from a checkpoint.
 
         Raises:
-            InputError: if they are not, or it does not.
+            InputError: if either is not the case.
         """
         assert isinstance(pl_module, LitMVAR)
         if pl_module.token_data is None:
-            raise InputError("the own-prefix callback numbers images as token shards do: use TokenDataModule")
+            raise InputError("OwnPrefixCallback needs the image numbers of token shards: use TokenDataModule")
         if pl_module.network_config.prediction == "token":
-            raise InputError("the own-prefix callback needs a network that predicts scales, not single tokens")
+            raise InputError("OwnPrefixCallback needs a network that predicts scales, not single tokens")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.sums = self.count = None
@@ -92,7 +92,7 @@ class OwnPrefixCallback(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Scores a batch; all ranks score equally many, because a sharded network needs all of them."""
+        """Scores a batch; all ranks score the same number of batches, because a sharded network needs all ranks."""
         assert isinstance(pl_module, LitMVAR)
         if trainer.sanity_checking or batch_idx * pl_module.batch_of_all_ranks >= self.images:
             return

@@ -12,10 +12,10 @@ from lightning_mvar.training.base import ScheduledModule
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Shows the steps of the whole run: how many of all are done, the time left, and the rate of this process.
+    """Shows the steps of the whole run: number done, time left, and the rate of this process.
 
-    Lightning's bars show the batches of one epoch; resumed inside one, they lack its length, and count those that the
-    run did before as if they had taken no time.
+    Lightning's bars show the batches of one epoch. If a run resumes within an epoch, they do not know its length, and
+    count the earlier batches as if they had taken no time.
     """
 
     def __init__(self, refresh_rate: int = 1) -> None:

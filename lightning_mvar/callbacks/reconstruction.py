@@ -14,7 +14,7 @@ class ReconstructionScoresCallback(L.Callback):
     """Logs the scores of `lightning-mvar reconstruct` on the validation images: `val/psnr` in dB and `val/ssim`.
 
     With an extractor, also logs `val/rfid`, the Frechet distance between originals and reconstructions, and repeats it
-    as `val/frechet_EXTRACTOR`, which says what it is comparable with: published rFID only if that is InceptionV3.
+    as `val/frechet_EXTRACTOR`, which shows what it is comparable with: published rFID only if that is InceptionV3.
 
     Args:
         extractor: `nn.Module` with `num_features`, images (b, 3, H, W) in [0, 1] -> (b, num_features).
@@ -25,7 +25,7 @@ class ReconstructionScoresCallback(L.Callback):
         self.scores: ReconstructionScores | None = None  # of the current validation
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prepares the extractor, which may have to be trained, before the tokenizer is."""
+        """Prepares the extractor, which may itself have to be trained, before training starts."""
         if self.extractor is not None:
             prepare(self.extractor, pl_module.device)
 

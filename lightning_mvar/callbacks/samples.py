@@ -1,4 +1,4 @@
-"""Pictures and code counts of each validation: samples, their formation, reconstructions, codes in use."""
+"""Images and code counts logged at each validation: samples, their formation scale by scale, and reconstructions."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class SamplesCallback(L.Callback):
         classes: number of classes to show, spread evenly over all of them.
         per_class: images per row of the grid.
         sampling: guidance scale, top-k, top-p and seed, and the other options of `SamplingSettings`; the same at each
-            validation, so that the same images improve.
-        keep_sharded: gather a sharded network block by block, if all of it does not fit on a device; slower.
+            validation, so that images can be compared.
+        keep_sharded: gather a sharded network block by block, if it does not fit on one device as a whole; slower.
     """
 
     def __init__(
@@ -71,25 +71,25 @@ class SamplesCallback(L.Callback):
         log_codes(trainer, "sampled_codes", torch.stack(counts), pl_module.network_config.schedule.names)
 
     def draw(self, trainer: L.Trainer, module: LitMVAR, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws images (b, 3, H, W) in [0, 1] and tokens (b, l), each rank a share; all ranks get all of them.
+        """Draws images (b, 3, H, W) in [0, 1] and tokens (b, l), a share on each rank; all ranks get all of them.
 
-        The shares have one size, because the forward pass of a sharded network needs all ranks.
+        All shares have the same size, because the forward pass of a sharded network needs all ranks.
         """
         share = -(-len(labels) // trainer.world_size)
         first = trainer.global_rank * share
-        numbers = torch.arange(first, first + share).clamp(max=len(labels) - 1)
+        indices = torch.arange(first, first + share).clamp(max=len(labels) - 1)
         drawn = []
         with sampling_mode(module.averaged, trainer.strategy, self.keep_sharded) as network:
-            for part in numbers.split(max_batch_size(module.network_config)):
+            for part in indices.split(max_batch_size(module.network_config)):
                 keys = self.sampling.keys(part.tolist())
-                # Without CUDA graphs: they begin with the second batch, and a capture empties the allocator's cache.
+                # No CUDA graphs: they start with the second batch, and capturing empties the allocator's cache.
                 drawn.append(
                     draw_images(network, module.tokenizer, labels[part], self.sampling, keys, guide=self.guide)
                 )
         shares = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
-        every = [trainer.strategy.all_gather(part) for part in shares]  # distributed strategies put the ranks first
+        gathered = [trainer.strategy.all_gather(part) for part in shares]  # distributed strategies add a rank axis
         images, tokens = (
-            t.flatten(0, t.ndim - part.ndim)[: len(labels)] for t, part in zip(every, shares, strict=True)
+            t.flatten(0, t.ndim - part.ndim)[: len(labels)] for t, part in zip(gathered, shares, strict=True)
         )
         return images, tokens
 
@@ -126,7 +126,7 @@ class ReconstructionsCallback(L.Callback):
         if trainer.sanity_checking or not isinstance(outputs, Tensor):
             return
         size = self.batch_size = self.batch_size or len(outputs)
-        batches = trainer.num_val_batches[dataloader_idx]  # infinite if the loader does not know
+        batches = trainer.num_val_batches[dataloader_idx]  # infinite if the loader has no length
         before_last = int(batches) - 1 if math.isfinite(batches) else 0
         last = before_last * size or size - 1  # the last batch may be smaller
         shown = torch.from_numpy(spaced_evenly(last + 1, self.images)) - batch_idx * size
@@ -135,7 +135,7 @@ class ReconstructionsCallback(L.Callback):
             self.pairs.append(torch.stack([batch.images[shown], outputs[shown]]) / 2 + 0.5)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs pictures and codes. Lightning calls callbacks before the module, which resets its counts afterwards."""
+        """Logs images and codes. Lightning calls callbacks before the module, which then resets its counts."""
         assert isinstance(pl_module, LitTokenizer)
         if trainer.sanity_checking:
             return

@@ -14,7 +14,7 @@ class SnapshotCheckpoint(AtomicCheckpoint):
 
     Args:
         dirpath: folder of the snapshots; not the folder of another checkpoint callback.
-        every_n_train_steps: steps between snapshots. 16 to 64 in a run are enough; see docs/post_training.md.
+        every_n_train_steps: steps between snapshots. 16 to 64 snapshots per run are enough; see docs/post_training.md.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int) -> None:
@@ -23,5 +23,5 @@ class SnapshotCheckpoint(AtomicCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not (isinstance(pl_module, LitMVAR) and pl_module.power_ema):
-            raise InputError("a SnapshotCheckpoint needs model.power_ema, [0.05, 0.10] for example")
+            raise InputError("a SnapshotCheckpoint needs model.power_ema, such as [0.05, 0.10]")
         super().setup(trainer, pl_module, stage)

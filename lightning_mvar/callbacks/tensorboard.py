@@ -1,4 +1,4 @@
-"""What is particular to TensorBoard: histograms of counts, repeated steps, and event files that cannot be written."""
+"""TensorBoard specifics: histograms of counts, repeated steps, and event files that cannot be written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
-# Step of entries about the run as a whole; a restart in the same folder purges everything from step 0 on.
+# Step of entries about the whole run; a restart in the same folder purges everything from step 0 on.
 BEFORE_TRAINING = -1
 MAX_BUCKETS = 64  # per histogram
 
@@ -29,16 +29,16 @@ def writers(trainer: L.Trainer) -> list[SummaryWriter]:
 
 
 def purge_logged_steps(trainer: L.Trainer, step: int) -> None:
-    """Makes TensorBoard drop what was logged under `step` and later ones, counted from 0, which this run repeats."""
+    """Makes TensorBoard drop values logged at `step`, counted from 0, and later ones, which this run logs again."""
     for writer in writers(trainer):
         event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
         writer._get_file_writer().add_event(event)
 
 
-class SurvivingRecords:
-    """A TensorBoard record writer that drops all records after the first that cannot be written, with one warning.
+class TolerantRecordWriter:
+    """A TensorBoard record writer that warns and drops all further records once one cannot be written.
 
-    Training goes on without its curves. A torn record hides those after it in the same file, so none follows.
+    Training continues without curves. Readers stop at a torn record, so no other is written after it.
     """
 
     def __init__(self, records: Any, folder: str) -> None:
@@ -69,14 +69,14 @@ class SurvivingRecords:
 
 
 def survive_write_errors(writer: SummaryWriter) -> None:
-    """Makes a full disk end the curves of a run, but not the run; TensorBoard would raise in the next step."""
+    """Makes a full disk end the curves of a run but not the run itself; TensorBoard would raise in the next step."""
     events = writer._get_file_writer().event_writer._async_writer
-    if not isinstance(events._writer, SurvivingRecords):
-        events._writer = events._worker._record_writer = SurvivingRecords(events._writer, writer.log_dir)
+    if not isinstance(events._writer, TolerantRecordWriter):
+        events._writer = events._worker._record_writer = TolerantRecordWriter(events._writer, writer.log_dir)
 
 
 def bucket_counts(counts: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Returns heights and edges (one more) of a histogram of the codes 0 to v - 1; code i occurs counts[i] times."""
+    """Returns n heights and n + 1 edges of a histogram of the codes 0 to v - 1; code i occurs counts[i] times."""
     codes = np.arange(len(counts))
     return np.histogram(codes, min(len(counts), MAX_BUCKETS), range=(0, len(counts)), weights=counts.numpy())
 

@@ -16,11 +16,11 @@ class ThroughputCallback(L.Callback):
     """Logs `perf/images_per_s` and `perf/tokens_per_s` over all ranks, and `perf/mfu` if the peak FLOP/s are given.
 
     Includes waiting for data, excludes validation with its sampling and scoring. MFU (model FLOPs utilization) divides
-    the counted operations of forward and backward pass by the peak; recomputed blocks do not count twice. Rates are
-    means since the last logged step (`trainer.log_every_n_steps`): only there are host and GPU in step.
+    the FLOPs of forward and backward pass by the peak; recomputed blocks do not count twice. Rates are means since the
+    last logged step (`trainer.log_every_n_steps`), because host and GPU are only synchronized there.
 
     Args:
-        peak_flops: peak operations per second of one device in the training precision, from its data sheet.
+        peak_flops: peak FLOP/s of one device in the training precision, from its data sheet.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:

@@ -1,8 +1,8 @@
 """Command line: `lightning-mvar COMMAND ...`, the same as `python -m lightning_mvar COMMAND ...`.
 
-Exit codes: 0 done; 1 a user's mistake or bad data, reported in one message without a traceback; 130 interrupted by
-Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1; 141, without a message, if the reader of a pipe has ended (`| head`); anything
-else is a bug and shows its traceback.
+Exit codes: 0 success; 1 user error or bad data, reported in one message without a traceback; 130 interrupted by Ctrl-C,
+143 by SIGTERM, 138 by SIGUSR1; 141, without a message, if the reader of a pipe has exited (`| head`); anything else is
+a bug and prints its traceback.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from lightning_mvar.errors import InputError, Interrupted, one_line
 PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 BUG_EXIT_CODE = 70  # of any exception that is not an InputError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of writes outside `atomic_path`: never a bug
-# Messages of jsonargparse, which lists all types of an option.
+# jsonargparse's messages, shortened because they list every type that an option accepts.
 UNKNOWN_CLASS = re.compile(
     r"key \"([\w.]+)\":.*(?:Expected a dot import path string: |: module '[\w.]+' has no attribute ')(\w+)"
 )
 REFUSED_BY_CLASS = re.compile(
     r"key \"([\w.]+)\":.*Problem with given class_path '([\w.]+)': (.*?)(?= - Expected| - Not a valid subclass|$)"
 )
-UNNEEDED = (
-    *("Tip: For seamless cloud", "TPU available: False", "Restoring states from"),  # of Lightning
-    *("thrown while requesting", "Retrying in"),  # of huggingface_hub, whose last failure is reported
+SILENCED_LOGS = (
+    *("Tip: For seamless cloud", "TPU available: False", "Restoring states from"),  # from Lightning
+    *("thrown while requesting", "Retrying in"),  # from huggingface_hub, whose last failure is reported
 )
-SPIN_COUNT = "3000"  # turns of a waiting thread's loop; the default is 300,000 (docs/performance.md)
-ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP)  # of a path that a user names
+SPIN_COUNT = "3000"  # iterations of a waiting thread's loop; the default is 300,000 (docs/performance.md)
+ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP)  # of a path that the user gave
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -67,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     code = flush_streams(code)
     if code == BUG_EXIT_CODE:
         traceback.print_exception(bug)
-    gc.freeze()  # or Python would look for garbage among all objects of torch and Lightning before it ends, for seconds
+    gc.freeze()  # otherwise the last garbage collection scans all objects of torch and Lightning, for seconds
     sys.exit(code)
 
 
 def prepare_streams() -> None:
-    """Makes the standard streams take any text: escapes what their encoding lacks, and opens those that are closed."""
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors, the lowest of which is free
+    """Makes the standard streams accept any text: escapes what they cannot encode, and reopens closed ones."""
+    for name in ("stdin", "stdout", "stderr"):  # in order of their descriptors: `open` takes the lowest free one
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 (stays open)
@@ -82,22 +82,22 @@ def prepare_streams() -> None:
 
 
 def limit_spinning() -> None:
-    """Makes idle threads of GNU OpenMP, which torch loads on Linux, sleep soon, unless the user has chosen otherwise.
+    """Limits how long idle threads of GNU OpenMP, which torch loads on Linux, spin, unless the user has set a limit.
 
-    By default they spin for long. On a machine with other work they keep the core from the thread that they wait for,
-    and a training step takes up to several times as long; a quiet machine with two cores gains nothing.
+    By default they spin for long. On busy cores they take time from the thread that they wait for, and a training step
+    can take several times as long. On two idle cores the limit makes no difference.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def flush_streams(code: int) -> int:
-    """Writes what the output streams still hold, and returns `code`, or the code of a failure to write it."""
+    """Flushes the output streams; returns `code`, or another exit code if that fails."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would try again, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # otherwise Python flushes again and complains
             if isinstance(error, BrokenPipeError):
                 return PIPE_EXIT_CODE
             code = fail(f"cannot write to {stream.name} ({error.strerror})")
@@ -108,7 +108,7 @@ def run(argv: list[str]) -> int:
     """Runs one command and returns its exit code."""
     enable_logging()
     try:
-        if (code := answer(argv)) is not None:
+        if (code := answer_without_command(argv)) is not None:
             return code
         argv = with_first_option(argv)
         from lightning_mvar.cli.checks import check_options  # here, because --version and --help need no YAML
@@ -130,7 +130,7 @@ def run(argv: list[str]) -> int:
         if error.errno not in DISK_ERRORS:
             raise
         return fail(
-            f"cannot write {error.filename or 'the output'} ({error.strerror}): free space, or use another disk"
+            f"cannot write {error.filename or 'the output'} ({error.strerror}): free some space or use another disk"
         )
     except argparse.ArgumentError as error:
         return fail(describe_argument_error(argv, error))
@@ -147,12 +147,12 @@ def run(argv: list[str]) -> int:
 
 
 def run_command(argv: list[str]) -> None:
-    """Imports the module of a command and runs it: `main` in training, or the function of the module's name."""
+    """Imports the module of a command and runs its `main` (training) or the function with the module's name."""
     name = COMMANDS[argv[0]][0]
     module = importlib.import_module(f"lightning_mvar.commands.{name}")
     from lightning_mvar.cli.arguments import call  # here, because --version and --help need no jsonargparse
 
-    if "torch" in sys.modules:  # `configs`, for one, does without
+    if "torch" in sys.modules:  # some commands, such as `configs`, do not need it
         from lightning_mvar.devices import set_tf32
 
         set_tf32(False)
@@ -162,11 +162,11 @@ def run_command(argv: list[str]) -> None:
         call(vars(module)[name], argv)
 
 
-def answer(argv: list[str]) -> int | None:
-    """Answers what needs no command: help, version, completion, schema and misspelled names.
+def answer_without_command(argv: list[str]) -> int | None:
+    """Handles command lines that run no command: help, version, completion, schema and misspelled names.
 
     Returns:
-        The exit code; None if a command is to be run.
+        Exit code; None if there is a command to run.
     """
     if not argv or argv[0] in ("-h", "--help", FULL_HELP):
         print(usage())
@@ -176,14 +176,14 @@ def answer(argv: list[str]) -> int | None:
         return 0
     for argument in argv:
         if re.search("[\ud800-\udfff]", argument):  # how Python represents bytes that are not UTF-8
-            return fail(f"the argument {argument!a} is not UTF-8: rename the file, or link it under another name")
+            return fail(f"argument {argument!a} is not valid UTF-8: rename the file, or link it under another name")
     option, _, shell = argv[0].partition("=")
     if option == "--print_completion":
         print(completion(shell or " ".join(argv[1:])))
         return 0
     if argv[0] not in COMMANDS:
         listed = f"the commands are {', '.join(COMMANDS)}"
-        return fail(f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS, otherwise=listed)}")
+        return fail(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS, otherwise=listed)}")
     if {"-h", "--help"} & set(argv[1:]):
         print_help(*argv)
         return 0
@@ -196,16 +196,16 @@ def answer(argv: list[str]) -> int | None:
 
 
 def enable_logging() -> None:
-    """Prints the package's log messages to stderr; others have their own handlers, and lose `UNNEEDED` messages."""
+    """Prints the package's log messages to stderr, and drops `SILENCED_LOGS` from those of other packages."""
     logger = logging.getLogger("lightning_mvar")
-    logger.handlers = [logging.StreamHandler()]  # anew, as stderr may be another one than at the last command
+    logger.handlers = [logging.StreamHandler()]  # replaced, because stderr may have changed since the last command
     logger.setLevel(logging.INFO)
     for name in ("lightning.pytorch.utilities.rank_zero", "huggingface_hub.utils._http"):
-        logging.getLogger(name).addFilter(is_needed)
+        logging.getLogger(name).addFilter(is_shown)
 
 
-def is_needed(record: logging.LogRecord) -> bool:
-    return not any(text in record.getMessage() for text in UNNEEDED)
+def is_shown(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in SILENCED_LOGS)
 
 
 def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> str:
@@ -217,8 +217,8 @@ def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> s
     source = f" (config: {', '.join(configs)})" if configs else ""
     if unknown := UNKNOWN_CLASS.search(reason):
         option, name = unknown.groups()
-        otherwise = "give the path of a class, package.module.NAME"
-        return f"--{option} {name}{source}: there is no such class; {nearest(name, loaded_classes(), otherwise)}"
+        otherwise = "give the import path of a class, package.module.NAME"
+        return f"--{option} {name}{source}: no such class; {nearest(name, loaded_classes(), otherwise)}"
     if refused := REFUSED_BY_CLASS.search(reason):
         option, name, reason = refused.groups()
         reason = f"--{option} {name.rpartition('.')[2]}: {reason}"
@@ -226,7 +226,7 @@ def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> s
 
 
 def loaded_classes() -> set[str]:
-    """Returns the names of the classes that options may name without their modules."""
+    """Returns the names of the classes that options accept without a module."""
     modules = [module for name, module in sys.modules.items() if name.startswith(("lightning_mvar.", "lightning."))]
     return {name for module in modules for name, value in vars(module).items() if isinstance(value, type)}
 

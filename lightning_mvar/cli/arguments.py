@@ -1,4 +1,4 @@
-"""Command lines from typed functions."""
+"""Command-line parsers built from typed functions, and checks of the parsed options."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lightning_mvar.cli.help import POSITIONAL
 from lightning_mvar.data.images.compressed import TAR_SUFFIXES
 from lightning_mvar.errors import InputError
 
-DESCRIPTIONS = ("config.json", "manifest.json")  # of exported networks, and of token shards
+METADATA_FILES = ("config.json", "manifest.json")  # of exported networks and of token shards
 READ_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".distcp", ".parquet", ".arrow", *TAR_SUFFIXES)
 MAY_BE_EMPTY = re.compile(r"\.(init_args|dict_kwargs|host|allowed_hosts)\b")  # options of classes; hosts
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
-BOOL_METAVAR = "{true,false}"  # by which jsonargparse shows options of type bool
-MODULES = re.compile(r"lightning_mvar\.metrics\.\w+")  # options that take a module take an extractor or a classifier
-SUBCLASSES = ", known subclasses: "  # jsonargparse's heading of the classes that an option accepts
+BOOL_METAVAR = "{true,false}"  # jsonargparse's metavar of options of type bool
+MODULES = re.compile(r"lightning_mvar\.metrics\.\w+")  # extractors and classifiers, the only modules that options take
+SUBCLASSES = ", known subclasses: "  # how jsonargparse introduces the classes that an option accepts
 
 
 class CommandParser(ArgumentParser):
-    """Parser whose boolean options also work as flags, and whose help lists only the classes made for an option.
+    """Parser whose boolean options also work as flags, and whose help lists only this package's classes.
 
-    Arguments of the type tuple[X, ...] take one or more words; those of the type list[X] take one word, [x, y].
+    Options of type tuple[X, ...] take one or more words; those of type list[X] take one word, [x, y].
     """
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's takes -1e-3 for an option
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's own pattern takes -1e-3 for an option
         added = super().add_function_arguments(*args, **kwargs)
         for action in self._actions:
             if action.metavar == BOOL_METAVAR:
@@ -50,18 +50,18 @@ class CommandParser(ArgumentParser):
 
 
 def repeated_type(kind: Any) -> Any:
-    """Returns X if `kind` is tuple[X, ...], or that or None; else None."""
+    """Returns X if `kind` is tuple[X, ...] or tuple[X, ...] | None; None otherwise."""
     members = [kind, *get_args(kind)] if NoneType in get_args(kind) else [kind]
     tuples = [get_args(member) for member in members if get_origin(member) is tuple]
     return tuples[0][0] if tuples and tuples[0][1:] == (...,) else None
 
 
 def check_values(value: Any, name: str = "") -> Any:
-    """Returns parsed options with `~` expanded at the start of each string: a shell does not expand `--out=~/x`.
+    """Returns parsed options with a leading `~` expanded in each string: shells do not expand it in `--out=~/x`.
 
     Raises:
-        InputError: if a number is not finite, or a string is empty: as a path, it would be the current folder. Only
-            options of a class may be empty, such as the name of a logger.
+        InputError: if a number is not finite, or a string is empty, which as a path would mean the current folder. Only
+            options of classes may be empty, such as the name of a logger.
     """
     if isinstance(value, Namespace):
         return Namespace({key: check_values(item, f"{name}.{key}") for key, item in vars(value).items()})
@@ -77,7 +77,7 @@ def check_values(value: Any, name: str = "") -> Any:
 
 
 def list_own_classes(extra_help: Callable[[], str]) -> str:
-    """Removes other classes from the help of an option: torch alone has hundreds of modules."""
+    """Removes classes of other packages from the help of an option: torch alone has hundreds of modules."""
     classes = [name for name in extra_help().removeprefix(SUBCLASSES).split(", ") if MODULES.fullmatch(name)]
     return SUBCLASSES + ", ".join(classes) if classes else ""
 
@@ -95,7 +95,7 @@ def call(function: Callable[..., None] | dict[str, Callable[..., None]], argv: l
     """
     try:
         auto_cli(
-            function,  # type: ignore[arg-type]  # its dict has other kinds of values, too
+            function,  # type: ignore[arg-type]  # its dict type is invariant and has other values, too
             args=argv[1:],
             prog=f"lightning-mvar {argv[0]}",
             as_positional=argv[0] in POSITIONAL,
@@ -120,14 +120,14 @@ def check(function: Callable[..., None], argv: list[str]) -> None:
 
 
 def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping[str, str | None]) -> None:
-    """Checks that a command replaces nothing that it reads, and writes everything to a path of its own.
+    """Checks that a command overwrites none of its inputs, and that its outputs have different paths.
 
     Args:
-        outputs: files or folders to write, by the option that names them; None for an option without a value.
-        inputs: files, folders or names of sources to read, likewise.
+        outputs: files or folders to write, by option; None for an option without a value.
+        inputs: files, folders or names of sources to read, by option.
 
     Raises:
-        InputError: if an output is an input, a file that is read inside an input folder, or another output.
+        InputError: if an output is an input, a file read from an input folder, or another output.
     """
     read = {option: os.path.realpath(path) for option, path in inputs.items() if path is not None}
     written: dict[str, str] = {}
@@ -136,27 +136,29 @@ def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping
             continue
         target = os.path.realpath(path)
         for other, source in read.items():
-            if target == source or is_part(Path(target), Path(source)):
-                raise InputError(f"{option} {path} would replace what {other} {inputs[other]} reads: name another path")
+            if target == source or is_read_from(Path(source), Path(target)):
+                raise InputError(
+                    f"{option} {path} would overwrite the input {other} {inputs[other]}: choose another path"
+                )
         for other, earlier in written.items():
             if target == earlier:
-                raise InputError(f"{option} and {other} both name {path}: name two paths")
+                raise InputError(f"{option} and {other} are both {path}: choose two different paths")
         written[option] = target
 
 
 def require_suffix(suffixes: tuple[str, ...], paths: Mapping[str, str | None]) -> None:
-    """Raises InputError unless paths, given by the option that names them, have one of the suffixes; None passes."""
+    """Raises InputError unless the paths, keyed by option, have one of the suffixes; None passes."""
     for option, path in paths.items():
         if path is not None and not path.lower().endswith(suffixes):
             raise InputError(f"{option} {path} must end in {' or '.join(suffixes)}")
 
 
-def is_part(path: Path, folder: Path) -> bool:
-    """Returns whether an existing file is one that is read from a folder: a description, weights, data or image."""
+def is_read_from(folder: Path, path: Path) -> bool:
+    """Returns whether a path is an existing file that is read from a folder: metadata, weights, data or an image."""
     if folder not in path.parents or not path.is_file():
         return False
     is_image = path.suffix.lower() in Image.registered_extensions() and not (folder / "config.json").exists()
-    return path.name in DESCRIPTIONS or path.name.endswith(READ_SUFFIXES) or is_image
+    return path.name in METADATA_FILES or path.name.endswith(READ_SUFFIXES) or is_image
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:

@@ -1,4 +1,4 @@
-"""Checks of what a command reads, before torch is imported: paths that do not exist, and misspelled classes."""
+"""Checks of a command's inputs before torch is imported: paths that do not exist, and misspelled classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import yaml
 
-from lightning_mvar.cli.checks import NULLS, asks_for_text, config_files, read_config_file
+from lightning_mvar.cli.checks import NULLS, config_files, only_prints, read_config_file
 from lightning_mvar.data.classes import Classes, imagenet_classes, select_classes
 from lightning_mvar.errors import InputError
 from lightning_mvar.io.configs import find_config
@@ -29,7 +29,7 @@ RUN_INPUTS = {
     "model.tokenizer": TOKENIZER_KINDS,
     "model.weights": NETWORK_KINDS,
 }
-EXPECTED = {  # what the value of an option must be
+EXPECTED = {  # what an option must name
     "ckpt_path": NETWORK_KINDS,
     "tokenizer": TOKENIZER_KINDS,
     "reconstructions": TOKENIZER_KINDS,
@@ -54,15 +54,15 @@ EXPECTED_BY_COMMAND = {
     "shards": {"folder": "a folder that `tokenize` or `sample --tokens` wrote"},
 }
 EXPECTED_WORDS = {"merge": NETWORK_KINDS, "report": "the folder of a sweep", "sweep": "a sweep file"}
-# Other options, no value, addresses, splits, patterns, and ADM's references.
+# Options, missing values, URLs, splits, patterns, and names of ADM's references.
 NOT_A_PATH = re.compile(rf"^(-.*|{'|'.join(NULLS)}|imagenet\d+|)$|[:*?{{\[]")
-RANKS = ("LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID")  # set by Lightning, torchrun and Slurm for one of several ranks
+RANK_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID")  # set in ranks by Lightning, torchrun and Slurm
 
 
 class Given(NamedTuple):
-    """The value of an option, and where a configuration file says so: `FILE, line 3: `, empty for the command line.
+    """Value of an option, its place in a configuration file (`FILE, line 3: `), and the folder of that file.
 
-    `folder` is the folder of that file.
+    Place and folder are empty for values from the command line.
     """
 
     value: str
@@ -74,15 +74,16 @@ NOTHING = Given("")
 
 
 def check_inputs(name: str, *words: str) -> None:
-    """Checks the paths that a command line and its configuration files name, and --classes.
+    """Checks the paths and --classes on a command line and in its configuration files.
 
-    Leaves names on the Hub, patterns and the classes of training checkpoints to the command, and what a checkpoint
-    makes needless: the initial weights of a run, and existing samples. Several ranks report their mistakes together.
+    Skips names on the Hub, patterns, classes of training checkpoints, and inputs that a checkpoint makes unnecessary:
+    the initial weights of a run, and existing samples. Ranks of a multi-process run skip all checks, because they
+    report errors together later.
 
     Raises:
         InputError: if a network, a tokenizer or images do not exist, or a network has no such class.
     """
-    if asks_for_text(words) or any(name in os.environ for name in RANKS):
+    if only_prints(words) or any(name in os.environ for name in RANK_VARIABLES):
         return
     expected = EXPECTED | EXPECTED_BY_COMMAND.get(name, {})
     given = options_given(words, {*expected, "classes", "resume"})
@@ -98,7 +99,7 @@ def check_inputs(name: str, *words: str) -> None:
 
 
 def require_existing(label: str, given: Given, kinds: str) -> None:
-    """Raises InputError if a place does not exist, and is not a name on the Hub where one is expected."""
+    """Raises InputError if a path does not exist and is not a name on the Hub where one is allowed."""
     place, source, folder = given
     if is_missing(place) and (kinds not in (NETWORK_KINDS, TOKENIZER_KINDS) or name_on_hub(place) is None):
         is_beside = folder != "" and not is_missing(os.path.join(folder, place))
@@ -107,7 +108,7 @@ def require_existing(label: str, given: Given, kinds: str) -> None:
 
 
 def check_classes(chosen: Given, network: str) -> None:
-    """Raises InputError if a network whose classes are known has no such class."""
+    """Raises InputError if the classes of the network are known and the chosen ones are not among them."""
     if chosen.value in ("", *NULLS) or (classes := classes_of(network)) is None:
         return
     try:
@@ -123,9 +124,9 @@ def continues(given: Mapping[str, Given]) -> bool:
 
 
 def options_given(words: Sequence[str], names: Collection[str]) -> dict[str, Given]:
-    """Returns the last values of the named options, those of configuration files included.
+    """Returns the last value of each named option, on the command line or in a configuration file.
 
-    The value of a section, such as `--model '{weights: null}'`, replaces those of its options.
+    The value of a section, such as `--model '{weights: null}'`, replaces the values of its options.
     """
     options: dict[str, Given] = {}
     for option, value in all_options(words):
@@ -136,7 +137,7 @@ def options_given(words: Sequence[str], names: Collection[str]) -> dict[str, Giv
 
 
 def all_options(words: Sequence[str]) -> Iterator[tuple[str, Given]]:
-    """Yields the options of a command line in their order, those of configuration files included."""
+    """Yields the options of a command line and its configuration files in order."""
     for word, following in pairwise([*words, ""]):
         option, equals, value = word.partition("=")
         value = value if equals else following
@@ -148,7 +149,7 @@ def all_options(words: Sequence[str]) -> Iterator[tuple[str, Given]]:
 
 
 def plain_values(node: yaml.Node | None, file: str, prefix: str = "") -> Iterator[tuple[str, Given]]:
-    """Yields the plain values of a file by their dotted names."""
+    """Yields the dotted names and values of a file's scalar options."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if isinstance(value, yaml.ScalarNode):
             source = f"{file}, line {key.start_mark.line + 1}: "
@@ -157,7 +158,7 @@ def plain_values(node: yaml.Node | None, file: str, prefix: str = "") -> Iterato
 
 
 def is_missing(place: str) -> bool:
-    """Returns whether a place is a plain path where nothing is, not even a broken link.
+    """Returns whether a value is a plain path at which nothing exists, not even a broken link.
 
     Raises:
         OSError: if it cannot be examined.
@@ -166,7 +167,7 @@ def is_missing(place: str) -> bool:
         return False
     try:
         os.lstat(os.path.expanduser(place))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a NUL
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError for a NUL character
         return True
     return False
 
@@ -180,5 +181,5 @@ def classes_of(place: str) -> Classes | None:
         values = json.loads((Path(place).expanduser() / "config.json").read_bytes())
         names, count = checked(values["class_names"], list[str], place), values["network"]["num_classes"]
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # the command says why
+        return None  # the command reports why
     return Classes(names, count) if count in (len(names), len(imagenet)) else None

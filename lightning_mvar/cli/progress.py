@@ -1,4 +1,4 @@
-"""Reading of all images of a source, with a progress bar."""
+"""Reads all images of a source with a progress bar."""
 
 from __future__ import annotations
 

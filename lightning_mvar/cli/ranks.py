@@ -18,8 +18,8 @@ from lightning_mvar.errors import InputError, Interrupted, one_line, require_in
 from lightning_mvar.training.lightning_internals import started_processes
 from lightning_mvar.training.lost_ranks import first_sentence, is_loss_of_rank
 
-# Ranks share no weights and wait for each other only now and then, perhaps for hours. With gloo no GPU waits, and the
-# end of a rank is reported at once.
+# Ranks share no weights and rarely wait for each other, but then perhaps for hours. With gloo, no GPU waits, and the
+# death of a rank is noticed at once.
 BARRIER_TIMEOUT = timedelta(days=30)
 
 
@@ -27,7 +27,7 @@ BARRIER_TIMEOUT = timedelta(days=30)
 def launch_ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
     """Starts this command once per device, or joins the processes that torchrun or Slurm has started.
 
-    Everything that can fail in one process only belongs inside the context; see `stop_ranks_on_error`.
+    Code that may fail in a single process belongs inside the context; see `stop_ranks_on_error`.
 
     Args:
         device: auto, cpu, cuda, or cuda:N for a single device.
@@ -35,7 +35,7 @@ def launch_ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
         num_nodes: number of machines.
 
     Raises:
-        InputError: if the devices are unavailable, or another rank has ended.
+        InputError: if the devices are unavailable, or another rank has exited.
     """
     require_in("[1, inf)", "--", devices=devices, num_nodes=num_nodes)
     torch_device, several = choose_device(device), devices * num_nodes > 1
@@ -61,15 +61,15 @@ def launch_ranks(device: str, devices: int, num_nodes: int) -> Iterator[Fabric]:
 
 @contextmanager
 def stop_ranks_on_error(strategy: Any, remedy: str, progress: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Kills the processes that this one has started if it fails: they would wait for it until their timeout.
+    """Kills the processes that this one has started if it fails; otherwise they would wait for it until a timeout.
 
     Args:
         strategy: strategy of the trainer or the fabric.
-        remedy: how to continue, for the message that another rank has ended.
+        remedy: how to continue, for the error message after the loss of another rank.
         progress: returns how far this rank got, for the same message.
 
     Raises:
-        InputError: if another rank has ended or never starts; its own message gives the reason.
+        InputError: if another rank has exited or never starts; its own message gives the reason.
     """
     limit_start(strategy)
     try:
@@ -79,12 +79,12 @@ def stop_ranks_on_error(strategy: Any, remedy: str, progress: Callable[[], str] 
         for process in started_processes(strategy):
             process.send_signal(signal.SIGKILL)
         if isinstance(error, Interrupted) and several:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun and torchrun send it to the ranks that end last
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun and torchrun send it to the last ranks to exit
         if isinstance(error, Interrupted) and rank > 0:
             sys.exit(0)  # rank 0 reports it; a nonzero exit code here would make rank 0 kill itself
         if is_loss_of_rank(error):
             raise InputError(
-                f"rank {rank} lost another rank{progress()} ({first_sentence(error)}): the message of that rank says "
-                f"why; {remedy}"
+                f"rank {rank} lost another rank{progress()} ({first_sentence(error)}): see the message of that rank; "
+                f"{remedy}"
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""Start of several ranks: a barrier before their process group exists, at which one that fails ends the others."""
+"""Start-up of several ranks: a barrier before the process group exists, at which a failed rank stops the others."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ START_TIMEOUT = "LIGHTNING_MVAR_START_TIMEOUT"  # environment variable: seconds 
 DEFAULT_START_TIMEOUT_S, MAX_START_TIMEOUT_S, NOTICE_S = 180, 10**6, 15
 ABORT_TIMEOUT_S = 15  # for the other ranks to read why one has failed
 POLL_S, CONNECT_TIMEOUT_S = 0.1, 1.0
-starts: Counter[tuple[str, int, int]] = Counter()  # by address and rank: barriers of this process
+starts: Counter[tuple[str, int, int]] = Counter()  # barriers that this process has joined, by address and rank
 
 
 class StartBarrier:
-    """Key-value store at MASTER_ADDR:MASTER_PORT, at which all ranks arrive, or one says why it failed.
+    """Barrier in a key-value store at MASTER_ADDR:MASTER_PORT, which ends if all ranks arrive or one reports a failure.
 
     The process group uses the same store later. Its own rendezvous waits twice its timeout for a store that nobody
-    opens, and cannot say why a rank is missing.
+    opens, and cannot tell why a rank is missing.
 
     Args:
         strategy: strategy of the trainer or the fabric.
@@ -48,7 +48,7 @@ class StartBarrier:
         self.rank, self.ranks = strategy.global_rank, strategy.world_size
         self.host, self.port = environment.main_address, environment.main_port
         self.seconds, self.deadline = seconds, time.monotonic() + seconds
-        torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # its agent has opened the store
+        torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # its agent opens the store
         self.opens = self.rank == 0 and not torchrun
         if not self.opens:
             self.wait_until(self.is_open)
@@ -71,7 +71,7 @@ class StartBarrier:
         self.store = dist.PrefixStore(f"start/{restarts}/{number}", store)
 
     def is_open(self) -> bool:
-        """Returns whether anyone listens at the address."""
+        """Returns whether a process listens at the address."""
         try:
             socket.create_connection((self.host, self.port), timeout=CONNECT_TIMEOUT_S).close()
         except OSError:
@@ -81,7 +81,7 @@ class StartBarrier:
     def wait_until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             if time.monotonic() > self.deadline:
-                raise dist.DistStoreError(f"nothing came from {self.host}:{self.port} within {self.seconds:g} s")
+                raise dist.DistStoreError(f"no answer from {self.host}:{self.port} within {self.seconds:g} s")
             time.sleep(POLL_S)
 
     def port_in_use(self) -> InputError:
@@ -93,8 +93,8 @@ class StartBarrier:
         """Waits for all ranks.
 
         Raises:
-            InputError: if one has failed, or this is another run's barrier.
-            DistError: if one does not arrive in time.
+            InputError: if a rank has failed, or the barrier belongs to another run.
+            DistError: if a rank does not arrive in time.
         """
         if self.store.add(f"arrived/{self.rank}", 1) > 1:
             raise self.port_in_use()
@@ -110,12 +110,12 @@ class StartBarrier:
             raise InputError(failure)
 
     def abort(self, failure: str) -> None:
-        """Ends the other ranks with the message of this one's failure."""
+        """Stops the other ranks with this rank's error message."""
         self.store.set("failure", failure)
         self.wait_for_readers()
 
     def wait_for_readers(self) -> None:
-        """Keeps the store open until all ranks have read the failure, if this one has opened it."""
+        """Waits until all ranks have read the failure if this rank hosts the store."""
         readers, deadline = self.store.add("readers", 1), time.monotonic() + ABORT_TIMEOUT_S
         while self.opens and readers < self.ranks and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -124,21 +124,21 @@ class StartBarrier:
 
 @contextmanager
 def fail_together(strategy: Any) -> Iterator[None]:
-    """Makes an InputError on one rank end all ranks that a cluster has started, instead of having them wait for it."""
+    """Makes an InputError on one rank stop all ranks started by a cluster, which would otherwise wait for it."""
     try:
         yield
     except InputError as error:
         if has_process_group(strategy) and strategy.cluster_environment.creates_processes_externally:
-            with suppress(InputError, dist.DistError):  # another run has the address, or no rank listens any more
+            with suppress(InputError, dist.DistError):  # another run uses the address, or no rank listens any more
                 rank = strategy.global_rank
                 StartBarrier(strategy, ABORT_TIMEOUT_S).abort(f"rank {rank} on {socket.gethostname()}: {error}")
         raise
 
 
 def limit_start(strategy: Any) -> None:
-    """Makes the ranks wait for each other at the start for `START_TIMEOUT` only, instead of as long as a collective.
+    """Limits how long ranks wait for each other at start-up to `START_TIMEOUT`, instead of a collective's timeout.
 
-    A rank that is killed before the process group exists has no connection whose loss the others could notice.
+    If a rank is killed before the process group exists, there is no connection yet whose loss the others could notice.
     """
     if not has_process_group(strategy):  # a single device
         return
@@ -168,7 +168,7 @@ def limit_start(strategy: Any) -> None:
 
 
 def start_timeout() -> float:
-    """Returns the seconds to wait for all ranks to start; raises InputError if the environment gives no such number."""
+    """Returns the seconds to wait for all ranks to start; raises InputError if the environment variable is invalid."""
     text = os.environ.get(START_TIMEOUT, str(DEFAULT_START_TIMEOUT_S))
     try:
         seconds = float(text)

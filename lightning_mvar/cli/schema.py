@@ -1,4 +1,4 @@
-"""JSON schema of a training command's configuration files, for editors; read from the source, as the help is."""
+"""JSON schema of a training command's configuration files, for editors; built from source code like the help."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_mvar.cli.signatures import Option, signature, tree_of
 
 Schema = dict[str, Any]
 
-DRAFT = "http://json-schema.org/draft-07/schema#"  # the one that editors know best
+DRAFT = "http://json-schema.org/draft-07/schema#"  # the draft that editors support best
 TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object"}
 LISTS = ("list", "tuple", "Iterable", "Sequence")
 ANY: list[Schema] = [{}]
 NULL: Schema = {"type": "null"}
-PATH: Schema = {"type": "string", "pattern": r"\.ya?ml$"}  # of a file that holds the options of a section
-INTERPOLATION: Schema = {"type": "string", "pattern": r"\$\{"}  # of another option, in place of any value
+PATH: Schema = {"type": "string", "pattern": r"\.ya?ml$"}  # of a file with the options of a section
+INTERPOLATION: Schema = {"type": "string", "pattern": r"\$\{"}  # refers to another option, in place of any value
 CALLBACKS = "lightning_mvar.callbacks"
 
 
 def config_schema(command: str) -> Schema:
-    """Returns the schema of the files that a training command takes by `--config`."""
+    """Returns the schema of a training command's `--config` files."""
     sections: dict[str, list[Option]] = {}
     for option in signatures_of(command)[""].options:
         section, _, name = option.name.rpartition(".")
@@ -33,15 +33,15 @@ def config_schema(command: str) -> Schema:
     trainer = schema["properties"]["trainer"]["anyOf"][0]["properties"]
     callback = {"$ref": "#/definitions/callback"}
     trainer["callbacks"] = trainer["callbacks+"] = {"anyOf": [{"type": "array", "items": callback}, callback, NULL]}
-    schema["properties"]["$schema"] = {"type": "string"}  # how a file itself names its schema
+    schema["properties"]["$schema"] = {"type": "string"}  # lets a file name its schema
     title, definitions = f"configuration of lightning-mvar {command}", {"callback": callback_schema()}
     return {"$schema": DRAFT, "title": title, "definitions": definitions, **schema}
 
 
 def object_schema(options: list[Option]) -> Schema:
-    """Returns the schema of a section. A list `x` also has a key `x+`, which adds to the inherited one.
+    """Returns the schema of a section. A list `x` also has a key `x+`, which appends to the inherited list.
 
-    Dotted keys such as `trainer.max_steps` have any value: the commands check it.
+    Dotted keys such as `trainer.max_steps` accept any value; the commands check them.
     """
     properties = {}
     for option in options:
@@ -67,7 +67,7 @@ def option_schema(option: Option) -> Schema:
 
 
 def kind_schemas(kind: ast.expr) -> list[Schema]:
-    """Returns schemas of the values that an annotation accepts; `ANY` if it has a class that only importing tells."""
+    """Returns the schemas that an annotation accepts; `ANY` if it names a class, which would have to be imported."""
     match kind:
         case ast.BinOp(left=left, right=right):
             return kind_schemas(left) + kind_schemas(right)
@@ -95,12 +95,12 @@ def literals(values: ast.expr) -> tuple[Any, ...]:
 
 
 def callback_schema() -> Schema:
-    """Returns the schema of a callback: the path of a file, or a class with its arguments, which ours are told."""
+    """Returns the schema of a callback: the path of a file, or a class with arguments, listed for our own classes."""
     imports = [node for node in tree_of(CALLBACKS).body if isinstance(node, ast.ImportFrom) and node.level == 0]
     names = [alias.name for node in imports if node.module != "__future__" for alias in node.names]
     paths = {f"{CALLBACKS}.{name}": object_schema(signature(CALLBACKS, name).options) for name in names}
     for arguments in paths.values():
-        arguments["additionalProperties"] = True  # of a base class of Lightning
+        arguments["additionalProperties"] = True  # those of Lightning's base class
     arguments_of_class = [
         {"if": {"properties": {"class_path": {"const": path}}}, "then": {"properties": {"init_args": arguments}}}
         for path, arguments in paths.items()

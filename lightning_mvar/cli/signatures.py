@@ -1,8 +1,8 @@
-"""Options of the commands, read from their source: help, suggestions and completion without importing torch.
+"""Options of the commands, read from source code, for help, suggestions and completion without importing torch.
 
-Importing a command's module takes seconds, reading its source milliseconds. The options are the signature of the
-command's function, or those of the classes that LightningCLI builds, followed through `**kwargs` as jsonargparse does.
-That remains the parser: it alone checks values.
+Importing a command's module takes seconds, reading its source milliseconds. The options are the parameters of the
+command's function, or of the classes that LightningCLI builds, followed through `**kwargs` as jsonargparse does.
+jsonargparse still parses the command line and checks the values.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Option:
 
     Args:
         name: name without dashes; with dots if it belongs to a class.
-        kind: annotation as source text, an alias of Literal replaced by its definition; empty if there is none.
+        kind: annotation as source text, with an alias of Literal expanded; empty if there is none.
         required: whether it has no default.
-        default: default as source text; empty if it is None, or not a plain value.
-        text: description of the docstring, on one line.
+        default: default as source text; empty if it is None or not a plain value.
+        text: description from the docstring, on one line.
         owner: name of the function or class that declares it.
         by_keyword: whether it is keyword-only in Python.
         positional: whether it is given without its name on the command line.
-        fields: if it is a dataclass, its options.
+        fields: options of its fields, if it is a dataclass.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Option:
 
     @property
     def choices(self) -> list[str]:
-        """Values of an option of type Literal; empty for other types."""
+        """Allowed values of an option of type Literal; empty for other types."""
         literal = re.fullmatch(r"Literal(\[[^\]]*\])( \| None)?", self.kind)
         return [str(value) for value in ast.literal_eval(literal[1])] if literal else []
 
     def with_fields(self) -> Iterator[Option]:
-        """Yields this option and, if it is a dataclass, those of its fields with their dotted names."""
+        """Yields this option and, if it is a dataclass, its fields with dotted names."""
         yield self
         for field in self.fields:
             yield from replace(field, name=f"{self.name}.{field.name}").with_fields()
@@ -95,12 +95,12 @@ def find(module: str, name: str) -> tuple[str, ast.stmt] | None:
 
 
 def command_signatures(module: str, name: str, positional: bool) -> dict[str, Signature]:
-    """Returns the signature of a command by "", or those of its subcommands by their names.
+    """Returns a command's signatures by the names of its subcommands, or by "" if it has none.
 
     Args:
         module: module of the command.
-        name: function in it, or dictionary of functions by subcommand.
-        positional: whether required arguments are given without their names.
+        name: name of its function, or of a dictionary of functions by subcommand.
+        positional: whether required arguments are positional.
     """
     found = find(module, name)
     if found is not None and isinstance(found[1], ast.Assign) and isinstance(found[1].value, ast.Dict):
@@ -123,7 +123,7 @@ def signature(module: str, name: str) -> Signature:
 
 
 def options_of(module: str, node: ast.stmt) -> Iterator[Option]:
-    """Yields the options of a function, dataclass or class, and those of what it passes its `**kwargs` to."""
+    """Yields the options of a function, dataclass or class, followed by those of what it passes `**kwargs` to."""
     assert isinstance(node, Definition)
     function = initializer(node) if isinstance(node, ast.ClassDef) else node
     documented = GoogleParser().parse(ast.get_docstring(node) or "").params
@@ -145,9 +145,9 @@ def options_of(module: str, node: ast.stmt) -> Iterator[Option]:
 
 
 def fields_of(module: str, annotation: ast.expr | None) -> Iterator[Option]:
-    """Yields the options of an annotation that is a dataclass, or one or None; those of its base class have the texts.
+    """Yields the fields of a dataclass in an annotation, with missing texts taken from its base class.
 
-    Which class an option of another type takes is only known from its value.
+    For other types, the class is known only from the option's value.
     """
     for name in [node.id for node in ast.walk(annotation or ast.Tuple([])) if isinstance(node, ast.Name)]:
         found = find(module, name) if name[0].isupper() else None
@@ -168,7 +168,7 @@ def initializer(node: ast.ClassDef) -> ast.FunctionDef | None:
 
 
 def parameters(node: Definition) -> Iterator[tuple[str, ast.expr | None, ast.expr | None, bool]]:
-    """Yields name, annotation, default and whether it is keyword-only of each parameter, or field of a dataclass."""
+    """Yields (name, annotation, default, is keyword-only) of each parameter of a function or field of a dataclass."""
     if isinstance(node, ast.ClassDef):
         for field in node.body:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
@@ -183,7 +183,7 @@ def parameters(node: Definition) -> Iterator[tuple[str, ast.expr | None, ast.exp
 
 
 class Given(NamedTuple):
-    """Arguments that a call gives besides `**kwargs`."""
+    """Arguments that a call passes besides `**kwargs`."""
 
     positional: int
     keywords: set[str]
@@ -192,7 +192,7 @@ class Given(NamedTuple):
 def receivers(
     module: str, node: Definition, function: ast.FunctionDef, kwargs: str
 ) -> Iterator[tuple[tuple[str, ast.stmt], Given]]:
-    """Yields the definitions that a function calls with its `**kwargs`; a method of an unknown class is left out."""
+    """Yields the definitions that a function passes its `**kwargs` to, except methods of unknown classes."""
     for call in ast.walk(function):
         if not isinstance(call, ast.Call):
             continue
@@ -208,7 +208,7 @@ def receivers(
 
 
 def kind_of(module: str, annotation: ast.expr | None) -> str:
-    """Returns an annotation as text, an alias of Literal replaced by its definition."""
+    """Returns an annotation as text, with an alias of Literal expanded."""
     if annotation is None:
         return ""
     text = ast.unparse(annotation)
@@ -219,7 +219,7 @@ def kind_of(module: str, annotation: ast.expr | None) -> str:
 
 
 def plain(module: str, default: ast.expr | None) -> str:
-    """Returns a default as text, a constant of the package replaced by its value; empty if it is not a plain value."""
+    """Returns a default as text, with a constant of the package replaced by its value; empty if not a plain value."""
     if isinstance(default, ast.Name) and (found := find(module, default.id)) is not None:
         default = found[1].value if isinstance(found[1], ast.Assign) else None
     if isinstance(default, ast.Constant) and default.value is not None:

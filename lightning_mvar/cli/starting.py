@@ -1,4 +1,4 @@
-"""Start of a training run: in folders of its own, and what becomes of an earlier run there."""
+"""Start of a training run: locks its folders, and resumes, replaces or refuses an earlier run in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_mvar.io.files import create_folder
 from lightning_mvar.io.locks import lock_folder
 from lightning_mvar.training.base import SKIPPED_STEPS
 
-LOG_FILES = ("events.out.tfevents.*", "hparams.yaml")  # of a run, in its logger's folder; config.yaml is replaced
+LOG_FILES = ("events.out.tfevents.*", "hparams.yaml")  # in the logger's folder; config.yaml is overwritten anyway
 
 
 class StartOptions(NamedTuple):
@@ -33,7 +33,7 @@ class StartOptions(NamedTuple):
 
     @classmethod
     def from_namespace(cls, options: Namespace) -> StartOptions:
-        """Reads the options of a command; raises InputError if they exclude each other."""
+        """Reads the options of a command; raises InputError if they contradict each other."""
         start = cls(*(bool(options.get(name, False)) for name in cls._fields))
         if start.resume and start.overwrite:
             raise InputError("give --resume or --overwrite, not both")
@@ -41,14 +41,14 @@ class StartOptions(NamedTuple):
 
 
 class RunFolders:
-    """Folders that a trainer's run writes to: its root, those of the loggers and those of the checkpoints."""
+    """Folders that a run writes to: the trainer's root folder and those of loggers and checkpoints."""
 
     def __init__(self, trainer: L.Trainer) -> None:
         self.trainer, self.root = trainer, Path(trainer.default_root_dir)
 
     @contextmanager
-    def owned(self, command: str) -> Iterator[None]:
-        """Creates the folders and keeps other commands out; rank 0 does so for all ranks."""
+    def locked(self, command: str) -> Iterator[None]:
+        """Creates the folders and locks them against other commands; only rank 0 does so."""
         option = "--trainer.default_root_dir"
         root, folders = self.root.resolve(), self.checkpoints(AtomicCheckpoint)
         others = [folder for folder in folders if not folder.resolve().is_relative_to(root)]
@@ -62,7 +62,7 @@ class RunFolders:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes the files of a run: rank 0, unless it is a test run that writes nothing."""
+        """Whether this process writes the files of a run: rank 0, except with `fast_dev_run`, which writes nothing."""
         return self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def logs(self) -> list[Path]:
@@ -74,15 +74,15 @@ class RunFolders:
         return [Path(str(callback.dirpath)) for callback in callbacks if isinstance(callback, kind)]
 
     def is_own(self, ckpt_path: str | None) -> bool:
-        """Whether a checkpoint lies in a folder that this run writes to."""
+        """Returns whether a checkpoint is in a folder that this run writes to."""
         folders = [folder.resolve() for folder in self.checkpoints(AtomicCheckpoint)]
         return ckpt_path is not None and Path(ckpt_path).resolve().parent in folders
 
     def refuse_earlier_run(self, ckpt_path: str | None, resume: bool) -> None:
-        """Raises InputError if a new run would write to, and remove from, the checkpoints of an earlier run.
+        """Raises InputError if a new run would add to, or remove from, the checkpoints of an earlier run.
 
-        A run that starts from the newest checkpoint in its own folder continues that run, and so does one with
-        --resume, whose folder may hold damaged checkpoints alone.
+        A run from the newest checkpoint in its own folder continues the earlier run. So does one with --resume, even if
+        all checkpoints in the folder are damaged.
         """
         occupied = [folder for folder in self.checkpoints(AtomicCheckpoint) if newest_first(folder)]
         if resume or not occupied:
@@ -100,10 +100,9 @@ class RunFolders:
             )
 
     def replace_earlier_run(self, ckpt_path: str | None) -> None:
-        """Makes this run remove an earlier one from its folders right before the first step.
+        """Schedules the removal of an earlier run from the folders right before the first step.
 
-        By then, the checkpoint to start from, the data and the model have been read: whatever is wrong with them ends
-        this run and leaves the earlier one as it is.
+        Until then, an error in the checkpoint to start from, the data or the model leaves the earlier run intact.
         """
         if self.is_own(ckpt_path):
             raise InputError(f"--overwrite would remove --ckpt_path {ckpt_path}: choose another folder for the new run")

@@ -1,4 +1,4 @@
-"""LightningCLI of the training commands: resuming, saved configurations, and options that win over checkpoints."""
+"""LightningCLI of the training commands: resuming, saved configurations, and options that override checkpoints."""
 
 from __future__ import annotations
 
@@ -38,44 +38,44 @@ CLI = TypeVar("CLI", bound="TrainingCLI")
 
 PARSERS: dict[tuple[object, ...], LightningArgumentParser] = {}  # by module, datamodule and command
 MAX_SEED = 2**32 - 1
-LEAST_VALUES = {  # least values of the trainer's options that Lightning does not check
+MIN_VALUES = {  # lower bounds of the trainer's options that Lightning does not check
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,
     "gradient_clip_val": 0,
     "log_every_n_steps": 0,
     "num_sanity_val_steps": -1,  # all
 }
-SILENCED = (  # beginnings of warnings about what is intended or harmless
+SILENCED = (  # how warnings about something intended or harmless begin
     "LightningCLI's args parameter",  # argv comes from `main`
-    r"\s*Unable to serialize instance",  # which is left out of the saved file
+    r"\s*Unable to serialize instance",  # it is left out of the saved file
     ".*LeafSpec.*is deprecated",  # raised by Lightning itself
-    "The `srun` command is available",  # one process needs none; docs/devices.md has the line for several
+    "The `srun` command is available",  # a single process does not need it; docs/devices.md shows how to use it
     "The '.*_dataloader' does not have many workers",  # token shards need none
-    "Checkpoint directory .* exists and is not empty",  # that of a resumed run: `RunFolders` refuses others
-    "This DataLoader will create",  # more workers than cores: images are also waited for
+    "Checkpoint directory .* exists and is not empty",  # only if a run resumes: `RunFolders` refuses others
+    "This DataLoader will create",  # more workers than cores, because workers also wait for files
 )
 
 
 class TrainingCLI(LightningCLI):
     """LightningCLI of one training command, `fit`, `validate` or `test`.
 
-    All three have the same options, so each takes the file that `fit` saves. Without `trainer.default_root_dir`, the
+    All three have the same options, so each accepts the file that `fit` saves. Without `trainer.default_root_dir`, the
     run's folder is named after the configuration files; see `run_folder`.
 
     Args:
-        argv: command line, from the name of the command on.
+        argv: command line, starting with the name of the command.
         options: see LightningCLI.
     """
 
     module: ClassVar[type[L.LightningModule]] = LitMVAR
     data: ClassVar[type[L.LightningDataModule]] = TokenDataModule
     folders: ClassVar[type[RunFolders]] = RunFolders
-    checkpoint_key = NETWORK_KEY  # entry that checkpoints of this command have
+    checkpoint_key = NETWORK_KEY  # entry that identifies checkpoints of this command
 
     def __init__(self, argv: list[str], **options: Any) -> None:
         self.command = argv[0]
         arguments, self.files = find_configs(argv[1:])
-        self.written: Namespace  # the configuration with its interpolations
+        self.written: Namespace  # configuration with unresolved interpolations
         super().__init__(self.module, self.data, args=arguments, run=False, **options)
 
     @property
@@ -93,9 +93,9 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--tf32", type=bool, default=False, help=TF32_HELP)
-        what = "resume" if self.training else "score"
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help=f"checkpoint to {what} from")
-        for name, text in START_HELP.items():  # hidden in `validate` and `test`, which take a file that fit printed
+        use = "resume from" if self.training else "score"
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=f"checkpoint to {use}")
+        for name, text in START_HELP.items():  # hidden in `validate` and `test`, which accept files printed by `fit`
             parser.add_argument(f"--{name}", action="store_true", help=text if self.training else SUPPRESS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -104,7 +104,7 @@ class TrainingCLI(LightningCLI):
         check_trainer_options(self.config.trainer)
 
     def before_instantiate_classes(self) -> None:
-        """Prepares the configuration to save: the seed that was drawn, and not how this process was started."""
+        """Prepares the configuration to save, with the seed in use and without the options for starting the run."""
         set_tf32(self.config.tf32)
         saved = self.written.clone()
         saved.seed_everything = self.config.seed_everything
@@ -116,7 +116,7 @@ class TrainingCLI(LightningCLI):
         """Builds the objects.
 
         Raises:
-            InputError: if Lightning or a user's class named by an option rejects its arguments, or they make no sense.
+            InputError: if Lightning, or a class that an option names, rejects its arguments.
         """
         try:
             super().instantiate_classes()
@@ -138,7 +138,7 @@ class TrainingCLI(LightningCLI):
         with ExitStack() as stack:
             with fail_together(self.trainer.strategy):
                 if self.training:
-                    stack.enter_context(self.run_folders.owned(self.command))
+                    stack.enter_context(self.run_folders.locked(self.command))
                 ckpt_path = self.choose_checkpoint()
                 if ckpt_path is None and not self.training and getattr(self.model, "weights", None) is None:
                     raise InputError(f"{self.command} needs --ckpt_path: without it the network is untrained")
@@ -149,17 +149,17 @@ class TrainingCLI(LightningCLI):
                 self.finish()
 
     def finish(self) -> None:
-        """Hook after the trainer has ended, while the folders are still locked."""
+        """Hook that runs after the trainer has finished, while the folders are still locked."""
 
     def choose_checkpoint(self) -> str | None:
-        """Returns the checkpoint to continue from, if any; an earlier run is removed later if --overwrite is given.
+        """Returns the checkpoint to continue from, if any; with --overwrite, schedules the removal of an earlier run.
 
-        Rank 0 alone looks for the newest one and verifies it, and all ranks restore what it has found: their file
+        Only rank 0 searches for the newest checkpoint and verifies it; all ranks restore its choice, because their file
         systems may differ.
 
         Raises:
-            InputError: if it cannot be read, is not of this command, or does not suit the strategy; or if a new run
-                would write to the folders of an earlier one.
+            InputError: if the checkpoint cannot be read, is not from this command, or does not suit the strategy; or if
+                a new run would write to the folders of an earlier one.
         """
         ckpt_path, start = self.config.ckpt_path, StartOptions.from_namespace(self.config)
         if start.resume and ckpt_path is not None:
@@ -183,7 +183,7 @@ class TrainingCLI(LightningCLI):
         return ckpt_path
 
     def check_checkpoint(self, ckpt_path: str) -> None:
-        """Raises InputError unless a checkpoint is of this command and configuration and fits the strategy."""
+        """Raises InputError unless a checkpoint is from this command and fits the configuration and strategy."""
         content = read_plain_part(Path(ckpt_path))
         if self.checkpoint_key not in content:
             remedy = "; to start from its weights, give it to --model.weights" if self.training else ""
@@ -201,9 +201,9 @@ class TrainingCLI(LightningCLI):
 
 
 def check_trainer_options(trainer: Namespace) -> None:
-    """Raises InputError for options of the trainer that Lightning accepts, though they make no sense."""
-    for name, least in LEAST_VALUES.items():
-        require_in(f"[{least}, inf)", "--trainer.", **{name: trainer[name]})
+    """Raises InputError for invalid options of the trainer that Lightning accepts."""
+    for name, minimum in MIN_VALUES.items():
+        require_in(f"[{minimum}, inf)", "--trainer.", **{name: trainer[name]})
     if trainer.val_check_interval == 0:
         raise InputError(
             "--trainer.val_check_interval must be positive; to disable validation, use --trainer.limit_val_batches 0"
@@ -226,7 +226,7 @@ def parse_command(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> Name
 
     Raises:
         argparse.ArgumentError: if it does not parse.
-        InputError: if it makes no sense.
+        InputError: if a value is invalid.
     """
 
     class Parsing(cli):  # type: ignore[misc,valid-type]
@@ -243,7 +243,8 @@ def parse_command(argv: list[str], cli: type[TrainingCLI] = TrainingCLI) -> Name
 def replace_default_progress_bar(trainer: L.Trainer, chosen: Sequence[Callback]) -> None:
     """Replaces Lightning's progress bar unless it is one of the callbacks that the user has chosen.
 
-    Not by a default callback: Lightning refuses a second bar, and any with --trainer.enable_progress_bar false.
+    It cannot be a default callback, because Lightning refuses a second bar, and any bar with
+    --trainer.enable_progress_bar false.
     """
     bar = trainer.progress_bar_callback
     if bar is not None and bar not in chosen:
@@ -281,12 +282,12 @@ def run_cli(cli: type[CLI], argv: list[str]) -> CLI:
 
 
 def raised_by_lightning(error: BaseException) -> bool:
-    """Returns whether a check of Lightning's own raised an exception, not code that it called."""
+    """Returns whether Lightning's own code raised an exception, rather than code that it called."""
     return modules_of(error)[-1].startswith("lightning.")
 
 
 def is_bug(error: BaseException) -> bool:
-    """Returns whether an exception comes from a class of this package that an option names, not from its arguments."""
+    """Returns whether an exception is a bug in a class of this package, rather than caused by its arguments."""
     while error.__cause__ is not None:  # jsonargparse wraps exceptions
         error = error.__cause__
     modules = modules_of(error)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lightning_mvar.cli import COMMANDS
 from lightning_mvar.cli.arguments import check
-from lightning_mvar.cli.configs import packaged_unless_here
+from lightning_mvar.cli.configs import find_and_report_config
 from lightning_mvar.cli.training import parse_command
 from lightning_mvar.commands.evaluate import evaluate
 from lightning_mvar.errors import InputError, Interrupted, require_in
@@ -60,7 +60,7 @@ def sweep(
         ray: resources per cell for --launcher ray: --ray.cpu 4 --ray.gpu 1.
         dry_run: print the commands of the preparation and of every cell, and run nothing.
     """
-    path = Path(packaged_unless_here(file))
+    path = Path(find_and_report_config(file))
     plan = read_sweep(path)
     folder = Path("outputs/sweep") / path.stem if out is None else Path(out)
     cells = plan_cells(plan, folder)

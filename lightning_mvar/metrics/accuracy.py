@@ -19,7 +19,7 @@ from lightning_mvar.metrics.image_sets import Reconstructions, SourceImages
 from lightning_mvar.metrics.reference import Reference
 from lightning_mvar.sampling.readers import Samples
 
-TRAINING_SPLIT: dict[Split, Split] = {  # by the reference's split: real images for an SVM that is tested on it
+TRAINING_SPLIT: dict[Split, Split] = {  # split that an SVM is trained on, by the reference's split
     "train": "train",
     "test": "train",
     "subtrain": "subtrain",
@@ -42,7 +42,7 @@ def classifier_for(reference: Reference, folder: str) -> EmbeddedClassifier | No
 def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extractor: nn.Module) -> dict[str, Any]:
     """Returns classifier accuracies on the samples, with their intended classes as labels, and on the reference.
 
-    No classifier is tested on the images that it was trained on.
+    No classifier is tested on its own training images.
     """
     samples, record = samples_and_labels(images, embedded), dict[str, Any]()
     if embedded is DIGITS:
@@ -56,10 +56,10 @@ def sample_accuracy(images: Samples, embedded: EmbeddedSet, split: Split, extrac
 
 
 def digits_svm_accuracy(samples: tuple[Tensor, Tensor] | None, split: Split) -> dict[str, Any]:
-    """Returns accuracies of SVMs trained on real digits and tested on samples, and the other way round.
+    """Returns accuracies of SVMs trained on real digits and tested on samples, and vice versa.
 
-    Real digits to test on are the reference's, of the given split; those to train on never include the validation
-    digits if the reference is `digits:validation`.
+    Real digits to test on are those of the reference's split. If that is `digits:validation`, SVMs are not trained on
+    validation digits.
     """
     train, reference = real_images(DIGITS, TRAINING_SPLIT[split]), real_images(DIGITS, split)
     record: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def reconstruction_accuracy(
 ) -> dict[str, Any]:
     """Returns classifier accuracies on a tokenizer's reconstructions of the reference.
 
-    No classifier is tested on reconstructions of the images that it was trained on.
+    No classifier is tested on reconstructions of its own training images.
     """
     has_svm = embedded is DIGITS and TRAINING_SPLIT[split] != split
     if not has_svm and split != "test":
@@ -95,8 +95,8 @@ def reconstruction_accuracy(
 def samples_and_labels(images: Samples, embedded: EmbeddedSet) -> tuple[Tensor, Tensor] | None:
     """Returns samples (n, 3, H, W) in [0, 1] and their intended classes (n,).
 
-    Returns None if the classes are unknown or (with a warning) not those of the set, or if there is only one, which an
-    SVM cannot learn.
+    Returns None if the classes are unknown, are not those of the set (with a warning), or if there is only one, from
+    which an SVM cannot learn.
     """
     names = list(embedded.class_names)
     labels = images.labels(names)

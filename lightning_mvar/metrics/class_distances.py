@@ -1,6 +1,6 @@
 """Frechet distance of each class, to find the classes that a network draws worst.
 
-Comparable only between classes of one evaluation: each class has few images, so its distance is biased far upwards.
+They are comparable only between classes of one evaluation: with few images per class, their upward bias is large.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_mvar.metrics.frechet import frechet_distance, statistics_of
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Labels (n,) of real and (m,) of generated images, int64, whose features are compared, and the classes' names."""
+    """Labels of the real (n,) and generated (m,) images whose features are compared, int64, and the class names."""
 
     real: Tensor
     generated: Tensor
@@ -33,8 +33,8 @@ def class_distances(real: Tensor, generated: Tensor, labels: ClassLabels) -> dic
     distances = {}
     for label, name in enumerate(labels.names):
         a, b = (
-            features[(of_set == label).to(features.device)]
-            for features, of_set in ((real, labels.real), (generated, labels.generated))
+            features[(set_labels == label).to(features.device)]
+            for features, set_labels in ((real, labels.real), (generated, labels.generated))
         )
         if min(len(a), len(b)) > 1:
             few = min(len(a), len(b)) <= a.shape[1]

@@ -1,4 +1,4 @@
-"""Evaluation of samples: all that `evaluate` reports about them, from one pass over their images."""
+"""Evaluation of samples: everything that `evaluate` reports about them, in one pass over their images."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ Record = dict[str, Any]  # flat; the keys include the units
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What samples are scored against, and what is reported beside their scores.
+    """Images to score samples against, and what to report in addition to the scores.
 
     Args:
         real: the real images.
         floor: other real images, whose distance to the first is the score of a perfect model.
         reconstructor: tokenizer whose reconstructions of the real images are scored too.
         worst_classes: number of classes whose Frechet distances are reported, largest first.
-        uncertainty: intervals and extrapolations.
+        uncertainty: intervals and extrapolation to report.
 
     Raises:
-        InputError: if the real images do not allow the rest.
+        InputError: if the real images do not support the other options.
     """
 
     real: Reference
@@ -53,10 +53,10 @@ class Evaluation:
         require_in("[0, inf)", "--", worst_classes=self.worst_classes)
         if self.worst_classes and self.real.kind != "images":
             raise InputError(
-                f"--worst_classes needs a reference with classes, such as a folder of class folders: {name}"
+                f"--worst_classes needs a reference with classes, such as a folder of class folders; {name} has none"
             )
         if self.worst_classes and self.real.on_corrupt == "skip":
-            raise InputError("--worst_classes needs every image of the reference: leave out --on_corrupt skip")
+            raise InputError("--worst_classes needs every image of the reference: drop --on_corrupt skip")
         if self.floor is not None and self.floor.name == name:
             raise InputError(f"--floor {name} is the reference itself, at distance 0: pass other real images")
         if self.reconstructor is not None and not self.real.has_images:
@@ -67,14 +67,14 @@ class Evaluation:
         return [self.real] if self.floor is None else [self.real, self.floor]
 
     def score(self, images: Samples, evaluator: Evaluator, summary: Summary) -> Record:
-        """Returns the scores of samples and, where requested, of classes, the floor and reconstructions.
+        """Returns the scores of samples and, if requested, of classes, the floor and reconstructions.
 
-        All ranks share the work. Rank 0 alone classifies samples and reconstructions of embedded images.
+        All ranks share the work. Only rank 0 classifies samples and reconstructions of embedded images.
 
         Args:
             images: the samples.
             evaluator: evaluator of images of their size.
-            summary: what the evaluator measured of the real images.
+            summary: the evaluator's summary of the real images.
         """
         labels = class_labels(images, self.real) if self.worst_classes else None
         scores = Scores(
@@ -105,7 +105,7 @@ class Evaluation:
         return record
 
     def error_bars(self, scores: Scores, values: dict[str, float], labels: list[int] | None) -> Record:
-        """Returns the extrapolated distance and the intervals of scores with these values, where requested."""
+        """Returns the extrapolated distance and the intervals around the scores' `values`, if requested."""
         record: Record = {}
         if self.uncertainty.extrapolate:
             record["frechet_distance_extrapolated"] = scores.extrapolated()
@@ -116,7 +116,7 @@ class Evaluation:
         return record
 
     def distances_of_worst_classes(self, scores: Scores, summary: Summary, labels: ClassLabels) -> Record:
-        """Returns the largest Frechet distances of classes, from the features that the scores kept."""
+        """Returns the largest Frechet distances of single classes, from the features kept by `scores`."""
         real, generated = summary.features, scores.kept_features()
         assert real is not None
         kept = replace(labels, generated=labels.generated[scores.features.in_bank])
@@ -125,9 +125,8 @@ class Evaluation:
 
 
 def describe(images: Samples, extractor: nn.Module) -> Record:
-    """Describes what the scores of samples depend on: how they were drawn, their number, size and classes, and the
-    extractor."""
-    # Anything else in the metadata might be taken for a score.
+    """Returns what scores depend on: how the samples were drawn, their number, size and classes, and the extractor."""
+    # Other metadata might be mistaken for scores.
     record: Record = {name: value for name, value in images.metadata.items() if name in METADATA_KEYS}
     record |= extractor_metadata(extractor)
     record |= {"num_samples": len(images), "height": images.shape[0], "width": images.shape[1]}
@@ -135,7 +134,7 @@ def describe(images: Samples, extractor: nn.Module) -> Record:
 
 
 def class_counts(images: Samples) -> Record:
-    """Returns how many classes the images have, and the fewest and most images of one; empty if that is unknown."""
+    """Returns the number of classes and the smallest and largest number of images per class; empty if unknown."""
     labels = known_labels(images)
     if labels is None:
         return {}
@@ -149,8 +148,8 @@ def class_labels(images: Samples, real: Reference) -> ClassLabels:
     sampled = images.labels(names)
     if sampled is None:
         raise InputError(
-            f"--worst_classes needs samples of known classes, in folders named as those of {real.name} or with labels "
-            f"in arr_1"
+            f"--worst_classes needs samples of known classes, in folders named like those of {real.name} or with "
+            f"labels in arr_1"
         )
     if not 0 <= min(sampled) <= max(sampled) < len(names):
         raise InputError(
@@ -161,5 +160,5 @@ def class_labels(images: Samples, real: Reference) -> ClassLabels:
 
 
 def known_labels(images: Samples) -> list[int] | None:
-    """Returns the class of each image; None if unknown, as in a single folder, which may mix classes."""
+    """Returns the class of each image; None if unknown, as in a single folder, where classes may be mixed."""
     return None if len(images.class_names) == 1 else images.labels(images.class_names)

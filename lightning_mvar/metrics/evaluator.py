@@ -16,7 +16,7 @@ from lightning_mvar.metrics.summary import Summary, num_features
 from lightning_mvar.scales import Shape
 from lightning_mvar.tokenizer.tokenizer import Tokenizer
 
-FLOOR_ROUNDING = 1e-9  # of a distance, relative to the variances
+FLOOR_ROUNDING = 1e-9  # rounding error of a distance, relative to the variances
 FULL_NAMES = {
     "fid": "frechet_distance",
     "sfid": "spatial_frechet_distance",
@@ -63,7 +63,7 @@ class Evaluator:
     def floor_scores(self, distance: float, real: Summary, floor: Reference) -> dict[str, Any]:
         """Returns the distance of other real images to the reference, and the samples' distance divided by it.
 
-        There is no ratio if the floor's distance is 0 up to rounding: its images are those of the reference.
+        There is no ratio if the floor's distance is 0 up to rounding, as with the images of the reference itself.
         """
         statistics = self.summary(floor).statistics
         floor_distance = frechet_distance(real.statistics, statistics)
@@ -87,6 +87,6 @@ def check_sample_count(count: int, extractor: nn.Module) -> None:
     if count <= num_features(extractor):
         warn(
             f"{count} samples for {num_features(extractor)} features: the covariance is singular and the "
-            f"Frechet distance is biased upwards; compare it only with distances of equally many samples (published "
-            f"ones use 50,000)"
+            f"Frechet distance is biased upwards; compare it only with distances of the same number of samples "
+            f"(published ones use 50,000)"
         )

@@ -23,7 +23,7 @@ from lightning_mvar.errors import InputError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-BLOCK_ROWS = 1024  # features in float64 at a time
+BLOCK_ROWS = 1024  # feature vectors in float64 at a time
 Sums = TypeVar("Sums", bound="FeatureSums")
 
 
@@ -36,15 +36,15 @@ class Statistics:
 
     @cached_property
     def root(self) -> Tensor:
-        """Returns the square root (f, f) of the covariance; computed once, as a reference is compared repeatedly."""
+        """Square root (f, f) of the covariance; cached, because a reference is compared repeatedly."""
         values, vectors = torch.linalg.eigh(self.sigma)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # rounding makes some eigenvalues negative
 
 
 class FeatureSums(Metric):
-    """Running float64 sums over feature vectors (b, f), added over all ranks: number, sum, and sum of outer products.
+    """Running float64 sums over the feature vectors (b, f) of all ranks: count, sum, and sum of outer products.
 
-    `options` are those of torchmetrics: `sync_on_compute=False` for the sums of this rank.
+    `options` are those of torchmetrics, such as `sync_on_compute=False` for the sums of this rank only.
     """
 
     full_state_update = False
@@ -66,7 +66,7 @@ class FeatureSums(Metric):
         self.n += len(features)
 
     def without(self, part: Self) -> Self:
-        """Returns these sums minus those of a part of the features, on this rank by itself."""
+        """Returns these sums without those of a part of the features, for this rank only."""
         rest = deepcopy(self)
         for name, value in part.metric_state.items():
             setattr(rest, name, getattr(self, name) - value)
@@ -77,7 +77,7 @@ class FeatureStatistics(FeatureSums):
     """Accumulates features (b, f) into `Statistics`."""
 
     def compute(self) -> Statistics:
-        """Returns mean and covariance; raises InputError for fewer than two feature vectors, or infinite ones."""
+        """Returns mean and covariance; raises InputError for fewer than two feature vectors, or non-finite ones."""
         n = int(self.n)
         if n < 2:
             raise InputError(f"a Frechet distance needs at least 2 images, got {n}")
@@ -89,12 +89,12 @@ class FeatureStatistics(FeatureSums):
 
 
 def statistics_of(features: Tensor) -> Statistics:
-    """Returns mean and covariance of features (n, f), on each rank by itself; errors are those of `compute`."""
+    """Returns mean and covariance of this rank's features (n, f); raises InputError like `compute`."""
     return local_sums(FeatureStatistics, features).compute()
 
 
 def local_sums(kind: type[Sums], features: Tensor) -> Sums:
-    """Returns the sums of features (n, f), on each rank by itself."""
+    """Returns the sums of this rank's features (n, f)."""
     sums = kind(features.shape[1], sync_on_compute=False).to(features.device)
     for rows in features.split(BLOCK_ROWS):
         sums.update(rows)
@@ -102,10 +102,10 @@ def local_sums(kind: type[Sums], features: Tensor) -> Sums:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Returns the distance between two sets of features of the same extractor.
+    """Returns the distance between two sets of features from the same extractor.
 
     Raises:
-        InputError: if the numbers of features differ.
+        InputError: if the feature dimensions differ.
     """
     if a.mu.shape != b.mu.shape:
         raise InputError(

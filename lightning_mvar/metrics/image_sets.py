@@ -1,4 +1,4 @@
-"""Image sets to score or to score against, read batch by batch."""
+"""Sets of generated or real images, read batch by batch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BATCH_SIZE = 64
 
 
 class ImageSet(ABC):
-    """Numbered images, read batch by batch; `identity` changes if the images change.
+    """Indexed images, read batch by batch; `identity` changes if the images change.
 
-    `crop` is the protocol that real images were cropped by, `none` or `unknown`.
+    `crop` is the crop protocol of real images, `none` or `unknown`.
     """
 
     shape: Shape

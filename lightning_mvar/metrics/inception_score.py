@@ -27,7 +27,7 @@ class InceptionScore(Metric):
         num_samples: images in the set, over all ranks; each must be passed once.
         splits: number of splits; their sizes differ by at most one image.
         seed: seed of the permutation that assigns images to splits.
-        options: of torchmetrics: `sync_on_compute=False` for the score of this rank.
+        options: of torchmetrics, such as `sync_on_compute=False` for the score of this rank only.
 
     Raises:
         InputError: if a split would be empty.

@@ -1,14 +1,13 @@
-"""Confidence intervals of scores over the samples, by the delete-a-group jackknife; the real images are taken as given.
+"""Confidence intervals of scores over the samples, by the delete-a-group jackknife; the real images are held fixed.
 
 The samples are split into 20 groups, and each score is computed 20 times, each time without one group. With t_g the
 value without group g, the standard error and the interval are
 
     s^2 = (G - 1) / G sum_g (t_g - mean t)^2,    t +- s times the quantile of Student's t with G - 1 degrees of freedom
 
-A bootstrap draws samples repeatedly, which biases distances upwards and leaves features without neighbors at a
-distance; here each image counts at most once. The interval says how much the score would change with other samples of
-the same network, in the same number: it does not contain the bias of a distance of few images, nor the spread over
-training seeds.
+A bootstrap draws the same sample several times, which biases distances upwards and puts nearest neighbors at distance
+0; here each image counts at most once. The interval covers the variation over sample sets of the same size from the
+same network. It includes neither the bias of distances of few images nor the spread over training seeds.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Error bars to report beside scores.
+    """Error bars to report with the scores.
 
     Args:
-        interval: confidence level of the intervals; None for none.
+        interval: confidence level of the intervals; None for no intervals.
         extrapolate: whether to extrapolate the Frechet distance to infinitely many samples.
 
     Raises:
@@ -61,10 +60,10 @@ class Uncertainty:
 
 
 def assign_groups(count: int, labels: list[int] | None = None) -> Tensor:
-    """Assigns samples to groups (count,) int64 at random, as equally as possible.
+    """Assigns samples to groups (count,) int64 at random; group sizes differ by at most one.
 
-    If there are equally many samples of each class, as networks draw them, each group gets its share of each class:
-    other samples of the network would not vary the number per class.
+    If each class has the same number of samples, as in sets that networks draw, groups are stratified by class, because
+    that number does not vary between such sets.
     """
     order = torch.randperm(count, generator=Generator().manual_seed(SEED))
     if labels is not None:
@@ -84,9 +83,9 @@ def jackknife_interval(
     Args:
         value: the score of all samples.
         replicates: the score without each group.
-        level: probability that the interval covers the mean score of sets of as many samples.
-        share: share of the samples that the replicates were computed from.
-        noise: further variance of the score, such as that of random subsets.
+        level: probability that the interval covers the expected score of a set of this size.
+        share: fraction of the samples that the replicates were computed from.
+        noise: additional variance of the score, such as that of random subsets.
     """
     groups = len(replicates)
     variance = statistics.pvariance(replicates) * (groups - 1) * share + noise

@@ -1,11 +1,11 @@
 """Kernel distance between the features of two image sets (KID, arXiv 1801.01401).
 
-The unbiased estimate of the squared maximum mean discrepancy under the kernel
+It is the unbiased estimate of the squared maximum mean discrepancy under the kernel
 
     (x . y / f + 1)^3,    f the number of features,
 
-averaged over random subsets. Its expectation does not depend on the numbers of images, unlike that of the Frechet
-distance; between sets of the same distribution it is 0, so single values may be negative.
+averaged over random subsets. Unlike that of the Frechet distance, its expectation does not depend on the numbers of
+images. It is 0 between sets of the same distribution, so single values may be negative.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def kernel_distance(
 
 
 def kernel_replicates(real: Tensor, generated: Tensor, groups: Tensor) -> list[float]:
-    """Returns the kernel distance of all images without each group of the generated ones.
+    """Returns the kernel distances of all images with each group of the generated ones left out in turn.
 
     Sums of the kernel over pairs of groups suffice, so each pair of images is compared once.
 
@@ -69,17 +69,17 @@ def kernel_replicates(real: Tensor, generated: Tensor, groups: Tensor) -> list[f
     """
     groups = groups.to(generated.device)
     sizes = groups.bincount(minlength=GROUPS).tolist()
-    members, everyone = one_hot(groups, GROUPS).double(), groups.new_ones(len(real), 1).double()
+    members, ones = one_hot(groups, GROUPS).double(), groups.new_ones(len(real), 1).double()
     within = members.T @ kernel_sums(generated, generated, members)  # (GROUPS, GROUPS)
     itself = members.T @ self_kernels(generated)  # (GROUPS,), pairs of an image with itself
-    across = members.T @ kernel_sums(generated, real, everyone)[:, 0]
-    among_real = kernel_sums(real, real, everyone).sum() - self_kernels(real).sum()
+    across = members.T @ kernel_sums(generated, real, ones)[:, 0]
+    among_real = kernel_sums(real, real, ones).sum() - self_kernels(real).sum()
     n, values = len(real), []
     for group, size in enumerate(sizes):
         m = len(generated) - size
         pairs = within.sum() - 2 * within[group].sum() + within[group, group] - (itself.sum() - itself[group])
-        crossed = across.sum() - across[group]
-        values.append(float(pairs / (m * (m - 1)) + among_real / (n * (n - 1)) - 2 * crossed / (m * n)))
+        cross = across.sum() - across[group]
+        values.append(float(pairs / (m * (m - 1)) + among_real / (n * (n - 1)) - 2 * cross / (m * n)))
     return values
 
 

@@ -5,7 +5,7 @@
 is the sliced Wasserstein distance: features of both sets are projected on random unit vectors u, and in one dimension
 sorting gives the optimal transport. f is the number of features. With as many generated as real images the value equals
 torch-fidelity's. With unequal numbers, W_2 is still that of all features, whereas torch-fidelity reduces the larger set
-to the size of the smaller. Like the Frechet distance it is biased upwards, the less the more images there are.
+to the size of the smaller. Like the Frechet distance, it is biased upwards, and less so with more images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 PROJECTIONS = 1000
 SEED = 2020  # torch-fidelity's default, so that both draw the same vectors
 BLOCK_PROJECTIONS = 100  # projections in memory at a time
-BLOCK_ROWS = 4096  # features in float64 at a time
+BLOCK_ROWS = 4096  # feature vectors in float64 at a time
 
 
 def monge_distance(real: Tensor, generated: Tensor, projections: int = PROJECTIONS) -> float:

@@ -1,10 +1,10 @@
 """Perturbed reconstruction FID (pFID, arXiv 2503.08354): the distance of images decoded from partly wrong tokens.
 
-A generator samples wrong tokens that look plausible; a tokenizer whose decoder tolerates them generates better than its
-rFID says. A share of each image's tokens, drawn at random over all scales, is replaced by a uniform draw from the codes
-nearest to the token's own (itself among them), as in the published code, and the image is decoded without encoding
-again. Differences: neighbors are those of the code, not of the encoder's output, and the grid of settings is this
-project's, so values compare with each other and not with published ones.
+Generators sample wrong but plausible tokens. With a decoder that tolerates them, generated images are better than the
+tokenizer's rFID suggests. A random share of each image's tokens, over all scales, is replaced by uniform draws from the
+codes nearest to the token's own (including itself), as in the published code; the image is decoded without re-encoding.
+Unlike there, neighbors are those of the code, not of the encoder's output, and the grid of settings is this project's,
+so values are comparable with each other but not with published ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEED = 0
 class PerturbedScores:
     """Decodes perturbed tokens in all nine settings and accumulates the features.
 
-    Image i is perturbed in the same way whatever the batch size and the device.
+    The perturbation of image i does not depend on the batch size or the device.
 
     Args:
         tokenizer: in eval mode, on the device to compute on.
@@ -74,9 +74,9 @@ def perturb(tokens: Tensor, nearest: Tensor, share: float, keys: Tensor, setting
     Args:
         tokens: (b, l) int64.
         nearest: (v, k) the codes to draw from, for each code.
-        share: expected share of the tokens that are drawn anew; some draws return the token itself.
-        keys: (b, 2) int64 key of each image, for its random numbers.
-        setting: number of the setting; each has its own random numbers.
+        share: expected share of the tokens that are redrawn; some draws return the token itself.
+        keys: (b, 2) int64 key of each image's random numbers.
+        setting: index of the setting; each has its own random numbers.
     """
     replaced, choice = (uniform(keys, 2 * setting + i, tokens.shape[1], CORRUPTION) for i in range(2))
     drawn = nearest[tokens, (choice * nearest.shape[1]).long()]

@@ -57,12 +57,12 @@ class FeatureBank(Metric):
         self.indices.append(indices.to(features.device))
 
     def compute(self) -> Tensor:
-        """Returns features (n, num_features) float32, ordered by index whatever the number of ranks."""
+        """Returns features (n, num_features) float32, ordered by index for any number of ranks."""
         return dim_zero_cat(self.features)[dim_zero_cat(self.indices).argsort()]
 
 
 def enough_neighbors(real: Tensor, generated: Tensor, neighbors: int) -> bool:
-    """Returns whether each feature has as many others in its set as `precision_recall` needs."""
+    """Returns whether both sets have as many features as `precision_recall` needs."""
     return max(neighbors, DENSITY_NEIGHBORS) < min(len(real), len(generated))
 
 
@@ -94,13 +94,13 @@ def precision_recall(real: Tensor, generated: Tensor, neighbors: int = 3) -> dic
 def precision_recall_without(
     real: Tensor, generated: Tensor, groups: Tensor, left_out: Sequence[int | None], neighbors: int
 ) -> list[dict[str, float]]:
-    """Returns the scores without each of some groups of generated features, from one pass over all pairs.
+    """Returns the scores with each of several groups of generated features left out, in one pass over all pairs.
 
     Args:
         real: features (n, f) of real images.
         generated: features (m, f) of generated images.
         groups: group (m,) of each generated feature.
-        left_out: the groups; None to leave out none.
+        left_out: the groups; None to leave out nothing.
         neighbors: k of precision and recall.
     """
     mean = real.mean(dim=0, dtype=torch.float64)  # subtracted to avoid cancellation far from the origin
@@ -134,7 +134,7 @@ def precision_recall_without(
 
 
 def squared_radii(features: Tensor, neighbors: list[int]) -> Tensor:
-    """Returns squared distances (len(neighbors), n) of features (n, f) to their k-th nearest other, for each k."""
+    """Returns squared distances (len(neighbors), n) of features (n, f) to their k-th nearest neighbor, for each k."""
     squares = features.square().sum(dim=1)
     nearest = [
         squared_distances(rows, features, squares).topk(max(neighbors) + 1, largest=False).values
@@ -144,9 +144,9 @@ def squared_radii(features: Tensor, neighbors: list[int]) -> Tensor:
 
 
 def radii_without(features: Tensor, groups: Tensor, left_out: Sequence[int | None], neighbor: int) -> Tensor:
-    """Returns squared distances (len(left_out), n) of features (n, f) to their k-th nearest other outside each group.
+    """Returns squared distances (len(left_out), n) of features (n, f) to the k-th nearest neighbor outside each group.
 
-    They are among the k + 1 nearest of each of the other groups. Radii of the group itself have no meaning.
+    It is among the k + 1 nearest features of each of the other groups. Radii of the group itself have no meaning.
     """
     squares, radii = features.square().sum(dim=1), []
     members = {group: (groups == group).nonzero().flatten() for group in groups.unique().tolist()}
@@ -162,22 +162,22 @@ def radii_without(features: Tensor, groups: Tensor, left_out: Sequence[int | Non
 
 
 def row_blocks(features: Tensor, progress: str) -> Iterable[Tensor]:
-    """Splits features (n, f) into blocks of rows; rank 0 shows a progress bar if it takes long."""
+    """Splits features (n, f) into blocks of rows; rank 0 shows a progress bar if processing them takes long."""
     return tqdm(features.split(BLOCK_ROWS), progress, leave=False, delay=5, disable=not is_first_rank())
 
 
-def squared_distances(rows: Tensor, centres: Tensor, squares: Tensor) -> Tensor:
-    """Returns the squared distances (r, n) between rows (r, f) and centres (n, f), all float64.
+def squared_distances(rows: Tensor, centers: Tensor, squares: Tensor) -> Tensor:
+    """Returns the squared distances (r, n) between rows (r, f) and centers (n, f), all float64.
 
     Computed as |a|^2 + |b|^2 - 2 ab, a matrix product, which is much faster than summing squared differences. Values
-    within rounding error are set to 0: equal features must be at distance 0, even in a ball of radius 0, which k + 1
-    equal features make.
+    within rounding error are set to 0: equal features must be at distance 0, because k + 1 of them have balls of
+    radius 0.
 
     Args:
         rows: feature vectors.
-        centres: feature vectors.
-        squares: squared norms (n,) of the centres.
+        centers: feature vectors.
+        squares: squared norms (n,) of the centers.
     """
     sums = rows.square().sum(dim=1)[:, None] + squares
-    distances = torch.addmm(sums, rows, centres.T, alpha=-2)
+    distances = torch.addmm(sums, rows, centers.T, alpha=-2)
     return distances.masked_fill_(distances < ROUNDING * sums, 0)

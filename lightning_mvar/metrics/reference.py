@@ -41,7 +41,7 @@ class Reference:
         kind: an embedded or external image source, token shards, or an npz.
         embedded: the embedded set and its split, if the source is one.
         arrays: array names, if the reference is an npz.
-        resizing: how image files are resized before they are cropped, and those of statistics must have been.
+        resizing: how image files are resized and cropped; published statistics must have used the same.
         on_corrupt: raise if an image file cannot be decoded, or skip it.
     """
 
@@ -54,18 +54,18 @@ class Reference:
 
     @property
     def has_images(self) -> bool:
-        """Returns whether there are images, not only statistics."""
+        """Whether there are images, not only statistics."""
         return self.kind != "npz" or "arr_0" in self.arrays
 
     def check_classes(self, class_names: list[str]) -> None:
-        """Raises InputError if token shards have other classes than a network with these names, or in another order."""
+        """Raises InputError if token shards do not have a network's `class_names`, in the same order."""
         if self.kind == "shards" and class_names:
             open_shards(self.name).manifest().check_classes(self.name, class_names)
 
     def feature_labels(self, size: int | Shape) -> tuple[Tensor, list[str]]:
         """Returns the labels (n,) int64 of the images whose features `summary` returns, and the class names.
 
-        Requires the kind `images`, and reads none of them.
+        The kind must be `images`. No image is read.
         """
         source = open_images(self.name, shape_of(size))
         return torch.from_numpy(source.labels[spaced_evenly(len(source), MAX_REAL_FEATURES)]), source.class_names
@@ -117,7 +117,7 @@ class Reference:
 
         Each rank extracts features of its share; the result is cached. An npz with `mu` and `sigma`, such as the
         published ADM / OpenAI files or a file written by `evaluate --statistics`, is used as it is; it is valid only
-        for the extractor that produced it. If it has images but no features, those of its images are measured.
+        for the extractor that produced it. If it has images but no features, they are extracted from its images.
 
         Args:
             extractor: prepared, on the device to compute on.
@@ -139,7 +139,7 @@ class Reference:
     def open(
         self, extractor: nn.Module, size: int | Shape, tokenizer: Tokenizer | None = None, num_workers: int = 0
     ) -> tuple[Summary | None, ImageSet | None]:
-        """Returns the statistics of an npz, and the images that `summary` measures; each None if there are none.
+        """Returns the statistics of an npz, and the images that `summary` measures; each is None if there are none.
 
         Arguments and errors are those of `summary`, but no image is read.
         """
@@ -195,13 +195,13 @@ def open_reference(
         return Reference(str(path), "npz", arrays=tuple(array_names(path)), resizing=resizing)
     if (path / MANIFEST).is_file():
         return Reference(name, "shards", resizing=resizing)
-    if not os.path.exists(split_off(name)[0]) and not set(name) & set("{*?["):  # of a pattern of archives
+    if not os.path.exists(split_off(name)[0]) and not set(name) & set("{*?["):  # characters of archive patterns
         raise InputError(f"{name} does not exist")
     return Reference(name, "images", resizing=resizing, on_corrupt=on_corrupt)
 
 
 def measure_cached(extractor: nn.Module, images: ImageSet, name: str, cache: Path) -> Summary:
-    """Returns the summary of an image set from the folder `cache`; measures and caches it if it is not there."""
+    """Returns the summary of an image set from the folder `cache`; measures and caches it if it is missing."""
     content = f"{name} {images.identity} {images.shape} {images.crop}"
     identity = f"{content} {describe_extractor(extractor)} {fingerprint(extractor)}"
     path = cache / f"{type(extractor).__name__}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
@@ -217,7 +217,7 @@ def measure(extractor: nn.Module, images: ImageSet, progress: str) -> Summary:
     """Returns the summary of an image set; each rank extracts features of its share.
 
     Raises:
-        InputError: if there are fewer than 2.
+        InputError: if there are fewer than 2 images.
     """
     if len(images) < 2:
         raise InputError(f"a covariance needs at least 2 images, got {len(images)}")

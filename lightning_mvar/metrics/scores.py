@@ -30,8 +30,9 @@ MAX_SAMPLE_FEATURES = 50_000  # samples whose features are compared with real on
 class Scores:
     """Accumulates images and scores them over all ranks.
 
-    The inception score requires an extractor with `logits` (features (b, f) -> (b, classes)), sFID an extractor and a
-    reference with spatial features, and scores other than distances of statistics a reference with features.
+    The inception score requires an extractor with `logits`, features (b, f) -> (b, classes); sFID requires spatial
+    features of both extractor and reference; KID, MIND, precision, recall, density and coverage require a reference
+    with features.
 
     Args:
         extractor: prepared, on the device to compute on.
@@ -39,7 +40,7 @@ class Scores:
         num_samples: images in the set, over all ranks.
         neighbors: k of precision and recall; 0 to skip them, density and coverage, which take the longest.
         keep_features: whether `intervals` or `extrapolated` will be called.
-        keep_spatial: whether `intervals` will be called; they then include that of sFID, if there is one.
+        keep_spatial: whether `intervals` will be called and should include sFID, if available.
     """
 
     def __init__(
@@ -103,11 +104,11 @@ class Scores:
     ) -> dict[str, tuple[float, float]]:
         """Returns the confidence interval of each score over the samples; see `metrics.intervals`.
 
-        They come from up to 50,000 samples; all ranks must call this, and share the work of all but KID and the scores
-        by neighbors, whose replicates come from one pass over all pairs.
+        Uses up to 50,000 samples. All ranks must call this. They share the work, except that of KID and the scores by
+        neighbors, whose replicates come from one pass over all pairs.
 
         Args:
-            scores: what `compute` returned.
+            scores: the result of `compute`.
             level: confidence level, such as 0.95.
             labels: class of each sample in the order of the set, if known.
         """
@@ -132,39 +133,39 @@ class Scores:
         }
 
     def replicates(self, features: Tensor, groups: Tensor) -> list[dict[str, float]]:
-        """Returns `fid`, `sfid`, `is`, `vendi` and `mind` of the kept samples without each group.
+        """Returns `fid`, `sfid`, `is`, `vendi` and `mind` of the kept samples with each group left out in turn.
 
         Args:
             features: features (n, f) of the samples.
-            groups: group (n,) of each, on their device.
+            groups: group (n,) of each sample, on the same device.
         """
         real, spatial_bank = self.reference, self.features.spatial_bank
         compared = {"fid": (real.statistics, features)}
         if real.spatial is not None and spatial_bank is not None:
             compared["sfid"] = real.spatial, spatial_bank.compute()
-        sums = {name: local_sums(FeatureStatistics, of_all) for name, (_, of_all) in compared.items()}
+        sums = {name: local_sums(FeatureStatistics, all_features) for name, (_, all_features) in compared.items()}
         vendi, replicates = local_sums(VendiScore, features), []
         rank, world_size = rank_and_world_size()
         for group in tqdm(range(rank, GROUPS, world_size), "jackknife", leave=False, delay=5, disable=rank > 0):
             left_out = groups == group
             scores = {"vendi": vendi.without(local_sums(VendiScore, features[left_out])).compute()}
-            for name, (statistics, of_all) in compared.items():
-                rest = sums[name].without(local_sums(FeatureStatistics, of_all[left_out]))
+            for name, (statistics, all_features) in compared.items():
+                rest = sums[name].without(local_sums(FeatureStatistics, all_features[left_out]))
                 scores[name] = frechet_distance(statistics, rest.compute())
             if self.inception is not None:
                 scores["is"] = self.inception_of(features, ~left_out)
             if real.features is not None:
                 scores["mind"] = monge_distance(real.features.to(features.device), features[~left_out])
             replicates.append(scores)
-        shares = objects_from_ranks(replicates)
-        return [shares[group % world_size][group // world_size] for group in range(GROUPS)]
+        by_rank = objects_from_ranks(replicates)
+        return [by_rank[group % world_size][group // world_size] for group in range(GROUPS)]
 
     def inception_of(self, features: Tensor, kept: Tensor) -> float:
-        """Returns the inception score of some of n samples, which keep their splits, on this rank by itself.
+        """Returns the inception score of some of n samples, without changing their splits, on this rank only.
 
         Args:
             features: features (n, f).
-            kept: which of them to score (n,) bool.
+            kept: (n,) bool, which samples to score.
         """
         score = self.inception_score(len(features), sync_on_compute=False)
         for rows in kept.nonzero().flatten().split(BLOCK_ROWS):
@@ -176,7 +177,7 @@ class Scores:
         return extrapolated_distance(self.reference.statistics, self.kept_features())
 
     def kept_features(self) -> Tensor:
-        """Returns the features (n, f) of the samples, or of 50,000 of them, over all ranks."""
+        """Returns the features (n, f) of the samples of all ranks, at most 50,000."""
         features = self.features.compute().features
         assert features is not None, "needs keep_features"
         return features

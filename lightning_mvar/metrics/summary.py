@@ -34,7 +34,7 @@ MAX_STORED_FEATURES = 100_000  # images whose features a file may hold; scores u
 
 @dataclass
 class Summary:
-    """Statistics of all images and features (n, f) float32 of a subset, None if unknown; and how they were cropped."""
+    """Statistics of all images, features (n, f) float32 of a subset (None if unknown), and the crop protocol."""
 
     statistics: Statistics
     spatial: Statistics | None = None
@@ -42,7 +42,7 @@ class Summary:
     crop: str = UNKNOWN_CROP
 
     def identity(self) -> dict[str, Any]:
-        """Returns the crop, and two numbers that differ for other images: norm of the mean, and total variance."""
+        """Returns the crop and two numbers that identify the images: norm of the mean, and total variance."""
         return {
             "crop": self.crop,
             "reference_mean_norm": float(self.statistics.mu.norm()),
@@ -72,12 +72,14 @@ class Summary:
             saved, current = read_text(path, EXTRACTOR), describe_extractor(extractor)
             if saved != current:
                 raise InputError(
-                    f"{path} was made with extractor {saved!r:.200}, not {current!r}: use the same extractor"
+                    f"{path} was computed with extractor {saved!r:.200}, not {current!r}: use the same extractor"
                 )
         if "extractor" in names:
             saved, current = read_text(path, "extractor"), fingerprint(extractor)
             if saved != current:
-                raise InputError(f"{path} was made with extractor weights {saved}, not {current}: use the same weights")
+                raise InputError(
+                    f"{path} was computed with extractor weights {saved}, not {current}: use the same weights"
+                )
         features = read_features(path, num_features(extractor)) if "features" in names else None
         return cls(
             read_statistics(path, ("mu", "sigma"), num_features(extractor), extractor),
@@ -154,7 +156,7 @@ def feed_shard(images: ImageSet, accumulator: ImageAccumulator, progress: str) -
 
 
 def prepare(extractor: nn.Module, device: torch.device) -> nn.Module:
-    """Moves an extractor to a device, in eval mode without gradients, and trains it if it has to be.
+    """Moves an extractor to a device, in eval mode without gradients, and trains it if necessary.
 
     Raises:
         InputError: if it is not an extractor.
@@ -162,7 +164,7 @@ def prepare(extractor: nn.Module, device: torch.device) -> nn.Module:
     num_features(extractor)
     if isinstance(extractor, TrainedClassifier):
         extractor.load_or_train()
-    if not [*extractor.parameters(), *extractor.buffers()]:  # then `device_of` needs something to go by
+    if not [*extractor.parameters(), *extractor.buffers()]:  # `device_of` needs a tensor
         extractor.register_buffer("device_mark", torch.empty(0), persistent=False)
     return extractor.eval().requires_grad_(False).to(device)
 
@@ -175,19 +177,18 @@ def try_extractor(extractor: nn.Module, shape: Shape) -> None:
             features = extractor(image)
     except FOREIGN_MODULE_ERRORS as error:
         raise InputError(
-            f"{name} does not extract features of images: it raises {type(error).__name__} for one of "
-            f"{format_shape(shape)}"
+            f"{name} cannot extract features: it raises {type(error).__name__} for an image of {format_shape(shape)}"
         ) from error
     expected, found = (1, num_features(extractor)), tuple(getattr(features, "shape", ()))
     if not isinstance(features, Tensor) or found != expected:
-        raise InputError(f"{name} does not extract features of images: it returns {found} for one, not {expected}")
+        raise InputError(f"{name} cannot extract features: for one image it returns shape {found}, not {expected}")
 
 
 def describe_extractor(extractor: nn.Module) -> str:
     """Returns class path and arguments of an extractor, such as "package.Features(scale=2.0)".
 
-    The weights alone do not identify it: poolings have none. Arguments are known if they are plain values that the
-    module keeps under their names. `weights` are left out, because a file may be moved and is hashed by its content.
+    The weights alone do not identify it, because pooling has none. Arguments are included if they are plain values that
+    the module stores under their names, except `weights`: that file may be moved, and its content is hashed instead.
     """
     kind = type(extractor)
     values = {name: getattr(extractor, name, None) for name in signature(kind).parameters if name != "weights"}
@@ -196,7 +197,7 @@ def describe_extractor(extractor: nn.Module) -> str:
 
 
 def extractor_metadata(extractor: nn.Module) -> dict[str, Any]:
-    """Returns an extractor's properties that scores depend on, and what scores of a trained one compare with."""
+    """Returns the properties of an extractor that scores depend on, and what its scores are comparable with."""
     scope = getattr(extractor, "comparable_with", None)
     return ({} if scope is None else {"comparable_with": scope}) | {
         "extractor": type(extractor).__name__,
@@ -229,7 +230,7 @@ def read_features(path: Path, expected: int) -> NDArray[Any]:
     """Reads the features (n, f) of an npz.
 
     Raises:
-        InputError: if there are not `expected` numbers per image, or not finite ones, or too many images.
+        InputError: if images do not have `expected` features, features are not finite, or there are too many images.
     """
     array = NpzArray(path, "features")
     if len(array.shape) != 2 or array.shape[1] != expected or len(array) > MAX_STORED_FEATURES:
@@ -244,7 +245,7 @@ def read_statistics(path: Path, names: tuple[str, str], expected: int, extractor
     if mu.shape != (expected,) or sigma.shape != (expected, expected):
         raise InputError(
             f"{path} has {names[0]} {mu.shape} and {names[1]} {sigma.shape}, but "
-            f"{type(extractor).__name__} has {expected} features: the file was made with another extractor"
+            f"{type(extractor).__name__} has {expected} features: the file was computed with another extractor"
         )
     statistics = Statistics(*(torch.from_numpy(read_finite(array, np.float64)) for array in (mu, sigma)))
     if not may_be_covariance(statistics.sigma):

@@ -1,9 +1,10 @@
-"""Vendi score of an image set: its effective number of different images (arXiv 2210.02410).
+"""Vendi score of an image set: its effective number of distinct images (arXiv 2210.02410).
 
     exp(-sum_i l_i log l_i),    l_i the eigenvalues of K / n, K the cosine similarities of the n images' features
 
 K / n has the same nonzero eigenvalues as the mean outer product of normalized features, so a running sum suffices. The
-score lies between 1 (all features point the same way) and the smaller of images and features. It needs no real images.
+score lies between 1 (all features have the same direction) and the number of images or features, whichever is smaller.
+It needs no real images.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class VendiScore(FeatureSums):
         super().update(normalize(features.double(), dim=1))
 
     def compute(self) -> float:
-        """Returns the score; 1 if all features are 0, which no direction tells apart."""
+        """Returns the score; 1 if all features are 0 and have no direction."""
         total = self.outer.trace()
         if total == 0:
             return 1.0

@@ -98,7 +98,7 @@ def test_a_metric_that_no_validation_logged_is_named(recwarn: pytest.WarningsRec
     best = BestCheckpoint("best", monitor="val/fdi")
     best.on_train_end(mock.Mock(fast_dev_run=True), mock.Mock())
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="no validation logged val/fdi: BestCheckpoint has kept no weights; name a"):
+    with pytest.warns(UserWarning, match="no validation logged val/fdi: BestCheckpoint kept no weights; set monitor"):
         best.on_train_end(mock.Mock(fast_dev_run=False), mock.Mock())
     best.best_k_models["a.ckpt"] = torch.tensor(1.0)
     best.on_train_end(mock.Mock(fast_dev_run=False), mock.Mock())

@@ -113,8 +113,8 @@ def test_an_unknown_logger_gets_hyperparameters_and_one_message(
     with caplog.at_level(logging.INFO):
         log_everything(tmp_path, logger, DummyLogger())
     assert logger.hyperparameters == [VALUES]
-    assert [r.getMessage()[:57] for r in caplog.records if "no pictures" in r.getMessage()] == [
-        "ScoreLogger gets scores and hyperparameters, but no pictu"
+    assert [r.getMessage()[:57] for r in caplog.records if "no images" in r.getMessage()] == [
+        "ScoreLogger gets scores and hyperparameters, but no image"
     ]
 
 

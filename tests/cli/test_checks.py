@@ -22,29 +22,30 @@ from lightning_mvar.errors import InputError
         ("fit --trainer.max_steps 3.5", "--trainer.max_steps 3.5 is not an integer"),
         ("fit --model.netwrk.depth 3", "fit has no option --model.netwrk; did you mean --model.network?"),
         ("shards verify D --tokeniser T", "shards verify has no option --tokeniser; did you mean --tokenizer?"),
-        ("shards verfy tokens", "shards has no command 'verfy'; did you mean verify?"),
+        ("shards verfy tokens", "shards has no subcommand 'verfy'; did you mean verify?"),
         ("sample --ckpt_path C --guidance [a]", "--guidance [a] is not a number"),
         ("sample --ckpt_path C --top_k many", "--top_k many is not a number"),
         ("sample --ckpt_path C --keep=half", "--keep half is not a number"),
         ("sample --ckpt_path C --weights emma", "--weights emma is unknown; did you mean ema?"),
         ("sample --ckpt_path C --graphs maybe", "--graphs maybe is unknown; use true, false"),
-        ("sample C --ckpt_path=D", "C is the --ckpt_path of sample already: drop --ckpt_path=D, or C"),
+        ("sample C --ckpt_path=D", "C already sets --ckpt_path of sample: drop --ckpt_path=D or C"),
         (
             "sample --out o var-d16",
-            "sample needs MODEL as its first word (or --ckpt_path); `lightning-mvar sample --help` lists the options",
+            "sample needs MODEL as its first argument (or --ckpt_path); "
+            "`lightning-mvar sample --help` lists the options",
         ),
         (
             "evaluate s.npz --reference x",
-            "evaluate needs --samples (s.npz is its MODEL); `lightning-mvar evaluate --help` lists the options",
+            "evaluate needs --samples (s.npz was read as MODEL); `lightning-mvar evaluate --help` lists the options",
         ),
         ("new --images p", "new needs FOLDER; `lightning-mvar new --help` lists the options"),
         ("merge", "merge needs NETWORKS, --out; `lightning-mvar merge --help` lists the options"),
         ("fit --data.val=D", "fit needs --data.train; `lightning-mvar fit --help` lists the options"),
         (
             "fit --config nowhere.yaml",
-            "--config nowhere.yaml does not exist; `lightning-mvar configs` lists those of the package",
+            "--config nowhere.yaml does not exist; `lightning-mvar configs` lists the files in the package",
         ),
-        ("shards", "shards needs a command; it has verify, info, decode"),
+        ("shards", "shards needs a subcommand; it has verify, info, decode"),
         ("merge A --zzz", "merge has no option --zzz; `lightning-mvar merge --help` lists the options"),
     ],
 )
@@ -68,7 +69,7 @@ def test_mistakes_are_named_with_their_remedy(line: str, message: str, capsys: p
         ("trainer.max_steps: three", "line 1: --trainer.max_steps three is not a number"),
         ("model: {network: {shedule: {side_lengths: [1]}}}", "did you mean --model.network.schedule?"),
         ("trainer: {max_steps: 1", "is not valid YAML"),
-        ("trainer:\n  {max_steps: {{ steps }}}", "line 2: a key is a mapping: put quotes around text that begins with"),
+        ("trainer:\n  {max_steps: {{ steps }}}", "line 2: a key is a mapping: put quotes around text that starts with"),
     ],
 )
 def test_mistakes_in_a_file_are_named_with_their_line(text: str, message: str, tmp_path: Path) -> None:
@@ -143,8 +144,8 @@ def test_what_the_parser_takes_is_not_refused(value: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("InceptionV4", "--extractor InceptionV4: there is no such class; did you mean InceptionV3?"),
-        ("lightning_mvar.metrics.InceptionV4", "--extractor InceptionV4: there is no such class; did you mean Incepti"),
+        ("InceptionV4", "--extractor InceptionV4: no such class; did you mean InceptionV3?"),
+        ("lightning_mvar.metrics.InceptionV4", "--extractor InceptionV4: no such class; did you mean Incepti"),
         ("InceptionV3 --extractor.wieghts W", "--extractor InceptionV3: Option 'wieghts' is not accepted; `lightning-"),
     ],
 )

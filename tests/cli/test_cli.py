@@ -174,13 +174,13 @@ def test_an_empty_option_is_refused(options: list[str]) -> None:
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        ({"--out": "model"}, "--out model would replace what --ckpt_path model reads"),
-        ({"--out": "link"}, "--out link would replace what --ckpt_path model reads"),
-        ({"--json": "model/config.json"}, "--json model/config.json would replace what --ckpt_path model reads"),
-        ({"--json": "shards/000000.tar"}, "--json shards/000000.tar would replace what --reference shards reads"),
-        ({"--json": "shards/a.tar.gz"}, "--json shards/a.tar.gz would replace what --reference shards reads"),
-        ({"--picture": "images/a/1.png"}, "--picture images/a/1.png would replace what --images images reads"),
-        ({"--out": "q.npz", "--grid": "x/../q.npz"}, "--grid and --out both name x/../q.npz"),
+        ({"--out": "model"}, "--out model would overwrite the input --ckpt_path model"),
+        ({"--out": "link"}, "--out link would overwrite the input --ckpt_path model"),
+        ({"--json": "model/config.json"}, "--json model/config.json would overwrite the input --ckpt_path model"),
+        ({"--json": "shards/000000.tar"}, "--json shards/000000.tar would overwrite the input --reference shards"),
+        ({"--json": "shards/a.tar.gz"}, "--json shards/a.tar.gz would overwrite the input --reference shards"),
+        ({"--picture": "images/a/1.png"}, "--picture images/a/1.png would overwrite the input --images images"),
+        ({"--out": "q.npz", "--grid": "x/../q.npz"}, "--grid and --out are both x/../q.npz"),
     ],
 )
 def test_no_output_replaces_an_input_or_another_output(

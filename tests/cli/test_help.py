@@ -7,7 +7,7 @@ import pytest
 from jsonargparse import capture_parser
 
 from lightning_mvar.cli import run, run_command
-from lightning_mvar.cli.help import COMMANDS, OF_ANY_PARSER, completion, signatures_of, with_first_option
+from lightning_mvar.cli.help import COMMANDS, PARSER_OPTIONS, completion, signatures_of, with_first_option
 
 SCREEN = 60  # lines
 
@@ -23,7 +23,7 @@ def test_the_options_are_those_of_the_parser(name: str) -> None:
         read = {option.name for option in found.options}
         sections = {option.split(".")[0] for option in read if "." in option}  # of the training commands
         parsed = {".".join(dest.split(".")[:2]) for dest in actions if not dest.endswith(".help")} - {"print_shtab"}
-        assert read - OF_ANY_PARSER == parsed - sections - OF_ANY_PARSER
+        assert read - PARSER_OPTIONS == parsed - sections - PARSER_OPTIONS
         positional = {dest for dest, action in actions.items() if not action.option_strings}
         assert {option.name for option in found.options if option.positional} == positional
 
@@ -49,7 +49,7 @@ def test_help_fits_on_a_screen_and_mistakes_are_named_before_torch_is_imported()
     for output in outputs[3:6]:  # each begins with the exit code of the line before
         assert len(output.splitlines()[1:]) <= SCREEN
     assert result.stderr.splitlines() == [
-        "lightning-mvar: error: there is no command 'smaple'; did you mean sample?",
+        "lightning-mvar: error: unknown command 'smaple'; did you mean sample?",
         "lightning-mvar: error: sample has no option --sed; did you mean --seed?",
     ]
 

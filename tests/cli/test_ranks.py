@@ -109,7 +109,7 @@ def test_all_ranks_start_or_all_hear_of_the_failure(failing: int | None) -> None
 def test_a_start_without_rank_0_ends() -> None:
     environment = SimpleNamespace(main_address="127.0.0.1", main_port=processes.free_port())
     strategy = SimpleNamespace(global_rank=1, world_size=2, cluster_environment=environment)
-    with pytest.raises(dist.DistError, match=f"nothing came from 127.0.0.1:{environment.main_port} within 0.3 s"):
+    with pytest.raises(dist.DistError, match=f"no answer from 127.0.0.1:{environment.main_port} within 0.3 s"):
         StartBarrier(strategy, 0.3)
 
 

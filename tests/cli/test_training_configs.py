@@ -128,9 +128,9 @@ def test_interpolations_name_options_from_the_root_also_in_included_files(here: 
         ("model:\n  network:\n    # depth: 3\n", "line 2: network has no value"),
         ("model:\n  network:\n    depth:\n", "line 3: depth has no value"),
         ("model: {optimizer: {base_lr: }}", "base_lr has no value"),
-        ("trainer:\n  callbacks:\n  -\n", "line 3: an item of a list is empty"),
-        ("trainer: null", "trainer is null, no options"),
-        ("trainer: 3", "trainer is 3, no options"),
+        ("trainer:\n  callbacks:\n  -\n", "line 3: a list item is empty"),
+        ("trainer: null", "trainer is null, not a mapping of options"),
+        ("trainer: 3", "trainer is 3, not a mapping of options"),
         ("model: {network: ~}", "model.network is null"),
         ("model: {optimizer: []}", "model.optimizer is []"),
         ("model: {optimizer: {base_lr: null}}", "base_lr"),
@@ -261,7 +261,7 @@ def test_a_config_that_is_not_here_comes_with_the_package(
     names = ("configs/mixer/var.yaml", "optimizer/wsd.yaml")
     assert fit("--config", names[0], f"--config={names[1]}", "--config", names[0], "--print_config") == 0
     assert "block_causal_attention" in capfd.readouterr().out
-    messages = [message for message in caplog.messages if "comes with the package" in message]
+    messages = [message for message in caplog.messages if "the packaged file" in message]
     assert len(messages) == 2
     for name, message in zip(names, messages, strict=True):
         assert message.startswith(f"{name} is not in this folder")
@@ -303,7 +303,7 @@ def test_options_of_a_wrong_type_are_refused_by_the_parser(here: Path) -> None:
         ("seed_everything: !!timestamp x", "not valid YAML"),
         ("seed_everything: 2023-02-30", "seed_everything|not valid YAML"),
         ("model: " + "[" * 2000, "nested too deeply"),
-        ("model: [" + "x, " * 1000 + "]", "no options"),
+        ("model: [" + "x, " * 1000 + "]", "not a mapping of options"),
     ],
 )
 def test_hostile_yaml_is_refused_at_once(tmp_path: Path, content: str, message: str) -> None:

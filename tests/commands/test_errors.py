@@ -85,7 +85,7 @@ def test_fit_refuses(here: Path, capfd: pytest.CaptureFixture[str], options: lis
 
 def test_a_name_that_is_not_utf8_is_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     error = error_of(capfd, "fit", "--config", "fit.yaml", "--trainer.default_root_dir", "caf\udce9")
-    assert "the argument 'caf\\udce9' is not UTF-8: rename the file" in error
+    assert "argument 'caf\\udce9' is not valid UTF-8: rename the file" in error
 
 
 def test_folders_of_logs_and_checkpoints_that_cannot_be_created_are_named(
@@ -143,7 +143,7 @@ def test_fit_refuses_what_no_run_can_go_on_from(here: Path, capfd: pytest.Captur
     (here / "same.yaml").write_text(
         CHECKPOINTS.replace("dirpath: best", "dirpath: fresh").replace("dirpath: state", "dirpath: fresh")
     )
-    assert "give them two folders" in error_of(capfd, "fit", "--config", "fit.yaml", "--config", "same.yaml")
+    assert "give each its own folder" in error_of(capfd, "fit", "--config", "fit.yaml", "--config", "same.yaml")
 
 
 def test_strategies_refuse_what_they_cannot_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -250,7 +250,7 @@ def test_help_and_unknown_commands(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     usage = capfd.readouterr().out
     assert all(command in usage for command in COMMANDS)
-    assert "no command 'fti'" in error_of(capfd, "fti")
+    assert "unknown command 'fti'" in error_of(capfd, "fti")
     for command in COMMANDS:
         assert run([command, "--help"]) == 0
         assert "usage" in capfd.readouterr().out.lower()
@@ -331,5 +331,5 @@ def test_an_output_that_is_also_an_input_is_refused(
     make_images(here)
     files = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     assert run(command.split()) == 1
-    assert "name another path" in (message := capsys.readouterr().err) or "name two paths" in message
+    assert "choose another path" in (message := capsys.readouterr().err) or "choose two different paths" in message
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == files

@@ -315,7 +315,7 @@ def test_mistakes_are_reported_in_one_line(
         assert "nowhere" in error_of("good.npz", "--reference", "images", "--cache", "untrained", missing, "nowhere")
     assert not Path("untrained").exists()
     labels = error_of("good.npz", *REFERENCE, "--worst_classes", "1")
-    assert "--worst_classes needs samples of known classes, in folders named as those of images" in labels
+    assert "--worst_classes needs samples of known classes, in folders named like those of images" in labels
     statistics = ["--reference", "good.npz", "--extractor", "conftest.Pixels", "--worst_classes", "1"]
     assert "--worst_classes needs a reference with classes" in error_of("good.npz", *statistics)
     assert "digits:test are 32 x 32" in error_of("good.npz", "--reference", "digits:test", "--cache", "cache")
@@ -330,11 +330,11 @@ def test_mistakes_are_reported_in_one_line(
         "good.npz", *REFERENCE, "--reference", "shards"
     )
     module = ["--extractor", "torch.nn.BatchNorm2d", "--extractor.num_features", "3", "--ckpt_path", "model"]
-    assert "BatchNorm2d does not extract features of images: it returns (1, 3, 8, 8) for one, not (1, 3)" in error_of(
+    assert "BatchNorm2d cannot extract features: for one image it returns shape (1, 3, 8, 8), not (1, 3)" in error_of(
         "new.npz", "--reference", "images", *module
     )
     module[3] = "4"
-    assert "BatchNorm2d does not extract features of images: it raises RuntimeError for one of 8 x 8" in error_of(
+    assert "BatchNorm2d cannot extract features: it raises RuntimeError for an image of 8 x 8" in error_of(
         "good.npz", "--reference", "images", *module[:4]
     )
     assert "nowhere does not exist" in error_of("new.npz", *REFERENCE, "--ckpt_path", "model", "--reference", "nowhere")

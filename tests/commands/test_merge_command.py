@@ -49,7 +49,7 @@ def test_each_form_is_a_linear_combination(
         ("a --away 1 --out out", "--away goes with --base and one network"),
         ("a --coefficients x --out out", "--coefficients x is not a number"),
         ("a --coefficients inf --out out", "Got value: inf"),
-        ("a b --out b", "--out b would replace what network 2 b reads"),
+        ("a b --out b", "--out b would overwrite the input network 2 b"),
         ("a nowhere --out out", "nowhere does not exist"),
         ("--out out", "NETWORKS"),
         ("a torn --out out", "torn/network.safetensors is damaged or not a safetensors file"),

@@ -174,7 +174,7 @@ def test_figures_do_not_replace_the_network(
 ) -> None:
     before = {file: file.read_bytes() for file in Path("model").iterdir()}
     assert run(["sample", "--ckpt_path", "model", "--out", "a.npz", option, path]) == 1
-    assert f"{option} {path} would replace what --ckpt_path model reads" in capfd.readouterr().err
+    assert f"{option} {path} would overwrite the input --ckpt_path model" in capfd.readouterr().err
     assert {file: file.read_bytes() for file in Path("model").iterdir()} == before
 
 

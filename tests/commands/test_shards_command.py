@@ -250,10 +250,10 @@ def test_mistakes_are_reported_in_one_line(
         manifest = json.loads((workdir / "tokens/manifest.json").read_text()) | values
         (workdir / name / "manifest.json").write_text(json.dumps(manifest))
     for options, message in [
-        ([], "shards needs a command; it has verify, info, decode"),
+        ([], "shards needs a subcommand; it has verify, info, decode"),
         (["info", "x" * 5000], "xxx... is too long for a file system"),
         (["look", "tokens"], "look"),
-        (["verify"], "shards verify needs FOLDER as its first word (or --folder)"),
+        (["verify"], "shards verify needs FOLDER as its first argument (or --folder)"),
         (["verify", "nowhere"], "--folder nowhere does not exist; it must be a folder that `tokenize`"),
         (["verify", "images"], "no token shards in images"),
         (["info", "images"], "no token shards in images"),

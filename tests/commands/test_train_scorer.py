@@ -111,8 +111,8 @@ def test_the_same_seed_trains_the_same_scorer(workdir: Path) -> None:
         (["--own_val", "own"], "--own_val needs --val"),
         (["--own", "real"], "real holds tokens of images, not samples: draw some with `lightning-mvar sample --tokens"),
         (["--real", "own"], "own holds samples, not tokens of images"),
-        (["--out", "own"], "would replace"),
-        (["--val", "images", "--own_val", "own", "--out", "images"], "would replace what --val images reads"),
+        (["--out", "own"], "would overwrite"),
+        (["--val", "images", "--own_val", "own", "--out", "images"], "would overwrite the input --val images"),
     ],
 )
 def test_mistakes_are_named(options: list[str], message: str, workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:

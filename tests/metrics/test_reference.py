@@ -114,7 +114,7 @@ def test_a_saved_statistics_file_is_a_reference_for_the_same_weights_only(
     assert summary.features is not None
     assert torch.equal(summary.features, measured.features)
     extractor.linear.bias += 1
-    with pytest.raises(InputError, match=r"own\.npz was made with extractor weights [0-9a-f]{16}, not [0-9a-f]"):
+    with pytest.raises(InputError, match=r"own\.npz was computed with extractor weights [0-9a-f]{16}, not [0-9a-f]"):
         open_reference(str(path)).summary(extractor, 32, tmp_path / "cache")
 
 
@@ -175,7 +175,9 @@ def test_extractors_without_weights_differ_by_class_and_arguments(tmp_path: Path
     cached[0].save(path, MeanPool())
     Summary.load(path, MeanPool())
     for other in (MeanPool(100.0), MaxPool()):
-        with pytest.raises(InputError, match=r"made with extractor '\w+\.MeanPool\(scale=1\.0\)', not '\w+\.M.*Pool\("):
+        with pytest.raises(
+            InputError, match=r"computed with extractor '\w+\.MeanPool\(scale=1\.0\)', not '\w+\.M.*Pool\("
+        ):
             Summary.load(path, other)
 
 
@@ -193,7 +195,7 @@ def test_damaged_and_foreign_files_are_refused(extractor: Projection, tmp_path: 
     with pytest.raises(InputError, match=r"statistics\.npz does not exist"):
         Summary.load(path, extractor)
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(InputError, match="Projection has 12 features: the file was made with another extractor"):
+    with pytest.raises(InputError, match="Projection has 12 features: the file was computed with another extractor"):
         Summary.load(path, extractor)
     for mu in (np.array(["a"] * 12), np.full(12, np.nan)):
         np.savez(path, mu=mu, sigma=np.eye(12))

@@ -174,7 +174,7 @@ def test_invalid_folders_and_options_are_refused(
         (["--tokens", "file"], "--tokens file is a file; name a folder"),
         (["--tokens", "model"], "model holds other files: choose another --tokens or remove that folder"),
         (["--tokens", "shards"], "shards holds shards of images, 'test': choose another --tokens"),
-        (["--tokens", "own", "--out", "own"], "--tokens and --out both name own: name two paths"),
+        (["--tokens", "own", "--out", "own"], "--tokens and --out are both own: choose two different paths"),
         (["--tokens", "own", "--grid", "a.png"], "--grid shows images of --out: add --out, or drop --grid"),
         (["--tokens", "own", "--strip", "a.png"], "--strip shows images of --out: add --out, or drop --strip"),
         (["--tokens", "own", "--reject", "conftest.Brightness"], "drop --reject or --tokens"),

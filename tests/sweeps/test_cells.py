@@ -34,7 +34,7 @@ def test_a_cell_runs_its_commands_until_one_fails_and_does_not_run_again_once_fi
     assert cell.state() == "crashed"
     log = cell.log.read_text()
     assert "[attempt 1] lightning-mvar --version\nlightning-mvar 0" in log
-    assert "there is no command 'no-such-command'" in log
+    assert "unknown command 'no-such-command'" in log
     assert "never" not in log
     cell = make_cell(tmp_path, GOOD, "--help")
     for _ in range(2):

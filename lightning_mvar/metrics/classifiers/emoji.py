@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_mvar.data.builtin.emoji import EMOJI64
 from lightning_mvar.metrics.classifiers.embedded import EmbeddedClassifier
 
-MAX_SHIFT = 4  # of an augmented picture, in pixels
+MAX_SHIFT = 4  # of an augmented image, in pixels
 
 
 class Emoji64Classifier(EmbeddedClassifier):

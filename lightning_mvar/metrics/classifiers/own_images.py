@@ -1,4 +1,4 @@
-"""An extractor for any images, without a file of published weights."""
+"""A feature extractor for any images that needs no published weights."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lightning_mvar.data.images.sources import open_images
 from lightning_mvar.errors import InputError
 from lightning_mvar.metrics.classifiers.trained import BATCH_SIZE, TrainedClassifier
 
-SIDE, SHIFT = 64, 4  # of the images that the network takes, and their largest shift in training, in pixels
-MAX_IMAGES = 10_000  # that it is trained on, spread evenly over the source
+SIDE, SHIFT = 64, 4  # side of the network's input and largest shift in training, in pixels
+MAX_IMAGES = 10_000  # training images, spread evenly over the source
 STEPS = 1000
-QUARTER_TURNS = 4  # by which images without classes are rotated
+QUARTER_TURNS = 4  # rotations to tell apart, for images of one class
 
 
 class ImageClassifier(TrainedClassifier):
     """A classifier of your own images by their classes, trained on 64 x 64 pixels in about a minute.
 
-    Images of any size are resized to 64 x 64, so details below that scale do not count. In training, images are
-    shifted but not mirrored: mirrored samples of letters or logos are errors that features should show.
+    Images of any size are resized to 64 x 64, so finer details do not count. In training, images are shifted but not
+    mirrored: a mirrored letter or logo is an error that the features should show.
 
-    Images of one class are classified by how many quarter turns they are rotated (RotNet, arXiv 1803.07728), and
-    have no `logits`, as an inception score of such classes means nothing.
+    Images of a single class are classified by the number of quarter turns that they are rotated by (RotNet, arXiv
+    1803.07728). There are no `logits` then, because an inception score over rotations means nothing.
 
     Args:
         images: training images, a source as for `lightning-mvar tokenize`; at most 10,000 of them are read.
         labels: label file or columns, if the images are not sorted by class.
-        margin: of resizing before the center is cropped, as in `lightning-mvar tokenize`.
+        margin: ratio of the resized shorter side to the center crop, as in `lightning-mvar tokenize`.
         cache: folder for the weights; their file is named with a hash of the settings and of the paths, sizes and
             modification times of the images.
         on_corrupt: `raise` an error for an image that cannot be decoded, or `skip` it with a warning.
@@ -67,7 +67,7 @@ class ImageClassifier(TrainedClassifier):
             self.logits = None  # type: ignore[assignment, method-assign]
 
     def training_images(self) -> tuple[Tensor, Tensor]:
-        """Returns center crops (n, 3, 64, 64) uint8 and labels; of one class, rotated crops and their quarter turns."""
+        """Returns center crops (n, 3, 64, 64) uint8 and labels; for one class, rotated crops and numbers of turns."""
         count = min(len(self.source), MAX_IMAGES)
         indices = spaced_evenly(len(self.source), count).tolist()
         batches = [

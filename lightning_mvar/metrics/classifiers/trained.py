@@ -1,6 +1,6 @@
 """Small classifiers of a data set, trained on its real images, as feature extractors.
 
-Distances in their features compare scores on the same data only; they are not comparable to published FID.
+Distances in their features are comparable only on the same data, and not with published FID.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ CACHE_REMEDY = "set --cache to another folder"
 
 
 class TrainedClassifier(nn.Module, ABC):
-    """A small convolutional classifier, trained on the CPU in a minute at most, when its weights are first needed.
+    """A small convolutional classifier that is trained on the CPU in at most a minute when its weights are needed.
 
-    A command builds its extractor before it checks its other inputs, so building one neither reads images nor trains.
+    The constructor neither reads images nor trains, because commands call it before they check their other inputs.
     A subclass loads the images and defines their augmentation.
 
     Args:
-        name: of the data set, for the progress bar.
+        name: name of the data set, for the progress bar.
         path: file of the trained weights; if it does not exist, the classifier is trained and written to it, by one
             process while others wait.
-        side: height and width of the images that the network takes, in pixels.
+        side: height and width of the input images, in pixels.
         classes: number of classes.
         epochs: passes over the training images.
 
@@ -60,7 +60,7 @@ class TrainedClassifier(nn.Module, ABC):
 
     @abstractmethod
     def training_images(self) -> tuple[Tensor, Tensor]:
-        """Returns images in the form that `augment` takes, and labels (n,) int64."""
+        """Returns images in the format that `augment` takes, and labels (n,) int64."""
 
     @abstractmethod
     def augment(self, images: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class TrainedClassifier(nn.Module, ABC):
         return self.head(features)
 
     def classify(self, images: Tensor) -> Tensor:
-        """Returns the most likely class (b,) int64 of images as `forward` takes them."""
+        """Returns the most likely class (b,) int64 of each image; images as in `forward`."""
         return self.logits(self(images)).argmax(dim=-1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -85,15 +85,15 @@ class TrainedClassifier(nn.Module, ABC):
         return super().state_dict(*args, **kwargs)
 
     def load_or_train(self) -> None:
-        """Reads the weights from the file, or trains them and writes the file, unless that is done."""
+        """Loads the weights unless they are loaded already; trains and saves them if the file does not exist."""
         if self.has_weights:
             return
         device = device_of(self)
         self.cpu()
-        self.has_weights = True  # for the calls below
+        self.has_weights = True  # the calls below must not come back here
         try:
             with wait_for_lock(self.path.with_name(f".{self.path.name}.lock"), CACHE_REMEDY):
-                if self.path.is_file():  # another process may have trained it meanwhile
+                if self.path.is_file():  # another process may have written it in the meantime
                     self.load()
                 else:
                     self.train_on_real_images()
@@ -107,7 +107,7 @@ class TrainedClassifier(nn.Module, ABC):
         try:
             load_strictly(self, read_weights(self.path), self.path)
         except InputError as error:
-            raise InputError(f"{error}; a classifier is trained if the file does not exist") from error
+            raise InputError(f"{error}; remove the file to train the classifier again") from error
 
     @torch.inference_mode(False)
     @torch.enable_grad()

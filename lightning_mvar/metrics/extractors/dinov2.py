@@ -93,7 +93,7 @@ class DINOv2Network(nn.Module):
         self.num_features = width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TRAINED_GRID**2, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))  # of the pre-training; unused
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # for pre-training; unused here
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, EPSILON)
@@ -111,7 +111,7 @@ class DINOv2Network(nn.Module):
     def position_embedding(self) -> Tensor:
         """Returns the position embedding (1, l, d), interpolated to this grid as in the published code."""
         trained = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (TRAINED_GRID, TRAINED_GRID))
-        scale = (GRID + OFFSET) / TRAINED_GRID  # a scale instead of a size: the kernels' positions depend on the offset
+        scale = (GRID + OFFSET) / TRAINED_GRID  # a scale instead of a size, because sampling positions depend on OFFSET
         patches = F.interpolate(trained, scale_factor=(scale, scale), mode="bicubic")  # (1, d, 16, 16)
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
@@ -124,7 +124,7 @@ class DINOv2(DINOv2Network):
             (1.2 GB).
 
     Raises:
-        InputError: if the file does not exist, is unavailable, or holds anything else.
+        InputError: if the file does not exist, is unavailable, or holds other weights.
     """
 
     def __init__(self, weights: str | None = None) -> None:

@@ -189,7 +189,7 @@ class InceptionV3(InceptionNetwork):
             is downloaded on first use.
 
     Raises:
-        InputError: if the file does not exist, is unavailable, or holds anything else.
+        InputError: if the file does not exist, is unavailable, or holds other weights.
     """
 
     def __init__(self, weights: str | None = None) -> None:
@@ -201,9 +201,9 @@ class InceptionV3(InceptionNetwork):
 
 
 def resize_like_tensorflow(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes as TensorFlow 1's bilinear resize (align_corners=False): (b, c, H, W) float32 -> (b, c, *size).
+    """Resizes like TensorFlow 1's bilinear resize (align_corners=False): (b, c, H, W) float32 -> (b, c, *size).
 
-    Output pixel i is sampled at i * in / out, which aligns the first pixels instead of the image centres. There is no
+    Output pixel i is sampled at i * in / out, which aligns the first pixels instead of the image centers. There is no
     antialiasing.
     """
     for dim in (3, 2):  # TensorFlow's order, for identical rounding

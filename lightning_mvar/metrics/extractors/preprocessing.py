@@ -1,4 +1,4 @@
-"""Resizing and normalization of images for networks that were trained on ImageNet-like pixels."""
+"""Resizing and normalization of images for pretrained networks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def preprocess(
 
     Args:
         images: in [0, 1]; rounded to 8 bits first, because published scores are computed from image files.
-        shape: (height, width) that the network takes; the whole image is resized to it, nothing is cropped.
+        shape: (height, width) that the network takes; the whole image is resized to it, without cropping.
         mean, std: per channel, for pixels in [0, 1].
         mode: `bicubic` or `bilinear`, both with antialiasing.
     """

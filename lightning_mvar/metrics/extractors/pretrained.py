@@ -1,4 +1,4 @@
-"""Pretrained networks of any library as feature extractors."""
+"""Pretrained networks from any library as feature extractors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_mvar.scales import Shape
 
 
 class PretrainedExtractor(nn.Module):
-    """Pooled features of a pretrained network, of whole images that are resized and normalized as it expects.
+    """Pooled features of a pretrained network, for images resized (not cropped) and normalized as it expects.
 
     Args:
         model: name of the network.
         network: the network, in eval mode.
-        shape: (height, width) of its images.
+        shape: (height, width) of its input images.
         mean, std: per channel, for pixels in [0, 1].
-        bilinear: resize by bilinear instead of bicubic interpolation.
+        bilinear: whether to resize with bilinear instead of bicubic interpolation.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Any image model of timm (`pip install timm`) as a feature extractor, without a line of code."""
+"""Any image model of timm (`pip install timm`) as a feature extractor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lightning_mvar.metrics.extractors.pretrained import PretrainedExtractor
 class Timm(PretrainedExtractor):
     """Pooled features of a pretrained model of timm, such as CLIP, SigLIP, MAE, ConvNeXt or DINOv2.
 
-    Size, mean and standard deviation of the pixels are those of the model's configuration; whole images are resized.
+    Image size, mean and standard deviation come from the model's configuration. Images are resized without cropping.
 
     Args:
         model: name in timm, such as `vit_base_patch16_clip_224.openai`, or `hf-hub:USER/MODEL` for a timm model on the
-            Hugging Face Hub. Its weights are downloaded on first use, by timm.
+            Hugging Face Hub. timm downloads its weights on first use.
 
     Raises:
         InputError: if timm is not installed, has no such model, or cannot download it.
@@ -27,11 +27,11 @@ class Timm(PretrainedExtractor):
             network = timm.create_model(model, pretrained=True, num_classes=0).eval()
         except OSError as error:
             raise InputError(
-                f"timm cannot download {model} ({one_line(error):.200}): check its name and the network"
+                f"timm cannot download {model} ({one_line(error):.200}): check its name and the internet connection"
             ) from error
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"timm cannot load {model} ({one_line(error):.200}): timm.list_models() names all"
+                f"timm cannot load {model} ({one_line(error):.200}): timm.list_models() lists all models"
             ) from error
         config = timm.data.resolve_model_data_config(network)
         bilinear = config["interpolation"] == "bilinear"

@@ -7,18 +7,18 @@ from torch import Tensor
 from lightning_mvar.errors import InputError, one_line, require_package
 from lightning_mvar.metrics.extractors.pretrained import PretrainedExtractor
 
-BILINEAR = 2  # Pillow's number of the filter, which the models' files state
+BILINEAR = 2  # Pillow's number for the filter, as in the models' preprocessing files
 
 
 class Transformers(PretrainedExtractor):
     """Pooled features of a pretrained model of transformers, such as DINOv2, SigLIP, CLIP or ConvNeXt.
 
-    Size, mean and standard deviation of the pixels are those of the model's preprocessing; whole images are resized.
-    Of a model of images and texts, the features are those of its vision model.
+    Image size, mean and standard deviation come from the model's preprocessing. Images are resized without cropping.
+    For a model of images and texts, the features are those of its vision model.
 
     Args:
-        model: name on the Hugging Face Hub, such as `facebook/dinov2-base`, or a folder. Its weights are downloaded the
-            first time, by transformers, as safetensors; no code of the repository is run.
+        model: name on the Hugging Face Hub, such as `facebook/dinov2-base`, or a folder. transformers downloads its
+            weights on first use, as safetensors; no code from the repository is run.
 
     Raises:
         InputError: if transformers is not installed, the model is unavailable, or it has no pooled features.
@@ -44,7 +44,7 @@ class Transformers(PretrainedExtractor):
             shape = (side, side) if side else (size["height"], size["width"])
             mean, std = config["image_mean"], config["image_std"]
         except (KeyError, AttributeError) as error:
-            raise InputError(f"{model} does not say to which size it resizes images, or their mean and std") from error
+            raise InputError(f"{model} does not specify the size, mean and std of its images") from error
         try:
             super().__init__(model, network, shape, mean, std, config.get("resample") == BILINEAR)
         except AttributeError as error:

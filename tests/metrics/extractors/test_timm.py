@@ -33,5 +33,5 @@ def test_features_are_those_of_the_model(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_unknown_models_are_told() -> None:
-    with pytest.raises(InputError, match=r"timm cannot load nothing \(.*\): timm\.list_models\(\) names all"):
+    with pytest.raises(InputError, match=r"timm cannot load nothing \(.*\): timm\.list_models\(\) lists all"):
         Timm("nothing")

@@ -49,7 +49,7 @@ def test_models_without_pooled_features_are_refused(tmp_path: Path) -> None:
         Transformers(str(tmp_path))
     write_model(tmp_path, "ViT", patch_size=14, **SIZES)
     (tmp_path / "preprocessor_config.json").write_text("{}")
-    with pytest.raises(InputError, match="does not say to which size it resizes images"):
+    with pytest.raises(InputError, match="does not specify the size, mean and std of its images"):
         Transformers(str(tmp_path))
     with pytest.raises(InputError, match="transformers cannot load"):
         Transformers(str(tmp_path / "nowhere"))
