@@ -102,8 +102,8 @@ def per_256_images(learning_rate: float, batch_size: int) -> float:
 
 
 RECIPES = [
-    Recipe(CPU, 500, 16, 256, 600, 3, 128, 500),
-    Recipe(CPU, 5_000, 16, 512, 1_000, 4, 128, 800),
+    Recipe(CPU, 500, 16, 256, 2_000, 3, 128, 500),
+    Recipe(CPU, 5_000, 16, 512, 3_000, 4, 128, 800),
     Recipe(CPU, math.inf, 24, 1024, 3_000, 6, 192, 3_000),
     Recipe(GPU, 1_000, 32, 256, 3_000, 4, 192, 2_000),
     Recipe(GPU, 10_000, 64, 1024, 20_000, 6, 384, 10_000),
