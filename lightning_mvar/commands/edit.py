@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageOps
 from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.cli.arguments import refuse_overwriting, require_suffix
 from lightning_mvar.data.images.decoding import read_image
+from lightning_mvar.data.tokens.verify import counted
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError, require_in
 from lightning_mvar.io.files import atomic_path
@@ -83,7 +84,7 @@ def edit(
         for file, result in zip(files, edited, strict=True):
             with atomic_path(file) as path:
                 result.save(path)
-    print(f"{len(edited)} images in {out}")
+    print(f"{counted(len(edited), 'image')} in {out}")
     if picture is not None:
         save_comparison(fitted(original, pipe.shape), fitted(region, pipe.shape), edited, names[::count], picture)
         print(f"original, part to redraw and results in {picture}")

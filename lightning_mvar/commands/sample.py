@@ -10,6 +10,7 @@ import torch
 
 from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.cli.arguments import refuse_overwriting, require_suffix
+from lightning_mvar.data.tokens.verify import counted
 from lightning_mvar.errors import InputError
 from lightning_mvar.sampling.draw import draw_set
 from lightning_mvar.sampling.grids import formation_strip, image_grid, save_animation, save_image, with_row_names
@@ -75,10 +76,11 @@ def sample(
     with launch_ranks(device, devices, num_nodes) as fabric:
         load = partial(load_trained, ckpt_path, tokenizer, weights)
         drawn = draw_set(fabric.device, load, out, tokens, **drawing)
+        images = counted(len(drawn.labels), "image")
         if fabric.is_global_zero and tokens is not None:
-            print(f"tokens of {len(drawn.labels)} images in {tokens}")
+            print(f"tokens of {images} in {tokens}")
         if fabric.is_global_zero and out is not None:
-            print(f"{len(drawn.labels)} images in {out}")
+            print(f"{images} in {out}")
             write_figures(drawn, out, grid, strip, animation)
 
 

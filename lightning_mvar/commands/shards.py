@@ -163,7 +163,7 @@ def decode(
     pairs = [captioned_pair(*pair) for pair in zip(originals, decoded, names, samples.keys, strict=True)]
     save_image(image_grid(torch.stack(pairs), min(len(pairs), COLUMNS)), out)
     num_originals = sum(original is not None for original in originals)
-    print(f"{len(pairs)} samples of {folder} in {out}, {num_originals} of them below their originals")
+    print(f"{counted(len(pairs), 'sample')} of {folder} in {out}, {num_originals} of them below their originals")
 
 
 def check_source(manifest: Manifest) -> None:

@@ -88,8 +88,8 @@ class MuonAdamW(torch.optim.Optimizer):
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Moves all singular values of a matrix (n, m) close to 1, between about 0.7 and 1.2, by Newton-Schulz iterations.
 
-    The kernel (n, in, h, w) of a convolution counts as a matrix (n, in * h * w). Computes and returns bfloat16 on a GPU,
-    float32 on a CPU; a sharded matrix is gathered first, and the result is sharded alike.
+    The kernel (n, in, h, w) of a convolution counts as a matrix (n, in * h * w). Computes and returns float32 on a CPU,
+    otherwise bfloat16; a sharded matrix is gathered first, and the result is sharded alike.
     """
     if isinstance(matrix, DTensor):
         mesh, whole = matrix.device_mesh, orthogonalize(matrix.full_tensor())
