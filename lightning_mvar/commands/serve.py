@@ -13,6 +13,7 @@ from lightning_mvar.checkpoints import WhichWeights, load_trained
 from lightning_mvar.devices import Precision
 from lightning_mvar.errors import InputError, Interrupted, require_package
 from lightning_mvar.pipeline import MVARPipeline
+from lightning_mvar.sampling.settings import SamplingSettings
 
 
 def serve(
@@ -24,6 +25,10 @@ def serve(
     weights: WhichWeights = "ema",
     device: str = "auto",
     precision: Precision = "float32",
+    guidance: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    temperature: float = 1.0,
 ) -> None:
     """Serves a web page that draws images scale by scale and inpaints, until Ctrl-C.
 
@@ -36,8 +41,13 @@ def serve(
         weights: for a checkpoint, `ema` for the averaged weights if it has them, `raw` for the last ones.
         device: auto, cpu, cuda or cuda:N.
         precision: precision of network and decoder.
+        guidance: guidance scale in the page's field when it is opened, 0 for none.
+        top_k: top-k in its field, 0 for all codes.
+        top_p: top-p in its field, 0 or 1 for all codes.
+        temperature: temperature in its field, below 1 for likelier tokens.
     """
     require_package("gradio", "serve", "the page")
+    initial = SamplingSettings(guidance, top_k, top_p, temperature=temperature)
     listen(host, port).close()  # reports an unusable address before weights are read
     pipe = MVARPipeline(load_trained(ckpt_path, tokenizer, weights), device, precision)
     from lightning_mvar.web.folder import page_folder
@@ -46,7 +56,7 @@ def serve(
     signal.signal(signal.SIGTERM, interrupt)  # to remove temporary files before exiting
     listener = listen(host, port)
     proxies = [name.strip() for name in allowed_hosts.split(",") if name.strip()]
-    with page_folder() as folder, serving(pipe, ckpt_path, listener, host, proxies, folder):
+    with page_folder() as folder, serving(pipe, ckpt_path, initial, listener, host, proxies, folder):
         if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             print(f"warning: anyone who can reach {host} can use the page without a password", file=sys.stderr)
         print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port} (press Ctrl-C to stop)", flush=True)

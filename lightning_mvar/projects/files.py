@@ -36,7 +36,7 @@ def project_files(plan: Plan, images: str, summary: str) -> dict[str, str]:
         "summary": summary,
         "commands": "\n".join(f"    {line}" for line in command_lines()),
     }
-    names = [*(f"{command}.yaml" for command in COMMANDS), "README.md"]
+    names = [*(f"{command}.yaml" for command in COMMANDS), "serve.yaml", "README.md"]
     return {name: Template((TEMPLATES / name).read_text(encoding="utf-8")).substitute(values) for name in names}
 
 

@@ -24,7 +24,6 @@ from lightning_mvar.web.folder import PageFolder
 from lightning_mvar.web.guard import RECEIVED, Audience
 from lightning_mvar.web.inputs import Page, bound_edits, edited_image
 
-DEFAULTS = vars(SamplingSettings())
 MAX_QUEUED_JOBS = 16
 MAX_CURVE = 6  # guidance scale at the top of the curve
 MAX_SESSIONS = 100  # whose state gradio keeps
@@ -85,15 +84,17 @@ class Jobs:
             raise InputError("no client is waiting for these images any longer")
 
 
-def build_page(pipe: MVARPipeline, name: str, folder: PageFolder, audience: Audience) -> gr.Blocks:
-    """Builds the page of a pipeline, with `name` in its heading."""
+def build_page(
+    pipe: MVARPipeline, name: str, initial: SamplingSettings, folder: PageFolder, audience: Audience
+) -> gr.Blocks:
+    """Builds the page of a pipeline, with `name` in its heading and the settings `initial` in its fields."""
     backend, jobs, schedule = PageBackend(pipe), Jobs(folder, audience), pipe.network.config.schedule
     summary = f"{pipe.classes.count} classes, {format_shape(pipe.shape)} pixels, {schedule.num_scales} scales"
     with Page(title="lightning_mvar", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"## Images, scale by scale\n`{name}`: {summary}")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                fields = settings_fields(pipe)
+                fields = settings_fields(pipe, initial)
             with gr.Column(scale=3, min_width=600):
                 with gr.Tab("Draw"):
                     drawn, selected = draw_tab(backend, jobs, fields)
@@ -103,32 +104,32 @@ def build_page(pipe: MVARPipeline, name: str, folder: PageFolder, audience: Audi
     return page.queue(max_size=MAX_QUEUED_JOBS, default_concurrency_limit=1, api_open=False)
 
 
-def settings_fields(pipe: MVARPipeline) -> list[gr.components.Component]:
+def settings_fields(pipe: MVARPipeline, initial: SamplingSettings) -> list[gr.components.Component]:
     """Builds the input fields in the order of `sampling_arguments`, which checks bounds and names the invalid field."""
     menu = class_menu(pipe.classes)
     class_name = gr.Dropdown(menu, value=menu[1][1], label="Class", info="type to search", allow_custom_value=True)
     with gr.Group(), gr.Row():
         count = gr.Number(4, label="Images", info=f"1 to {MAX_IMAGES}", step=1, min_width=120)
         guidance = gr.Number(
-            DEFAULTS["guidance"], label="Guidance", info="0 for none", step=0.1, min_width=120, elem_id="guidance"
+            initial.guidance, label="Guidance", info="0 for none", step=0.1, min_width=120, elem_id="guidance"
         )
     with gr.Group(), gr.Row():
-        top_k = gr.Number(DEFAULTS["top_k"], label="Top-k", info="0 for all", step=1, min_width=80)
-        top_p = gr.Number(DEFAULTS["top_p"], label="Top-p", info="1 or 0 for all", step=0.01, min_width=80)
+        top_k = gr.Number(initial.top_k, label="Top-k", info="0 for all", step=1, min_width=80)
+        top_p = gr.Number(initial.top_p, label="Top-p", info="1 or 0 for all", step=0.01, min_width=80)
         temperature = gr.Number(
-            DEFAULTS["temperature"], label="Temperature", info="below 1: likelier", step=0.05, min_width=80
+            initial.temperature, label="Temperature", info="below 1: likelier", step=0.05, min_width=80
         )
     with gr.Group():
-        seed = gr.Number(DEFAULTS["seed"], label="Seed", info="the same seed draws the same images", step=1)
+        seed = gr.Number(initial.seed, label="Seed", info="the same seed draws the same images", step=1)
         new_seed = gr.Button("New seed", size="sm")
-    smooth = gr.Checkbox(DEFAULTS["smooth"], label="Smooth", info="mixes codes: smoother images, not for scores")
+    smooth = gr.Checkbox(initial.smooth, label="Smooth", info="mixes codes: smoother images, not for scores")
     new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **HIDDEN_EVENT)
-    curve = guidance_curve(pipe, guidance)
+    curve = guidance_curve(pipe, guidance, initial.guide)
     return [class_name, count, guidance, top_k, top_p, temperature, seed, smooth, *curve]
 
 
-def guidance_curve(pipe: MVARPipeline, guidance: gr.Number) -> list[gr.components.Component]:
-    """Builds one slider per scale, and the checkbox that makes them replace the field `guidance`.
+def guidance_curve(pipe: MVARPipeline, guidance: gr.Number, initial: Guidance) -> list[gr.components.Component]:
+    """Builds one slider per scale, set to `initial`, and the checkbox that makes them replace the field `guidance`.
 
     A new number in that field sets the sliders to its linear ramp, clipped at `MAX_CURVE`, as a starting point.
     """
@@ -139,11 +140,15 @@ def guidance_curve(pipe: MVARPipeline, guidance: gr.Number) -> list[gr.component
         with gr.Row(elem_classes="curve"):
             sliders = [
                 gr.Slider(
-                    0, MAX_CURVE, round(strength, 2), step=0.01, label=name, min_width=30, elem_id=f"strength-{name}"
+                    0,
+                    MAX_CURVE,
+                    min(MAX_CURVE, round(strength, 2)),
+                    step=0.01,
+                    label=name,
+                    min_width=30,
+                    elem_id=f"strength-{name}",
                 )
-                for name, strength in zip(
-                    config.schedule.names, SamplingSettings().guide.strengths(config), strict=True
-                )
+                for name, strength in zip(config.schedule.names, initial.strengths(config), strict=True)
             ]
     if len(sliders) > 1:
         draw_line = f"(g) => {list(line)}.map(x => Math.min({MAX_CURVE}, +(g * x).toFixed(2)))"

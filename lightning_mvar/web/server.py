@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from gradio.route_utils import FnIndexInferError
 
 from lightning_mvar.pipeline import MVARPipeline
+from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.web.folder import PageFolder
 from lightning_mvar.web.guard import MAX_FILE_BODY, Audience, Guard
 from lightning_mvar.web.page import CSS, build_page
@@ -31,13 +32,20 @@ def refuse(request: Request, error: Exception) -> JSONResponse:
 
 @contextmanager
 def serving(
-    pipe: MVARPipeline, name: str, listener: socket.socket, host: str, proxies: Collection[str], folder: PageFolder
+    pipe: MVARPipeline,
+    name: str,
+    initial: SamplingSettings,
+    listener: socket.socket,
+    host: str,
+    proxies: Collection[str],
+    folder: PageFolder,
 ) -> Iterator[None]:
     """Serves the page while the context is open.
 
     Args:
         pipe: pipeline that draws.
         name: name of the network in the heading of the page.
+        initial: settings in the fields of the page when it is opened.
         listener: listening socket.
         host: host that it listens on.
         proxies: host names of proxies in front of the page.
@@ -47,7 +55,7 @@ def serving(
     audience = Audience()
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
-        build_page(pipe, name, folder, audience),
+        build_page(pipe, name, initial, folder, audience),
         path="",
         ssr_mode=False,
         run_history=False,

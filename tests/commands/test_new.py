@@ -15,6 +15,7 @@ from lightning_mvar.cli.arguments import check
 from lightning_mvar.cli.training import TrainingCLI, parse_command
 from lightning_mvar.commands.evaluate import evaluate
 from lightning_mvar.commands.sample import sample
+from lightning_mvar.commands.serve import serve
 from lightning_mvar.commands.tokenize import tokenize
 from lightning_mvar.commands.train_tokenizer import TokenizerCLI
 from lightning_mvar.data.images.sources import open_images
@@ -48,7 +49,7 @@ def test_the_commands_of_a_project_parse_and_find_each_other(project: Path) -> N
         parse_command([command, "--config", f"{command}.yaml"], cli)
         for command, cli in (("train-tokenizer", TokenizerCLI), ("fit", TrainingCLI))
     )
-    for function in (tokenize, sample, evaluate):
+    for function in (tokenize, sample, evaluate, serve):
         check(function, [function.__name__, "--config", f"{function.__name__}.yaml"])
     encoding, drawing, scoring = (read(project, name) for name in ("tokenize", "sample", "evaluate"))
     assert tokenizing.trainer.default_root_dir == encoding["tokenizer"] == training.model.tokenizer
@@ -56,6 +57,7 @@ def test_the_commands_of_a_project_parse_and_find_each_other(project: Path) -> N
     assert training.data.val == f"{encoding['out']}/val"
     assert drawing["ckpt_path"] == f"{training.trainer.callbacks[0].init_args.dirpath}/last.ckpt"
     assert drawing["out"] == scoring["samples"]
+    assert read(project, "serve").items() <= drawing.items()
     images = str(project.parent / PICTURES)
     assert encoding["images"] == images
     sources = tokenizing.data.train, tokenizing.data.val, scoring["floor"], scoring["reference"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import save_folder
 from lightning_mvar.cli import run
 from lightning_mvar.commands import serve as command
+from lightning_mvar.sampling.settings import SamplingSettings
 
 
 @pytest.fixture
@@ -90,6 +92,7 @@ def test_errors_are_reported_before_the_page_opens(workdir: Path, capfd: pytest.
             ("export", "--host", ""): "--host is empty: give an address of this machine",
             ("export", "--host", "a..b"): "--host 'a..b' is not the name of a host",
             ("export", "--device", "warp"): "--device warp is not available",
+            ("export", "--top_p", "2"): "top_p must be a number from 0 to 1, got 2.0",
         }
         for arguments, message in cases.items():
             port_option = [] if "--port" in arguments else ["--port", str(processes.free_port())]
@@ -98,6 +101,12 @@ def test_errors_are_reported_before_the_page_opens(workdir: Path, capfd: pytest.
             error = capfd.readouterr().err
             assert message in error
             assert error.count("\n") == 1
+
+
+def test_a_page_starts_with_the_settings_of_the_papers_unless_others_are_given() -> None:
+    parameters = inspect.signature(command.serve).parameters
+    for name in ("guidance", "top_k", "top_p", "temperature"):
+        assert parameters[name].default == getattr(SamplingSettings(), name)
 
 
 def test_missing_gradio_is_reported_with_the_install_command(

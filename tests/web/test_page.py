@@ -24,6 +24,7 @@ from PIL import Image
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import TrainedModel
 from lightning_mvar.pipeline import MVARPipeline
+from lightning_mvar.sampling.settings import SamplingSettings
 from lightning_mvar.web.backend import INSIDE, ScalePreview
 from lightning_mvar.web.folder import PageFolder
 from lightning_mvar.web.guard import RECEIVED, Audience
@@ -32,6 +33,7 @@ from lightning_mvar.web.guard import RECEIVED, Audience
 # imports all test files.
 
 FIELDS = ("3", 2, 1.5, 900, 0.96, 1.0, 0, False, False, *[0.0] * SCHEDULE.num_scales)
+INITIAL = SamplingSettings(3.0, 40, 0.9, temperature=0.8)
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 
@@ -67,7 +69,7 @@ def url(pipe: CountingPipeline, folder: PageFolder) -> Iterator[str]:
     from lightning_mvar.web.server import serving
 
     listener = socket.create_server(("127.0.0.1", 0))
-    with serving(pipe, "tiny", listener, "127.0.0.1", ["page.example"], folder):
+    with serving(pipe, "tiny", INITIAL, listener, "127.0.0.1", ["page.example"], folder):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
@@ -90,6 +92,13 @@ def test_images_arrive_scale_by_scale(pipe: CountingPipeline, client: Client) ->
     assert (arrays(images) == np.stack(expected)).all()
     assert [scale["caption"] for scale in scales] == [f"{side} x {side}" for side in SCHEDULE.side_lengths]
     assert len(job.outputs()) == SCHEDULE.num_scales
+
+
+def test_its_fields_start_with_the_given_settings(url: str) -> None:
+    components = httpx.get(f"{url}/config").json()["components"]
+    fields = {item["props"].get("label"): item["props"].get("value") for item in components}
+    assert [fields[name] for name in ("Guidance", "Top-k", "Top-p", "Temperature")] == [3.0, 40, 0.9, 0.8]
+    assert [fields[name] for name in SCHEDULE.names] == [0, 1, 2, 3]  # guidance by scale
 
 
 def test_invalid_input_is_reported_without_traceback(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
