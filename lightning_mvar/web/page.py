@@ -106,6 +106,8 @@ def build_page(
 
 def settings_fields(pipe: MVARPipeline, initial: SamplingSettings) -> list[gr.components.Component]:
     """Builds the input fields in the order of `sampling_arguments`, which checks bounds and names the invalid field."""
+    assert isinstance(initial.guidance, float)  # not one per scale, for which there is no field
+    assert isinstance(initial.temperature, float)
     menu = class_menu(pipe.classes)
     class_name = gr.Dropdown(menu, value=menu[1][1], label="Class", info="type to search", allow_custom_value=True)
     with gr.Group(), gr.Row():
