@@ -342,7 +342,7 @@ def test_a_browser_draws_and_inpaints(
     wait_for("#draw").click()
     wait_for("#drawn-scales img", SCHEDULE.num_scales)
     assert len(browser.find_elements("css selector", "#drawn img")) == 4
-    assert drawn_with[-1]["guidance"] == [0, 0.5, 1, 1.5]  # the line of the default, until a slider is moved
+    assert drawn_with[-1]["guidance"] == [0, 1, 2, 3]  # the line of the initial guidance, until a slider is moved
     for keys in (Keys.CONTROL + "a", "10"):  # the control key is released in between
         wait_for("#guidance input").send_keys(keys)
     sliders = browser.find_elements("css selector", ".curve input[type=number]")
