@@ -336,6 +336,8 @@ def open_part(path: Path, record: NetworkRecord, prefix: str, tokenizer: str | P
 def load_recorded_tokenizer(checkpoint: Path, moved: str | Path | None, record: NetworkRecord) -> Tokenizer:
     """Loads the tokenizer of a checkpoint, from `moved` if given; raises InputError if it is a different one."""
     place, expected = moved or record.tokenizer.path, record.tokenizer.fingerprint
+    if moved is None and Path(place).is_absolute() and not Path(place).exists():
+        raise InputError(f"the tokenizer of {checkpoint} is no longer in {place}: pass its folder with --tokenizer")
     tokenizer = load_tokenizer(place, record.network.schedule)
     if (fingerprint := tokenizer.fingerprint()) != expected:
         raise InputError(

@@ -38,7 +38,7 @@ def export(
 
     Args:
         out: folder to write; an export that it already holds is replaced.
-        ckpt_path: checkpoint of `fit` (sharded or not; only its weights are read), or folder of `export`.
+        ckpt_path: checkpoint of `fit`, sharded or not, of which only the weights are read, or folder of `export`.
         official: instead of --ckpt_path, a published VAR or M-VAR network (.pth, .safetensors, or a known name such as
             `var-d16`), or a checkpoint of the published trainer.
         tokenizer: with --ckpt_path, the tokenizer's folder, if it is no longer at the path recorded in the checkpoint;

@@ -53,7 +53,8 @@ def serve(
     from lightning_mvar.web.folder import page_folder
     from lightning_mvar.web.server import serving  # importing gradio takes seconds
 
-    signal.signal(signal.SIGTERM, interrupt)  # to remove temporary files before exiting
+    for number in (signal.SIGINT, signal.SIGTERM):  # to remove temporary files before exiting
+        signal.signal(number, interrupt)
     listener = listen(host, port)
     proxies = [name.strip() for name in allowed_hosts.split(",") if name.strip()]
     with page_folder() as folder, serving(pipe, ckpt_path, initial, listener, host, proxies, folder):

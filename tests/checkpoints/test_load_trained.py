@@ -11,6 +11,7 @@ from published_states import published
 
 from lightning_mvar import Tokenizer
 from lightning_mvar.checkpoints import load_trained, save_folder
+from lightning_mvar.checkpoints.training import NetworkRecord, RunRecord, TokenizerRecord, load_recorded_tokenizer
 from lightning_mvar.cli import run
 from lightning_mvar.errors import InputError
 
@@ -31,6 +32,17 @@ def test_a_published_file_and_its_exported_folder_give_the_same_model(
     assert direct.tokenizer.fingerprint() == exported.tokenizer.fingerprint()
     command = ["sample", "--ckpt_path", "network.pth", "--tokenizer", "tokenizer.pth", "--classes", "1"]
     assert run([*command, "--out", "samples.npz", "--device", "cpu"]) == 0
+
+
+def test_the_option_for_a_moved_tokenizer_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    run_record = RunRecord(ema=False, skipped_steps=(0, 0), world_size=1, batch_of_all_ranks=None)
+    place = TokenizerRecord(str(tmp_path / "old"), tokenizer.fingerprint())
+    record = NetworkRecord(tiny_network().config, place, [], run_record)
+    save_folder(tmp_path / "new", tokenizer)
+    message = r"the tokenizer of a\.ckpt is no longer in .*old: pass its folder with --tokenizer"
+    with pytest.raises(InputError, match=message):
+        load_recorded_tokenizer(Path("a.ckpt"), None, record)
+    assert load_recorded_tokenizer(Path("a.ckpt"), tmp_path / "new", record).fingerprint() == tokenizer.fingerprint()
 
 
 def test_errors_name_files_without_a_network(tmp_path: Path, tokenizer: Tokenizer) -> None:

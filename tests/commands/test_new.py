@@ -58,6 +58,7 @@ def test_the_commands_of_a_project_parse_and_find_each_other(project: Path) -> N
     assert drawing["ckpt_path"] == f"{training.trainer.callbacks[0].init_args.dirpath}/last.ckpt"
     assert drawing["out"] == scoring["samples"]
     assert read(project, "serve").items() <= drawing.items()
+    assert drawing["tokenizer"] == encoding["tokenizer"]  # the project may be moved, and checkpoints record a full path
     images = str(project.parent / PICTURES)
     assert encoding["images"] == images
     sources = tokenizing.data.train, tokenizing.data.val, scoring["floor"], scoring["reference"]
@@ -65,6 +66,14 @@ def test_the_commands_of_a_project_parse_and_find_each_other(project: Path) -> N
     assert {part["on_corrupt"] for part in (scoring, scoring["extractor"]["init_args"])} == {"skip"}
     assert {tokenizing.data.margin, encoding["margin"], scoring["margin"]} == {1.0}
     assert 0 < len(open_images(sources[1], 8)) < len(open_images(sources[0], 8))
+
+
+@pytest.mark.parametrize(("command", "cli"), [("train-tokenizer", TokenizerCLI), ("fit", TrainingCLI)])
+def test_all_files_of_a_run_follow_its_folder(project: Path, command: str, cli: type[TrainingCLI]) -> None:
+    options = ["--config", f"{command}.yaml", "--trainer.default_root_dir", "other"]
+    trainer = parse_command([command, *options], cli).trainer
+    assert trainer.callbacks[0].init_args.dirpath == "other/checkpoints"
+    assert trainer.logger.init_args.save_dir == "other"
 
 
 def read(project: Path, command: str) -> dict[str, Any]:

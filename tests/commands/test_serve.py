@@ -75,6 +75,7 @@ def test_a_signal_stops_a_page_that_draws_and_removes_its_files(workdir: Path, n
         server.send(signal.SIGKILL)
     assert not list((workdir / "tmp").glob("lightning_mvar_serve_*"))
     assert "warning" not in server.printed()
+    assert "the page has ended" in server.printed()
     assert "Traceback" not in server.printed()
 
 
