@@ -11,6 +11,7 @@ import argparse
 import errno
 import gc
 import importlib
+import inspect
 import io
 import json
 import logging
@@ -45,6 +46,7 @@ UNKNOWN_CLASS = re.compile(
 REFUSED_BY_CLASS = re.compile(
     r"key \"([\w.]+)\":.*Problem with given class_path '([\w.]+)': (.*?)(?= - Expected| - Not a valid subclass|$)"
 )
+UNACCEPTED_ARGUMENT = re.compile(r"Option '([\w.]+)' is not accepted")
 SILENCED_LOGS = (
     *("Tip: For seamless cloud", "TPU available: False", "Restoring states from"),  # from Lightning
     *("thrown while requesting", "Retrying in"),  # from huggingface_hub, whose last failure is reported
@@ -219,10 +221,15 @@ def describe_argument_error(argv: list[str], error: argparse.ArgumentError) -> s
         option, name = unknown.groups()
         otherwise = "give the import path of a class, package.module.NAME"
         return f"--{option} {name}{source}: no such class; {nearest(name, loaded_classes(), otherwise)}"
+    remedy = f"`lightning-mvar {argv[0]} --help` lists the options"
     if refused := REFUSED_BY_CLASS.search(reason):
-        option, name, reason = refused.groups()
-        reason = f"--{option} {name.rpartition('.')[2]}: {reason}"
-    return f"{reason}{source}; `lightning-mvar {argv[0]} --help` lists the options"
+        option, path, reason = refused.groups()
+        module, _, name = path.rpartition(".")
+        if unaccepted := UNACCEPTED_ARGUMENT.match(reason):
+            arguments = inspect.signature(getattr(sys.modules[module], name)).parameters
+            remedy = nearest(unaccepted[1], arguments, otherwise=remedy)
+        reason = f"--{option} {name}: {reason}"
+    return f"{reason}{source}; {remedy}"
 
 
 def loaded_classes() -> set[str]:

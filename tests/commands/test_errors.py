@@ -183,7 +183,7 @@ def test_fit_refuses_a_typo_in_yaml(here: Path, capfd: pytest.CaptureFixture[str
         "trainer: {callbacks: [{class_path: lightning_mvar.callbacks.Checkpoint, init_args: {dirpth: x}}]}"
     )
     message = error_of(capfd, "fit", "--config", "fit.yaml", "--config", "option.yaml")
-    assert "Checkpoint: Option 'dirpth' is not accepted (config: fit.yaml, option.yaml); `lightning-mvar fit" in message
+    assert "Option 'dirpth' is not accepted (config: fit.yaml, option.yaml); did you mean dirpath?" in message
     (here / "broken.yaml").write_text("trainer: {max_steps: 1")
     assert "broken.yaml" in error_of(capfd, "fit", "--config", "broken.yaml")
 
