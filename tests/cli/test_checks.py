@@ -146,7 +146,10 @@ def test_what_the_parser_takes_is_not_refused(value: str) -> None:
     [
         ("InceptionV4", "--extractor InceptionV4: no such class; did you mean InceptionV3?"),
         ("lightning_mvar.metrics.InceptionV4", "--extractor InceptionV4: no such class; did you mean Incepti"),
-        ("InceptionV3 --extractor.wieghts W", "InceptionV3: Option 'wieghts' is not accepted; did you mean weights?"),
+        (
+            "InceptionV3 --extractor.wieghts W",
+            "--extractor InceptionV3: Option 'wieghts' is not accepted; did you mean weights?",
+        ),
     ],
 )
 def test_mistakes_in_a_class_are_named(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
