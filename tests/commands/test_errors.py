@@ -182,8 +182,9 @@ def test_fit_refuses_a_typo_in_yaml(here: Path, capfd: pytest.CaptureFixture[str
     (here / "option.yaml").write_text(
         "trainer: {callbacks: [{class_path: lightning_mvar.callbacks.Checkpoint, init_args: {dirpth: x}}]}"
     )
+    configs = "fit.yaml, option.yaml"
     message = error_of(capfd, "fit", "--config", "fit.yaml", "--config", "option.yaml")
-    assert "Option 'dirpth' is not accepted (config: fit.yaml, option.yaml); did you mean dirpath?" in message
+    assert f"Checkpoint: Option 'dirpth' is not accepted (config: {configs}); did you mean dirpath?" in message
     (here / "broken.yaml").write_text("trainer: {max_steps: 1")
     assert "broken.yaml" in error_of(capfd, "fit", "--config", "broken.yaml")
 
